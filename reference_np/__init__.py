@@ -1,0 +1,4 @@
+"""LLaMA 2 in pure NumPy: the specification that every other implementation is held to.
+
+Read in this order: config, naming, ops, model, checkpoint.
+"""

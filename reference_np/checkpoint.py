@@ -1,0 +1,166 @@
+"""safetensors files as a lazy mapping from parameter name to array."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16, which safetensors then hands to NumPy)
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from .config import InputError, LlamaConfig
+from .naming import DERIVED_SUFFIX, parameter_shapes
+from .ops import Array
+
+STORED = {"F16", "BF16", "F32", "F64"}
+
+
+class Checkpoint(Mapping[str, Array]):
+    """Parameters of one safetensors file or a (sharded) directory, read one at a time.
+
+    Every access reads the tensor from disk and converts it to ``dtype`` (float32 or
+    float64); nothing is kept. ``config`` comes from the file's metadata, else from
+    ``config.json`` beside it; where both exist they must agree.
+
+    Raises InputError for a file that is missing, truncated or not safetensors, and for
+    tensors that are missing, extra or misshapen (all named at once).
+    """
+
+    def __init__(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
+        self.path = Path(path)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in (np.float32, np.float64):
+            raise InputError(f"the oracle computes in float32 or float64, not {self.dtype}")
+        self._files = {
+            name: _Header(self.path / name if self.path.is_dir() else self.path)
+            for name in _shard_names(self.path)
+        }
+        self._where = self._locate()
+        self.config = _read_config(self.path, self._files)
+        self._check_shapes()
+
+    def __getitem__(self, name: str) -> Array:
+        tensor = self._where[name].read(name)
+        return tensor.astype(self.dtype, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def _locate(self) -> dict[str, "_Header"]:
+        where: dict[str, _Header] = {}
+        for header in self._files.values():
+            for name in header.shapes:
+                if name in where:
+                    raise InputError(
+                        f"{header.path}: {name} is also in {where[name].path.name}; keep one"
+                    )
+                if not name.endswith(DERIVED_SUFFIX):
+                    where[name] = header
+        return where
+
+    def _check_shapes(self) -> None:
+        expected = parameter_shapes(self.config)
+        found = {name: header.shapes[name] for name, header in self._where.items()}
+        dtypes = {name: header.dtypes[name] for name, header in self._where.items()}
+        problems = describe_mismatch(expected, found)
+        problems += [
+            f"{name} is stored as {dtype}" for name, dtype in dtypes.items() if dtype not in STORED
+        ]
+        if problems:
+            raise InputError(f"{self.path}: does not fit its config: {'; '.join(problems)}")
+
+
+class _Header:
+    """One safetensors file: what it holds, without its data."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give a .safetensors file or its directory")
+        try:
+            with safe_open(path, framework="np") as file:
+                self.metadata: dict[str, str] = file.metadata() or {}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{path}: not a complete safetensors file ({error}); save or copy it again"
+            ) from None
+
+    def read(self, name: str) -> Array:
+        # Opened anew each time: the memory map goes away with the tensor's last use, so that
+        # a file of any size is read in the memory of its largest tensor.
+        with safe_open(self.path, framework="np") as file:
+            tensor: Array = file.get_tensor(name)
+        return tensor
+
+
+def describe_mismatch(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Return one phrase for each tensor that is missing, extra or of another shape."""
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    extra = [f"{name} is not a parameter of it" for name in found if name not in expected]
+    misshapen = [
+        f"{name} is {list(found[name])} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return missing + extra + misshapen
+
+
+def _shard_names(path: Path) -> list[str]:
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give a .safetensors file or its directory")
+    if not path.is_dir():
+        return [path.name]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map; save the checkpoint again")
+    return sorted(set(weight_map.values()))
+
+
+def _read_config(path: Path, files: Mapping[str, _Header]) -> LlamaConfig:
+    stored = next((f for f in files.values() if "config" in f.metadata), None)
+    inner = None
+    if stored is not None:
+        source = f"{stored.path} (metadata)"
+        inner = LlamaConfig.from_hf(parse_json(stored.metadata["config"], source), source)
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    if not beside.is_file():
+        if inner is not None:
+            return inner
+        raise InputError(f"{beside}: no such file, and {path} carries no config; put it there")
+    outer = LlamaConfig.from_hf(load_json(beside), str(beside))
+    if inner not in (None, outer):
+        raise InputError(f"{beside}: contradicts the config stored in {path}; keep one of them")
+    return outer
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; InputError names the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, source: str) -> dict[str, Any]:
+    """Parse a JSON object; InputError names its source."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{source}: is not JSON ({error}); write it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{source}: is not a JSON object; write it again")
+    return value

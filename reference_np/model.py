@@ -1,0 +1,178 @@
+"""The whole forward pass: token ids in, logits and the new cache out.
+
+Axes: B batch, T query position (this call's tokens), S key position (cache and this call),
+D dim, H query heads, N key/value heads, K head_dim, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+from . import ops as reference_ops
+from .config import InputError, LlamaConfig
+from .naming import EMBED, LM_HEAD, NORM, layer_shapes
+from .ops import Array
+
+Trace = Callable[[str, Array], None]
+Ops = ModuleType | SimpleNamespace
+
+
+class Cache(NamedTuple):
+    """Rotated keys and values of every layer so far, each [B, N, S, K]. Never written to."""
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+    @property
+    def length(self) -> int:
+        """Key positions held, padding included."""
+        return int(self.keys[0].shape[2])
+
+
+def no_trace(name: str, value: Array) -> None:
+    """Ignore one activation."""
+
+
+def forward(
+    params: Mapping[str, Array],
+    tokens_BT: Array,
+    config: LlamaConfig,
+    *,
+    positions: Array | None = None,
+    mask: Array | None = None,
+    cache: Cache | None = None,
+    trace: Trace = no_trace,
+    ops: Ops = reference_ops,
+) -> tuple[Array, Cache]:
+    """Compute logits [B, T, V] and the cache that continues the sequence.
+
+    params     Hugging Face name -> array, all float32 or all float64; may be lazy: each
+               tensor is read once, one layer at a time.
+    positions  int [B, T], the rotary positions; default: they follow the cache.
+    mask       bool [B, T, S], True = may attend; default: causal.
+    trace      called with every activation of naming.activation_axes as it is computed.
+    ops        the operations; a namespace with some replaced is a different model.
+
+    Raises InputError for ids outside the vocabulary and for misshapen arguments.
+    """
+    start = 0 if cache is None else cache.length
+    positions, mask = _defaults(tokens_BT, positions, mask, start, config)
+    x_BTD = ops.embed(params[EMBED], tokens_BT)
+    trace("embed", x_BTD)
+    tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, x_BTD.dtype)
+    keys, values = [], []
+    for i in range(config.n_layers):
+        past = None if cache is None else (cache.keys[i], cache.values[i])
+        layer = {name: params[f"model.layers.{i}.{name}"] for name in layer_shapes(config)}
+        x_BTD, (k, v) = block(
+            layer, x_BTD, config, tables, mask, past, _prefixed(trace, f"layers.{i}."), ops
+        )
+        keys.append(k)
+        values.append(v)
+    x_BTD = ops.rms_norm(x_BTD, params[NORM], config.norm_eps)
+    trace("norm", x_BTD)
+    logits_BTV = ops.linear(x_BTD, params[EMBED if config.tie_embeddings else LM_HEAD])
+    trace("logits", logits_BTV)
+    return logits_BTV, Cache(tuple(keys), tuple(values))
+
+
+def block(
+    layer: Mapping[str, Array],
+    x_BTD: Array,
+    config: LlamaConfig,
+    tables: tuple[Array, Array],
+    mask_BTS: Array,
+    past: tuple[Array, Array] | None,
+    trace: Trace = no_trace,
+    ops: Ops = reference_ops,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Apply one pre-norm residual block: attention, then the feed-forward network."""
+    h_BTD = ops.rms_norm(x_BTD, layer["input_layernorm.weight"], config.norm_eps)
+    trace("attn_norm", h_BTD)
+    h_BTD, present = attention(layer, h_BTD, config, tables, mask_BTS, past, trace, ops)
+    x_BTD = x_BTD + h_BTD
+    trace("attn_residual", x_BTD)
+    h_BTD = ops.rms_norm(x_BTD, layer["post_attention_layernorm.weight"], config.norm_eps)
+    trace("ffn_norm", h_BTD)
+    x_BTD = x_BTD + feed_forward(layer, h_BTD, trace, ops)
+    trace("residual", x_BTD)
+    return x_BTD, present
+
+
+def attention(
+    layer: Mapping[str, Array],
+    h_BTD: Array,
+    config: LlamaConfig,
+    tables: tuple[Array, Array],
+    mask_BTS: Array,
+    past: tuple[Array, Array] | None,
+    trace: Trace,
+    ops: Ops,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Grouped-query self-attention; returns its output [B, T, D] and the extended keys, values."""
+    q_BTHK, k_BTNK, v_BTNK = (
+        ops.split_heads(ops.linear(h_BTD, layer[f"self_attn.{name}_proj.weight"]), config.head_dim)
+        for name in "qkv"
+    )
+    for name, value in (("q", q_BTHK), ("k", k_BTNK), ("v", v_BTNK)):
+        trace(name, value)
+    q_BTHK, k_BTNK = ops.apply_rope(q_BTHK, *tables), ops.apply_rope(k_BTNK, *tables)
+    trace("q_rope", q_BTHK)
+    trace("k_rope", k_BTNK)
+    k_BNSK, v_BNSK = k_BTNK.swapaxes(1, 2), v_BTNK.swapaxes(1, 2)
+    if past is not None:
+        k_BNSK = np.concatenate([past[0], k_BNSK], axis=2)
+        v_BNSK = np.concatenate([past[1], v_BNSK], axis=2)
+    scores = ops.attention_scores(ops.group_queries(q_BTHK, config.n_kv_heads), k_BNSK)
+    weights = ops.masked_softmax(scores, mask_BTS)
+    mixed_BTHK = ops.ungroup_queries(ops.attention_mix(weights, v_BNSK))
+    trace("attn", mixed_BTHK)
+    out_BTD = ops.linear(ops.merge_heads(mixed_BTHK), layer["self_attn.o_proj.weight"])
+    trace("attn_proj", out_BTD)
+    return out_BTD, (k_BNSK, v_BNSK)
+
+
+def feed_forward(layer: Mapping[str, Array], h_BTD: Array, trace: Trace, ops: Ops) -> Array:
+    """SwiGLU feed-forward network: ``(silu(h Wg) * (h Wu)) Wd`` (Shazeer 2020)."""
+    gate_BTF = ops.linear(h_BTD, layer["mlp.gate_proj.weight"])
+    up_BTF = ops.linear(h_BTD, layer["mlp.up_proj.weight"])
+    hidden_BTF = ops.swiglu(gate_BTF, up_BTF)
+    out_BTD: Array = ops.linear(hidden_BTF, layer["mlp.down_proj.weight"])
+    for name, value in (("gate", gate_BTF), ("up", up_BTF), ("ffn", hidden_BTF)):
+        trace(name, value)
+    trace("ffn_proj", out_BTD)
+    return out_BTD
+
+
+def _prefixed(trace: Trace, prefix: str) -> Trace:
+    return trace if trace is no_trace else lambda name, value: trace(prefix + name, value)
+
+
+def _defaults(
+    tokens: Array, positions: Array | None, mask: Array | None, start: int, config: LlamaConfig
+) -> tuple[Array, Array]:
+    """Fill in positions that follow the cache and the causal mask; check every shape."""
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
+        raise InputError(
+            f"tokens must be non-empty integers [B, T], got {tokens.dtype} {tokens.shape}"
+        )
+    outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if outside.size:
+        raise InputError(f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}")
+    batch, length = tokens.shape
+    if positions is None:
+        positions = np.arange(start, start + length)[None]
+    if mask is None:
+        mask = reference_ops.causal_mask(length, start + length)[None]
+    for name, value, shape, kind in (
+        ("positions", positions, (length,), np.integer),
+        ("mask", mask, (length, start + length), np.bool_),
+    ):
+        fits = value.shape[1:] == shape and value.shape[0] in (1, batch)
+        if not (fits and np.issubdtype(value.dtype, kind)):
+            raise InputError(
+                f"{name} must be {kind.__name__} {(batch, *shape)}, got {value.dtype} {value.shape}"
+            )
+    return positions, mask

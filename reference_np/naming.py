@@ -1,0 +1,78 @@
+"""The one table of parameter names and shapes, and the one table of activation names and axes.
+
+Axes: B batch, T query position, D dim, H query heads, N key/value heads, K head_dim,
+F hidden_dim, V vocabulary.
+"""
+
+from .config import LlamaConfig
+
+EMBED = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+
+# Buffers that old Hugging Face checkpoints stored although the config determines them.
+DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Return one layer's parameters, by the name below ``model.layers.{i}.``, to their shapes.
+
+    Matrices are stored [out, in]: ``y = x @ W.T``.
+    """
+    dim, hidden = config.dim, config.hidden_dim
+    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    return {
+        "input_layernorm.weight": (dim,),
+        "self_attn.q_proj.weight": (queries, dim),
+        "self_attn.k_proj.weight": (keys, dim),
+        "self_attn.v_proj.weight": (keys, dim),
+        "self_attn.o_proj.weight": (dim, queries),
+        "post_attention_layernorm.weight": (dim,),
+        "mlp.gate_proj.weight": (hidden, dim),
+        "mlp.up_proj.weight": (hidden, dim),
+        "mlp.down_proj.weight": (dim, hidden),
+    }
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Return every parameter's Hugging Face name and shape, in model order.
+
+    With tied embeddings there is no ``lm_head.weight``: the embedding serves as both.
+    """
+    shapes: dict[str, tuple[int, ...]] = {EMBED: (config.vocab_size, config.dim)}
+    for layer in range(config.n_layers):
+        for name, shape in layer_shapes(config).items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    shapes[NORM] = (config.dim,)
+    if not config.tie_embeddings:
+        shapes[LM_HEAD] = (config.vocab_size, config.dim)
+    return shapes
+
+
+# One layer's activations in the order they are computed.
+LAYER_AXES = {
+    "attn_norm": "BTD",  # input RMSNorm
+    "q": "BTHK",  # before the rotation
+    "k": "BTNK",
+    "v": "BTNK",
+    "q_rope": "BTHK",
+    "k_rope": "BTNK",
+    "attn": "BTHK",  # mixed values, each head apart
+    "attn_proj": "BTD",  # after o_proj
+    "attn_residual": "BTD",  # the stream after attention
+    "ffn_norm": "BTD",
+    "gate": "BTF",
+    "up": "BTF",
+    "ffn": "BTF",  # silu(gate) * up
+    "ffn_proj": "BTD",  # after down_proj
+    "residual": "BTD",  # the stream leaving the layer
+}
+
+
+def activation_axes(config: LlamaConfig) -> dict[str, str]:
+    """Return every traced activation's name and axes, in model order."""
+    axes = {"embed": "BTD"}
+    for layer in range(config.n_layers):
+        for name, letters in LAYER_AXES.items():
+            axes[f"layers.{layer}.{name}"] = letters
+    return {**axes, "norm": "BTD", "logits": "BTV"}

@@ -1,0 +1,143 @@
+"""LLaMA 2's operations as pure functions, each beside its equation.
+
+Axes: B batch, T query position, S key position, D dim, H query heads, N key/value heads,
+R query heads per key/value head (H = N * R), K head_dim, F hidden_dim, V vocabulary.
+
+Everything is computed in the dtype that comes in, float32 or float64. Scalars are Python
+floats throughout: a NumPy float64 scalar would widen a float32 array.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Array = NDArray[Any]
+
+
+def embed(weight_VD: Array, tokens_BT: Array) -> Array:
+    """Look up token vectors: [B, T] -> [B, T, D]."""
+    vectors: Array = weight_VD[tokens_BT]
+    return vectors
+
+
+def linear(x: Array, weight: Array) -> Array:
+    """Apply ``x @ W.T`` over the last axis: [..., in], [out, in] -> [..., out]. No bias."""
+    # One 2-D product: NumPy hands it to BLAS whole instead of looping over the batch.
+    y: Array = x.reshape(-1, x.shape[-1]) @ weight.T
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def rms_norm(x: Array, weight_D: Array, eps: float) -> Array:
+    """Divide by the root mean square: ``x / sqrt(mean(x^2) + eps) * w`` (Zhang and Sennrich 2019).
+
+    [..., D] -> [..., D]. eps is inside the root; nothing is subtracted.
+    """
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    y: Array = x / np.sqrt(mean_square + eps) * weight_D
+    return y
+
+
+def rope_tables(
+    positions_BT: Array, head_dim: int, theta: float, dtype: DTypeLike
+) -> tuple[Array, Array]:
+    """Return cos and sin of every rotation angle, each [B, T, K / 2] (Su et al. 2021, eq. 15).
+
+    Angle i at position m is ``m * theta^(-2 i / K)``. Computed in float64 whatever the
+    model's dtype, and rounded once: at position 65,536 a float32 product is already off by
+    4e-3 radians.
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angles = positions_BT[..., None].astype(np.float64) * frequencies
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def apply_rope(x_BTHK: Array, cos: Array, sin: Array) -> Array:
+    """Rotate each pair (i, i + K / 2) by its angle: the rotate-half form (Su et al. 2021, eq. 34).
+
+    Hugging Face weights are stored for this pairing; Meta's pair neighbours (2i, 2i + 1).
+    """
+    first, second = np.split(x_BTHK, 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def split_heads(x_BTE: Array, head_dim: int) -> Array:
+    """Cut the last axis into heads: [B, T, H * K] -> [B, T, H, K], head-major."""
+    return x_BTE.reshape(*x_BTE.shape[:-1], -1, head_dim)
+
+
+def merge_heads(x_BTHK: Array) -> Array:
+    """Join the heads again: [B, T, H, K] -> [B, T, H * K]."""
+    return x_BTHK.reshape(*x_BTHK.shape[:-2], -1)
+
+
+def group_queries(q_BTHK: Array, n_kv_heads: int) -> Array:
+    """Put each query head beside its key/value head: [B, T, H, K] -> [B, N, R, T, K].
+
+    Query head h reads key/value head ``h // R`` (Ainslie et al. 2023): consecutive query
+    heads share one.
+    """
+    batch, length, heads, width = q_BTHK.shape
+    grouped = q_BTHK.reshape(batch, length, n_kv_heads, heads // n_kv_heads, width)
+    return grouped.transpose(0, 2, 3, 1, 4)
+
+
+def ungroup_queries(x_BNRTK: Array) -> Array:
+    """Undo ``group_queries``: [B, N, R, T, K] -> [B, T, H, K]."""
+    batch, groups, repeats, length, width = x_BNRTK.shape
+    return x_BNRTK.transpose(0, 3, 1, 2, 4).reshape(batch, length, groups * repeats, width)
+
+
+def attention_scores(q_BNRTK: Array, k_BNSK: Array) -> Array:
+    """Return ``q . k / sqrt(K)``: [B, N, R, T, S] (Vaswani et al. 2017, eq. 1)."""
+    batch, groups, repeats, length, width = q_BNRTK.shape
+    # R and T share one axis for the product, so that no key is copied for its R readers.
+    rows = q_BNRTK.reshape(batch, groups, repeats * length, width)
+    scores: Array = (rows * (1.0 / math.sqrt(width))) @ k_BNSK.swapaxes(-1, -2)
+    return scores.reshape(batch, groups, repeats, length, -1)
+
+
+def masked_softmax(scores_BNRTS: Array, mask_BTS: Array) -> Array:
+    """Return attention weights over the keys that ``mask`` allows (True = may attend).
+
+    The row's largest allowed score is subtracted first, so exp cannot overflow. A query that
+    may attend to nothing (padding) gets all-zero weights rather than 0 / 0.
+    """
+    scores = np.where(mask_BTS[:, None, None], scores_BNRTS, -math.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    weights: Array = np.exp(scores - np.where(top == -math.inf, 0.0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights /= np.where(total == 0, 1.0, total)
+    return weights
+
+
+def attention_mix(weights_BNRTS: Array, v_BNSK: Array) -> Array:
+    """Return the weighted sum of values: [B, N, R, T, K]."""
+    batch, groups, repeats, length, keys = weights_BNRTS.shape
+    mixed: Array = weights_BNRTS.reshape(batch, groups, repeats * length, keys) @ v_BNSK
+    return mixed.reshape(batch, groups, repeats, length, -1)
+
+
+def silu(x: Array) -> Array:
+    """Return ``x * sigmoid(x)`` (Elfwing et al. 2018) for any finite x without overflow.
+
+    exp only ever sees a non-positive argument; for x < 0 sigmoid is written e^x / (1 + e^x).
+    """
+    decay = np.exp(-np.abs(x))
+    return x * np.where(x >= 0, 1.0, decay) / (1.0 + decay)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """Return ``silu(gate) * up``: SiLU acts on the gate alone (Shazeer 2020, eq. 6)."""
+    return silu(gate) * up
+
+
+def causal_mask(n_queries: int, n_keys: int) -> Array:
+    """Return the causal default [T, S]: the last query lines up with the last key.
+
+    With a cache there are more keys than queries, and query t stands at key ``S - T + t``.
+    """
+    query = np.arange(n_keys - n_queries, n_keys)[:, None]
+    return np.arange(n_keys) <= query

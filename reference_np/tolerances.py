@@ -1,0 +1,138 @@
+"""How close is close enough. Every bound of the tests and of compare.py, with its reasoning.
+
+Three tiers, from sharp to wide:
+
+1. ``LOGIC``: both sides in float64. Rounding is some 1e-15, so 1e-10 hides no wrong eps,
+   theta, mask or head order.
+2. ``dot_bound``: one operation at its own precision, against the float64 result.
+3. ``composed_bound``: many operations in low precision, against an independent plain
+   computation in the same precision.
+
+Errors are always computed in float64, and a NaN or an infinity is an infinite error.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .ops import Array
+
+# Half the gap between 1 and the next number: the relative error of one rounding.
+UNIT_ROUNDOFF = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+}
+
+# Tier 1: the largest error over the largest value of the tensor.
+LOGIC = 1e-10
+
+# Tier 2: multiplies sqrt(n) u. The probabilistic bound of Ipsen and Zhou (arXiv 1906.10465)
+# fails with probability 2 exp(-lambda^2 / 2): at 6, once in 3e7 elements.
+LAMBDA = 6.0
+
+# Tier 3: an implementation may be this many times worse than the plain baseline ...
+FACTOR = 3.0
+# ... plus this many roundings of the value itself, for baselines that are exact or lucky.
+FLOOR_ROUNDINGS = 8.0
+
+
+def logic_error(actual: Array, expected: Array) -> float:
+    """Return the largest error over the largest expected value (tier 1)."""
+    difference = _difference(actual, expected)
+    if difference is None:
+        return math.inf
+    scale = float(np.abs(expected).max(initial=0.0))
+    worst = float(np.abs(difference).max(initial=0.0))
+    return worst / scale if scale > 0 else (0.0 if worst == 0 else math.inf)
+
+
+def dot_bound(abs_dot: Array, exact: Array, n: int, unit: float) -> Array:
+    """Bound the error of a length-n dot product whose terms' absolute values sum to ``abs_dot``.
+
+    ``|y - y64| <= lambda sqrt(n) u |x|^T |w| + u |y|`` (tier 2). Scaled by |x|^T |w| and not by
+    |y|: after cancellation y may be tiny while its error is not.
+    """
+    bound: Array = LAMBDA * math.sqrt(n) * unit * abs_dot + unit * np.abs(exact)
+    return bound
+
+
+class Errors(NamedTuple):
+    """Errors of one tensor against the exact one, each relative to the tensor's own size."""
+
+    rms: float  # root mean square of the error over that of the value
+    worst: float  # largest error over largest value
+    token: float  # the worst token's own rms: an average hides one wrong token in 4096
+
+    def within(self, bound: "Errors") -> bool:
+        """Return whether every error is at most its bound; NaN never is."""
+        return all(error <= limit for error, limit in zip(self, bound, strict=True))
+
+    def share(self, bound: "Errors") -> float:
+        """Return the largest error as a share of its bound."""
+        return max(error / limit for error, limit in zip(self, bound, strict=True))
+
+
+def errors(actual: Array, exact: Array) -> Errors:
+    """Measure ``actual`` against ``exact`` [B, T, ...]; another shape is an infinite error."""
+    difference = _difference(actual, exact)
+    if difference is None:
+        return Errors(math.inf, math.inf, math.inf)
+    exact = exact.astype(np.float64, copy=False)
+    over_token = tuple(range(2, exact.ndim))
+    size = np.sqrt(np.mean(exact**2, axis=over_token))
+    error = np.sqrt(np.mean(difference**2, axis=over_token))
+    whole = math.sqrt(float(np.mean(size**2)))
+    # A token far smaller than the others (an attention output of exactly zero for padding) is
+    # measured against the tensor's own rounding instead of against nothing.
+    least = whole * UNIT_ROUNDOFF["float32"]
+    return Errors(
+        rms=_ratio(math.sqrt(float(np.mean(error**2))), whole),
+        worst=_ratio(float(np.abs(difference).max()), float(np.abs(exact).max())),
+        token=float(np.max(_ratios(error, np.maximum(size, least)))),
+    )
+
+
+def composed_bound(baseline: Errors, dtype: str) -> Errors:
+    """Return ``FACTOR * baseline + FLOOR_ROUNDINGS * u`` for each kind of error (tier 3).
+
+    ``baseline`` holds the errors of a plain implementation in the same dtype against the same
+    exact values: how PyTorch's own accuracy check and FlashAttention's tests judge a kernel.
+    """
+    floor = FLOOR_ROUNDINGS * UNIT_ROUNDOFF[dtype]
+    return Errors(*(FACTOR * error + floor for error in baseline))
+
+
+def kl_per_token(actual_BTV: Array, exact_BTV: Array) -> Array:
+    """Return KL(exact || actual) in nats for every token [B, T], from logits."""
+    p, q = _log_softmax(exact_BTV), _log_softmax(actual_BTV)
+    divergence: Array = np.sum(np.exp(p) * (p - q), axis=-1)
+    return divergence
+
+
+def _log_softmax(logits: Array) -> Array:
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: Array = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+    return result
+
+
+def _difference(actual: Array, expected: Array) -> Array | None:
+    """Return actual - expected in float64, or None where that says nothing."""
+    if actual.shape != expected.shape:
+        return None
+    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+        return None
+    difference: Array = actual.astype(np.float64) - expected.astype(np.float64)
+    return difference
+
+
+def _ratio(error: float, size: float) -> float:
+    return error / size if size > 0 else (0.0 if error == 0 else math.inf)
+
+
+def _ratios(error: Array, size: Array) -> Array:
+    ratios = np.divide(error, size, out=np.zeros_like(error), where=size > 0)
+    return np.where((size == 0) & (error > 0), math.inf, ratios)
