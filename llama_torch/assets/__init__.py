@@ -1,0 +1,1 @@
+"""Files the package carries, so that it never needs the network."""

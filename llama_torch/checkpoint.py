@@ -1,0 +1,195 @@
+"""Checkpoints: a Hugging Face model directory, written so that a kill cannot tear it."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import InputError, ModelConfig, read_json
+from .model import Llama
+from .tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
+
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "training_state.safetensors"
+RUN_FILE = "run.json"
+# A buffer that old Hugging Face checkpoints stored although the config determines it.
+DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file, flush it to disk, then rename it to ``path``.
+
+    A kill at any moment leaves the old file or the new one, and at worst a ``.tmp`` beside
+    it, which the next write reuses.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    atomic_write(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_directory_files(directory: Path, config: ModelConfig) -> None:
+    """Write what surrounds the weights: config.json and, for GPT-2's ids, the tokenizer."""
+    hf = config.to_hf()
+    files = {}
+    if config.vocab_size >= VOCAB_SIZE:
+        hf |= {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
+        files = hf_files()
+    for name, text in {"config.json": json.dumps(hf, indent=2) + "\n", **files}.items():
+        write_text(directory / name, text)
+
+
+def save_model(directory: Path, config: ModelConfig, parameters: Mapping[str, Tensor]) -> None:
+    """Write model.safetensors, with the config in its metadata so that the file stands alone."""
+    metadata = {"format": "pt", "config": json.dumps(config.to_hf())}
+    _save_tensors(directory / MODEL_FILE, parameters, metadata)
+
+
+def save_state(directory: Path, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Write all that training continues from, parameters included, as one file.
+
+    One file and one rename: model.safetensors is an export of it, never a part of it.
+    """
+    _save_tensors(directory / STATE_FILE, tensors, {"step": str(step)})
+
+
+def load_state(directory: Path) -> tuple[dict[str, Tensor], int]:
+    """Read what ``save_state`` wrote: tensors and the number of steps done."""
+    path = directory / STATE_FILE
+    with _open(path) as file:
+        step = (file.metadata() or {}).get("step", "")
+        if not step.isdigit():
+            raise InputError(
+                f"{path}: names no step, so it is not a training state of this package"
+            )
+        return {name: file.get_tensor(name) for name in file.keys()}, int(step)  # noqa: SIM118
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        atomic_write(path, lambda temporary: save_file(on_cpu, temporary, metadata))
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: cannot be written ({error}); the last checkpoint stands"
+        ) from None
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Llama:
+    """Load a model directory (single file or shards) or one .safetensors file.
+
+    Raises InputError for files that cannot be read, a config that contradicts them or is
+    unsupported, and tensors that are missing, extra or misshapen (all named at once).
+    """
+    path = Path(path)
+    files = weight_files(path)
+    config = read_config(path, files)
+    with torch.device("meta"):
+        model = Llama(config)
+    tensors: dict[str, Tensor] = {}
+    for file_path in files:
+        with _open(file_path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if not name.endswith(DERIVED_SUFFIX):
+                    tensors[name] = file.get_tensor(name).to(device, dtype)
+    require_match(path, {n: tuple(p.shape) for n, p in model.state_dict().items()}, tensors)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def require_match(
+    source: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
+) -> None:
+    """Raise InputError naming every tensor that is missing, extra or of another shape."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not a parameter of it" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(found[name].shape)} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+    if problems:
+        raise InputError(f"{source}: does not fit its config: {'; '.join(problems)}")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the safetensors files of a directory, in a fixed order, or the file itself."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
+    if not path.is_dir():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return [path / MODEL_FILE]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map; save the checkpoint again")
+    return [path / name for name in sorted(set(weight_map.values()))]
+
+
+def read_config(path: Path, files: list[Path]) -> ModelConfig:
+    """Read the config beside the weights and the one inside them; they must agree."""
+    inner = None
+    with _open(files[0]) as file:
+        text = (file.metadata() or {}).get("config")
+    if text is not None:
+        source = f"{files[0]} (metadata)"
+        try:
+            inner = ModelConfig.from_hf(json.loads(text), source)
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{source}: {error}") from None
+    beside = files[0].parent / "config.json"
+    if not beside.is_file():
+        if inner is not None:
+            return inner
+        raise InputError(f"{beside}: no such file, and {path} carries no config; put it there")
+    outer = ModelConfig.from_hf(read_json(beside), str(beside))
+    if inner not in (None, outer):
+        raise InputError(f"{beside}: contradicts the config stored in {path}; keep one of them")
+    return outer
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: not a complete safetensors file ({error}); save or copy it again"
+        ) from None

@@ -1,0 +1,98 @@
+"""From an argument list to a validated config, and from a user's mistake to one line."""
+
+import argparse
+import contextlib
+import io
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from .config import InputError
+
+C = TypeVar("C")
+
+
+def parse(config_class: type[C], argv: Sequence[str], defaults: Sequence[str] = ()) -> C:
+    """Build ``config_class`` from flags; ``defaults`` are flags that ``argv`` overrides.
+
+    Raises InputError with tyro's complaint on one line. ``--help`` prints and exits.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                config_class,
+                args=[*defaults, *argv],
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        raise InputError(_one_line(complaint.getvalue())) from None
+
+
+def toml_flags(path: str, config_class: type[Any]) -> list[str]:
+    """Turn a TOML file into the flags it stands for; sections are for the eye only."""
+    try:
+        with Path(path).open("rb") as file:
+            table = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read ({error}); fix the file") from None
+    flags = as_flags(table)
+    try:
+        parse(config_class, flags)
+    except InputError as error:
+        raise InputError(f"--config {path}: {error}") from None
+    return flags
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Turn ``{"model": {"n_layers": 2}, "data": ["a", "b"]}`` into ``--n-layers 2 --data a b``."""
+    flags: list[str] = []
+    for key, value in settings.items():
+        name = key.replace("_", "-")
+        if isinstance(value, dict):
+            flags += as_flags(value)
+        elif isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def early_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """Read --config, --out and --resume first: the other flags' defaults depend on them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--out"):
+        # A forgotten value is left for tyro to report.
+        parser.add_argument(name, nargs="?", default="", const="")
+    parser.add_argument("--resume", action="store_true")
+    return parser.parse_known_args(list(argv))[0]
+
+
+def run(main: Callable[[], int]) -> int:
+    """Call ``main``; an InputError becomes one line on stderr and exit code 2."""
+    try:
+        return main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _one_line(box: str) -> str:
+    """Take the message out of tyro's framed, wrapped complaint."""
+    lines = [re.sub(r"[╭╮╰╯│─]", "", line).strip() for line in box.splitlines()]
+    text = []
+    for line in lines[1:]:
+        if line.startswith(("Argument helptext", "For full helptext", "Perhaps you meant")):
+            break
+        text.append(line)
+    message = " ".join(" ".join(text).split()) or " ".join(" ".join(lines).split())
+    message = re.sub(r"^Error parsing \w+: (?=--)", "", message)
+    return f"{message}; see --help"

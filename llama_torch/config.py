@@ -1,0 +1,353 @@
+"""Every setting of the package: frozen dataclasses, validated where they are built.
+
+The training settings are the command line's flags and the TOML file's keys as well.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class InputError(ValueError):
+    """Something a user supplied is wrong; the message names it and the remedy."""
+
+
+def _check(valid: bool, flag: str, value: object, requirement: str) -> None:
+    if not valid:
+        raise InputError(f"--{flag.replace('_', '-')} {requirement}, got {value!r}")
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(math.isfinite(value) and value > 0, name, value, "must be positive")
+
+
+# ModelConfig field -> Hugging Face key. rope_theta has two spellings; see from_hf.
+HF_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+# Keys that would change the result, with the value that does not.
+NEUTRAL = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "pretraining_tp": 1,
+    "is_encoder_decoder": False,
+}
+
+# Keys that say how a model is used, stored or reported, and never what it computes.
+INERT = (
+    "architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id "
+    "finetuning_task id2label initializer_range label2id name_or_path output_attentions "
+    "output_hidden_states pad_token_id problem_type return_dict tokenizer_class torch_dtype "
+    "transformers_version unk_token_id use_cache use_return_dict"
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture (paper section 2.2). The defaults train in minutes on two CPU cores."""
+
+    dim: int = 256
+    """Width of the residual stream."""
+    n_layers: int = 6
+    """Number of blocks."""
+    n_heads: int = 8
+    """Query heads."""
+    n_kv_heads: int = 4
+    """Key/value heads; fewer than --n-heads is grouped-query attention."""
+    head_dim: int = 0
+    """Width of one head; 0 = dim / n_heads."""
+    hidden_dim: int = 0
+    """Width of the feed-forward network; 0 = the paper's int(8 dim / 3) rounded up to 32."""
+    vocab_size: int = 50257
+    """Token ids; the GPT-2 encoding has 50257."""
+    max_seq_len: int = 256
+    """Context length in tokens: the window trained on and the longest generated."""
+    norm_eps: float = 1e-5
+    """RMSNorm's epsilon, inside the square root."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output projection too."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            kind = type(item.default)
+            accepted = (int, float) if kind is float else (kind,)
+            _check(type(value) in accepted, item.name, value, f"must be of type {kind.__name__}")
+        _check_positive(self, "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
+        _check_positive(self, "max_seq_len", "norm_eps", "rope_theta")
+        if self.head_dim == 0:
+            _check(
+                self.dim % self.n_heads == 0,
+                "dim",
+                self.dim,
+                f"must be a multiple of --n-heads {self.n_heads} unless --head-dim is given",
+            )
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.hidden_dim == 0:
+            object.__setattr__(self, "hidden_dim", math.ceil(int(8 * self.dim / 3) / 32) * 32)
+        _check_positive(self, "head_dim", "hidden_dim")
+        _check(
+            self.n_heads % self.n_kv_heads == 0,
+            "n_heads",
+            self.n_heads,
+            f"must be a multiple of --n-kv-heads {self.n_kv_heads}",
+        )
+        _check(
+            self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even for rotary embeddings"
+        )
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
+        """Build from ``config.json`` keys; refuse by name whatever would change the result."""
+        known = {*HF_KEYS.values(), *INERT.split(), "rope_theta", "rope_scaling", "rope_parameters"}
+        problems = [
+            f"{key}={value!r} (supported: {NEUTRAL[key]!r})"
+            for key, value in hf.items()
+            if key in NEUTRAL and value is not None and value != NEUTRAL[key]
+        ]
+        problems += [
+            f"{key}={value!r} (unknown: remove it if it changes nothing)"
+            for key, value in hf.items()
+            if key not in NEUTRAL
+            and key not in known
+            and not key.startswith("_")
+            and value not in (None, False)
+        ]
+        thetas = [hf.get("rope_theta")]
+        for key in ("rope_scaling", "rope_parameters"):
+            rope = dict(hf[key]) if isinstance(hf.get(key), dict) else {"rope_type": hf.get(key)}
+            thetas.append(rope.pop("rope_theta", None))
+            kinds = {rope.pop("rope_type", None), rope.pop("type", None)}
+            if rope or not kinds <= {None, "default"}:
+                problems.append(f"{key}={hf[key]!r} (supported: unscaled rotary embeddings)")
+        if problems:
+            raise InputError(f"{source}: not supported: {'; '.join(problems)}")
+        found = {theta for theta in thetas if theta is not None}
+        if len(found) > 1:
+            raise InputError(f"{source}: contradictory rotary bases {sorted(found)}; keep one")
+        values: dict[str, Any] = {name: hf.get(key) for name, key in HF_KEYS.items()}
+        values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
+        values["head_dim"] = values["head_dim"] or 0
+        values["tie_embeddings"] = bool(values["tie_embeddings"])
+        missing = [HF_KEYS[name] for name, value in values.items() if value is None]
+        if missing:
+            raise InputError(f"{source}: missing {', '.join(missing)}; add the model's value")
+        try:
+            return cls(**values, rope_theta=found.pop() if found else 10000.0)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the ``config.json`` form; ``from_hf`` of it is this config again.
+
+        The rotary base is written in both of its places: older readers know only the first.
+        """
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            **NEUTRAL,
+            **{key: getattr(self, name) for name, key in HF_KEYS.items()},
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "dtype": "float32",
+        }
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders or globs (.txt .md .jsonl .parquet); none = Python's own help topics."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl and .parquet records."""
+    val_fraction: float = 0.1
+    """Share of the tokens, at the end, held out for validation."""
+    cache_dir: str = ""
+    """Where tokenised text is kept; empty = llama_torch in the user's cache directory."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0 = in the training process."""
+
+    def __post_init__(self) -> None:
+        _check(
+            0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "must lie between 0 and 1"
+        )
+        _check(self.num_workers >= 0, "num_workers", self.num_workers, "must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule (paper section 2.2: betas, eps, decay, clipping, final lr)."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    final_lr_ratio: float = 0.1
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int = 20
+    """Steps of linear warmup."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-5
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, on matrices only."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "lr", "adam_eps", "grad_clip")
+        for name in ("beta1", "beta2"):
+            _check(
+                0 <= getattr(self, name) < 1,
+                name,
+                getattr(self, name),
+                "must be at least 0 and below 1",
+            )
+        _check(
+            0 <= self.final_lr_ratio <= 1,
+            "final_lr_ratio",
+            self.final_lr_ratio,
+            "must lie between 0 and 1",
+        )
+        _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a Llama on text and leave a Hugging Face model directory."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    config: str = ""
+    """TOML file of settings: these flags' names as keys, in any section; flags win over it."""
+    out: str = ""
+    """Run directory; empty = the next free runs/N (with --resume: the latest)."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, with its own settings."""
+
+    steps: int = 240
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Windows in one forward pass."""
+    grad_accum: int = 1
+    """Forward passes summed into one step."""
+    seed: int = 0
+    """Seed of initialisation, data order and samples."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; auto = bfloat16 autocast where the hardware computes it."""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """torch.set_float32_matmul_precision."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 40
+    """Steps between validation losses."""
+    eval_batches: int = 8
+    """Largest number of validation batches; 0 = all."""
+    sample_every: int = 80
+    """Steps between samples of text; 0 = none."""
+    sample_prompt: str = "The "
+    """What the samples continue."""
+    save_every: int = 80
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps", "batch_size", "grad_accum", "log_every", "eval_every")
+        _check_positive(self, "save_every")
+        for name in ("seed", "eval_batches", "sample_every"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        # transformers refuses to load any other shape, and a run must load everywhere.
+        _check(
+            self.model.dim % self.model.n_heads == 0,
+            "dim",
+            self.model.dim,
+            f"must be a multiple of --n-heads {self.model.n_heads}",
+        )
+        _check(bool(self.sample_prompt), "sample_prompt", self.sample_prompt, "must not be empty")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that determine the losses: what a resumed run must share."""
+        flat = dataclasses.asdict(self)
+        reporting = ("log_every", "eval_every", "eval_batches", "sample_every", "sample_prompt")
+        for name in ("config", "out", "resume", "save_every", *reporting):
+            del flat[name]
+        for name in ("cache_dir", "num_workers", "data", "text_field"):
+            del flat["data"][name]  # the text itself is compared by its hash
+        identity: dict[str, Any] = json.loads(json.dumps(flat))
+        return identity
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Write text from a checkpoint."""
+
+    ckpt: str
+    """Model directory or .safetensors file."""
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: int = 128
+    """Most tokens to write."""
+    temperature: float = 0.8
+    """Divides the logits; 0 = greedy."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0 = all."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that hold this much probability; 1 = all."""
+    seed: int = 0
+    """Seed of the draws."""
+    stop: tuple[str, ...] = ("<|endoftext|>",)
+    """Tokens that end the text; each must be one token of the vocabulary."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Precision of the weights in memory."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.prompt), "prompt", self.prompt, "must not be empty")
+        _check_positive(self, "max_new_tokens")
+        _check(
+            self.temperature >= 0 and math.isfinite(self.temperature),
+            "temperature",
+            self.temperature,
+            "must be zero (greedy) or positive",
+        )
+        _check(self.top_k >= 0, "top_k", self.top_k, "must be zero (all) or positive")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "must not be negative")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; InputError names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); write it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: is not a JSON object; write it again")
+    return value

@@ -1,0 +1,254 @@
+"""The LLaMA 2 architecture as torch modules whose paths are Hugging Face's parameter names.
+
+Axes: B batch, T query position (this call's tokens), S key position (cache and this call),
+D dim, H query heads, N key/value heads, K head_dim, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import Cache
+from .config import ModelConfig
+
+Trace = Callable[[str, Tensor], None]
+Tables = tuple[Tensor, Tensor]
+
+
+def no_trace(name: str, value: Tensor) -> None:
+    """Ignore one activation."""
+
+
+def rope_tables(positions_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tables:
+    """Return cos and sin of every rotation angle, each [B, T, 1, K / 2] (Su et al. 2021, eq. 15).
+
+    Computed in float64 and rounded once, to float32 unless the model itself is float64:
+    bfloat16 cannot tell position 257 from 256.
+    """
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BT.device)
+    angles = positions_BT[..., None, None].double() * theta ** (-pairs / head_dim)
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
+
+
+def apply_rope(x_BTHK: Tensor, tables: Tables) -> Tensor:
+    """Rotate each pair (i, i + K / 2) in the tables' precision: the rotate-half form."""
+    cos, sin = tables
+    first, second = x_BTHK.to(cos.dtype).chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x_BTHK.dtype)
+
+
+def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    """Return the causal default [T, S]: the last query lines up with the last key."""
+    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    return ones.tril(n_keys - n_queries)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; with n_kv_heads == n_heads, multi-head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, queries, bias=False)
+        self.k_proj = nn.Linear(config.dim, keys, bias=False)
+        self.v_proj = nn.Linear(config.dim, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.dim, bias=False)
+
+    def forward(
+        self,
+        h_BTD: Tensor,
+        tables: Tables,
+        mask: Tensor | None,
+        is_causal: bool,
+        past: tuple[Tensor, Tensor] | None,
+        trace: Trace = no_trace,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the output [B, T, D] and the extended keys and values [B, N, S, K].
+
+        mask [B, 1, T, S]; None with ``is_causal`` is the causal mask of a call without a
+        past (torch aligns it top-left, which is wrong for any other), and None without it
+        lets every query see every key.
+        """
+        shape = (*h_BTD.shape[:2], -1, self.head_dim)
+        q_BTHK = self.q_proj(h_BTD).view(shape)
+        k_BTNK = self.k_proj(h_BTD).view(shape)
+        v_BTNK = self.v_proj(h_BTD).view(shape)
+        trace("q", q_BTHK)
+        trace("k", k_BTNK)
+        trace("v", v_BTNK)
+        q_BTHK, k_BTNK = apply_rope(q_BTHK, tables), apply_rope(k_BTNK, tables)
+        trace("q_rope", q_BTHK)
+        trace("k_rope", k_BTNK)
+        q, k, v = q_BTHK.transpose(1, 2), k_BTNK.transpose(1, 2), v_BTNK.transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        mixed_BHTK = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        mixed_BTHK = mixed_BHTK.transpose(1, 2)
+        trace("attn", mixed_BTHK)
+        out_BTD = self.o_proj(mixed_BTHK.flatten(2))
+        trace("attn_proj", out_BTD)
+        return out_BTD, (k, v)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``(silu(h Wg) * (h Wu)) Wd`` (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, h_BTD: Tensor, trace: Trace = no_trace) -> Tensor:
+        """Map [B, T, D] to [B, T, D]."""
+        gate_BTF, up_BTF = self.gate_proj(h_BTD), self.up_proj(h_BTD)
+        trace("gate", gate_BTF)
+        trace("up", up_BTF)
+        hidden_BTF = F.silu(gate_BTF) * up_BTF
+        trace("ffn", hidden_BTF)
+        out_BTD: Tensor = self.down_proj(hidden_BTF)
+        trace("ffn_proj", out_BTD)
+        return out_BTD
+
+
+class Block(nn.Module):
+    """One pre-norm residual block: attention, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        tables: Tables,
+        mask: Tensor | None,
+        is_causal: bool,
+        past: tuple[Tensor, Tensor] | None,
+        trace: Trace = no_trace,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the stream after this block and the block's keys and values."""
+        h_BTD = self.input_layernorm(x_BTD)
+        trace("attn_norm", h_BTD)
+        h_BTD, present = self.self_attn(h_BTD, tables, mask, is_causal, past, trace)
+        x_BTD = x_BTD + h_BTD
+        trace("attn_residual", x_BTD)
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        trace("ffn_norm", h_BTD)
+        x_BTD = x_BTD + self.mlp(h_BTD, trace)
+        trace("residual", x_BTD)
+        return x_BTD, present
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: everything below the vocabulary projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        trace: Trace = no_trace,
+    ) -> tuple[Tensor, Cache]:
+        """Return the normed stream [B, T, D] and the longer cache; see Llama.forward."""
+        start = 0 if cache is None else cache.length
+        length, device = tokens_BT.shape[1], tokens_BT.device
+        if positions is None:
+            positions = torch.arange(start, start + length, device=device)[None]
+        is_causal = mask is None and start == 0
+        if mask is None and start and length > 1:  # one query after a past sees everything
+            mask = causal_mask(length, start + length, device)[None]
+        mask = None if mask is None else mask[:, None]  # the same for every head
+        x_BTD = self.embed_tokens(tokens_BT)
+        trace("embed", x_BTD)
+        tables = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            past = None if cache is None else (cache.keys[i], cache.values[i])
+            note = _prefixed(trace, f"layers.{i}.")
+            x_BTD, (k, v) = layer(x_BTD, tables, mask, is_causal, past, note)
+            keys.append(k)
+            values.append(v)
+        x_BTD = self.norm(x_BTD)
+        trace("norm", x_BTD)
+        return x_BTD, Cache(tuple(keys), tuple(values))
+
+
+class Llama(nn.Module):
+    """A LLaMA 2 language model. ``state_dict()`` is the checkpoint's content, name for name."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection [V, D]: the embedding itself where the two are tied."""
+        tied = self.config.tie_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        trace: Trace = no_trace,
+    ) -> tuple[Tensor, Cache]:
+        """Compute logits [B, T, V] and the cache that continues the sequence.
+
+        positions  int [B, T], the rotary positions; default: they follow the cache.
+        mask       bool [B, T, S], True = may attend; default: causal.
+        cache      what an earlier call returned; it is not changed.
+        trace      called with every named activation as it is computed.
+        """
+        x_BTD, cache = self.model(
+            tokens_BT, positions=positions, mask=mask, cache=cache, trace=trace
+        )
+        logits_BTV = F.linear(x_BTD, self.head_weight)
+        trace("logits", logits_BTV)
+        return logits_BTV, cache
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw every matrix from N(0, 0.02^2); norms start at one.
+
+        The two projections that write to the residual stream are drawn smaller by
+        sqrt(2 * n_layers), so that the stream's variance does not grow with depth
+        (Radford et al. 2019, section 2.3; the Llama 2 paper states no initialisation).
+        """
+        residual = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(1.0)
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                weight.normal_(0.0, residual if writes else 0.02, generator=generator)
+
+
+def _prefixed(trace: Trace, prefix: str) -> Trace:
+    return trace if trace is no_trace else lambda name, value: trace(prefix + name, value)

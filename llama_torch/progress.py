@@ -1,0 +1,96 @@
+"""What a person sees of a training run: a live bar, log lines, and TensorBoard."""
+
+import math
+import time
+from types import TracebackType
+
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.markup import escape
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Progress:
+    """Reports a run of ``last`` steps on the terminal and to TensorBoard."""
+
+    def __init__(self, board: SummaryWriter, first: int, last: int, tokens_per_step: int) -> None:
+        self.board, self.tokens_per_step = board, tokens_per_step
+        self.console = Console(highlight=False)
+        self.bar = rich_progress.Progress(
+            rich_progress.TextColumn("training"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[loss]}"),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("ETA"),
+            rich_progress.TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task("", total=last, completed=first, loss="")
+        self.mark, self.mark_step = time.perf_counter(), first
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(escape(text), soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Note that ``step`` steps are done."""
+        self.bar.update(self.task, completed=step)
+
+    def trained(self, step: int, loss: float, lr: float, norm: float) -> None:
+        """Report the training figures since the last report."""
+        seconds = time.perf_counter() - self.mark
+        speed = (step - self.mark_step) * self.tokens_per_step / seconds
+        self.bar.update(self.task, loss=f"loss {loss:.3f}")
+        self.say(
+            f"step {step:>5}  loss {loss:6.3f}  lr {lr:.2e}  gradient norm {norm:6.3f}  "
+            f"{speed:,.0f} tokens/s"
+        )
+        for name, value in (
+            ("train/loss", loss),
+            ("train/lr", lr),
+            ("train/grad_norm", norm),
+            ("train/tokens_per_second", speed),
+        ):
+            self.board.add_scalar(name, value, step)
+        self._restart_clock(step)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Report a validation loss."""
+        self.say(f"step {step:>5}  validation loss {loss:.3f}  perplexity {_perplexity(loss):,.1f}")
+        self.board.add_scalar("val/loss", loss, step)
+        self.board.add_scalar("val/perplexity", _perplexity(loss), step)
+        self._restart_clock(step)
+
+    def sampled(self, step: int, text: str) -> None:
+        """Show a sample of text."""
+        self.say(f"step {step:>5}  sample: {text!r}")
+        self.board.add_text("sample", text, step)
+        self._restart_clock(step)
+
+    def saved(self, step: int) -> None:
+        """Report a checkpoint."""
+        self.say(f"step {step:>5}  checkpoint saved")
+        self._restart_clock(step)
+
+    def _restart_clock(self, step: int) -> None:
+        # Whatever is not training (validation, samples, saving) stays out of tokens/s.
+        self.mark, self.mark_step = time.perf_counter(), step
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # exp overflows just above

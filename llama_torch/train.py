@@ -1,0 +1,210 @@
+"""Train a Llama on text: ``python -m llama_torch.train``, no arguments needed."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from . import cli, run_dir
+from .config import InputError, TrainConfig
+from .data import describe, load_corpus, train_batches, val_batches
+from .device import computes_bfloat16, pick_device
+from .generate import generate, stream_text
+from .loss import backward_loss, count_valid, loss_sum
+from .model import Llama
+from .optim import learning_rate, make_adamw
+from .progress import Progress
+from .tokenizer import VOCAB_SIZE, gpt2
+
+Batch = tuple[Tensor, Tensor]  # tokens and targets, int64 [B, T] each
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The device and the dtype of its matrix products; parameters stay float32."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Run matrix products in ``dtype`` where that is not float32 anyway."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+
+
+def train_step(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    lr: float,
+    grad_clip: float,
+    precision: Precision,
+) -> tuple[Tensor, Tensor]:
+    """Take one optimizer step over all ``batches``; return mean loss and gradient norm.
+
+    The loss is the mean over every valid target of every batch: each batch's sum is divided
+    by the count of them all, so that splitting a step differently changes nothing but
+    rounding. Both results stay on the device.
+    """
+    n_valid = sum(count_valid(targets) for _, targets in batches)
+    if n_valid == 0:
+        raise InputError("a training step without a single valid target has no loss")
+    total = torch.zeros((), device=precision.device)
+    for tokens, targets in batches:
+        tokens = tokens.to(precision.device, non_blocking=True)
+        targets = targets.to(precision.device, non_blocking=True)
+        with precision.autocast():
+            hidden, _ = model.model(tokens)
+        total += backward_loss(hidden, model.head_weight, targets, n_valid, precision.autocast)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+@torch.no_grad()
+def evaluate(model: Llama, windows: Sequence[Tensor], precision: Precision) -> float:
+    """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1]."""
+    total, n_valid = torch.zeros((), dtype=torch.float64, device=precision.device), 0
+    for window in windows:
+        tokens, targets = split_window(window.to(precision.device))
+        with precision.autocast():
+            total += loss_sum(model.model(tokens)[0], model.head_weight, targets)
+        n_valid += count_valid(targets)
+    return total.item() / n_valid
+
+
+def split_window(window: Tensor) -> Batch:
+    """Cut [B, T + 1] into tokens [B, T] and the tokens that follow them."""
+    return window[:, :-1], window[:, 1:]
+
+
+def set_up(config: TrainConfig) -> tuple[Llama, torch.optim.AdamW, Precision]:
+    """Build the model with its seeded initial weights, its optimizer, and the precision."""
+    device = pick_device(config.device)
+    automatic = torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    dtype = automatic if config.dtype == "auto" else getattr(torch, config.dtype)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    model = Llama(config.model)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    model.to(device)
+    return model, make_adamw(model, config.optim), Precision(device, dtype)
+
+
+def train(config: TrainConfig) -> float:
+    """Run ``config`` to its end, resuming where it says so; return the last validation loss."""
+    context, out = config.model.max_seq_len, Path(config.out)
+    corpus = load_corpus(config.data, config.model.vocab_size, context)
+    model, optimizer, precision = set_up(config)
+    run_dir.claim(config, corpus.key)
+    start = run_dir.restore(out, model, optimizer) if config.resume else 0
+    rows = config.batch_size * config.grad_accum
+    windows = train_batches(
+        corpus,
+        context,
+        seed=config.seed,
+        rows=rows,
+        first=start,
+        last=config.steps,
+        workers=config.data.num_workers,
+    )
+    held_out = val_batches(corpus, context, config.batch_size, config.eval_batches)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    with (
+        SummaryWriter(str(out / "tensorboard"), purge_step=start) as board,
+        Progress(board, start, config.steps, rows * context) as progress,
+    ):
+        progress.say(describe(corpus))
+        progress.say(
+            f"{n_parameters:,} parameters, {precision.dtype} on {precision.device}, "
+            f"{rows * context:,} tokens a step, run directory {out}"
+        )
+        if start:
+            progress.say(f"continuing after step {start}")
+        val_loss = evaluate(model, held_out, precision)
+        progress.validated(start, val_loss)
+        for step, window in enumerate(windows, start):
+            batches = [split_window(part) for part in window.split(config.batch_size)]
+            lr = learning_rate(step, config.steps, config.optim)
+            loss, norm = train_step(
+                model,
+                optimizer,
+                batches,
+                lr=lr,
+                grad_clip=config.optim.grad_clip,
+                precision=precision,
+            )
+            done = step + 1
+            last = done == config.steps
+            progress.advance(done)
+            if last or done % config.log_every == 0:
+                _require_finite(loss, done)
+                progress.trained(done, loss.item(), lr, norm.item())
+            if last or done % config.eval_every == 0:
+                val_loss = evaluate(model, held_out, precision)
+                progress.validated(done, val_loss)
+            if config.sample_every and (last or done % config.sample_every == 0):
+                progress.sampled(done, sample(model, config, done))
+            if last or done % config.save_every == 0:
+                _require_finite(loss, done)
+                run_dir.save(out, model, optimizer, done)
+                progress.saved(done)
+    return val_loss
+
+
+def _require_finite(loss: Tensor, step: int) -> None:
+    if not math.isfinite(loss.item()):
+        raise InputError(
+            f"the loss is {loss.item()} at step {step}; lower --lr (the last checkpoint stands)"
+        )
+
+
+def sample(model: Llama, config: TrainConfig, step: int) -> str:
+    """Write 40 tokens after the sample prompt; the draw is a function of (seed, step)."""
+    if config.model.vocab_size < VOCAB_SIZE:
+        return "(no sample: the vocabulary is smaller than the encoding's)"
+    prompt = gpt2().encode_ordinary(config.sample_prompt)[: config.model.max_seq_len - 1]
+    draws = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    tokens = generate(model, prompt, 40, temperature=0.8, top_p=0.95, generator=draws)
+    return config.sample_prompt + "".join(stream_text(tokens, gpt2()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    config = run_dir.resolve_config(argv)
+    started = time.perf_counter()
+    try:
+        val_loss = train(config)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; continue from the last checkpoint with\n"
+            f"  python -m llama_torch.train --resume --out {config.out}",
+            file=sys.stderr,
+        )
+        return 130
+    print(
+        f"finished in {time.perf_counter() - started:.0f} s: validation loss {val_loss:.3f}, "
+        f"perplexity {math.exp(val_loss):.1f}, checkpoint in {config.out}\n"
+        "next:\n"
+        f"  python tools/compare.py {config.out}/model.safetensors\n"
+        f'  python -m llama_torch.generate --ckpt {config.out} --prompt "{config.sample_prompt}"'
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
