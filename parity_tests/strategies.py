@@ -1,0 +1,155 @@
+"""Hypothesis strategies for everything a Llama computes with.
+
+Weights and activations come from NumPy's generator with a drawn seed: Hypothesis shrinks the
+shapes, which is where porting bugs live, and leaves the numbers dense.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from reference_np.config import LlamaConfig
+from reference_np.model import Cache
+from reference_np.naming import parameter_shapes
+
+Array = NDArray[Any]
+Params = dict[str, Array]
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def configs(draw: st.DrawFn, for_transformers: bool = False) -> LlamaConfig:
+    """Any small architecture: n_rep != n_kv_heads, odd counts, dim unrelated to the heads.
+
+    transformers insists that dim be a multiple of n_heads, even with an explicit head_dim.
+    """
+    n_kv_heads = draw(st.integers(1, 4), label="n_kv_heads")
+    n_rep = draw(st.integers(1, 4), label="n_rep")
+    step = n_kv_heads * n_rep if for_transformers else 1
+    return LlamaConfig(
+        dim=step * draw(st.integers(1, 40 // step), label="dim / step"),
+        n_layers=draw(st.integers(1, 3), label="n_layers"),
+        n_heads=n_kv_heads * n_rep,
+        n_kv_heads=n_kv_heads,
+        head_dim=2 * draw(st.integers(1, 8), label="head_dim / 2"),
+        hidden_dim=draw(st.integers(1, 48), label="hidden_dim"),
+        vocab_size=draw(st.integers(2, 70), label="vocab_size"),
+        norm_eps=draw(st.sampled_from([1e-5, 1e-6, 1e-3]), label="norm_eps"),
+        rope_theta=draw(st.sampled_from([1e4, 5e5, 37.5]), label="rope_theta"),
+        tie_embeddings=draw(st.booleans(), label="tie_embeddings"),
+    )
+
+
+def random_params(config: LlamaConfig, seed: int, embed_scale: float = 1.0) -> Params:
+    """Draw float64 parameters that keep activations near one, whatever the widths.
+
+    Norm weights are spread around one, so that a forgotten or misplaced one shows.
+    """
+    rng = np.random.default_rng(seed)
+    params = {}
+    for name, shape in parameter_shapes(config).items():
+        values = rng.standard_normal(shape)
+        if len(shape) == 1:
+            params[name] = 1.0 + 0.3 * values
+        elif name == "model.embed_tokens.weight":
+            params[name] = embed_scale * values
+        else:
+            params[name] = values / np.sqrt(shape[1])
+    return params
+
+
+class Case(NamedTuple):
+    """One call of a model, whole."""
+
+    config: LlamaConfig
+    params: Params  # float64
+    tokens: Array  # int64 [B, T]
+    positions: Array | None  # int64 [B, T]
+    mask: Array | None  # bool [B, T, S]
+
+
+@st.composite
+def params_of(draw: st.DrawFn, config: LlamaConfig) -> Params:
+    """Parameters for ``config``; small embeddings make the norms' epsilon count."""
+    scale = draw(st.sampled_from([1.0, 1e-3, 30.0]), label="embed scale")
+    return random_params(config, draw(seeds, label="weights seed"), scale)
+
+
+@st.composite
+def tokens_of(
+    draw: st.DrawFn, config: LlamaConfig, max_batch: int = 3, min_length: int = 1
+) -> Array:
+    """Token ids [B, T]."""
+    batch = draw(st.integers(1, max_batch), label="batch")
+    length = draw(st.integers(min_length, 12), label="length")
+    rng = np.random.default_rng(draw(seeds, label="tokens seed"))
+    return rng.integers(0, config.vocab_size, (batch, length))
+
+
+@st.composite
+def masks(draw: st.DrawFn, batch: int, n_queries: int, n_keys: int) -> Array:
+    """Any boolean mask, rows that may attend to nothing included."""
+    rng = np.random.default_rng(draw(seeds, label="mask seed"))
+    density = draw(st.sampled_from([0.1, 0.5, 0.9]), label="mask density")
+    return rng.random((batch, n_queries, n_keys)) < density
+
+
+@st.composite
+def positions_of(draw: st.DrawFn, batch: int, length: int) -> Array:
+    """Any positions: repeated, out of order, far past every context."""
+    highest = draw(st.sampled_from([20, 4096, 70_000]), label="highest position")
+    rng = np.random.default_rng(draw(seeds, label="positions seed"))
+    return rng.integers(0, highest, (batch, length))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any call without a cache: default or arbitrary positions and mask."""
+    config = draw(configs())
+    tokens = draw(tokens_of(config))
+    batch, length = tokens.shape
+    positions = draw(st.none() | positions_of(batch, length))
+    mask = draw(st.none() | masks(batch, length, length))
+    return Case(config, draw(params_of(config)), tokens, positions, mask)
+
+
+@st.composite
+def splits(draw: st.DrawFn, length: int) -> list[int]:
+    """Cut ``length`` into chunk sizes that sum to it."""
+    cuts = draw(st.sets(st.integers(1, length - 1)), label="cuts") if length > 1 else set()
+    edges = [0, *sorted(cuts), length]
+    return [end - start for start, end in itertools.pairwise(edges)]
+
+
+def left_padded(lengths: list[int]) -> tuple[Array, Array]:
+    """Positions [B, T] and mask [B, T, T] of rows that end together."""
+    longest = max(lengths)
+    column = np.arange(longest)
+    start = longest - np.array(lengths)[:, None]
+    positions = np.maximum(column - start, 0)
+    real = column >= start
+    causal = np.tril(np.ones((longest, longest), bool))
+    return positions, causal & real[:, None, :]
+
+
+def packed(lengths: list[int]) -> tuple[Array, Array]:
+    """Positions [1, T] and block-diagonal causal mask [1, T, T] of documents laid end to end."""
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    same = document[:, None] == document[None, :]
+    return positions[None], (np.tril(same))[None]
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Round every parameter to ``dtype``."""
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def caches_equal(left: Cache, right: Cache) -> bool:
+    """Return whether two caches hold the same bits."""
+    pairs = zip(left.keys + left.values, right.keys + right.values, strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)

@@ -1,0 +1,51 @@
+"""The torch side of a comparison: the same config and weights, NumPy in and NumPy out."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llama_torch.cache import Cache
+from llama_torch.config import ModelConfig
+from llama_torch.model import Llama
+from reference_np.config import LlamaConfig
+
+Array = NDArray[Any]
+
+
+def torch_model(config: LlamaConfig, params: Mapping[str, Array]) -> Llama:
+    """Build the torch model around ``params``, in their dtype, strictly by name."""
+    with torch.device("meta"):
+        model = Llama(ModelConfig(**dataclasses.asdict(config)))
+    tensors = {name: torch.from_numpy(value.copy()) for name, value in params.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.eval()
+
+
+def as_tensor(value: Array | None) -> torch.Tensor | None:
+    """Copy a NumPy array to torch; None stays None."""
+    return None if value is None else torch.from_numpy(np.ascontiguousarray(value))
+
+
+@torch.inference_mode()
+def torch_forward(
+    model: Llama,
+    tokens: Array,
+    *,
+    positions: Array | None = None,
+    mask: Array | None = None,
+    cache: Cache | None = None,
+) -> tuple[Array, Cache, dict[str, Array]]:
+    """Run the torch model; return logits, cache and trace."""
+    trace: dict[str, Array] = {}
+    logits, cache = model(
+        torch.from_numpy(tokens),
+        positions=as_tensor(positions),
+        mask=as_tensor(mask),
+        cache=cache,
+        trace=lambda name, value: trace.__setitem__(name, value.numpy()),
+    )
+    return logits.numpy(), cache, trace
