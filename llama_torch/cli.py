@@ -87,7 +87,8 @@ def run(main: Callable[[], int]) -> int:
 
 def _one_line(box: str) -> str:
     """Take the message out of tyro's framed, wrapped complaint."""
-    lines = [re.sub(r"[╭╮╰╯│─]", "", line).strip() for line in box.splitlines()]
+    # The frame is drawn in ASCII where the terminal's encoding has no lines.
+    lines = [re.sub(r"[╭╮╰╯│─]|^[|+]|[|+]$|-{3,}", "", line).strip() for line in box.splitlines()]
     text = []
     for line in lines[1:]:
         if line.startswith(("Argument helptext", "For full helptext", "Perhaps you meant")):

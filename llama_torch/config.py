@@ -67,7 +67,7 @@ class ModelConfig:
 
     dim: int = 256
     """Width of the residual stream."""
-    n_layers: int = 6
+    n_layers: int = 4
     """Number of blocks."""
     n_heads: int = 8
     """Query heads."""
@@ -252,7 +252,7 @@ class TrainConfig:
 
     steps: int = 240
     """Optimizer steps."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Windows in one forward pass."""
     grad_accum: int = 1
     """Forward passes summed into one step."""

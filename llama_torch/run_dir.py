@@ -124,8 +124,16 @@ def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 
 def save(out: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Save the state training continues from, then export the model from it."""
+    """Save the state training continues from, then export the model from it.
+
+    Raises InputError, and leaves the last checkpoint, where a parameter is not finite.
+    """
     parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if not parameter.isfinite().all():
+            raise InputError(
+                f"{name} is not finite after step {step}; lower --lr (the last checkpoint stands)"
+            )
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]

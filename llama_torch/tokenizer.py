@@ -44,6 +44,7 @@ def gpt2() -> tiktoken.Encoding:
     )
 
 
+@lru_cache(maxsize=1)
 def hf_files() -> dict[str, str]:
     """Return the files from which ``transformers.AutoTokenizer`` builds the same encoding."""
     special = {

@@ -121,7 +121,7 @@ def train(config: TrainConfig) -> float:
     held_out = val_batches(corpus, context, config.batch_size, config.eval_batches)
     n_parameters = sum(p.numel() for p in model.parameters())
     with (
-        SummaryWriter(str(out / "tensorboard"), purge_step=start) as board,
+        SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else 0) as board,
         Progress(board, start, config.steps, rows * context) as progress,
     ):
         progress.say(describe(corpus))
@@ -132,7 +132,8 @@ def train(config: TrainConfig) -> float:
         if start:
             progress.say(f"continuing after step {start}")
         val_loss = evaluate(model, held_out, precision)
-        progress.validated(start, val_loss)
+        if not start:
+            progress.validated(start, val_loss)
         for step, window in enumerate(windows, start):
             batches = [split_window(part) for part in window.split(config.batch_size)]
             lr = learning_rate(step, config.steps, config.optim)
@@ -156,7 +157,6 @@ def train(config: TrainConfig) -> float:
             if config.sample_every and (last or done % config.sample_every == 0):
                 progress.sampled(done, sample(model, config, done))
             if last or done % config.save_every == 0:
-                _require_finite(loss, done)
                 run_dir.save(out, model, optimizer, done)
                 progress.saved(done)
     return val_loss

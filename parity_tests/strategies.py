@@ -118,6 +118,34 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @st.composite
+def wide_cases(draw: st.DrawFn) -> Case:
+    """Calls on which low precision can be judged by an average: wide, and well conditioned.
+
+    Attention scores stay near one. Were they large, one rounded score would decide a whole
+    token, and the ratio of two honest errors, each a single draw, has no useful bound.
+    """
+    n_kv_heads = draw(st.integers(1, 3), label="n_kv_heads")
+    config = LlamaConfig(
+        dim=draw(st.integers(48, 96), label="dim"),
+        n_layers=draw(st.integers(1, 4), label="n_layers"),
+        n_heads=n_kv_heads * draw(st.integers(1, 4), label="n_rep"),
+        n_kv_heads=n_kv_heads,
+        head_dim=draw(st.sampled_from([32, 48, 64]), label="head_dim"),
+        hidden_dim=draw(st.integers(64, 160), label="hidden_dim"),
+        vocab_size=draw(st.integers(100, 300), label="vocab_size"),
+        rope_theta=draw(st.sampled_from([1e4, 5e5]), label="rope_theta"),
+        tie_embeddings=draw(st.booleans(), label="tie_embeddings"),
+    )
+    tokens = draw(tokens_of(config, min_length=8))
+    positions = draw(st.none() | positions_of(*tokens.shape))
+    params = random_params(config, draw(seeds, label="weights seed"))
+    for name, value in params.items():
+        if "q_proj" in name:
+            value /= 2
+    return Case(config, params, tokens, positions, None)
+
+
+@st.composite
 def splits(draw: st.DrawFn, length: int) -> list[int]:
     """Cut ``length`` into chunk sizes that sum to it."""
     cuts = draw(st.sets(st.integers(1, length - 1)), label="cuts") if length > 1 else set()

@@ -9,7 +9,7 @@ which says how much error honest rounding makes. The torch model may be FACTOR t
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ Activations = Mapping[str, Array]
 class CompareConfig:
     """Run a checkpoint through both backends and compare every activation."""
 
-    ckpt: tyro.conf.Positional[str]
+    ckpt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     """A .safetensors file or a model directory."""
     against: str = ""
     """Other weights for the torch side (file or directory); empty = the same."""
@@ -103,7 +103,7 @@ def compare(
     nowhere = Errors(*[np.inf] * 3)
     for name in names:
         if name not in actual or name not in exact:
-            yield Row(name, nowhere, Errors(0.0, 0.0, 0.0), holds=False)
+            yield Row(name, nowhere, nowhere, holds=False)
             continue
         error = errors(actual[name], exact[name])
         if dtype == "float64":
@@ -115,17 +115,24 @@ def compare(
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Print the table: relative errors beside their bounds."""
+    """Print the table: relative errors beside their bounds, in 80 columns.
+
+    ``of bound`` is the largest of all kinds of error as a share of its own bound.
+    """
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("activation")
-    for kind in ("rms", "largest", "worst token"):
-        table.add_column(kind, justify="right")
-        table.add_column("bound", justify="right", style="dim")
-    table.add_column("verdict")
+    table.add_column("activation", no_wrap=True, min_width=23)
+    for heading in ("rms", "bound", "worst token", "bound", "of bound"):
+        table.add_column(heading, justify="right")
+    table.add_column("", no_wrap=True)
     for row in rows:
-        cells = [f"{x:.1e}" for pair in zip(row.error, row.bound, strict=True) for x in pair]
-        style = None if row.holds else "bold red"
-        table.add_row(row.name, *cells, "ok" if row.holds else "DIVERGES", style=style)
+        kinds = (row.error.rms, row.bound.rms, row.error.token, row.bound.token)
+        table.add_row(
+            row.name,
+            *(f"{value:.1e}" for value in kinds),
+            f"{row.error.share(row.bound):.2g}",
+            "ok" if row.holds else "DIVERGES",
+            style=None if row.holds else "bold red",
+        )
     console.print(table)
 
 

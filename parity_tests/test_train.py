@@ -1,0 +1,343 @@
+"""The trainer: its step, its schedule, and runs that survive being stopped."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llama_torch import run_dir, train
+from llama_torch.checkpoint import STATE_FILE, load_model
+from llama_torch.config import InputError, ModelConfig, OptimConfig
+from llama_torch.loss import IGNORE, backward_loss, count_valid, loss_sum
+from llama_torch.model import Llama
+from llama_torch.optim import learning_rate, make_adamw
+
+from .strategies import seeds
+
+TINY = ModelConfig(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=60)
+CPU = train.Precision(torch.device("cpu"), torch.float32)
+SMALL_RUN = [
+    *("--dim", "8", "--n-layers", "1", "--n-heads", "2", "--n-kv-heads", "1"),
+    *("--max-seq-len", "16", "--batch-size", "2", "--steps", "6", "--warmup-steps", "2"),
+    *("--log-every", "1", "--eval-every", "3", "--eval-batches", "1", "--sample-every", "3"),
+    *("--save-every", "2", "--device", "cpu", "--dtype", "float32"),
+]
+
+
+def fresh_model(seed: int = 0) -> Llama:
+    model = Llama(TINY)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model.double()
+
+
+def random_batch(rng: np.random.Generator, rows: int, length: int) -> train.Batch:
+    tokens = torch.from_numpy(rng.integers(0, TINY.vocab_size, (rows, length)))
+    targets = torch.from_numpy(rng.integers(0, TINY.vocab_size, (rows, length)))
+    targets[torch.from_numpy(rng.random((rows, length)) < 0.4)] = IGNORE
+    return tokens, targets
+
+
+@given(seed=seeds, rows=st.integers(2, 5), length=st.integers(2, 9), data=st.data())
+def test_a_step_does_not_depend_on_its_split(
+    seed: int, rows: int, length: int, data: st.DataObject
+) -> None:
+    """Micro-batches with unequal counts of valid targets: a mean of means would differ."""
+    rng = np.random.default_rng(seed)
+    tokens, targets = random_batch(rng, rows, length)
+    targets[0, 0] = 1  # at least one counts
+    cut = data.draw(st.integers(1, rows - 1), label="cut")
+    results = []
+    for parts in ([slice(0, rows)], [slice(0, cut), slice(cut, rows)]):
+        model = fresh_model()
+        optimizer = make_adamw(model, OptimConfig())
+        loss, norm = train.train_step(
+            model,
+            optimizer,
+            [(tokens[part], targets[part]) for part in parts],
+            lr=1e-2,
+            grad_clip=0.5,
+            precision=CPU,
+        )
+        results.append((loss.double(), norm, *(p.detach() for p in model.parameters())))
+    for one, other in zip(*results, strict=True):
+        # The loss is summed in float32 even here; Adam's step hides nothing larger.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@given(seed=seeds, rows=st.integers(1, 4), length=st.integers(1, 9), piece=st.integers(1, 7))
+def test_the_chunked_loss_is_the_plain_one(seed: int, rows: int, length: int, piece: int) -> None:
+    rng = np.random.default_rng(seed)
+    tokens, targets = random_batch(rng, rows, length)
+    targets[0, 0] = 1
+    model = fresh_model()
+    logits, _ = model(tokens)
+    n_valid = count_valid(targets)
+    plain = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
+    )
+    plain.backward()
+    expected = [p.grad for p in model.parameters()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_torch.loss.CHUNK_ELEMENTS", piece * TINY.vocab_size)
+        model = fresh_model()
+        hidden, _ = model.model(tokens)
+        loss = backward_loss(hidden, model.head_weight, targets, n_valid)
+        total = loss_sum(hidden.detach(), model.head_weight.detach(), targets)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert total.item() == pytest.approx(plain.item() * n_valid, rel=1e-6)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        # The softmax runs in float32 by design, whatever the model's dtype.
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_without_valid_targets_is_refused() -> None:
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    model = fresh_model()
+    with pytest.raises(InputError, match="valid target"):
+        train.train_step(
+            model,
+            make_adamw(model, OptimConfig()),
+            [(tokens, torch.full_like(tokens, IGNORE))],
+            lr=1.0,
+            grad_clip=1.0,
+            precision=CPU,
+        )
+
+
+def test_only_matrices_decay() -> None:
+    decayed, kept = make_adamw(fresh_model(), OptimConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in kept["params"]} == {1}
+
+
+def test_schedule() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=10, final_lr_ratio=0.1)
+    rates = [learning_rate(step, 101, config) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(rates) == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)), abs=1e-2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert learning_rate(0, 1, config) > 0  # a run of one step still moves
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    one, same, other = (list(fresh_model(seed).parameters()) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not torch.equal(one[0], other[0])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("A llama walks over the hill and the hill walks under it. " * 60)
+    return str(path)
+
+
+def scalars(out: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_a_run_leaves_a_model_directory(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train.main([*SMALL_RUN, "--data", text, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"python tools/compare.py {out}/model.safetensors" in printed
+    assert f"python -m llama_torch.generate --ckpt {out}" in printed
+    assert "sample: 'The " in printed
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("run.json", "training_state.safetensors", "tensorboard"),
+    }
+    logged = scalars(out)
+    assert logged.keys() == {
+        *("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second"),
+        *("val/loss", "val/perplexity"),
+    }
+    assert [step for step, _ in logged["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in logged["val/loss"]] == [0, 3, 6]
+    assert logged["val/loss"][0][1] == pytest.approx(math.log(50257), abs=0.1)
+    assert logged["val/loss"][-1][1] < logged["val/loss"][0][1]
+    hf = json.loads((out / "config.json").read_text())
+    assert (hf["model_type"], hf["eos_token_id"]) == ("llama", 50256)
+    load_model(out)
+    load_model(out / "model.safetensors")
+
+
+class Stopped(KeyboardInterrupt):
+    """What Ctrl-C does, at a chosen step."""
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, taken = train.train_step, iter(range(steps))
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if next(taken, None) is None:
+            raise Stopped
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", step)
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3, 5])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    tmp_path: Path, text: str, stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert train.main([*SMALL_RUN, "--data", text, "--out", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        stop_after(stop_at, patch)
+        assert train.main([*SMALL_RUN, "--data", text, "--out", str(parted)]) == 130
+    assert (parted / STATE_FILE).exists() == (stop_at >= 2)
+    assert train.main(["--resume", "--out", str(parted)]) == 0
+    for name in (STATE_FILE, "model.safetensors"):
+        one, other = load_file(whole / name), load_file(parted / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    first, second = scalars(whole), scalars(parted)
+    for tag in ("train/loss", "train/grad_norm", "train/lr", "val/loss"):
+        assert dict(first[tag]) == dict(second[tag])
+
+
+def test_an_export_torn_from_its_state_is_written_again(tmp_path: Path, text: str) -> None:
+    """Killed between the two files of a checkpoint: the state decides."""
+    out = tmp_path / "run"
+    assert train.main([*SMALL_RUN, "--data", text, "--out", str(out)]) == 0
+    expected = load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    (out / "model.safetensors.tmp").write_bytes(b"half")
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    again = load_file(out / "model.safetensors")
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    assert not list(out.glob("*.tmp"))
+
+
+@pytest.fixture
+def finished(tmp_path: Path, text: str) -> Iterator[tuple[Path, list[str]]]:
+    out = tmp_path / "run"
+    flags = [*SMALL_RUN, "--data", text, "--out", str(out)]
+    assert train.main(flags) == 0
+    return out, flags
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_a_directory_in_use_is_refused(
+    finished: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, flags = finished
+    before = (out / STATE_FILE).read_bytes()
+    assert "already holds a run" in refused(flags, capsys)
+    assert "--lr is 0.0003 there and 0.1 here" in refused(
+        ["--resume", "--out", str(out), "--lr", "0.1"], capsys
+    )
+    assert "--n-layers is 1 there and 2 here" in refused(
+        ["--resume", "--out", str(out), "--n-layers", "2"], capsys
+    )
+    Path(flags[flags.index("--data") + 1]).write_text("Another text entirely. " * 100)
+    assert "text of --data has changed" in refused(["--resume", "--out", str(out)], capsys)
+    assert (out / STATE_FILE).read_bytes() == before
+
+
+def test_a_foreign_directory_is_refused(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SMALL_RUN, "--data", text, "--out"]
+    (tmp_path / "config.json").write_text("{}")
+    assert "already holds a config.json" in refused([*flags, str(tmp_path)], capsys)
+    assert "cannot be written" in refused([*flags, str(Path(text) / "below")], capsys)
+    assert "holds no run" in refused(["--resume", "--out", str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "-1"], "--lr must be positive, got -1.0"),
+        (["--lr", "fast"], "--lr"),
+        (["--stepz", "3"], "--stepz"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--dim", "250"], "--dim must be a multiple of --n-heads 8"),
+        (["--max-seq-len", "100000"], "--max-seq-len 100000 needs 100001 tokens"),
+        (["--vocab-size", "100"], "--vocab-size 100 is too small"),
+        (["--data", "nowhere.txt"], "--data nowhere.txt: no file found"),
+        (["--config", "nowhere.toml"], "--config nowhere.toml: cannot be read"),
+        (["--resume"], "--resume: no run in runs/"),
+    ],
+)
+def test_config_mistakes_fail_before_any_work(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(flags, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_toml_sets_defaults_and_flags_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(
+        "steps = 7\nseed = 5\n[model]\ntie_embeddings = false\nn_layers = 2\n"
+        "[data]\ndata = ['a', 'b']\n"
+    )
+    config = run_dir.resolve_config(["--config", "run.toml", "--seed", "9"])
+    assert (config.steps, config.seed, config.model.n_layers) == (7, 9, 2)
+    assert config.model.tie_embeddings is False
+    assert config.data.data == ("a", "b")
+    assert config.out == "runs/1"
+    (tmp_path / "run.toml").write_text("[model]\nlayers = 2\n")
+    with pytest.raises(InputError, match="--config run.toml: .*--layers"):
+        run_dir.resolve_config(["--config", "run.toml"])
+
+
+def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("2", "10", "notes"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert run_dir.resolve_config([]).out == "runs/11"
+
+
+@pytest.mark.parametrize(
+    ("save_every", "message"), [("1", "is not finite after step"), ("1000", "the loss is")]
+)
+def test_a_run_that_explodes_stops(
+    save_every: str, message: str, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = [*SMALL_RUN, "--data", text, "--out", str(out), "--lr", "1e30", "--grad-clip", "1e9"]
+    assert train.main([*flags, "--save-every", save_every]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "lower --lr" in error
+    saved = out / "model.safetensors"
+    assert not saved.exists() or all(t.isfinite().all() for t in load_file(saved).values())
