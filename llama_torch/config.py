@@ -272,7 +272,7 @@ class TrainConfig:
     """Largest number of validation batches; 0 = all."""
     sample_every: int = 80
     """Steps between samples of text; 0 = none."""
-    sample_prompt: str = "The "
+    sample_prompt: str = "The"
     """What the samples continue."""
     save_every: int = 80
     """Steps between checkpoints."""

@@ -88,11 +88,17 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def documents(files: Sequence[Path], text_field: str) -> Iterator[str]:
-    """Yield the text of every document; without files, of every help topic of Python."""
+    """Yield the text of every document; without files, of every help topic of Python.
+
+    The topics lose their indentation and runs of spaces: GPT-2 spends a token on each space,
+    and a model that has learnt mostly to indent has a low loss and little to say.
+    """
     if not files:
         from pydoc_data.topics import topics
 
-        yield from (topics[name] for name in sorted(topics))
+        for name in sorted(topics):
+            lines = (" ".join(line.split()) for line in topics[name].splitlines())
+            yield "\n".join(lines)
     for path in files:
         try:
             if path.suffix == ".parquet":

@@ -25,11 +25,6 @@ def torch_model(config: LlamaConfig, params: Mapping[str, Array]) -> Llama:
     return model.eval()
 
 
-def as_tensor(value: Array | None) -> torch.Tensor | None:
-    """Copy a NumPy array to torch; None stays None."""
-    return None if value is None else torch.from_numpy(np.ascontiguousarray(value))
-
-
 @torch.inference_mode()
 def torch_forward(
     model: Llama,
@@ -39,13 +34,22 @@ def torch_forward(
     mask: Array | None = None,
     cache: Cache | None = None,
 ) -> tuple[Array, Cache, dict[str, Array]]:
-    """Run the torch model; return logits, cache and trace."""
+    """Run the torch model where its weights are; return logits, cache and trace."""
+    device = model.head_weight.device
     trace: dict[str, Array] = {}
-    logits, cache = model(
-        torch.from_numpy(tokens),
+
+    def as_tensor(value: Array | None) -> torch.Tensor | None:
+        return None if value is None else torch.from_numpy(np.array(value)).to(device)
+
+    def note(name: str, value: torch.Tensor) -> None:
+        wide = value.float() if value.dtype == torch.bfloat16 else value
+        trace[name] = wide.cpu().numpy()
+
+    _, cache = model(
+        as_tensor(tokens),
         positions=as_tensor(positions),
         mask=as_tensor(mask),
         cache=cache,
-        trace=lambda name, value: trace.__setitem__(name, value.numpy()),
+        trace=note,
     )
-    return logits.numpy(), cache, trace
+    return trace["logits"], cache, trace

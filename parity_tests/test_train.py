@@ -162,7 +162,7 @@ def test_a_run_leaves_a_model_directory(
     printed = capsys.readouterr().out
     assert f"python tools/compare.py {out}/model.safetensors" in printed
     assert f"python -m llama_torch.generate --ckpt {out}" in printed
-    assert "sample: 'The " in printed
+    assert "sample: 'The" in printed
     names = {path.name for path in out.iterdir()}
     assert names == {
         *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),

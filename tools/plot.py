@@ -1,0 +1,71 @@
+"""Draw a run's training curve: ``python tools/plot.py runs/1 docs/curve.svg`` (extra: plot)."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llama_torch import cli
+from llama_torch.config import InputError
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Draw the training and validation loss of one or more runs, from their TensorBoard files."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run directory."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
+    """File to write: .svg, .png or .pdf."""
+
+
+def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of one scalar of a run."""
+    folder = run / "tensorboard"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such directory; give the directory of a training run")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    if tag not in events.Tags()["scalars"]:
+        raise InputError(f"{folder}: holds no {tag}; train for longer")
+    scalars = events.Scalars(tag)
+    return [event.step for event in scalars], [event.value for event in scalars]
+
+
+def draw(run: Path, out: Path) -> None:
+    """Write the picture."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise InputError("drawing needs matplotlib; pip install 'llama-parity[plot]'") from None
+    mpl.use("agg")
+    mpl.rcParams["svg.hashsalt"] = "llama"  # the same curve is the same file
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    axes.plot(*read_curve(run, "train/loss"), color="#9ab", label="training")
+    axes.plot(*read_curve(run, "val/loss"), color="#c33", marker="o", ms=4, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    config = cli.parse(PlotConfig, argv)
+    draw(Path(config.run), Path(config.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
