@@ -215,6 +215,8 @@ class OptimConfig:
     """Decoupled decay, on matrices only."""
     grad_clip: float = 1.0
     """Largest global gradient norm."""
+    z_loss: float = 0.0
+    """Weight of (log Z)^2 in the training loss; 0 = none."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "lr", "adam_eps", "grad_clip")
@@ -232,7 +234,8 @@ class OptimConfig:
             "must lie between 0 and 1",
         )
         _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative")
-        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        for name in ("weight_decay", "z_loss"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,59 +15,12 @@ from .config import InputError, TrainConfig
 from .data import describe, load_corpus, train_batches, val_batches
 from .device import computes_bfloat16, pick_device
 from .generate import generate, stream_text
-from .loss import backward_loss, count_valid, loss_sum
+from .loss import count_valid, loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw
 from .progress import Progress
+from .step import Precision, split_window, train_step
 from .tokenizer import VOCAB_SIZE, gpt2
-
-Batch = tuple[Tensor, Tensor]  # tokens and targets, int64 [B, T] each
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The device and the dtype of its matrix products; parameters stay float32."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Run matrix products in ``dtype`` where that is not float32 anyway."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
-
-
-def train_step(
-    model: Llama,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    *,
-    lr: float,
-    grad_clip: float,
-    precision: Precision,
-) -> tuple[Tensor, Tensor]:
-    """Take one optimizer step over all ``batches``; return mean loss and gradient norm.
-
-    The loss is the mean over every valid target of every batch: each batch's sum is divided
-    by the count of them all, so that splitting a step differently changes nothing but
-    rounding. Both results stay on the device.
-    """
-    n_valid = sum(count_valid(targets) for _, targets in batches)
-    if n_valid == 0:
-        raise InputError("a training step without a single valid target has no loss")
-    total = torch.zeros((), device=precision.device)
-    for tokens, targets in batches:
-        tokens = tokens.to(precision.device, non_blocking=True)
-        targets = targets.to(precision.device, non_blocking=True)
-        with precision.autocast():
-            hidden, _ = model.model(tokens)
-        total += backward_loss(hidden, model.head_weight, targets, n_valid, precision.autocast)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
 
 
 @torch.no_grad()
@@ -77,16 +28,11 @@ def evaluate(model: Llama, windows: Sequence[Tensor], precision: Precision) -> f
     """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1]."""
     total, n_valid = torch.zeros((), dtype=torch.float64, device=precision.device), 0
     for window in windows:
-        tokens, targets = split_window(window.to(precision.device))
+        batch = split_window(window.to(precision.device))
         with precision.autocast():
-            total += loss_sum(model.model(tokens)[0], model.head_weight, targets)
-        n_valid += count_valid(targets)
+            total += loss_sum(model.model(batch.tokens)[0], model.head_weight, batch.targets)
+        n_valid += count_valid(batch.targets)
     return total.item() / n_valid
-
-
-def split_window(window: Tensor) -> Batch:
-    """Cut [B, T + 1] into tokens [B, T] and the tokens that follow them."""
-    return window[:, :-1], window[:, 1:]
 
 
 def set_up(config: TrainConfig) -> tuple[Llama, torch.optim.AdamW, Precision]:
@@ -144,6 +90,7 @@ def train(config: TrainConfig) -> float:
                 lr=lr,
                 grad_clip=config.optim.grad_clip,
                 precision=precision,
+                z_loss=config.optim.z_loss,
             )
             done = step + 1
             last = done == config.steps

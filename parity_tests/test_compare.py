@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,51 @@ def test_nan_on_both_sides_fails(ckpt: Path, run: Callable) -> None:
     assert "first divergence at layers.1.up (missing or not finite)" in out
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_training_step_is_compared(ckpt: Path, run: Callable, dtype: str) -> None:
+    code, out, err = run(ckpt, "--grads", "--dtype", dtype)
+    assert (code, err) == (0, "")
+    n = len(activation_axes(CONFIG)) + 2 + 2 * len(parameter_shapes(CONFIG))
+    assert out.splitlines()[-1].startswith(f"PASS: {n} of {n} quantities within bounds")
+    assert "grad layers.2.self_attn.k_proj" in out
+    assert "step lm_head" in out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_wrong_gradient_is_named(
+    ckpt: Path, run: Callable, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One KV head's gradient lost, as if only one of its readers had been counted."""
+    real = compare.accumulate
+
+    def lossy(model: Any, *args: Any) -> Any:
+        loss = real(model, *args)
+        model.model.layers[1].self_attn.k_proj.weight.grad[:8] *= 0.5
+        return loss
+
+    monkeypatch.setattr(compare, "accumulate", lossy)
+    code, out, _ = run(ckpt, "--grads", "--dtype", dtype)
+    assert code == 1
+    assert "first divergence at grad_norm" in out
+    diverging = [
+        line.split()[1] for line in out.splitlines() if "grad " in line and "DIVERGES" in line
+    ]
+    assert diverging == ["layers.1.self_attn.k_proj"]
+
+
+def test_a_missing_gradient_fails(
+    ckpt: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = compare.torch_step
+    name = "grad model.layers.1.mlp.up_proj.weight"
+    monkeypatch.setattr(
+        compare, "torch_step", lambda *a: {k: v for k, v in real(*a).items() if k != name}
+    )
+    code, out, _ = run(ckpt, "--grads")
+    assert code == 1
+    assert f"first divergence at {name} (missing or not finite)" in out
+
+
 def test_nothing_compared_is_not_a_pass() -> None:
     assert compare.verdict([], 0)[1] == 1
     assert compare.verdict([], 5)[1] == 1
@@ -149,6 +195,7 @@ def test_bad_input_is_one_line(ckpt: Path, run: Callable, tmp_path: Path) -> Non
         ([ckpt, "--against", tmp_path / "other.safetensors"], "another architecture"),
         ([ckpt, "--prompt", "text"], "--prompt needs the GPT-2 encoding"),
         ([ckpt, "--tokens", "0"], "--tokens must be positive"),
+        ([ckpt, "--tokens", "1", "--grads"], "--grads needs --tokens 2"),
         ([ckpt, "--dtype", "float8"], "float8"),
         ([], "CKPT"),
     ):

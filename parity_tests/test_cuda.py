@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from llama_torch import train
+from llama_torch import step
 from llama_torch.config import ModelConfig, OptimConfig
 from llama_torch.generate import generate
 from llama_torch.model import Llama
@@ -72,20 +72,20 @@ def test_low_precision_is_as_good_as_the_cpus(dtype: str, case: Case) -> None:
 
 def test_a_training_step_equals_the_cpus() -> None:
     config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100)
-    batch = torch.arange(24).view(2, 12), torch.arange(1, 25).view(2, 12)
+    batch = step.Batch(torch.arange(24).view(2, 12), torch.arange(1, 25).view(2, 12))
     results = []
     torch.set_float32_matmul_precision("highest")
     for device in ("cpu", "cuda"):
         model = Llama(config)
         model.init_weights(torch.Generator().manual_seed(0))
         model.to(device)
-        loss, norm = train.train_step(
+        loss, norm = step.train_step(
             model,
             make_adamw(model, OptimConfig()),
             [batch],
             lr=1e-3,
             grad_clip=1.0,
-            precision=train.Precision(torch.device(device), torch.float32),
+            precision=step.Precision(torch.device(device), torch.float32),
         )
         results.append([loss.cpu(), norm.cpu(), *(p.detach().cpu() for p in model.parameters())])
     for cpu, cuda in zip(*results, strict=True):

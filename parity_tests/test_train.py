@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llama_torch import run_dir, train
+from llama_torch import run_dir, step, train
 from llama_torch.checkpoint import STATE_FILE, load_model
 from llama_torch.config import InputError, ModelConfig, OptimConfig
 from llama_torch.loss import IGNORE, backward_loss, count_valid, loss_sum
@@ -25,7 +25,7 @@ from llama_torch.optim import learning_rate, make_adamw
 from .strategies import seeds
 
 TINY = ModelConfig(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=60)
-CPU = train.Precision(torch.device("cpu"), torch.float32)
+CPU = step.Precision(torch.device("cpu"), torch.float32)
 SMALL_RUN = [
     *("--dim", "8", "--n-layers", "1", "--n-heads", "2", "--n-kv-heads", "1"),
     *("--max-seq-len", "16", "--batch-size", "2", "--steps", "6", "--warmup-steps", "2"),
@@ -40,11 +40,11 @@ def fresh_model(seed: int = 0) -> Llama:
     return model.double()
 
 
-def random_batch(rng: np.random.Generator, rows: int, length: int) -> train.Batch:
+def random_batch(rng: np.random.Generator, rows: int, length: int) -> step.Batch:
     tokens = torch.from_numpy(rng.integers(0, TINY.vocab_size, (rows, length)))
     targets = torch.from_numpy(rng.integers(0, TINY.vocab_size, (rows, length)))
     targets[torch.from_numpy(rng.random((rows, length)) < 0.4)] = IGNORE
-    return tokens, targets
+    return step.Batch(tokens, targets)
 
 
 @given(seed=seeds, rows=st.integers(2, 5), length=st.integers(2, 9), data=st.data())
@@ -53,31 +53,30 @@ def test_a_step_does_not_depend_on_its_split(
 ) -> None:
     """Micro-batches with unequal counts of valid targets: a mean of means would differ."""
     rng = np.random.default_rng(seed)
-    tokens, targets = random_batch(rng, rows, length)
+    tokens, targets, *_ = random_batch(rng, rows, length)
     targets[0, 0] = 1  # at least one counts
     cut = data.draw(st.integers(1, rows - 1), label="cut")
     results = []
     for parts in ([slice(0, rows)], [slice(0, cut), slice(cut, rows)]):
         model = fresh_model()
         optimizer = make_adamw(model, OptimConfig())
-        loss, norm = train.train_step(
+        loss, norm = step.train_step(
             model,
             optimizer,
-            [(tokens[part], targets[part]) for part in parts],
+            [step.Batch(tokens[part], targets[part]) for part in parts],
             lr=1e-2,
             grad_clip=0.5,
             precision=CPU,
         )
-        results.append((loss.double(), norm, *(p.detach() for p in model.parameters())))
+        results.append((loss, norm, *(p.detach() for p in model.parameters())))
     for one, other in zip(*results, strict=True):
-        # The loss is summed in float32 even here; Adam's step hides nothing larger.
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @given(seed=seeds, rows=st.integers(1, 4), length=st.integers(1, 9), piece=st.integers(1, 7))
 def test_the_chunked_loss_is_the_plain_one(seed: int, rows: int, length: int, piece: int) -> None:
     rng = np.random.default_rng(seed)
-    tokens, targets = random_batch(rng, rows, length)
+    tokens, targets, *_ = random_batch(rng, rows, length)
     targets[0, 0] = 1
     model = fresh_model()
     logits, _ = model(tokens)
@@ -93,21 +92,20 @@ def test_the_chunked_loss_is_the_plain_one(seed: int, rows: int, length: int, pi
         hidden, _ = model.model(tokens)
         loss = backward_loss(hidden, model.head_weight, targets, n_valid)
         total = loss_sum(hidden.detach(), model.head_weight.detach(), targets)
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
-    assert total.item() == pytest.approx(plain.item() * n_valid, rel=1e-6)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
+    assert total.item() == pytest.approx(plain.item() * n_valid, rel=1e-12)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        # The softmax runs in float32 by design, whatever the model's dtype.
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_a_step_without_valid_targets_is_refused() -> None:
     tokens = torch.zeros(1, 3, dtype=torch.long)
     model = fresh_model()
     with pytest.raises(InputError, match="valid target"):
-        train.train_step(
+        step.train_step(
             model,
             make_adamw(model, OptimConfig()),
-            [(tokens, torch.full_like(tokens, IGNORE))],
+            [step.Batch(tokens, torch.full_like(tokens, IGNORE))],
             lr=1.0,
             grad_clip=1.0,
             precision=CPU,
@@ -190,12 +188,12 @@ class Stopped(KeyboardInterrupt):
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real, taken = train.train_step, iter(range(steps))
 
-    def step(*args: Any, **kwargs: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         if next(taken, None) is None:
             raise Stopped
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "train_step", counted)
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3, 5])

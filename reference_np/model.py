@@ -150,6 +150,16 @@ def _prefixed(trace: Trace, prefix: str) -> Trace:
     return trace if trace is no_trace else lambda name, value: trace(prefix + name, value)
 
 
+def default_positions(length: int, start: int = 0) -> Array:
+    """Return the positions [1, T] that follow ``start`` cached ones."""
+    return np.arange(start, start + length)[None]
+
+
+def default_mask(length: int, start: int = 0) -> Array:
+    """Return the causal mask [1, T, S] of ``length`` queries after ``start`` cached keys."""
+    return reference_ops.causal_mask(length, start + length)[None]
+
+
 def _defaults(
     tokens: Array, positions: Array | None, mask: Array | None, start: int, config: LlamaConfig
 ) -> tuple[Array, Array]:
@@ -162,10 +172,8 @@ def _defaults(
     if outside.size:
         raise InputError(f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}")
     batch, length = tokens.shape
-    if positions is None:
-        positions = np.arange(start, start + length)[None]
-    if mask is None:
-        mask = reference_ops.causal_mask(length, start + length)[None]
+    positions = default_positions(length, start) if positions is None else positions
+    mask = default_mask(length, start) if mask is None else mask
     for name, value, shape, kind in (
         ("positions", positions, (length,), np.integer),
         ("mask", mask, (length, start + length), np.bool_),

@@ -15,6 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
 
+IGNORE = -100  # a target that does not count, the field's convention
+
 
 def embed(weight_VD: Array, tokens_BT: Array) -> Array:
     """Look up token vectors: [B, T] -> [B, T, D]."""
@@ -120,18 +122,40 @@ def attention_mix(weights_BNRTS: Array, v_BNSK: Array) -> Array:
     return mixed.reshape(batch, groups, repeats, length, -1)
 
 
-def silu(x: Array) -> Array:
-    """Return ``x * sigmoid(x)`` (Elfwing et al. 2018) for any finite x without overflow.
+def sigmoid(x: Array) -> Array:
+    """Return ``1 / (1 + e^-x)`` without overflow: exp only sees a non-positive argument.
 
-    exp only ever sees a non-positive argument; for x < 0 sigmoid is written e^x / (1 + e^x).
+    For x < 0 it is written e^x / (1 + e^x).
     """
     decay = np.exp(-np.abs(x))
-    return x * np.where(x >= 0, 1.0, decay) / (1.0 + decay)
+    y: Array = np.where(x >= 0, 1.0, decay) / (1.0 + decay)
+    return y
+
+
+def silu(x: Array) -> Array:
+    """Return ``x * sigmoid(x)`` (Elfwing et al. 2018) for any finite x without overflow."""
+    return x * sigmoid(x)
 
 
 def swiglu(gate: Array, up: Array) -> Array:
     """Return ``silu(gate) * up``: SiLU acts on the gate alone (Shazeer 2020, eq. 6)."""
     return silu(gate) * up
+
+
+def log_sum_exp(logits: Array) -> Array:
+    """Return ``log(sum(exp(l)))`` over the last axis, kept as an axis of one; cannot overflow."""
+    top = logits.max(axis=-1, keepdims=True)
+    total: Array = top + np.log(np.sum(np.exp(logits - top), axis=-1, keepdims=True))
+    return total
+
+
+def cross_entropy_sum(logits_BTV: Array, targets_BT: Array, z_loss: float = 0.0) -> Array:
+    """Return ``sum(log Z - l_target + z_loss (log Z)^2)`` in nats over targets not IGNORE."""
+    valid = targets_BT != IGNORE
+    log_z = log_sum_exp(logits_BTV)[..., 0][valid]
+    chosen = logits_BTV[valid, targets_BT[valid]]
+    total: Array = np.sum(log_z - chosen + z_loss * log_z * log_z)
+    return total
 
 
 def causal_mask(n_queries: int, n_keys: int) -> Array:

@@ -23,7 +23,7 @@ from llama_torch.device import pick_device
 from llama_torch.generate import generate
 from llama_torch.model import Llama
 from llama_torch.optim import make_adamw
-from llama_torch.train import Precision, split_window, train_step
+from llama_torch.step import Precision, split_window, train_step
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def peer_step(
     peer: Any, optimizer: torch.optim.Optimizer, window: Tensor, precision: Precision
 ) -> None:
     """Take the same training step with the peer's own loss."""
-    tokens, targets = split_window(window.to(precision.device))
+    tokens, targets, *_ = split_window(window.to(precision.device))
     targets = targets.contiguous()  # older releases view them
     with precision.autocast():
         # shift_labels: the targets as they are, without the peer's own shift.

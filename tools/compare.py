@@ -6,9 +6,11 @@ The oracle computes twice: in float64, which counts as exact, and in the dtype u
 which says how much error honest rounding makes. The torch model may be FACTOR times worse.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -21,17 +23,25 @@ import llama_torch.config
 import reference_np.config
 from llama_torch import cli
 from llama_torch.checkpoint import load_model
+from llama_torch.config import OptimConfig
 from llama_torch.data import documents
 from llama_torch.device import pick_device
+from llama_torch.model import Llama
+from llama_torch.optim import make_adamw
+from llama_torch.step import Precision, accumulate, split_window, update
 from llama_torch.tokenizer import VOCAB_SIZE, gpt2
 from llama_torch.trace import traced_activations
+from reference_np import optim
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
 from reference_np.model import forward
-from reference_np.naming import activation_axes
+from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.ops import Array
 from reference_np.tolerances import (
+    LAMBDA,
     LOGIC,
+    UNIT_ROUNDOFF,
     Errors,
     composed_bound,
     errors,
@@ -58,10 +68,14 @@ class CompareConfig:
     """Precision of both sides; float64 leaves rounding nowhere to hide a bug."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where the torch side runs."""
+    grads: bool = False
+    """Compare a training step as well: loss, every gradient, and what AdamW makes of them."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise llama_torch.config.InputError(f"--tokens must be positive, got {self.tokens}")
+        if self.grads and self.tokens < 2:
+            raise llama_torch.config.InputError("--grads needs --tokens 2 or more, to predict one")
 
 
 class Row(NamedTuple):
@@ -96,13 +110,108 @@ def oracle_activations(checkpoint: Checkpoint, tokens: Array) -> Activations:
     return found
 
 
+# The paper's settings at the peak of the schedule, where a step is largest.
+STEP = optim.Hyper(warmup_steps=0)
+
+
+def step_names(model: LlamaConfig) -> list[str]:
+    """Return what a training step leaves, in the order it is made."""
+    parameters = list(parameter_shapes(model))
+    return [
+        "loss",
+        "grad_norm",
+        *(f"grad {name}" for name in parameters),
+        *(f"step {name}" for name in parameters),
+    ]
+
+
+def oracle_step(checkpoint: Checkpoint, tokens: Array) -> Activations:
+    """Take the oracle's training step on the tokens, in the checkpoint's dtype."""
+    params = dict(checkpoint)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    _, grads = optim.accumulate(params, [batch], checkpoint.config, STEP)
+    state = optim.init_state(params)
+    new, _, metrics = optim.train_step(params, state, [batch], checkpoint.config, STEP)
+    return _step_values(metrics.loss, metrics.grad_norm, grads, params, new)
+
+
+def torch_step(model: Llama, tokens: Array) -> Activations:
+    """Take the same step with the functions that the trainer runs."""
+    window = torch.from_numpy(tokens)
+    model.requires_grad_(True)
+    named = dict(model.named_parameters())
+    # The checkpoint's own memory may be the file's, mapped read-only: nothing here writes to it.
+    for parameter in named.values():
+        parameter.data = parameter.data.clone()
+    before = {name: p.detach().cpu().numpy().copy() for name, p in named.items()}
+    settings = OptimConfig()
+    optimizer = make_adamw(model, settings)
+    weight = model.head_weight
+    precision = Precision(weight.device, weight.dtype)
+    loss = accumulate(model, [split_window(window)], precision)
+    grads = {name: p.grad.cpu().numpy().copy() for name, p in named.items() if p.grad is not None}
+    norm = update(model, optimizer, lr=settings.lr, grad_clip=settings.grad_clip)
+    after = {name: p.detach().cpu().numpy() for name, p in named.items()}
+    return _step_values(loss.item(), norm.item(), grads, before, after)
+
+
+def _step_values(
+    loss: float, norm: float, grads: Activations, before: Activations, after: Activations
+) -> Activations:
+    """Name a step's results; matrices as [1, rows, columns], so that a wrong row shows."""
+
+    def rows(value: Array) -> Array:
+        return value.reshape((1, *value.shape) if value.ndim == 2 else (1, 1, -1))
+
+    found = {"loss": np.full((1, 1, 1), loss), "grad_norm": np.full((1, 1, 1), norm)}
+    found |= {f"grad {name}": rows(g) for name, g in grads.items()}
+    # The change, in float64: beside the parameter itself it would vanish.
+    found |= {
+        f"step {name}": rows(after[name].astype(np.float64) - before[name]) for name in before
+    }
+    return found
+
+
+def step_slack(
+    checkpoint: Checkpoint, stepped: Activations, exact: Activations
+) -> dict[str, Errors]:
+    """Return what a training step's bounds inherit from errors that have rows of their own.
+
+    The gradient norm is one sum over all parameters in the dtype under test; the oracle sums
+    it in float64, so that its float32 run says nothing of that error. Clipping hands it on.
+    AdamW's first step is g / (|g| + eps): an element's error grows by up to 1 / eps where g is
+    small, and of the largest such element the plain run shows one draw only.
+    """
+    n = sum(math.prod(shape) for shape in parameter_shapes(checkpoint.config).values())
+    summed = LAMBDA * math.sqrt(n) * UNIT_ROUNDOFF[checkpoint.dtype.name]
+    norm = float(exact["grad_norm"].item())
+    handed_on = errors(stepped["grad_norm"], exact["grad_norm"]).worst
+    slack = {"grad_norm": Errors(summed, summed, summed)}
+    for name in parameter_shapes(checkpoint.config):
+        if f"grad {name}" in stepped:
+            wrong = np.abs(stepped[f"grad {name}"] - exact[f"grad {name}"]).max()
+            wrong *= min(1.0, STEP.grad_clip / norm) / STEP.eps
+            largest = np.abs(exact[f"step {name}"]).max() / STEP.lr
+            grown = float(wrong / largest) if largest > 0 else 0.0
+            slack[f"step {name}"] = Errors(handed_on, handed_on + grown, handed_on)
+    return slack
+
+
 def compare(
-    names: Sequence[str], actual: Activations, exact: Activations, baseline: Activations, dtype: str
+    names: Sequence[str],
+    actual: Activations,
+    exact: Activations,
+    baseline: Activations,
+    dtype: str,
+    slack: Mapping[str, Errors] = MappingProxyType({}),
 ) -> Iterator[Row]:
-    """Yield a row for every expected activation, in model order; a missing one does not hold."""
+    """Yield a row for every expected name, in order; a missing one does not hold.
+
+    ``slack`` is added to the bounds of the names in it.
+    """
     nowhere = Errors(*[np.inf] * 3)
     for name in names:
-        if name not in actual or name not in exact:
+        if name not in actual or name not in exact or name not in baseline:
             yield Row(name, nowhere, nowhere, holds=False)
             continue
         error = errors(actual[name], exact[name])
@@ -110,24 +219,26 @@ def compare(
             holds = logic_error(actual[name], exact[name]) <= LOGIC
             yield Row(name, error, Errors(LOGIC, LOGIC, LOGIC), holds)
         else:
-            bound = composed_bound(errors(baseline[name], exact[name]), dtype)
+            plain = composed_bound(errors(baseline[name], exact[name]), dtype)
+            more = slack.get(name, Errors(0.0, 0.0, 0.0))
+            bound = Errors(*(a + b for a, b in zip(plain, more, strict=True)))
             yield Row(name, error, bound, error.within(bound))
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(rows: Sequence[Row], console: Console, what: str, part: str) -> None:
     """Print the table: relative errors beside their bounds, in 80 columns.
 
     ``of bound`` is the largest of all kinds of error as a share of its own bound.
     """
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("activation", no_wrap=True, min_width=23)
-    for heading in ("rms", "bound", "worst token", "bound", "of bound"):
+    table.add_column(what, overflow="fold", min_width=23)
+    for heading in ("rms", "bound", f"worst {part}", "bound", "of bound"):
         table.add_column(heading, justify="right")
     table.add_column("", no_wrap=True)
     for row in rows:
         kinds = (row.error.rms, row.bound.rms, row.error.token, row.bound.token)
         table.add_row(
-            row.name,
+            row.name.replace(" model.", " ").removesuffix(".weight"),
             *(f"{value:.1e}" for value in kinds),
             f"{row.error.share(row.bound):.2g}",
             "ok" if row.holds else "DIVERGES",
@@ -148,23 +259,23 @@ def describe_logits(actual: Activations, exact: Activations) -> str:
     )
 
 
-def verdict(rows: Sequence[Row], expected: int) -> tuple[str, int]:
+def verdict(rows: Sequence[Row], expected: int, what: str = "activations") -> tuple[str, int]:
     """Return the last line and the exit code; agreement over nothing is not agreement."""
     failed = [row for row in rows if not row.holds]
     held = len(rows) - len(failed)
     if failed:
         first = failed[0]
         worst = max(first.error)
-        what = "missing or not finite" if np.isinf(worst) else f"error {worst:.1e}"
+        why = "missing or not finite" if np.isinf(worst) else f"error {worst:.1e}"
         return (
-            f"FAIL: {held} of {expected} activations within bounds; first divergence at "
-            f"{first.name} ({what})"
+            f"FAIL: {held} of {expected} {what} within bounds; first divergence at "
+            f"{first.name} ({why})"
         ), 1
     if held != expected or not rows:
-        return f"FAIL: {held} of {expected} activations compared", 1
+        return f"FAIL: {held} of {expected} {what} compared", 1
     tightest = max(rows, key=lambda row: row.error.share(row.bound))
     return (
-        f"PASS: {held} of {expected} activations within bounds; the closest is {tightest.name} "
+        f"PASS: {held} of {expected} {what} within bounds; the closest is {tightest.name} "
         f"at {tightest.error.share(tightest.bound):.0%} of its bound"
     ), 0
 
@@ -190,23 +301,34 @@ def _main(argv: Sequence[str]) -> int:
             f"--against {config.against}: another architecture than {config.ckpt}; "
             "give weights of the same config"
         )
+    low = checkpoint if config.dtype == "float64" else Checkpoint(config.ckpt, config.dtype)
     exact = oracle_activations(checkpoint, tokens)
-    baseline = exact
-    if config.dtype != "float64":
-        baseline = oracle_activations(Checkpoint(config.ckpt, config.dtype), tokens)
+    baseline = exact if low is checkpoint else oracle_activations(low, tokens)
     actual = traced_activations(torch_model, tokens)
-    names = list(activation_axes(checkpoint.config))
-    rows = list(compare(names, actual, exact, baseline, config.dtype))
+    rows = list(compare(list(activation_axes(low.config)), actual, exact, baseline, config.dtype))
     console = Console(highlight=False)
+    if config.grads and not console.is_terminal:
+        console.width = 100
     console.print(
         f"{config.ckpt}: oracle against torch ({config.against or 'the same weights'}), "
         f"{config.dtype} on {device}, {tokens.size} tokens; errors relative to the exact value",
         soft_wrap=True,
         markup=False,
     )
-    show(rows, console)
+    show(rows, console, "activation", "token")
     console.print(describe_logits(actual, exact), soft_wrap=True)
-    line, code = verdict(rows, len(names))
+    expected = len(activation_axes(low.config))
+    if config.grads:
+        exact = oracle_step(checkpoint, tokens)
+        baseline = exact if low is checkpoint else oracle_step(low, tokens)
+        names = step_names(low.config)
+        stepped = torch_step(torch_model, tokens)
+        slack = step_slack(low, stepped, exact)
+        step_rows = list(compare(names, stepped, exact, baseline, config.dtype, slack))
+        show(step_rows, console, "training step", "row")
+        rows += step_rows
+        expected += len(names)
+    line, code = verdict(rows, expected, "quantities" if config.grads else "activations")
     console.print(
         line, soft_wrap=True, markup=False, style="bold green" if code == 0 else "bold red"
     )

@@ -1,0 +1,145 @@
+"""Training cases, and the torch trainer's own functions run on them."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from llama_torch import step
+from llama_torch.config import OptimConfig
+from llama_torch.optim import learning_rate, make_adamw
+from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
+from reference_np.ops import IGNORE
+from reference_np.optim import Hyper
+
+from .strategies import Array, Params, cast, configs, random_params, seeds
+from .support import torch_model
+
+FIELDS = {"eps": "adam_eps"}  # Hyper's name -> OptimConfig's, where they differ
+
+
+class TrainingCase(NamedTuple):
+    """A model and the micro-batches of one optimizer step."""
+
+    config: LlamaConfig
+    params: Params  # float64
+    batches: list[Batch]
+    hyper: Hyper
+
+
+def random_batch(rng: np.random.Generator, config: LlamaConfig, custom: bool) -> Batch:
+    """Draw a micro-batch with ignored targets, and with its own positions and mask if asked."""
+    shape = (int(rng.integers(1, 4)), int(rng.integers(2, 9)))
+    tokens, targets = rng.integers(0, config.vocab_size, (2, *shape))
+    targets[rng.random(shape) < rng.choice([0.0, 0.3, 0.8])] = IGNORE
+    targets[0, 0] = 0  # at least one counts
+    if not custom:
+        return Batch(tokens, targets)
+    mask = rng.random((*shape, shape[1])) < 0.6
+    return Batch(tokens, targets, rng.integers(0, 5000, shape), mask)
+
+
+@st.composite
+def training_cases(draw: st.DrawFn) -> TrainingCase:
+    """Any model, split, mask and positions; clipping that bites and clipping that does not."""
+    config = draw(configs())
+    rng = np.random.default_rng(draw(seeds, label="batches seed"))
+    batches = [
+        random_batch(rng, config, custom)
+        for custom in draw(st.lists(st.booleans(), min_size=1, max_size=3), label="custom masks")
+    ]
+    hyper = Hyper(
+        lr=draw(st.sampled_from([1e-2, 3e-4]), label="lr"),
+        grad_clip=draw(st.sampled_from([0.05, 1e3]), label="grad_clip"),
+        z_loss=draw(st.sampled_from([0.0, 1e-2]), label="z_loss"),
+        warmup_steps=3,
+        steps=12,
+    )
+    params = random_params(config, draw(seeds, label="weights seed"))
+    return TrainingCase(config, params, batches, hyper)
+
+
+def to_torch(batch: Batch) -> step.Batch:
+    """Copy a batch to torch."""
+    return step.Batch(*(None if x is None else torch.from_numpy(np.array(x)) for x in batch))
+
+
+def torch_grads(case: TrainingCase, dtype: Any) -> tuple[float, Params]:
+    """Loss and gradients from the trainer's own accumulation."""
+    model = torch_model(case.config, cast(case.params, dtype)).train()
+    model.requires_grad_(True)
+    loss = step.accumulate(model, *_arguments(case, model))
+    grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return loss.item(), grads
+
+
+def _arguments(case: TrainingCase, model: Any) -> tuple[list, step.Precision, float]:
+    precision = step.Precision(torch.device("cpu"), next(model.parameters()).dtype)
+    return [to_torch(batch) for batch in case.batches], precision, case.hyper.z_loss
+
+
+class Trained(NamedTuple):
+    """What k steps leave behind."""
+
+    losses: list[float]
+    norms: list[float]
+    params: Params
+    exp_avg: Params
+    exp_avg_sq: Params
+
+
+def torch_train(case: TrainingCase, steps: int, dtype: Any) -> Trained:
+    """Take ``steps`` steps with the functions that ``python -m llama_torch.train`` runs."""
+    config = optim_config(case.hyper)
+    model = torch_model(case.config, cast(case.params, dtype)).train()
+    model.requires_grad_(True)
+    optimizer = make_adamw(model, config)
+    batches, precision, z_loss = _arguments(case, model)
+    losses, norms = [], []
+    for i in range(steps):
+        loss, norm = step.train_step(
+            model,
+            optimizer,
+            batches,
+            lr=learning_rate(i, case.hyper.steps, config),
+            grad_clip=config.grad_clip,
+            precision=precision,
+            z_loss=z_loss,
+        )
+        losses.append(loss.item())
+        norms.append(norm.item())
+    named = dict(model.named_parameters())
+
+    def moments(kind: str) -> Params:
+        return {name: optimizer.state[p][kind].numpy() for name, p in named.items()}
+
+    params = {name: p.detach().numpy() for name, p in named.items()}
+    return Trained(losses, norms, params, moments("exp_avg"), moments("exp_avg_sq"))
+
+
+def optim_config(hyper: Hyper) -> OptimConfig:
+    """The trainer's settings for the oracle's hyperparameters."""
+    values = {FIELDS.get(k, k): v for k, v in dataclasses.asdict(hyper).items() if k != "steps"}
+    return OptimConfig(**values)
+
+
+def fixed_cases() -> list[TrainingCase]:
+    """A few cases that between them can show every training bug."""
+    found = []
+    for seed, (tied, clip, z_loss) in enumerate(
+        [(False, 1e3, 0.0), (True, 0.05, 1e-2), (True, 1e3, 1e-2), (False, 0.05, 0.0)]
+    ):
+        rng = np.random.default_rng(seed)
+        config = LlamaConfig(12, 2, 6, 2, 6, 20, 17, tie_embeddings=tied)
+        batches = [random_batch(rng, config, custom) for custom in (False, True, False)]
+        hyper = Hyper(lr=1e-2, grad_clip=clip, z_loss=z_loss, warmup_steps=3, steps=12)
+        found.append(TrainingCase(config, random_params(config, seed), batches, hyper))
+    return found
+
+
+def size(value: Array | float) -> float:
+    """The largest absolute value."""
+    return float(np.max(np.abs(value), initial=0.0))
