@@ -41,8 +41,11 @@ def toml_flags(path: str, config_class: type[Any]) -> list[str]:
     try:
         with Path(path).open("rb") as file:
             table = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # not TOML, not UTF-8
         raise InputError(f"--config {path}: cannot be read ({error}); fix the file") from None
+    for key in ("config", "resume"):
+        if key in table:
+            raise InputError(f"--config {path}: {key} belongs on the command line; remove it")
     flags = as_flags(table)
     try:
         parse(config_class, flags)

@@ -106,13 +106,13 @@ def documents(files: Sequence[Path], text_field: str) -> Iterator[str]:
             elif path.suffix == ".jsonl":
                 yield from _jsonl_texts(path, text_field)
             else:
-                yield path.read_text(encoding="utf-8")
+                yield path.read_text(encoding="utf-8-sig")  # a byte-order mark is no text
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--data {path}: cannot be read as UTF-8 ({error})") from None
 
 
 def _jsonl_texts(path: Path, text_field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -120,7 +120,7 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     (tmp_path / "sub").mkdir()
-    (tmp_path / "a.txt").write_text("text file")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext file")
     (tmp_path / "sub" / "b.md").write_text("# markdown é")
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "other": 1}\n')
     parquet.write_table(pyarrow.table({"text": ["three", "four"]}), tmp_path / "d.parquet")

@@ -313,6 +313,13 @@ def test_toml_sets_defaults_and_flags_win(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.model.tie_embeddings is False
     assert config.data.data == ("a", "b")
     assert config.out == "runs/1"
+    for text in ("resume = true\n", "config = 'other.toml'\n"):
+        (tmp_path / "run.toml").write_text(text)
+        with pytest.raises(InputError, match="belongs on the command line"):
+            run_dir.resolve_config(["--config", "run.toml"])
+    (tmp_path / "run.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot be read"):
+        run_dir.resolve_config(["--config", "run.toml"])
     (tmp_path / "run.toml").write_text("[model]\nlayers = 2\n")
     with pytest.raises(InputError, match="--config run.toml: .*--layers"):
         run_dir.resolve_config(["--config", "run.toml"])
