@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import InputError, ModelConfig, read_json
+from .config import InputError, ModelConfig, parse_json, read_json
 from .model import Llama
 from .tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 
@@ -22,13 +22,20 @@ RUN_FILE = "run.json"
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 
+STORED = ("F16", "BF16", "F32", "F64")
+
+
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file, flush it to disk, then rename it to ``path``.
 
     A kill at any moment leaves the old file or the new one, and at worst a ``.tmp`` beside
-    it, which the next write reuses.
+    it, which the next write of the same file removes. The name carries the process, so that
+    two processes that fill one cache do not meet in it.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    for left_over in path.parent.glob(f"{path.name}.*.tmp"):
+        if not _alive(left_over.name.split(".")[-2]):
+            left_over.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         _flush(temporary)
@@ -37,6 +44,16 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _flush(path: Path) -> None:
@@ -123,8 +140,13 @@ def load_model(
     for file_path in files:
         with _open(file_path) as file:
             for name in file.keys():  # noqa: SIM118
-                if not name.endswith(DERIVED_SUFFIX):
-                    tensors[name] = file.get_tensor(name).to(device, dtype)
+                if name.endswith(DERIVED_SUFFIX):
+                    continue
+                if (stored := file.get_slice(name).get_dtype()) not in STORED:
+                    raise InputError(f"{file_path}: {name} is stored as {stored}; save it in float")
+                if name in tensors:
+                    raise InputError(f"{file_path}: {name} is also in another shard; keep one")
+                tensors[name] = file.get_tensor(name).to(device, dtype)
     require_match(path, {n: tuple(p.shape) for n, p in model.state_dict().items()}, tensors)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
@@ -157,20 +179,21 @@ def weight_files(path: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map; save the checkpoint again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{index}: {shard!r} is not the name of a file beside it; correct it")
     return [path / name for name in sorted(set(weight_map.values()))]
 
 
 def read_config(path: Path, files: list[Path]) -> ModelConfig:
     """Read the config beside the weights and the one inside them; they must agree."""
     inner = None
-    with _open(files[0]) as file:
-        text = (file.metadata() or {}).get("config")
-    if text is not None:
-        source = f"{files[0]} (metadata)"
-        try:
-            inner = ModelConfig.from_hf(json.loads(text), source)
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{source}: {error}") from None
+    for path_ in files:
+        with _open(path_) as file:
+            text = (file.metadata() or {}).get("config")
+        if text is not None and inner is None:
+            source = f"{path_} (metadata)"
+            inner = ModelConfig.from_hf(parse_json(text, source), source)
     beside = files[0].parent / "config.json"
     if not beside.is_file():
         if inner is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import re
 import sys
@@ -46,16 +47,26 @@ def toml_flags(path: str, config_class: type[Any]) -> list[str]:
     for key in ("config", "resume"):
         if key in table:
             raise InputError(f"--config {path}: {key} belongs on the command line; remove it")
-    flags = as_flags(table)
-    try:
-        parse(config_class, flags)
-    except InputError as error:
-        raise InputError(f"--config {path}: {error}") from None
-    return flags
+    known = _field_names(config_class)
+    for section, value in table.items():
+        for key in value if isinstance(value, dict) else (section,):
+            if key not in known:
+                raise InputError(
+                    f"--config {path}: unknown setting {key}; see --help for the names"
+                )
+    return as_flags(table)
+
+
+def _field_names(config_class: type[Any]) -> set[str]:
+    names: set[str] = set()
+    for field in dataclasses.fields(config_class):
+        nested = dataclasses.is_dataclass(field.type)
+        names |= _field_names(field.type) if nested else {field.name}  # type: ignore[arg-type]
+    return names
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
-    """Turn ``{"model": {"n_layers": 2}, "data": ["a", "b"]}`` into ``--n-layers 2 --data a b``."""
+    """Turn ``{"model": {"n_layers": 2}, "data": ["a", "b"]}`` into ``--n-layers=2 --data a b``."""
     flags: list[str] = []
     for key, value in settings.items():
         name = key.replace("_", "-")
@@ -63,9 +74,10 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
             flags += as_flags(value)
         elif isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            values = value if isinstance(value, list | tuple) else [value]
-            flags += [f"--{name}", *map(str, values)]
+        elif isinstance(value, list | tuple):
+            flags += [f"--{name}", *map(str, value)]
+        else:  # one word, so that a value may begin with a dash
+            flags.append(f"--{name}={value}")
     return flags
 
 
@@ -80,10 +92,13 @@ def early_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(main: Callable[[], int]) -> int:
-    """Call ``main``; an InputError becomes one line on stderr and exit code 2."""
+    """Call ``main``; an InputError becomes one line on stderr and exit code 2.
+
+    So does what the operating system refuses (a full disk, a name too long).
+    """
     try:
         return main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -27,6 +27,16 @@ def _check_positive(config: object, *names: str) -> None:
         _check(math.isfinite(value) and value > 0, name, value, "must be positive")
 
 
+def _check_text(flag: str, value: str) -> None:
+    _check(bool(value), flag, value, "must not be empty")
+    # Bytes of the command line that are not text arrive as lone surrogates.
+    _check(not _has_surrogates(value), flag, value, "must be valid text")
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 # ModelConfig field -> Hugging Face key. rope_theta has two spellings; see from_hf.
 HF_KEYS = {
     "dim": "hidden_size",
@@ -136,27 +146,40 @@ class ModelConfig:
         ]
         thetas = [hf.get("rope_theta")]
         for key in ("rope_scaling", "rope_parameters"):
-            rope = dict(hf[key]) if isinstance(hf.get(key), dict) else {"rope_type": hf.get(key)}
+            if hf.get(key) is None:
+                continue
+            rope = dict(hf[key]) if isinstance(hf[key], dict) else {"rope_type": hf}
             thetas.append(rope.pop("rope_theta", None))
-            kinds = {rope.pop("rope_type", None), rope.pop("type", None)}
-            if rope or not kinds <= {None, "default"}:
+            kinds = [rope.pop("rope_type", None), rope.pop("type", None)]
+            if rope or any(kind not in (None, "default") for kind in kinds):
                 problems.append(f"{key}={hf[key]!r} (supported: unscaled rotary embeddings)")
         if problems:
             raise InputError(f"{source}: not supported: {'; '.join(problems)}")
-        found = {theta for theta in thetas if theta is not None}
-        if len(found) > 1:
-            raise InputError(f"{source}: contradictory rotary bases {sorted(found)}; keep one")
+        found = [theta for theta in thetas if theta is not None]
+        if any(theta != found[0] for theta in found):
+            raise InputError(f"{source}: contradictory rotary bases rope_theta={found}; keep one")
         values: dict[str, Any] = {name: hf.get(key) for name, key in HF_KEYS.items()}
-        values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
-        values["head_dim"] = values["head_dim"] or 0
-        values["tie_embeddings"] = bool(values["tie_embeddings"])
+        for name, key in HF_KEYS.items():
+            got = values[name]
+            if type(getattr(cls, name)) is not int or got is None:
+                continue
+            # Zero means "derive it" on the command line, and nothing in a file.
+            if type(got) is not int or not 0 < got < 2**31:
+                raise InputError(f"{source}: {key} must be a positive integer, got {got!r}")
+        derived = {"n_kv_heads": values["n_heads"], "head_dim": 0, "tie_embeddings": False}
+        for name, value in derived.items():
+            values[name] = value if values[name] is None else values[name]
         missing = [HF_KEYS[name] for name, value in values.items() if value is None]
         if missing:
             raise InputError(f"{source}: missing {', '.join(missing)}; add the model's value")
         try:
-            return cls(**values, rope_theta=found.pop() if found else 10000.0)
+            return cls(**values, rope_theta=found[0] if found else 10000.0)
         except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+            message = str(error)
+            for name, key in (*HF_KEYS.items(), ("rope_theta", "rope_theta")):
+                # A flag's name means nothing in a file.
+                message = message.replace(f"--{name.replace('_', '-')} ", f"{key} ")
+            raise InputError(f"{source}: {message}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` form; ``from_hf`` of it is this config again.
@@ -216,7 +239,7 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     z_loss: float = 0.0
-    """Weight of (log Z)^2 in the training loss; 0 = none."""
+    """Weight of (log Z)^2 in the training loss (not in the validation loss); 0 = none."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "lr", "adam_eps", "grad_clip")
@@ -235,7 +258,8 @@ class OptimConfig:
         )
         _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative")
         for name in ("weight_decay", "z_loss"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+            value = getattr(self, name)
+            _check(0 <= value < math.inf, name, value, "must be zero or positive, and finite")
 
 
 @dataclass(frozen=True)
@@ -283,8 +307,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "steps", "batch_size", "grad_accum", "log_every", "eval_every")
         _check_positive(self, "save_every")
-        for name in ("seed", "eval_batches", "sample_every"):
+        for name in ("eval_batches", "sample_every"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "must lie between 0 and 2^32 - 1")
         # transformers refuses to load any other shape, and a run must load everywhere.
         _check(
             self.model.dim % self.model.n_heads == 0,
@@ -292,13 +317,13 @@ class TrainConfig:
             self.model.dim,
             f"must be a multiple of --n-heads {self.model.n_heads}",
         )
-        _check(bool(self.sample_prompt), "sample_prompt", self.sample_prompt, "must not be empty")
+        _check_text("sample_prompt", self.sample_prompt)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the losses: what a resumed run must share."""
         flat = dataclasses.asdict(self)
         reporting = ("log_every", "eval_every", "eval_batches", "sample_every", "sample_prompt")
-        for name in ("config", "out", "resume", "save_every", *reporting):
+        for name in ("config", "out", "resume", "device", "save_every", *reporting):
             del flat[name]
         for name in ("cache_dir", "num_workers", "data", "text_field"):
             del flat["data"][name]  # the text itself is compared by its hash
@@ -332,7 +357,7 @@ class GenerateConfig:
     """Precision of the weights in memory."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.prompt), "prompt", self.prompt, "must not be empty")
+        _check_text("prompt", self.prompt)
         _check_positive(self, "max_new_tokens")
         _check(
             self.temperature >= 0 and math.isfinite(self.temperature),
@@ -348,9 +373,18 @@ class GenerateConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; InputError names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); write it again") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); write it again") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, source: str) -> dict[str, Any]:
+    """Parse a JSON object; InputError names its source."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: is not JSON ({error}); write it again") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: is not a JSON object; write it again")
+        raise InputError(f"{source}: is not a JSON object; write it again")
     return value

@@ -66,6 +66,8 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
+        if not pattern:
+            raise InputError("--data '' names nothing; give a file, a folder or a glob")
         if path.is_dir():
             matches = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
         elif path.is_file():
@@ -118,7 +120,7 @@ def _jsonl_texts(path: Path, text_field: str) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line)[text_field]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise InputError(
@@ -179,7 +181,7 @@ def _map_cached(config: DataConfig, key: str, files: Sequence[Path]) -> NDArray[
             ) from None
     try:
         mapped: NDArray[np.integer[Any]] = np.load(path, mmap_mode="r")
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise InputError(f"{path}: damaged token cache ({error}); delete the file") from None
     return mapped
 

@@ -1,6 +1,7 @@
 """Sampling with the cache: ``python -m llama_torch.generate --ckpt DIR --prompt TEXT``."""
 
 import codecs
+import io
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -19,19 +20,20 @@ from .tokenizer import encoding_for
 
 
 def token_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Return the distribution [V] to draw from; temperature 0 puts everything on the largest.
+    """Return the distribution [V] to draw from, in float64; ``temperature`` is above 0.
 
     Order: temperature, then top-k, then top-p on what is left. top-p keeps the smallest set of
     likeliest tokens that holds at least ``top_p`` (Holtzman et al. 2020), never none.
     """
-    if temperature == 0:
-        return F.one_hot(logits_V.argmax(), logits_V.shape[0]).float()
-    ordered, order = torch.sort(logits_V.float() / temperature, descending=True, stable=True)
+    # float64: in float32 the running sum of 50,257 probabilities reaches 1 before its end.
+    ordered, order = torch.sort(logits_V.double(), descending=True, stable=True)
+    ordered = (ordered - ordered[0]) / temperature  # the largest stays 0 at any temperature
     if top_k:
         ordered[top_k:] = -torch.inf
     probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # mass of the strictly likelier tokens
-    probs[before >= top_p] = 0
+    if top_p < 1:
+        before = probs.cumsum(-1) - probs  # mass of the likelier tokens
+        probs[before >= top_p] = 0
     return torch.zeros_like(probs).scatter_(0, order, probs / probs.sum())
 
 
@@ -66,11 +68,13 @@ def generate(
     for _ in range(min(max_new_tokens, config.max_seq_len - len(prompt))):
         hidden, cache = model.model(tokens, cache=cache)
         logits = F.linear(hidden[0, -1], model.head_weight)  # only the last position is needed
+        if not logits.isfinite().all():
+            raise InputError("the model's logits are not finite; check its weights with compare.py")
         if temperature == 0:
             token = int(logits.argmax())
         else:
             probs = token_probabilities(logits, temperature, top_k, top_p)
-            # Drawn on the CPU: one seed gives one text wherever the model runs.
+            # On the CPU, so that the draw itself does not depend on the device.
             token = int(torch.multinomial(probs.cpu(), 1, generator=generator))
         if token in stop:
             return
@@ -122,6 +126,8 @@ def _main(argv: Sequence[str]) -> int:
         generator=torch.Generator().manual_seed(config.seed),
         stop=stop,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     first = next(tokens, None)  # so that a refused prompt prints nothing else
     print(config.prompt, end="", flush=True)
     if first is not None:

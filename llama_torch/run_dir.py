@@ -36,6 +36,7 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
     """
     early = cli.early_flags(argv)
     defaults = cli.toml_flags(early.config, TrainConfig) if early.config else []
+    early = cli.early_flags([*defaults, *argv])  # the TOML file may name --out
     if not early.resume:
         config = cli.parse(TrainConfig, argv, defaults)
         config = dataclasses.replace(config, out=config.out or str(_next_run()))
@@ -66,15 +67,25 @@ def _latest_run() -> Path:
 def _stored(out: Path) -> dict[str, Any]:
     if not (out / RUN_FILE).is_file():
         raise InputError(f"--resume: {out} holds no run; leave --resume out to start one there")
-    return read_json(out / RUN_FILE)
+    stored = read_json(out / RUN_FILE)
+    if not all(isinstance(stored.get(key), dict) for key in ("identity", "settings")):
+        raise InputError(f"{out / RUN_FILE}: is not this package's; start anew in another --out")
+    return stored
 
 
 def _require_free(out: Path) -> None:
+    try:
+        _require_free_and_writable(out)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be used ({error}); choose another") from None
+
+
+def _require_free_and_writable(out: Path) -> None:
     if (out / RUN_FILE).exists():
         raise InputError(
             f"--out {out} already holds a run; add --resume to continue it, or choose another"
         )
-    for name in (MODEL_FILE, STATE_FILE, "config.json"):
+    for name in (MODEL_FILE, STATE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json"):
         if (out / name).exists():
             raise InputError(f"--out {out} already holds a {name}; choose another directory")
     nearest = out
@@ -84,30 +95,35 @@ def _require_free(out: Path) -> None:
         raise InputError(f"--out {out} cannot be written below {nearest}; choose another directory")
 
 
+def require_same(config: TrainConfig, data_key: str | None = None) -> None:
+    """Check that a resumed run's settings, and its text once its hash is known, are its own."""
+    out = Path(config.out)
+    stored = _stored(out)
+    differing = _differences(stored["identity"], config.identity())
+    if data_key is not None and stored.get("data_key") != data_key:
+        differing.append("the text of --data has changed")
+    if differing:
+        raise InputError(
+            f"--resume: {out} belongs to another config: {'; '.join(differing)}; drop these "
+            "flags to continue it, or start a new run with another --out"
+        )
+
+
 def claim(config: TrainConfig, data_key: str) -> None:
-    """Create the directory and note what it belongs to, or check that a resumed one matches."""
+    """Create the directory of a new run and note what it belongs to."""
     out = Path(config.out)
     identity = config.identity()
-    if config.resume:
-        stored = _stored(out)
-        differing = _differences(stored["identity"], identity)
-        if stored["data_key"] != data_key:
-            differing.append("the text of --data has changed")
-        if differing:
-            raise InputError(
-                f"--resume: {out} belongs to another config: {'; '.join(differing)}; drop these "
-                "flags to continue it, or start a new run with another --out"
-            )
-        return
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_directory_files(out, config.model)
+        out.mkdir(parents=True, exist_ok=out.parent != RUNS)
         record = {
             "identity": identity,
             "data_key": data_key,
             "settings": dataclasses.asdict(config),
         }
         write_text(out / RUN_FILE, json.dumps(record, indent=2) + "\n")
+        write_directory_files(out, config.model)
+    except FileExistsError:
+        raise InputError(f"--out {out} was taken by another run just now; try again") from None
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error}); choose another") from None
 
@@ -151,6 +167,12 @@ def restore(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
     written again, in case the run was killed between the state and it.
     """
     if not (out / STATE_FILE).exists():
+        if (out / MODEL_FILE).exists():
+            raise InputError(
+                f"--resume: {out} has a model but no {STATE_FILE} to continue from; "
+                "put it back, or start a new run with another --out"
+            )
+        write_directory_files(out, model.config)
         return 0
     tensors, step = load_state(out)
     parameters = dict(model.named_parameters())

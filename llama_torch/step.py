@@ -22,7 +22,7 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Run matrix products in ``dtype`` where that is lower than the parameters'."""
-        enabled = self.dtype in (torch.bfloat16, torch.float16)
+        enabled = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
 

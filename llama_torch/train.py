@@ -1,6 +1,8 @@
 """Train a Llama on text: ``python -m llama_torch.train``, no arguments needed."""
 
+import dataclasses
 import math
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -35,25 +37,42 @@ def evaluate(model: Llama, windows: Sequence[Tensor], precision: Precision) -> f
     return total.item() / n_valid
 
 
-def set_up(config: TrainConfig) -> tuple[Llama, torch.optim.AdamW, Precision]:
-    """Build the model with its seeded initial weights, its optimizer, and the precision."""
+def pick_precision(config: TrainConfig) -> Precision:
+    """Return the device and the dtype of its matrix products."""
     device = pick_device(config.device)
-    automatic = torch.bfloat16 if computes_bfloat16(device) else torch.float32
-    dtype = automatic if config.dtype == "auto" else getattr(torch, config.dtype)
+    automatic = "bfloat16" if computes_bfloat16(device) else "float32"
+    dtype = automatic if config.dtype == "auto" else config.dtype
+    return Precision(device, getattr(torch, dtype))
+
+
+def set_up(config: TrainConfig, device: torch.device) -> tuple[Llama, torch.optim.AdamW]:
+    """Build the model with its seeded initial weights, and its optimizer."""
     torch.set_float32_matmul_precision(config.matmul_precision)
     model = Llama(config.model)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     model.to(device)
-    return model, make_adamw(model, config.optim), Precision(device, dtype)
+    return model, make_adamw(model, config.optim)
 
 
 def train(config: TrainConfig) -> float:
     """Run ``config`` to its end, resuming where it says so; return the last validation loss."""
     context, out = config.model.max_seq_len, Path(config.out)
+    precision = pick_precision(config)
+    # A run keeps the precision it began with, wherever it is resumed.
+    config = dataclasses.replace(
+        config, dtype="bfloat16" if precision.dtype == torch.bfloat16 else "float32"
+    )
+    if config.resume:
+        run_dir.require_same(config)
     corpus = load_corpus(config.data, config.model.vocab_size, context)
-    model, optimizer, precision = set_up(config)
-    run_dir.claim(config, corpus.key)
-    start = run_dir.restore(out, model, optimizer) if config.resume else 0
+    if config.resume:
+        run_dir.require_same(config, corpus.key)
+    model, optimizer = set_up(config, precision.device)
+    if config.resume:
+        start = run_dir.restore(out, model, optimizer)
+    else:
+        run_dir.claim(config, corpus.key)
+        start = 0
     rows = config.batch_size * config.grad_accum
     windows = train_batches(
         corpus,
@@ -138,8 +157,8 @@ def _main(argv: Sequence[str]) -> int:
         val_loss = train(config)
     except KeyboardInterrupt:
         print(
-            "interrupted; continue from the last checkpoint with\n"
-            f"  python -m llama_torch.train --resume --out {config.out}",
+            "interrupted; continue from the last checkpoint, if one was saved, with\n"
+            f"  python -m llama_torch.train --resume --out {shlex.quote(config.out)}",
             file=sys.stderr,
         )
         return 130
@@ -147,8 +166,9 @@ def _main(argv: Sequence[str]) -> int:
         f"finished in {time.perf_counter() - started:.0f} s: validation loss {val_loss:.3f}, "
         f"perplexity {math.exp(val_loss):.1f}, checkpoint in {config.out}\n"
         "next:\n"
-        f"  python tools/compare.py {config.out}/model.safetensors\n"
-        f'  python -m llama_torch.generate --ckpt {config.out} --prompt "{config.sample_prompt}"'
+        f"  python tools/compare.py {shlex.quote(config.out + '/model.safetensors')}\n"
+        f"  python -m llama_torch.generate --ckpt {shlex.quote(config.out)} "
+        f"--prompt {shlex.quote(config.sample_prompt)}"
     )
     return 0
 

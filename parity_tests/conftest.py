@@ -1,9 +1,11 @@
 """Hypothesis profiles: ``pytest parity_tests/ --hypothesis-profile quick|default|thorough``."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 COMMON = {
@@ -24,3 +26,11 @@ def _own_token_cache(
     """Keep the tests' token caches out of the user's, in one place for the whole run."""
     folder = Path(tmp_path_factory.getbasetemp()) / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _own_precision() -> Iterator[None]:
+    """Undo what a training run sets for its whole process."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -173,6 +173,21 @@ def missing_shard(path: Path) -> Path:
     return path.parent
 
 
+def integer_tensor(path: Path) -> Path:
+    return write(path, **{"model.norm.weight": np.ones(8, np.int64)})
+
+
+def index_of_numbers(path: Path) -> Path:
+    (path.parent / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    return path.parent
+
+
+def index_outside_its_folder(path: Path) -> Path:
+    text = '{"weight_map": {"a": "../m.safetensors"}}'
+    (path.parent / "model.safetensors.index.json").write_text(text)
+    return path.parent
+
+
 def empty_index(path: Path) -> Path:
     (path.parent / "model.safetensors.index.json").write_text("{}")
     return path.parent
@@ -192,6 +207,9 @@ def empty_index(path: Path) -> Path:
         (config_of_another_size, "model.layers.2.mlp.up_proj.weight is missing"),
         (missing_shard, "model-00002-of-00002.safetensors: no such file"),
         (empty_index, "has no weight_map"),
+        (index_of_numbers, "3 is not the name of a file"),
+        (index_outside_its_folder, "is not the name of a file beside it"),
+        (integer_tensor, "model.norm.weight is stored as I64"),
     ],
 )
 def test_wrong_files_are_one_clear_line(

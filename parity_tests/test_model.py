@@ -1,9 +1,12 @@
 """The whole model, every named activation, in both backends."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 
+from reference_np import ops as reference_ops
 from reference_np.config import InputError, LlamaConfig
 from reference_np.model import forward
 from reference_np.naming import activation_axes, parameter_shapes
@@ -134,3 +137,43 @@ def test_bad_arguments_are_named(change: dict[str, Array], message: str) -> None
     tokens = arguments.pop("tokens")
     with pytest.raises(InputError, match=message):
         forward(random_params(GOOD, 0), tokens, GOOD, **arguments)
+
+
+def _tiled(q: Array, n_kv_heads: int) -> Array:
+    batch, length, _, width = q.shape
+    return q.reshape(batch, length, -1, n_kv_heads, width).transpose(0, 3, 2, 1, 4)
+
+
+def _interleaved(x: Array, cos: Array, sin: Array) -> Array:
+    pairs = np.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+    turned = np.split(reference_ops.apply_rope(pairs, cos, sin), 2, axis=-1)
+    return np.stack(turned, axis=-1).reshape(x.shape)
+
+
+FORWARD_BUGS = {
+    "eps 1e-6": {"rms_norm": lambda x, w, eps: reference_ops.rms_norm(x, w, 1e-6)},
+    "eps outside the root": {
+        "rms_norm": lambda x, w, eps: x / (np.sqrt(np.mean(x * x, -1, keepdims=True)) + eps) * w
+    },
+    "variance": {"rms_norm": lambda x, w, eps: w * x / np.sqrt(x.var(-1, keepdims=True) + eps)},
+    "KV heads tiled": {"group_queries": _tiled},
+    "interleaved RoPE": {"apply_rope": _interleaved},
+    "theta ignored": {
+        "rope_tables": lambda p, k, theta, dtype: reference_ops.rope_tables(p, k, 1e4, dtype)
+    },
+    "position + 1 in keys": {
+        "attention_scores": lambda q, k: reference_ops.attention_scores(q, np.roll(k, 1, axis=2))
+    },
+    "silu on up": {"swiglu": lambda gate, up: gate * reference_ops.silu(up)},
+}
+
+
+@pytest.mark.parametrize("bug", FORWARD_BUGS)
+def test_forward_bugs_cross_the_tolerance_ten_times(bug: str) -> None:
+    """A tolerance that no bug crosses is a test that cannot fail."""
+    config = LlamaConfig(24, 2, 6, 2, 8, 40, 50, rope_theta=5e5)
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 9))
+    case = Case(config, random_params(config, 0), tokens, None, None)
+    broken = SimpleNamespace(**(vars(reference_ops) | FORWARD_BUGS[bug]))
+    wrong, _ = forward(case.params, tokens, config, ops=broken)
+    assert logic_error(torch_trace(case, np.float64)["logits"], wrong) >= 10 * LOGIC

@@ -164,7 +164,9 @@ def attention_bound(q: Array, k: Array, v: Array, exact: Array) -> float:
     if size == 0:
         return 0.0
     width, keys = q.shape[-1], k.shape[2]
-    score = LAMBDA * np.sqrt(width) * np.sqrt(width) * np.abs(q).max() * np.abs(k).max() * U32
+    # |q| . |k| / sqrt(K), the largest there is, times sqrt(K) roundings of a dot product.
+    terms = ops.attention_scores(ops.group_queries(np.abs(q), k.shape[1]), np.abs(k)).max()
+    score = LAMBDA * np.sqrt(width) * terms * U32
     mix = LAMBDA * np.sqrt(keys) * U32
     return float((2 * score + mix + 4 * U32) * np.abs(v).max() / size)
 

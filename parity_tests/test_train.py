@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,10 +139,13 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     assert not torch.equal(one[0], other[0])
 
 
+TEXT = "A llama walks over the hill and the hill walks under it. " * 60
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"
-    path.write_text("A llama walks over the hill and the hill walks under it. " * 60)
+    path.write_text(TEXT)
     return str(path)
 
 
@@ -196,15 +202,25 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "train_step", counted)
 
 
-@pytest.mark.parametrize("stop_at", [0, 1, 3, 5])
+@pytest.mark.parametrize(
+    ("stop_at", "more"),
+    [
+        (0, ["--sample-prompt=-x"]),
+        (1, []),
+        (3, ["--grad-accum", "2", "--max-seq-len", "60"]),  # crosses an epoch's end
+        (5, ["--dtype", "bfloat16"]),
+        (3, ["--num-workers", "1"]),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
-    tmp_path: Path, text: str, stop_at: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: str, stop_at: int, more: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert train.main([*SMALL_RUN, "--data", text, "--out", str(whole)]) == 0
+    flags = [*SMALL_RUN, *more, "--data", text]
+    assert train.main([*flags, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
         stop_after(stop_at, patch)
-        assert train.main([*SMALL_RUN, "--data", text, "--out", str(parted)]) == 130
+        assert train.main([*flags, "--out", str(parted)]) == 130
     assert (parted / STATE_FILE).exists() == (stop_at >= 2)
     assert train.main(["--resume", "--out", str(parted)]) == 0
     for name in (STATE_FILE, "model.safetensors"):
@@ -222,12 +238,38 @@ def test_an_export_torn_from_its_state_is_written_again(tmp_path: Path, text: st
     assert train.main([*SMALL_RUN, "--data", text, "--out", str(out)]) == 0
     expected = load_file(out / "model.safetensors")
     (out / "model.safetensors").unlink()
-    (out / "model.safetensors.tmp").write_bytes(b"half")
+    (out / "model.safetensors.999999999.tmp").write_bytes(b"half")  # no such process
     assert train.main(["--resume", "--out", str(out)]) == 0
     again = load_file(out / "model.safetensors")
     assert again.keys() == expected.keys()
     assert all(torch.equal(again[name], value) for name, value in expected.items())
     assert not list(out.glob("*.tmp"))
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, text: str) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = [*SMALL_RUN, "--data", text, "--steps", "40", "--save-every", "2"]
+    assert train.main([*flags, "--out", str(whole)]) == 0
+    command = [sys.executable, "-m", "llama_torch.train", *flags, "--out", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / STATE_FILE).exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    load_model(killed if (killed / "model.safetensors").exists() else whole)
+    assert train.main(["--resume", "--out", str(killed)]) == 0
+    one, other = load_file(whole / STATE_FILE), load_file(killed / STATE_FILE)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_gradient_accumulation_is_a_larger_batch(tmp_path: Path, text: str) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    flags = [*SMALL_RUN, "--data", text, "--batch-size"]
+    assert train.main([*flags, "4", "--out", str(one)]) == 0
+    assert train.main([*flags, "2", "--grad-accum", "2", "--out", str(other)]) == 0
+    mine, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture
@@ -263,6 +305,9 @@ def test_a_directory_in_use_is_refused(
     Path(flags[flags.index("--data") + 1]).write_text("Another text entirely. " * 100)
     assert "text of --data has changed" in refused(["--resume", "--out", str(out)], capsys)
     assert (out / STATE_FILE).read_bytes() == before
+    (out / STATE_FILE).unlink()
+    Path(flags[flags.index("--data") + 1]).write_text(TEXT)
+    assert "no training_state.safetensors" in refused(["--resume", "--out", str(out)], capsys)
 
 
 def test_a_foreign_directory_is_refused(
@@ -273,6 +318,13 @@ def test_a_foreign_directory_is_refused(
     assert "already holds a config.json" in refused([*flags, str(tmp_path)], capsys)
     assert "cannot be written" in refused([*flags, str(Path(text) / "below")], capsys)
     assert "holds no run" in refused(["--resume", "--out", str(tmp_path)], capsys)
+    (tmp_path / "run.json").write_text("{}")
+    assert "run.json: is not this package's" in refused(
+        ["--resume", "--out", str(tmp_path)], capsys
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text("mine")
+    assert "holds a tokenizer.json" in refused([*flags, str(tmp_path / "other")], capsys)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +340,10 @@ def test_a_foreign_directory_is_refused(
         (["--data", "nowhere.txt"], "--data nowhere.txt: no file found"),
         (["--config", "nowhere.toml"], "--config nowhere.toml: cannot be read"),
         (["--resume"], "--resume: no run in runs/"),
+        (["--seed", "100000000000000"], "--seed must lie between"),
+        (["--weight-decay", "inf"], "--weight-decay must be"),
+        (["--data", ""], "--data '' names nothing"),
+        (["--out", "o" * 300], "File name too long"),
     ],
 )
 def test_config_mistakes_fail_before_any_work(
@@ -313,6 +369,9 @@ def test_toml_sets_defaults_and_flags_win(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.model.tie_embeddings is False
     assert config.data.data == ("a", "b")
     assert config.out == "runs/1"
+    (tmp_path / "run.toml").write_text("[model]\ndim = 10\n")  # valid with the flags only
+    config = run_dir.resolve_config(["--config", "run.toml", "--n-heads", "5", "--n-kv-heads", "5"])
+    assert (config.model.dim, config.model.head_dim) == (10, 2)
     for text in ("resume = true\n", "config = 'other.toml'\n"):
         (tmp_path / "run.toml").write_text(text)
         with pytest.raises(InputError, match="belongs on the command line"):
@@ -321,7 +380,7 @@ def test_toml_sets_defaults_and_flags_win(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match="cannot be read"):
         run_dir.resolve_config(["--config", "run.toml"])
     (tmp_path / "run.toml").write_text("[model]\nlayers = 2\n")
-    with pytest.raises(InputError, match="--config run.toml: .*--layers"):
+    with pytest.raises(InputError, match="--config run.toml: unknown setting layers"):
         run_dir.resolve_config(["--config", "run.toml"])
 
 

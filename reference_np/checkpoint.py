@@ -126,6 +126,9 @@ def _shard_names(path: Path) -> list[str]:
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map; save the checkpoint again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{index}: {shard!r} is not the name of a file beside it; correct it")
     return sorted(set(weight_map.values()))
 
 
@@ -159,7 +162,7 @@ def parse_json(text: str, source: str) -> dict[str, Any]:
     """Parse a JSON object; InputError names its source."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: is not JSON ({error}); write it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{source}: is not a JSON object; write it again")

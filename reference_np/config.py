@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,8 +119,14 @@ class LlamaConfig:
         refuse_unsupported(hf, source)
         heads = hf.get("num_attention_heads")
         defaults = {"num_key_value_heads": heads, "tie_word_embeddings": False}
-        if isinstance(heads, int) and heads > 0 and isinstance(hf.get("hidden_size"), int):
-            defaults["head_dim"] = hf["hidden_size"] // heads
+        dim = hf.get("hidden_size")
+        if isinstance(heads, int) and heads > 0 and isinstance(dim, int):
+            if hf.get("head_dim") is None and dim % heads:
+                raise InputError(
+                    f"{source}: hidden_size {dim} is no multiple of num_attention_heads {heads}; "
+                    "give head_dim"
+                )
+            defaults["head_dim"] = dim // heads
         values: dict[str, Any] = {}
         for field, key in HF_KEYS.items():
             value = hf.get(key)
@@ -127,10 +134,14 @@ class LlamaConfig:
         missing = [HF_KEYS[field] for field, value in values.items() if value is None]
         if missing:
             raise InputError(f"{source}: missing {', '.join(missing)}; add the model's value")
+        theta = _rope_theta(hf, source)
         try:
-            return cls(**values, rope_theta=_rope_theta(hf, source))
+            return cls(**values, rope_theta=theta)
         except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+            message = str(error)
+            for field, key in HF_KEYS.items():  # the file's own words
+                message = re.sub(rf"\b{field}\b", key, message)
+            raise InputError(f"{source}: {message}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` form; ``from_hf`` of it is this config again."""
@@ -164,9 +175,9 @@ def refuse_unsupported(hf: Mapping[str, Any], source: str) -> None:
         rope = hf.get(key)
         if rope is None:
             continue
-        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
-        extra = set(rope) - {"rope_type", "type", "rope_theta"} if isinstance(rope, dict) else ()
-        if kind not in (None, "default") or extra:
+        plain = isinstance(rope, dict) and set(rope) <= {"rope_type", "type", "rope_theta"}
+        kinds = [rope.get("rope_type"), rope.get("type")] if plain else []
+        if not plain or any(kind not in (None, "default") for kind in kinds):
             problems.append(f"{key}={rope!r} (supported: unscaled rotary embeddings)")
     if problems:
         raise InputError(f"{source}: not supported: {'; '.join(problems)}")
@@ -178,7 +189,7 @@ def _rope_theta(hf: Mapping[str, Any], source: str) -> Any:
     for key in ("rope_parameters", "rope_scaling"):
         places[f"{key}.rope_theta"] = (hf.get(key) or {}).get("rope_theta")
     found = {place: value for place, value in places.items() if value is not None}
-    if len(set(found.values())) > 1:
+    if any(value != next(iter(found.values())) for value in found.values()):
         listing = ", ".join(f"{place}={value}" for place, value in found.items())
         raise InputError(f"{source}: contradictory rotary bases: {listing}; keep one")
     # 10000 is the paper's base and the meaning of an absent key in every Llama config.

@@ -49,7 +49,7 @@ def forward(
     """Compute logits [B, T, V] and the cache that continues the sequence.
 
     params     Hugging Face name -> array, all float32 or all float64; may be lazy: each
-               tensor is read once, one layer at a time.
+               tensor is read once (a tied embedding twice), one layer at a time.
     positions  int [B, T], the rotary positions; default: they follow the cache.
     mask       bool [B, T, S], True = may attend; default: causal.
     trace      called with every activation of naming.activation_axes as it is computed.

@@ -184,7 +184,7 @@ def _decay_without_rate(
     return optim.adamw(p, g, m, v, step, lr, decay / lr, hyper)
 
 
-def _step_from_zero(
+def _step_one_too_many(
     p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
 ) -> tuple[Array, Array, Array]:
     return optim.adamw(p, g, m, v, step + 1, lr, decay, hyper)
@@ -349,7 +349,7 @@ TRAINING = (
         "bias correction counts one step too many",
         SLIP,
         "adamw",
-        _step_from_zero,
+        _step_one_too_many,
     ),
     Mutant(
         "decay_in_gradient",

@@ -44,12 +44,12 @@ class OptState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What one step reports, and the clipped gradients it used."""
+    """What one step reports, and the gradients it computed."""
 
     loss: float  # mean over the step's valid targets, before the update
     grad_norm: float  # global, before clipping
     lr: float
-    grads: Grads
+    grads: Grads  # of the mean loss, before clipping
 
 
 def init_state(params: Mapping[str, Array]) -> OptState:
@@ -166,4 +166,4 @@ def train_step(
         for name, value in params.items()
     }
     new, m, v = ({name: parts[i] for name, parts in updated.items()} for i in range(3))
-    return new, OptState(step, m, v), Metrics(loss, norm, lr, clipped)
+    return new, OptState(step, m, v), Metrics(loss, norm, lr, grads)

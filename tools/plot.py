@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(PlotConfig, argv)
+    if Path(config.out).suffix not in (".svg", ".png", ".pdf"):
+        raise InputError(f"{config.out}: the picture's name must end in .svg, .png or .pdf")
     draw(Path(config.run), Path(config.out))
     return 0
 
