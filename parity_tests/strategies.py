@@ -118,17 +118,19 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def wide_cases(draw: st.DrawFn) -> Case:
+def wide_cases(draw: st.DrawFn, for_transformers: bool = False) -> Case:
     """Calls on which low precision can be judged by an average: wide, and well conditioned.
 
     Attention scores stay near one. Were they large, one rounded score would decide a whole
     token, and the ratio of two honest errors, each a single draw, has no useful bound.
     """
     n_kv_heads = draw(st.integers(1, 3), label="n_kv_heads")
+    n_heads = n_kv_heads * draw(st.integers(1, 4), label="n_rep")
+    step = n_heads if for_transformers else 1
     config = LlamaConfig(
-        dim=draw(st.integers(48, 96), label="dim"),
+        dim=step * draw(st.integers(-(-48 // step), 96 // step), label="dim / step"),
         n_layers=draw(st.integers(1, 4), label="n_layers"),
-        n_heads=n_kv_heads * draw(st.integers(1, 4), label="n_rep"),
+        n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=draw(st.sampled_from([32, 48, 64]), label="head_dim"),
         hidden_dim=draw(st.integers(64, 160), label="hidden_dim"),
