@@ -114,7 +114,9 @@ def claim(config: TrainConfig, data_key: str) -> None:
     out = Path(config.out)
     identity = config.identity()
     try:
-        out.mkdir(parents=True, exist_ok=out.parent != RUNS)
+        # Of two runs that chose the same free number, one creates it.
+        numbered = out.parent == RUNS and out.name.isdigit()
+        out.mkdir(parents=True, exist_ok=not numbered)
         record = {
             "identity": identity,
             "data_key": data_key,

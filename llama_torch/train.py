@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 from torch.utils.tensorboard import SummaryWriter
 
 from . import cli, run_dir
 from .config import InputError, TrainConfig
-from .data import describe, load_corpus, train_batches, val_batches
+from .data import Corpus, describe, load_corpus, train_batches, val_batches
 from .device import computes_bfloat16, pick_device
 from .generate import generate, stream_text
 from .loss import count_valid, loss_sum
@@ -45,13 +46,30 @@ def pick_precision(config: TrainConfig) -> Precision:
     return Precision(device, getattr(torch, dtype))
 
 
-def set_up(config: TrainConfig, device: torch.device) -> tuple[Llama, torch.optim.AdamW]:
+def set_up(config: TrainConfig, device: torch.device) -> tuple[Llama, AdamW]:
     """Build the model with its seeded initial weights, and its optimizer."""
     torch.set_float32_matmul_precision(config.matmul_precision)
     model = Llama(config.model)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     model.to(device)
     return model, make_adamw(model, config.optim)
+
+
+def prepare(config: TrainConfig, precision: Precision) -> tuple[Corpus, Llama, AdamW, int]:
+    """Load text, model and optimizer, and claim or restore the run; return the steps done too.
+
+    What can be refused is refused before the work that it would waste.
+    """
+    if config.resume:
+        run_dir.require_same(config)
+    corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
+    if config.resume:
+        run_dir.require_same(config, corpus.key)
+    model, optimizer = set_up(config, precision.device)
+    if config.resume:
+        return corpus, model, optimizer, run_dir.restore(Path(config.out), model, optimizer)
+    run_dir.claim(config, corpus.key)
+    return corpus, model, optimizer, 0
 
 
 def train(config: TrainConfig) -> float:
@@ -62,17 +80,7 @@ def train(config: TrainConfig) -> float:
     config = dataclasses.replace(
         config, dtype="bfloat16" if precision.dtype == torch.bfloat16 else "float32"
     )
-    if config.resume:
-        run_dir.require_same(config)
-    corpus = load_corpus(config.data, config.model.vocab_size, context)
-    if config.resume:
-        run_dir.require_same(config, corpus.key)
-    model, optimizer = set_up(config, precision.device)
-    if config.resume:
-        start = run_dir.restore(out, model, optimizer)
-    else:
-        run_dir.claim(config, corpus.key)
-        start = 0
+    corpus, model, optimizer, start = prepare(config, precision)
     rows = config.batch_size * config.grad_accum
     windows = train_batches(
         corpus,
