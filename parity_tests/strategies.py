@@ -22,7 +22,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @st.composite
-def configs(draw: st.DrawFn, for_transformers: bool = False) -> LlamaConfig:
+def configs(draw: st.DrawFn, for_transformers: bool = False, least_width: int = 1) -> LlamaConfig:
     """Any small architecture: n_rep != n_kv_heads, odd counts, dim unrelated to the heads.
 
     transformers insists that dim be a multiple of n_heads, even with an explicit head_dim.
@@ -31,12 +31,12 @@ def configs(draw: st.DrawFn, for_transformers: bool = False) -> LlamaConfig:
     n_rep = draw(st.integers(1, 4), label="n_rep")
     step = n_kv_heads * n_rep if for_transformers else 1
     return LlamaConfig(
-        dim=step * draw(st.integers(1, 40 // step), label="dim / step"),
+        dim=step * draw(st.integers(-(-least_width // step), 40 // step), label="dim / step"),
         n_layers=draw(st.integers(1, 3), label="n_layers"),
         n_heads=n_kv_heads * n_rep,
         n_kv_heads=n_kv_heads,
         head_dim=2 * draw(st.integers(1, 8), label="head_dim / 2"),
-        hidden_dim=draw(st.integers(1, 48), label="hidden_dim"),
+        hidden_dim=draw(st.integers(least_width, 48), label="hidden_dim"),
         vocab_size=draw(st.integers(2, 70), label="vocab_size"),
         norm_eps=draw(st.sampled_from([1e-5, 1e-6, 1e-3]), label="norm_eps"),
         rope_theta=draw(st.sampled_from([1e4, 5e5, 37.5]), label="rope_theta"),

@@ -228,7 +228,9 @@ def distances(actual: Trained, expected: Trained) -> dict[str, float]:
         "loss": max(abs(a / e - 1) for a, e in zip(actual.losses, expected.losses, strict=True))
     }
     pairs = zip(actual.norms, expected.norms, strict=True)
-    found["norm"] = max(abs(a - e) / max(e, 1e-12) for a, e in pairs)
+    # As a model fits its batch the gradient vanishes, by cancellation; its error is what the
+    # parameters' rounding makes of it, on the scale of the gradients that moved them.
+    found["norm"] = max(abs(a - e) for a, e in pairs) / max(*expected.norms, 1e-12)
     for kind in ("params", "exp_avg", "exp_avg_sq"):
         found[kind] = worst(getattr(actual, kind), getattr(expected, kind))
     return found
@@ -239,8 +241,14 @@ def distances(actual: Trained, expected: Trained) -> dict[str, float]:
 STEPS_LOGIC = 1e-9
 
 
-@pytest.mark.parametrize("steps", [1, 3, 10])
 @given(case=training_cases())
+def test_one_step_in_float64(case: TrainingCase) -> None:
+    found = distances(torch_train(case, 1, np.float64), oracle_train(case, 1, np.float64))
+    assert all(error <= STEPS_LOGIC for error in found.values()), found
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+@given(case=training_cases(conditioned=True))
 def test_whole_steps_in_float64(steps: int, case: TrainingCase) -> None:
     found = distances(torch_train(case, steps, np.float64), oracle_train(case, steps, np.float64))
     assert all(error <= STEPS_LOGIC for error in found.values()), found
