@@ -17,8 +17,8 @@ import numpy as np
 
 from . import ops
 from .config import LlamaConfig
-from .model import default_mask, default_positions, forward
-from .naming import EMBED, LM_HEAD, NORM
+from .model import default_mask, default_positions, forward, layer_params
+from .naming import EMBED, LAYER_AXES, LM_HEAD, NORM
 from .ops import IGNORE, Array
 
 Grads = dict[str, Array]
@@ -193,24 +193,11 @@ def backward(
     last = trace[f"layers.{config.n_layers - 1}.residual"]
     d_x, grads[NORM] = vjps.rms_norm_vjp(last, params[NORM], config.norm_eps, d_x)
     for i in reversed(range(config.n_layers)):
-        here = {
-            name.removeprefix(f"layers.{i}."): value
-            for name, value in trace.items()
-            if name.startswith(f"layers.{i}.")
-        }
+        here = {name: trace[f"layers.{i}.{name}"] for name in LAYER_AXES}
         here["input"] = trace["embed"] if i == 0 else trace[f"layers.{i - 1}.residual"]
-        prefix = f"model.layers.{i}."
-        layer = {n.removeprefix(prefix): n for n in params if n.startswith(prefix)}
-        d_x, d_layer = block_backward(
-            {short: params[name] for short, name in layer.items()},
-            here,
-            d_x,
-            config,
-            tables,
-            mask,
-            vjps,
-        )
-        grads |= {prefix + short: value for short, value in d_layer.items()}
+        layer = layer_params(params, i, config)
+        d_x, d_layer = block_backward(layer, here, d_x, config, tables, mask, vjps)
+        grads |= {f"model.layers.{i}.{name}": value for name, value in d_layer.items()}
     d_embed = vjps.embed_vjp(params[EMBED], batch.tokens, d_x)
     # A tied embedding is used twice, and its gradient is the sum of both uses.
     grads[EMBED] = grads[EMBED] + d_embed if config.tie_embeddings else d_embed

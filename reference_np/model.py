@@ -65,7 +65,7 @@ def forward(
     keys, values = [], []
     for i in range(config.n_layers):
         past = None if cache is None else (cache.keys[i], cache.values[i])
-        layer = {name: params[f"model.layers.{i}.{name}"] for name in layer_shapes(config)}
+        layer = layer_params(params, i, config)
         x_BTD, (k, v) = block(
             layer, x_BTD, config, tables, mask, past, _prefixed(trace, f"layers.{i}."), ops
         )
@@ -76,6 +76,11 @@ def forward(
     logits_BTV = ops.linear(x_BTD, params[EMBED if config.tie_embeddings else LM_HEAD])
     trace("logits", logits_BTV)
     return logits_BTV, Cache(tuple(keys), tuple(values))
+
+
+def layer_params(params: Mapping[str, Array], i: int, config: LlamaConfig) -> dict[str, Array]:
+    """Read layer ``i``'s parameters, by their names below ``model.layers.{i}.``."""
+    return {name: params[f"model.layers.{i}.{name}"] for name in layer_shapes(config)}
 
 
 def block(
