@@ -17,7 +17,7 @@ import numpy as np
 
 from . import ops
 from .config import LlamaConfig
-from .model import default_mask, default_positions, forward, layer_params
+from .model import forward, layer_params
 from .naming import EMBED, LAYER_AXES, LM_HEAD, NORM
 from .ops import IGNORE, Array
 
@@ -183,8 +183,8 @@ def backward(
 ) -> Grads:
     """Carry ``d_logits`` back through the whole model, from the activations that forward traced."""
     length = batch.tokens.shape[1]
-    positions = default_positions(length) if batch.positions is None else batch.positions
-    mask = default_mask(length) if batch.mask is None else batch.mask
+    positions = ops.next_positions(length, 0)[None] if batch.positions is None else batch.positions
+    mask = ops.causal_mask(length, length)[None] if batch.mask is None else batch.mask
     dtype = trace["embed"].dtype
     tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, dtype)
     head = EMBED if config.tie_embeddings else LM_HEAD

@@ -58,29 +58,33 @@ def forward(
     Raises InputError for ids outside the vocabulary and for misshapen arguments.
     """
     start = 0 if cache is None else cache.length
-    positions, mask = _defaults(tokens_BT, positions, mask, start, config)
-    x_BTD = ops.embed(params[EMBED], tokens_BT)
+    positions, mask = _defaults(tokens_BT, positions, mask, start, config, ops)
+    x_BTD = ops.embed(ops.read(params, EMBED, config), tokens_BT)
     trace("embed", x_BTD)
     tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, x_BTD.dtype)
     keys, values = [], []
     for i in range(config.n_layers):
         past = None if cache is None else (cache.keys[i], cache.values[i])
-        layer = layer_params(params, i, config)
+        layer = layer_params(params, i, config, ops)
         x_BTD, (k, v) = block(
             layer, x_BTD, config, tables, mask, past, _prefixed(trace, f"layers.{i}."), ops
         )
         keys.append(k)
         values.append(v)
-    x_BTD = ops.rms_norm(x_BTD, params[NORM], config.norm_eps)
+    x_BTD = ops.rms_norm(x_BTD, ops.read(params, NORM, config), config.norm_eps)
     trace("norm", x_BTD)
-    logits_BTV = ops.linear(x_BTD, params[EMBED if config.tie_embeddings else LM_HEAD])
+    logits_BTV = ops.linear(x_BTD, ops.read(params, LM_HEAD, config))
     trace("logits", logits_BTV)
     return logits_BTV, Cache(tuple(keys), tuple(values))
 
 
-def layer_params(params: Mapping[str, Array], i: int, config: LlamaConfig) -> dict[str, Array]:
+def layer_params(
+    params: Mapping[str, Array], i: int, config: LlamaConfig, ops: Ops = reference_ops
+) -> dict[str, Array]:
     """Read layer ``i``'s parameters, by their names below ``model.layers.{i}.``."""
-    return {name: params[f"model.layers.{i}.{name}"] for name in layer_shapes(config)}
+    return {
+        name: ops.read(params, f"model.layers.{i}.{name}", config) for name in layer_shapes(config)
+    }
 
 
 def block(
@@ -97,11 +101,11 @@ def block(
     h_BTD = ops.rms_norm(x_BTD, layer["input_layernorm.weight"], config.norm_eps)
     trace("attn_norm", h_BTD)
     h_BTD, present = attention(layer, h_BTD, config, tables, mask_BTS, past, trace, ops)
-    x_BTD = x_BTD + h_BTD
+    x_BTD = ops.add(x_BTD, h_BTD)
     trace("attn_residual", x_BTD)
     h_BTD = ops.rms_norm(x_BTD, layer["post_attention_layernorm.weight"], config.norm_eps)
     trace("ffn_norm", h_BTD)
-    x_BTD = x_BTD + feed_forward(layer, h_BTD, trace, ops)
+    x_BTD = ops.add(x_BTD, feed_forward(layer, h_BTD, trace, ops))
     trace("residual", x_BTD)
     return x_BTD, present
 
@@ -128,8 +132,7 @@ def attention(
     trace("k_rope", k_BTNK)
     k_BNSK, v_BNSK = k_BTNK.swapaxes(1, 2), v_BTNK.swapaxes(1, 2)
     if past is not None:
-        k_BNSK = np.concatenate([past[0], k_BNSK], axis=2)
-        v_BNSK = np.concatenate([past[1], v_BNSK], axis=2)
+        k_BNSK, v_BNSK = ops.extend(past[0], k_BNSK), ops.extend(past[1], v_BNSK)
     scores = ops.attention_scores(ops.group_queries(q_BTHK, config.n_kv_heads), k_BNSK)
     weights = ops.masked_softmax(scores, mask_BTS)
     mixed_BTHK = ops.ungroup_queries(ops.attention_mix(weights, v_BNSK))
@@ -155,18 +158,13 @@ def _prefixed(trace: Trace, prefix: str) -> Trace:
     return trace if trace is no_trace else lambda name, value: trace(prefix + name, value)
 
 
-def default_positions(length: int, start: int = 0) -> Array:
-    """Return the positions [1, T] that follow ``start`` cached ones."""
-    return np.arange(start, start + length)[None]
-
-
-def default_mask(length: int, start: int = 0) -> Array:
-    """Return the causal mask [1, T, S] of ``length`` queries after ``start`` cached keys."""
-    return reference_ops.causal_mask(length, start + length)[None]
-
-
 def _defaults(
-    tokens: Array, positions: Array | None, mask: Array | None, start: int, config: LlamaConfig
+    tokens: Array,
+    positions: Array | None,
+    mask: Array | None,
+    start: int,
+    config: LlamaConfig,
+    ops: Ops,
 ) -> tuple[Array, Array]:
     """Fill in positions that follow the cache and the causal mask; check every shape."""
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
@@ -177,8 +175,8 @@ def _defaults(
     if outside.size:
         raise InputError(f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}")
     batch, length = tokens.shape
-    positions = default_positions(length, start) if positions is None else positions
-    mask = default_mask(length, start) if mask is None else mask
+    positions = ops.next_positions(length, start)[None] if positions is None else positions
+    mask = ops.causal_mask(length, start + length)[None] if mask is None else mask
     for name, value, shape, kind in (
         ("positions", positions, (length,), np.integer),
         ("mask", mask, (length, start + length), np.bool_),

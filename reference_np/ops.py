@@ -8,14 +8,23 @@ floats throughout: a NumPy float64 scalar would widen a float32 array.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .config import LlamaConfig
+from .naming import EMBED, LM_HEAD
+
 Array = NDArray[Any]
 
 IGNORE = -100  # a target that does not count, the field's convention
+
+
+def read(params: Mapping[str, Array], name: str, config: LlamaConfig) -> Array:
+    """Read one parameter by its Hugging Face name; a tied head is the embedding itself."""
+    return params[EMBED if name == LM_HEAD and config.tie_embeddings else name]
 
 
 def embed(weight_VD: Array, tokens_BT: Array) -> Array:
@@ -156,6 +165,22 @@ def cross_entropy_sum(logits_BTV: Array, targets_BT: Array, z_loss: float = 0.0)
     chosen = logits_BTV[valid, targets_BT[valid]]
     total: Array = np.sum(log_z - chosen + z_loss * log_z * log_z)
     return total
+
+
+def add(x_BTD: Array, h_BTD: Array) -> Array:
+    """Add a sublayer's output to the residual stream (He et al. 2015)."""
+    y: Array = x_BTD + h_BTD
+    return y
+
+
+def extend(past_BNSK: Array, new_BNTK: Array) -> Array:
+    """Append this call's keys or values to the cached ones: [B, N, S + T, K]."""
+    return np.concatenate([past_BNSK, new_BNTK], axis=2)
+
+
+def next_positions(length: int, start: int) -> Array:
+    """Return the positions [T] of ``length`` tokens that follow ``start`` cached ones."""
+    return np.arange(start, start + length)
 
 
 def causal_mask(n_queries: int, n_keys: int) -> Array:
