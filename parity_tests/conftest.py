@@ -1,22 +1,203 @@
-"""Hypothesis profiles: ``pytest parity_tests/ --hypothesis-profile quick|default|thorough``."""
+"""Options: ``--hypothesis-profile quick|default|thorough``, ``--backend``, ``--mutants``.
 
+``--backend package.module:object`` (or PARITY_BACKEND) tests that implementation alone, through
+test_conformance.py; ``--mutants`` runs the same tests on the oracle with each known bug in it.
+"""
+
+import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from reference_np.config import InputError
+from reference_np.mutants import FORWARD
+from reference_np.training_mutants import TRAINING
+
+from . import backends, report
+from .backends.oracle import WithBug
+from .judge import JUDGE
 
 COMMON = {
     "deadline": None,  # the first example pays for torch's warm-up
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
     "print_blob": True,
 }
-settings.register_profile("quick", max_examples=8, **COMMON)
+settings.register_profile("quick", max_examples=5, **COMMON)
 settings.register_profile("default", max_examples=50, **COMMON)
 settings.register_profile("thorough", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+MUTANTS = {mutant.name: mutant for mutant in (*FORWARD, *TRAINING)}
+NAME = pytest.StashKey[str]()
+HONEST = "torch"  # stands beside the mutants
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("parity")
+    group.addoption(
+        "--backend",
+        action="append",
+        metavar="MODULE:OBJECT",
+        help="test this implementation alone (repeatable; or set PARITY_BACKEND): "
+        f"package.module:object, or one of {', '.join(backends.SHIPPED)}",
+    )
+    group.addoption(
+        "--mutants", action="store_true", help="run the suite against every known bug"
+    )
+    group.addoption(
+        "--reproduce", metavar="BLOB", help="run one failing example again, as its report says"
+    )
+
+
+def chosen(config: pytest.Config) -> list[str]:
+    """Return the names of the backends asked for; empty = the default ones."""
+    named = config.getoption("backend") or []
+    return named or list(filter(None, [os.environ.get("PARITY_BACKEND")]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(method): what a backend must offer for this test")
+    JUDGE.only_record = config.getoption("mutants")
+    if JUDGE.only_record and chosen(config):
+        raise pytest.UsageError("--mutants and --backend exclude each other; leave one out")
+    try:
+        for name in chosen(config):
+            backends.load(name)
+    except InputError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    if JUDGE.only_record:
+        names = [HONEST, *MUTANTS]
+    else:
+        names = chosen(metafunc.config) or list(backends.DEFAULT)
+    metafunc.parametrize("backend", [_parameter(name) for name in names])
+
+
+def _parameter(name: str) -> Any:
+    if JUDGE.only_record and name in MUTANTS:
+        return pytest.param(WithBug(MUTANTS[name]), id=name)
+    no_gpu = name in backends.CUDA and not torch.cuda.is_available()
+    marks = [pytest.mark.skip(reason="no CUDA device here")] if no_gpu else []
+    return pytest.param(None if no_gpu else backends.load(name), id=name, marks=marks)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if chosen(config) or JUDGE.only_record:
+        others = [item for item in items if not _is_conformance(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _is_conformance(item)]
+    if JUDGE.only_record:  # a bug is run through what it can reach
+        items[:] = [item for item in items if not _lacks(item)]
+    for item in filter(_is_conformance, items):
+        item.stash[NAME] = _name(item)
+        item.obj = _limited(item)
+    blob = config.getoption("reproduce")
+    if blob:
+        if len(items) != 1:
+            raise pytest.UsageError(f"--reproduce needs one test, {len(items)} are selected")
+        reproduce = hypothesis.reproduce_failure(hypothesis.__version__, blob.encode())
+        items[0].obj = reproduce(items[0].obj)
+
+
+def _is_conformance(item: pytest.Item) -> bool:
+    return "backend" in getattr(item, "fixturenames", ())
+
+
+def _name(item: Any) -> str:
+    """Return the backend's id: the part of the item's that no other parameter made."""
+    others = [str(v) for key, v in item.callspec.params.items() if key != "backend"]
+    ids = item.callspec.id
+    for other in others:
+        ids = ids.removeprefix(f"{other}-").removesuffix(f"-{other}")
+    return str(ids)
+
+
+def _lacks(item: Any) -> str:
+    """Return the method or precision that this test needs and its backend does not offer."""
+    backend, values = item.callspec.params["backend"], item.callspec.params
+    method = item.get_closest_marker("needs").args[0]
+    if not callable(getattr(backend, method, None)):
+        return str(method)
+    dtype = values.get("dtype")
+    dtypes = getattr(backend, "dtypes", backends.Backend.dtypes)
+    return "" if dtype is None or dtype in dtypes else dtype
+
+
+def _limited(item: Any) -> Any:
+    """Return the test with as many examples as its backend can afford."""
+    share = getattr(item.callspec.params["backend"], "share", 1.0)
+    examples = max(1, math.ceil(share * settings.default.max_examples))
+    test = given(data=st.data())(item.obj.hypothesis.inner_test)
+    return settings(max_examples=examples)(test)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Tell the judge which test runs; nothing covered is not a pass."""
+    if not _is_conformance(pyfuncitem):
+        return (yield)
+    test = pyfuncitem.originalname
+    values = pyfuncitem.callspec.params
+    others = [str(value) for key, value in values.items() if key != "backend"]
+    name = pyfuncitem.stash[NAME]
+    JUDGE.current = (" ".join([test.removeprefix("test_"), *others]), name)
+    entry, lacks = JUDGE.entry, _lacks(pyfuncitem)
+    if lacks:
+        entry.not_covered[f"{lacks} is not offered"] += 1
+        pytest.skip(f"not covered: {lacks} is not offered")
+    result = yield
+    if entry.covered == 0:
+        reason = ", ".join(entry.not_covered) or "no example was compared"
+        if test == "test_logits" and not JUDGE.only_record:
+            pytest.fail(f"logits are required, and none were computed: {reason}", pytrace=False)
+        pytest.skip(f"not covered: {reason}")
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """End a failing example's report with one line that runs it again."""
+    found = yield
+    notes = " ".join(getattr(call.excinfo.value, "__notes__", ())) if call.excinfo else ""
+    blob = re.search(r"@reproduce_failure\('[^']*', b'([^']*)'\)", notes)
+    if blob:
+        line = f"pytest '{item.nodeid}' --reproduce {blob[1]}"
+        if chosen(item.config):
+            line += "".join(f" --backend {name}" for name in chosen(item.config))
+        found.sections.append(("run this example again", line))
+    return found
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if JUDGE.entries:
+        lines = (
+            report.mutation_table(JUDGE.entries, MUTANTS, HONEST)
+            if JUDGE.only_record
+            else report.backend_table(JUDGE.entries, in_full=bool(chosen(config)))
+        )
+        terminalreporter.section("parity")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A mutant that survives the whole suite fails the run."""
+    whole = JUDGE.only_record and exitstatus == 0 and not session.config.getoption("keyword")
+    if whole and report.survivors(JUDGE.entries, MUTANTS):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)

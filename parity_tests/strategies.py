@@ -29,7 +29,8 @@ def configs(draw: st.DrawFn, for_transformers: bool = False, least_width: int = 
     """
     n_kv_heads = draw(st.integers(1, 4), label="n_kv_heads")
     n_rep = draw(st.integers(1, 4), label="n_rep")
-    step = n_kv_heads * n_rep if for_transformers else 1
+    aligned = for_transformers or draw(st.booleans(), label="dim a multiple of n_heads")
+    step = n_kv_heads * n_rep if aligned else 1
     return LlamaConfig(
         dim=step * draw(st.integers(-(-least_width // step), 40 // step), label="dim / step"),
         n_layers=draw(st.integers(1, 3), label="n_layers"),
@@ -74,9 +75,20 @@ class Case(NamedTuple):
 
 @st.composite
 def params_of(draw: st.DrawFn, config: LlamaConfig) -> Params:
-    """Parameters for ``config``; small embeddings make the norms' epsilon count."""
+    """Parameters for ``config``; small embeddings make the norms' epsilon count.
+
+    Extreme ones: norm weights of either sign and a hundredfold size, and every other token's
+    vector so near to zero that epsilon alone decides what its norm makes of it.
+    """
     scale = draw(st.sampled_from([1.0, 1e-3, 30.0]), label="embed scale")
-    return random_params(config, draw(seeds, label="weights seed"), scale)
+    params = random_params(config, draw(seeds, label="weights seed"), scale)
+    if draw(st.booleans(), label="extreme"):
+        params["model.embed_tokens.weight"][::2] *= 1e-4
+        for name, value in params.items():
+            if name.endswith("layernorm.weight"):
+                value[::3] *= -100.0
+                params[name] = value / 30.0
+    return params
 
 
 @st.composite
@@ -103,18 +115,26 @@ def positions_of(draw: st.DrawFn, batch: int, length: int) -> Array:
     """Any positions: repeated, out of order, far past every context."""
     highest = draw(st.sampled_from([20, 4096, 70_000]), label="highest position")
     rng = np.random.default_rng(draw(seeds, label="positions seed"))
-    return rng.integers(0, highest, (batch, length))
+    positions = rng.integers(0, highest, (batch, length))
+    positions[-1, -1] = highest - 1
+    return positions
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, masked: bool = True) -> Case:
     """Any call without a cache: default or arbitrary positions and mask."""
     config = draw(configs())
     tokens = draw(tokens_of(config))
     batch, length = tokens.shape
-    positions = draw(st.none() | positions_of(batch, length))
-    mask = draw(st.none() | masks(batch, length, length))
+    positions = draw(st.none() | positions_of(batch, length)) if masked else None
+    mask = draw(st.none() | masks(batch, length, length)) if masked else None
     return Case(config, draw(params_of(config)), tokens, positions, mask)
+
+
+def seeing_itself(mask: Array) -> Array:
+    """Let every query attend to itself: what a query sees that may see nothing is nobody's rule."""
+    n_queries, n_keys = mask.shape[1:]
+    return mask | np.eye(n_queries, n_keys, n_keys - n_queries, dtype=bool)
 
 
 @st.composite
@@ -153,6 +173,37 @@ def splits(draw: st.DrawFn, length: int) -> list[int]:
     cuts = draw(st.sets(st.integers(1, length - 1)), label="cuts") if length > 1 else set()
     edges = [0, *sorted(cuts), length]
     return [end - start for start, end in itertools.pairwise(edges)]
+
+
+def model_for(dtype: str) -> st.SearchStrategy[Case]:
+    """A model and tokens: anything in float64, well conditioned where averages must judge."""
+    return cases(masked=False) if dtype == "float64" else wide_cases()
+
+
+@st.composite
+def calls(draw: st.DrawFn, dtype: str) -> Case:
+    """Any call without a cache, with weights of that precision and masks that anyone can obey."""
+    case = draw(cases() if dtype == "float64" else wide_cases())
+    mask = case.mask
+    if mask is None and dtype != "float64" and draw(st.booleans(), label="masked"):
+        mask = draw(masks(*case.tokens.shape, case.tokens.shape[1]))
+    mask = None if mask is None else seeing_itself(mask)
+    return case._replace(mask=mask)
+
+
+def padded(lengths: list[int], left: bool) -> tuple[Array, Array, Array]:
+    """Positions [B, T], mask [B, T, T] and real [B, T] of rows padded on one side.
+
+    Real tokens see the real ones before them; padding sees itself as well.
+    """
+    longest = max(lengths)
+    column = np.arange(longest)
+    start = longest - np.array(lengths)[:, None] if left else np.zeros((len(lengths), 1), int)
+    end = start + np.array(lengths)[:, None]
+    real = (column >= start) & (column < end)
+    causal = np.tril(np.ones((longest, longest), bool))
+    mask = seeing_itself(causal & real[:, None, :])
+    return np.clip(column - start, 0, None), mask, real
 
 
 def left_padded(lengths: list[int]) -> tuple[Array, Array]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORACLE_ORDER = ["config", "naming", "ops", "tolerances", "checkpoint", "model", "grad"]
-ORACLE_ORDER += ["optim", "mutants"]
+ORACLE_ORDER = ["config", "naming", "ops", "tolerances", "checkpoint", "model", "plain", "grad"]
+ORACLE_ORDER += ["optim", "mutants", "training_mutants"]
 
 
 def imported(statement: str) -> set[str]:
@@ -26,7 +26,7 @@ def imported(statement: str) -> set[str]:
 
 
 def test_the_oracle_imports_numpy_alone() -> None:
-    modules = "mutants, optim, grad, model, tolerances, ops, naming, config"
+    modules = "training_mutants, mutants, optim, grad, plain, model, tolerances, ops, naming, config"
     assert imported(f"from reference_np import {modules}") == {"reference_np", "numpy"}
 
 

@@ -15,10 +15,13 @@ from reference_np.grad import Batch
 from reference_np.ops import IGNORE
 from reference_np.optim import Hyper
 
-from .strategies import Array, Params, cast, configs, random_params, seeds
+from .strategies import Array, Params, cast, configs, random_params, seeds, seeing_itself
+from .backends.torch_backends import optim_config
 from .support import torch_model
 
-FIELDS = {"eps": "adam_eps"}  # Hyper's name -> OptimConfig's, where they differ
+# Ten steps feed each step's rounding to the next, through an optimizer that divides by
+# sqrt(v) + 1e-5: some 1e-16 * 1e5 * 10 at most.
+STEPS_LOGIC = 1e-9
 
 
 class TrainingCase(NamedTuple):
@@ -38,7 +41,7 @@ def random_batch(rng: np.random.Generator, config: LlamaConfig, custom: bool) ->
     targets[0, 0] = 0  # at least one counts
     if not custom:
         return Batch(tokens, targets)
-    mask = rng.random((*shape, shape[1])) < 0.6
+    mask = seeing_itself(rng.random((*shape, shape[1])) < 0.6)
     return Batch(tokens, targets, rng.integers(0, 5000, shape), mask)
 
 
@@ -123,12 +126,6 @@ def torch_train(case: TrainingCase, steps: int, dtype: Any) -> Trained:
 
     params = {name: p.detach().numpy() for name, p in named.items()}
     return Trained(losses, norms, params, moments("exp_avg"), moments("exp_avg_sq"))
-
-
-def optim_config(hyper: Hyper) -> OptimConfig:
-    """The trainer's settings for the oracle's hyperparameters."""
-    values = {FIELDS.get(k, k): v for k, v in dataclasses.asdict(hyper).items() if k != "steps"}
-    return OptimConfig(**values)
 
 
 def fixed_cases() -> list[TrainingCase]:

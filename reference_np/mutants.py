@@ -1,21 +1,25 @@
-"""Known bugs of training code, each as one replaced operation of grad or optim.
+"""Known porting bugs of the forward pass, each as one replaced operation of ops.
 
-A mutant is what somebody's trainer really did, or the classic slip in deriving a gradient by
-hand. The tests show that each is told from the reference by many times the tolerance.
+A mutant is what somebody's port really did (the citation names the report) or a classic slip.
+``forward(..., ops=mutant.apply(ops))`` is the whole model with that one bug in it. The bugs of
+training code are in training_mutants.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from . import grad, ops, optim
+from . import ops
 from .config import LlamaConfig
-from .grad import Batch, Grads
-from .ops import IGNORE, Array
-from .optim import Hyper
+from .naming import EMBED, LM_HEAD
+from .ops import Array
+
+Tables = tuple[Array, Array]
+SLIP = "a slip in deriving it by hand"
 
 
 class Mutant(NamedTuple):
@@ -26,344 +30,502 @@ class Mutant(NamedTuple):
     citation: str
     operation: str
     replacement: Callable[..., Any]
+    # What must change with it for the whole to stay well-formed: an operation's own inverse.
+    also: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
-    def vjps(self) -> SimpleNamespace:
-        """Return the vector-Jacobian products with this bug in them, if it is one of theirs."""
-        return _replaced(grad.REFERENCE, self)
-
-    def rules(self) -> SimpleNamespace:
-        """Return the optimizer's rules with this bug in them, if it is one of theirs."""
-        return _replaced(optim.REFERENCE, self)
-
-
-def _replaced(reference: SimpleNamespace, mutant: Mutant) -> SimpleNamespace:
-    operations = dict(vars(reference))
-    if mutant.operation in operations:
-        operations[mutant.operation] = mutant.replacement
-    return SimpleNamespace(**operations)
+    def apply(self, reference: ModuleType | SimpleNamespace) -> SimpleNamespace:
+        """Return ``reference`` with this bug in it, unchanged if the bug is not one of its own."""
+        operations = dict(vars(reference))
+        if self.operation in operations:
+            operations |= {self.operation: self.replacement, **self.also}
+        return SimpleNamespace(**operations)
 
 
-def _norm_without_mean(x: Array, w: Array, eps: float, d: Array) -> tuple[Array, Array]:
-    root = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-    return d * w / root, grad.rms_norm_vjp(x, w, eps, d)[1]
+def round_bits(x: Array, bits: int) -> Array:
+    """Round to ``bits`` significant bits: 8 are bfloat16's, 11 TF32's and float16's."""
+    mantissa, exponent = np.frexp(x)
+    rounded: Array = np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
+    return rounded.astype(x.dtype, copy=False)
 
 
-def _norm_weight_from_input(x: Array, w: Array, eps: float, d: Array) -> tuple[Array, Array]:
-    return grad.rms_norm_vjp(x, w, eps, d)[0], (d * x).reshape(-1, x.shape[-1]).sum(axis=0)
+def _lower(x: Array) -> Array:
+    """Round to the next precision below the array's own."""
+    return round_bits(x, 24 if x.dtype == np.float64 else 8)
 
 
-def _norm_weight_twice(x: Array, w: Array, eps: float, d: Array) -> tuple[Array, Array]:
-    return grad.rms_norm_vjp(x, w, eps, d * w)[0], grad.rms_norm_vjp(x, w, eps, d)[1]
+# Weights.
 
 
-def _softmax_diagonal(weights: Array, d: Array) -> Array:
-    return weights * (1.0 - weights) * d
+def _permute(weight: Array, heads: int, to_halves: bool) -> Array:
+    """Reorder each head's rows between neighbouring pairs and halves."""
+    rows, width = weight.shape
+    shape = (heads, -1, 2, width) if to_halves else (heads, 2, -1, width)
+    return weight.reshape(shape).swapaxes(1, 2).reshape(rows, width)
 
 
-def _softmax_without_sum(weights: Array, d: Array) -> Array:
-    return weights * d
+def _read_k_as_q(params: Mapping[str, Array], name: str, config: LlamaConfig) -> Array:
+    weight = ops.read(params, name, config)
+    if "k_proj" in name and len(weight) % (2 * config.n_heads) == 0:
+        weight = _permute(_permute(weight, config.n_kv_heads, False), config.n_heads, True)
+    return weight
 
 
-def _rope_forward_angle(cos: Array, sin: Array, d: Array) -> Array:
-    return ops.apply_rope(d, cos, sin)
+def _read_unpermuted(params: Mapping[str, Array], name: str, config: LlamaConfig) -> Array:
+    weight = ops.read(params, name, config)
+    if "q_proj" in name or "k_proj" in name:
+        weight = _permute(weight, len(weight) // config.head_dim, False)
+    return weight
 
 
-def _rope_identity(cos: Array, sin: Array, d: Array) -> Array:
-    return d
+def _read_head_from_embedding(
+    params: Mapping[str, Array], name: str, config: LlamaConfig
+) -> Array:
+    return params[EMBED if name == LM_HEAD else name]
 
 
-def _scores_without_scale(q: Array, k: Array, d: Array) -> tuple[Array, Array]:
-    d_q, d_k = grad.attention_scores_vjp(q, k, d)
-    return d_q * math.sqrt(q.shape[-1]), d_k * math.sqrt(q.shape[-1])
+def _read_random_head(params: Mapping[str, Array], name: str, config: LlamaConfig) -> Array:
+    weight = ops.read(params, name, config)
+    if name == LM_HEAD and config.tie_embeddings:
+        random = np.random.default_rng(0).standard_normal(weight.shape)
+        weight = (0.02 * random).astype(weight.dtype)
+    return weight
 
 
-def _keys_from_first_head(q: Array, k: Array, d: Array) -> tuple[Array, Array]:
-    d_q = grad.attention_scores_vjp(q, k, d)[0]
-    return d_q, grad.attention_scores_vjp(q[:, :, :1], k, d[:, :, :1])[1]
+# RMSNorm.
 
 
-def _keys_averaged(q: Array, k: Array, d: Array) -> tuple[Array, Array]:
-    d_q, d_k = grad.attention_scores_vjp(q, k, d)
-    return d_q, d_k / q.shape[2]
+def _norm_small_eps(x: Array, w: Array, eps: float) -> Array:
+    return ops.rms_norm(x, w, eps / 10)
 
 
-def _values_from_first_head(weights: Array, v: Array, d: Array) -> tuple[Array, Array]:
-    d_weights = grad.attention_mix_vjp(weights, v, d)[0]
-    return d_weights, grad.attention_mix_vjp(weights[:, :, :1], v, d[:, :, :1])[1]
+def _norm_eps_outside(x: Array, w: Array, eps: float) -> Array:
+    y: Array = x / (np.sqrt(np.mean(x * x, axis=-1, keepdims=True)) + eps) * w
+    return y
 
 
-def _embed_forgotten(weight: Array, tokens: Array, d: Array) -> Array:
-    return np.zeros_like(weight)
+def _norm_inverted(x: Array, w: Array, eps: float) -> Array:
+    y: Array = x * np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * w
+    return y
 
 
-def _embed_last_wins(weight: Array, tokens: Array, d: Array) -> Array:
-    d_weight = np.zeros_like(weight)
-    d_weight[tokens] += d
-    return d_weight
+def _norm_variance(x: Array, w: Array, eps: float) -> Array:
+    y: Array = x / np.sqrt(x.var(axis=-1, keepdims=True) + eps) * w
+    return y
 
 
-def _silu_without_second_term(gate: Array, up: Array, d: Array) -> tuple[Array, Array]:
-    return d * up * ops.sigmoid(gate), d * ops.silu(gate)
+def _norm_low(x: Array, w: Array, eps: float) -> Array:
+    y: Array = x / np.sqrt(np.mean(_lower(x * x), axis=-1, keepdims=True) + eps) * w
+    return y
 
 
-def _up_from_gate(gate: Array, up: Array, d: Array) -> tuple[Array, Array]:
-    return grad.swiglu_vjp(gate, up, d)[0], d * gate
+def _norm_weight_plus_one(x: Array, w: Array, eps: float) -> Array:
+    return ops.rms_norm(x, 1.0 + w, eps)
 
 
-def _loss_per_row(logits: Array, targets: Array, n_valid: int, z_loss: float) -> Array:
-    return grad.cross_entropy_vjp(logits, targets, len(targets), z_loss)
+# RoPE.
 
 
-def _padding_learnt(logits: Array, targets: Array, n_valid: int, z_loss: float) -> Array:
-    return grad.cross_entropy_vjp(logits, np.where(targets == IGNORE, 0, targets), n_valid, z_loss)
+def _rope_interleaved(x: Array, cos: Array, sin: Array) -> Array:
+    halves = np.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+    turned = np.split(ops.apply_rope(halves, cos, sin), 2, axis=-1)
+    return np.stack(turned, axis=-1).reshape(x.shape)
 
 
-def _z_loss_forgotten(logits: Array, targets: Array, n_valid: int, z_loss: float) -> Array:
-    return grad.cross_entropy_vjp(logits, targets, n_valid, 0.0)
+def _rope_backwards(x: Array, cos: Array, sin: Array) -> Array:
+    return ops.apply_rope(x, cos, -sin)
 
 
-def _mean_of_means(
-    params: Mapping[str, Array],
-    batches: Sequence[Batch],
-    config: LlamaConfig,
-    hyper: Hyper,
-    vjps: grad.Vjps,
-) -> tuple[float, Grads]:
-    parts = [optim.accumulate(params, [batch], config, hyper, vjps) for batch in batches]
-    loss = sum(loss for loss, _ in parts) / len(parts)
-    total = {n: np.sum([g[n] for _, g in parts], axis=0) for n in params}
-    return loss, {n: g / len(parts) for n, g in total.items()}
+def _tables(positions: Array, frequencies: Array, dtype: DTypeLike) -> Tables:
+    angles = positions[..., None] * frequencies
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 
-def _clip_each(grads: Grads, max_norm: float) -> tuple[Grads, float]:
-    clipped = {name: optim.clip({name: g}, max_norm)[0][name] for name, g in grads.items()}
-    return clipped, optim.global_norm(grads)
+def _frequencies(head_dim: int, theta: float) -> Array:
+    frequencies: Array = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    return frequencies
 
 
-def _clip_always(grads: Grads, max_norm: float) -> tuple[Grads, float]:
-    norm = optim.global_norm(grads)
-    return {name: g * (max_norm / (norm + optim.CLIP_EPS)) for name, g in grads.items()}, norm
+def _tables_bf16(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+    cos, sin = ops.rope_tables(positions, head_dim, theta, dtype)
+    return round_bits(cos, 8), round_bits(sin, 8)
 
 
-def _clip_by_value(grads: Grads, max_norm: float) -> tuple[Grads, float]:
-    clipped = {name: np.clip(g, -max_norm, max_norm) for name, g in grads.items()}
-    return clipped, optim.global_norm(grads)
+def _frequencies_bf16(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+    return _tables(positions, round_bits(_frequencies(head_dim, theta), 8), dtype)
 
 
-def _moments(g: Array, m: Array, v: Array, hyper: Hyper) -> tuple[Array, Array]:
-    return (
-        hyper.beta1 * m + (1.0 - hyper.beta1) * g,
-        hyper.beta2 * v + (1.0 - hyper.beta2) * g * g,
-    )
+def _positions_bf16(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+    rounded = round_bits(positions.astype(np.float64), 8)
+    return _tables(rounded, _frequencies(head_dim, theta), dtype)
 
 
-def _adam_uncorrected(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
-) -> tuple[Array, Array, Array]:
-    m, v = _moments(g, m, v, hyper)
-    return p * (1.0 - lr * decay) - lr * m / (np.sqrt(v) + hyper.eps), m, v
+def _angles_float32(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+    frequencies = _frequencies(head_dim, theta).astype(np.float32)
+    return _tables(positions.astype(np.float32), frequencies, dtype)
 
 
-def _adam_eps_inside(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
-) -> tuple[Array, Array, Array]:
-    m, v = _moments(g, m, v, hyper)
-    m_hat, v_hat = m / (1.0 - hyper.beta1**step), v / (1.0 - hyper.beta2**step)
-    return p * (1.0 - lr * decay) - lr * m_hat / np.sqrt(v_hat + hyper.eps), m, v
+def _theta_ignored(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+    return ops.rope_tables(positions, head_dim, 10_000.0, dtype)
 
 
-def _decay_in_gradient(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
-) -> tuple[Array, Array, Array]:
-    return optim.adamw(p, g + decay * p, m, v, step, lr, 0.0, hyper)
+def _frequencies_not_doubled(
+    positions: Array, head_dim: int, theta: float, dtype: DTypeLike
+) -> Tables:
+    return _tables(positions, np.sqrt(_frequencies(head_dim, theta)), dtype)
 
 
-def _decay_without_rate(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
-) -> tuple[Array, Array, Array]:
-    return optim.adamw(p, g, m, v, step, lr, decay / lr, hyper)
+def _decode_tables(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+    decoding = positions.shape[1] == 1
+    return ops.rope_tables(positions, head_dim, 10_000.0 if decoding else theta, dtype)
 
 
-def _step_one_too_many(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
-) -> tuple[Array, Array, Array]:
-    return optim.adamw(p, g, m, v, step + 1, lr, decay, hyper)
+def _columns(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+    length = positions.shape[1]
+    column = positions.max() - length + 1 + np.arange(length)
+    return ops.rope_tables(np.broadcast_to(column, positions.shape), head_dim, theta, dtype)
 
 
-SLIP = "a slip in deriving it by hand"
-TRAINING = (
+# Positions, masks and the cache.
+
+
+def _positions_doubled(length: int, start: int) -> Array:
+    return ops.next_positions(length, 2 * start)
+
+
+def _positions_one_more(length: int, start: int) -> Array:
+    return ops.next_positions(length, start + 1 if start else 0)
+
+
+def _positions_from_zero(length: int, start: int) -> Array:
+    return ops.next_positions(length, 0)
+
+
+def _mask_top_left(n_queries: int, n_keys: int) -> Array:
+    return np.tril(np.ones((n_queries, n_keys), dtype=bool))
+
+
+def _mask_all(n_queries: int, n_keys: int) -> Array:
+    return np.ones((n_queries, n_keys), dtype=bool)
+
+
+def _extend_first_row(past: Array, new: Array) -> Array:
+    return ops.extend(past, np.broadcast_to(new[:1], new.shape))
+
+
+def _extend_trimmed(past: Array, new: Array) -> Array:
+    kept = past.copy()
+    kept[:, :, -1] = 0.0
+    return ops.extend(kept, new)
+
+
+# Attention.
+
+
+def _group_tiled(q: Array, n_kv_heads: int) -> Array:
+    batch, length, _, width = q.shape
+    return q.reshape(batch, length, -1, n_kv_heads, width).transpose(0, 3, 2, 1, 4)
+
+
+def _ungroup_tiled(x: Array) -> Array:
+    batch, groups, repeats, length, width = x.shape
+    return x.transpose(0, 3, 2, 1, 4).reshape(batch, length, groups * repeats, width)
+
+
+def _merge_transposed(x: Array) -> Array:
+    return ops.merge_heads(x.swapaxes(-1, -2))
+
+
+def _scores_unscaled(q: Array, k: Array) -> Array:
+    return ops.attention_scores(q, k) * math.sqrt(q.shape[-1])
+
+
+def _scores_scaled_by_width(q: Array, k: Array) -> Array:
+    return ops.attention_scores(q, k) / math.sqrt(q.shape[-1])
+
+
+def _softmax_low(scores: Array, mask: Array) -> Array:
+    return _lower(ops.masked_softmax(_lower(scores), mask))
+
+
+def _softmax_before_mask(scores: Array, mask: Array) -> Array:
+    weights = ops.masked_softmax(scores, np.ones_like(mask))
+    return weights * mask[:, None, None]
+
+
+# Feed-forward, residual stream, matrix products.
+
+
+def _silu_on_product(gate: Array, up: Array) -> Array:
+    return ops.silu(gate * up)
+
+
+def _silu_on_up(gate: Array, up: Array) -> Array:
+    return gate * ops.silu(up)
+
+
+def _gelu(gate: Array, up: Array) -> Array:
+    inner = math.sqrt(2.0 / math.pi) * (gate + 0.044715 * gate**3)
+    y: Array = 0.5 * gate * (1.0 + np.tanh(inner)) * up
+    return y
+
+
+def _residual_dropped(x: Array, h: Array) -> Array:
+    return h
+
+
+def _linear_tf32(x: Array, weight: Array) -> Array:
+    return ops.linear(round_bits(x, 11), round_bits(weight, 11))
+
+
+def _linear_bf16(x: Array, weight: Array) -> Array:
+    return ops.linear(round_bits(x, 8), round_bits(weight, 8))
+
+
+
+PLAIN = "a common slip"
+FORWARD = (
     Mutant(
-        "norm_without_mean",
-        "RMSNorm's gradient treats the root as a constant",
-        SLIP,
-        "rms_norm_vjp",
-        _norm_without_mean,
+        "rope_interleaved",
+        "interleaved RoPE on weights stored for the half-split form",
+        "transformers#25199, llama2.c#286",
+        "apply_rope",
+        _rope_interleaved,
     ),
     Mutant(
-        "norm_weight_from_input",
-        "the norm weight's gradient uses x, not the normalised x",
-        SLIP,
-        "rms_norm_vjp",
-        _norm_weight_from_input,
+        "weights_unpermuted",
+        "half-split RoPE on weights left in the interleaved order",
+        "nanotron#427",
+        "read",
+        _read_unpermuted,
     ),
     Mutant(
-        "norm_weight_twice",
-        "the norm weight enters the input's gradient twice",
-        SLIP,
-        "rms_norm_vjp",
-        _norm_weight_twice,
+        "k_permuted_as_q",
+        "k_proj permuted with the number of query heads",
+        "llama.cpp#3364, transformers#31788",
+        "read",
+        _read_k_as_q,
     ),
     Mutant(
-        "softmax_diagonal",
-        "softmax's gradient keeps the Jacobian's diagonal only",
-        SLIP,
-        "masked_softmax_vjp",
-        _softmax_diagonal,
+        "kv_heads_tiled",
+        "key/value heads tiled instead of repeated: query head h reads h % N, not h // R",
+        "onnx#7274, axlearn#842",
+        "group_queries",
+        _group_tiled,
+        {"ungroup_queries": _ungroup_tiled},
     ),
     Mutant(
-        "softmax_without_sum",
-        "softmax's gradient drops the subtracted sum",
-        SLIP,
-        "masked_softmax_vjp",
-        _softmax_without_sum,
+        "heads_transposed",
+        "heads and their width swapped before o_proj",
+        "nntile#347",
+        "merge_heads",
+        _merge_transposed,
     ),
     Mutant(
-        "rope_forward_angle",
-        "the gradient is rotated forward instead of back",
-        SLIP,
-        "apply_rope_vjp",
-        _rope_forward_angle,
+        "norm_eps_tenth",
+        "a norm epsilon ten times too small (1e-6 for 1e-5)",
+        "llama.cpp#2373, llama#771",
+        "rms_norm",
+        _norm_small_eps,
     ),
     Mutant(
-        "rope_identity",
-        "the gradient is not rotated at all",
-        SLIP,
-        "apply_rope_vjp",
-        _rope_identity,
+        "norm_eps_outside",
+        "the norm's epsilon added outside the square root",
+        "OLMo#281, TransformerEngine#364",
+        "rms_norm",
+        _norm_eps_outside,
     ),
     Mutant(
-        "scores_without_scale",
-        "the 1/sqrt(K) of the scores is missing from their gradient",
-        SLIP,
-        "attention_scores_vjp",
-        _scores_without_scale,
+        "norm_inverted",
+        "the norm multiplies by the root mean square (divides by rsqrt)",
+        "llm-foundry#371",
+        "rms_norm",
+        _norm_inverted,
     ),
     Mutant(
-        "keys_from_first_head",
-        "a shared key's gradient comes from one of its query heads",
-        SLIP,
-        "attention_scores_vjp",
-        _keys_from_first_head,
+        "norm_variance",
+        "variance about the mean for mean square",
+        "keras#22393",
+        "rms_norm",
+        _norm_variance,
     ),
     Mutant(
-        "keys_averaged",
-        "a shared key's gradient is averaged over its query heads, not summed",
-        SLIP,
-        "attention_scores_vjp",
-        _keys_averaged,
+        "norm_low_precision",
+        "the norm squares in a lower precision than the model's",
+        "minimind#301, keras-hub#1532",
+        "rms_norm",
+        _norm_low,
     ),
     Mutant(
-        "values_from_first_head",
-        "a shared value's gradient comes from one of its query heads",
-        SLIP,
-        "attention_mix_vjp",
-        _values_from_first_head,
+        "norm_weight_plus_one",
+        "norm weights read as offsets from one, as Gemma stores them",
+        PLAIN,
+        "rms_norm",
+        _norm_weight_plus_one,
+    ),
+    Mutant("rope_backwards", "the rotation runs backwards", PLAIN, "apply_rope", _rope_backwards),
+    Mutant(
+        "rope_tables_bf16",
+        "RoPE's cos and sin kept in bfloat16",
+        "transformers#29285",
+        "rope_tables",
+        _tables_bf16,
     ),
     Mutant(
-        "embedding_forgotten",
-        "an embedding is trained by its use as the head alone",
-        SLIP,
-        "embed_vjp",
-        _embed_forgotten,
+        "rope_frequencies_bf16",
+        "RoPE's inverse frequencies kept in bfloat16",
+        "transformers#25681",
+        "rope_tables",
+        _frequencies_bf16,
     ),
     Mutant(
-        "embedding_last_wins",
-        "a token that occurs twice keeps one of its gradients",
-        "NumPy's fancy-index +=",
-        "embed_vjp",
-        _embed_last_wins,
+        "rope_positions_bf16",
+        "positions kept in bfloat16: 257 becomes 256",
+        "gpt-neox#1016",
+        "rope_tables",
+        _positions_bf16,
     ),
     Mutant(
-        "silu_without_second_term",
-        "SiLU's gradient is sigmoid(x) alone",
-        SLIP,
-        "swiglu_vjp",
-        _silu_without_second_term,
+        "rope_angles_float32",
+        "angles multiplied in float32: 4e-3 radians off at position 65,536",
+        "the common implementations, by design",
+        "rope_tables",
+        _angles_float32,
     ),
     Mutant(
-        "up_from_gate",
-        "the up projection's gradient skips the activation",
-        SLIP,
-        "swiglu_vjp",
-        _up_from_gate,
+        "rope_theta_ignored",
+        "theta is 10,000 whatever the config says",
+        "airllm#368, penzai#102",
+        "rope_tables",
+        _theta_ignored,
     ),
     Mutant(
-        "loss_per_row",
-        "the loss is divided by the rows of the batch, not by its tokens",
-        SLIP,
-        "cross_entropy_vjp",
-        _loss_per_row,
+        "rope_frequencies_not_doubled",
+        "frequencies theta^(-i/K) instead of theta^(-2i/K)",
+        PLAIN,
+        "rope_tables",
+        _frequencies_not_doubled,
     ),
     Mutant(
-        "padding_learnt",
-        "ignored targets are learnt as token 0",
-        SLIP,
-        "cross_entropy_vjp",
-        _padding_learnt,
+        "rope_decode_tables",
+        "other RoPE tables in decoding than in prefill",
+        "mlir-air#1948",
+        "rope_tables",
+        _decode_tables,
     ),
     Mutant(
-        "z_loss_forgotten",
-        "the z-loss is reported and never differentiated",
-        SLIP,
-        "cross_entropy_vjp",
-        _z_loss_forgotten,
+        "left_padding_in_positions",
+        "positions count left padding: every row gets its column numbers",
+        "transformers#33095, unsloth#3795",
+        "rope_tables",
+        _columns,
     ),
     Mutant(
-        "mean_of_means",
-        "accumulation averages the micro-batches' means (PARITY 22)",
-        "transformers#34191, trl#2175",
-        "accumulate",
-        _mean_of_means,
-    ),
-    Mutant("clip_each", "clipping is done for each tensor alone", SLIP, "clip", _clip_each),
-    Mutant(
-        "clip_always", "gradients under the limit are scaled up to it", SLIP, "clip", _clip_always
-    ),
-    Mutant("clip_by_value", "elements are clipped, not the norm", SLIP, "clip", _clip_by_value),
-    Mutant(
-        "adam_uncorrected",
-        "Adam without bias correction (PARITY 21)",
-        "mlx#1640",
-        "adamw",
-        _adam_uncorrected,
+        "positions_doubled",
+        "decoding starts at twice the prompt's length",
+        "tiny-llm#46",
+        "next_positions",
+        _positions_doubled,
     ),
     Mutant(
-        "adam_eps_inside",
-        "Adam's eps inside the square root (PARITY 21)",
-        "torchani#261",
-        "adamw",
-        _adam_eps_inside,
+        "positions_one_more",
+        "decoding starts one position late",
+        "flash-linear-attention#766",
+        "next_positions",
+        _positions_one_more,
     ),
     Mutant(
-        "adam_step_from_one_too_many",
-        "bias correction counts one step too many",
-        SLIP,
-        "adamw",
-        _step_one_too_many,
+        "positions_from_zero",
+        "decoding starts again at position 0",
+        "mlx-vlm#1993",
+        "next_positions",
+        _positions_from_zero,
     ),
     Mutant(
-        "decay_in_gradient",
-        "weight decay is added to the gradient (L2), not decoupled",
-        "Loshchilov and Hutter 2019, section 2",
-        "adamw",
-        _decay_in_gradient,
+        "mask_top_left",
+        "the causal mask aligned top-left although there are more keys than queries",
+        "pytorch#108108, pytorch#144858, onnx#8068",
+        "causal_mask",
+        _mask_top_left,
+    ),
+    Mutant("mask_forgotten", "no causal mask", PLAIN, "causal_mask", _mask_all),
+    Mutant(
+        "cache_first_row",
+        "the cache stores the first row's keys and values for every row of a batch",
+        "mlx-lm#1457",
+        "extend",
+        _extend_first_row,
     ),
     Mutant(
-        "decay_without_rate",
-        "decoupled decay is not scaled by the learning rate",
-        SLIP,
-        "adamw",
-        _decay_without_rate,
+        "cache_trimmed",
+        "the cache loses its newest entry: trimmed by a padded length",
+        "mlx-lm#1673",
+        "extend",
+        _extend_trimmed,
     ),
-    Mutant("decay_on_norms", "norm weights decay too", SLIP, "decays", lambda value: True),
+    Mutant(
+        "scores_unscaled",
+        "attention scores without 1/sqrt(K)",
+        PLAIN,
+        "attention_scores",
+        _scores_unscaled,
+    ),
+    Mutant(
+        "scores_scaled_by_width",
+        "attention scores divided by K instead of sqrt(K)",
+        PLAIN,
+        "attention_scores",
+        _scores_scaled_by_width,
+    ),
+    Mutant(
+        "softmax_low_precision",
+        "softmax in a lower precision than the model's",
+        "axlearn#18, ipex-llm#10481",
+        "masked_softmax",
+        _softmax_low,
+    ),
+    Mutant(
+        "softmax_before_mask",
+        "the mask multiplies the weights after softmax: they no longer sum to one",
+        PLAIN,
+        "masked_softmax",
+        _softmax_before_mask,
+    ),
+    Mutant(
+        "silu_on_product",
+        "SiLU on the product of gate and up",
+        "breakdown-minimind#3",
+        "swiglu",
+        _silu_on_product,
+    ),
+    Mutant("silu_on_up", "SiLU on up instead of gate", "mlx-lm#767", "swiglu", _silu_on_up),
+    Mutant("gelu_for_silu", "GELU (tanh form) for SiLU", PLAIN, "swiglu", _gelu),
+    Mutant("residual_dropped", "a residual connection is missing", PLAIN, "add", _residual_dropped),
+    Mutant(
+        "head_from_embedding",
+        "lm_head overwritten by the embeddings",
+        "DeepSpeed#4088",
+        "read",
+        _read_head_from_embedding,
+    ),
+    Mutant(
+        "tied_head_random",
+        "a tied head left at its random initialisation",
+        "transformers#43429",
+        "read",
+        _read_random_head,
+    ),
+    Mutant(
+        "matmul_tf32",
+        "matrix products with TF32 inputs",
+        "jax#18934",
+        "linear",
+        _linear_tf32,
+    ),
+    Mutant(
+        "matmul_bf16",
+        "matrix products with bfloat16 inputs",
+        "jax#10413",
+        "linear",
+        _linear_bf16,
+    ),
 )

@@ -123,6 +123,17 @@ def kl_per_token(actual_BTV: Array, exact_BTV: Array) -> Array:
     return divergence
 
 
+def kl_bound(baseline: float, largest_logit: float, dtype: str) -> float:
+    """Bound one token's KL in nats, given the plain baseline's and the largest |logit|.
+
+    KL is quadratic in the logits' error, so FACTOR enters squared. The floor is what the
+    roundings allowed to a single logit can make of it: errors d within +-b give KL at most
+    (2 b)^2 / 8 (Hoeffding's lemma for log E[exp(d)] - E[d]).
+    """
+    rounding = FLOOR_ROUNDINGS_WORST * UNIT_ROUNDOFF[dtype] * largest_logit
+    return FACTOR**2 * max(baseline, 0.0) + rounding**2 / 2
+
+
 def _log_softmax(logits: Array) -> Array:
     logits = logits.astype(np.float64)
     shifted = logits - logits.max(axis=-1, keepdims=True)

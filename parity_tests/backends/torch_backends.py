@@ -1,0 +1,186 @@
+"""llama_torch behind the protocol: eager, with its attention kernel pinned, compiled, on a GPU."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llama_torch import step
+from llama_torch.cache import Cache
+from llama_torch.config import OptimConfig
+from llama_torch.model import Llama
+from llama_torch.optim import learning_rate, make_adamw
+from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
+from reference_np.optim import Hyper
+
+from ..support import torch_model
+from . import Array, Params
+
+HALVES = ("bfloat16", "float16")
+
+
+class Torch:
+    """llama_torch on one device, with its attention kernel left to torch or pinned."""
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        kernel: SDPBackend | None = None,
+        compiled: bool = False,
+        dtypes: Sequence[str] = ("float64", "float32", *HALVES),
+        share: float = 1.0,
+    ) -> None:
+        self.device, self.kernel, self.compiled = torch.device(device), kernel, compiled
+        self.dtypes, self.share = dtypes, share
+
+    def decode(
+        self,
+        config: LlamaConfig,
+        params: Params,
+        tokens: Array,
+        positions: Array | None,
+        mask: Array | None,
+        cache: Cache | None,
+    ) -> tuple[Array, Cache]:
+        model = self._model(config, params)
+        call = _compiled(model) if self.compiled else model
+        given = [self._tensor(x) for x in (tokens, positions, mask)]
+        with torch.no_grad(), self._pinned():
+            logits, cache = call(given[0], positions=given[1], mask=given[2], cache=cache)
+        return _array(logits), cache
+
+    def logits(self, *arguments: Any) -> Array:
+        return self.decode(*arguments, None)[0]
+
+    def trace(
+        self,
+        config: LlamaConfig,
+        params: Params,
+        tokens: Array,
+        positions: Array | None,
+        mask: Array | None,
+    ) -> Mapping[str, Array]:
+        if self.compiled:
+            raise NotImplementedError("tracing stops compilation")
+        found: dict[str, Array] = {}
+        given = [self._tensor(x) for x in (tokens, positions, mask)]
+
+        def note(name: str, value: torch.Tensor) -> None:
+            found[name] = _array(value)
+
+        with torch.no_grad(), self._pinned():
+            model = self._model(config, params)
+            model(given[0], positions=given[1], mask=given[2], trace=note)
+        return found
+
+    def loss_and_grads(
+        self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
+    ) -> tuple[float, Mapping[str, Array]]:
+        model, precision = self._trainable(config, params)
+        with self._pinned():
+            loss = step.accumulate(model, [_batch(b) for b in batches], precision, z_loss)
+        grads = {n: _array(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        return loss.item(), grads
+
+    def train(
+        self,
+        config: LlamaConfig,
+        params: Params,
+        batches: Sequence[Batch],
+        hyper: Hyper,
+        steps: int,
+    ) -> Mapping[str, Any]:
+        model, precision = self._trainable(config, params)
+        settings = optim_config(hyper)
+        optimizer = make_adamw(model, settings)
+        found: dict[str, Any] = {"loss": [], "grad_norm": []}
+        for i in range(steps):
+            with self._pinned():
+                loss, norm = step.train_step(
+                    model,
+                    optimizer,
+                    [_batch(b) for b in batches],
+                    lr=learning_rate(i, hyper.steps, settings),
+                    grad_clip=settings.grad_clip,
+                    precision=precision,
+                    z_loss=hyper.z_loss,
+                )
+            found["loss"].append(loss.item())
+            found["grad_norm"].append(norm.item())
+        named = dict(model.named_parameters())
+        found["params"] = {n: _array(p.detach()) for n, p in named.items()}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            found[kind] = {n: _array(optimizer.state[p][kind]) for n, p in named.items()}
+        return found
+
+    def _model(self, config: LlamaConfig, params: Params) -> Llama:
+        torch.set_float32_matmul_precision("highest")
+        dtype = next(iter(params.values())).dtype
+        if dtype == ml_dtypes.bfloat16:
+            wide = {name: value.astype(np.float32) for name, value in params.items()}
+            model = torch_model(config, wide).to(torch.bfloat16)
+        else:
+            model = torch_model(config, params)
+        return model.to(self.device)
+
+    def _trainable(self, config: LlamaConfig, params: Params) -> tuple[Llama, step.Precision]:
+        if self.compiled:
+            raise NotImplementedError("the trainer does not compile")
+        model = self._model(config, params).train().requires_grad_(True)
+        return model, step.Precision(self.device, next(model.parameters()).dtype)
+
+    def _tensor(self, value: Array | None) -> torch.Tensor | None:
+        return None if value is None else torch.from_numpy(np.array(value)).to(self.device)
+
+    @contextmanager
+    def _pinned(self) -> Iterator[None]:
+        if self.kernel is None:
+            yield
+            return
+        with warnings.catch_warnings(), sdpa_kernel(self.kernel):
+            warnings.simplefilter("ignore")  # torch explains why a kernel will not do
+            try:
+                yield
+            except RuntimeError as error:
+                if "No available kernel" not in str(error) and "No viable" not in str(error):
+                    raise
+                raise NotImplementedError(f"no {self.kernel.name} kernel for it") from None
+
+
+def _compiled(model: Llama) -> Any:
+    """Compile the model; the shapes of tokens and cache stay symbols."""
+    torch.compiler.reset()
+    return torch.compile(model, dynamic=True)
+
+
+def _array(value: torch.Tensor) -> Array:
+    wide = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    return wide.cpu().numpy()
+
+
+def _batch(batch: Batch) -> step.Batch:
+    return step.Batch(*(None if x is None else torch.from_numpy(np.array(x)) for x in batch))
+
+
+def optim_config(hyper: Hyper) -> OptimConfig:
+    """The trainer's settings for the oracle's hyperparameters."""
+    values = {k: getattr(hyper, k) for k in vars(hyper) if k not in ("steps", "eps")}
+    return OptimConfig(adam_eps=hyper.eps, **values)
+
+
+_SOME = {"share": 0.3}
+eager = Torch()
+math = Torch(kernel=SDPBackend.MATH, **_SOME)
+flash = Torch(kernel=SDPBackend.FLASH_ATTENTION, **_SOME)
+compiled = Torch(compiled=True, dtypes=("float64", "float32"), share=0.02)
+cuda = Torch("cuda")
+cuda_math = Torch("cuda", SDPBackend.MATH, **_SOME)
+cuda_flash = Torch("cuda", SDPBackend.FLASH_ATTENTION, dtypes=HALVES, **_SOME)
+cuda_efficient = Torch("cuda", SDPBackend.EFFICIENT_ATTENTION, dtypes=("float32", *HALVES), **_SOME)
+cuda_compiled = Torch("cuda", compiled=True, dtypes=("float64", "float32", *HALVES), share=0.02)
