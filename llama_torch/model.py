@@ -54,6 +54,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        # Not read off the tensors: where their sizes are symbols, this must still be a bool.
+        self.is_grouped = config.n_heads != config.n_kv_heads
         queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, queries, bias=False)
         self.k_proj = nn.Linear(config.dim, keys, bias=False)
@@ -89,7 +91,7 @@ class Attention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         mixed_BHTK = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped
         )
         mixed_BTHK = mixed_BHTK.transpose(1, 2)
         trace("attn", mixed_BTHK)

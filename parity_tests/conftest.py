@@ -4,6 +4,7 @@
 test_conformance.py; ``--mutants`` runs the same tests on the oracle with each known bug in it.
 """
 
+import importlib.util
 import math
 import os
 import re
@@ -49,9 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="test this implementation alone (repeatable; or set PARITY_BACKEND): "
         f"package.module:object, or one of {', '.join(backends.SHIPPED)}",
     )
-    group.addoption(
-        "--mutants", action="store_true", help="run the suite against every known bug"
-    )
+    group.addoption("--mutants", action="store_true", help="run the suite against every known bug")
     group.addoption(
         "--reproduce", metavar="BLOB", help="run one failing example again, as its report says"
     )
@@ -88,9 +87,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _parameter(name: str) -> Any:
     if JUDGE.only_record and name in MUTANTS:
         return pytest.param(WithBug(MUTANTS[name]), id=name)
-    no_gpu = name in backends.CUDA and not torch.cuda.is_available()
-    marks = [pytest.mark.skip(reason="no CUDA device here")] if no_gpu else []
-    return pytest.param(None if no_gpu else backends.load(name), id=name, marks=marks)
+    reason = ""
+    if name in backends.CUDA and not torch.cuda.is_available():
+        reason = "no CUDA device here"
+    elif name == "transformers" and not importlib.util.find_spec("transformers"):
+        reason = "transformers is not installed"
+    marks = [pytest.mark.skip(reason=reason)] if reason else []
+    return pytest.param(None if reason else backends.load(name), id=name, marks=marks)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -138,7 +141,8 @@ def _lacks(item: Any) -> str:
 def _limited(item: Any) -> Any:
     """Return the test with as many examples as its backend can afford."""
     share = getattr(item.callspec.params["backend"], "share", 1.0)
-    examples = max(1, math.ceil(share * settings.default.max_examples))
+    # Hypothesis begins with the smallest example there is, which shows nothing.
+    examples = max(3, math.ceil(share * settings.default.max_examples))
     test = given(data=st.data())(item.obj.hypothesis.inner_test)
     return settings(max_examples=examples)(test)
 

@@ -49,9 +49,7 @@ def survivors(entries: Entries, mutants: Mapping[str, Mutant]) -> list[str]:
     return [name for name, found in shares.items() if not max(found, default=0.0) >= GOAL]
 
 
-def mutation_table(
-    entries: Entries, mutants: Mapping[str, Mutant], honest: str
-) -> Iterator[str]:
+def mutation_table(entries: Entries, mutants: Mapping[str, Mutant], honest: str) -> Iterator[str]:
     """Yield the mutation score: each bug's margin over the tolerance, beside the honest error's.
 
     A margin of 1 is the tolerance itself. ``logits`` is the margin of what every backend must
@@ -67,10 +65,11 @@ def mutation_table(
         test = max(found, key=lambda test: found[test].share)
         share = found[test].share
         alone = max((e.share for t, e in found.items() if t != "trace"), default=0.0)
+        theirs = mine[test].share if test in mine else 0.0
         verdict = test if share > 1 else ("DEAD: changes nothing" if share == 0 else "SURVIVES")
         weak = "  under the goal" if 1 < share < GOAL else ""
         yield (
-            f"{name:<30} {verdict:<18} {share:>8.1e} {mine[test].share if test in mine else 0:>8.1e}"
+            f"{name:<30} {verdict:<18} {share:>8.1e} {theirs:>8.1e}"
             f" {alone:>14.1e}{weak}  {mutant.sentence}"
         )
     alive = survivors(entries, mutants)

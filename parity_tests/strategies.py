@@ -206,17 +206,6 @@ def padded(lengths: list[int], left: bool) -> tuple[Array, Array, Array]:
     return np.clip(column - start, 0, None), mask, real
 
 
-def left_padded(lengths: list[int]) -> tuple[Array, Array]:
-    """Positions [B, T] and mask [B, T, T] of rows that end together."""
-    longest = max(lengths)
-    column = np.arange(longest)
-    start = longest - np.array(lengths)[:, None]
-    positions = np.maximum(column - start, 0)
-    real = column >= start
-    causal = np.tril(np.ones((longest, longest), bool))
-    return positions, causal & real[:, None, :]
-
-
 def packed(lengths: list[int]) -> tuple[Array, Array]:
     """Positions [1, T] and block-diagonal causal mask [1, T, T] of documents laid end to end."""
     document = np.repeat(np.arange(len(lengths)), lengths)

@@ -20,6 +20,7 @@ from reference_np.grad import Batch
 from reference_np.model import forward
 from reference_np.naming import activation_axes
 
+from .backends import Backend
 from .backends.oracle import Oracle
 from .judge import JUDGE
 from .strategies import Array, Case, Params, calls, model_for, packed, padded, splits, wide_cases
@@ -30,7 +31,7 @@ data_given = given(data=st.data())
 
 
 def best(backend: Any) -> str:
-    return tuple(getattr(backend, "dtypes", ("float64", "float32")))[0]
+    return next(iter(getattr(backend, "dtypes", Backend.dtypes)))
 
 
 def stored(params: Params, dtype: str) -> tuple[Params, Params]:
@@ -193,9 +194,7 @@ def draw_rows(data: st.DataObject, dtype: str) -> tuple[LlamaConfig, list[Array]
     """A model and one to three rows of tokens, with its parameters rounded and exact."""
     case = data.draw(model_for(dtype))
     longest = case.tokens.shape[1]
-    rows = [
-        row[: data.draw(st.integers(1, longest), label="row length")] for row in case.tokens
-    ]
+    rows = [row[: data.draw(st.integers(1, longest), label="row length")] for row in case.tokens]
     return case.config, rows, *stored(case.params, dtype)
 
 

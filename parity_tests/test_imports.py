@@ -26,7 +26,9 @@ def imported(statement: str) -> set[str]:
 
 
 def test_the_oracle_imports_numpy_alone() -> None:
-    modules = "training_mutants, mutants, optim, grad, plain, model, tolerances, ops, naming, config"
+    modules = (
+        "training_mutants, mutants, optim, grad, plain, model, tolerances, ops, naming, config"
+    )
     assert imported(f"from reference_np import {modules}") == {"reference_np", "numpy"}
 
 

@@ -19,12 +19,13 @@ from reference_np.ops import IGNORE
 from reference_np.optim import Hyper
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LOGIC, UNIT_ROUNDOFF
 
+from .backends.torch_backends import optim_config
 from .strategies import Array, Params, cast, random_params, seeds, wide_cases
 from .training import (
+    STEPS_LOGIC,
     Trained,
     TrainingCase,
     fixed_cases,
-    optim_config,
     size,
     torch_grads,
     torch_train,
@@ -235,24 +236,6 @@ def distances(actual: Trained, expected: Trained) -> dict[str, float]:
     for kind in ("params", "exp_avg", "exp_avg_sq"):
         found[kind] = worst(getattr(actual, kind), getattr(expected, kind))
     return found
-
-
-# Ten steps feed each step's rounding to the next, through an optimizer that divides by
-# sqrt(v) + 1e-5: some 1e-16 * 1e5 * 10 at most.
-STEPS_LOGIC = 1e-9
-
-
-@given(case=training_cases())
-def test_one_step_in_float64(case: TrainingCase) -> None:
-    found = distances(torch_train(case, 1, np.float64), oracle_train(case, 1, np.float64))
-    assert all(error <= STEPS_LOGIC for error in found.values()), found
-
-
-@pytest.mark.parametrize("steps", [3, 10])
-@given(case=training_cases(conditioned=True))
-def test_whole_steps_in_float64(steps: int, case: TrainingCase) -> None:
-    found = distances(torch_train(case, steps, np.float64), oracle_train(case, steps, np.float64))
-    assert all(error <= STEPS_LOGIC for error in found.values()), found
 
 
 @given(case=wide_cases(), z_loss=st.sampled_from([0.0, 1e-2]), seed=seeds)

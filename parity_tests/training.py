@@ -1,6 +1,5 @@
 """Training cases, and the torch trainer's own functions run on them."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,15 +7,14 @@ import torch
 from hypothesis import strategies as st
 
 from llama_torch import step
-from llama_torch.config import OptimConfig
 from llama_torch.optim import learning_rate, make_adamw
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.ops import IGNORE
 from reference_np.optim import Hyper
 
-from .strategies import Array, Params, cast, configs, random_params, seeds, seeing_itself
 from .backends.torch_backends import optim_config
+from .strategies import Array, Params, cast, configs, random_params, seeds, seeing_itself
 from .support import torch_model
 
 # Ten steps feed each step's rounding to the next, through an optimizer that divides by

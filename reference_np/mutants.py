@@ -77,9 +77,7 @@ def _read_unpermuted(params: Mapping[str, Array], name: str, config: LlamaConfig
     return weight
 
 
-def _read_head_from_embedding(
-    params: Mapping[str, Array], name: str, config: LlamaConfig
-) -> Array:
+def _read_head_from_embedding(params: Mapping[str, Array], name: str, config: LlamaConfig) -> Array:
     return params[EMBED if name == LM_HEAD else name]
 
 
@@ -279,7 +277,6 @@ def _linear_tf32(x: Array, weight: Array) -> Array:
 
 def _linear_bf16(x: Array, weight: Array) -> Array:
     return ops.linear(round_bits(x, 8), round_bits(weight, 8))
-
 
 
 PLAIN = "a common slip"

@@ -127,8 +127,9 @@ SHIPPED = {
     "cuda-compile": "parity_tests.backends.torch_backends:cuda_compiled",
 }
 CUDA = tuple(name for name in SHIPPED if name.startswith("cuda"))
-# jax is an extra, and compiles every operation of every new shape.
-DEFAULT = tuple(name for name in SHIPPED if name != "jax")
+# These compile every new shape, for seconds; and jax is an extra.
+SLOW = ("torch-compile", "cuda-compile", "jax")
+DEFAULT = tuple(name for name in SHIPPED if name not in SLOW)
 
 
 def load(spec: str) -> Any:

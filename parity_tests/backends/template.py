@@ -1,4 +1,4 @@
-"""Copy this file, make ``logits`` call your implementation, and run
+"""Copy this file, make ``logits`` call your implementation, and run the suite on it.
 
     pytest parity_tests/ --backend your.module:YourLlama
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ml_dtypes
@@ -32,11 +32,11 @@ class Torch:
         self,
         device: str = "cpu",
         kernel: SDPBackend | None = None,
-        compiled: bool = False,
+        compiler: str = "",
         dtypes: Sequence[str] = ("float64", "float32", *HALVES),
         share: float = 1.0,
     ) -> None:
-        self.device, self.kernel, self.compiled = torch.device(device), kernel, compiled
+        self.device, self.kernel, self.compiler = torch.device(device), kernel, compiler
         self.dtypes, self.share = dtypes, share
 
     def decode(
@@ -49,10 +49,10 @@ class Torch:
         cache: Cache | None,
     ) -> tuple[Array, Cache]:
         model = self._model(config, params)
-        call = _compiled(model) if self.compiled else model
+        compiling = _compiling(model, self.compiler) if self.compiler else nullcontext()
         given = [self._tensor(x) for x in (tokens, positions, mask)]
-        with torch.no_grad(), self._pinned():
-            logits, cache = call(given[0], positions=given[1], mask=given[2], cache=cache)
+        with torch.no_grad(), self._pinned(), compiling:
+            logits, cache = model(given[0], positions=given[1], mask=given[2], cache=cache)
         return _array(logits), cache
 
     def logits(self, *arguments: Any) -> Array:
@@ -66,7 +66,7 @@ class Torch:
         positions: Array | None,
         mask: Array | None,
     ) -> Mapping[str, Array]:
-        if self.compiled:
+        if self.compiler:
             raise NotImplementedError("tracing stops compilation")
         found: dict[str, Array] = {}
         given = [self._tensor(x) for x in (tokens, positions, mask)]
@@ -130,7 +130,7 @@ class Torch:
         return model.to(self.device)
 
     def _trainable(self, config: LlamaConfig, params: Params) -> tuple[Llama, step.Precision]:
-        if self.compiled:
+        if self.compiler:
             raise NotImplementedError("the trainer does not compile")
         model = self._model(config, params).train().requires_grad_(True)
         return model, step.Precision(self.device, next(model.parameters()).dtype)
@@ -153,10 +153,19 @@ class Torch:
                 raise NotImplementedError(f"no {self.kernel.name} kernel for it") from None
 
 
-def _compiled(model: Llama) -> Any:
-    """Compile the model; the shapes of tokens and cache stay symbols."""
+@contextmanager
+def _compiling(model: Llama, compiler: str) -> Iterator[None]:
+    """Compile every block; the sizes of batch, tokens and cache stay symbols.
+
+    One graph serves all blocks. What an earlier model compiled is dropped first: past a limit
+    torch would quietly stop compiling.
+    """
     torch.compiler.reset()
-    return torch.compile(model, dynamic=True)
+    for block in model.model.layers:
+        block.compile(backend=compiler, dynamic=True, fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's compiler uses what torch deprecates
+        yield
 
 
 def _array(value: torch.Tensor) -> Array:
@@ -178,9 +187,9 @@ _SOME = {"share": 0.3}
 eager = Torch()
 math = Torch(kernel=SDPBackend.MATH, **_SOME)
 flash = Torch(kernel=SDPBackend.FLASH_ATTENTION, **_SOME)
-compiled = Torch(compiled=True, dtypes=("float64", "float32"), share=0.02)
+compiled = Torch(compiler="inductor", share=0.02)
 cuda = Torch("cuda")
 cuda_math = Torch("cuda", SDPBackend.MATH, **_SOME)
 cuda_flash = Torch("cuda", SDPBackend.FLASH_ATTENTION, dtypes=HALVES, **_SOME)
 cuda_efficient = Torch("cuda", SDPBackend.EFFICIENT_ATTENTION, dtypes=("float32", *HALVES), **_SOME)
-cuda_compiled = Torch("cuda", compiled=True, dtypes=("float64", "float32", *HALVES), share=0.02)
+cuda_compiled = Torch("cuda", compiler="inductor", share=0.02)

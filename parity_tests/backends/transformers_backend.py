@@ -47,7 +47,6 @@ class Transformers:
     """``LlamaForCausalLM`` with eager attention; every mask is handed over as numbers to add."""
 
     dtypes = ("float64", "float32", "bfloat16", "float16")
-    share = 0.4
 
     def decode(
         self,
@@ -95,7 +94,9 @@ class Transformers:
         tensors = {n: torch.from_numpy(v.astype(wide)) for n, v in params.items()}
         if config.tie_embeddings:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-        torch_dtype = torch.bfloat16 if dtype == ml_dtypes.bfloat16 else tensors["lm_head.weight"].dtype
+        torch_dtype = (
+            torch.bfloat16 if dtype == ml_dtypes.bfloat16 else tensors["lm_head.weight"].dtype
+        )
         model = model.to(torch_dtype).eval()
         if dtype != np.float64:  # a cast of the model must not round the rotary frequencies
             model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
