@@ -12,7 +12,6 @@ from hypothesis.errors import NoSuchExample
 from .strategies import Case, calls, cases, model_for, padded, splits, wide_cases
 from .training import TrainingCase, training_cases
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 
 
