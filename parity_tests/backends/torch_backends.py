@@ -160,11 +160,11 @@ def _compiling(model: Llama, compiler: str) -> Iterator[None]:
     One graph serves all blocks. What an earlier model compiled is dropped first: past a limit
     torch would quietly stop compiling.
     """
-    torch.compiler.reset()
-    for block in model.model.layers:
-        block.compile(backend=compiler, dynamic=True, fullgraph=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's compiler uses what torch deprecates
+        torch.compiler.reset()
+        for block in model.model.layers:
+            block.compile(backend=compiler, dynamic=True, fullgraph=True)
         yield
 
 
