@@ -96,6 +96,7 @@ def _parameter(name: str) -> Any:
     return pytest.param(None if reason else backends.load(name), id=name, marks=marks)
 
 
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if chosen(config) or JUDGE.only_record:
         others = [item for item in items if not _is_conformance(item)]
