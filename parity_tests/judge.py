@@ -81,6 +81,8 @@ class Judge:
                 self.note(name, logic_error(actual[name], value) / logic)
                 continue
             error, floor = errors(actual[name], value), errors(plain[name], value)
+            # A baseline that overflowed would excuse anything.
+            assert all(map(math.isfinite, floor)), f"{name}: the plain baseline is not finite"
             bound = composed_bound(floor, dtype)
             if average:
                 self.note(name, error.rms / bound.rms if error.rms < math.inf else math.inf)

@@ -22,14 +22,14 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @st.composite
-def configs(draw: st.DrawFn, for_transformers: bool = False, least_width: int = 1) -> LlamaConfig:
+def configs(draw: st.DrawFn, least_width: int = 1) -> LlamaConfig:
     """Any small architecture: n_rep != n_kv_heads, odd counts, dim unrelated to the heads.
 
     transformers insists that dim be a multiple of n_heads, even with an explicit head_dim.
     """
     n_kv_heads = draw(st.integers(1, 4), label="n_kv_heads")
     n_rep = draw(st.integers(1, 4), label="n_rep")
-    aligned = for_transformers or draw(st.booleans(), label="dim a multiple of n_heads")
+    aligned = draw(st.booleans(), label="dim a multiple of n_heads")
     step = n_kv_heads * n_rep if aligned else 1
     return LlamaConfig(
         dim=step * draw(st.integers(-(-least_width // step), 40 // step), label="dim / step"),
@@ -146,7 +146,8 @@ def wide_cases(draw: st.DrawFn, for_transformers: bool = False) -> Case:
     """
     n_kv_heads = draw(st.integers(1, 3), label="n_kv_heads")
     n_heads = n_kv_heads * draw(st.integers(1, 4), label="n_rep")
-    step = n_heads if for_transformers else 1
+    aligned = for_transformers or draw(st.booleans(), label="dim a multiple of n_heads")
+    step = n_heads if aligned else 1
     config = LlamaConfig(
         dim=step * draw(st.integers(-(-48 // step), 96 // step), label="dim / step"),
         n_layers=draw(st.integers(1, 4), label="n_layers"),
