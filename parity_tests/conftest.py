@@ -179,8 +179,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     blob = re.search(r"@reproduce_failure\('[^']*', b'([^']*)'\)", notes)
     if blob:
         line = f"pytest '{item.nodeid}' --reproduce {blob[1]}"
-        if chosen(item.config):
-            line += "".join(f" --backend {name}" for name in chosen(item.config))
+        line += "".join(f" --backend {name}" for name in chosen(item.config))
         found.sections.append(("run this example again", line))
     return found
 

@@ -52,8 +52,8 @@ def survivors(entries: Entries, mutants: Mapping[str, Mutant]) -> list[str]:
 def mutation_table(entries: Entries, mutants: Mapping[str, Mutant], honest: str) -> Iterator[str]:
     """Yield the mutation score: each bug's margin over the tolerance, beside the honest error's.
 
-    A margin of 1 is the tolerance itself. ``logits`` is the margin of what every backend must
-    offer (of loss and gradients, for a bug of training code).
+    A margin of 1 is the tolerance itself. ``outputs alone`` is the largest margin without the
+    trace, which few implementations offer.
     """
     mine = _of(entries, honest)
     yield f"{'mutant':<30} {'killed by':<18} {'margin':>8} {'honest':>8} {'outputs alone':>14}"

@@ -11,10 +11,10 @@ from llama_torch import step
 from reference_np.grad import Batch, loss_and_grads
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
+from .backends.torch_backends import to_torch
 from .backends.transformers_backend import hugging_face_config
 from .strategies import Case, Params, wide_cases
 from .support import torch_model
-from .training import to_torch
 
 
 def peer(case: Case, params: Params, dtype: torch.dtype) -> Any:

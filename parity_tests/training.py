@@ -3,19 +3,15 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from hypothesis import strategies as st
 
-from llama_torch import step
-from llama_torch.optim import learning_rate, make_adamw
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.ops import IGNORE
 from reference_np.optim import Hyper
 
-from .backends.torch_backends import optim_config
+from .backends.torch_backends import eager
 from .strategies import Array, Params, cast, configs, random_params, seeds, seeing_itself
-from .support import torch_model
 
 # Ten steps feed each step's rounding to the next, through an optimizer that divides by
 # sqrt(v) + 1e-5: some 1e-16 * 1e5 * 10 at most.
@@ -68,23 +64,11 @@ def training_cases(draw: st.DrawFn, conditioned: bool = False) -> TrainingCase:
     return TrainingCase(config, params, batches, hyper)
 
 
-def to_torch(batch: Batch) -> step.Batch:
-    """Copy a batch to torch."""
-    return step.Batch(*(None if x is None else torch.from_numpy(np.array(x)) for x in batch))
-
-
 def torch_grads(case: TrainingCase, dtype: Any) -> tuple[float, Params]:
     """Loss and gradients from the trainer's own accumulation."""
-    model = torch_model(case.config, cast(case.params, dtype)).train()
-    model.requires_grad_(True)
-    loss = step.accumulate(model, *_arguments(case, model))
-    grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    return loss.item(), grads
-
-
-def _arguments(case: TrainingCase, model: Any) -> tuple[list, step.Precision, float]:
-    precision = step.Precision(torch.device("cpu"), next(model.parameters()).dtype)
-    return [to_torch(batch) for batch in case.batches], precision, case.hyper.z_loss
+    params, hyper = cast(case.params, dtype), case.hyper
+    loss, grads = eager.loss_and_grads(case.config, params, case.batches, hyper.z_loss)
+    return loss, dict(grads)
 
 
 class Trained(NamedTuple):
@@ -99,31 +83,10 @@ class Trained(NamedTuple):
 
 def torch_train(case: TrainingCase, steps: int, dtype: Any) -> Trained:
     """Take ``steps`` steps with the functions that ``python -m llama_torch.train`` runs."""
-    config = optim_config(case.hyper)
-    model = torch_model(case.config, cast(case.params, dtype)).train()
-    model.requires_grad_(True)
-    optimizer = make_adamw(model, config)
-    batches, precision, z_loss = _arguments(case, model)
-    losses, norms = [], []
-    for i in range(steps):
-        loss, norm = step.train_step(
-            model,
-            optimizer,
-            batches,
-            lr=learning_rate(i, case.hyper.steps, config),
-            grad_clip=config.grad_clip,
-            precision=precision,
-            z_loss=z_loss,
-        )
-        losses.append(loss.item())
-        norms.append(norm.item())
-    named = dict(model.named_parameters())
-
-    def moments(kind: str) -> Params:
-        return {name: optimizer.state[p][kind].numpy() for name, p in named.items()}
-
-    params = {name: p.detach().numpy() for name, p in named.items()}
-    return Trained(losses, norms, params, moments("exp_avg"), moments("exp_avg_sq"))
+    params = cast(case.params, dtype)
+    found = eager.train(case.config, params, case.batches, case.hyper, steps)
+    kinds = ("loss", "grad_norm", "params", "exp_avg", "exp_avg_sq")
+    return Trained(*(found[kind] for kind in kinds))
 
 
 def fixed_cases() -> list[TrainingCase]:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from numpy.typing import NDArray
@@ -132,6 +133,7 @@ SLOW = ("torch-compile", "cuda-compile", "jax")
 DEFAULT = tuple(name for name in SHIPPED if name not in SLOW)
 
 
+@cache  # one object for all tests, however long it takes to make
 def load(spec: str) -> Any:
     """Import a backend by its shipped name or as ``package.module:object``; InputError if none."""
     target = SHIPPED.get(spec, spec)

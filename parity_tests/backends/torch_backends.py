@@ -84,7 +84,7 @@ class Torch:
     ) -> tuple[float, Mapping[str, Array]]:
         model, precision = self._trainable(config, params)
         with self._pinned():
-            loss = step.accumulate(model, [_batch(b) for b in batches], precision, z_loss)
+            loss = step.accumulate(model, [to_torch(b) for b in batches], precision, z_loss)
         grads = {n: _array(p.grad) for n, p in model.named_parameters() if p.grad is not None}
         return loss.item(), grads
 
@@ -105,7 +105,7 @@ class Torch:
                 loss, norm = step.train_step(
                     model,
                     optimizer,
-                    [_batch(b) for b in batches],
+                    [to_torch(b) for b in batches],
                     lr=learning_rate(i, hyper.steps, settings),
                     grad_clip=settings.grad_clip,
                     precision=precision,
@@ -173,7 +173,8 @@ def _array(value: torch.Tensor) -> Array:
     return wide.cpu().numpy()
 
 
-def _batch(batch: Batch) -> step.Batch:
+def to_torch(batch: Batch) -> step.Batch:
+    """Copy a batch to torch."""
     return step.Batch(*(None if x is None else torch.from_numpy(np.array(x)) for x in batch))
 
 
