@@ -231,7 +231,8 @@ class Llama(nn.Module):
         x_BTD, cache = self.model(
             tokens_BT, positions=positions, mask=mask, cache=cache, trace=trace
         )
-        logits_BTV = F.linear(x_BTD, self.head_weight)
+        tied = self.config.tie_embeddings
+        logits_BTV = F.linear(x_BTD, self.head_weight) if tied else self.lm_head(x_BTD)
         trace("logits", logits_BTV)
         return logits_BTV, cache
 

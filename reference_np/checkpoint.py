@@ -51,6 +51,10 @@ class Checkpoint(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._where)
 
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self._where[name].path
+
     def _locate(self) -> dict[str, "_Header"]:
         where: dict[str, _Header] = {}
         for header in self._files.values():

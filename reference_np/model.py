@@ -52,13 +52,14 @@ def forward(
                tensor is read once (a tied embedding twice), one layer at a time.
     positions  int [B, T], the rotary positions; default: they follow the cache.
     mask       bool [B, T, S], True = may attend; default: causal.
-    trace      called with every activation of naming.activation_axes as it is computed.
+    trace      called with every activation of naming.activation_axes as it is computed, before
+               it is used: values written into the array are what the rest is computed from.
     ops        the operations; a namespace with some replaced is a different model.
 
     Raises InputError for ids outside the vocabulary and for misshapen arguments.
     """
     start = 0 if cache is None else cache.length
-    positions, mask = _defaults(tokens_BT, positions, mask, start, config, ops)
+    positions, mask = defaults(tokens_BT, positions, mask, start, config, ops)
     x_BTD = ops.embed(ops.read(params, EMBED, config), tokens_BT)
     trace("embed", x_BTD)
     tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, x_BTD.dtype)
@@ -71,11 +72,22 @@ def forward(
         )
         keys.append(k)
         values.append(v)
+    return head(params, x_BTD, config, trace, ops), Cache(tuple(keys), tuple(values))
+
+
+def head(
+    params: Mapping[str, Array],
+    x_BTD: Array,
+    config: LlamaConfig,
+    trace: Trace = no_trace,
+    ops: Ops = reference_ops,
+) -> Array:
+    """Norm the stream that leaves the last block and project it onto the vocabulary: [B, T, V]."""
     x_BTD = ops.rms_norm(x_BTD, ops.read(params, NORM, config), config.norm_eps)
     trace("norm", x_BTD)
-    logits_BTV = ops.linear(x_BTD, ops.read(params, LM_HEAD, config))
+    logits_BTV: Array = ops.linear(x_BTD, ops.read(params, LM_HEAD, config))
     trace("logits", logits_BTV)
-    return logits_BTV, Cache(tuple(keys), tuple(values))
+    return logits_BTV
 
 
 def layer_params(
@@ -146,10 +158,11 @@ def feed_forward(layer: Mapping[str, Array], h_BTD: Array, trace: Trace, ops: Op
     """SwiGLU feed-forward network: ``(silu(h Wg) * (h Wu)) Wd`` (Shazeer 2020)."""
     gate_BTF = ops.linear(h_BTD, layer["mlp.gate_proj.weight"])
     up_BTF = ops.linear(h_BTD, layer["mlp.up_proj.weight"])
+    trace("gate", gate_BTF)
+    trace("up", up_BTF)
     hidden_BTF = ops.swiglu(gate_BTF, up_BTF)
+    trace("ffn", hidden_BTF)
     out_BTD: Array = ops.linear(hidden_BTF, layer["mlp.down_proj.weight"])
-    for name, value in (("gate", gate_BTF), ("up", up_BTF), ("ffn", hidden_BTF)):
-        trace(name, value)
     trace("ffn_proj", out_BTD)
     return out_BTD
 
@@ -158,15 +171,18 @@ def _prefixed(trace: Trace, prefix: str) -> Trace:
     return trace if trace is no_trace else lambda name, value: trace(prefix + name, value)
 
 
-def _defaults(
+def defaults(
     tokens: Array,
     positions: Array | None,
     mask: Array | None,
     start: int,
     config: LlamaConfig,
-    ops: Ops,
+    ops: Ops = reference_ops,
 ) -> tuple[Array, Array]:
-    """Fill in positions that follow the cache and the causal mask; check every shape."""
+    """Fill in positions that follow ``start`` cached tokens and the causal mask; check it all.
+
+    Returns positions [B or 1, T] and the mask [B or 1, T, S].
+    """
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
         raise InputError(
             f"tokens must be non-empty integers [B, T], got {tokens.dtype} {tokens.shape}"

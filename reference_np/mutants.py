@@ -32,6 +32,9 @@ class Mutant(NamedTuple):
     replacement: Callable[..., Any]
     # What must change with it for the whole to stay well-formed: an operation's own inverse.
     also: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    # What stays the same from port to port and so tells the bug: mostly the "value". Roundings
+    # differ in their details and leave the "size" of the error; a random weight leaves "nothing".
+    known_by: str = "value"
 
     def apply(self, reference: ModuleType | SimpleNamespace) -> SimpleNamespace:
         """Return ``reference`` with this bug in it, unchanged if the bug is not one of its own."""
@@ -351,6 +354,7 @@ FORWARD = (
         "minimind#301, keras-hub#1532",
         "rms_norm",
         _norm_low,
+        known_by="size",
     ),
     Mutant(
         "norm_weight_plus_one",
@@ -366,6 +370,7 @@ FORWARD = (
         "transformers#29285",
         "rope_tables",
         _tables_bf16,
+        known_by="size",
     ),
     Mutant(
         "rope_frequencies_bf16",
@@ -373,6 +378,7 @@ FORWARD = (
         "transformers#25681",
         "rope_tables",
         _frequencies_bf16,
+        known_by="size",
     ),
     Mutant(
         "rope_positions_bf16",
@@ -380,6 +386,7 @@ FORWARD = (
         "gpt-neox#1016",
         "rope_tables",
         _positions_bf16,
+        known_by="size",
     ),
     Mutant(
         "rope_angles_float32",
@@ -387,6 +394,7 @@ FORWARD = (
         "the common implementations, by design",
         "rope_tables",
         _angles_float32,
+        known_by="size",
     ),
     Mutant(
         "rope_theta_ignored",
@@ -479,6 +487,7 @@ FORWARD = (
         "axlearn#18, ipex-llm#10481",
         "masked_softmax",
         _softmax_low,
+        known_by="size",
     ),
     Mutant(
         "softmax_before_mask",
@@ -510,6 +519,7 @@ FORWARD = (
         "transformers#43429",
         "read",
         _read_random_head,
+        known_by="nothing",
     ),
     Mutant(
         "matmul_tf32",
@@ -517,6 +527,7 @@ FORWARD = (
         "jax#18934",
         "linear",
         _linear_tf32,
+        known_by="size",
     ),
     Mutant(
         "matmul_bf16",
@@ -524,5 +535,6 @@ FORWARD = (
         "jax#10413",
         "linear",
         _linear_bf16,
+        known_by="size",
     ),
 )

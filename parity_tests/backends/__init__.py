@@ -87,6 +87,18 @@ class Backend:
         """Return every activation of reference_np.naming.activation_axes, by that name."""
         raise NotImplementedError("trace")
 
+    def traced_decode(
+        self,
+        config: LlamaConfig,
+        params: Params,
+        tokens: Array,
+        positions: Array | None,
+        mask: Array | None,
+        cache: Any,
+    ) -> tuple[Mapping[str, Array], Any]:
+        """Return the activations, as ``trace`` does, and the new cache, as ``decode`` does."""
+        raise NotImplementedError("traced_decode")
+
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
     ) -> tuple[float, Mapping[str, Array]]:

@@ -16,6 +16,8 @@ from reference_np.plain import plain_ops
 
 from . import Array, Params
 
+IN_FORWARD = ("logits", "decode", "trace", "traced_decode")
+
 
 class Oracle:
     """reference_np behind the protocol, with any of its operations replaced."""
@@ -46,18 +48,23 @@ class Oracle:
     def logits(self, *arguments: Any) -> Array:
         return self.decode(*arguments, None)[0]
 
-    def trace(
+    def traced_decode(
         self,
         config: LlamaConfig,
         params: Params,
         tokens: Array,
         positions: Array | None,
         mask: Array | None,
-    ) -> Mapping[str, Array]:
+        cache: Cache | None,
+    ) -> tuple[Mapping[str, Array], Cache]:
         found: dict[str, Array] = {}
-        given: dict[str, Any] = {"positions": positions, "mask": mask}
-        forward(params, tokens, config, **given, ops=self.ops, trace=found.__setitem__)
-        return found
+        given: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache}
+        note = found.__setitem__
+        _, cache = forward(params, tokens, config, **given, ops=self.ops, trace=note)
+        return found, cache
+
+    def trace(self, *arguments: Any) -> Mapping[str, Array]:
+        return self.traced_decode(*arguments, None)[0]
 
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
@@ -92,7 +99,7 @@ class WithBug(Oracle):
     def __init__(self, mutant: Mutant) -> None:
         super().__init__(*(mutant.apply(part) for part in (ops, grad.REFERENCE, optim.REFERENCE)))
         in_forward = hasattr(ops, mutant.operation)
-        for name in ("loss_and_grads", "train") if in_forward else ("logits", "decode", "trace"):
+        for name in ("loss_and_grads", "train") if in_forward else IN_FORWARD:
             setattr(self, name, None)
 
 
@@ -105,8 +112,10 @@ class Plain(Oracle):
     def decode(self, config: LlamaConfig, params: Params, *rest: Any) -> tuple[Array, Cache]:
         return super().decode(config, _float32(params), *rest)
 
-    def trace(self, config: LlamaConfig, params: Params, *rest: Any) -> Mapping[str, Array]:
-        return super().trace(config, _float32(params), *rest)
+    def traced_decode(
+        self, config: LlamaConfig, params: Params, *rest: Any
+    ) -> tuple[Mapping[str, Array], Cache]:
+        return super().traced_decode(config, _float32(params), *rest)
 
 
 def _float32(params: Params) -> Params:

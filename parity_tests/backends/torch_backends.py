@@ -58,14 +58,15 @@ class Torch:
     def logits(self, *arguments: Any) -> Array:
         return self.decode(*arguments, None)[0]
 
-    def trace(
+    def traced_decode(
         self,
         config: LlamaConfig,
         params: Params,
         tokens: Array,
         positions: Array | None,
         mask: Array | None,
-    ) -> Mapping[str, Array]:
+        cache: Cache | None,
+    ) -> tuple[Mapping[str, Array], Cache]:
         if self.compiler:
             raise NotImplementedError("tracing stops compilation")
         found: dict[str, Array] = {}
@@ -76,8 +77,11 @@ class Torch:
 
         with torch.no_grad(), self._pinned():
             model = self._model(config, params)
-            model(given[0], positions=given[1], mask=given[2], trace=note)
-        return found
+            _, cache = model(given[0], positions=given[1], mask=given[2], cache=cache, trace=note)
+        return found, cache
+
+    def trace(self, *arguments: Any) -> Mapping[str, Array]:
+        return self.traced_decode(*arguments, None)[0]
 
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
