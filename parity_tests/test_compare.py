@@ -1,20 +1,37 @@
-"""compare.py: agreement where there is one, the right place where there is none."""
+"""compare.py: agreement where there is one, the right place and name where there is none."""
 
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from llama_torch.checkpoint import load_model
+from reference_np import grad, optim
+from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
+from reference_np.mutants import FORWARD
 from reference_np.naming import activation_axes, parameter_shapes
-from tools import compare
+from reference_np.training_mutants import TRAINING
+from tools import compare, sides
+from tools.inputs import make_calls
+from tools.traces import Trace, cached
 
+from .backends.oracle import Oracle
+from .planted import BUGS, Planted
 from .strategies import cast, random_params
 
-CONFIG = LlamaConfig(32, 3, 4, 2, 8, 48, 300)
+CONFIG = LlamaConfig(32, 3, 4, 2, 8, 48, 300, max_seq_len=2048, rope_theta=5e5)
+NAMES = list(activation_axes(CONFIG))
+ONE_OF_EACH = [n for n in parameter_shapes(CONFIG) if "layers" not in n or "layers.1" in n]
+CALLS = 7  # of the default input
 # Where a wrong weight must first show.
 FIRST_SEEN = {
     "embed_tokens": "embed",
@@ -30,13 +47,33 @@ FIRST_SEEN = {
     "lm_head": "logits",
     "model.norm": "norm",
 }
+# The first activation that an operation of the catalogue makes.
+MADE_BY = {
+    "apply_rope": "q_rope",
+    "rope_tables": "q_rope",
+    "next_positions": "q_rope",
+    "group_queries": "attn",
+    "attention_scores": "attn",
+    "masked_softmax": "attn",
+    "causal_mask": "attn",
+    "extend": "attn",
+    "merge_heads": "attn_proj",
+    "rms_norm": "attn_norm",
+    "swiglu": "ffn",
+    "add": "attn_residual",
+    "linear": "q",
+}
+READ_BY = {"weights_unpermuted": "q", "k_permuted_as_q": "k"}  # the other two: the head
+
+
+def write(path: Path, config: LlamaConfig) -> Path:
+    save_file(cast(random_params(config, 0), np.float32), path, {"config": config.to_json()})
+    return path
 
 
 @pytest.fixture
 def ckpt(tmp_path: Path) -> Path:
-    path = tmp_path / "ckpt.safetensors"
-    save_file(cast(random_params(CONFIG, 0), np.float32), path, {"config": CONFIG.to_json()})
-    return path
+    return write(tmp_path / "ckpt.safetensors", CONFIG)
 
 
 @pytest.fixture
@@ -50,21 +87,167 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return call
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_an_honest_checkpoint_passes(ckpt: Path, run: Callable, dtype: str) -> None:
-    code, out, err = run(ckpt, "--dtype", dtype)
+@pytest.fixture
+def report(run: Callable) -> Callable[..., dict[str, Any]]:
+    """Run with --json; return the report, its exit code checked against the verdict."""
+
+    def call(*argv: object) -> dict[str, Any]:
+        code, out, err = run(*argv, "--json", "-")
+        assert code in (0, 1), err
+        found = json.loads(out)
+        assert found["verdict"]["holds"] == (code == 0)
+        return found
+
+    return call
+
+
+@pytest.fixture
+def offer(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Make an object importable; return its package.module:object."""
+
+    def register(found: Any) -> str:
+        name = f"backend_{id(found)}"
+        module = ModuleType(name)
+        module.it = found
+        monkeypatch.setitem(sys.modules, name, module)
+        return f"{name}:it"
+
+    return register
+
+
+def named(found: Mapping[str, Any]) -> list[list[str]]:
+    return [[bug["name"] for bug in entry["mutants"]] for entry in found["diagnosis"]]
+
+
+@pytest.mark.parametrize("against", ["torch", "torch:float64", "torch:bfloat16", "torch:float16"])
+def test_an_honest_checkpoint_passes(ckpt: Path, run: Callable, against: str) -> None:
+    code, out, err = run(ckpt, "--against", against)
     assert (code, err) == (0, "")
-    n = len(activation_axes(CONFIG))
+    n = CALLS * (len(NAMES) + ("float64" not in against))  # and the logits' KL
     assert out.splitlines()[-1].startswith(f"PASS: {n} of {n} activations within bounds")
-    for name in activation_axes(CONFIG):
-        assert any(line.split()[0] == name for line in out.splitlines() if line.strip())
-    assert "DIVERGES" not in out
+    assert not any(name in out.replace(out.splitlines()[-1], "") for name in NAMES if "." in name)
+    everything = run(ckpt, "--against", against, "--all")[1]
+    for name in NAMES:
+        rows = [line for line in everything.splitlines() if not line.startswith("logits of")]
+        assert sum(row.split()[:1] == [name] for row in rows) == CALLS
+    assert max(map(len, everything.splitlines()[1:-8])) <= 100
+
+
+@pytest.mark.parametrize("against", ["hf:float64", "hf", "hf:bfloat16", "transformers"])
+def test_hugging_faces_llama_passes(tmp_path: Path, run: Callable, against: str) -> None:
+    near = LlamaConfig(32, 3, 4, 2, 8, 48, 300, max_seq_len=64, tie_embeddings=True)
+    code, out, err = run(write(tmp_path / "near.safetensors", near), "--against", against)
+    assert (code, err) == (0, "")
+    assert f"PASS: {CALLS * (len(NAMES) + ('float64' not in against))} of " in out
+
+
+def test_hugging_faces_float32_angles_are_named(ckpt: Path, report: Callable) -> None:
+    """A difference that is really there: position times frequency, multiplied in float32."""
+    found = report(ckpt, "--against", "hf")
+    assert found["first_divergence"]["name"] == "layers.0.q_rope"
+    assert found["calls"][found["first_divergence"]["call"]]["name"] == "position 2,040 on"
+    assert named(found) == [["rope_angles_float32"]]
+    assert found["unexplained"] == 0
+
+
+def expected_place(bug: str) -> str:
+    mutant = next(mutant for mutant in FORWARD if mutant.name == bug)
+    if mutant.operation == "read":
+        return READ_BY.get(bug, "logits")
+    return MADE_BY[mutant.operation]
+
+
+def test_every_known_bug_is_planted() -> None:
+    assert set(BUGS) == {mutant.name for mutant in FORWARD}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("bug", sorted(BUGS))
+def test_a_planted_bug_is_located_and_named(
+    tmp_path: Path, report: Callable, offer: Callable, bug: str, dtype: str
+) -> None:
+    """The bug written in torch, by somebody else than the catalogue's; nothing else is blamed."""
+    size = {"max_seq_len": 2048, "rope_theta": 5e5, "tie_embeddings": bug == "tied_head_random"}
+    path = write(tmp_path / "x.safetensors", LlamaConfig(32, 2, 4, 2, 8, 48, 60, **size))
+    spec = offer(Planted(bug))
+    found = report(path, "--against", spec, "--dtype", dtype, "--tokens", 24)
+    assert found["first_divergence"]["name"].split(".")[-1] == expected_place(bug)
+    assert named(found) == [[bug]]
+    assert found["unexplained"] == 0
+    wrong = [row for row in found["rows"] if row["status"] == "diverges"]
+    assert found["diagnosis"][0]["explains"] == found["looked_at"] == len(wrong)
+
+
+class Silent:
+    """A backend that shows nothing but logits."""
+
+    def __init__(self, inner: Planted) -> None:
+        self.inner, self.dtypes = inner, inner.dtypes
+
+    def decode(self, *arguments: Any) -> Any:
+        return self.inner.decode(*arguments)
+
+    def logits(self, *arguments: Any) -> Any:
+        return self.inner.logits(*arguments)
+
+
+# A row whose positions are all shifted by the same has the same logits: rotations are relative.
+HARMLESS = {"left_padding_in_positions"}
+
+
+@pytest.mark.parametrize("bug", sorted(set(BUGS) - HARMLESS - {"tied_head_random"}))
+def test_a_planted_bug_is_named_by_the_logits_alone(
+    ckpt: Path, report: Callable, offer: Callable, bug: str
+) -> None:
+    """From outputs, a bug must be among the few that this input cannot tell apart."""
+    argv = (ckpt, "--against", offer(Silent(Planted(bug))), "--dtype", "float64", "--tokens", 8)
+    found = report(*argv)
+    assert found["verdict"]["expected"] == CALLS
+    assert found["first_divergence"]["name"] == "logits"
+    guilty = named(found)
+    assert len(guilty) == 1
+    # Errors known by their size say little once they have gone through a whole model.
+    rounding = {mutant.name for mutant in FORWARD if mutant.known_by == "size"}
+    assert bug in guilty[0] or bug in rounding
+    assert len(guilty[0]) <= 3
+
+
+class Two(Planted):
+    """Two planted bugs at once."""
+
+    def __init__(self, *bugs: str) -> None:
+        super().__init__()
+        for bug in bugs:
+            vars(self.ops).update(BUGS[bug])
+
+
+PAIRS = [
+    ("norm_eps_tenth", "silu_on_up"),  # in different places
+    ("rope_interleaved", "rope_theta_ignored"),  # in one activation
+    ("scores_unscaled", "mask_forgotten"),
+]
+
+
+@pytest.mark.parametrize("bugs", PAIRS)
+def test_two_bugs_at_once(
+    ckpt: Path, report: Callable, offer: Callable, bugs: tuple[str, ...]
+) -> None:
+    argv = ("--against", offer(Two(*bugs)), "--dtype", "float64", "--tokens", 8)
+    found = report(ckpt, *argv)
+    assert {name for names in named(found) for name in names} == set(bugs)
+    assert found["unexplained"] == 0
+
+
+def test_two_bugs_by_the_logits_alone(ckpt: Path, report: Callable, offer: Callable) -> None:
+    planted = Silent(Two("norm_variance", "silu_on_up"))
+    argv = ("--against", offer(planted), "--dtype", "float64", "--tokens", 8)
+    assert named(report(ckpt, *argv)) == [["norm_variance", "silu_on_up"]]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", list(parameter_shapes(CONFIG)))
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_corrupted_weight_is_found_where_it_is(
-    ckpt: Path, run: Callable, name: str, dtype: str
+    ckpt: Path, report: Callable, name: str, dtype: str
 ) -> None:
     """One element of one tensor, on the torch side, off by as much as its tensor's size."""
     tensors = load_file(ckpt)
@@ -73,30 +256,90 @@ def test_a_corrupted_weight_is_found_where_it_is(
     damaged[(32, 1) if damaged.shape[0] == 300 else (1,) * damaged.ndim] += 1.0
     other = ckpt.with_name("other.safetensors")
     save_file(tensors | {name: damaged}, other, {"config": CONFIG.to_json()})
-    code, out, _ = run(ckpt, "--against", other, "--dtype", dtype)
+    found = report(ckpt, "--against", other, "--dtype", dtype, "--tokens", 24)
     seen = next(place for part, place in FIRST_SEEN.items() if part in name)
     layer = name.split(".")[2] if ".layers." in name else None
-    expected = seen if layer is None else f"layers.{layer}.{seen}"
-    assert code == 1
-    last = out.splitlines()[-1]
-    assert last.startswith("FAIL: ")
-    assert f"first divergence at {expected} " in last
+    place = seen if layer is None else f"layers.{layer}.{seen}"
+    assert found["first_divergence"]["name"] == place
+    assert {row["name"] for row in found["rows"] if row["status"] == "diverges"} == {place}
+    assert found["diagnosis"] == []  # no known bug does that
+    assert found["unexplained"] == found["looked_at"] > 0
+    heat = found["heatmap"]
+    worst = np.array(heat["error"]).max(axis=0)
+    if seen not in ("embed", "attn_norm", "ffn_norm", "norm"):
+        assert (worst > 0.01 * worst.max()).sum() == 1  # one output channel
 
 
-def test_missing_activations_fail(
-    ckpt: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+class Edited(Planted):
+    """The honest copy with one activation changed on its way out."""
+
+    def __init__(self, name: str, edit: Callable) -> None:
+        super().__init__()
+        self.name, self.edit = name, edit
+
+    def traced_decode(self, *arguments: Any) -> Any:
+        found, cache = super().traced_decode(*arguments)
+        found = dict(found)
+        value = self.edit(found.pop(self.name))
+        return (found if value is None else found | {self.name: value}), cache
+
+
+@pytest.mark.parametrize(
+    ("edit", "status"),
+    [
+        (lambda x: None, "missing"),
+        (lambda x: x * np.nan, "not finite"),
+        (lambda x: np.full_like(x, np.inf), "not finite"),
+        (lambda x: x[:, :-1], "misshapen"),
+    ],
+)
+def test_what_cannot_be_compared_fails(
+    ckpt: Path, run: Callable, offer: Callable, edit: Callable, status: str
 ) -> None:
-    real = compare.traced_activations
-
-    def forgetful(*args: object) -> dict:
-        return {k: v for k, v in real(*args).items() if k != "layers.1.k_rope"}
-
-    monkeypatch.setattr(compare, "traced_activations", forgetful)
-    code, out, _ = run(ckpt)
+    code, out, _ = run(ckpt, "--against", offer(Edited("layers.1.k_rope", edit)))
     assert code == 1
-    assert "first divergence at layers.1.k_rope (missing or not finite)" in out
-    monkeypatch.setattr(compare, "traced_activations", lambda *args: {})
-    assert run(ckpt)[0] == 1
+    n = CALLS * (len(NAMES) + 1)
+    assert f"FAIL: {n - CALLS} of {n} activations" in out
+    place = "layers.1.k_rope (48 tokens): the rotation of the keys (RoPE)"
+    assert f"first divergence at {place} ({status})" in out
+
+
+def test_nothing_covered_is_not_a_pass(ckpt: Path, run: Callable, offer: Callable) -> None:
+    class Refuses:
+        dtypes = ("float32",)
+
+        def logits(self, *arguments: Any) -> Any:
+            raise NotImplementedError("not today")
+
+    code, out, _ = run(ckpt, "--against", offer(Refuses()))
+    assert code == 1
+    assert "FAIL: 0 of 0 activations compared" in out
+    assert "not covered: not today" in out
+
+
+def test_what_a_backend_lacks_is_counted(ckpt: Path, run: Callable, offer: Callable) -> None:
+    class OnlyLogits:
+        dtypes = ("float32",)
+
+        def logits(self, *arguments: Any) -> Any:
+            return Oracle().logits(*arguments)
+
+    code, out, _ = run(ckpt, "--against", offer(OnlyLogits()))
+    assert code == 0
+    assert "3 of 7 calls offer their logits alone" in out
+    assert "4 of 7 calls not covered: decoding is not offered" in out
+    assert "PASS: 6 of 6 activations" in out  # with each logits' KL
+
+
+def test_a_backends_own_error_is_one_line(ckpt: Path, run: Callable, offer: Callable) -> None:
+    class Broken:
+        def logits(self, *arguments: Any) -> Any:
+            raise KeyError("oops")
+
+    code, out, err = run(ckpt, "--against", offer(Broken()))
+    assert (code, out) == (2, "")
+    assert "logits failed on the call '48 tokens': KeyError: 'oops' (" in err
+    assert err.count("\n") == 1
 
 
 def test_nan_on_both_sides_fails(ckpt: Path, run: Callable) -> None:
@@ -106,85 +349,260 @@ def test_nan_on_both_sides_fails(ckpt: Path, run: Callable) -> None:
     save_file(tensors, broken, {"config": CONFIG.to_json()})
     code, out, _ = run(broken)
     assert code == 1
-    assert "first divergence at layers.1.up (missing or not finite)" in out
+    assert "first divergence at layers.1.up (48 tokens): the up projection (not finite)" in out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_training_step_is_compared(ckpt: Path, run: Callable, dtype: str) -> None:
-    code, out, err = run(ckpt, "--grads", "--dtype", dtype)
-    assert (code, err) == (0, "")
-    n = len(activation_axes(CONFIG)) + 2 + 2 * len(parameter_shapes(CONFIG))
-    assert out.splitlines()[-1].startswith(f"PASS: {n} of {n} quantities within bounds")
-    assert "grad layers.2.self_attn.k_proj" in out
-    assert "step lm_head" in out
+# Traces.
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_wrong_gradient_is_named(
-    ckpt: Path, run: Callable, dtype: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_the_oracles_trace_passes_its_own_comparison(
+    ckpt: Path, run: Callable, tmp_path: Path, dtype: str
 ) -> None:
-    """One KV head's gradient lost, as if only one of its readers had been counted."""
-    real = compare.accumulate
-
-    def lossy(model: Any, *args: Any) -> Any:
-        loss = real(model, *args)
-        model.model.layers[1].self_attn.k_proj.weight.grad[:8] *= 0.5
-        return loss
-
-    monkeypatch.setattr(compare, "accumulate", lossy)
-    code, out, _ = run(ckpt, "--grads", "--dtype", dtype)
-    assert code == 1
-    assert "first divergence at grad_norm" in out
-    diverging = [
-        line.split()[1] for line in out.splitlines() if "grad " in line and "DIVERGES" in line
-    ]
-    assert diverging == ["layers.1.self_attn.k_proj"]
-
-
-def test_a_missing_gradient_fails(
-    ckpt: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = compare.torch_step
-    name = "grad model.layers.1.mlp.up_proj.weight"
-    monkeypatch.setattr(
-        compare, "torch_step", lambda *a: {k: v for k, v in real(*a).items() if k != name}
-    )
-    code, out, _ = run(ckpt, "--grads")
-    assert code == 1
-    assert f"first divergence at {name} (missing or not finite)" in out
-
-
-def test_nothing_compared_is_not_a_pass() -> None:
-    assert compare.verdict([], 0)[1] == 1
-    assert compare.verdict([], 5)[1] == 1
-
-
-def test_an_epsilon_ten_times_smaller_is_seen(ckpt: Path, run: Callable, monkeypatch) -> None:
-    real = compare.load_model
-
-    def wrong_epsilon(*args: object, **kwargs: object) -> object:
-        model = real(*args, **kwargs)
-        model.model.layers[1].post_attention_layernorm.eps = 1e-6
-        return model
-
-    monkeypatch.setattr(compare, "load_model", wrong_epsilon)
-    code, out, _ = run(ckpt)
-    assert code == 1
-    assert "first divergence at layers.1.ffn_norm " in out
-
-
-def test_real_text_and_prompts(tmp_path: Path, run: Callable) -> None:
-    config = LlamaConfig(8, 1, 2, 1, 4, 12, 50257, max_seq_len=16, tie_embeddings=True)
-    path = tmp_path / "gpt2.safetensors"
-    save_file(cast(random_params(config, 0), np.float32), path, {"config": config.to_json()})
-    assert "16 tokens" in run(path)[1]  # no more than the context
-    code, out, _ = run(path, "--prompt", "Hello world")
+    path = tmp_path / "trace.safetensors"
+    assert run(ckpt, "--dtype", dtype, "--trace", path, "--steps", 1)[0] == 0
+    with safe_open(path, framework="np") as file:
+        assert set(json.loads(file.metadata()["axes"])) == {n.split(".")[-1] for n in NAMES}
+        assert {f"call.3.{name}" for name in NAMES} <= set(file.keys())
+    code, out, _ = run(ckpt, "--against", path)
     assert code == 0
-    assert "2 tokens" in out
+    assert "6 calls" in out
+
+
+def test_an_edited_trace_fails_where_it_was_edited(
+    ckpt: Path, run: Callable, tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.safetensors"
+    run(ckpt, "--trace", path)
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    step = "call.2.layers.1.attn"
+    tensors[step] = tensors[step] * np.float32(1.001)
+    tensors["call.0.surprise"] = np.zeros(1, np.float32)
+    tensors["call.9.embed"] = np.zeros(1, np.float32)
+    save_file(tensors, path, metadata)
+    code, out, _ = run(ckpt, "--against", path)
+    assert code == 1
+    assert "first divergence at layers.1.attn (48 tokens, step 1): attention" in out
+    assert "Not in the format and ignored: call.0.surprise, call.9.embed" in out
+    del tensors[step]
+    save_file(tensors, path, metadata)
+    code, out, _ = run(ckpt, "--against", path)
+    assert code == 1
+    assert "(missing)" in out
+
+
+def test_a_trace_that_is_none_is_refused(ckpt: Path, run: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    run(ckpt, "--trace", path)
+    with safe_open(path, framework="np") as file:
+        good = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    other = CONFIG.to_json().replace("500000.0", "10000.0")
+    for change, message in (
+        ({"version": "2"}, "not llama-trace version 1"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"config": "{"}, "is not JSON"),
+        ({"config": other}, "another architecture"),
+        ({"calls": "[]"}, "lists no calls"),
+        ({"calls": '[{"name": "a", "after": 0}]'}, "must continue null or an earlier call"),
+        ({"calls": "null"}, "lists no calls"),
+        ({"calls": json.dumps([{"name": "a"}] * 99)}, "call.7.tokens is missing"),
+    ):
+        save_file(tensors, path, good | change)
+        code, out, err = run(ckpt, "--against", path)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+    save_file(tensors, path, good)
+    code, _, err = run(ckpt, "--against", path, "--prompt", "text")
+    assert code == 2
+    assert "--prompt: a trace is compared on its own tokens" in err
+
+
+# Any size.
+
+
+def test_a_streamed_model_computes_as_a_loaded_one(ckpt: Path) -> None:
+    """And holds no parameter before or after: one module's are read while it runs."""
+    checkpoint = Checkpoint(ckpt)
+    tokens = torch.arange(12).view(2, 6)
+    read = sides._reader(checkpoint, torch.float32, torch.device("cpu"))
+    forward, _ = sides._ours(CONFIG, read, torch.float32, torch.device("cpu"))
+    found: dict[str, torch.Tensor] = {}
+    model = next(
+        cell.cell_contents for cell in forward.__closure__ if hasattr(cell.cell_contents, "model")
+    )
+    calls = make_calls(np.arange(6), CONFIG, (6,), 0)
+    with torch.inference_mode():
+        assert all(p.is_meta for p in model.parameters())
+        forward(calls[0]._replace(tokens=tokens.numpy()), None, found.__setitem__)
+        assert all(p.is_meta for p in model.parameters())
+        expected, _ = load_model(ckpt)(tokens)
+    assert torch.equal(found["logits"], expected)
+
+
+def test_a_range_of_layers(ckpt: Path, report: Callable, offer: Callable) -> None:
+    """Errors before the range are not its own; the head belongs to the last layer."""
+    spec = offer(Edited("layers.0.residual", lambda x: x * 1.5))
+    assert not report(ckpt, "--against", spec)["verdict"]["holds"]
+    found = report(ckpt, "--layers", "1:2")
+    assert found["verdict"]["holds"]
+    kinds = [name for name in NAMES if name.startswith("layers.1.")]
+    assert {row["name"] for row in found["rows"]} == set(kinds)
+    assert found["verdict"]["expected"] == CALLS * len(kinds)
+    found = report(ckpt, "--layers", "2:")
+    assert {row["name"] for row in found["rows"]} >= {"layers.2.q", "norm", "logits"}
+    # Only layer 1's first norm sees that the stream it was said to get is not what it got.
+    found = report(ckpt, "--against", spec, "--layers", "1")
+    wrong = {row["name"] for row in found["rows"] if row["status"] == "diverges"}
+    assert wrong == {"layers.1.attn_norm", "layers.1.attn_residual"}
+
+
+# Training.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_and_the_step_agree(ckpt: Path, run: Callable, dtype: str) -> None:
+    code, out, _ = run(ckpt, "--grads", "--dtype", dtype, "--tokens", 16)
+    assert code == 0
+    n = CALLS * (len(NAMES) + (dtype == "float32"))
+    n += 1 + 2 + 5 * len(parameter_shapes(CONFIG))
+    assert out.splitlines()[-1].startswith(f"PASS: {n} of {n} quantities within bounds")
+
+
+class TrainsWith(Oracle):
+    """The oracle, with one bug in its training."""
+
+    dtypes = ("float64",)
+
+    def __init__(self, bug: str) -> None:
+        mutant = next(mutant for mutant in TRAINING if mutant.name == bug)
+        parts = mutant.apply(grad.REFERENCE), mutant.apply(optim.REFERENCE)
+        super().__init__(vjps=parts[0], rules=parts[1])
+
+
+@pytest.mark.parametrize("bug", [mutant.name for mutant in TRAINING])
+def test_a_training_bug_is_named(
+    tmp_path: Path, report: Callable, offer: Callable, bug: str
+) -> None:
+    config = LlamaConfig(16, 2, 4, 2, 4, 24, 60, tie_embeddings=bug == "embedding_forgotten")
+    path = write(tmp_path / "x.safetensors", config)
+    spec = offer(TrainsWith(bug))
+    argv = (path, "--grads", "--against", spec, "--dtype", "float64", "--tokens", 16)
+    found = report(*argv)
+    assert [row for row in found["rows"] if row["status"] != "ok"] == []
+    assert named(found["training"]) == [[bug]]
+    assert found["training"]["unexplained"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_wrong_gradient_is_located(
+    ckpt: Path, report: Callable, offer: Callable, dtype: str
+) -> None:
+    """One KV head's gradient halved: no known bug, and only what depends on it is wrong."""
+
+    class Lossy(Oracle):
+        def loss_and_grads(self, *arguments: Any) -> Any:
+            loss, grads = super().loss_and_grads(*arguments)
+            wrong = grads["model.layers.1.self_attn.k_proj.weight"].copy()
+            wrong[:8] *= 0.5
+            return loss, {**grads, "model.layers.1.self_attn.k_proj.weight": wrong}
+
+    spec = offer(Lossy())
+    found = report(ckpt, "--grads", "--dtype", dtype, "--tokens", 16, "--against", spec)["training"]
+    wrong = [row["name"] for row in found["rows"] if row["status"] == "diverges"]
+    assert wrong == ["grad model.layers.1.self_attn.k_proj.weight"]
+    assert found["unexplained"] == 1
+
+
+def test_a_missing_gradient_fails(ckpt: Path, run: Callable, offer: Callable) -> None:
+    class Forgetful(Oracle):
+        def loss_and_grads(self, *arguments: Any) -> Any:
+            loss, grads = super().loss_and_grads(*arguments)
+            return loss, {n: g for n, g in grads.items() if "layers.1.mlp.up" not in n}
+
+    code, out, _ = run(ckpt, "--grads", "--tokens", 16, "--against", offer(Forgetful()))
+    assert code == 1
+    assert "first divergence at grad model.layers.1.mlp.up_proj.weight" in out
+    assert "(missing)" in out
+
+
+# Inputs and reports.
+
+
+def test_calls_are_consistent() -> None:
+    calls = make_calls(np.arange(1, 40), CONFIG, (30, 7), 2)
+    assert [call.name for call in calls[:4]] == [
+        "30 tokens",
+        "30 tokens, then 2",
+        "30 tokens, step 1",
+        "30 tokens, step 2",
+    ]
+    assert len(calls) == 11
+    assert cached(calls, 3) == 33
+    for c, call in enumerate(calls):
+        if call.mask is not None:
+            length = call.tokens.shape[1]
+            assert call.mask.shape == (2, length, cached(calls, c) + length)
+            assert call.mask[:, np.arange(length), np.arange(-length, 0)].all()  # sees itself
+        assert call.positions is None or call.positions.max() < CONFIG.max_seq_len
+        rows = call.tokens
+        assert len(rows) == 1 or not np.array_equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 200])
+@pytest.mark.parametrize("context", [1, 2, 9, 64])
+def test_any_length_in_any_context(
+    tmp_path: Path, run: Callable, context: int, length: int
+) -> None:
+    config = LlamaConfig(8, 1, 2, 1, 4, 12, 60, max_seq_len=context)
+    path = write(tmp_path / "short.safetensors", config)
+    ids = [str(i % 60) for i in range(length)]
+    code, out, err = run(path, "--ids", *ids)
+    assert (code, err) == (0, ""), out
+
+
+def test_texts_files_and_ids(tmp_path: Path, run: Callable, report: Callable) -> None:
+    config = LlamaConfig(8, 1, 2, 1, 4, 12, 50257, max_seq_len=64, tie_embeddings=True)
+    path = write(tmp_path / "gpt2.safetensors", config)
+    found = report(path, "--prompt", "Hello world")
+    assert found["calls"][0]["tokens"][0] == [15496, 995]
+    text = tmp_path / "text.txt"
+    text.write_text("Hello world", encoding="utf-8")
+    assert report(path, "--file", text)["calls"] == found["calls"]
+    assert report(path, "--ids", 15496, 995)["calls"] == found["calls"]
+    found = report(path, "--tokens", 5, 9)
+    assert {"5 tokens", "9 tokens, step 2"} <= {call["name"] for call in found["calls"]}
+
+
+def test_the_reports_schema(ckpt: Path, run: Callable, tmp_path: Path, offer: Callable) -> None:
+    path, html = tmp_path / "report.json", tmp_path / "report.html"
+    spec = offer(Planted("silu_on_up"))
+    code, out, _ = run(ckpt, "--against", spec, "--grads", "--json", path, "--html", html)
+    assert code == 2  # the planted copy does not train
+    code, out, _ = run(ckpt, "--against", spec, "--json", path, "--html", html)
+    assert code == 1
+    found = json.loads(path.read_text())
+    assert found["schema"] == "llama-compare/1"
+    assert set(found) == {
+        *("schema", "title", "checkpoint", "against", "dtype", "n_layers", "layers", "calls"),
+        *("coverage", "verdict", "rows", "first_divergence", "diagnosis", "unexplained"),
+        *("looked_at", "logits", "heatmap", "training", "warnings"),
+    }
+    row = found["rows"][0]
+    assert set(row) == {"call", "name", "status", "inherited", "fresh", "layer", "kind"}
+    assert set(row["fresh"]) == {"rms", "worst", "token", "bound", "share"}
+    page = html.read_text()
+    assert found["verdict"]["line"].split(";")[0] in page
+    assert "silu_on_up" in page
+    assert "://" not in page.replace("http://www.w3.org", "")  # it needs nothing from anywhere
+    assert found["verdict"]["line"] in out
 
 
 def test_bad_input_is_one_line(ckpt: Path, run: Callable, tmp_path: Path) -> None:
-    other = LlamaConfig(32, 3, 4, 2, 8, 48, 300, rope_theta=5e5)
+    other = LlamaConfig(32, 3, 4, 2, 8, 48, 300, rope_theta=1e6)
     save_file(load_file(ckpt), tmp_path / "other.safetensors", {"config": other.to_json()})
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(ckpt.read_bytes()[:-1])
@@ -192,14 +610,42 @@ def test_bad_input_is_one_line(ckpt: Path, run: Callable, tmp_path: Path) -> Non
         (["nowhere.safetensors"], "nowhere.safetensors: no such file"),
         ([broken], "not a complete safetensors file"),
         ([ckpt, "--against", broken], "not a complete safetensors file"),
-        ([ckpt, "--against", tmp_path / "other.safetensors"], "another architecture"),
+        ([ckpt, "--against", tmp_path / "other.safetensors"], "rope_theta 1000000.0 for 500000.0"),
+        ([ckpt, "--against", "nothing"], "--against nothing: no such file"),
+        ([ckpt, "--against", "no.module:it"], "--against no.module:it: cannot be imported"),
+        ([ckpt, "--against", "torch:float64", "--dtype", "float32"], "disagree"),
+        ([ckpt, "--against", "torch:bfloat16", "--grads"], "--grads compares in float32"),
         ([ckpt, "--prompt", "text"], "--prompt needs the GPT-2 encoding"),
+        ([ckpt, "--ids", "300"], "300 is outside the vocabulary"),
+        ([ckpt, "--ids", "1", "--prompt", "a"], "exclude each other"),
+        ([ckpt, "--file", "nowhere.txt"], "--file nowhere.txt: cannot be read"),
         ([ckpt, "--tokens", "0"], "--tokens must be positive"),
-        ([ckpt, "--tokens", "1", "--grads"], "--grads needs --tokens 2"),
+        ([ckpt, "--steps", "-1"], "--steps must not be negative"),
+        ([ckpt, "--layers", "2:9"], "the model has layers 0 to 2"),
+        ([ckpt, "--layers", "x"], "give a range like 3:5"),
+        ([ckpt, "--tokens", "7", "--grads"], "--grads needs 8 tokens"),
         ([ckpt, "--dtype", "float8"], "float8"),
+        ([ckpt, "--trace", tmp_path / "no" / "t.safetensors"], "No such file or directory"),
         ([], "CKPT"),
     ):
         code, out, err = run(*argv)
-        assert (code, out) == (2, "")
+        assert (code, out) == (2, ""), argv
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_traces_are_read_as_they_were_written(ckpt: Path, run: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    run(ckpt, "--trace", path, "--tokens", 9)
+    trace = Trace(path)
+    calls = make_calls(np.array([b % 300 for b in _text()[:9]]), CONFIG, (9,), 2)
+    assert len(trace.calls) == len(calls) == CALLS
+    for ours, theirs in zip(calls, trace.calls, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+def _text() -> bytes:
+    from llama_torch.data import documents
+
+    return next(iter(documents((), ""))).encode()

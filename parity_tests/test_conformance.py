@@ -142,6 +142,27 @@ def test_chunks(backend: Any, data: st.DataObject) -> None:
     JUDGE.compare(backend, dtype, run, {"logits": expected})
 
 
+@pytest.mark.needs("traced_decode")
+@data_given
+def test_traced_chunks(backend: Any, data: st.DataObject) -> None:
+    """Every activation of calls that continue a cache."""
+    dtype = best(backend)
+    case = data.draw(model_for(dtype))
+    low, exact = stored(case.params, dtype)
+    sizes = data.draw(splits(case.tokens.shape[1]))
+
+    def run(it: Any, params: Params = low) -> Mapping[str, Array]:
+        parts, cache, start = {}, None, 0
+        for size in sizes:
+            chunk = case.tokens[:, start : start + size]
+            found, cache = it.traced_decode(case.config, params, chunk, None, None, cache)
+            parts |= {f"{start} {name}": value for name, value in found.items()}
+            start += size
+        return parts
+
+    JUDGE.compare(backend, dtype, run, run(Oracle(), exact))
+
+
 @pytest.mark.needs("decode")
 @data_given
 def test_padded_decoding(backend: Any, data: st.DataObject) -> None:

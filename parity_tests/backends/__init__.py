@@ -146,7 +146,7 @@ DEFAULT = tuple(name for name in SHIPPED if name not in SLOW)
 
 
 @cache  # one object for all tests, however long it takes to make
-def load(spec: str) -> Any:
+def load(spec: str, flag: str = "--backend") -> Any:
     """Import a backend by its shipped name or as ``package.module:object``; InputError if none."""
     target = SHIPPED.get(spec, spec)
     module_name, _, path = target.partition(":")
@@ -156,14 +156,14 @@ def load(spec: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"--backend {spec}: cannot be imported ({error}); give package.module:object or one of "
+            f"{flag} {spec}: cannot be imported ({error}); give package.module:object or one of "
             f"{', '.join(SHIPPED)}"
         ) from error
     found = found() if inspect.isclass(found) else found
     if not callable(getattr(found, "logits", None)):
-        raise InputError(f"--backend {spec}: has no method logits; see parity_tests.backends")
+        raise InputError(f"{flag} {spec}: has no method logits; see parity_tests.backends")
     known = {"float64", "float32", "bfloat16", "float16"}
     dtypes = tuple(getattr(found, "dtypes", Backend.dtypes))
     if not dtypes or not set(dtypes) <= known:
-        raise InputError(f"--backend {spec}: dtypes {dtypes} must be among {sorted(known)}")
+        raise InputError(f"{flag} {spec}: dtypes {dtypes} must be among {sorted(known)}")
     return found

@@ -1,0 +1,280 @@
+"""Where two implementations part: every activation's inherited and fresh error.
+
+Inherited: theirs against the oracle's own run. Fresh: theirs against what the oracle's operation
+makes of *their* input to it, so that only the operation where a bug enters shows one. Both are
+measured against float64, and bounded by what the oracle loses in the precision under test.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from reference_np import ops as reference_ops
+from reference_np.checkpoint import Checkpoint
+from reference_np.config import InputError, LlamaConfig
+from reference_np.model import Ops
+from reference_np.ops import Array
+from reference_np.plain import plain_ops
+from reference_np.tolerances import (
+    LOGIC,
+    Errors,
+    composed_bound,
+    errors,
+    kl_bound,
+    kl_per_token,
+)
+
+from .replay import Key, Replay, Weights, stage_names, stream_before
+from .sides import Recording
+from .traces import Call
+
+# What each activation is the result of, given the traced ones before it.
+OPERATION = {
+    "embed": "the embedding lookup",
+    "attn_norm": "RMSNorm before attention",
+    "q": "the query projection",
+    "k": "the key projection",
+    "v": "the value projection",
+    "q_rope": "the rotation of the queries (RoPE)",
+    "k_rope": "the rotation of the keys (RoPE)",
+    "attn": "attention (cache, scores, mask, softmax, mix)",
+    "attn_proj": "the output projection of attention",
+    "attn_residual": "the residual addition after attention",
+    "ffn_norm": "RMSNorm before the feed-forward network",
+    "gate": "the gate projection",
+    "up": "the up projection",
+    "ffn": "SwiGLU",
+    "ffn_proj": "the down projection",
+    "residual": "the residual addition after the feed-forward network",
+    "norm": "the final RMSNorm",
+    "logits": "the vocabulary projection",
+    "logits.kl": "the predicted distribution",
+}
+KL = "logits.kl"
+
+
+class Measure(NamedTuple):
+    """An error and its bound."""
+
+    error: Errors
+    bound: Errors
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within its bound."""
+        return self.error.within(self.bound)
+
+    @property
+    def share(self) -> float:
+        """The error as a share of its bound."""
+        return self.error.share(self.bound)
+
+
+class Row(NamedTuple):
+    """One activation of one call.
+
+    status: ok; diverges (this operation is wrong); inherits (it is right and its input was
+    not); or missing, not finite, misshapen: not compared at all.
+    """
+
+    call: int
+    name: str
+    status: str
+    inherited: Measure | None = None
+    fresh: Measure | None = None
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name."""
+        return KL if self.name == KL else self.name.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The layer's index; None for what belongs to none."""
+        return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
+
+    @property
+    def compared(self) -> bool:
+        """Whether numbers were compared at all."""
+        return self.status in ("ok", "diverges", "inherits")
+
+    @property
+    def own(self) -> Measure | None:
+        """The measure that tells of this operation alone, as far as it is known."""
+        return self.fresh if self.fresh is not None else self.inherited
+
+
+class Problem(NamedTuple):
+    """Everything that is compared: a config, calls, two precisions of the weights, theirs."""
+
+    config: LlamaConfig  # with as many layers as the other side ran
+    calls: Sequence[Call]
+    exact: Weights
+    low: Weights  # the same in the dtype of the baseline
+    recording: Recording
+    first: int  # the first layer compared
+
+    @property
+    def dtype(self) -> str:
+        """The precision under test."""
+        return self.low.precision
+
+    @property
+    def plain(self) -> Ops:
+        """The baseline's operations."""
+        half = self.dtype in ("bfloat16", "float16")
+        return plain_ops(self.dtype) if half else reference_ops
+
+    def stages(self) -> Sequence[int]:
+        """Return the stages compared; a range of layers has no head unless it ends there."""
+        whole = self.config.n_layers == self.exact.checkpoint.config.n_layers
+        first = -1 if self.first == 0 else self.first
+        return range(first, self.config.n_layers + whole)
+
+    def expected(self) -> list[Key]:
+        """Name all that must be there, in the order of computation."""
+        return [
+            (c, name)
+            for stage in self.stages()
+            for c, covers in enumerate(self.recording.coverage)
+            for name in self.names(stage)
+            if covers == "activations" or (covers == "logits" and name in ("logits", KL))
+        ]
+
+    def names(self, stage: int) -> list[str]:
+        """Name what a stage is judged by."""
+        names = stage_names(self.config, stage)
+        # In float64 the logits' own bound is far below what a KL can tell.
+        kl = stage == self.config.n_layers and self.dtype != "float64"
+        return [*names, KL] if kl else names
+
+    def theirs(self, stage: int) -> dict[Key, Array]:
+        """Read their activations of a stage, and the streams that enter it."""
+        wanted = [*stage_names(self.config, stage), stream_before(stage)]
+        found = {
+            (c, name): self.recording.trace.read(c, name)
+            for c in range(len(self.calls))
+            for name in wanted
+        }
+        return {key: value.astype(np.float64) for key, value in found.items() if value is not None}
+
+    def forces(self) -> bool:
+        """Return whether the other side shows more than logits."""
+        return "activations" in self.recording.coverage
+
+
+def make_problem(
+    checkpoint: Checkpoint,
+    config: LlamaConfig,
+    calls: Sequence[Call],
+    dtype: str,
+    recording: Recording,
+    first: int,
+) -> Problem:
+    """Open the weights in both precisions."""
+    low = checkpoint if dtype == "float64" else Checkpoint(checkpoint.path, np.float32)
+    return Problem(config, calls, Weights(checkpoint, dtype), Weights(low, dtype), recording, first)
+
+
+class Compared(NamedTuple):
+    """What a stage showed: its rows, and the arrays that a report may draw."""
+
+    rows: list[Row]
+    theirs: Mapping[Key, Array]
+    free: Mapping[Key, Array]
+    forced: Mapping[Key, Array]
+
+
+def compare(problem: Problem, advance: Callable[[], None]) -> Iterator[Compared]:
+    """Yield each stage's rows, in order; both sides are read one stage at a time."""
+    config, calls = problem.config, problem.calls
+    exact_free = Replay(config, calls, problem.exact)
+    exact_forced = Replay(config, calls, problem.exact)
+    plain_free = Replay(config, calls, problem.low, problem.plain)
+    plain_forced = Replay(config, calls, problem.low, problem.plain)
+    if problem.first:
+        begin(problem, (exact_free, plain_free))
+    for stage in problem.stages():
+        theirs = problem.theirs(stage)
+        free = low_free = exact_free.run(stage)
+        forced = low_forced = exact_forced.run(stage, theirs) if problem.forces() else {}
+        if problem.dtype != "float64":
+            low_free = plain_free.run(stage)
+            low_forced = plain_forced.run(stage, theirs) if problem.forces() else {}
+        rows = []
+        for c, covers in enumerate(problem.recording.coverage):
+            for name in problem.names(stage):
+                if covers not in ("activations", "logits"):
+                    continue
+                if covers == "logits" and name not in ("logits", KL):
+                    continue
+                if name == KL:
+                    row = _kl_row(c, theirs, free, low_free, problem.dtype)
+                else:
+                    key = (c, name)
+                    pairs = [(free[key], low_free[key])]
+                    if covers == "activations":
+                        pairs.append((forced[key], low_forced[key]))
+                    row = judge(key, theirs.get(key), pairs, problem.dtype)
+                rows.append(row)
+        advance()
+        yield Compared(rows, theirs, free, forced)
+
+
+def begin(problem: Problem, replays: Sequence[Replay]) -> None:
+    """Let free runs start in the middle, from the other side's stream."""
+    name = stream_before(problem.first)
+    for c in range(len(problem.calls)):
+        stream = problem.recording.trace.read(c, name)
+        if stream is None:
+            raise InputError(
+                f"--layers {problem.first}: {name} of call {c} ({problem.calls[c].name}) is "
+                "missing on the other side, and there is nothing to begin from"
+            )
+        for replay in replays:
+            replay.streams[c] = stream.astype(replay.params.checkpoint.dtype)
+
+
+def judge(key: Key, theirs: Array | None, pairs: Sequence[tuple[Array, Array]], dtype: str) -> Row:
+    """Measure one activation against (exact, plain) free running and, if given, forced."""
+    if theirs is None:
+        return Row(*key, "missing")
+    if theirs.shape != pairs[0][0].shape:
+        return Row(*key, "misshapen")
+    if not np.isfinite(theirs).all():
+        return Row(*key, "not finite")
+    measures = [Measure(errors(theirs, exact), bound(exact, low, dtype)) for exact, low in pairs]
+    inherited, fresh = measures[0], measures[-1] if len(measures) > 1 else None
+    status = "ok" if inherited.holds else "inherits"
+    if not (fresh or inherited).holds:
+        status = "diverges"
+    return Row(*key, status, inherited, fresh)
+
+
+def bound(exact: Array, low: Array, dtype: str) -> Errors:
+    """Return the error allowed to an implementation in ``dtype``."""
+    if dtype == "float64":
+        return Errors(LOGIC, LOGIC, LOGIC)
+    plain = errors(low, exact)
+    # A baseline that overflowed excuses nothing.
+    return composed_bound(plain if all(map(math.isfinite, plain)) else Errors(0, 0, 0), dtype)
+
+
+def _kl_row(
+    c: int,
+    theirs: Mapping[Key, Array],
+    free: Mapping[Key, Array],
+    low: Mapping[Key, Array],
+    dtype: str,
+) -> Row:
+    """Judge the KL of the worst token, in nats; it is inherited by nature."""
+    key = (c, "logits")
+    row = judge((c, KL), theirs.get(key), [(free[key], low[key])], dtype)
+    if row.inherited is None:
+        return row
+    kl, honest = (float(kl_per_token(x[key], free[key]).max()) for x in (theirs, low))
+    limit = kl_bound(honest, float(np.abs(free[key]).max()), dtype)
+    measure = Measure(Errors(kl, kl, kl), Errors(limit, limit, limit))
+    return row._replace(status="ok" if measure.holds else "inherits", inherited=measure)

@@ -1,0 +1,116 @@
+"""What a comparison runs: the calls made of a text, of token ids, or of nothing at all.
+
+Axes: B batch, T tokens of the call, S cached + T.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llama_torch.config import InputError
+from llama_torch.data import documents
+from llama_torch.tokenizer import VOCAB_SIZE, gpt2
+from reference_np.config import LlamaConfig
+from reference_np.ops import Array
+
+from .traces import Call
+
+CHUNK = 2  # tokens of the second, longer-than-one call on a cache
+PADDED, FAR = 16, 8  # the most tokens of the two runs that test masks and large positions
+
+
+def token_ids(
+    config: LlamaConfig, *, prompt: str, file: str, ids: Sequence[int], limit: int
+) -> Array:
+    """Return int64 [n], at most ``limit``: what was asked for, or text that every machine has."""
+    if sum(map(bool, (prompt, file, ids))) > 1:
+        raise InputError("--prompt, --file and --ids exclude each other; give one of them")
+    if ids:
+        wrong = [i for i in ids if not 0 <= i < config.vocab_size]
+        if wrong:
+            raise InputError(f"--ids: {wrong[0]} is outside the vocabulary of {config.vocab_size}")
+        return np.array(ids[:limit], dtype=np.int64)
+    text = prompt or (_read(file) if file else next(iter(documents((), ""))))
+    if config.vocab_size >= VOCAB_SIZE:
+        found = gpt2().encode_ordinary(text[: 32 * limit])[:limit]
+    elif prompt or file:
+        raise InputError(
+            f"{'--prompt' if prompt else '--file'} needs the GPT-2 encoding, and vocab_size "
+            f"{config.vocab_size} is too small for it; give --ids, or neither"
+        )
+    else:  # a model of some other vocabulary: the text's bytes, folded into its ids
+        found = [byte % config.vocab_size for byte in text.encode()[:limit]]
+    if not found:
+        raise InputError(f"--file {file}: holds no text; give another")
+    return np.array(found, dtype=np.int64)
+
+
+def make_calls(ids: Array, config: LlamaConfig, lengths: Sequence[int], steps: int) -> list[Call]:
+    """Return the calls of all runs: a run for each length, one with padding, one far out.
+
+    Every length is run with the defaults for positions and mask: a prompt of that length, a
+    chunk of two tokens on its cache, then ``steps`` single tokens. Its batch has two different
+    rows, the ids and the ids shifted, since with one row a mixed-up batch is invisible. The
+    padded run decodes too, with its own positions and mask; the last run stands at the end of
+    the model's context, where rounded angles show.
+    """
+    calls: list[Call] = []
+    extra = [CHUNK] * (steps > 0) + [1] * steps
+    if sum(extra) >= config.max_seq_len:  # no room for decoding
+        extra = []
+    for length in lengths:
+        length = min(length, config.max_seq_len - sum(extra))
+        rows = np.stack([_cycle(ids, length + sum(extra), shift) for shift in (0, len(ids) // 3)])
+        title = f"{length} tokens"
+        calls.append(Call(title, rows[:, :length]))
+        start = length
+        for n, width in enumerate(extra):
+            name = f"{title}, then {width}" if n == 0 else f"{title}, step {n}"
+            calls.append(Call(name, rows[:, start : start + width], after=len(calls) - 1))
+            start += width
+    return [*calls, *_padded(ids, config, len(calls)), _far(ids, config)]
+
+
+def _padded(ids: Array, config: LlamaConfig, index: int) -> list[Call]:
+    """Two rows of unequal length, padded on the left, and a token after each."""
+    length = min(PADDED, len(ids) + 1, config.max_seq_len - 1)
+    if length < 2:
+        return []
+    pad = length // 2
+    tokens = np.stack([_cycle(ids, length + 1, shift) for shift in (0, 1)])
+    real = np.ones((2, length + 1), dtype=bool)
+    real[1, :pad] = False
+    tokens[~real] = 0
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    allowed = np.tril(np.ones((length + 1, length + 1), dtype=bool)) & real[:, None]
+    allowed |= np.eye(length + 1, dtype=bool)  # padding sees itself: no row is all masked
+    prompt = Call(
+        "padded", tokens[:, :-1], positions[:, :-1], np.ascontiguousarray(allowed[:, :-1, :-1])
+    )
+    step = Call(
+        "padded, step 1",
+        tokens[:, -1:],
+        positions[:, -1:],
+        np.ascontiguousarray(allowed[:, -1:]),
+        after=index,
+    )
+    return [prompt, step]
+
+
+def _far(ids: Array, config: LlamaConfig) -> Call:
+    """One row at the last positions of the context."""
+    length = min(FAR, config.max_seq_len)
+    positions = np.arange(config.max_seq_len - length, config.max_seq_len)[None]
+    return Call(f"position {positions[0, 0]:,} on", _cycle(ids, length, 0)[None], positions)
+
+
+def _cycle(ids: Array, length: int, shift: int) -> Array:
+    return np.resize(np.roll(ids, -shift), length)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--file {path}: cannot be read ({error})") from None

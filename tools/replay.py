@@ -1,0 +1,113 @@
+"""The oracle over many calls, one stage at a time: embedding, each layer, head.
+
+A stage's parameters are read when it runs and dropped after it, so a checkpoint of any size
+takes the memory of one layer. Running free, a stage continues from the stage before. Forced, it
+is fed what another implementation computed, operation by operation: what it returns is then what
+each operation makes of the other side's own input, and an error there is that operation's own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from reference_np import ops as reference_ops
+from reference_np.checkpoint import Checkpoint
+from reference_np.config import LlamaConfig
+from reference_np.model import Ops, block, defaults, head, layer_params
+from reference_np.naming import EMBED, LAYER_AXES
+from reference_np.ops import Array
+from reference_np.plain import round_to
+
+from .traces import Call, cached
+
+# An activation: the index of its call and its name.
+Key = tuple[int, str]
+Activations = Mapping[Key, Array]
+
+
+def stage_names(config: LlamaConfig, stage: int) -> list[str]:
+    """Return the activations of a stage: -1 is the embedding, n_layers the head."""
+    if stage == -1:
+        return ["embed"]
+    if stage == config.n_layers:
+        return ["norm", "logits"]
+    return [f"layers.{stage}.{name}" for name in LAYER_AXES]
+
+
+def stream_before(stage: int) -> str:
+    """Name the residual stream that enters a stage."""
+    return "embed" if stage == 0 else f"layers.{stage - 1}.residual"
+
+
+class Weights(Mapping[str, Array]):
+    """A checkpoint's parameters rounded to the precision under test, as float32 or float64."""
+
+    def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
+        self.checkpoint, self.precision = checkpoint, precision
+
+    def __getitem__(self, name: str) -> Array:
+        value = self.checkpoint[name]
+        if self.precision in ("bfloat16", "float16"):
+            value = round_to(value.astype(np.float32, copy=False), self.precision)
+        return value.astype(self.checkpoint.dtype, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint)
+
+
+class Replay:
+    """One variant of the oracle: its operations, its dtype, and where each call stands."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        calls: Sequence[Call],
+        params: Weights,
+        ops: Ops = reference_ops,
+    ) -> None:
+        self.config, self.calls, self.params, self.ops = config, calls, params, ops
+        self.streams: dict[int, Array] = {}
+        self.given = []
+        for c, call in enumerate(calls):
+            start = cached(calls, c)
+            positions, mask = defaults(call.tokens, call.positions, call.mask, start, config, ops)
+            dtype = params.checkpoint.dtype
+            tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, dtype)
+            self.given.append((tables, mask))
+
+    def run(self, stage: int, theirs: Activations | None = None) -> dict[Key, Array]:
+        """Run a stage of every call; ``theirs`` forces it. Return its activations."""
+        found: dict[Key, Array] = {}
+        layer = {}
+        if 0 <= stage < self.config.n_layers:
+            layer = layer_params(self.params, stage, self.config, self.ops)
+        presents: dict[int, tuple[Array, Array]] = {}
+        for c, call in enumerate(self.calls):
+
+            def note(name: str, value: Array, c: int = c) -> None:
+                if 0 <= stage < self.config.n_layers:
+                    name = f"layers.{stage}.{name}"
+                found[c, name] = value if theirs is None else value.copy()
+                given = None if theirs is None else theirs.get((c, name))
+                if given is not None and given.shape == value.shape and np.isfinite(given).all():
+                    value[...] = given
+
+            stream = None if theirs is None else theirs.get((c, stream_before(stage)))
+            if stream is not None and np.isfinite(stream).all():
+                self.streams[c] = stream.astype(self.params.checkpoint.dtype)
+            if stage == -1:
+                weight = self.ops.read(self.params, EMBED, self.config)
+                self.streams[c] = self.ops.embed(weight, call.tokens)
+                note("embed", self.streams[c])
+            elif stage == self.config.n_layers:
+                head(self.params, self.streams[c], self.config, note, self.ops)
+            else:
+                tables, mask = self.given[c]
+                past = None if call.after is None else presents[call.after]
+                self.streams[c], presents[c] = block(
+                    layer, self.streams[c], self.config, tables, mask, past, note, self.ops
+                )
+        return found

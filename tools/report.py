@@ -1,0 +1,294 @@
+"""What a comparison found, as one dictionary; and that dictionary on a terminal.
+
+The schema of the dictionary is what ``--json`` prints. Its name changes when a key does.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from reference_np.ops import Array
+from reference_np.tolerances import Errors, kl_per_token
+
+from .diagnosis import HOW, Diagnosis, Finding
+from .differences import KL, OPERATION, Compared, Measure, Row
+from .traces import Call
+
+SCHEMA = "llama-compare/1"
+SHOWN = 16  # rows of a table unless all are asked for
+CELLS = 256  # columns of the heat map
+
+
+class Findings:
+    """Collects what the stages of a comparison show, keeping no arrays but small ones."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = calls
+        self.rows: list[Row] = []
+        self.first: dict[str, Any] | None = None
+        self.heatmap: dict[str, Any] | None = None
+        self.logits: list[dict[str, Any]] = []
+
+    def add(self, stage: Compared) -> None:
+        """Take in one stage."""
+        self.rows += stage.rows
+        wrong = next((row for row in stage.rows if row.status not in ("ok", "inherits")), None)
+        if wrong is not None and self.first is None:
+            self._locate(wrong, stage)
+        for c, call in enumerate(self.calls):
+            theirs, exact = stage.theirs.get((c, "logits")), stage.free.get((c, "logits"))
+            if exact is None or theirs is None or theirs.shape != exact.shape:
+                continue
+            if np.isfinite(theirs).all() and np.isfinite(exact).all():
+                kl = kl_per_token(theirs, exact)
+                changed = int(np.sum(theirs.argmax(-1) != exact.argmax(-1)))
+                entry = {"call": c, "name": call.name, "kl": kl.tolist(), "changed": changed}
+                self.logits.append(entry)
+
+    def _locate(self, row: Row, stage: Compared) -> None:
+        """Say where in its tensor the first wrong activation is wrong, and picture it."""
+        self.first = {
+            "call": row.call,
+            "name": row.name,
+            "operation": OPERATION[row.kind],
+            "where": "",
+        }
+        key = (row.call, "logits" if row.name == KL else row.name)
+        exact = stage.free.get(key) if row.fresh is None else stage.forced.get(key)
+        if exact is None or row.own is None or not np.isfinite(exact).all():
+            return
+        self.first["where"] = where(stage.theirs[key], exact, row.own.bound)
+        self.heatmap = heat_map(stage.theirs[key], exact) | {"call": row.call, "name": row.name}
+
+
+def where(theirs: Array, exact: Array, bound: Errors) -> str:
+    """Count the tokens, heads and channels that hold errors beyond the bound."""
+    wrong = np.abs(theirs - exact) > bound.worst * np.abs(exact).max()
+    if not wrong.any():
+        return "spread thinly over all of it"
+    counts = [("tokens", wrong.any(axis=tuple(range(2, wrong.ndim))))]
+    if wrong.ndim == 4:
+        counts.append(("heads", wrong.any(axis=(0, 1, 3))))
+    counts.append(("channels", wrong.any(axis=tuple(range(wrong.ndim - 1)))))
+    return "in " + ", ".join(f"{int(hit.sum())} of {hit.size} {what}" for what, hit in counts)
+
+
+def heat_map(theirs: Array, exact: Array) -> dict[str, Any]:
+    """Return |error| over the tensor's rms for the worst row of the batch, [token][channel]."""
+    size = math.sqrt(float(np.mean(exact**2))) or 1.0
+    error = (np.abs(theirs - exact) / size).reshape(*exact.shape[:2], -1)
+    row = int(error.max(axis=(1, 2)).argmax())
+    channels = error.shape[-1]
+    per_cell = -(-channels // CELLS)
+    cells = np.pad(error[row], ((0, 0), (0, -channels % per_cell)))
+    cells = cells.reshape(len(cells), -1, per_cell).max(axis=-1)
+    return {
+        "row": row,
+        "error": np.round(cells, 12).tolist() if cells.max() > 1e-6 else cells.tolist(),
+        "channels_per_cell": per_cell,
+        "channels": channels,
+    }
+
+
+def verdict(rows: Sequence[Row], expected: int, calls: Sequence[Call], what: str) -> dict[str, Any]:
+    """Return whether all holds, in one line; agreement over nothing is not agreement."""
+    compared = sum(row.compared for row in rows)
+    held = sum(row.status == "ok" for row in rows)
+    wrong = [row for row in rows if row.status not in ("ok", "inherits")]
+    entry = {"holds": False, "compared": compared, "expected": expected}
+    if wrong:
+        first = wrong[0]
+        why = first.status
+        if first.own is not None:
+            kind, error, bound = _worst(first.own)
+            why = f"{kind} error {error:.1e}, bound {bound:.1e}"
+        line = f"FAIL: {held} of {expected} {what} within bounds; first divergence at "
+        line += f"{_place(first, calls)}: {OPERATION.get(first.kind, 'the training step')} ({why})"
+    elif held < len(rows):
+        first = next(row for row in rows if row.status == "inherits")
+        line = f"FAIL: {held} of {expected} {what} within bounds; every operation is right by "
+        line += f"itself, but errors add up: first beyond the bound at {_place(first, calls)}"
+    elif held != expected or not rows:
+        line = f"FAIL: {compared} of {expected} {what} compared"
+    else:
+        closest = max(rows, key=_share)
+        line = f"PASS: {held} of {expected} {what} within bounds; the closest is "
+        line += f"{_place(closest, calls)} at {_share(closest):.0%} of its bound"
+        entry["holds"] = True
+    return entry | {"line": line}
+
+
+def _place(row: Row, calls: Sequence[Call]) -> str:
+    return (
+        f"{row.name} ({calls[row.call].name})"
+        if row.name in _FORWARD or row.layer is not None
+        else row.name
+    )
+
+
+_FORWARD = ("embed", "norm", "logits", KL)
+
+
+def _share(row: Row) -> float:
+    return max(m.share for m in (row.inherited, row.fresh) if m is not None)
+
+
+def _worst(measure: Measure) -> tuple[str, float, float]:
+    """Return the kind of error that is the largest share of its bound, with both numbers."""
+    shares = [
+        error / bound if error < math.inf else error
+        for error, bound in zip(measure.error, measure.bound, strict=True)
+    ]
+    k = shares.index(max(shares))
+    return ("rms", "worst", "token")[k], measure.error[k], measure.bound[k]
+
+
+def finding_entry(finding: Finding, calls: Sequence[Call], wrong: int) -> dict[str, Any]:
+    """Return a finding with its sentence; ``wrong`` counts all that diverge, looked at or not."""
+    named = [
+        " together with ".join(f"{bug.name} ({bug.sentence}; {bug.citation})" for bug in bugs)
+        for bugs in finding.suspects
+    ]
+    sentence = f"{_place(finding.row, calls)} {HOW[finding.how]} {', or '.join(named)}"
+    if finding.how == "value":
+        sentence += f"; the error falls from {finding.before:.1e} to {finding.after:.1e}"
+    elif finding.how == "size":
+        sentence += f"; the error, {finding.before:.1e}, is of that size"
+    if len(named) > 1:
+        sentence += "; this input cannot tell them apart"
+    return {
+        "mutants": [
+            {key: getattr(bug, key) for key in ("name", "sentence", "citation", "operation")}
+            for bugs in finding.suspects
+            for bug in bugs
+        ],
+        "how": finding.how,
+        "sentence": f"{sentence}. It explains {finding.explains} of {finding.of} divergences"
+        + (f" looked at, of {wrong} in all." if wrong > finding.of else "."),
+        "explains": finding.explains,
+        "of": finding.of,
+        "before": _number(finding.before),
+        "after": _number(finding.after),
+    }
+
+
+def row_entry(row: Row) -> dict[str, Any]:
+    """Return a row's dictionary."""
+    entry = row._asdict() | {"layer": row.layer, "kind": row.kind}
+    return entry | {key: _measure(getattr(row, key)) for key in ("inherited", "fresh")}
+
+
+def diagnosis_entries(
+    diagnosis: Diagnosis, rows: Sequence[Row], calls: Sequence[Call]
+) -> dict[str, Any]:
+    """Return a diagnosis's part of the report."""
+    wrong = sum(row.status == "diverges" for row in rows)
+    return {
+        "diagnosis": [finding_entry(finding, calls, wrong) for finding in diagnosis.findings],
+        "unexplained": len(diagnosis.unexplained),
+        "looked_at": diagnosis.looked_at,
+    }
+
+
+def _measure(measure: Measure | None) -> dict[str, Any] | None:
+    if measure is None:
+        return None
+    error, bound = ({k: _number(v) for k, v in part._asdict().items()} for part in measure)
+    return {**error, "bound": bound, "share": _number(measure.share)}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def show(report: Mapping[str, Any], console: Console, everything: bool) -> None:
+    """Print a report: what is wrong, what explains it, the verdict; all rows if asked."""
+
+    def say(text: str, **style: Any) -> None:
+        console.print(text, soft_wrap=True, markup=False, **style)
+
+    say(report["title"])
+    names = [call["name"] for call in report["calls"]]
+    for covers, count in Counter(report["coverage"]).items():
+        which = [name for name, c in zip(names, report["coverage"], strict=True) if c == covers]
+        where = "" if count == len(names) else f" ({'; '.join(which)})"
+        if covers == "logits":
+            say(f"{count} of {len(names)} calls offer their logits alone{where}", style="yellow")
+        elif covers != "activations":
+            say(f"{count} of {len(names)} calls not covered: {covers}{where}", style="yellow")
+    _table(report["rows"], names, console, everything)
+    for entry in report["logits"]:
+        kl = np.array(entry["kl"])
+        if (
+            everything
+            or entry["changed"]
+            or kl.size == max(np.size(e["kl"]) for e in report["logits"])
+        ):
+            say(
+                f"logits of {entry['name']}: KL {kl.mean():.1e} nats per token, {kl.max():.1e} at "
+                f"worst; first choice differs at {entry['changed']} of {kl.size} positions"
+            )
+    training = report["training"]
+    if training is not None:
+        for line in training["notes"]:
+            say(line, style="yellow")
+        _table(training["rows"], [], console, everything)
+    for part in (report, training or {}):
+        for finding in part.get("diagnosis", ()):
+            say(finding["sentence"], style="bold yellow")
+        if part.get("unexplained"):
+            say(
+                f"None of the known bugs explains {part['unexplained']} of {part['looked_at']} "
+                "that diverge.",
+                style="bold yellow",
+            )
+    first = report["first_divergence"]
+    if first is not None and first["where"]:
+        say(f"At {first['name']} ({names[first['call']]}) the error is {first['where']}.")
+    if report["warnings"]:
+        say(report["warnings"], style="yellow")
+    holds = report["verdict"]["holds"]
+    say(report["verdict"]["line"], style="bold green" if holds else "bold red")
+
+
+def _table(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], console: Console, everything: bool
+) -> None:
+    """Print errors beside their bounds; without ``everything``, of what is wrong the first."""
+    wrong = [row for row in rows if row["status"] not in ("ok", "inherits")]
+    inherits = [row for row in rows if row["status"] == "inherits"]
+    shown = list(rows) if everything else (wrong or inherits)[:SHOWN]
+    if not shown:
+        return
+    fresh = any(row["fresh"] for row in shown)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("activation" if names else "training step", overflow="fold")
+    if names:
+        table.add_column("call", overflow="ellipsis", no_wrap=True, max_width=20)
+    for heading in ("inherited", "bound", *(("fresh", "bound") if fresh else ()), "of bound"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    styles = {"ok": None, "inherits": "yellow"}
+    for row in shown:
+        parts = [row["inherited"], *([row["fresh"]] if fresh else [])]
+        cells = [row["name"].replace(" model.", " ").removesuffix(".weight")]
+        cells += [names[row["call"]]] if names else []
+        for part in parts:
+            cells += [_short(part and part["rms"]), _short(part and part["bound"]["rms"])]
+        shares = [part["share"] for part in parts if part and part["share"] is not None]
+        cells.append(f"{max(shares):.2g}" if shares else "")
+        table.add_row(*cells, row["status"], style=styles.get(row["status"], "bold red"))
+    console.print(table)
+    left = [f"{len(wrong) - len(shown)} more like these"] if len(wrong) > len(shown) else []
+    left += [f"{len(inherits)} inherit an error"] if wrong and inherits else []
+    if left and not everything:
+        console.print(f"... and {', '.join(left)}; --all shows everything", style="dim")
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
