@@ -244,7 +244,9 @@ def test_whole_steps_in_float32(case: Any, z_loss: float, seed: int) -> None:
 
     Measured on each parameter's change and on the moments, as rms over the whole model:
     rounding in the gradients reaches the parameters through Adam's division, which can turn
-    one element's sign, so that single elements have no useful bound.
+    one element's sign, so that single elements have no useful bound. How far ten steps carry a
+    rounding is a matter of luck, so the oracle's error is the worst of four: its own, and those
+    from parameters moved by one rounding.
     """
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, case.config.vocab_size, case.tokens.shape)
@@ -252,7 +254,16 @@ def test_whole_steps_in_float32(case: Any, z_loss: float, seed: int) -> None:
     hyper = Hyper(lr=1e-3, z_loss=z_loss, warmup_steps=3, steps=12)
     batches = [Batch(case.tokens, targets, case.positions)]
     training = TrainingCase(case.config, params, batches, hyper)
-    exact, plain = (oracle_train(training, 10, dtype) for dtype in (np.float64, np.float32))
+    exact = oracle_train(training, 10, np.float64)
+    unit = UNIT_ROUNDOFF["float32"]
+    moved_once = (
+        {n: v * (1 + unit * rng.choice([-2.0, 2.0], v.shape)) for n, v in params.items()}
+        for _ in range(3)
+    )
+    plain = [
+        oracle_train(training._replace(params=start), 10, np.float32)
+        for start in (params, *moved_once)
+    ]
     actual = torch_train(training, 10, np.float32)
     for kind in ("params", "exp_avg", "exp_avg_sq"):
         start = params if kind == "params" else dict.fromkeys(params, 0.0)
@@ -264,11 +275,16 @@ def test_whole_steps_in_float32(case: Any, z_loss: float, seed: int) -> None:
             )
             return float(np.sqrt(sum(squares) / sum(np.sum(v**2) for v in moved.values())))
 
-        floor = FLOOR_ROUNDINGS * UNIT_ROUNDOFF["float32"]
-        assert error(actual) <= FACTOR * error(plain) + floor, kind
-    for mine, theirs in zip(actual.losses, exact.losses, strict=True):
-        # log Z - l is a difference of numbers near ten, each known to some roundings.
-        assert mine == pytest.approx(theirs, rel=1e-5, abs=10 * floor)
+        floor = FLOOR_ROUNDINGS * unit
+        assert error(actual) <= FACTOR * max(map(error, plain)) + floor, kind
+    apart = max(
+        np.sqrt(sum(np.sum((v - exact.params[n]) ** 2) for n, v in one.params.items()))
+        for one in plain
+    )
+    for mine, theirs, norm in zip(actual.losses, exact.losses, exact.norms, strict=True):
+        # log Z - l is a difference of numbers near ten, each known to some roundings; and
+        # parameters so far apart move it by up to the gradient's norm times that.
+        assert abs(mine - theirs) <= 10 * floor + norm * FACTOR * apart
 
 
 @lru_cache(maxsize=1)
