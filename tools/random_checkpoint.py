@@ -1,0 +1,92 @@
+"""Write a checkpoint of random weights in a known shape, to measure with.
+
+``python tools/random_checkpoint.py /tmp/llama7b --shape 7b``: one shard a layer, in the memory
+of one.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from safetensors.torch import save_file
+
+from llama_torch import cli
+from llama_torch.checkpoint import atomic_write, write_text
+from llama_torch.config import InputError, ModelConfig
+from llama_torch.model import Llama
+
+SHAPES = {  # Llama 2 paper, table 1, and its released configs
+    "7b": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, max_seq_len=4096),
+    "13b": ModelConfig(5120, 40, 40, 40, 128, 13824, 32000, max_seq_len=4096),
+    "70b": ModelConfig(8192, 80, 64, 8, 128, 28672, 32000, max_seq_len=4096),
+}
+
+
+@dataclass(frozen=True)
+class ShapeConfig:
+    """Write a sharded checkpoint of random weights."""
+
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Directory to write; it must not hold a model yet."""
+    shape: Literal["7b", "13b", "70b"] = "7b"
+    """Which Llama 2."""
+    n_layers: int = 0
+    """Layers; 0 = as many as it has."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the file."""
+    seed: int = 0
+    """Seed of the weights."""
+
+
+def write(out: Path, config: ModelConfig, dtype: torch.dtype, seed: int) -> None:
+    """Draw every matrix from N(0, 0.02^2) as the trainer does, a layer to a shard."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    residual = 0.02 / math.sqrt(2 * config.n_layers)
+    shards: dict[str, list[str]] = {}
+    for name in shapes:
+        part = f"layer-{int(name.split('.')[2]):03}" if ".layers." in name else "rest"
+        shards.setdefault(f"model-{part}.safetensors", []).append(name)
+    for file, names in shards.items():
+        tensors = {}
+        for name in names:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            drawn = torch.ones(shapes[name])
+            if drawn.ndim > 1:
+                drawn.normal_(0.0, residual if writes else 0.02, generator=generator)
+            tensors[name] = drawn.to(dtype)
+        atomic_write(out / file, partial(save_file, tensors))
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    write_text(out / "model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+    write_text(out / "config.json", json.dumps(config.to_hf(), indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    settings = cli.parse(ShapeConfig, argv)
+    config = SHAPES[settings.shape]
+    if settings.n_layers:
+        config = dataclasses.replace(config, n_layers=settings.n_layers)
+    out = Path(settings.out)
+    if any(out.glob("*.safetensors")):
+        raise InputError(f"{out}: already holds a model; give another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out, config, getattr(torch, settings.dtype), settings.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
