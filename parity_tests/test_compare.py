@@ -403,6 +403,7 @@ def test_a_trace_that_is_none_is_refused(ckpt: Path, run: Callable, tmp_path: Pa
     for change, message in (
         ({"version": "2"}, "not llama-trace version 1"),
         ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"axes": good["axes"].replace("BTHK", "BHTK")}, "axes are not the format's for attn, q,"),
         ({"config": "{"}, "is not JSON"),
         ({"config": other}, "another architecture"),
         ({"calls": "[]"}, "lists no calls"),

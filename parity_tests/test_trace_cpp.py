@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from reference_np.config import LlamaConfig
-from reference_np.naming import LAYER_AXES, activation_axes
+from reference_np.naming import activation_axes
+from tools import compare
+from tools.traces import AXES
+
+from .strategies import cast, random_params
 
 DOCS = Path(__file__).parents[1] / "docs"
-AXES = {"embed": "BTD", **LAYER_AXES, "norm": "BTD", "logits": "BTV"}
 HAS_FULL = Path("/dev/full").exists()
 
 # What the example leaves out: text that JSON must escape, odd sizes, every dtype, a scalar.
@@ -137,6 +141,25 @@ def test_the_example_writes_what_it_says(example: Path, tmp_path: Path) -> None:
     assert set(tensors) == set(expected)
     for name, value in expected.items():
         assert_same(tensors[name], value)
+
+
+def test_compare_reads_the_example(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its numbers are made up and most are missing, and compare.py says so."""
+    path = tmp_path / "mine.safetensors"
+    run(example, path)
+    config = LlamaConfig.from_hf(json.loads(load(path)[0]["config"]))
+    weights = cast(random_params(config, 0), np.float32)
+    save_file(weights, tmp_path / "ckpt.safetensors", {"config": config.to_json()})
+    arguments = [str(tmp_path / "ckpt.safetensors"), "--against", str(path), "--json", "-"]
+    assert compare.main(arguments) == 1
+    report = json.loads(capsys.readouterr().out)
+    status = {row["name"]: row["status"] for row in report["rows"]}
+    assert status.pop("embed") == status.pop("logits") == "diverges"
+    assert status.pop("logits.kl") == "inherits"
+    assert set(status) == set(activation_axes(config)) - {"embed", "logits"}
+    assert set(status.values()) == {"missing"}
 
 
 def test_every_dtype_and_any_text_survive(corners: Path, tmp_path: Path) -> None:

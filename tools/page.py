@@ -101,8 +101,8 @@ def page(report: Mapping[str, Any]) -> str:
             f"</div><h2>Activations</h2>{_rows(report['rows'], PARTS, names)}"
         )
     if report["training"] is not None:
-        rows = [{"error": row.get("inherited"), **row} for row in report["training"]["rows"]]
-        body += f"<h2>Training step</h2>{_rows(rows, ('error',), ())}"
+        rows = _rows(report["training"]["rows"], PARTS[:1], ())
+        body += f"<h2>Training step</h2>{rows}"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -116,28 +116,27 @@ def page(report: Mapping[str, Any]) -> str:
 
 def _findings(report: Mapping[str, Any], names: Sequence[str]) -> str:
     """Return what is wrong in words, and what was compared."""
-    training = report["training"] or {"diagnosis": [], "unexplained": 0}
+    training = report["training"] or {"diagnosis": [], "unexplained": 0, "notes": []}
     text = _diagnosis(report, "") + _diagnosis(training, "Training step: ")
     if (first := report["first_divergence"]) is not None:
         where = [part for part in (first["operation"], first["where"]) if part]
         text += f"<p><b>First divergence:</b> <code>{escape(first['name'])}</code>, "
         text += f"{escape(', '.join(where))} ({escape(_call(first, names))})</p>"
-    for name, covers in zip(names, report.get("coverage", ()), strict=False):
+    for name, covers in zip(names, report["coverage"], strict=True):
         if covers == "logits":
             text += _note(f"{name}: only the logits are offered")
         elif covers != "activations":
             text += _note(f"{name}: not covered ({covers})")
-    notes = (report.get("warnings"), *training.get("notes", ()))
+    notes = (report["warnings"], *training["notes"])
     text += "".join(_note(note) for note in notes if note)
     (begin, end), n_layers = report["layers"], report["n_layers"]
     layers = _count(n_layers, "layer")
     if (begin, end) != (0, n_layers):
         layers = f"layers {begin} to {end - 1} of {n_layers}"
     tokens = sum(len(row) for call in report["calls"] for row in call["tokens"])
-    against = report["against"] or "the same weights"
     return (
         f'{text}<p class="soft"><code>{escape(report["checkpoint"])}</code>: oracle against '
-        f"<code>{escape(against)}</code>, {escape(report['dtype'])}, {layers}, "
+        f"<code>{escape(report['against'])}</code>, {escape(report['dtype'])}, {layers}, "
         f"{_count(len(names), 'call')}, {_count(tokens, 'token')}. "
         "Errors are relative to the exact value.</p>"
     )

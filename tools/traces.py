@@ -126,6 +126,9 @@ class Trace:
         if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
             found = f"{metadata.get('format')} version {metadata.get('version')}"
             raise self._error(f"its metadata says {found}, not {FORMAT} version {VERSION}")
+        if (axes := parse_json(metadata.get("axes", "{}"), f"{path} (axes)")) != AXES:
+            wrong = sorted(k for k in AXES.keys() | axes if axes.get(k) != AXES.get(k))
+            raise self._error(f"its axes are not the format's for {', '.join(wrong)}")
         self.dtype = metadata.get("dtype", "")
         if self.dtype not in UNIT_ROUNDOFF:
             raise self._error(f"dtype {self.dtype!r} is not one of {', '.join(UNIT_ROUNDOFF)}")
