@@ -277,6 +277,20 @@ def tf32(x: Tensor) -> Tensor:
     return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32).to(x)
 
 
+def bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().to(x)
+
+
+def products(low: Operation) -> dict[str, Operation]:
+    """Every matrix product of the model, its inputs rounded."""
+
+    def rounded(product: Operation) -> Operation:
+        return lambda a, b: product(low(a), low(b))
+
+    made = (linear, attention_scores, attention_mix)
+    return {product.__name__: rounded(product) for product in made}
+
+
 def lower(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else torch.bfloat16
 
@@ -337,10 +351,6 @@ _BY_OPERATION: dict[str, dict[str, Operation]] = {
         "head_from_embedding": lambda p, name, c: read(p, EMBED if name == LM_HEAD else name, c),
         "tied_head_random": tied_head_random,
     },
-    "linear": {
-        "matmul_tf32": lambda x, w: F.linear(tf32(x), tf32(w)),
-        "matmul_bf16": lambda x, w: F.linear(x.bfloat16().to(x), w.bfloat16().to(w)),
-    },
     "rms_norm": {
         "norm_eps_tenth": lambda x, w, eps: rms_norm(x, w, eps / 10),
         "norm_eps_outside": lambda x, w, eps: w * (x / (mean_square(x).sqrt() + eps)),
@@ -394,9 +404,12 @@ _BY_OPERATION: dict[str, dict[str, Operation]] = {
         "mask_forgotten": lambda t, s: torch.ones(t, s, dtype=torch.bool),
     },
 }
-# Each bug's name to the operation that it replaces, and what by.
+# Each bug's name to the operations that it replaces, and what by.
 BUGS: dict[str, dict[str, Operation]] = {
     name: {operation: bug}
     for operation, bugs in _BY_OPERATION.items()
     for name, bug in bugs.items()
 }
+BUGS |= {"matmul_tf32": products(tf32), "matmul_bf16": products(bf16)}
+# Each planted port by its bug's name, for ``compare.py --against parity_tests.planted:bug.NAME``.
+bug = SimpleNamespace(**{name: Planted(name) for name in BUGS})

@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
     citation: str
     operation: str
     replacement: Callable[..., Any]
-    # What must change with it for the whole to stay well-formed: an operation's own inverse.
+    # What changes with it: an operation's own inverse, or all others of its kind.
     also: Mapping[str, Callable[..., Any]] = MappingProxyType({})
     # What stays the same from port to port and so tells the bug: mostly the "value". Roundings
     # differ in their details and leave the "size" of the error; a random weight leaves "nothing".
@@ -274,12 +274,17 @@ def _residual_dropped(x: Array, h: Array) -> Array:
     return h
 
 
-def _linear_tf32(x: Array, weight: Array) -> Array:
-    return ops.linear(round_bits(x, 11), round_bits(weight, 11))
+def _with_inputs(bits: int) -> dict[str, Callable[..., Array]]:
+    """Return every matrix product of the model, its inputs rounded to ``bits``."""
+
+    def rounded(product: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+        return lambda a, b: product(round_bits(a, bits), round_bits(b, bits))
+
+    products = (ops.linear, ops.attention_scores, ops.attention_mix)
+    return {product.__name__: rounded(product) for product in products}
 
 
-def _linear_bf16(x: Array, weight: Array) -> Array:
-    return ops.linear(round_bits(x, 8), round_bits(weight, 8))
+_TF32, _BF16 = _with_inputs(11), _with_inputs(8)
 
 
 PLAIN = "a common slip"
@@ -526,7 +531,8 @@ FORWARD = (
         "matrix products with TF32 inputs",
         "jax#18934",
         "linear",
-        _linear_tf32,
+        _TF32["linear"],
+        _TF32,
         known_by="size",
     ),
     Mutant(
@@ -534,7 +540,8 @@ FORWARD = (
         "matrix products with bfloat16 inputs",
         "jax#10413",
         "linear",
-        _linear_bf16,
+        _BF16["linear"],
+        _BF16,
         known_by="size",
     ),
 )
