@@ -132,36 +132,58 @@ def load_model(
     unsupported, and tensors that are missing, extra or misshapen (all named at once).
     """
     path = Path(path)
-    files = weight_files(path)
-    config = read_config(path, files)
+    config, files = locate(path)
     with torch.device("meta"):
         model = Llama(config)
-    tensors: dict[str, Tensor] = {}
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    require_match(path, expected, {name: shape for name, (_, shape) in files.items()})
+    tensors = {name: read_tensor(file, name, dtype, device) for name, (file, _) in files.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def locate(path: Path) -> tuple[ModelConfig, dict[str, tuple[Path, tuple[int, ...]]]]:
+    """Read a checkpoint's config, and every parameter's file and shape; no data.
+
+    Raises InputError as ``load_model`` does.
+    """
+    files = weight_files(path)
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file_path in files:
         with _open(file_path) as file:
             for name in file.keys():  # noqa: SIM118
                 if name.endswith(DERIVED_SUFFIX):
                     continue
-                if (stored := file.get_slice(name).get_dtype()) not in STORED:
+                part = file.get_slice(name)
+                if (stored := part.get_dtype()) not in STORED:
                     raise InputError(f"{file_path}: {name} is stored as {stored}; save it in float")
-                if name in tensors:
+                if name in found:
                     raise InputError(f"{file_path}: {name} is also in another shard; keep one")
-                tensors[name] = file.get_tensor(name).to(device, dtype)
-    require_match(path, {n: tuple(p.shape) for n, p in model.state_dict().items()}, tensors)
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+                found[name] = file_path, tuple(part.get_shape())
+    return read_config(path, files), found
+
+
+def read_tensor(
+    path: Path, name: str, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Read one parameter; nothing of the file stays mapped."""
+    with _open(path) as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor.to(device, dtype, copy=True)
 
 
 def require_match(
-    source: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
+    source: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise InputError naming every tensor that is missing, extra or of another shape."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not a parameter of it" for name in found if name not in expected]
     problems += [
-        f"{name} is {list(found[name].shape)} and should be {list(shape)}"
+        f"{name} is {list(found[name])} and should be {list(shape)}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != shape
+        if name in found and found[name] != shape
     ]
     if problems:
         raise InputError(f"{source}: does not fit its config: {'; '.join(problems)}")

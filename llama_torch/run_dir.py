@@ -180,7 +180,7 @@ def restore(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
     parameters = dict(model.named_parameters())
     kinds = ("parameter", "exp_avg", "exp_avg_sq")
     expected = {f"{kind}.{n}": tuple(p.shape) for n, p in parameters.items() for kind in kinds}
-    require_match(out / STATE_FILE, expected, tensors)
+    require_match(out / STATE_FILE, expected, {n: tuple(t.shape) for n, t in tensors.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])

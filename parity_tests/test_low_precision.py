@@ -12,13 +12,13 @@ from reference_np.grad import Batch, loss_and_grads
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
 from .backends.torch_backends import to_torch
-from .backends.transformers_backend import hugging_face_config
+from .backends.transformers_backend import config_from
 from .strategies import Case, Params, wide_cases
 from .support import torch_model
 
 
 def peer(case: Case, params: Params, dtype: torch.dtype) -> Any:
-    model = transformers.LlamaForCausalLM(hugging_face_config(case.config))
+    model = transformers.LlamaForCausalLM(config_from(case.config.to_hf(), case.config.n_layers))
     tensors = {name: torch.from_numpy(value) for name, value in params.items()}
     if case.config.tie_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]

@@ -8,7 +8,7 @@ from reference_np.config import LlamaConfig
 from reference_np.model import forward
 from reference_np.tolerances import LOGIC, logic_error
 
-from .backends.transformers_backend import hugging_face_config
+from .backends.transformers_backend import config_from
 from .strategies import random_params
 
 
@@ -18,7 +18,7 @@ def test_without_the_lift_the_comparison_is_coarse() -> None:
     params = random_params(config, 0)
     tokens = np.arange(10)[None]
     ours, _ = forward(params, tokens, config)
-    hf = transformers.LlamaForCausalLM(hugging_face_config(config)).double()
+    hf = transformers.LlamaForCausalLM(config_from(config.to_hf(), config.n_layers)).double()
     hf.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
     with torch.no_grad():
         theirs = hf(torch.from_numpy(tokens)).logits.numpy()

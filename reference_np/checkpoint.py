@@ -51,9 +51,10 @@ class Checkpoint(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._where)
 
-    def file_of(self, name: str) -> Path:
-        """Return the file that holds a tensor."""
-        return self._where[name].path
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return [header.path for header in self._files.values()]
 
     def _locate(self) -> dict[str, "_Header"]:
         where: dict[str, _Header] = {}

@@ -79,7 +79,7 @@ class Errors(NamedTuple):
     def share(self, bound: "Errors") -> float:
         """Return the largest error as a share of its bound; infinite where the error is."""
         pairs = zip(self, bound, strict=True)
-        return max(error / limit if error < math.inf else error for error, limit in pairs)
+        return max(_ratio(error, limit) if error < math.inf else error for error, limit in pairs)
 
 
 def errors(actual: Array, exact: Array) -> Errors:
@@ -102,17 +102,20 @@ def errors(actual: Array, exact: Array) -> Errors:
     )
 
 
-def composed_bound(baseline: Errors, dtype: str) -> Errors:
+def composed_bound(baseline: Errors, dtype: str, terms: int = 1) -> Errors:
     """Return ``FACTOR * baseline + floor`` for each kind of error (tier 3).
+
+    ``terms`` is the length of a sum that may be taken in any order: it errs by sqrt(terms)
+    roundings (tier 2), of which NumPy's pairwise sum shows little.
 
     ``baseline`` holds the errors of a plain implementation in the same dtype against the same
     exact values: how PyTorch's own accuracy check and FlashAttention's tests judge a kernel.
     """
-    unit = UNIT_ROUNDOFF[dtype]
+    unit, order = UNIT_ROUNDOFF[dtype], math.sqrt(terms)
     return Errors(
-        rms=FACTOR * baseline.rms + FLOOR_ROUNDINGS * unit,
-        worst=FACTOR * baseline.worst + FLOOR_ROUNDINGS_WORST * unit,
-        token=FACTOR * baseline.token + FLOOR_ROUNDINGS * unit,
+        rms=FACTOR * baseline.rms + max(FLOOR_ROUNDINGS, order) * unit,
+        worst=FACTOR * baseline.worst + max(FLOOR_ROUNDINGS_WORST, order) * unit,
+        token=FACTOR * baseline.token + max(FLOOR_ROUNDINGS, order) * unit,
     )
 
 
@@ -128,10 +131,12 @@ def kl_bound(baseline: float, largest_logit: float, dtype: str) -> float:
 
     KL is quadratic in the logits' error, so FACTOR enters squared. The floor is what the
     roundings allowed to a single logit can make of it: errors d within +-b give KL at most
-    (2 b)^2 / 8 (Hoeffding's lemma for log E[exp(d)] - E[d]).
+    (2 b)^2 / 8 (Hoeffding's lemma for log E[exp(d)] - E[d]); and what float64 makes of the
+    difference of two logarithms.
     """
+    computing = FLOOR_ROUNDINGS_WORST * UNIT_ROUNDOFF["float64"] * (1.0 + largest_logit)
     rounding = FLOOR_ROUNDINGS_WORST * UNIT_ROUNDOFF[dtype] * largest_logit
-    return FACTOR**2 * max(baseline, 0.0) + rounding**2 / 2
+    return FACTOR**2 * max(baseline, 0.0) + rounding**2 / 2 + computing
 
 
 def _log_softmax(logits: Array) -> Array:

@@ -9,6 +9,7 @@ error honest rounding makes; the other side may be FACTOR times worse).
 
 import dataclasses
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,11 @@ import tyro
 from rich import progress as rich_progress
 from rich.console import Console
 
-# The tools are not installed: run as a script, their folder's parent is not on the path. Nor is
-# the current folder, where --against package.module:object is likely to live.
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), ""]
+if __name__ == "__main__":
+    # The tools are not installed. Run as a script, their folder is on the path, where its parent
+    # should be; and --against package.module:object is likely to live in the current folder.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path.append("")
 
 import reference_np.config
 from llama_torch import cli
@@ -33,16 +36,16 @@ from llama_torch.config import InputError
 from parity_tests import backends
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
-from reference_np.mutants import FORWARD
-from reference_np.training_mutants import TRAINING
 from tools import report as reports
 from tools import training_step
-from tools.diagnosis import Diagnosis, diagnose
+from tools.diagnosis import Diagnosis, Start, diagnose
 from tools.differences import Problem, compare, make_problem
 from tools.inputs import make_calls, token_ids
-from tools.replay import Replay, Weights
+from tools.replay import Replay
 from tools.sides import Side, find_side, record
 from tools.traces import Call, TraceWriter, write_trace
+
+LENGTH = 48  # of the prompt, unless another is asked for
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,6 @@ def progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
         yield start
 
 
-Start = Callable[[str, int], Callable[[], None]]
-
-
 def check_trains(side: Side) -> None:
     """Raise InputError where --grads cannot be compared at all."""
     if side.backend is None:
@@ -141,60 +141,16 @@ def check_trains(side: Side) -> None:
         raise InputError(f"--grads: {side.title} offers no loss_and_grads; leave the flag out")
 
 
-def compare_training(
-    side: Side, checkpoint: Checkpoint, ids: np.ndarray, start: Start, diagnosing: bool
-) -> tuple[list[Any], Diagnosis, list[str]]:
-    """Take a training step on both sides; return its rows, their diagnosis, and notes."""
-    backend = backends.load(side.backend, "--against")
-    exact_params = dict(checkpoint)
-    params = dict(Checkpoint(checkpoint.path, side.dtype))
-    theirs_params = params
-    if side.weights is not None:
-        theirs_params = dict(Checkpoint(side.weights, side.dtype))
-    trains = callable(getattr(backend, "train", None))
-    notes = [] if trains else [f"{side.title} offers no training step: gradients alone"]
-    task = training_step.Task(
-        checkpoint.config, training_step.make_batches(ids), {}, training_step.STEP.z_loss
-    )
-    advance = start("training step", 3)
-    while True:
-        exact = training_step.oracle_values(task, exact_params, False)
-        grads = {name: value for name, value in exact.items() if name != "loss"}
-        task = task._replace(clips=training_step.clips(grads))
-        try:
-            theirs = training_step.their_values(backend, task, theirs_params, trains)
-            break
-        except NotImplementedError as error:
-            if not task.z_loss:
-                raise InputError(f"--grads: {side.title} does not offer it ({error})") from None
-            notes.append(f"z-loss is left out: {error} is not offered")
-            task = task._replace(z_loss=0.0)
-    advance()
-    exact = training_step.oracle_values(task, exact_params, trains)
-    advance()
-    plain = exact
-    if side.dtype != "float64":
-        plain = training_step.oracle_values(task, params, trains)
-    advance()
-    rows = training_step.compare_step(task, side.dtype, theirs, exact, plain, trains)
-    found = Diagnosis([], [], 0)
-    if diagnosing and any(row.status == "diverges" for row in rows):
-        advance = start("known training bugs", len(TRAINING))
-        found = training_step.diagnose_step(task, params, theirs, rows, trains, advance)
-    return rows, found, notes
-
-
-def write_oracle_trace(path: str, problem_weights: Weights, calls: Sequence[Call]) -> None:
-    """Write the oracle's own activations of the calls."""
-    config = problem_weights.checkpoint.config
+def write_oracle_trace(path: Path, problem: Problem, config: LlamaConfig) -> None:
+    """Write the oracle's own activations of the calls, in the dtype under test."""
 
     def fill(writer: TraceWriter) -> None:
-        oracle = Replay(config, calls, problem_weights)
+        oracle = Replay(config, problem.calls, problem.low, problem.plain)
         for stage in range(-1, config.n_layers + 1):
             for (c, name), value in oracle.run(stage).items():
                 writer.add(c, name, value)
 
-    write_trace(Path(path), config, calls, problem_weights.precision, fill)
+    write_trace(path, config, problem.calls, problem.dtype, fill)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,6 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except reference_np.config.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -211,9 +170,12 @@ def _main(argv: Sequence[str]) -> int:
     checkpoint = Checkpoint(settings.ckpt, np.float64)
     side = find_side(settings.against, settings.dtype, checkpoint)
     first, last = layer_range(settings.layers, checkpoint.config.n_layers)
+    _check_outputs(settings, checkpoint)
     if settings.grads:
         check_trains(side)
     ids, calls = _input(settings, side, checkpoint.config)
+    if settings.grads:
+        training_step.make_batches(ids[: max(settings.tokens, default=LENGTH)])  # or say why not
     with (
         progress() as start,
         tempfile.TemporaryDirectory() as folder,
@@ -223,18 +185,60 @@ def _main(argv: Sequence[str]) -> int:
     if settings.html:
         from tools.page import page
 
-        write_text(Path(settings.html), page(report))
+        write_text(Path(settings.html).resolve(), page(report))
     if settings.json:
         text = json.dumps(report, allow_nan=False)
         if settings.json == "-":
             print(text)
         else:
-            write_text(Path(settings.json), text + "\n")
+            write_text(Path(settings.json).resolve(), text + "\n")
     if settings.json != "-":
         console = Console(highlight=False)
         console.width = max(console.width, 100) if not console.is_terminal else console.width
         reports.show(report, console, settings.all)
     return 0 if report["verdict"]["holds"] else 1
+
+
+def _left_out(
+    settings: CompareConfig, side: Side, calls: Sequence[Call], config: LlamaConfig
+) -> str:
+    """Say what was asked for, or offered, and not compared."""
+    said = []
+    if side.trace is not None:
+        unknown = side.trace.unknown
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        if unknown:
+            said.append(f"Not in the format and ignored: {', '.join(unknown[:8])}{more}.")
+    else:
+        decoded = any(call.after is not None and call.positions is None for call in calls)
+        if settings.steps and not decoded:
+            said.append(f"No decoding: a context of {config.max_seq_len} has no room for it.")
+        if settings.tokens and calls[0].tokens.shape[1] < settings.tokens[0]:
+            said.append(f"The prompts are cut to what a context of {config.max_seq_len} holds.")
+    return " ".join(said)
+
+
+def _check_outputs(settings: CompareConfig, checkpoint: Checkpoint) -> None:
+    """Raise InputError where a report cannot be written, or would overwrite an input."""
+    inputs = [*checkpoint.files, settings.against, settings.file or checkpoint.path]
+    taken = {Path(path).resolve() for path in inputs}
+    for flag in ("json", "html", "trace"):
+        name = getattr(settings, flag)
+        if name in ("", "-"):
+            continue
+        path = Path(name).resolve()
+        if path in taken or (path.suffix in (".json", ".safetensors") and _in(path, checkpoint)):
+            raise InputError(f"--{flag} {name}: would overwrite an input or another report")
+        if path.exists() and not path.is_file():
+            raise InputError(f"--{flag} {name}: is no file; give the name of one")
+        if not path.parent.is_dir():
+            raise InputError(f"--{flag} {name}: there is no directory {path.parent}; make it first")
+        taken.add(path)
+
+
+def _in(path: Path, checkpoint: Checkpoint) -> bool:
+    """Return whether a path is an existing file of the checkpoint's own directory."""
+    return checkpoint.path.is_dir() and path.parent == checkpoint.path.resolve() and path.exists()
 
 
 def _input(
@@ -254,7 +258,7 @@ def _input(
         limit=max(settings.tokens, default=config.max_seq_len),
     )
     given = settings.prompt or settings.file or settings.ids
-    lengths = settings.tokens or ((len(ids),) if given else (48,))
+    lengths = settings.tokens or ((len(ids),) if given else (LENGTH,))
     return ids, make_calls(ids, config, lengths, settings.steps)
 
 
@@ -271,20 +275,19 @@ def _report(
     """Run everything; return the report."""
     config = dataclasses.replace(checkpoint.config, n_layers=layers[1])
     recording = record(side, calls, config, folder, start(side.title, len(calls) * config.n_layers))
-    problem = make_problem(checkpoint, config, calls, side.dtype, recording, layers[0])
+    problem = make_problem(checkpoint.path, config, calls, side.dtype, recording, layers[0])
     if settings.trace:
-        exact = problem.low if problem.dtype in ("float64", "float32") else problem.exact
-        write_oracle_trace(settings.trace, exact, calls)
+        write_oracle_trace(Path(settings.trace).resolve(), problem, checkpoint.config)
     findings = reports.Findings(calls)
     for stage in compare(problem, start("oracle", len(problem.stages()))):
         findings.add(stage)
-    diagnosis = _diagnose(settings, problem, findings, start)
+    found = diagnose(problem, findings.rows, start) if settings.diagnose else Diagnosis([], [])
     n_tokens = sum(call.tokens.size for call in calls)
     expected, what = len(problem.expected()), "activations"
     rows, training = findings.rows, None
     if settings.grads:
-        step_rows, step_diagnosis, notes = compare_training(
-            side, checkpoint, ids[: max(settings.tokens, default=48)], start, settings.diagnose
+        step_rows, step_diagnosis, notes = training_step.compare_training(
+            side, checkpoint, ids[: max(settings.tokens, default=LENGTH)], start, settings.diagnose
         )
         training = {
             "rows": [reports.row_entry(row) for row in step_rows],
@@ -292,11 +295,10 @@ def _report(
             **reports.diagnosis_entries(step_diagnosis, step_rows, calls),
         }
         rows = rows + step_rows
-        expected += len(
-            training_step.names(checkpoint.config, not notes or "train" not in notes[0])
-        )
+        expected += len(step_rows)
         what = "quantities"
-    unknown = side.trace.unknown if side.trace is not None else []
+    covered = sum(covers in ("activations", "logits") for covers in recording.coverage)
+    warnings = _left_out(settings, side, calls, checkpoint.config)
     return {
         "schema": reports.SCHEMA,
         "title": (
@@ -314,22 +316,18 @@ def _report(
             for call in calls
         ],
         "coverage": recording.coverage,
-        "verdict": reports.verdict(rows, expected, calls, what),
+        "verdict": reports.verdict(rows, expected, calls, what, covered),
         "rows": [reports.row_entry(row) for row in findings.rows],
         "first_divergence": findings.first,
-        **reports.diagnosis_entries(diagnosis, findings.rows, calls),
+        **reports.diagnosis_entries(found, findings.rows, calls),
         "logits": findings.logits,
         "heatmap": findings.heatmap,
         "training": training,
-        "warnings": f"Not in the format and ignored: {', '.join(unknown)}" if unknown else "",
+        "warnings": warnings,
     }
 
 
-def _diagnose(settings: CompareConfig, problem: Problem, findings: Any, start: Start) -> Diagnosis:
-    if not settings.diagnose or all(row.status != "diverges" for row in findings.rows):
-        return Diagnosis([], [], 0)
-    return diagnose(problem, findings.rows, start("known bugs", len(FORWARD) + 1))
-
-
 if __name__ == "__main__":
+    # A kill that can be caught still removes the recording.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

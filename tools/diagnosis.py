@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reference_np import ops as reference_ops
 from reference_np.model import Ops
 from reference_np.mutants import FORWARD, Mutant
 from reference_np.ops import Array
@@ -21,7 +20,7 @@ from reference_np.tolerances import errors
 
 from .differences import KL, Problem, Row
 from .replay import Key, Replay
-from .traces import Call
+from .traces import chain
 
 # Two ways of rounding one thing err alike within this, typically: a port may round a sum that the
 # catalogue's bug keeps. TF32 and bfloat16 differ by 8: of several, the closest is named.
@@ -31,11 +30,13 @@ SIZE_FACTOR = 10.0
 TOUCHED = 0.1
 # Logits of a random head have about this correlation with the right ones, or less.
 UNRELATED = 0.2
+FIRST = 2  # stages on which every bug is tried, and the last one: what it explains, on all
 
 Bugs = tuple[Mutant, ...]
+Start = Callable[[str, int], Callable[[], None]]
 HOW = {
     "value": "equals the oracle with",
-    "size": "errs as much as the oracle with",
+    "size": "is reproduced by no known bug, but errs as much as, and only where, the oracle with",
     "nothing": "is as unrelated to the oracle's as with",
 }
 
@@ -62,18 +63,17 @@ class Finding(NamedTuple):
     before: float
     after: float
     explains: int
-    of: int
+    against: int  # right activations that the bug would change
 
 
 class Diagnosis(NamedTuple):
-    """The findings, the rows that they leave unexplained, and the closest miss."""
+    """The findings, and the diverging rows that they leave unexplained."""
 
     findings: list[Finding]
     unexplained: list[Row]
-    looked_at: int
 
 
-def with_bugs(bugs: Iterable[Mutant], ops: Ops = reference_ops) -> Ops:
+def with_bugs(bugs: Iterable[Mutant], ops: Ops) -> Ops:
     """Return the operations with every one of ``bugs`` in them."""
     namespace = SimpleNamespace(**vars(ops))
     for bug in bugs:
@@ -82,76 +82,53 @@ def with_bugs(bugs: Iterable[Mutant], ops: Ops = reference_ops) -> Ops:
 
 
 class Look:
-    """Evaluates suspects on the rows of a few stages, or of the whole model; remembers them."""
+    """Tries bugs on a few stages, or, where nothing but logits is shown, on the whole model."""
 
-    def __init__(self, problem: Problem, rows: Sequence[Row], advance: Callable[[], None]) -> None:
-        self.problem, self.advance = problem, advance
-        failing = [row for row in rows if row.status == "diverges" and row.name != KL]
-        self.forced = any(row.fresh is not None for row in failing)
-        stages = sorted({self.stage(row) for row in failing})
-        self.stages = stages if not self.forced else sorted({*stages[:2], *stages[-1:]})
-        self.rows = {
-            (row.call, row.name): row
-            for row in rows
-            if row.own is not None and row.name != KL and self.stage(row) in self.stages
-            if (row.fresh is not None) == self.forced
-        }
-        self.failing = {key for key, row in self.rows.items() if row.status == "diverges"}
-        self.theirs = {}
-        for stage in self.stages:
+    def __init__(self, problem: Problem, rows: Sequence[Row], stages: Sequence[int]) -> None:
+        self.problem, self.stages = problem, stages
+        self.theirs: dict[Key, Array] = {}
+        for stage in stages:
             self.theirs.update(problem.theirs(stage))
+        found = [r for r in rows if r.name != KL and r.own and problem.stage(r) in stages]
+        self.forced = any(row.fresh for row in found)
+        self.rows = {(row.call, row.name): row for row in found if bool(row.fresh) == self.forced}
+        # What cannot be done again, for want of the stream that enters it, is not looked at.
         self.honest = self.replay(())
+        self.rows = {key: row for key, row in self.rows.items() if key in self.honest}
+        self.failing = {key for key, row in self.rows.items() if row.status == "diverges"}
 
-    def stage(self, row: Row) -> int:
-        """Return the stage of a row."""
-        if row.name == "embed":
-            return -1
-        return self.problem.config.n_layers if row.layer is None else row.layer
-
-    def replay(self, bugs: Bugs, only: int | None = None) -> dict[Key, Array]:
-        """Run the oracle with some bugs on the stages looked at; return what it makes of them.
-
-        ``only`` is a call: the others are left out where it does not depend on them.
-        """
+    def replay(self, bugs: Bugs, call: int | None = None) -> dict[Key, Array]:
+        """Run the oracle with some bugs; return what it makes of the rows, or of one call's."""
         problem = self.problem
-        calls = list(range(len(problem.calls))) if only is None else chain(problem.calls, only)
-        place = {call: index for index, call in enumerate(calls)}
+        wanted = {c for c, _ in self.rows} if call is None else {call}
+        calls = sorted({at for c in wanted for at in chain(problem.calls, c)})
+        place = {c: index for index, c in enumerate(calls)}
         chosen = [
             call._replace(after=None if call.after is None else place[call.after])
             for call in (problem.calls[c] for c in calls)
         ]
-        with np.errstate(all="ignore"):  # bugs may overflow
-            oracle = Replay(problem.config, chosen, problem.low, with_bugs(bugs, problem.plain))
-            found: dict[Key, Array] = {}
-            for stage in self.stages if self.forced else problem.stages():
-                theirs = None
-                if self.forced:
-                    theirs = {
-                        (place[c], name): value
-                        for (c, name), value in self.theirs.items()
-                        if c in place
-                    }
-                for (index, name), value in oracle.run(stage, theirs).items():
-                    if (calls[index], name) in self.rows:
-                        found[calls[index], name] = value
-        self.advance()
+        theirs = {(place[c], name): v for (c, name), v in self.theirs.items() if c in place}
+        oracle = Replay(problem.config, chosen, problem.low, with_bugs(bugs, problem.plain))
+        found: dict[Key, Array] = {}
+        for stage in self.stages if self.forced else problem.stages():
+            made = oracle.run(stage, theirs if self.forced else None)
+            keys = {(calls[index], name): value for (index, name), value in made.items()}
+            found |= {key: value for key, value in keys.items() if key in self.rows}
         return found
 
-    def effects(self, bugs: Bugs, only: int | None = None) -> dict[Key, Effect]:
+    def effects(self, bugs: Bugs, call: int | None = None) -> dict[Key, Effect]:
         """Compare what the bugs make of each activation with theirs."""
-        found = self.replay(bugs, only)
-        with np.errstate(all="ignore"):
-            return {key: self._effect(key, value, bugs) for key, value in found.items()}
+        return {
+            key: self._effect(key, value, bugs) for key, value in self.replay(bugs, call).items()
+        }
 
     def _effect(self, key: Key, value: Array, bugs: Bugs) -> Effect:
         row, theirs, honest = self.rows[key], self.theirs[key], self.honest[key]
         assert row.own is not None
         error = errors(theirs, value)
         unlike = math.inf
-        wrong = np.abs(theirs - honest)
-        everywhere = np.mean(wrong > 0.1 * np.sqrt(np.mean(wrong**2))) > TOUCHED
         alone = bugs[0].known_by if len(bugs) == 1 and row.status == "diverges" else "value"
-        if alone == "size" and everywhere:
+        if alone == "size" and _everywhere(theirs - honest):
             sizes = errors(value, honest).rms, errors(theirs, honest).rms
             if min(sizes) > 0 and max(sizes) < math.inf:
                 unlike = abs(math.log(sizes[0] / sizes[1])) / math.log(SIZE_FACTOR)
@@ -161,10 +138,8 @@ class Look:
         return Effect(error.within(row.own.bound), error.rms, unlike, moves)
 
 
-def chain(calls: Sequence[Call], call: int) -> list[int]:
-    """Return a call and all that it continues, first to last."""
-    after = calls[call].after
-    return [call] if after is None else [*chain(calls, after), call]
+def _everywhere(error: Array) -> bool:
+    return bool(np.mean(np.abs(error) > 0.1 * np.sqrt(np.mean(error**2))) > TOUCHED)
 
 
 def correlation(a: Array, b: Array) -> float:
@@ -174,26 +149,51 @@ def correlation(a: Array, b: Array) -> float:
     return float(np.mean((a * b).sum(-1) / np.where(size == 0, 1.0, size)))
 
 
-def diagnose(
-    problem: Problem, rows: Sequence[Row], advance: Callable[[], None] = lambda: None
-) -> Diagnosis:
+def diagnose(problem: Problem, rows: Sequence[Row], start: Start) -> Diagnosis:
     """Explain the rows that diverge by as few known bugs as will do.
 
     Single bugs that give the very values first, then pairs of them, then those that are known
-    by the size of their error alone.
+    by the size of their error alone. All bugs are tried on a few stages; those found, on all.
     """
-    if not any(row.status == "diverges" and row.name != KL for row in rows):
-        return Diagnosis([], [], 0)
-    look = Look(problem, rows, advance)
-    single = [((bug,), look.effects((bug,))) for bug in FORWARD]
+    wrong = [row for row in rows if row.status == "diverges" and row.name != KL]
+    if not wrong:
+        return Diagnosis([], [])
+    stages = sorted({problem.stage(row) for row in wrong})
+    chosen = stages if len(stages) <= FIRST else [*stages[:FIRST], stages[-1]]
+    # A layer that may be right: what a bug would change there speaks against it.
+    chosen = sorted({*chosen, problem.first})
+    look = Look(problem, rows, chosen)
+    advance = start("known bugs", len(FORWARD))
+    single: list[Suspect] = []
+    for bug in FORWARD:
+        single.append(((bug,), look.effects((bug,))))
+        advance()
     left = set(look.failing)
     findings = cover(look.rows, single, left)
     if left:
-        findings += cover(look.rows, _pairs(look, single, left), left)
-    if left:
+        findings += cover(look.rows, _pairs(look, single, left, start), left)
+    if left and look.forced:  # the logits' error has any size, for any reason
         findings += cover(look.rows, single, left, by_likeness=True)
-    unexplained = [row for key, row in look.rows.items() if key in left]
-    return Diagnosis(findings, unexplained, len(look.failing))
+    explained = look.failing - left
+    others = [stage for stage in stages if stage not in chosen] if findings else []
+    advance = start("the other layers", len(others))
+    for stage in others:
+        here = Look(problem, rows, [stage])
+        left = set(here.failing)
+        findings = [_also(finding, here, left) for finding in findings]
+        explained |= here.failing - left
+        advance()
+    return Diagnosis(findings, [row for row in wrong if (row.call, row.name) not in explained])
+
+
+def _also(finding: Finding, here: Look, left: set[Key]) -> Finding:
+    """Try a finding on one more stage; take what it explains there out of ``left``."""
+    suspect = finding.suspects[0], here.effects(finding.suspects[0])
+    for more in cover(here.rows, [suspect], left, finding.how != "value"):
+        finding = finding._replace(
+            explains=finding.explains + more.explains, against=finding.against + more.against
+        )
+    return finding
 
 
 def cover(
@@ -204,24 +204,30 @@ def cover(
 ) -> list[Finding]:
     """Take the suspects that explain most of ``left`` and contradict the fewest right rows.
 
-    What is explained is taken out of ``left``.
+    What is explained is taken out of ``left``. Likeness is weak evidence: a single
+    contradiction clears a suspect of it.
     """
     findings: list[Finding] = []
     while left:
         scores = []
         for _, found in suspects:
             alike, unlike = _alike(found, left)
-            explained = alike if by_likeness else {k for k in left if k in found and found[k].fits}
+            fitting = {k for k in left if k in found and found[k].fits and found[k].moves}
+            explained = alike if by_likeness else fitting
+            # A bug may be in one layer alone; a rounding is everywhere.
             layers = {rows[key].layer for key in explained}
             against = sum(
                 not effect.fits
                 for key, effect in found.items()
-                if rows[key].status == "ok" and rows[key].layer in layers
+                if rows[key].status in ("ok", "inherits")
+                and (by_likeness or rows[key].layer in layers)
             )
+            if by_likeness and against:
+                explained = set()
             score = (len(explained), -against, -unlike if by_likeness else 0.0)
             # A rounding that gives most values exactly explains the few that fell otherwise.
             scores.append((*score, explained | alike if explained else set()))
-        best = max((score[:-1] for score in scores), default=(0,))
+        best = max((score[:-1] for score in scores), default=(0, 0))
         if best[0] == 0:
             return findings
         explained = next(score[-1] for score in scores if score[:-1] == best)
@@ -233,16 +239,16 @@ def cover(
         first = next(key for key in rows if key in explained)
         row = rows[first]
         assert row.own is not None
-        (bug, *_), found = guilty[0]
+        bugs, found = guilty[0]
         findings.append(
             Finding(
-                tuple(bugs for bugs, _ in guilty),
-                bug.known_by if by_likeness else "value",
+                tuple(suspect[0] for suspect in guilty),
+                bugs[0].known_by if by_likeness else "value",
                 row,
                 row.own.error.rms,
                 found[first].error,
                 len(explained),
-                sum(row.status == "diverges" for row in rows.values()),
+                -int(best[1]),
             )
         )
         left -= explained
@@ -259,21 +265,20 @@ def _alike(found: Mapping[Key, Effect], left: set[Key]) -> tuple[set[Key], float
     return (set(unlike), typical) if typical < 1 else (set(), math.inf)
 
 
-def _pairs(look: Look, single: Sequence[Suspect], left: set[Key]) -> list[Suspect]:
+def _pairs(look: Look, single: Sequence[Suspect], left: set[Key], start: Start) -> list[Suspect]:
     """Try two bugs at once, on the cheapest call that is unexplained; return those that fit there.
 
     Only bugs that change anything there are tried, and never two of one operation.
     """
-    size = {
-        c: sum(look.problem.calls[p].tokens.size for p in chain(look.problem.calls, c))
-        for c in range(len(look.problem.calls))
-    }
+    calls = look.problem.calls
+    size = {c: sum(calls[at].tokens.size for at in chain(calls, c)) for c, _ in left}
     target = min(left, key=lambda key: (size[key[0]], list(look.rows).index(key)))
     active = [bugs[0] for bugs, found in single if found[target].moves]
-    fitting = [
-        pair
-        for pair in combinations(active, 2)
-        if pair[0].operation != pair[1].operation
-        and look.effects(pair, only=target[0])[target].fits
-    ]
-    return [(pair, look.effects(pair)) for pair in fitting]
+    pairs = [pair for pair in combinations(active, 2) if pair[0].operation != pair[1].operation]
+    advance = start("pairs of bugs", len(pairs))
+    fitting: list[Suspect] = []
+    for pair in pairs:
+        if look.effects(pair, target[0])[target].fits:
+            fitting.append((pair, look.effects(pair)))
+        advance()
+    return fitting

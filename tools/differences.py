@@ -6,13 +6,13 @@ measured against float64, and bounded by what the oracle loses in the precision 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from reference_np import ops as reference_ops
-from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError, LlamaConfig
 from reference_np.model import Ops
 from reference_np.ops import Array
@@ -26,9 +26,9 @@ from reference_np.tolerances import (
     kl_per_token,
 )
 
-from .replay import Key, Replay, Weights, stage_names, stream_before
+from .replay import Activations, Key, Replay, Weights, stage_names, stream_before
 from .sides import Recording
-from .traces import Call
+from .traces import Call, cached
 
 # What each activation is the result of, given the traced ones before it.
 OPERATION = {
@@ -101,6 +101,11 @@ class Row(NamedTuple):
         return self.status in ("ok", "diverges", "inherits")
 
     @property
+    def wrong(self) -> bool:
+        """Whether it is wrong by itself, or cannot be compared."""
+        return self.status not in ("ok", "inherits")
+
+    @property
     def own(self) -> Measure | None:
         """The measure that tells of this operation alone, as far as it is known."""
         return self.fresh if self.fresh is not None else self.inherited
@@ -133,11 +138,20 @@ class Problem(NamedTuple):
         first = -1 if self.first == 0 else self.first
         return range(first, self.config.n_layers + whole)
 
+    def stage(self, row: Row) -> int:
+        """Return the stage that a row belongs to."""
+        if row.name == "embed":
+            return -1
+        return self.config.n_layers if row.layer is None else row.layer
+
     def expected(self) -> list[Key]:
         """Name all that must be there, in the order of computation."""
+        return [key for stage in self.stages() for key in self.keys(stage)]
+
+    def keys(self, stage: int) -> list[Key]:
+        """Name what a stage is judged by: of calls that show their logits alone, those."""
         return [
             (c, name)
-            for stage in self.stages()
             for c, covers in enumerate(self.recording.coverage)
             for name in self.names(stage)
             if covers == "activations" or (covers == "logits" and name in ("logits", KL))
@@ -166,7 +180,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(
-    checkpoint: Checkpoint,
+    path: Path,
     config: LlamaConfig,
     calls: Sequence[Call],
     dtype: str,
@@ -174,17 +188,18 @@ def make_problem(
     first: int,
 ) -> Problem:
     """Open the weights in both precisions."""
-    low = checkpoint if dtype == "float64" else Checkpoint(checkpoint.path, np.float32)
-    return Problem(config, calls, Weights(checkpoint, dtype), Weights(low, dtype), recording, first)
+    exact = Weights(path, dtype, "float64")
+    low = exact if dtype == "float64" else Weights(path, dtype, "float32")
+    return Problem(config, calls, exact, low, recording, first)
 
 
 class Compared(NamedTuple):
     """What a stage showed: its rows, and the arrays that a report may draw."""
 
     rows: list[Row]
-    theirs: Mapping[Key, Array]
-    free: Mapping[Key, Array]
-    forced: Mapping[Key, Array]
+    theirs: Activations
+    free: Activations
+    forced: Activations
 
 
 def compare(problem: Problem, advance: Callable[[], None]) -> Iterator[Compared]:
@@ -204,21 +219,18 @@ def compare(problem: Problem, advance: Callable[[], None]) -> Iterator[Compared]
             low_free = plain_free.run(stage)
             low_forced = plain_forced.run(stage, theirs) if problem.forces() else {}
         rows = []
-        for c, covers in enumerate(problem.recording.coverage):
-            for name in problem.names(stage):
-                if covers not in ("activations", "logits"):
-                    continue
-                if covers == "logits" and name not in ("logits", KL):
-                    continue
-                if name == KL:
-                    row = _kl_row(c, theirs, free, low_free, problem.dtype)
-                else:
-                    key = (c, name)
-                    pairs = [(free[key], low_free[key])]
-                    if covers == "activations":
-                        pairs.append((forced[key], low_forced[key]))
-                    row = judge(key, theirs.get(key), pairs, problem.dtype)
-                rows.append(row)
+        for c, name in problem.keys(stage):
+            if name == KL:
+                rows.append(_kl_row(c, theirs, free, low_free, problem.dtype))
+                continue
+            key = (c, name)
+            # Any order of attention's sum is right, and all that follows inherits it.
+            terms = cached(calls, c) + calls[c].tokens.shape[1]
+            found = [bound(free[key], low_free[key], problem.dtype, terms)]
+            if problem.recording.coverage[c] == "activations":
+                terms = terms if name.endswith(".attn") else 1
+                found.append(bound(forced[key], low_forced[key], problem.dtype, terms))
+            rows.append(judge(key, theirs.get(key), (free, forced), found))
         advance()
         yield Compared(rows, theirs, free, forced)
 
@@ -226,26 +238,28 @@ def compare(problem: Problem, advance: Callable[[], None]) -> Iterator[Compared]
 def begin(problem: Problem, replays: Sequence[Replay]) -> None:
     """Let free runs start in the middle, from the other side's stream."""
     name = stream_before(problem.first)
-    for c in range(len(problem.calls)):
+    for c, call in enumerate(problem.calls):
         stream = problem.recording.trace.read(c, name)
-        if stream is None:
-            raise InputError(
-                f"--layers {problem.first}: {name} of call {c} ({problem.calls[c].name}) is "
-                "missing on the other side, and there is nothing to begin from"
-            )
         for replay in replays:
-            replay.streams[c] = stream.astype(replay.params.checkpoint.dtype)
+            if not replay.begin(c, stream):
+                raise InputError(
+                    f"--layers {problem.first}: {name} of the call {call.name!r} is missing, "
+                    "misshapen or not finite on the other side; begin at a layer before it"
+                )
 
 
-def judge(key: Key, theirs: Array | None, pairs: Sequence[tuple[Array, Array]], dtype: str) -> Row:
-    """Measure one activation against (exact, plain) free running and, if given, forced."""
+def judge(
+    key: Key, theirs: Array | None, exact: Sequence[Activations], bounds: Sequence[Errors]
+) -> Row:
+    """Measure one activation against the free run and, if there is a second bound, the forced."""
     if theirs is None:
         return Row(*key, "missing")
-    if theirs.shape != pairs[0][0].shape:
+    if theirs.shape != exact[0][key].shape:
         return Row(*key, "misshapen")
     if not np.isfinite(theirs).all():
         return Row(*key, "not finite")
-    measures = [Measure(errors(theirs, exact), bound(exact, low, dtype)) for exact, low in pairs]
+    pairs = zip(exact, bounds, strict=False)
+    measures = [Measure(errors(theirs, values[key]), limit) for values, limit in pairs]
     inherited, fresh = measures[0], measures[-1] if len(measures) > 1 else None
     status = "ok" if inherited.holds else "inherits"
     if not (fresh or inherited).holds:
@@ -253,25 +267,20 @@ def judge(key: Key, theirs: Array | None, pairs: Sequence[tuple[Array, Array]], 
     return Row(*key, status, inherited, fresh)
 
 
-def bound(exact: Array, low: Array, dtype: str) -> Errors:
-    """Return the error allowed to an implementation in ``dtype``."""
+def bound(exact: Array, low: Array, dtype: str, terms: int = 1) -> Errors:
+    """Return the error allowed to an implementation in ``dtype``; see composed_bound."""
     if dtype == "float64":
         return Errors(LOGIC, LOGIC, LOGIC)
     plain = errors(low, exact)
     # A baseline that overflowed excuses nothing.
-    return composed_bound(plain if all(map(math.isfinite, plain)) else Errors(0, 0, 0), dtype)
+    plain = plain if all(map(math.isfinite, plain)) else Errors(0, 0, 0)
+    return composed_bound(plain, dtype, terms)
 
 
-def _kl_row(
-    c: int,
-    theirs: Mapping[Key, Array],
-    free: Mapping[Key, Array],
-    low: Mapping[Key, Array],
-    dtype: str,
-) -> Row:
+def _kl_row(c: int, theirs: Activations, free: Activations, low: Activations, dtype: str) -> Row:
     """Judge the KL of the worst token, in nats; it is inherited by nature."""
     key = (c, "logits")
-    row = judge((c, KL), theirs.get(key), [(free[key], low[key])], dtype)
+    row = judge(key, theirs.get(key), [free], [Errors(0, 0, 0)])._replace(name=KL)
     if row.inherited is None:
         return row
     kl, honest = (float(kl_per_token(x[key], free[key]).max()) for x in (theirs, low))

@@ -61,7 +61,7 @@ def make_calls(ids: Array, config: LlamaConfig, lengths: Sequence[int], steps: i
         extra = []
     for length in lengths:
         length = min(length, config.max_seq_len - sum(extra))
-        rows = np.stack([_cycle(ids, length + sum(extra), shift) for shift in (0, len(ids) // 3)])
+        rows = _two_rows(ids, length + sum(extra), len(ids) // 3, config)
         title = f"{length} tokens"
         calls.append(Call(title, rows[:, :length]))
         start = length
@@ -78,7 +78,7 @@ def _padded(ids: Array, config: LlamaConfig, index: int) -> list[Call]:
     if length < 2:
         return []
     pad = length // 2
-    tokens = np.stack([_cycle(ids, length + 1, shift) for shift in (0, 1)])
+    tokens = _two_rows(ids, length + 1, 1, config)
     real = np.ones((2, length + 1), dtype=bool)
     real[1, :pad] = False
     tokens[~real] = 0
@@ -103,6 +103,12 @@ def _far(ids: Array, config: LlamaConfig) -> Call:
     length = min(FAR, config.max_seq_len)
     positions = np.arange(config.max_seq_len - length, config.max_seq_len)[None]
     return Call(f"position {positions[0, 0]:,} on", _cycle(ids, length, 0)[None], positions)
+
+
+def _two_rows(ids: Array, length: int, shift: int, config: LlamaConfig) -> Array:
+    """Return the ids, and the ids shifted, [2, length]; two rows that differ at every place."""
+    first, second = _cycle(ids, length, 0), _cycle(ids, length, shift)
+    return np.stack([first, np.where(first == second, (second + 1) % config.vocab_size, second)])
 
 
 def _cycle(ids: Array, length: int, shift: int) -> Array:

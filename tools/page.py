@@ -126,7 +126,7 @@ def _findings(report: Mapping[str, Any], names: Sequence[str]) -> str:
         if covers == "logits":
             text += _note(f"{name}: only the logits are offered")
         elif covers != "activations":
-            text += _note(f"{name}: not covered ({covers})")
+            text += _note(f"{name}: {covers}")
     notes = (report["warnings"], *training["notes"])
     text += "".join(_note(note) for note in notes if note)
     (begin, end), n_layers = report["layers"], report["n_layers"]

@@ -7,6 +7,7 @@ each operation makes of the other side's own input, and an error there is that o
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -35,21 +36,27 @@ def stage_names(config: LlamaConfig, stage: int) -> list[str]:
 
 
 def stream_before(stage: int) -> str:
-    """Name the residual stream that enters a stage."""
-    return "embed" if stage == 0 else f"layers.{stage - 1}.residual"
+    """Name the residual stream that enters a stage; the embedding has none."""
+    return "" if stage == -1 else "embed" if stage == 0 else f"layers.{stage - 1}.residual"
+
+
+def usable(value: Array | None, shape: tuple[int, ...]) -> bool:
+    """Return whether an activation of the other side can be computed with."""
+    return value is not None and value.shape == shape and bool(np.isfinite(value).all())
 
 
 class Weights(Mapping[str, Array]):
-    """A checkpoint's parameters rounded to the precision under test, as float32 or float64."""
+    """A checkpoint's parameters rounded to the precision under test, in ``dtype``."""
 
-    def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
-        self.checkpoint, self.precision = checkpoint, precision
+    def __init__(self, path: Path, precision: str, dtype: str) -> None:
+        self.checkpoint = Checkpoint(path, "float64" if precision == "float64" else "float32")
+        self.precision, self.dtype = precision, dtype
 
     def __getitem__(self, name: str) -> Array:
         value = self.checkpoint[name]
         if self.precision in ("bfloat16", "float16"):
-            value = round_to(value.astype(np.float32, copy=False), self.precision)
-        return value.astype(self.checkpoint.dtype, copy=False)
+            value = round_to(value, self.precision)
+        return value.astype(self.dtype, copy=False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.checkpoint)
@@ -70,34 +77,48 @@ class Replay:
     ) -> None:
         self.config, self.calls, self.params, self.ops = config, calls, params, ops
         self.streams: dict[int, Array] = {}
+        self.stage = -2  # the last one run
         self.given = []
         for c, call in enumerate(calls):
             start = cached(calls, c)
             positions, mask = defaults(call.tokens, call.positions, call.mask, start, config, ops)
-            dtype = params.checkpoint.dtype
-            tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, dtype)
+            tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, params.dtype)
             self.given.append((tables, mask))
 
+    def begin(self, call: int, stream: Array | None) -> bool:
+        """Let a call continue from a residual stream, if that can be computed with."""
+        fits = usable(stream, (*self.calls[call].tokens.shape, self.config.dim))
+        if stream is not None and fits:
+            self.streams[call] = stream.astype(self.params.dtype)
+        return fits
+
     def run(self, stage: int, theirs: Activations | None = None) -> dict[Key, Array]:
-        """Run a stage of every call; ``theirs`` forces it. Return its activations."""
+        """Run a stage of every call that has come this far; ``theirs`` forces it.
+
+        Return its activations.
+        """
         found: dict[Key, Array] = {}
+        inside = 0 <= stage < self.config.n_layers
         layer = {}
-        if 0 <= stage < self.config.n_layers:
+        if inside:
             layer = layer_params(self.params, stage, self.config, self.ops)
         presents: dict[int, tuple[Array, Array]] = {}
         for c, call in enumerate(self.calls):
 
             def note(name: str, value: Array, c: int = c) -> None:
-                if 0 <= stage < self.config.n_layers:
+                if inside:
                     name = f"layers.{stage}.{name}"
                 found[c, name] = value if theirs is None else value.copy()
                 given = None if theirs is None else theirs.get((c, name))
-                if given is not None and given.shape == value.shape and np.isfinite(given).all():
+                if usable(given, value.shape):
                     value[...] = given
 
-            stream = None if theirs is None else theirs.get((c, stream_before(stage)))
-            if stream is not None and np.isfinite(stream).all():
-                self.streams[c] = stream.astype(self.params.checkpoint.dtype)
+            begun = theirs is not None and self.begin(c, theirs.get((c, stream_before(stage))))
+            if not begun and self.stage not in (-2, stage - 1):
+                self.streams.pop(c, None)  # what is there is of some earlier stage
+            ready = call.after is None or call.after in presents or not inside
+            if stage >= 0 and not (c in self.streams and ready):
+                continue
             if stage == -1:
                 weight = self.ops.read(self.params, EMBED, self.config)
                 self.streams[c] = self.ops.embed(weight, call.tokens)
@@ -110,4 +131,5 @@ class Replay:
                 self.streams[c], presents[c] = block(
                     layer, self.streams[c], self.config, tables, mask, past, note, self.ops
                 )
+        self.stage = stage
         return found

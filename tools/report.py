@@ -37,7 +37,7 @@ class Findings:
     def add(self, stage: Compared) -> None:
         """Take in one stage."""
         self.rows += stage.rows
-        wrong = next((row for row in stage.rows if row.status not in ("ok", "inherits")), None)
+        wrong = next((row for row in stage.rows if row.wrong), None)
         if wrong is not None and self.first is None:
             self._locate(wrong, stage)
         for c, call in enumerate(self.calls):
@@ -55,7 +55,7 @@ class Findings:
         self.first = {
             "call": row.call,
             "name": row.name,
-            "operation": OPERATION[row.kind],
+            "operation": operation(row),
             "where": "",
         }
         key = (row.call, "logits" if row.name == KL else row.name)
@@ -64,6 +64,15 @@ class Findings:
             return
         self.first["where"] = where(stage.theirs[key], exact, row.own.bound)
         self.heatmap = heat_map(stage.theirs[key], exact) | {"call": row.call, "name": row.name}
+
+
+def operation(row: Row) -> str:
+    """Name what a row is the result of: one operation only where its own error is known."""
+    if row.kind not in OPERATION:
+        return "the training step"
+    if row.name == "logits" and row.compared and row.fresh is None:
+        return "the whole model, of which nothing else is shown"
+    return OPERATION[row.kind]
 
 
 def where(theirs: Array, exact: Array, bound: Errors) -> str:
@@ -95,11 +104,15 @@ def heat_map(theirs: Array, exact: Array) -> dict[str, Any]:
     }
 
 
-def verdict(rows: Sequence[Row], expected: int, calls: Sequence[Call], what: str) -> dict[str, Any]:
+def verdict(
+    rows: Sequence[Row], expected: int, calls: Sequence[Call], what: str, covered: int
+) -> dict[str, Any]:
     """Return whether all holds, in one line; agreement over nothing is not agreement."""
+    if covered < len(calls):  # less may be offered, and then that is part of the answer
+        what += f" in {covered} of {len(calls)} calls"
     compared = sum(row.compared for row in rows)
     held = sum(row.status == "ok" for row in rows)
-    wrong = [row for row in rows if row.status not in ("ok", "inherits")]
+    wrong = [row for row in rows if row.wrong]
     entry = {"holds": False, "compared": compared, "expected": expected}
     if wrong:
         first = wrong[0]
@@ -108,7 +121,7 @@ def verdict(rows: Sequence[Row], expected: int, calls: Sequence[Call], what: str
             kind, error, bound = _worst(first.own)
             why = f"{kind} error {error:.1e}, bound {bound:.1e}"
         line = f"FAIL: {held} of {expected} {what} within bounds; first divergence at "
-        line += f"{_place(first, calls)}: {OPERATION.get(first.kind, 'the training step')} ({why})"
+        line += f"{_place(first, calls)}: {operation(first)} ({why})"
     elif held < len(rows):
         first = next(row for row in rows if row.status == "inherits")
         line = f"FAIL: {held} of {expected} {what} within bounds; every operation is right by "
@@ -149,7 +162,7 @@ def _worst(measure: Measure) -> tuple[str, float, float]:
 
 
 def finding_entry(finding: Finding, calls: Sequence[Call], wrong: int) -> dict[str, Any]:
-    """Return a finding with its sentence; ``wrong`` counts all that diverge, looked at or not."""
+    """Return a finding with its sentence; ``wrong`` counts all that diverge."""
     named = [
         " together with ".join(f"{bug.name} ({bug.sentence}; {bug.citation})" for bug in bugs)
         for bugs in finding.suspects
@@ -161,6 +174,9 @@ def finding_entry(finding: Finding, calls: Sequence[Call], wrong: int) -> dict[s
         sentence += f"; the error, {finding.before:.1e}, is of that size"
     if len(named) > 1:
         sentence += "; this input cannot tell them apart"
+    sentence += f". It explains {finding.explains} of {wrong} divergences"
+    if finding.against:
+        sentence += f", but would also change {finding.against} activations that are right"
     return {
         "mutants": [
             {key: getattr(bug, key) for key in ("name", "sentence", "citation", "operation")}
@@ -168,10 +184,10 @@ def finding_entry(finding: Finding, calls: Sequence[Call], wrong: int) -> dict[s
             for bug in bugs
         ],
         "how": finding.how,
-        "sentence": f"{sentence}. It explains {finding.explains} of {finding.of} divergences"
-        + (f" looked at, of {wrong} in all." if wrong > finding.of else "."),
+        "sentence": f"{sentence}.",
         "explains": finding.explains,
-        "of": finding.of,
+        "of": wrong,
+        "against": finding.against,
         "before": _number(finding.before),
         "after": _number(finding.after),
     }
@@ -187,11 +203,11 @@ def diagnosis_entries(
     diagnosis: Diagnosis, rows: Sequence[Row], calls: Sequence[Call]
 ) -> dict[str, Any]:
     """Return a diagnosis's part of the report."""
-    wrong = sum(row.status == "diverges" for row in rows)
+    wrong = sum(row.status == "diverges" for row in rows if row.name != KL)
     return {
         "diagnosis": [finding_entry(finding, calls, wrong) for finding in diagnosis.findings],
         "unexplained": len(diagnosis.unexplained),
-        "looked_at": diagnosis.looked_at,
+        "diverging": wrong,
     }
 
 
@@ -214,13 +230,13 @@ def show(report: Mapping[str, Any], console: Console, everything: bool) -> None:
 
     say(report["title"])
     names = [call["name"] for call in report["calls"]]
-    for covers, count in Counter(report["coverage"]).items():
+    for covers, count in Counter(report["coverage"]).items():  # in the order they came up
         which = [name for name, c in zip(names, report["coverage"], strict=True) if c == covers]
         where = "" if count == len(names) else f" ({'; '.join(which)})"
         if covers == "logits":
             say(f"{count} of {len(names)} calls offer their logits alone{where}", style="yellow")
         elif covers != "activations":
-            say(f"{count} of {len(names)} calls not covered: {covers}{where}", style="yellow")
+            say(f"{count} of {len(names)} calls {covers}{where}", style="yellow")
     _table(report["rows"], names, console, everything)
     for entry in report["logits"]:
         kl = np.array(entry["kl"])
@@ -243,8 +259,7 @@ def show(report: Mapping[str, Any], console: Console, everything: bool) -> None:
             say(finding["sentence"], style="bold yellow")
         if part.get("unexplained"):
             say(
-                f"None of the known bugs explains {part['unexplained']} of {part['looked_at']} "
-                "that diverge.",
+                f"No known bug explains {part['unexplained']} of {part['diverging']} divergences.",
                 style="bold yellow",
             )
     first = report["first_divergence"]

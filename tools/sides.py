@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +13,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llama_torch.config import ModelConfig
-from llama_torch.device import pick_device
+from llama_torch.checkpoint import locate, read_tensor, weight_files
+from llama_torch.config import ModelConfig, parse_json, read_json
 from llama_torch.model import Llama
 from parity_tests import backends
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError, LlamaConfig
-from reference_np.naming import LM_HEAD, activation_axes, parameter_shapes
+from reference_np.naming import EMBED, LM_HEAD, activation_axes, parameter_shapes
 from reference_np.ops import Array
 
 from .traces import FORMAT, Call, Trace, TraceWriter, write_trace
@@ -36,7 +35,7 @@ class Side(NamedTuple):
     title: str
     dtype: str
     # Writes every call's activations; returns for each call what it covers: "activations",
-    # "logits", or the reason why nothing.
+    # "logits", or "not covered: " and why.
     record: Callable[[TraceWriter, Sequence[Call], LlamaConfig, Advance], list[str]] | None
     trace: Trace | None = None  # already recorded
     backend: Any = None  # for training
@@ -56,24 +55,23 @@ def find_side(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
     if kind in STREAMED and suffix in ("", *DTYPES):
         if suffix and dtype not in ("", suffix):
             raise InputError(f"--against {spec} and --dtype {dtype} disagree; drop one")
-        return _streamed(kind, suffix or dtype or "float32", checkpoint, spec)
+        return _streamed(kind, suffix or dtype or "float32", checkpoint.path, spec)
     path = Path(spec)
-    if path.exists():
+    if spec and path.exists():
         if path.is_file() and _is_trace(path):
             trace = Trace(path)
             _require_same(trace.config, checkpoint, spec)
             if dtype not in ("", trace.dtype):
                 raise InputError(f"--dtype {dtype}: {spec} was computed in {trace.dtype}; drop it")
             return Side(f"the trace {spec}", trace.dtype, None, trace)
-        other = Checkpoint(path)
-        _require_same(other.config, checkpoint, spec)
-        side = _streamed("torch", dtype or "float32", other, spec)
+        _require_same(Checkpoint(path).config, checkpoint, spec)
+        side = _streamed("torch", dtype or "float32", path, spec)
         return side._replace(title=f"torch with the weights of {spec}", weights=path)
     if spec in backends.SHIPPED or ":" in spec:
         return _backend(spec, dtype, checkpoint)
     raise InputError(
         f"--against {spec}: no such file; give a checkpoint, a trace, package.module:object, or "
-        f"one of {', '.join([*STREAMED, *backends.SHIPPED])}"
+        f"one of {', '.join(dict.fromkeys([*STREAMED, *backends.SHIPPED]))}"
     )
 
 
@@ -144,34 +142,28 @@ def stream_weights(
             module.register_forward_hook(drop)
 
 
-def _reader(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    tied = checkpoint.config.tie_embeddings
+def _streamed(kind: str, dtype: str, path: Path, spec: str) -> Side:
+    """Run torch or transformers; each reads config and files by its own means."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--against {spec}: torch sees no CUDA device here; use torch instead")
+    device = torch.device("cuda" if kind == "cuda" else "cpu")
+    torch_dtype = getattr(torch, dtype)
+    if kind == "hf" and importlib.util.find_spec("transformers") is None:
+        raise InputError(f"--against {spec}: needs transformers; pip install transformers")
+    own, files = locate(path)
 
     def read(name: str) -> Tensor:
-        if tied and name == LM_HEAD:
-            name = "model.embed_tokens.weight"
-        with safe_open(checkpoint.file_of(name), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor.to(device, dtype, copy=True)  # the file's memory map must not live on
-
-    return read
-
-
-def _streamed(kind: str, dtype: str, checkpoint: Checkpoint, spec: str) -> Side:
-    device = pick_device("cuda" if kind == "cuda" else "cpu")
-    read = _reader(checkpoint, getattr(torch, dtype), device)
-    hugging_face = kind == "hf"
-    if hugging_face and importlib.util.find_spec("transformers") is None:
-        raise InputError(f"--against {spec}: needs transformers; pip install transformers")
+        if own.tie_embeddings and name == LM_HEAD:
+            name = EMBED
+        return read_tensor(files[name][0], name, torch_dtype, device)
 
     def write(
         writer: TraceWriter, calls: Sequence[Call], config: LlamaConfig, advance: Advance
     ) -> list[str]:
-        make = _hugging_face if hugging_face else _ours
-        try:
-            forward, context = make(config, read, getattr(torch, dtype), device)
-        except NotImplementedError as error:
-            raise InputError(f"--against {spec}: cannot run this config: {error}") from None
+        if kind == "hf":
+            forward = _hugging_face(path, config.n_layers, read, torch_dtype, spec)
+        else:
+            forward = _ours(dataclasses.replace(own, n_layers=config.n_layers), read, device)
         index = 0
 
         def note(name: str, value: Tensor) -> None:
@@ -181,7 +173,7 @@ def _streamed(kind: str, dtype: str, checkpoint: Checkpoint, spec: str) -> Side:
                 advance()
 
         caches: list[Any] = []
-        with torch.inference_mode(), context:
+        with torch.inference_mode():
             for index, call in enumerate(calls):  # noqa: B007  (note reads it)
                 cache = None if call.after is None else caches[call.after]
                 caches.append(forward(call, cache, note))
@@ -192,48 +184,60 @@ def _streamed(kind: str, dtype: str, checkpoint: Checkpoint, spec: str) -> Side:
     return Side(f"{title}, the same weights", dtype, write, backend=shipped)
 
 
-Forward = Callable[..., Any]
-Note = Callable[[str, Tensor], None]
+Forward = Callable[[Call, Any, Callable[[str, Tensor], None]], Any]
 
 
-def _ours(
-    config: LlamaConfig, read: Any, dtype: torch.dtype, device: torch.device
-) -> tuple[Forward, AbstractContextManager[Any]]:
+def _ours(config: ModelConfig, read: Callable[[str], Tensor], device: torch.device) -> Forward:
     with torch.device("meta"):
-        model = Llama(ModelConfig(**dataclasses.asdict(config))).eval()
+        model = Llama(config).eval()
     # A tied embedding serves as the head too, after its own module has run.
     stream_weights(model, read, ["model.embed_tokens"] if config.tie_embeddings else [])
 
-    def forward(call: Call, cache: Any, note: Note) -> Any:
+    def forward(call: Call, cache: Any, note: Callable[[str, Tensor], None]) -> Any:
         tokens, positions, mask = (
             None if x is None else torch.from_numpy(np.array(x)).to(device)
             for x in (call.tokens, call.positions, call.mask)
         )
         return model(tokens, positions=positions, mask=mask, cache=cache, trace=note)[1]
 
-    return forward, nullcontext()
+    return forward
 
 
 def _hugging_face(
-    config: LlamaConfig, read: Any, dtype: torch.dtype, device: torch.device
-) -> tuple[Forward, AbstractContextManager[Any]]:
+    path: Path, n_layers: int, read: Callable[[str], Tensor], dtype: torch.dtype, spec: str
+) -> Forward:
     from parity_tests.backends import transformers_backend as hf
 
-    model = hf.empty_model(config, dtype)
+    try:
+        model = hf.empty_model(hf.config_from(_raw_config(path), n_layers), dtype)
+    except NotImplementedError as error:
+        raise InputError(f"--against {spec}: cannot run this config: {error}") from None
     stream_weights(model, read)
 
-    def forward(call: Call, cache: Any, note: Note) -> Any:
+    def forward(call: Call, cache: Any, note: Callable[[str, Tensor], None]) -> Any:
         with hf.tracing(model, note):
             return hf.call(model, call.tokens, call.positions, call.mask, cache)[1]
 
-    return forward, nullcontext()
+    return forward
+
+
+def _raw_config(path: Path) -> dict[str, Any]:
+    """Return config.json as it is written, from beside the weights or from inside them."""
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    if beside.is_file():
+        return read_json(beside)
+    with safe_open(weight_files(path)[0], framework="pt") as file:
+        return parse_json(file.metadata()["config"], str(path))
 
 
 # Anything behind the suite's protocol.
 
 
-class _Params(Mapping[str, Array]):
-    """The parameters of the first layers, in the precision under test, read when asked for."""
+class Parameters(Mapping[str, Array]):
+    """The parameters of the first layers, in the precision under test, read when asked for.
+
+    Every time anew: what somebody does to one reaches nobody else.
+    """
 
     def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, dtype: str) -> None:
         self.checkpoint, self.names = checkpoint, list(parameter_shapes(config))
@@ -263,17 +267,17 @@ def _backend(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
     def write(
         writer: TraceWriter, calls: Sequence[Call], config: LlamaConfig, advance: Advance
     ) -> list[str]:
-        params = _Params(checkpoint, config, dtype)
+        params = Parameters(checkpoint, config, dtype)
         caches: list[Any] = []
         coverage: list[str] = []
         for index, call in enumerate(calls):
             cache = None if call.after is None else caches[call.after]
-            found, cache, covers = _ask(backend, config, params, call, cache, calls)
+            found, cache, covers = _ask(backend, config, params, call, cache)
             caches.append(cache)
             coverage.append(covers)
             for name in activation_axes(config):
                 if name in found:
-                    writer.add(index, name, _wide(found[name]))
+                    writer.add(index, name, found[name])
             for _ in range(config.n_layers):
                 advance()
         return coverage
@@ -281,52 +285,73 @@ def _backend(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
     return Side(spec, dtype, write, backend=spec)
 
 
-def _ask(
-    backend: Any,
-    config: LlamaConfig,
-    params: Mapping[str, Array],
-    call: Call,
-    cache: Any,
-    calls: Sequence[Call],
-) -> tuple[Mapping[str, Array], Any, str]:
-    """Get as much of one call as the backend offers: activations, cache, what that covers.
+def ask(backend: Any, name: str, what: str, *arguments: Any) -> Any:
+    """Call a method of a backend; its own exceptions become one line with their place.
 
-    Raises InputError for an exception of the backend's own, with the place where it arose.
+    Raises NotImplementedError where the method is missing or says so.
     """
-    given = (config, params, call.tokens, call.positions, call.mask)
-    why = "not offered"
+    method = getattr(backend, name, None)
+    if not callable(method):
+        raise NotImplementedError(f"{name} is not offered")
+    try:
+        return method(*arguments)
+    except NotImplementedError as error:
+        raise NotImplementedError(str(error) or f"{name} is not offered") from None
+    except (Exception, SystemExit) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"--against: {name} failed on {what}: {why} "
+            f"({at.filename}:{at.lineno}); mend it or raise NotImplementedError"
+        ) from error
 
-    def ask(name: str, *arguments: Any) -> Any:
-        nonlocal why
-        method = getattr(backend, name, None)
-        if method is None:
-            return None
-        try:
-            return method(*arguments)
-        except NotImplementedError as error:
-            why = str(error) or why
-            return None
-        except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            raise InputError(
-                f"--against: {name} failed on the call {call.name!r}: {type(error).__name__}: "
-                f"{error} ({at.filename}:{at.lineno}); mend it or raise NotImplementedError"
-            ) from error
 
+def _ask(
+    backend: Any, config: LlamaConfig, params: Mapping[str, Array], call: Call, cache: Any
+) -> tuple[dict[str, Array], Any, str]:
+    """Get as much of one call as the backend offers: activations, cache, what that covers."""
+    # Copies: what a backend does to its inputs must not reach the oracle.
+    inputs = (None if x is None else x.copy() for x in (call.tokens, call.positions, call.mask))
+    given = (config, params, *inputs)
+    what = f"the call {call.name!r}"
     if call.after is not None and cache is None:
-        return {}, None, "decoding is not offered"
-    if both := ask("traced_decode", *given, cache):
-        return *both, "activations"
-    decoded = ask("decode", *given, cache)
-    logits, cache = decoded if decoded else (None, None)
+        return {}, None, "not covered: decoding is not offered"
+    try:
+        found, cache = _pair(ask(backend, "traced_decode", what, *given, cache), "traced_decode")
+        return _arrays(found, "traced_decode"), cache, "activations"
+    except NotImplementedError:
+        pass
+    logits: dict[str, Array] = {}
+    try:
+        decoded, cache = _pair(ask(backend, "decode", what, *given, cache), "decode")
+        logits = _arrays({"logits": decoded}, "decode")
+    except NotImplementedError as error:
+        why, cache = str(error), None
     if call.after is None:
-        if found := ask("trace", *given):
-            return found, cache, "activations"
-        if logits is None:
-            logits = ask("logits", *given)
-    return ({}, cache, why) if logits is None else ({"logits": logits}, cache, "logits")
+        try:
+            # What people run is decode: its logits are the ones to judge.
+            found = _arrays(ask(backend, "trace", what, *given), "trace")
+            return found | logits, cache, "activations"
+        except NotImplementedError:
+            pass
+        try:
+            logits = logits or _arrays({"logits": ask(backend, "logits", what, *given)}, "logits")
+        except NotImplementedError as error:
+            why = str(error)
+    return logits, cache, "logits" if logits else f"not covered: {why}"
 
 
-def _wide(value: Any) -> Array:
-    array = np.asarray(value)
-    return array if array.dtype == np.float64 else array.astype(np.float32)
+def _pair(value: Any, name: str) -> tuple[Any, Any]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise InputError(f"--against: {name} must return two things, got {type(value).__name__}")
+    return value
+
+
+def _arrays(found: Any, name: str) -> dict[str, Array]:
+    """Widen what a backend returned to float32, or keep it in float64."""
+    try:
+        arrays = {key: np.asarray(value) for key, value in dict(found).items()}
+        return {k: v if v.dtype == np.float64 else v.astype(np.float32) for k, v in arrays.items()}
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"--against: {name} must return NumPy arrays ({why})") from None

@@ -5,18 +5,18 @@ Axes: B batch, T tokens of the call, S cached + T.
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (registers bfloat16, which safetensors then hands to NumPy)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llama_torch.checkpoint import atomic_write
 from reference_np.checkpoint import parse_json
 from reference_np.config import InputError, LlamaConfig
+from reference_np.model import defaults
 from reference_np.naming import LAYER_AXES, activation_axes
 from reference_np.ops import Array
 from reference_np.tolerances import UNIT_ROUNDOFF
@@ -24,7 +24,9 @@ from reference_np.tolerances import UNIT_ROUNDOFF
 FORMAT, VERSION = "llama-trace", "1"
 AXES = {"embed": "BTD", **LAYER_AXES, "norm": "BTD", "logits": "BTV"}
 _DTYPES = {"float64": "F64", "float32": "F32", "int64": "I64", "bool": "BOOL"}
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+INTEGERS = {"I64": np.int64, "I32": np.int32}
+MASKS = {"BOOL": np.bool_, "U8": np.uint8}
 
 
 class Call(NamedTuple):
@@ -37,10 +39,19 @@ class Call(NamedTuple):
     after: int | None = None
 
 
+def chain(calls: Sequence[Call], index: int) -> list[int]:
+    """Return a call and all that it continues, first to last."""
+    found: list[int] = []
+    at: int | None = index
+    while at is not None:
+        found.append(at)
+        at = calls[at].after
+    return found[::-1]
+
+
 def cached(calls: Sequence[Call], index: int) -> int:
     """Return how many tokens are cached before call ``index``."""
-    after = calls[index].after
-    return 0 if after is None else cached(calls, after) + calls[after].tokens.shape[1]
+    return sum(calls[c].tokens.shape[1] for c in chain(calls, index)[:-1])
 
 
 class TraceWriter:
@@ -77,7 +88,7 @@ class TraceWriter:
     def add(self, call: int, name: str, value: Array) -> None:
         """Write one tensor of a call."""
         value = np.ascontiguousarray(value)
-        self._file.write(value.tobytes())
+        value.tofile(self._file)
         self._header[f"call.{call}.{name}"] = {
             "dtype": _DTYPES[value.dtype.name],
             "shape": list(value.shape),
@@ -119,10 +130,7 @@ class Trace:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with self._open() as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            self._names = set(file.keys())
-            self._dtypes = {name: file.get_slice(name).get_dtype() for name in self._names}
+        metadata = self._check()
         if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
             found = f"{metadata.get('format')} version {metadata.get('version')}"
             raise self._error(f"its metadata says {found}, not {FORMAT} version {VERSION}")
@@ -136,20 +144,27 @@ class Trace:
         self.config = LlamaConfig.from_hf(parse_json(metadata.get("config", ""), source), source)
         self.calls = self._read_calls(metadata.get("calls", ""))
         known = {f"call.{c}.{n}" for c in range(len(self.calls)) for n in _names(self.config)}
-        self.unknown = sorted(self._names - known)
-
-    def offers(self, call: int, name: str) -> bool:
-        """Return whether an activation is there."""
-        return f"call.{call}.{name}" in self._names
+        self.unknown = sorted(set(self._entries) - known)
 
     def read(self, call: int, name: str) -> Array | None:
         """Return one activation as it is stored, or None where it is missing."""
-        full = f"call.{call}.{name}"
-        if full not in self._names:
-            return None
-        if self._dtypes[full] not in _FLOATS:
-            raise self._error(f"{full} is stored as {self._dtypes[full]}, not in floats")
-        return self._tensor(full)
+        return self._tensor(f"call.{call}.{name}", FLOATS)
+
+    def _check(self) -> dict[str, str]:
+        """Have safetensors check the file; return its metadata and keep where everything is."""
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file; give a trace in safetensors")
+        try:
+            with safe_open(self.path, framework="np") as file:
+                metadata: dict[str, str] = file.metadata() or {}
+            with self.path.open("rb") as raw:
+                (length,) = struct.unpack("<Q", raw.read(8))
+                self._entries: dict[str, Any] = json.loads(raw.read(length))
+        except (SafetensorError, OSError) as error:
+            raise self._error(f"not a complete safetensors file ({error})") from None
+        self._entries.pop("__metadata__", None)
+        self._start = 8 + length
+        return metadata
 
     def _read_calls(self, text: str) -> list[Call]:
         entries = parse_json(f'{{"calls": {text or "null"}}}', f"{self.path} (calls)")["calls"]
@@ -157,38 +172,52 @@ class Trace:
         if not isinstance(entries, list) or not entries:
             raise self._error("its metadata lists no calls")
         for c, entry in enumerate(entries):
-            after = entry.get("after") if isinstance(entry, dict) else -1
-            if not (after is None or (isinstance(after, int) and 0 <= after < c)):
+            after = entry.get("after", -1) if isinstance(entry, dict) else -1
+            if not (after is None or (type(after) is int and 0 <= after < c)):
                 raise self._error(f"call {c} must continue null or an earlier call, not {after!r}")
-            given = {
-                name: self._tensor(f"call.{c}.{name}")
-                for name in ("tokens", "positions", "mask")
-                if f"call.{c}.{name}" in self._names
-            }
-            if "tokens" not in given:
+            tokens, positions = (
+                self._tensor(f"call.{c}.{name}", INTEGERS) for name in ("tokens", "positions")
+            )
+            mask = self._tensor(f"call.{c}.mask", MASKS)
+            if tokens is None:
                 raise self._error(f"call.{c}.tokens is missing")
-            for name, value in given.items():
-                given[name] = value.astype(bool if name == "mask" else np.int64)
-            calls.append(Call(str(entry.get("name", f"call {c}")), after=after, **given))
+            calls.append(
+                Call(
+                    _printable(str(entry.get("name", f"call {c}"))),
+                    tokens.astype(np.int64),
+                    None if positions is None else positions.astype(np.int64),
+                    None if mask is None else mask.astype(bool),
+                    after,
+                )
+            )
+            try:
+                defaults(*calls[c][1:4], cached(calls, c), self.config)
+            except InputError as error:
+                raise self._error(f"call {c}: {error}") from None
+            if after is not None and len(tokens) != len(calls[after].tokens):
+                raise self._error(f"call {c} continues a call of another batch size")
         return calls
 
-    def _tensor(self, name: str) -> Array:
-        with self._open() as file:
-            tensor: Array = file.get_tensor(name)
-        return tensor
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: no such file; give a trace in safetensors")
-        try:
-            with safe_open(self.path, framework="np") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise self._error(f"not a complete safetensors file ({error})") from None
+    def _tensor(self, name: str, dtypes: Mapping[str, Any]) -> Array | None:
+        """Read a tensor of one of some dtypes; None where it is missing."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return None
+        if entry["dtype"] not in dtypes:
+            allowed = ", ".join(dtypes)
+            raise self._error(f"{name} is stored as {entry['dtype']}, not as {allowed}")
+        start, end = entry["data_offsets"]
+        with self.path.open("rb") as file:
+            file.seek(self._start + start)
+            data = np.frombuffer(file.read(end - start), dtypes[entry["dtype"]])
+        return data.reshape(entry["shape"])
 
     def _error(self, what: str) -> InputError:
         return InputError(f"{self.path}: {what}; write the trace again (docs/trace-format.md)")
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _names(config: LlamaConfig) -> Iterable[str]:

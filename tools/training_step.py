@@ -4,6 +4,7 @@ Two micro-batches with unequal numbers of targets share one step; it is taken on
 that clips and once with one that does not. Whole models are held in memory here.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from parity_tests import backends
 from reference_np import grad, optim
+from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError, LlamaConfig
 from reference_np.grad import Batch
 from reference_np.naming import parameter_shapes
@@ -20,9 +23,10 @@ from reference_np.ops import IGNORE, Array
 from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, composed_bound, errors
 from reference_np.training_mutants import TRAINING
 
-from .diagnosis import Diagnosis, Effect, Suspect, cover
-from .differences import Measure, Row, judge
+from .diagnosis import Diagnosis, Effect, Start, Suspect, cover
+from .differences import Row, bound, judge
 from .replay import Key
+from .sides import Parameters, Side, ask
 
 # The paper's settings at the peak of the schedule, where a step is largest; z-loss as in PaLM.
 STEP = optim.Hyper(warmup_steps=0, z_loss=1e-4)
@@ -31,7 +35,7 @@ RUNS = ("clipped", "whole")  # under a limit that some single tensor exceeds, an
 
 def clips(grads: Mapping[str, Array]) -> dict[str, float]:
     """Return each run's limit, given every gradient."""
-    norm = optim.global_norm(grads)
+    norm = optim.global_norm(grads) or 1.0
     # Of n tensors one has at least 1 / sqrt(n) of the whole norm.
     return {"clipped": norm / (2 * math.sqrt(len(grads))), "whole": 2 * norm}
 
@@ -66,45 +70,99 @@ def names(config: LlamaConfig, trains: bool) -> list[str]:
     return found
 
 
-def oracle_values(
+def gradients(
     task: Task,
     params: Mapping[str, Array],
-    trains: bool,
     vjps: SimpleNamespace = grad.REFERENCE,
     rules: SimpleNamespace = optim.REFERENCE,
-) -> dict[str, Array]:
-    """Take the step in NumPy, in the dtype of the parameters."""
+) -> tuple[float, Mapping[str, Array]]:
+    """Return the oracle's loss and gradients, in the dtype of the parameters."""
     hyper = replace(STEP, z_loss=task.z_loss)
-    loss, grads = rules.accumulate(params, task.batches, task.config, hyper, vjps)
-    found = _first(loss, grads)
-    # The gradients are the same for both limits, and they are most of the work.
-    once = SimpleNamespace(**{**vars(rules), "accumulate": lambda *_: (loss, grads)})
+    found: tuple[float, Mapping[str, Array]] = rules.accumulate(
+        params, task.batches, task.config, hyper, vjps
+    )
+    return found
+
+
+def step_values(
+    task: Task,
+    params: Mapping[str, Array],
+    made: tuple[float, Mapping[str, Array]],
+    trains: bool,
+    rules: SimpleNamespace = optim.REFERENCE,
+) -> dict[str, Array]:
+    """Return all that the oracle's step leaves, given its loss and gradients."""
+    found = _first(*made)
+    given = SimpleNamespace(**{**vars(rules), "accumulate": lambda *_: made})
     for run in RUNS if trains else ():
+        hyper = replace(STEP, z_loss=task.z_loss, grad_clip=task.clips[run])
         new, state, metrics = optim.train_step(
-            params,
-            optim.init_state(params),
-            task.batches,
-            task.config,
-            replace(hyper, grad_clip=task.clips[run]),
-            rules=once,
+            params, optim.init_state(params), task.batches, task.config, hyper, rules=given
         )
         found |= _second(run, metrics.grad_norm, state.exp_avg, params, new)
     return found
 
 
-def their_values(
-    backend: Any, task: Task, params: Mapping[str, Array], trains: bool
-) -> dict[str, Array]:
-    """Have a backend take the step. Raises NotImplementedError for what it does not offer."""
-    hyper = replace(STEP, z_loss=task.z_loss)
-    loss, grads = backend.loss_and_grads(task.config, params, task.batches, task.z_loss)
-    found = _first(loss, grads)
-    for run in RUNS if trains else ():
-        done = backend.train(
-            task.config, params, task.batches, replace(hyper, grad_clip=task.clips[run]), 1
-        )
-        found |= _second(run, done["grad_norm"][0], done["exp_avg"], params, done["params"])
-    return found
+def compare_training(
+    side: Side, checkpoint: Checkpoint, ids: Array, start: Start, diagnosing: bool
+) -> tuple[list[Row], Diagnosis, list[str]]:
+    """Take a training step on both sides; return its rows, their diagnosis, and notes.
+
+    Raises InputError for a backend without gradients, and for one that fails.
+    """
+    backend = backends.load(side.backend, "--against")
+    exact = dict(checkpoint)  # float64
+    low = exact if side.dtype == "float64" else dict(Checkpoint(checkpoint.path, side.dtype))
+    theirs_at = checkpoint.path if side.weights is None else side.weights
+    given = Parameters(Checkpoint(theirs_at, side.dtype), checkpoint.config, side.dtype)
+    task = Task(checkpoint.config, make_batches(ids), {}, STEP.z_loss)
+    notes: list[str] = []
+    advance = start("training step", 3)
+
+    def theirs_of(name: str, *arguments: Any) -> Any:
+        batches = copy.deepcopy(task.batches)
+        return ask(backend, name, "the training step", task.config, given, batches, *arguments)
+
+    try:
+        first = theirs_of("loss_and_grads", task.z_loss)
+    except NotImplementedError as error:
+        notes.append(f"z-loss is left out ({error})")
+        task = task._replace(z_loss=0.0)
+        try:
+            first = theirs_of("loss_and_grads", 0.0)
+        except NotImplementedError as other:
+            raise InputError(f"--grads: {side.title} does not offer it ({other})") from None
+    made = gradients(task, exact)
+    task = task._replace(clips=clips(made[1]))
+    try:
+        done = {}
+        for run in RUNS:
+            hyper = replace(STEP, z_loss=task.z_loss, grad_clip=task.clips[run])
+            done[run] = theirs_of("train", hyper, 1)
+    except NotImplementedError as error:
+        notes.append(f"gradients alone, no step ({error})")
+        done = {}
+    try:
+        theirs = _first(*first)
+        for run, found in done.items():
+            theirs |= _second(run, found["grad_norm"][0], found["exp_avg"], given, found["params"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(
+            f"--against: loss_and_grads or train returned something else than the protocol says "
+            f"({type(error).__name__}: {error}); see parity_tests/backends"
+        ) from None
+    advance()
+    trains = bool(done)
+    right = step_values(task, exact, made, trains)
+    advance()
+    plain = right if low is exact else step_values(task, low, gradients(task, low), trains)
+    advance()
+    rows = compare_step(task, side.dtype, theirs, right, plain, trains)
+    found = Diagnosis([], [])
+    if diagnosing and any(row.status == "diverges" for row in rows):
+        advance = start("known training bugs", len(TRAINING))
+        found = diagnose_step(task, low, theirs, plain, rows, advance)
+    return rows, found, notes
 
 
 def _rows(value: Any) -> Array:
@@ -154,7 +212,7 @@ def slack(
         if norm_name not in exact:
             continue
         norm = float(exact[norm_name].item())
-        factor = min(1.0, task.clips[run] / norm)
+        factor = min(1.0, task.clips[run] / norm) if norm > 0 else 1.0
         handed_on = 0.0
         if factor < 1.0:
             handed_on = summed
@@ -208,11 +266,10 @@ def compare_step(
     more = {} if dtype == "float64" else slack(task, dtype, theirs, exact, plain)
     found = []
     for name in names(task.config, trains):
-        row = judge((0, name), theirs.get(name), [(exact[name], plain[name])], dtype)
-        if row.inherited is not None and name in more:
-            wider = Errors(*(a + b for a, b in zip(row.inherited.bound, more[name], strict=True)))
-            measure = Measure(row.inherited.error, wider)
-            row = row._replace(status="ok" if measure.holds else "diverges", inherited=measure)
+        limit = bound(exact[name], plain[name], dtype)
+        if name in more:
+            limit = Errors(*(a + b for a, b in zip(limit, more[name], strict=True)))
+        row = judge((0, name), theirs.get(name), [{(0, name): exact[name]}], [limit])
         found.append(row)
     return found
 
@@ -221,27 +278,26 @@ def diagnose_step(
     task: Task,
     params: Mapping[str, Array],
     theirs: Mapping[str, Array],
+    honest: Mapping[str, Array],
     rows: Sequence[Row],
-    trains: bool,
     advance: Callable[[], None],
 ) -> Diagnosis:
     """Take the oracle's step with each known training bug; say which gives what they got."""
     judged: dict[Key, Row] = {(0, row.name): row for row in rows if row.inherited is not None}
-    failing = {key for key, row in judged.items() if row.status == "diverges"}
-    if not failing:
-        return Diagnosis([], [], 0)
+    left = {key for key, row in judged.items() if row.status == "diverges"}
+    trains = any(row.name.startswith(RUNS) for row in rows)
     suspects: list[Suspect] = []
     for bug in TRAINING:
-        parts = bug.apply(grad.REFERENCE), bug.apply(optim.REFERENCE)
-        with np.errstate(all="ignore"):
-            values = oracle_values(task, params, trains, *parts)
-            found = {}
-            for key, row in judged.items():
-                assert row.inherited is not None
-                error = errors(theirs[row.name], values[row.name])
-                found[key] = Effect(error.within(row.inherited.bound), error.rms, math.inf, True)
+        vjps, rules = bug.apply(grad.REFERENCE), bug.apply(optim.REFERENCE)
+        values = step_values(task, params, gradients(task, params, vjps, rules), trains, rules)
+        found = {}
+        for key, row in judged.items():
+            assert row.inherited is not None
+            error = errors(theirs[row.name], values[row.name])
+            moves = not np.array_equal(values[row.name], honest[row.name])
+            fits = error.within(row.inherited.bound)
+            found[key] = Effect(fits, error.rms, math.inf, moves)
         suspects.append(((bug,), found))
         advance()
-    left = set(failing)
     findings = cover(judged, suspects, left)
-    return Diagnosis(findings, [judged[k] for k in judged if k in left], len(failing))
+    return Diagnosis(findings, [judged[key] for key in judged if key in left])

@@ -154,16 +154,17 @@ def load(spec: str, flag: str = "--backend") -> Any:
         found: Any = importlib.import_module(module_name)
         for part in path.split(".") if path else ():
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = found() if inspect.isclass(found) else found
+    except (Exception, SystemExit) as error:  # whatever somebody's module does
+        why = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"{flag} {spec}: cannot be imported ({error}); give package.module:object or one of "
+            f"{flag} {spec}: cannot be imported ({why}); give package.module:object or one of "
             f"{', '.join(SHIPPED)}"
         ) from error
-    found = found() if inspect.isclass(found) else found
     if not callable(getattr(found, "logits", None)):
         raise InputError(f"{flag} {spec}: has no method logits; see parity_tests.backends")
     known = {"float64", "float32", "bfloat16", "float16"}
-    dtypes = tuple(getattr(found, "dtypes", Backend.dtypes))
+    dtypes = tuple(getattr(found, "dtypes", None) or Backend.dtypes)
     if not dtypes or not set(dtypes) <= known:
         raise InputError(f"{flag} {spec}: dtypes {dtypes} must be among {sorted(known)}")
     return found

@@ -39,11 +39,14 @@ class LiftFloat32(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def hugging_face_config(config: LlamaConfig) -> Any:
-    """Their config of ours; without the special tokens that a small vocabulary has no room for."""
-    return transformers.LlamaConfig(
-        **config.to_hf(), bos_token_id=None, eos_token_id=None, attn_implementation="eager"
-    )
+def config_from(hf: Mapping[str, Any], n_layers: int) -> Any:
+    """Their config from a config.json's content.
+
+    Without the special tokens, that a small vocabulary has no room for.
+    """
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    given = {**hf, **tokens, "num_hidden_layers": n_layers}
+    return transformers.LlamaConfig(**given, attn_implementation="eager")
 
 
 class Transformers:
@@ -115,7 +118,7 @@ class Transformers:
         if config.tie_embeddings:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         low = torch.bfloat16 if dtype == ml_dtypes.bfloat16 else tensors["lm_head.weight"].dtype
-        model = empty_model(config, low)
+        model = empty_model(config_from(config.to_hf(), config.n_layers), low)
         model.load_state_dict({n: v.to(low) for n, v in tensors.items()}, strict=True, assign=True)
         model.tie_weights()  # assigning made two parameters of a tied one
         return model.requires_grad_(True)
@@ -127,12 +130,12 @@ class Transformers:
         return positions
 
 
-def empty_model(config: LlamaConfig, dtype: torch.dtype) -> Any:
-    """Build their model with parameters on the meta device."""
-    if config.dim % config.n_heads:
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """Build the model of their config with parameters on the meta device."""
+    if config.hidden_size % config.num_attention_heads:
         raise NotImplementedError("dim is not a multiple of n_heads")
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(hugging_face_config(config)).to(dtype).eval()
+        model = transformers.LlamaForCausalLM(config).to(dtype).eval()
     # Frequencies are no parameter: real, and not rounded with the rest.
     with LiftFloat32() if dtype == torch.float64 else nullcontext():
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
