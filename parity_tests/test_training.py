@@ -17,7 +17,7 @@ from reference_np.grad import Batch, loss_and_grads
 from reference_np.mutants import Mutant
 from reference_np.ops import IGNORE
 from reference_np.optim import Hyper
-from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LAMBDA, LOGIC, UNIT_ROUNDOFF
+from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LOGIC, UNIT_ROUNDOFF
 
 from .backends.torch_backends import optim_config
 from .strategies import Array, Params, cast, random_params, seeds, wide_cases
@@ -240,13 +240,13 @@ def distances(actual: Trained, expected: Trained) -> dict[str, float]:
 
 @given(case=wide_cases(), z_loss=st.sampled_from([0.0, 1e-2]), seed=seeds)
 def test_whole_steps_in_float32(case: Any, z_loss: float, seed: int) -> None:
-    """Ten steps in float32: at most FACTOR times the plain oracle's own error, plus a floor.
+    """Three steps in float32: at most FACTOR times the plain oracle's own error, plus a floor.
 
     Measured on each parameter's change and on the moments, as rms over the whole model:
     rounding in the gradients reaches the parameters through Adam's division, which can turn
-    one element's sign, so that single elements have no useful bound. How far ten steps carry a
-    rounding is a matter of luck, so the oracle's error is the worst of four: its own, and those
-    from parameters moved by one rounding.
+    one element's sign, so that single elements have no useful bound. How far steps carry a
+    rounding is a matter of luck (of ten, by orders of magnitude), so the oracle's error is the
+    worst of four: its own, and those from parameters moved by one rounding.
     """
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, case.config.vocab_size, case.tokens.shape)
@@ -254,17 +254,17 @@ def test_whole_steps_in_float32(case: Any, z_loss: float, seed: int) -> None:
     hyper = Hyper(lr=1e-3, z_loss=z_loss, warmup_steps=3, steps=12)
     batches = [Batch(case.tokens, targets, case.positions)]
     training = TrainingCase(case.config, params, batches, hyper)
-    exact = oracle_train(training, 10, np.float64)
+    exact = oracle_train(training, 3, np.float64)
     unit = UNIT_ROUNDOFF["float32"]
     moved_once = (
         {n: v * (1 + unit * rng.choice([-2.0, 2.0], v.shape)) for n, v in params.items()}
         for _ in range(3)
     )
     plain = [
-        oracle_train(training._replace(params=start), 10, np.float32)
+        oracle_train(training._replace(params=start), 3, np.float32)
         for start in (params, *moved_once)
     ]
-    actual = torch_train(training, 10, np.float32)
+    actual = torch_train(training, 3, np.float32)
     for kind in ("params", "exp_avg", "exp_avg_sq"):
         start = params if kind == "params" else dict.fromkeys(params, 0.0)
         moved = {n: v - start[n] for n, v in getattr(exact, kind).items()}
@@ -277,16 +277,11 @@ def test_whole_steps_in_float32(case: Any, z_loss: float, seed: int) -> None:
 
         floor = FLOOR_ROUNDINGS * unit
         assert error(actual) <= FACTOR * max(map(error, plain)) + floor, kind
-    n = sum(v.size for v in params.values())
-    apart = max(
-        np.sqrt(sum(np.sum((v - exact.params[n]) ** 2) for n, v in one.params.items()))
-        for one in plain
-    )
-    for mine, theirs, norm in zip(actual.losses, exact.losses, exact.norms, strict=True):
-        # log Z - l is a difference of numbers near ten, each known to some roundings; and
-        # parameters so far apart, in n directions that know nothing of the gradient's, move it.
-        allowed = LAMBDA / np.sqrt(n) * norm * FACTOR * apart
-        assert abs(mine - theirs) <= 10 * floor + allowed
+    for step, (mine, theirs) in enumerate(zip(actual.losses, exact.losses, strict=True)):
+        # log Z - l is a difference of numbers near ten, or of the loss's own size, each known to
+        # some roundings.
+        allowed = max(abs(one.losses[step] - theirs) for one in plain)
+        assert abs(mine - theirs) <= FACTOR * allowed + (10 + theirs) * floor
 
 
 @lru_cache(maxsize=1)

@@ -161,7 +161,7 @@ def compare_training(
     found = Diagnosis([], [])
     if diagnosing and any(row.status == "diverges" for row in rows):
         advance = start("known training bugs", len(TRAINING))
-        found = diagnose_step(task, low, theirs, plain, rows, advance)
+        found = diagnose_step(task, side.dtype, exact, low, theirs, right, rows, advance)
     return rows, found, notes
 
 
@@ -276,9 +276,11 @@ def compare_step(
 
 def diagnose_step(
     task: Task,
-    params: Mapping[str, Array],
+    dtype: str,
+    exact: Mapping[str, Array],
+    low: Mapping[str, Array],
     theirs: Mapping[str, Array],
-    honest: Mapping[str, Array],
+    right: Mapping[str, Array],
     rows: Sequence[Row],
     advance: Callable[[], None],
 ) -> Diagnosis:
@@ -289,14 +291,19 @@ def diagnose_step(
     suspects: list[Suspect] = []
     for bug in TRAINING:
         vjps, rules = bug.apply(grad.REFERENCE), bug.apply(optim.REFERENCE)
-        values = step_values(task, params, gradients(task, params, vjps, rules), trains, rules)
+        made, plain = (
+            step_values(task, params, gradients(task, params, vjps, rules), trains, rules)
+            for params in (exact, low)
+        )
         found = {}
         for key, row in judged.items():
             assert row.inherited is not None
-            error = errors(theirs[row.name], values[row.name])
-            moves = not np.array_equal(values[row.name], honest[row.name])
-            fits = error.within(row.inherited.bound)
-            found[key] = Effect(fits, error.rms, math.inf, moves)
+            # What the bug makes may be worse conditioned than what is right.
+            limit = bound(made[row.name], plain[row.name], dtype)
+            limit = Errors(*map(max, limit, row.inherited.bound))
+            error = errors(theirs[row.name], made[row.name])
+            moves = not np.array_equal(made[row.name], right[row.name])
+            found[key] = Effect(error.within(limit), error.rms, math.inf, moves)
         suspects.append(((bug,), found))
         advance()
     findings = cover(judged, suspects, left)

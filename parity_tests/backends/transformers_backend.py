@@ -44,6 +44,8 @@ def config_from(hf: Mapping[str, Any], n_layers: int) -> Any:
 
     Without the special tokens, that a small vocabulary has no room for.
     """
+    if hf["hidden_size"] % hf["num_attention_heads"]:
+        raise NotImplementedError("dim is not a multiple of n_heads")
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     given = {**hf, **tokens, "num_hidden_layers": n_layers}
     return transformers.LlamaConfig(**given, attn_implementation="eager")
@@ -132,8 +134,6 @@ class Transformers:
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """Build the model of their config with parameters on the meta device."""
-    if config.hidden_size % config.num_attention_heads:
-        raise NotImplementedError("dim is not a multiple of n_heads")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).to(dtype).eval()
     # Frequencies are no parameter: real, and not rounded with the rest.

@@ -1,0 +1,204 @@
+"""Training bugs planted in torch: planted's model under autograd, with a hand-written step.
+
+Where a bug is in a gradient, the value stays right and the gradient is that of something else.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
+from reference_np.naming import EMBED, LM_HEAD
+from reference_np.optim import Hyper
+
+from . import planted
+from .planted import Array, Operation, Params, Planted
+
+Tensors = dict[str, Tensor]
+
+
+def gradient_of(wrong: Tensor, value: Tensor) -> Tensor:
+    """``value``, whose gradient is that of ``wrong``."""
+    return value.detach() + wrong - wrong.detach()
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float, kind: str) -> Tensor:
+    right = planted.rms_norm(x, w, eps)
+    root = (planted.mean_square(x) + eps).sqrt()
+    if kind == "norm_without_mean":
+        return gradient_of(x / root.detach() * w, right)
+    if kind == "norm_weight_from_input":
+        return gradient_of(x / root * w.detach() + x.detach() * w, right)
+    return gradient_of(x / root * w.detach() ** 2 + (x / root).detach() * w, right)
+
+
+def masked_softmax(scores: Tensor, mask: Tensor, diagonal: bool) -> Tensor:
+    right = planted.masked_softmax(scores, mask)
+    p = right.detach()
+    return gradient_of(p * (1 - p) * scores if diagonal else p * scores, right)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, turned: bool) -> Tensor:
+    # The transpose of a rotation is the rotation back: this one's gradient is turned forward.
+    wrong = planted.apply_rope(x, cos, -sin) if turned else x
+    return gradient_of(wrong, planted.apply_rope(x, cos, sin))
+
+
+def shared_by(n_rep: int, average: bool) -> Callable[[Tensor], Tensor]:
+    """Repeated heads [B, H, S, K] that hand back less than the sum of their gradients."""
+
+    def share(heads: Tensor) -> Tensor:
+        if average:
+            return gradient_of(heads / n_rep, heads)
+        first = torch.arange(heads.shape[1]) % n_rep == 0
+        return gradient_of(heads * first[:, None, None], heads)
+
+    return share
+
+
+def embed_last(weight: Tensor, tokens: Tensor) -> Tensor:
+    """Of a token's several places in a batch, only the last is learnt from."""
+    flat = tokens.flatten().tolist()
+    last = {token: place for place, token in enumerate(flat)}
+    keep = torch.tensor([last[token] == place for place, token in enumerate(flat)])
+    right = planted.embed(weight, tokens)
+    return gradient_of(right * keep.view(*tokens.shape, 1), right)
+
+
+def swiglu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    right = planted.swiglu(gate, up)
+    if kind == "up_from_gate":
+        return gradient_of(F.silu(gate) * up.detach() + gate.detach() * up, right)
+    wrong = gate.sigmoid().detach() * gate * up.detach() + F.silu(gate).detach() * up
+    return gradient_of(wrong, right)
+
+
+def operations(bug: str, n_rep: int) -> dict[str, Operation]:
+    """What a bug of the model's gradient replaces."""
+    share = shared_by(n_rep, bug == "keys_averaged")
+    if bug.startswith("norm_"):
+        return {"rms_norm": lambda x, w, eps: rms_norm(x, w, eps, bug)}
+    if bug.startswith("softmax_"):
+        return {"masked_softmax": lambda s, m: masked_softmax(s, m, bug == "softmax_diagonal")}
+    if bug.startswith("rope_"):
+        turned = bug == "rope_forward_angle"
+        return {"apply_rope": lambda x, cos, sin: apply_rope(x, cos, sin, turned)}
+    if bug.startswith("keys_"):
+        return {"attention_scores": lambda q, k: planted.attention_scores(q, share(k))}
+    table: dict[str, dict[str, Operation]] = {
+        "scores_without_scale": {
+            "attention_scores": lambda q, k: gradient_of(q @ k.mT, planted.attention_scores(q, k))
+        },
+        "values_from_first_head": {"attention_mix": lambda w, v: w @ share(v)},
+        "embedding_forgotten": {"embed": lambda w, t: planted.embed(w.detach(), t)},
+        "embedding_last_wins": {"embed": embed_last},
+        "silu_without_second_term": {"swiglu": lambda g, u: swiglu(g, u, bug)},
+        "up_from_gate": {"swiglu": lambda g, u: swiglu(g, u, bug)},
+    }
+    return table.get(bug, {})
+
+
+class PlantedTrainer(Planted):
+    """The honest copy, trained with one bug or none."""
+
+    def __init__(self, bug: str = "") -> None:
+        super().__init__()
+        self.bug = bug
+
+    def loss_and_grads(
+        self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
+    ) -> tuple[float, Mapping[str, Array]]:
+        loss, grads = self._gradients(config, _tensors(params), batches, z_loss)
+        return loss, {name: g.numpy() for name, g in grads.items()}
+
+    def train(
+        self,
+        config: LlamaConfig,
+        params: Params,
+        batches: Sequence[Batch],
+        hyper: Hyper,
+        steps: int,
+    ) -> Mapping[str, Any]:
+        assert (steps, hyper.warmup_steps) == (1, 0)
+        tensors = _tensors(params)
+        loss, grads = self._gradients(config, tensors, batches, hyper.z_loss)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+        new, exp_avg = {}, {}
+        for name, g in grads.items():
+            with torch.no_grad():
+                g = self._clipped(g, norm, hyper.grad_clip)
+                new[name], exp_avg[name] = self._adam(tensors[name].detach(), g, hyper)
+        arrays = [{n: t.numpy() for n, t in part.items()} for part in (new, exp_avg)]
+        return {"loss": [loss], "grad_norm": [norm], "params": arrays[0], "exp_avg": arrays[1]}
+
+    def _gradients(
+        self, config: LlamaConfig, tensors: Tensors, batches: Sequence[Batch], z_loss: float
+    ) -> tuple[float, Tensors]:
+        replaced = operations(self.bug, config.n_rep)
+
+        def read(params: Tensors, name: str, config: LlamaConfig) -> Tensor:
+            return params[EMBED if name == LM_HEAD and config.tie_embeddings else name]
+
+        ops = SimpleNamespace(**{**planted.OPERATIONS, **replaced, "read": read})
+        counts = [int((batch.targets != -100).sum()) for batch in batches]
+        loss = torch.zeros((), dtype=torch.float64)
+        for batch, count in zip(batches, counts, strict=True):
+            n = sum(counts)
+            if self.bug == "mean_of_means":
+                n = count * len(batches)
+            ids, targets = (torch.from_numpy(np.array(x)) for x in batch[:2])
+            logits, _ = planted.forward(
+                config, tensors, ids, None, None, None, lambda name, value: None, ops
+            )
+            loss = loss + self._loss(logits.flatten(0, 1), targets, n, z_loss)
+        loss.backward()
+        return loss.item(), {name: t.grad for name, t in tensors.items()}
+
+    def _loss(self, logits: Tensor, targets: Tensor, n: int, z_loss: float) -> Tensor:
+        flat, z = targets.flatten(), logits.logsumexp(-1)
+        own = F.cross_entropy(logits, flat, ignore_index=-100, reduction="sum")
+        squares = (z.square() * (flat != -100)).sum()
+        right = (own + z_loss * squares) / n
+        if self.bug == "loss_per_row":
+            return gradient_of((own + z_loss * squares) / len(targets), right)
+        if self.bug == "padding_learnt":
+            every = F.cross_entropy(logits, flat.clamp(min=0), reduction="sum")
+            return gradient_of((every + z_loss * z.square().sum()) / n, right)
+        if self.bug == "z_loss_forgotten":
+            return gradient_of(own / n, right)
+        return right
+
+    def _clipped(self, g: Tensor, norm: float, limit: float) -> Tensor:
+        if self.bug == "clip_by_value":
+            return g.clamp(-limit, limit)
+        if self.bug == "clip_each":
+            norm = float(g.norm())
+        factor = limit / (norm + 1e-6)
+        return g * (factor if self.bug == "clip_always" else min(1.0, factor))
+
+    def _adam(self, p: Tensor, g: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+        decays = p.ndim > 1 or self.bug == "decay_on_norms"
+        decay = hyper.weight_decay if decays else 0.0
+        if self.bug == "decay_in_gradient":
+            g, decay = g + decay * p, 0.0
+        rate = 1.0 if self.bug == "decay_without_rate" else hyper.lr
+        step = 2 if self.bug == "adam_step_from_one_too_many" else 1
+        m, v = (1 - hyper.beta1) * g, (1 - hyper.beta2) * g.square()
+        m_hat, v_hat = m / (1 - hyper.beta1**step), v / (1 - hyper.beta2**step)
+        if self.bug == "adam_uncorrected":
+            m_hat, v_hat = m, v
+        down = v_hat.sqrt() + hyper.eps
+        if self.bug == "adam_eps_inside":
+            down = (v_hat + hyper.eps).sqrt()
+        return p - rate * decay * p - hyper.lr * m_hat / down, m
+
+
+def _tensors(params: Params) -> Tensors:
+    return {name: torch.from_numpy(np.array(params[name])).requires_grad_() for name in params}
