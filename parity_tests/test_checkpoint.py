@@ -17,9 +17,11 @@ from safetensors.numpy import load_file, save_file
 import llama_torch.config
 import reference_np.config
 from llama_torch.checkpoint import atomic_write, load_model
+from llama_torch.config import ModelConfig
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
+from tools import random_checkpoint
 
 from .strategies import Array, Params, cast, configs, random_params
 from .support import torch_forward
@@ -256,3 +258,16 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     atomic_write(path, lambda temporary: temporary.write_text("new") and None)
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_random_checkpoint_is_one_that_both_sides_read(tmp_path: Path) -> None:
+    config = ModelConfig(16, 3, 4, 2, 4, 24, 60)
+    random_checkpoint.write(tmp_path, config, torch.bfloat16, seed=0)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4  # three layers and the rest
+    params = Checkpoint(tmp_path)
+    model = load_model(tmp_path)
+    for name, value in model.state_dict().items():
+        assert np.array_equal(params[name], value.numpy())
+    assert 0.015 < params["model.layers.1.mlp.up_proj.weight"].std() < 0.025
+    code = random_checkpoint.main([str(tmp_path)])
+    assert code == 2  # it holds a model already

@@ -43,6 +43,21 @@ def test_the_torch_package_never_imports_the_oracle() -> None:
     assert not found & {"reference_np", "parity_tests", "tools", "transformers"}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_of_the_tests_tools_use_the_backends_alone(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    named += [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    names = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "parity_tests"
+        for alias in node.names
+    ]
+    of_tests = {n for n in named + names if n.startswith("parity_tests") and n != "parity_tests"}
+    assert all(name.startswith("parity_tests.backends") for name in of_tests)
+
+
 def test_a_forbidden_import_would_be_seen() -> None:
     assert "safetensors" in imported("import reference_np.model, safetensors")
     assert "reference_np" in imported("import llama_torch.config, reference_np.config")

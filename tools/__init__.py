@@ -1,1 +1,1 @@
-"""Command-line tools: compare.py, bench.py, plot.py; and what compare.py is made of."""
+"""Command-line tools, and what compare.py is made of; no package of its own to install."""
