@@ -166,10 +166,10 @@ def locate(path: Path) -> tuple[ModelConfig, dict[str, tuple[Path, tuple[int, ..
 def read_tensor(
     path: Path, name: str, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Read one parameter; nothing of the file stays mapped."""
+    """Read one parameter; without a change of dtype or device it is the file, mapped."""
     with _open(path) as file:
         tensor: Tensor = file.get_tensor(name)
-    return tensor.to(device, dtype, copy=True)
+    return tensor.to(device, dtype)
 
 
 def require_match(

@@ -135,7 +135,7 @@ def _lacks(item: Any) -> str:
     if not callable(getattr(backend, method, None)):
         return str(method)
     dtype = values.get("dtype")
-    dtypes = getattr(backend, "dtypes", backends.Backend.dtypes)
+    dtypes = backends.dtypes_of(backend)
     return "" if dtype is None or dtype in dtypes else dtype
 
 

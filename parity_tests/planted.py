@@ -226,8 +226,7 @@ class Planted:
         ids = torch.from_numpy(np.array(tokens))
 
         def note(name: str, value: Tensor) -> None:
-            half = value.dtype in (torch.bfloat16, torch.float16)
-            found[name] = (value.float() if half else value).numpy()
+            found[name] = value.numpy()
 
         with torch.no_grad():
             cache = forward(config, params, ids, at, see, cache, note, self.ops)[1]

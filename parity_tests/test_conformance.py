@@ -5,7 +5,7 @@ a function of an implementation, so that the plain baseline of low precision goe
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +20,7 @@ from reference_np.grad import Batch
 from reference_np.model import forward
 from reference_np.naming import activation_axes
 
-from .backends import Backend
+from .backends import dtypes_of
 from .backends.oracle import Oracle
 from .judge import JUDGE
 from .strategies import Array, Case, Params, calls, model_for, packed, padded, splits, wide_cases
@@ -31,7 +31,7 @@ data_given = given(data=st.data())
 
 
 def best(backend: Any) -> str:
-    return next(iter(getattr(backend, "dtypes", Backend.dtypes)))
+    return dtypes_of(backend)[0]
 
 
 def stored(params: Params, dtype: str) -> tuple[Params, Params]:
@@ -120,6 +120,15 @@ def test_packing(backend: Any, data: st.DataObject) -> None:
     )
 
 
+def in_chunks(method: Callable, case: Case, params: Params, sizes: list[int]) -> list[Any]:
+    """Feed a case to ``decode`` or its like in chunks; return what each call gave but its cache."""
+    parts, cache = [], None
+    for chunk in np.split(case.tokens, np.cumsum(sizes)[:-1], axis=1):
+        part, cache = method(case.config, params, chunk, None, None, cache)
+        parts.append(part)
+    return parts
+
+
 @pytest.mark.needs("decode")
 @data_given
 def test_chunks(backend: Any, data: st.DataObject) -> None:
@@ -131,13 +140,8 @@ def test_chunks(backend: Any, data: st.DataObject) -> None:
     expected = in_one_pass(exact, case.config, case.tokens)
 
     def run(it: Any) -> Mapping[str, Array]:
-        parts, cache, start = [], None, 0
-        for size in sizes:
-            chunk = case.tokens[:, start : start + size]
-            logits, cache = it.decode(case.config, low, chunk, None, None, cache)
-            parts.append(np.asarray(logits))
-            start += size
-        return {"logits": np.concatenate(parts, axis=1)}
+        parts = in_chunks(it.decode, case, low, sizes)
+        return {"logits": np.concatenate([np.asarray(part) for part in parts], axis=1)}
 
     JUDGE.compare(backend, dtype, run, {"logits": expected})
 
@@ -152,13 +156,8 @@ def test_traced_chunks(backend: Any, data: st.DataObject) -> None:
     sizes = data.draw(splits(case.tokens.shape[1]))
 
     def run(it: Any, params: Params = low) -> Mapping[str, Array]:
-        parts, cache, start = {}, None, 0
-        for size in sizes:
-            chunk = case.tokens[:, start : start + size]
-            found, cache = it.traced_decode(case.config, params, chunk, None, None, cache)
-            parts |= {f"{start} {name}": value for name, value in found.items()}
-            start += size
-        return parts
+        parts = in_chunks(it.traced_decode, case, params, sizes)
+        return {f"{i} {name}": part[name] for i, part in enumerate(parts) for name in part}
 
     JUDGE.compare(backend, dtype, run, run(Oracle(), exact))
 

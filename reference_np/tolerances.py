@@ -78,8 +78,12 @@ class Errors(NamedTuple):
 
     def share(self, bound: "Errors") -> float:
         """Return the largest error as a share of its bound; infinite where the error is."""
+        return max(self.shares(bound))
+
+    def shares(self, bound: "Errors") -> list[float]:
+        """Return each error as a share of its bound; infinite where the error is."""
         pairs = zip(self, bound, strict=True)
-        return max(_ratio(error, limit) if error < math.inf else error for error, limit in pairs)
+        return [_ratio(error, limit) if error < math.inf else error for error, limit in pairs]
 
 
 def errors(actual: Array, exact: Array) -> Errors:

@@ -36,6 +36,7 @@ from llama_torch.config import InputError
 from parity_tests import backends
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
 from tools import report as reports
 from tools import training_step
 from tools.diagnosis import Diagnosis, Start, diagnose
@@ -108,7 +109,7 @@ def layer_range(text: str, n_layers: int) -> tuple[int, int]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+def progress() -> Iterator[Start]:
     """Show bars with their ETA on a terminal; yields (what, steps) -> function for a step done."""
     console = Console(stderr=True)
     bars = rich_progress.Progress(
@@ -137,7 +138,8 @@ def check_trains(side: Side) -> None:
         raise InputError(f"--grads: {side.title} cannot be trained; give a backend or a checkpoint")
     if side.dtype not in ("float64", "float32"):
         raise InputError("--grads compares in float32 or float64; leave the precision out")
-    if not callable(getattr(backends.load(side.backend), "loss_and_grads", None)):
+    backend = backends.load(side.backend, "--against")
+    if not callable(getattr(backend, "loss_and_grads", None)):
         raise InputError(f"--grads: {side.title} offers no loss_and_grads; leave the flag out")
 
 
@@ -169,19 +171,20 @@ def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(CompareConfig, argv)
     checkpoint = Checkpoint(settings.ckpt, np.float64)
     side = find_side(settings.against, settings.dtype, checkpoint)
-    first, last = layer_range(settings.layers, checkpoint.config.n_layers)
+    layers = layer_range(settings.layers, checkpoint.config.n_layers)
     _check_outputs(settings, checkpoint)
     if settings.grads:
         check_trains(side)
     ids, calls = _input(settings, side, checkpoint.config)
+    batches = None
     if settings.grads:
-        training_step.make_batches(ids[: max(settings.tokens, default=LENGTH)])  # or say why not
+        batches = training_step.make_batches(ids[: max(settings.tokens, default=LENGTH)])
     with (
         progress() as start,
         tempfile.TemporaryDirectory() as folder,
         np.errstate(all="ignore"),  # what is not finite is reported by its name
     ):
-        report = _report(settings, checkpoint, side, calls, ids, (first, last), start, Path(folder))
+        report = _report(settings, checkpoint, side, calls, batches, layers, start, Path(folder))
     if settings.html:
         from tools.page import page
 
@@ -267,7 +270,7 @@ def _report(
     checkpoint: Checkpoint,
     side: Side,
     calls: Sequence[Call],
-    ids: np.ndarray,
+    batches: list[Batch] | None,
     layers: tuple[int, int],
     start: Start,
     folder: Path,
@@ -285,9 +288,9 @@ def _report(
     n_tokens = sum(call.tokens.size for call in calls)
     expected, what = len(problem.expected()), "activations"
     rows, training = findings.rows, None
-    if settings.grads:
+    if batches is not None:
         step_rows, step_diagnosis, notes = training_step.compare_training(
-            side, checkpoint, ids[: max(settings.tokens, default=LENGTH)], start, settings.diagnose
+            side, checkpoint, batches, start, settings.diagnose
         )
         training = {
             "rows": [reports.row_entry(row) for row in step_rows],

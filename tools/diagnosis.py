@@ -159,9 +159,8 @@ def diagnose(problem: Problem, rows: Sequence[Row], start: Start) -> Diagnosis:
     if not wrong:
         return Diagnosis([], [])
     stages = sorted({problem.stage(row) for row in wrong})
-    chosen = stages if len(stages) <= FIRST else [*stages[:FIRST], stages[-1]]
-    # A layer that may be right: what a bug would change there speaks against it.
-    chosen = sorted({*chosen, problem.first})
+    # And a layer that may be right: what a bug would change there speaks against it.
+    chosen = sorted({*stages[:FIRST], stages[-1], problem.first})
     look = Look(problem, rows, chosen)
     advance = start("known bugs", len(FORWARD))
     single: list[Suspect] = []
@@ -272,7 +271,7 @@ def _pairs(look: Look, single: Sequence[Suspect], left: set[Key], start: Start) 
     """
     calls = look.problem.calls
     size = {c: sum(calls[at].tokens.size for at in chain(calls, c)) for c, _ in left}
-    target = min(left, key=lambda key: (size[key[0]], list(look.rows).index(key)))
+    target = min((key for key in look.rows if key in left), key=lambda key: size[key[0]])
     active = [bugs[0] for bugs, found in single if found[target].moves]
     pairs = [pair for pair in combinations(active, 2) if pair[0].operation != pair[1].operation]
     advance = start("pairs of bugs", len(pairs))

@@ -65,6 +65,18 @@ class Weights(Mapping[str, Array]):
         return len(self.checkpoint)
 
 
+class _Once(dict[str, Array]):
+    """Parameters read when first asked for, and then kept: for the time that a stage runs."""
+
+    def __init__(self, params: Mapping[str, Array]) -> None:
+        super().__init__()
+        self._params = params
+
+    def __missing__(self, name: str) -> Array:
+        self[name] = self._params[name]
+        return self[name]
+
+
 class Replay:
     """One variant of the oracle: its operations, its dtype, and where each call stands."""
 
@@ -99,9 +111,8 @@ class Replay:
         """
         found: dict[Key, Array] = {}
         inside = 0 <= stage < self.config.n_layers
-        layer = {}
-        if inside:
-            layer = layer_params(self.params, stage, self.config, self.ops)
+        params = _Once(self.params)
+        layer = layer_params(params, stage, self.config, self.ops) if inside else {}
         presents: dict[int, tuple[Array, Array]] = {}
         for c, call in enumerate(self.calls):
 
@@ -120,11 +131,11 @@ class Replay:
             if stage >= 0 and not (c in self.streams and ready):
                 continue
             if stage == -1:
-                weight = self.ops.read(self.params, EMBED, self.config)
+                weight = self.ops.read(params, EMBED, self.config)
                 self.streams[c] = self.ops.embed(weight, call.tokens)
                 note("embed", self.streams[c])
             elif stage == self.config.n_layers:
-                head(self.params, self.streams[c], self.config, note, self.ops)
+                head(params, self.streams[c], self.config, note, self.ops)
             else:
                 tables, mask = self.given[c]
                 past = None if call.after is None else presents[call.after]

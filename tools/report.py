@@ -137,14 +137,7 @@ def verdict(
 
 
 def _place(row: Row, calls: Sequence[Call]) -> str:
-    return (
-        f"{row.name} ({calls[row.call].name})"
-        if row.name in _FORWARD or row.layer is not None
-        else row.name
-    )
-
-
-_FORWARD = ("embed", "norm", "logits", KL)
+    return f"{row.name} ({calls[row.call].name})" if row.kind in OPERATION else row.name
 
 
 def _share(row: Row) -> float:
@@ -153,12 +146,9 @@ def _share(row: Row) -> float:
 
 def _worst(measure: Measure) -> tuple[str, float, float]:
     """Return the kind of error that is the largest share of its bound, with both numbers."""
-    shares = [
-        error / bound if error < math.inf else error
-        for error, bound in zip(measure.error, measure.bound, strict=True)
-    ]
+    shares = measure.error.shares(measure.bound)
     k = shares.index(max(shares))
-    return ("rms", "worst", "token")[k], measure.error[k], measure.bound[k]
+    return Errors._fields[k], measure.error[k], measure.bound[k]
 
 
 def finding_entry(finding: Finding, calls: Sequence[Call], wrong: int) -> dict[str, Any]:
@@ -238,13 +228,10 @@ def show(report: Mapping[str, Any], console: Console, everything: bool) -> None:
         elif covers != "activations":
             say(f"{count} of {len(names)} calls {covers}{where}", style="yellow")
     _table(report["rows"], names, console, everything)
+    longest = max((np.size(entry["kl"]) for entry in report["logits"]), default=0)
     for entry in report["logits"]:
         kl = np.array(entry["kl"])
-        if (
-            everything
-            or entry["changed"]
-            or kl.size == max(np.size(e["kl"]) for e in report["logits"])
-        ):
+        if everything or entry["changed"] or kl.size == longest:
             say(
                 f"logits of {entry['name']}: KL {kl.mean():.1e} nats per token, {kl.max():.1e} at "
                 f"worst; first choice differs at {entry['changed']} of {kl.size} positions"

@@ -179,8 +179,11 @@ def _streamed(kind: str, dtype: str, path: Path, spec: str) -> Side:
                 caches.append(forward(call, cache, note))
         return ["activations"] * len(calls)
 
-    title = {"torch": "torch", "cuda": "torch on the GPU", "hf": "transformers"}[kind]
-    shipped = {"torch": "torch", "cuda": "cuda", "hf": "transformers"}[kind]
+    title, shipped = {
+        "torch": ("torch", "torch"),
+        "cuda": ("torch on the GPU", "cuda"),
+        "hf": ("transformers", "transformers"),
+    }[kind]
     return Side(f"{title}, the same weights", dtype, write, backend=shipped)
 
 
@@ -257,7 +260,7 @@ class Parameters(Mapping[str, Array]):
 
 def _backend(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
     backend = backends.load(spec, "--against")
-    known = tuple(getattr(backend, "dtypes", backends.Backend.dtypes))
+    known = backends.dtypes_of(backend)
     dtype = dtype or ("float32" if "float32" in known else known[0])
     if dtype not in known:
         raise InputError(

@@ -50,7 +50,10 @@ class Task(NamedTuple):
 
 
 def make_batches(ids: Array) -> list[Batch]:
-    """Cut token ids into two micro-batches of unequal length; the second ignores some targets."""
+    """Cut token ids into two micro-batches of unequal length; the first ignores some targets.
+
+    Raises InputError for too few.
+    """
     if len(ids) < 8:
         raise InputError("--grads needs 8 tokens or more, for two micro-batches")
     cut = 3 * len(ids) // 4
@@ -104,7 +107,7 @@ def step_values(
 
 
 def compare_training(
-    side: Side, checkpoint: Checkpoint, ids: Array, start: Start, diagnosing: bool
+    side: Side, checkpoint: Checkpoint, batches: list[Batch], start: Start, diagnosing: bool
 ) -> tuple[list[Row], Diagnosis, list[str]]:
     """Take a training step on both sides; return its rows, their diagnosis, and notes.
 
@@ -115,13 +118,14 @@ def compare_training(
     low = exact if side.dtype == "float64" else dict(Checkpoint(checkpoint.path, side.dtype))
     theirs_at = checkpoint.path if side.weights is None else side.weights
     given = Parameters(Checkpoint(theirs_at, side.dtype), checkpoint.config, side.dtype)
-    task = Task(checkpoint.config, make_batches(ids), {}, STEP.z_loss)
+    task = Task(checkpoint.config, batches, {}, STEP.z_loss)
     notes: list[str] = []
     advance = start("training step", 3)
 
     def theirs_of(name: str, *arguments: Any) -> Any:
-        batches = copy.deepcopy(task.batches)
-        return ask(backend, name, "the training step", task.config, given, batches, *arguments)
+        given_batches = copy.deepcopy(batches)
+        config, what = checkpoint.config, "the training step"
+        return ask(backend, name, what, config, given, given_batches, *arguments)
 
     try:
         first = theirs_of("loss_and_grads", task.z_loss)
@@ -291,10 +295,9 @@ def diagnose_step(
     suspects: list[Suspect] = []
     for bug in TRAINING:
         vjps, rules = bug.apply(grad.REFERENCE), bug.apply(optim.REFERENCE)
-        made, plain = (
-            step_values(task, params, gradients(task, params, vjps, rules), trains, rules)
-            for params in (exact, low)
-        )
+        made = plain = step_values(task, exact, gradients(task, exact, vjps, rules), trains, rules)
+        if low is not exact:
+            plain = step_values(task, low, gradients(task, low, vjps, rules), trains, rules)
         found = {}
         for key, row in judged.items():
             assert row.inherited is not None

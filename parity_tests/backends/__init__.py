@@ -164,7 +164,11 @@ def load(spec: str, flag: str = "--backend") -> Any:
     if not callable(getattr(found, "logits", None)):
         raise InputError(f"{flag} {spec}: has no method logits; see parity_tests.backends")
     known = {"float64", "float32", "bfloat16", "float16"}
-    dtypes = tuple(getattr(found, "dtypes", None) or Backend.dtypes)
-    if not dtypes or not set(dtypes) <= known:
-        raise InputError(f"{flag} {spec}: dtypes {dtypes} must be among {sorted(known)}")
+    if not set(dtypes_of(found)) <= known:
+        raise InputError(f"{flag} {spec}: dtypes {found.dtypes} must be among {sorted(known)}")
     return found
+
+
+def dtypes_of(backend: Any) -> tuple[str, ...]:
+    """Return the precisions that a backend computes in, most precise first."""
+    return tuple(getattr(backend, "dtypes", None) or Backend.dtypes)
