@@ -22,6 +22,7 @@ RUN_FILE = "run.json"
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STORED = ("F16", "BF16", "F32", "F64")
 
 
@@ -160,7 +161,20 @@ def locate(path: Path) -> tuple[ModelConfig, dict[str, tuple[Path, tuple[int, ..
                 if name in found:
                     raise InputError(f"{file_path}: {name} is also in another shard; keep one")
                 found[name] = file_path, tuple(part.get_shape())
-    return read_config(path, files), found
+    config = read_config(path, files)
+    if config.tie_embeddings and {EMBEDDING, HEAD} <= found.keys():
+        _require_equal(found[EMBEDDING][0], found.pop(HEAD)[0])
+    return config, found
+
+
+def _require_equal(embedding: Path, head: Path) -> None:
+    """Refuse a stored head that the config ties to the embedding and that is not the same."""
+    with _open(embedding) as first, _open(head) as second:
+        if not torch.equal(first.get_tensor(EMBEDDING), second.get_tensor(HEAD)):
+            raise InputError(
+                f"{head}: {HEAD} is not the embedding although tie_word_embeddings is true; "
+                "remove it, or set that to false"
+            )
 
 
 def read_tensor(

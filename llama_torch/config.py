@@ -37,7 +37,7 @@ def _has_surrogates(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-# ModelConfig field -> Hugging Face key. rope_theta has two spellings; see from_hf.
+# ModelConfig field -> Hugging Face key. The rotary ones have two places; see _rope_fields.
 HF_KEYS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -51,6 +51,15 @@ HF_KEYS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 
+# ModelConfig field -> key below rope_scaling, and which of them each kind of scaling has.
+ROPE_KEYS = {
+    "rope_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_max_seq_len": "original_max_position_embeddings",
+}
+ROPE_USES = {"default": (), "linear": ("rope_factor",), "llama3": tuple(ROPE_KEYS)}
+
 # Keys that would change the result, with the value that does not.
 NEUTRAL = {
     "model_type": "llama",
@@ -60,14 +69,16 @@ NEUTRAL = {
     "attention_dropout": 0.0,
     "pretraining_tp": 1,
     "is_encoder_decoder": False,
+    "rope_interleaved": False,
 }
 
 # Keys that say how a model is used, stored or reported, and never what it computes.
 INERT = (
     "architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id "
-    "finetuning_task id2label initializer_range label2id name_or_path output_attentions "
-    "output_hidden_states pad_token_id problem_type return_dict tokenizer_class torch_dtype "
-    "transformers_version unk_token_id use_cache use_return_dict"
+    "finetuning_task id2label initializer_range is_llama_config label2id max_length "
+    "max_sequence_length name_or_path output_attentions output_hidden_states pad_token_id "
+    "problem_type return_dict tokenizer_class torch_dtype transformers.js_config "
+    "transformers_version unk_token_id unsloth_fixed use_cache use_return_dict"
 )
 
 
@@ -97,6 +108,16 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True
     """Use the token embedding as the output projection too."""
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    """Scaling of the rotary frequencies; the next flags say how."""
+    rope_factor: float = 1.0
+    """Low frequencies (linear: all of them) are divided by this."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: waves longer than the original context over this are wholly scaled."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: waves shorter than the original context over this are not scaled."""
+    rope_original_max_seq_len: int = 8192
+    """llama3: the context before scaling."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -105,7 +126,15 @@ class ModelConfig:
             accepted = (int, float) if kind is float else (kind,)
             _check(type(value) in accepted, item.name, value, f"must be of type {kind.__name__}")
         _check_positive(self, "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
-        _check_positive(self, "max_seq_len", "norm_eps", "rope_theta")
+        _check_positive(self, "max_seq_len", "norm_eps", "rope_theta", *ROPE_KEYS)
+        one_of = f"must be one of {', '.join(ROPE_USES)}"
+        _check(self.rope_type in ROPE_USES, "rope_type", self.rope_type, one_of)
+        _check(
+            self.rope_low_freq_factor < self.rope_high_freq_factor,
+            "rope_low_freq_factor",
+            self.rope_low_freq_factor,
+            f"must be below --rope-high-freq-factor {self.rope_high_freq_factor}",
+        )
         if self.head_dim == 0:
             _check(
                 self.dim % self.n_heads == 0,
@@ -144,20 +173,9 @@ class ModelConfig:
             and not key.startswith("_")
             and value not in (None, False)
         ]
-        thetas = [hf.get("rope_theta")]
-        for key in ("rope_scaling", "rope_parameters"):
-            if hf.get(key) is None:
-                continue
-            rope = dict(hf[key]) if isinstance(hf[key], dict) else {"rope_type": hf}
-            thetas.append(rope.pop("rope_theta", None))
-            kinds = [rope.pop("rope_type", None), rope.pop("type", None)]
-            if rope or any(kind not in (None, "default") for kind in kinds):
-                problems.append(f"{key}={hf[key]!r} (supported: unscaled rotary embeddings)")
-        if problems:
+        rope, rope_problems = _rope_fields(hf)
+        if problems := problems + rope_problems:
             raise InputError(f"{source}: not supported: {'; '.join(problems)}")
-        found = [theta for theta in thetas if theta is not None]
-        if any(theta != found[0] for theta in found):
-            raise InputError(f"{source}: contradictory rotary bases rope_theta={found}; keep one")
         values: dict[str, Any] = {name: hf.get(key) for name, key in HF_KEYS.items()}
         for name, key in HF_KEYS.items():
             got = values[name]
@@ -173,10 +191,10 @@ class ModelConfig:
         if missing:
             raise InputError(f"{source}: missing {', '.join(missing)}; add the model's value")
         try:
-            return cls(**values, rope_theta=found[0] if found else 10000.0)
+            return cls(**values, **rope)
         except InputError as error:
             message = str(error)
-            for name, key in (*HF_KEYS.items(), ("rope_theta", "rope_theta")):
+            for name, key in (HF_KEYS | ROPE_KEYS | {"rope_theta": "rope_theta"}).items():
                 # A flag's name means nothing in a file.
                 message = message.replace(f"--{name.replace('_', '-')} ", f"{key} ")
             raise InputError(f"{source}: {message}") from None
@@ -184,16 +202,50 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` form; ``from_hf`` of it is this config again.
 
-        The rotary base is written in both of its places: older readers know only the first.
+        The rotary base and scaling are written in both of their places: older readers know
+        only the first.
         """
+        scaling = {ROPE_KEYS[name]: getattr(self, name) for name in ROPE_USES[self.rope_type]}
+        scaling = {"rope_type": self.rope_type, **scaling}
         return {
             "architectures": ["LlamaForCausalLM"],
             **NEUTRAL,
             **{key: getattr(self, name) for name, key in HF_KEYS.items()},
             "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_scaling": scaling if len(scaling) > 1 else None,
+            "rope_parameters": {**scaling, "rope_theta": self.rope_theta},
             "dtype": "float32",
         }
+
+
+def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Read the rotary base and scaling from both of their places, and what is wrong there.
+
+    A base that is nowhere is 10000, the paper's.
+    """
+    problems, thetas, scalings = [], [hf.get("rope_theta")], []
+    for place in ("rope_scaling", "rope_parameters"):
+        if hf.get(place) is None:
+            continue
+        rope = dict(hf[place]) if isinstance(hf[place], dict) else {"not an object": hf[place]}
+        thetas.append(rope.pop("rope_theta", None))
+        kinds = [kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind]
+        kind = kinds[0] if kinds else "default"
+        known = isinstance(kind, str) and kind in ROPE_USES
+        keys = {ROPE_KEYS[name]: name for name in ROPE_USES[kind]} if known else {}
+        if not known or kinds[1:] not in ([], [kind]) or set(rope) - set(keys):
+            problems.append(f"{place}={hf[place]!r} (supported: default, linear, llama3 scaling)")
+        elif missing := [key for key in keys if rope.get(key) is None]:
+            problems.append(f"{place}={hf[place]!r} (missing {', '.join(missing)})")
+        else:
+            scalings.append({"rope_type": kind, **{keys[key]: rope[key] for key in keys}})
+    found = [theta for theta in thetas if theta is not None]
+    if any(theta != found[0] for theta in found):
+        problems.append(f"contradictory rotary bases rope_theta={found}; keep one")
+    if any(scaling != scalings[0] for scaling in scalings):
+        problems.append("rope_scaling contradicts rope_parameters; keep one of them")
+    fields = {"rope_theta": found[0] if found else 10000.0}
+    return fields | (scalings[0] if scalings else {}), problems
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,33 @@ def no_trace(name: str, value: Tensor) -> None:
     """Ignore one activation."""
 
 
-def rope_tables(positions_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tables:
+def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """Return the rotary frequencies [K / 2] in float64, scaled as ``rope_type`` says.
+
+    "linear" divides them all by the factor (Chen et al. 2023); "llama3" those that turn less
+    than ``rope_low_freq_factor`` times in the original context, and in part those up to
+    ``rope_high_freq_factor`` times (Grattafiori et al. 2024, as released with Llama 3.1).
+    """
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
+    frequencies: Tensor = config.rope_theta ** (-pairs / config.head_dim)
+    if config.rope_type == "default":
+        return frequencies
+    kept = torch.zeros_like(frequencies)
+    if config.rope_type == "llama3":
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        turns = frequencies * (config.rope_original_max_seq_len / (2 * math.pi))
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(frequencies / config.rope_factor, frequencies, kept)
+
+
+def rope_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tables:
     """Return cos and sin of every rotation angle, each [B, T, 1, K / 2] (Su et al. 2021, eq. 15).
 
     Computed in float64 and rounded once, to float32 unless the model itself is float64:
     bfloat16 cannot tell position 257 from 256.
     """
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BT.device)
-    angles = positions_BT[..., None, None].double() * theta ** (-pairs / head_dim)
+    frequencies = rope_frequencies(config, positions_BT.device)
+    angles = positions_BT[..., None, None].double() * frequencies
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
 
@@ -183,7 +202,7 @@ class Decoder(nn.Module):
         mask = None if mask is None else mask[:, None]  # the same for every head
         x_BTD = self.embed_tokens(tokens_BT)
         trace("embed", x_BTD)
-        tables = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
+        tables = rope_tables(positions, self.config, x_BTD.dtype)
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])

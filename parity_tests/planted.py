@@ -8,6 +8,7 @@ Axes: B batch, T query position (this call's tokens), S key position (cache and 
 D dim, H query heads, N key/value heads, K head_dim, F hidden_dim, V vocabulary.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -56,9 +57,25 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D * (x * torch.rsqrt(mean_square(x) + eps))
 
 
-def rope_frequencies(head_dim: int, theta: float) -> Tensor:
-    """theta^(-2i/K) in float64: [K / 2]."""
-    return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """theta^(-2i/K) in float64, scaled as the config says: [K / 2]."""
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
+    return scaled(config.rope_theta ** -(pairs / config.head_dim), config)
+
+
+def scaled(frequencies: Tensor, config: LlamaConfig) -> Tensor:
+    if config.rope_type == "default":
+        return frequencies
+    slow = frequencies / config.rope_factor
+    if config.rope_type == "linear":
+        return slow
+    wave = 2 * math.pi / frequencies
+    longest = config.rope_original_max_seq_len / config.rope_low_freq_factor
+    shortest = config.rope_original_max_seq_len / config.rope_high_freq_factor
+    # Between the two, the share kept falls linearly with 1 / wave.
+    share = (1 / wave - 1 / longest) / (1 / shortest - 1 / longest)
+    mixed = torch.where(wave > longest, slow, share * frequencies + (1 - share) * slow)
+    return torch.where(wave < shortest, frequencies, mixed)
 
 
 def cos_sin(positions_BT: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tables:
@@ -67,8 +84,8 @@ def cos_sin(positions_BT: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Ta
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rope_tables(positions_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tables:
-    return cos_sin(positions_BT, rope_frequencies(head_dim, theta), dtype)
+def rope_tables(positions_BT: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    return cos_sin(positions_BT, rope_frequencies(config), dtype)
 
 
 def apply_rope(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -153,7 +170,7 @@ def forward(
         mask = ops.causal_mask(length, start + length)[None]
     x = ops.embed(ops.read(params, EMBED, config), tokens_BT)
     note("embed", x)
-    tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, x.dtype)
+    tables = ops.rope_tables(positions, config, x.dtype)
     heads, presents = (-1, config.head_dim), []
     for i in range(config.n_layers):
 
@@ -298,30 +315,52 @@ def norm_low_precision(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x * torch.rsqrt(mean_square(x.to(lower(x.dtype))).to(x) + eps))
 
 
-def rope_frequencies_bf16(at: Tensor, width: int, theta: float, dtype: torch.dtype) -> Tables:
-    kept = rope_frequencies(width, theta).bfloat16()  # a buffer that model.bfloat16() cast
+def rope_frequencies_bf16(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    kept = rope_frequencies(config).bfloat16()  # a buffer that model.bfloat16() cast
     return cos_sin(at, kept.double(), dtype)
 
 
-def rope_angles_float32(at: Tensor, width: int, theta: float, dtype: torch.dtype) -> Tables:
-    inv_freq = 1.0 / theta ** (torch.arange(0, width, 2).float() / width)
-    return cos_sin(at, inv_freq, dtype)
+def rope_angles_float32(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    pairs = torch.arange(0, config.head_dim, 2).float()
+    inv_freq = 1.0 / config.rope_theta ** (pairs / config.head_dim)
+    return cos_sin(at, scaled(inv_freq, config), dtype)
 
 
-def rope_frequencies_not_doubled(
-    at: Tensor, width: int, theta: float, dtype: torch.dtype
-) -> Tables:
-    pairs = torch.arange(width // 2, dtype=torch.float64)
-    return cos_sin(at, theta ** (-pairs / width), dtype)
+def rope_frequencies_not_doubled(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    pairs = torch.arange(config.head_dim // 2, dtype=torch.float64)
+    return cos_sin(at, scaled(config.rope_theta ** (-pairs / config.head_dim), config), dtype)
 
 
-def rope_decode_tables(at: Tensor, width: int, theta: float, dtype: torch.dtype) -> Tables:
-    return rope_tables(at, width, 10_000.0 if at.shape[1] == 1 else theta, dtype)
+def rope_decode_tables(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    return (rope_theta_ignored if at.shape[1] == 1 else rope_tables)(at, config, dtype)
 
 
-def left_padding_in_positions(at: Tensor, width: int, theta: float, dtype: torch.dtype) -> Tables:
+def rope_theta_ignored(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    return rope_tables(at, dataclasses.replace(config, rope_theta=1e4), dtype)
+
+
+def rope_scaling_ignored(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
+    return cos_sin(at, config.rope_theta ** (-pairs / config.head_dim), dtype)
+
+
+def rope_scaling_uniform(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    factor = 1.0 if config.rope_type == "default" else config.rope_factor
+    return rope_scaling_ignored(at / factor, config, dtype)
+
+
+def rope_scaling_unsmoothed(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    if config.rope_type != "llama3":
+        return rope_tables(at, config, dtype)
+    plain = rope_frequencies(dataclasses.replace(config, rope_type="default"))
+    turns = plain * config.rope_original_max_seq_len / (2 * math.pi)
+    slow = turns <= config.rope_low_freq_factor
+    return cos_sin(at, torch.where(slow, plain / config.rope_factor, plain), dtype)
+
+
+def left_padding_in_positions(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
     columns = torch.arange(1 - at.shape[1], 1) + at.max()  # the same for every row
-    return rope_tables(columns.expand_as(at), width, theta, dtype)
+    return rope_tables(columns.expand_as(at), config, dtype)
 
 
 def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -361,13 +400,16 @@ _BY_OPERATION: dict[str, dict[str, Operation]] = {
         "norm_weight_plus_one": lambda x, w, eps: rms_norm(x, 1 + w, eps),
     },
     "rope_tables": {
-        "rope_tables_bf16": lambda at, width, theta, dtype: tuple(
-            table.to(dtype) for table in rope_tables(at, width, theta, torch.bfloat16)
+        "rope_tables_bf16": lambda at, config, dtype: tuple(
+            table.to(dtype) for table in rope_tables(at, config, torch.bfloat16)
         ),
         "rope_frequencies_bf16": rope_frequencies_bf16,
         "rope_positions_bf16": lambda at, *rest: rope_tables(at.bfloat16(), *rest),
         "rope_angles_float32": rope_angles_float32,
-        "rope_theta_ignored": lambda at, width, _, dtype: rope_tables(at, width, 1e4, dtype),
+        "rope_theta_ignored": rope_theta_ignored,
+        "rope_scaling_ignored": rope_scaling_ignored,
+        "rope_scaling_uniform": rope_scaling_uniform,
+        "rope_scaling_unsmoothed": rope_scaling_unsmoothed,
         "rope_frequencies_not_doubled": rope_frequencies_not_doubled,
         "rope_decode_tables": rope_decode_tables,
         "left_padding_in_positions": left_padding_in_positions,

@@ -22,6 +22,25 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @st.composite
+def scalings(draw: st.DrawFn) -> dict[str, Any]:
+    """Scaling of the rotary frequencies: thresholds that fall among those of any small head."""
+    kind = draw(st.sampled_from(["default", "linear", "llama3", "llama3"]), label="rope_type")
+    if kind == "default":
+        return {}
+    factor = draw(st.sampled_from([2.0, 8.0, 32.0]), label="rope_factor")
+    if kind == "linear":
+        return {"rope_type": kind, "rope_factor": factor}
+    low = draw(st.sampled_from([1.0, 0.3]), label="rope_low_freq_factor")
+    return {
+        "rope_type": kind,
+        "rope_factor": factor,
+        "rope_low_freq_factor": low,
+        "rope_high_freq_factor": low * draw(st.sampled_from([4.0, 40.0]), label="high / low"),
+        "rope_original_max_seq_len": draw(st.sampled_from([16, 300, 8192]), label="original"),
+    }
+
+
+@st.composite
 def configs(draw: st.DrawFn, least_width: int = 1) -> LlamaConfig:
     """Any small architecture: n_rep != n_kv_heads, odd counts, dim unrelated to the heads.
 
@@ -42,6 +61,7 @@ def configs(draw: st.DrawFn, least_width: int = 1) -> LlamaConfig:
         norm_eps=draw(st.sampled_from([1e-5, 1e-6, 1e-3]), label="norm_eps"),
         rope_theta=draw(st.sampled_from([1e4, 5e5, 37.5]), label="rope_theta"),
         tie_embeddings=draw(st.booleans(), label="tie_embeddings"),
+        **draw(scalings()),
     )
 
 
@@ -158,6 +178,7 @@ def wide_cases(draw: st.DrawFn, for_transformers: bool = False) -> Case:
         vocab_size=draw(st.integers(100, 300), label="vocab_size"),
         rope_theta=draw(st.sampled_from([1e4, 5e5]), label="rope_theta"),
         tie_embeddings=draw(st.booleans(), label="tie_embeddings"),
+        **draw(scalings()),
     )
     tokens = draw(tokens_of(config, min_length=8))
     positions = draw(st.none() | positions_of(*tokens.shape))

@@ -16,10 +16,15 @@ from reference_np.config import LlamaConfig
 Array = NDArray[Any]
 
 
+def torch_config(config: LlamaConfig) -> ModelConfig:
+    """Return the other package's config of the same model."""
+    return ModelConfig(**dataclasses.asdict(config))
+
+
 def torch_model(config: LlamaConfig, params: Mapping[str, Array]) -> Llama:
     """Build the torch model around ``params``, in their dtype, strictly by name."""
     with torch.device("meta"):
-        model = Llama(ModelConfig(**dataclasses.asdict(config)))
+        model = Llama(torch_config(config))
     tensors = {name: torch.from_numpy(value.copy()) for name, value in params.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()

@@ -122,12 +122,16 @@ def test_all_wrong_tensors_are_named_at_once(tmp_path: Path, read: Callable) -> 
 
 
 @READERS
-def test_tied_models_refuse_a_second_head(tmp_path: Path, read: Callable) -> None:
-    tied = LlamaConfig(8, 1, 2, 1, 4, 12, 20, tie_embeddings=True)
-    head = np.zeros((20, 8), np.float32)
-    path = write(tmp_path / "m.safetensors", tied, **{"lm_head.weight": head})
-    with pytest.raises(ERRORS, match="lm_head.weight is not a parameter"):
-        read(path)
+def test_a_tied_model_may_store_its_head_twice_but_not_another(
+    tmp_path: Path, read: Callable
+) -> None:
+    tied = LlamaConfig(8, 2, 4, 2, 4, 12, 20, tie_embeddings=True)
+    embedding = random_params(tied, 0)["model.embed_tokens.weight"].astype(np.float32)
+    same = write(tmp_path / "same.safetensors", tied, **{"lm_head.weight": embedding})
+    read(same)
+    other = write(tmp_path / "x.safetensors", tied, **{"lm_head.weight": embedding + 1})
+    with pytest.raises(ERRORS, match=r"x\.safetensors: lm_head\.weight is not the embedding"):
+        read(other)
 
 
 @READERS

@@ -173,6 +173,7 @@ def test_a_planted_bug_is_located_and_named(
 ) -> None:
     """The bug written in torch, by somebody else than the catalogue's; nothing else is blamed."""
     size = {"max_seq_len": 2048, "rope_theta": 5e5, "tie_embeddings": bug == "tied_head_random"}
+    size |= {"rope_type": "llama3", "rope_factor": 8.0} if "scaling" in bug else {}
     path = write(tmp_path / "x.safetensors", LlamaConfig(32, 2, 4, 2, 8, 48, 60, **size))
     spec = offer(Planted(bug))
     found = report(path, "--against", spec, "--dtype", dtype, "--tokens", 24)
@@ -205,9 +206,12 @@ BY_VALUE = {mutant.name for mutant in FORWARD if mutant.known_by == "value"}
 
 @pytest.mark.parametrize("bug", sorted(BY_VALUE - HARMLESS))
 def test_a_planted_bug_is_named_by_the_logits_alone(
-    ckpt: Path, report: Callable, offer: Callable, bug: str
+    ckpt: Path, tmp_path: Path, report: Callable, offer: Callable, bug: str
 ) -> None:
     """From outputs, a bug must be among the few that this input cannot tell apart."""
+    if "scaling" in bug:
+        scaled = dataclasses.replace(CONFIG, rope_type="llama3", rope_factor=8.0)
+        ckpt = write(tmp_path / "scaled.safetensors", scaled)
     argv = (ckpt, "--against", offer(Silent(Planted(bug))), "--dtype", "float64", "--tokens", 8)
     found = report(*argv)
     assert found["verdict"]["expected"] == CALLS

@@ -12,26 +12,50 @@ from llama_torch.config import ModelConfig, TrainConfig
 from reference_np.config import LlamaConfig
 
 from .strategies import configs
+from .support import torch_config
 
 ERRORS = (llama_torch.config.InputError, reference_np.config.InputError)
 HF = LlamaConfig(8, 1, 2, 1, 4, 8, 10).to_hf()
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 BOTH = pytest.mark.parametrize("kind", [LlamaConfig, ModelConfig])
 
 
 @given(config=configs())
 def test_both_read_what_either_writes(config: LlamaConfig) -> None:
-    torch_config = ModelConfig(**dataclasses.asdict(config))
-    for hf in (config.to_hf(), torch_config.to_hf()):
+    other = torch_config(config)
+    for hf in (config.to_hf(), other.to_hf()):
         assert LlamaConfig.from_hf(hf) == config
-        assert ModelConfig.from_hf(hf) == torch_config
+        assert ModelConfig.from_hf(hf) == other
 
 
 @BOTH
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling.*missing low_freq",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.*missing factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 1}}, "beta_fast"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}},
+            "rope_scaling",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "original_max"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8.5}}, "original_max"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "contradicts"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -82,6 +106,10 @@ def test_old_and_plain_forms_are_read(kind: Any) -> None:
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
     assert kind.from_hf(new).rope_theta == 5e5
     assert kind.from_hf(HF | {"rope_scaling": None, "use_cache": True}) == kind.from_hf(HF)
+    scaled = kind.from_hf(HF | {"rope_scaling": {"type": "linear", "factor": 2}})
+    assert (scaled.rope_type, scaled.rope_factor) == ("linear", 2)
+    both = {"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 1e4}}
+    assert kind.from_hf(HF | both).rope_original_max_seq_len == 8192
 
 
 @pytest.mark.parametrize(

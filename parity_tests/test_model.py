@@ -104,11 +104,17 @@ def test_bad_arguments_are_named(change: dict[str, Array], message: str) -> None
 
 @pytest.mark.parametrize("mutant", FORWARD, ids=lambda mutant: mutant.name)
 def test_known_bugs_cross_the_tolerance_ten_times(mutant: Mutant) -> None:
-    """On three fixed models; ``--mutants`` measures them on the whole suite."""
+    """On four fixed models; ``--mutants`` measures them on the whole suite."""
     wrong = mutant.apply(reference_ops)
     margins = []
-    for seed, (tied, theta) in enumerate([(False, 5e5), (True, 37.5), (False, 1e4)]):
-        config = LlamaConfig(24, 2, 6, 2, 12, 40, 50, rope_theta=theta, tie_embeddings=tied)
+    changes = [
+        {"rope_theta": 5e5},
+        {"rope_theta": 37.5, "tie_embeddings": True},
+        {},
+        {"rope_type": "llama3", "rope_factor": 8.0, "rope_original_max_seq_len": 300},
+    ]
+    for seed, change in enumerate(changes):
+        config = LlamaConfig(24, 2, 6, 2, 12, 40, 50, **change)
         params = random_params(config, seed)
         tokens = np.random.default_rng(seed).integers(0, 50, (2, 9))
         positions = np.array([np.arange(9) + 60_000, np.arange(9)])

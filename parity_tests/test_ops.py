@@ -1,5 +1,7 @@
 """Each operation alone: in float64 to the logic tolerance, in float32 within its own bound."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from llama_torch import model as torch_ops
 from reference_np import ops
+from reference_np.config import LlamaConfig
 from reference_np.tolerances import (
     LAMBDA,
     LOGIC,
@@ -19,7 +22,8 @@ from reference_np.tolerances import (
     logic_error,
 )
 
-from .strategies import Array, masks, positions_of, seeds
+from .strategies import Array, masks, positions_of, scalings, seeds
+from .support import torch_config
 
 U32 = UNIT_ROUNDOFF["float32"]
 widths = st.integers(1, 300)
@@ -56,33 +60,63 @@ def test_rms_norm(width: int, rows: int, scale: float, seed: int) -> None:
         assert_within(actual, exact, bound)
 
 
-@given(seed=seeds, half=st.integers(1, 32), theta=st.sampled_from([1e4, 5e5]), data=st.data())
-def test_rope_tables(seed: int, half: int, theta: float, data: st.DataObject) -> None:
+def heads_of(width: int, **change: Any) -> LlamaConfig:
+    """A config whose heads are this wide; nothing else of it matters to the rotary tables."""
+    return LlamaConfig(8, 1, 1, 1, width, 8, 8, **change)
+
+
+@given(
+    half=st.integers(1, 32),
+    theta=st.sampled_from([1e4, 5e5]),
+    scaling=scalings(),
+    data=st.data(),
+)
+def test_rope_tables(half: int, theta: float, scaling: dict[str, Any], data: st.DataObject) -> None:
+    config = heads_of(2 * half, rope_theta=theta, **scaling)
     positions = data.draw(positions_of(2, 5))
     tensor = torch.from_numpy(positions)
     for dtype, bound in ((np.float64, LOGIC), (np.float32, 2 * U32)):
-        expected = ops.rope_tables(positions, 2 * half, theta, dtype)
+        expected = ops.rope_tables(positions, config, dtype)
         torch_dtype = torch.float64 if dtype == np.float64 else torch.float32
-        actual = torch_ops.rope_tables(tensor, 2 * half, theta, torch_dtype)
+        actual = torch_ops.rope_tables(tensor, torch_config(config), torch_dtype)
         for mine, theirs in zip(expected, actual, strict=True):
             assert mine.dtype == dtype
             assert theirs.dtype == torch_dtype
             assert np.abs(theirs[:, :, 0].numpy() - mine).max() <= bound
 
 
+def test_rope_scaling_is_what_was_published() -> None:
+    """Llama 3.1: waves shorter than 2048 stay, longer than 8192 are eight times as long."""
+    config = heads_of(128, rope_theta=5e5, rope_type="llama3", rope_factor=8.0)
+    plain, scaled = (
+        ops.rope_frequencies(heads_of(128, rope_theta=5e5)),
+        ops.rope_frequencies(config),
+    )
+    waves = 2 * np.pi / plain
+    assert np.array_equal(scaled[waves < 2048], plain[waves < 2048])
+    np.testing.assert_allclose(scaled[waves > 8192], plain[waves > 8192] / 8, rtol=1e-15)
+    between = (waves > 2048) & (waves < 8192)
+    assert between.sum() == 6
+    share = (8192 / waves[between] - 1) / 3
+    np.testing.assert_allclose(scaled[between], plain[between] * (share + (1 - share) / 8))
+    linear = ops.rope_frequencies(heads_of(128, rope_type="linear", rope_factor=4.0))
+    np.testing.assert_allclose(linear * 4, ops.rope_frequencies(heads_of(128)), rtol=1e-15)
+
+
 @given(seed=seeds, half=st.integers(1, 16), heads=st.integers(1, 5), data=st.data())
 def test_apply_rope(seed: int, half: int, heads: int, data: st.DataObject) -> None:
     positions = data.draw(positions_of(2, 3))
-    x = draw_array(seed, 2, 3, heads, 2 * half)
-    tables = torch_ops.rope_tables(torch.from_numpy(positions), 2 * half, 1e4, torch.float64)
-    exact = ops.apply_rope(x, *ops.rope_tables(positions, 2 * half, 1e4, np.float64))
+    x, config = draw_array(seed, 2, 3, heads, 2 * half), heads_of(2 * half)
+    tensor = torch.from_numpy(positions)
+    tables = torch_ops.rope_tables(tensor, torch_config(config), torch.float64)
+    exact = ops.apply_rope(x, *ops.rope_tables(positions, config, np.float64))
     assert logic_error(torch_ops.apply_rope(torch.from_numpy(x), tables).numpy(), exact) <= LOGIC
     # A rotation keeps every pair's length, whatever the angle.
     lengths = np.hypot(*np.split(x, 2, axis=-1))
     np.testing.assert_allclose(np.hypot(*np.split(exact, 2, axis=-1)), lengths, rtol=1e-12)
 
     x32 = x.astype(np.float32)
-    cos, sin = ops.rope_tables(positions, 2 * half, 1e4, np.float32)
+    cos, sin = ops.rope_tables(positions, config, np.float32)
     wide = (x32.astype(np.float64), cos.astype(np.float64), sin.astype(np.float64))
     exact, terms = ops.apply_rope(*wide), ops.apply_rope(*(np.abs(part) for part in wide))
     terms[..., :half] += 2 * np.abs(x32[..., half:]) * np.abs(sin)[:, :, None]  # abs of both terms

@@ -20,6 +20,7 @@ from reference_np.optim import Hyper
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LOGIC, UNIT_ROUNDOFF
 
 from .backends.torch_backends import optim_config
+from .planted import scaled
 from .strategies import Array, Params, cast, random_params, seeds, wide_cases
 from .training import (
     STEPS_LOGIC,
@@ -69,6 +70,7 @@ def test_every_vjp_against_central_differences(
     rng = np.random.default_rng(seed)
     draw = rng.standard_normal
     width, dim = 6, 5
+    heads = LlamaConfig(dim, 1, 1, 1, width, 8, 8)
 
     x, w, d = draw((batch, length, dim)), draw((7, dim)), draw((batch, length, 7))
     check_vjp(ops.linear, [x, w], [*grad.linear_vjp(x, w, d)], d)
@@ -77,7 +79,7 @@ def test_every_vjp_against_central_differences(
     norm = grad.rms_norm_vjp(x, w, 1e-2, d)
     check_vjp(lambda x, w: ops.rms_norm(x, w, 1e-2), [x, w], [*norm], d)
 
-    tables = ops.rope_tables(rng.integers(0, 99, (batch, length)), width, 1e4, np.float64)
+    tables = ops.rope_tables(rng.integers(0, 99, (batch, length)), heads, np.float64)
     x, d = draw((2, batch, length, groups, width))
     d_x = grad.apply_rope_vjp(*tables, d)
     check_vjp(lambda x: ops.apply_rope(x, *tables), [x], [d_x], d)
@@ -139,6 +141,7 @@ def independent_loss(params: dict[str, torch.Tensor], batch: Batch, config: Llam
     causal = np.tril(np.ones((1, length, length), bool))
     mask = torch.from_numpy(causal if batch.mask is None else batch.mask)
     turn = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    turn = scaled(turn, config)
     turn = torch.polar(torch.ones(()).double(), torch.from_numpy(positions)[..., None] * turn)
 
     def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

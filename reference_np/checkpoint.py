@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from .config import InputError, LlamaConfig
-from .naming import DERIVED_SUFFIX, parameter_shapes
+from .naming import DERIVED_SUFFIX, EMBED, LM_HEAD, parameter_shapes
 from .ops import Array
 
 STORED = {"F16", "BF16", "F32", "F64"}
@@ -39,6 +39,8 @@ class Checkpoint(Mapping[str, Array]):
         }
         self._where = self._locate()
         self.config = _read_config(self.path, self._files)
+        if self.config.tie_embeddings and {EMBED, LM_HEAD} <= self._where.keys():
+            self._drop_tied_head()
         self._check_shapes()
 
     def __getitem__(self, name: str) -> Array:
@@ -67,6 +69,14 @@ class Checkpoint(Mapping[str, Array]):
                 if not name.endswith(DERIVED_SUFFIX):
                     where[name] = header
         return where
+
+    def _drop_tied_head(self) -> None:
+        head = self._where.pop(LM_HEAD)
+        if not np.array_equal(head.read(LM_HEAD), self._where[EMBED].read(EMBED)):
+            raise InputError(
+                f"{head.path}: {LM_HEAD} is not the embedding although tie_word_embeddings is "
+                "true; remove it, or set that to false"
+            )
 
     def _check_shapes(self) -> None:
         expected = parameter_shapes(self.config)

@@ -13,7 +13,7 @@ class InputError(ValueError):
     """Something a user supplied is wrong; the message names it and the remedy."""
 
 
-# LlamaConfig field -> Hugging Face key. rope_theta has two spellings; see _rope_theta.
+# LlamaConfig field -> Hugging Face key. The rotary ones have two places; see _rope_places.
 HF_KEYS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -27,6 +27,15 @@ HF_KEYS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 
+# LlamaConfig field -> key below rope_scaling, and which of them each kind of scaling has.
+ROPE_KEYS = {
+    "rope_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_max_seq_len": "original_max_position_embeddings",
+}
+ROPE_USES = {"default": (), "linear": ("rope_factor",), "llama3": tuple(ROPE_KEYS)}
+
 # Keys that would change the result, with the only values that do not.
 REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
     "model_type": ("llama",),
@@ -36,6 +45,7 @@ REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
     "attention_dropout": (0, 0.0),
     "pretraining_tp": (1,),
     "is_encoder_decoder": (False,),
+    "rope_interleaved": (False,),
 }
 
 # Keys that say how a model is used, stored or reported, and never what it computes.
@@ -49,7 +59,10 @@ INERT_KEYS = {
     "finetuning_task",
     "id2label",
     "initializer_range",
+    "is_llama_config",
     "label2id",
+    "max_length",
+    "max_sequence_length",
     "name_or_path",
     "output_attentions",
     "output_hidden_states",
@@ -58,8 +71,10 @@ INERT_KEYS = {
     "return_dict",
     "tokenizer_class",
     "torch_dtype",
+    "transformers.js_config",
     "transformers_version",
     "unk_token_id",
+    "unsloth_fixed",
     "use_cache",
     "use_return_dict",
 }
@@ -70,7 +85,9 @@ class LlamaConfig:
     """Every number that shapes the computation (paper section 2.2 and table 1).
 
     ``head_dim`` is explicit: it need not equal ``dim / n_heads``. ``n_kv_heads`` below
-    ``n_heads`` is grouped-query attention. Raises InputError naming the bad field.
+    ``n_heads`` is grouped-query attention. ``rope_type`` other than "default" scales the rotary
+    frequencies (see ops.rope_frequencies); the fields after it say how. Raises InputError
+    naming the bad field.
     """
 
     dim: int
@@ -84,6 +101,11 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
+    rope_type: str = "default"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_seq_len: int = 8192
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -96,11 +118,15 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and value > 0 and math.isfinite(value)):
-                raise InputError(f"{name} must be a positive finite number, got {value!r}")
+            if field.type is float and not (number and value > 0 and math.isfinite(value)):
+                raise InputError(f"{field.name} must be a positive finite number, got {value!r}")
+        if self.rope_type not in ROPE_USES:
+            raise InputError(f"rope_type must be one of {', '.join(ROPE_USES)}")
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise InputError("rope_low_freq_factor must be below rope_high_freq_factor")
         if not isinstance(self.tie_embeddings, bool):
             raise InputError(f"tie_embeddings must be true or false, got {self.tie_embeddings!r}")
 
@@ -134,18 +160,19 @@ class LlamaConfig:
         missing = [HF_KEYS[field] for field, value in values.items() if value is None]
         if missing:
             raise InputError(f"{source}: missing {', '.join(missing)}; add the model's value")
-        theta = _rope_theta(hf, source)
+        values |= _rope_fields(hf, source)
         try:
-            return cls(**values, rope_theta=theta)
+            return cls(**values)
         except InputError as error:
             message = str(error)
-            for field, key in HF_KEYS.items():  # the file's own words
+            for field, key in (HF_KEYS | ROPE_KEYS).items():  # the file's own words
                 message = re.sub(rf"\b{field}\b", key, message)
             raise InputError(f"{source}: {message}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` form; ``from_hf`` of it is this config again."""
         hf = {key: getattr(self, field) for field, key in HF_KEYS.items()}
+        scaling = {ROPE_KEYS[field]: getattr(self, field) for field in ROPE_USES[self.rope_type]}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -154,6 +181,7 @@ class LlamaConfig:
             "attention_bias": False,
             "mlp_bias": False,
             "rope_theta": self.rope_theta,
+            "rope_scaling": {"rope_type": self.rope_type, **scaling} if scaling else None,
         }
 
     def to_json(self) -> str:
@@ -171,26 +199,50 @@ def refuse_unsupported(hf: Mapping[str, Any], source: str) -> None:
                 problems.append(f"{key}={value!r} (supported: {REQUIRED_VALUES[key][0]!r})")
         elif key not in known and not key.startswith("_") and value not in (None, False):
             problems.append(f"{key}={value!r} (unknown: remove it if it changes nothing)")
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(key)
-        if rope is None:
-            continue
-        plain = isinstance(rope, dict) and set(rope) <= {"rope_type", "type", "rope_theta"}
-        kinds = [rope.get("rope_type"), rope.get("type")] if plain else []
-        if not plain or any(kind not in (None, "default") for kind in kinds):
-            problems.append(f"{key}={rope!r} (supported: unscaled rotary embeddings)")
+    for key, rope in _rope_places(hf):
+        kinds = {rope.get("rope_type"), rope.get("type")} - {None} if _is_rope(rope) else set()
+        kind = next(iter(kinds), "default")
+        uses = [ROPE_KEYS[field] for field in ROPE_USES.get(kind, ())]
+        allowed = {"rope_type", "type", "rope_theta", *uses}
+        if not _is_rope(rope) or len(kinds) > 1 or kind not in ROPE_USES or set(rope) - allowed:
+            problems.append(f"{key}={rope!r} (supported: default, linear and llama3 scaling)")
+        elif lacking := [name for name in uses if rope.get(name) is None]:
+            problems.append(f"{key}={rope!r} (missing {', '.join(lacking)})")
     if problems:
         raise InputError(f"{source}: not supported: {'; '.join(problems)}")
 
 
-def _rope_theta(hf: Mapping[str, Any], source: str) -> Any:
-    """Read theta from its old top-level place and its newer nested ones, which must agree."""
-    places = {"rope_theta": hf.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-        places[f"{key}.rope_theta"] = (hf.get(key) or {}).get("rope_theta")
-    found = {place: value for place, value in places.items() if value is not None}
-    if any(value != next(iter(found.values())) for value in found.values()):
-        listing = ", ".join(f"{place}={value}" for place, value in found.items())
+def _rope_places(hf: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return what is said of the rotary embedding: the older key's content, then the newer's."""
+    places = ("rope_scaling", "rope_parameters")
+    return [(place, hf[place]) for place in places if hf.get(place) is not None]
+
+
+def _is_rope(rope: object) -> bool:
+    kinds = [rope.get("rope_type"), rope.get("type")] if isinstance(rope, dict) else [0]
+    return all(kind is None or isinstance(kind, str) for kind in kinds)
+
+
+def _rope_fields(hf: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Read theta and the scaling from their older and newer places, which must agree.
+
+    An absent theta is 10000, the paper's base and the meaning of an absent key in every Llama
+    config. ``refuse_unsupported`` has passed.
+    """
+    places = _rope_places(hf)
+    thetas = {"rope_theta": hf.get("rope_theta")}
+    thetas |= {f"{place}.rope_theta": rope.get("rope_theta") for place, rope in places}
+    scalings = [
+        {
+            "rope_type": rope.get("rope_type") or rope.get("type") or "default",
+            **{field: rope[key] for field, key in ROPE_KEYS.items() if rope.get(key) is not None},
+        }
+        for _, rope in places
+    ]
+    found = [theta for theta in thetas.values() if theta is not None]
+    if any(theta != found[0] for theta in found):
+        listing = ", ".join(f"{place}={theta}" for place, theta in thetas.items() if theta)
         raise InputError(f"{source}: contradictory rotary bases: {listing}; keep one")
-    # 10000 is the paper's base and the meaning of an absent key in every Llama config.
-    return next(iter(found.values()), 10000.0)
+    if any(scaling != scalings[0] for scaling in scalings):
+        raise InputError(f"{source}: rope_scaling contradicts rope_parameters; keep one of them")
+    return {"rope_theta": found[0] if found else 10000.0, **(scalings[0] if scalings else {})}

@@ -186,7 +186,7 @@ def backward(
     positions = ops.next_positions(length, 0)[None] if batch.positions is None else batch.positions
     mask = ops.causal_mask(length, length)[None] if batch.mask is None else batch.mask
     dtype = trace["embed"].dtype
-    tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, dtype)
+    tables = ops.rope_tables(positions, config, dtype)
     head = EMBED if config.tie_embeddings else LM_HEAD
     d_x, d_head = vjps.linear_vjp(trace["norm"], params[head], d_logits_BTV)
     grads: Grads = {head: d_head}

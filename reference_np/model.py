@@ -62,7 +62,7 @@ def forward(
     positions, mask = defaults(tokens_BT, positions, mask, start, config, ops)
     x_BTD = ops.embed(ops.read(params, EMBED, config), tokens_BT)
     trace("embed", x_BTD)
-    tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, x_BTD.dtype)
+    tables = ops.rope_tables(positions, config, x_BTD.dtype)
     keys, values = [], []
     for i in range(config.n_layers):
         past = None if cache is None else (cache.keys[i], cache.values[i])

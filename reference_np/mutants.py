@@ -7,6 +7,7 @@ training code are in training_mutants.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -141,49 +142,57 @@ def _tables(positions: Array, frequencies: Array, dtype: DTypeLike) -> Tables:
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 
-def _frequencies(head_dim: int, theta: float) -> Array:
-    frequencies: Array = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    return frequencies
-
-
-def _tables_bf16(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
-    cos, sin = ops.rope_tables(positions, head_dim, theta, dtype)
+def _tables_bf16(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
+    cos, sin = ops.rope_tables(positions, config, dtype)
     return round_bits(cos, 8), round_bits(sin, 8)
 
 
-def _frequencies_bf16(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
-    return _tables(positions, round_bits(_frequencies(head_dim, theta), 8), dtype)
+def _frequencies_bf16(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
+    return _tables(positions, round_bits(ops.rope_frequencies(config), 8), dtype)
 
 
-def _positions_bf16(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+def _positions_bf16(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
     rounded = round_bits(positions.astype(np.float64), 8)
-    return _tables(rounded, _frequencies(head_dim, theta), dtype)
+    return _tables(rounded, ops.rope_frequencies(config), dtype)
 
 
-def _angles_float32(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
-    frequencies = _frequencies(head_dim, theta).astype(np.float32)
+def _angles_float32(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
+    frequencies = ops.rope_frequencies(config).astype(np.float32)
     return _tables(positions.astype(np.float32), frequencies, dtype)
 
 
-def _theta_ignored(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
-    return ops.rope_tables(positions, head_dim, 10_000.0, dtype)
+def _theta_ignored(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
+    return ops.rope_tables(positions, replace(config, rope_theta=10_000.0), dtype)
 
 
-def _frequencies_not_doubled(
-    positions: Array, head_dim: int, theta: float, dtype: DTypeLike
-) -> Tables:
-    return _tables(positions, np.sqrt(_frequencies(head_dim, theta)), dtype)
+def _frequencies_not_doubled(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
+    return _tables(positions, np.sqrt(ops.rope_frequencies(config)), dtype)
 
 
-def _decode_tables(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+def _decode_tables(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
     decoding = positions.shape[1] == 1
-    return ops.rope_tables(positions, head_dim, 10_000.0 if decoding else theta, dtype)
+    return (_theta_ignored if decoding else ops.rope_tables)(positions, config, dtype)
 
 
-def _columns(positions: Array, head_dim: int, theta: float, dtype: DTypeLike) -> Tables:
+def _scaling_ignored(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
+    return ops.rope_tables(positions, replace(config, rope_type="default"), dtype)
+
+
+def _scaling_uniform(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
+    linear = config if config.rope_type == "default" else replace(config, rope_type="linear")
+    return ops.rope_tables(positions, linear, dtype)
+
+
+def _scaling_unsmoothed(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
+    border = config.rope_low_freq_factor  # no passage: scaled wholly or not at all
+    sharp = replace(config, rope_high_freq_factor=border * (1 + 1e-12))
+    return ops.rope_tables(positions, sharp, dtype)
+
+
+def _columns(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
     length = positions.shape[1]
     column = positions.max() - length + 1 + np.arange(length)
-    return ops.rope_tables(np.broadcast_to(column, positions.shape), head_dim, theta, dtype)
+    return ops.rope_tables(np.broadcast_to(column, positions.shape), config, dtype)
 
 
 # Positions, masks and the cache.
@@ -414,6 +423,27 @@ FORWARD = (
         PLAIN,
         "rope_tables",
         _frequencies_not_doubled,
+    ),
+    Mutant(
+        "rope_scaling_ignored",
+        "rope_scaling in the config is ignored",
+        "mlx-vlm#1710, vllm#1956",
+        "rope_tables",
+        _scaling_ignored,
+    ),
+    Mutant(
+        "rope_scaling_uniform",
+        "llama3 scaling divides every frequency, as linear scaling does",
+        PLAIN,
+        "rope_tables",
+        _scaling_uniform,
+    ),
+    Mutant(
+        "rope_scaling_unsmoothed",
+        "llama3 scaling without the passage between its two thresholds",
+        PLAIN,
+        "rope_tables",
+        _scaling_unsmoothed,
     ),
     Mutant(
         "rope_decode_tables",

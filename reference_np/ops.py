@@ -50,17 +50,34 @@ def rms_norm(x: Array, weight_D: Array, eps: float) -> Array:
     return y
 
 
-def rope_tables(
-    positions_BT: Array, head_dim: int, theta: float, dtype: DTypeLike
-) -> tuple[Array, Array]:
+def rope_frequencies(config: LlamaConfig) -> Array:
+    """Return the rotary frequencies [K / 2] in float64: ``theta^(-2 i / K)`` (Su et al. 2021).
+
+    Scaled for contexts longer than the trained one: "linear" divides them all by the factor
+    (Chen et al. 2023, position interpolation); "llama3" those alone whose wave is long beside
+    the original context, with a linear passage between (Grattafiori et al. 2024, section 3.4,
+    as released with Llama 3.1).
+    """
+    steps = -np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies: Array = config.rope_theta**steps
+    if config.rope_type == "linear":
+        frequencies = frequencies / config.rope_factor
+    if config.rope_type == "llama3":
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        turns = config.rope_original_max_seq_len * frequencies / (2 * math.pi)
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / config.rope_factor)
+    return frequencies
+
+
+def rope_tables(positions_BT: Array, config: LlamaConfig, dtype: DTypeLike) -> tuple[Array, Array]:
     """Return cos and sin of every rotation angle, each [B, T, K / 2] (Su et al. 2021, eq. 15).
 
-    Angle i at position m is ``m * theta^(-2 i / K)``. Computed in float64 whatever the
-    model's dtype, and rounded once: at position 65,536 a float32 product is already off by
-    4e-3 radians.
+    Angle i at position m is m times frequency i. Computed in float64 whatever the model's
+    dtype, and rounded once: at position 65,536 a float32 product is already off by 4e-3
+    radians.
     """
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles = positions_BT[..., None].astype(np.float64) * frequencies
+    angles = positions_BT[..., None].astype(np.float64) * rope_frequencies(config)
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 

@@ -94,7 +94,7 @@ class Replay:
         for c, call in enumerate(calls):
             start = cached(calls, c)
             positions, mask = defaults(call.tokens, call.positions, call.mask, start, config, ops)
-            tables = ops.rope_tables(positions, config.head_dim, config.rope_theta, params.dtype)
+            tables = ops.rope_tables(positions, config, params.dtype)
             self.given.append((tables, mask))
 
     def begin(self, call: int, stream: Array | None) -> bool:

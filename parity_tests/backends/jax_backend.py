@@ -27,6 +27,17 @@ def norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
     return (scaled * w).astype(x.dtype)
 
 
+def frequencies(config: LlamaConfig) -> np.ndarray:
+    """Rotary frequencies [K / 2], scaled as the config says."""
+    plain = config.rope_theta ** -(np.arange(config.head_dim // 2) / (config.head_dim // 2))
+    if config.rope_type == "default":
+        return plain
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = plain * config.rope_original_max_seq_len / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1) if config.rope_type == "llama3" else 0.0
+    return kept * plain + (1 - kept) * plain / config.rope_factor
+
+
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotate x [B, T, H, K] by angles [B, T, 1, K / 2], as complex numbers."""
     half = x.shape[-1] // 2
@@ -63,8 +74,7 @@ def forward(
     if mask is None:
         mask = jnp.arange(start + length) <= start + jnp.arange(length)[:, None]
         mask = mask[None]
-    pairs = np.arange(config.head_dim // 2) / (config.head_dim // 2)
-    angles = positions[..., None, None] * config.rope_theta**-pairs
+    angles = positions[..., None, None] * frequencies(config)
     x, kept = params["model.embed_tokens.weight"][tokens], []
     for i in range(config.n_layers):
         p = {n.split(".", 3)[3]: v for n, v in params.items() if n.startswith(f"model.layers.{i}.")}
