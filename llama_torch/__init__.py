@@ -1,4 +1,10 @@
 """LLaMA 2 in PyTorch: training and inference over standard layers.
 
-Read in this order: config, model, cache, loss, step, optim, data, train, generate.
+Read in this order: config, model, cache, loss, step, optim, data, train; then sampling, batch,
+text, chat_template, text_model.
 """
+
+from .config import InputError, SamplingConfig
+from .text_model import Completion, TextModel, load
+
+__all__ = ["Completion", "InputError", "SamplingConfig", "TextModel", "load"]

@@ -384,13 +384,9 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """Write text from a checkpoint."""
+class SamplingConfig:
+    """How one request is continued: what to draw from, how, and when to stop."""
 
-    ckpt: str
-    """Model directory or .safetensors file."""
-    prompt: str
-    """Text to continue."""
     max_new_tokens: int = 128
     """Most tokens to write."""
     temperature: float = 0.8
@@ -399,18 +395,23 @@ class GenerateConfig:
     """Sample from this many likeliest tokens; 0 = all."""
     top_p: float = 0.95
     """Sample from the likeliest tokens that hold this much probability; 1 = all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this likely beside the likeliest; 0 = all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens already seen, and multiplies negative ones; 1 = none."""
     seed: int = 0
-    """Seed of the draws."""
-    stop: tuple[str, ...] = ("<|endoftext|>",)
-    """Tokens that end the text; each must be one token of the vocabulary."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Precision of the weights in memory."""
+    """Seed of the draws; the prompts of one call have it, the next, and so on."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer and are not part of it."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end the answer, besides the checkpoint's own end tokens."""
+    ignore_eos: bool = False
+    """Write on after the checkpoint's own end tokens."""
+    logprobs: int = -1
+    """Report each token's log-probability, and those of this many likeliest; -1 = none."""
 
     def __post_init__(self) -> None:
-        _check_text("prompt", self.prompt)
-        _check_positive(self, "max_new_tokens")
+        _check_positive(self, "max_new_tokens", "repetition_penalty")
         _check(
             self.temperature >= 0 and math.isfinite(self.temperature),
             "temperature",
@@ -419,7 +420,80 @@ class GenerateConfig:
         )
         _check(self.top_k >= 0, "top_k", self.top_k, "must be zero (all) or positive")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be between 0 and 1")
         _check(0 <= self.seed < 2**63, "seed", self.seed, "must not be negative")
+        _check(self.logprobs >= -1, "logprobs", self.logprobs, "must be -1 (none) or more")
+        for name in ("stop", "stop_tokens"):
+            for text in getattr(self, name):
+                _check_text(name, text)
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Which checkpoint, and how it is held."""
+
+    ckpt: str
+    """Model directory or .safetensors file."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Precision of the weights in memory."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Write text from a checkpoint."""
+
+    load: LoadConfig
+    prompt: tuple[str, ...]
+    """Text to continue; several are continued together."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    prefill_chunk: int = 512
+    """Tokens of the prompts read in one forward pass: less memory, the same answer."""
+    json: bool = False
+    """One JSON object a prompt: text, token ids, why it ended, log-probabilities."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.prompt), "prompt", self.prompt, "must not be empty")
+        for prompt in self.prompt:
+            _check_text("prompt", prompt)
+        _check_positive(self, "prefill_chunk")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk with a checkpoint: /reset forgets, /exit leaves, Ctrl-C ends an answer."""
+
+    load: LoadConfig
+    system: str = ""
+    """What the model is told first; empty = nothing."""
+    template: str = ""
+    """Jinja file, or "llama2" for Llama 2's [INST] form; empty = the checkpoint's own."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=512))
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a checkpoint on text: perplexity, bits per byte, tokens per second."""
+
+    load: LoadConfig
+    data: tuple[str, ...] = ()
+    """Files, folders or globs (.txt .md .jsonl .parquet); none = Python's own help topics."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl and .parquet records."""
+    context: int = 0
+    """Tokens in a window; 0 = the model's context."""
+    stride: int = 0
+    """Tokens scored in each window after the first; 0 = half the window."""
+    batch_size: int = 8
+    """Windows in one forward pass."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "batch_size")
+        for name in ("context", "stride"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 
 
 def read_json(path: Path) -> dict[str, Any]:

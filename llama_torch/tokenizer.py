@@ -6,12 +6,11 @@ import itertools
 import json
 from functools import lru_cache
 from importlib import resources
-from pathlib import Path
 
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from .config import InputError, read_json
+from .config import InputError
 
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = "<|endoftext|>"
@@ -116,29 +115,3 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
         i = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
-
-
-def encoding_for(ckpt: Path, vocab_size: int) -> tiktoken.Encoding:
-    """Return the encoding of a checkpoint, which must be GPT-2's.
-
-    Raises InputError for a vocabulary too small for it and for a directory that holds another
-    tokenizer: text would be turned into ids that mean something else.
-    """
-    if vocab_size < VOCAB_SIZE:
-        raise InputError(
-            f"{ckpt}: vocab_size is {vocab_size}, too small for the GPT-2 encoding's "
-            f"{VOCAB_SIZE}; use a checkpoint trained with that encoding"
-        )
-    folder = ckpt if ckpt.is_dir() else ckpt.parent
-    stored = folder / "tokenizer.json"
-    if stored.is_file():
-        model = read_json(stored).get("model")
-        ours = json.loads(hf_files()["tokenizer.json"])["model"]["vocab"]
-        if not isinstance(model, dict) or model.get("vocab") not in (
-            ours,
-            {token: rank for token, rank in ours.items() if rank != END_OF_TEXT_ID},
-        ):
-            raise InputError(f"{stored}: another encoding than GPT-2's, the only one supported")
-    elif (folder / "tokenizer.model").is_file() or vocab_size >= 2 * VOCAB_SIZE:
-        raise InputError(f"{ckpt}: made with another encoding than GPT-2's, the only one supported")
-    return gpt2()

@@ -14,15 +14,16 @@ from torch.optim import AdamW
 from torch.utils.tensorboard import SummaryWriter
 
 from . import cli, run_dir
-from .config import InputError, TrainConfig
+from .batch import generate
+from .config import InputError, SamplingConfig, TrainConfig
 from .data import Corpus, describe, load_corpus, train_batches, val_batches
 from .device import computes_bfloat16, pick_device
-from .generate import generate, stream_text
 from .loss import count_valid, loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw
 from .progress import Progress
 from .step import Precision, split_window, train_step
+from .text import Gpt2
 from .tokenizer import VOCAB_SIZE, gpt2
 
 
@@ -148,9 +149,8 @@ def sample(model: Llama, config: TrainConfig, step: int) -> str:
     if config.model.vocab_size < VOCAB_SIZE:
         return "(no sample: the vocabulary is smaller than the encoding's)"
     prompt = gpt2().encode_ordinary(config.sample_prompt)[: config.model.max_seq_len - 1]
-    draws = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    tokens = generate(model, prompt, 40, temperature=0.8, top_p=0.95, generator=draws)
-    return config.sample_prompt + "".join(stream_text(tokens, gpt2()))
+    settings = SamplingConfig(max_new_tokens=40, seed=config.seed * 1_000_003 + step)
+    return config.sample_prompt + Gpt2().decode(generate(model, prompt, settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,13 +11,15 @@ import torch
 from hypothesis import given, settings
 from safetensors.numpy import save_file
 
-from llama_torch.generate import generate
+from llama_torch.batch import generate
+from llama_torch.config import SamplingConfig
 from reference_np.config import LlamaConfig
 from tools import compare
 
 from .strategies import Case, cast, random_params, wide_cases
 from .support import torch_model
 
+GREEDY = SamplingConfig(max_new_tokens=8, temperature=0)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -26,8 +28,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def test_greedy_decoding_equals_the_cpus(case: Case) -> None:
     model = torch_model(case.config, cast(case.params, np.float64))
     prompt = case.tokens[0].tolist()
-    on_cpu = list(generate(model, prompt, 8))
-    assert list(generate(model.cuda(), prompt, 8)) == on_cpu
+    on_cpu = list(generate(model, prompt, GREEDY))
+    assert list(generate(model.cuda(), prompt, GREEDY)) == on_cpu
 
 
 @pytest.fixture

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORACLE_ORDER = ["config", "naming", "ops", "tolerances", "checkpoint", "model", "plain", "grad"]
+ORACLE_ORDER = [
+    "config",
+    "naming",
+    "ops",
+    "sampling",
+    "tolerances",
+    "checkpoint",
+    "model",
+    "plain",
+    "grad",
+]
 ORACLE_ORDER += ["optim", "mutants", "training_mutants"]
 
 
@@ -27,7 +37,8 @@ def imported(statement: str) -> set[str]:
 
 def test_the_oracle_imports_numpy_alone() -> None:
     modules = (
-        "training_mutants, mutants, optim, grad, plain, model, tolerances, ops, naming, config"
+        "training_mutants, mutants, optim, grad, plain, model, tolerances, sampling, ops, naming, "
+        "config"
     )
     assert imported(f"from reference_np import {modules}") == {"reference_np", "numpy"}
 
@@ -38,9 +49,11 @@ def test_the_oracles_checkpoint_adds_two() -> None:
 
 
 def test_the_torch_package_never_imports_the_oracle() -> None:
-    found = imported("import llama_torch.train, llama_torch.generate")
+    modules = "train", "generate", "chat", "evaluate"
+    found = imported("; ".join(f"import llama_torch.{module}" for module in modules))
     assert "torch" in found
     assert not found & {"reference_np", "parity_tests", "tools", "transformers"}
+    assert not found & {"tokenizers", "sentencepiece"}  # extras, for checkpoints that need them
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)

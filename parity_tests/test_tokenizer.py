@@ -58,8 +58,3 @@ def test_damaged_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(tokenizer.resources, "files", lambda package: tmp_path)
     with pytest.raises(InputError, match="gpt2.tiktoken: sha256 is"):
         tokenizer._ranks()
-
-
-def test_a_smaller_vocabulary_is_refused() -> None:
-    with pytest.raises(InputError, match="vocab_size is 50256, too small"):
-        tokenizer.encoding_for(Path("run"), 50256)

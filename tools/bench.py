@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from llama_torch import cli
-from llama_torch.config import InputError, ModelConfig, OptimConfig
+from llama_torch.batch import generate
+from llama_torch.config import InputError, ModelConfig, OptimConfig, SamplingConfig
 from llama_torch.device import pick_device
-from llama_torch.generate import generate
 from llama_torch.model import Llama
 from llama_torch.optim import make_adamw
 from llama_torch.step import Precision, split_window, train_step
@@ -146,7 +146,7 @@ def bench_decoding(
         return out
 
     def our_call() -> list[int]:
-        return list(generate(model, prompt, config.new_tokens))
+        return list(generate(model, prompt, SamplingConfig(config.new_tokens, temperature=0)))
 
     if config.dtype == "float32" and peer_call()[0, len(prompt) :].tolist() != our_call():
         raise RuntimeError("the two sides decode different tokens; their speed says nothing")

@@ -1,0 +1,169 @@
+"""The Python interface: a model, its tokenizer and its chat template, loaded together.
+
+::
+
+    from llama_torch import load
+    model = load("runs/1")
+    print(model.generate("The", max_new_tokens=40).text)
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .batch import Batch, Token
+from .chat_template import ChatTemplate, Llama2Template, Message, load_chat_template
+from .checkpoint import load_model
+from .config import LoadConfig, SamplingConfig
+from .device import pick_device
+from .model import Llama
+from .text import TextStream, Tokenizer, end_ids, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was written after one prompt."""
+
+    text: str  # without the prompt, end tokens and stop texts
+    tokens: tuple[Token, ...]  # all drawn, with their log-probabilities where asked for
+    finish_reason: Literal["stop", "length"]
+
+
+class TextModel:
+    """A language model that takes and gives text. Made by ``load``.
+
+    Every method takes the fields of SamplingConfig as keyword arguments, and raises InputError
+    for settings and prompts that cannot be honoured.
+    """
+
+    def __init__(self, ckpt: Path, model: Llama, tokenizer: Tokenizer, template: str = "") -> None:
+        self.ckpt, self.model, self.tokenizer, self._template = ckpt, model, tokenizer, template
+        self.end_ids = end_ids(ckpt, tokenizer, model.config.vocab_size)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | Llama2Template:
+        """What turns a conversation into ids; InputError where the checkpoint has none."""
+        return load_chat_template(self.ckpt, self.tokenizer, self._template)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return a prompt's ids, one BOS first where the checkpoint was trained with it."""
+        return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
+
+    def generate(self, prompt: str, **settings: Any) -> Completion:
+        """Continue one prompt."""
+        return self.generate_batch([prompt], SamplingConfig(**settings))[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        settings: SamplingConfig | Sequence[SamplingConfig],
+        prefill_chunk: int = 512,
+    ) -> list[Completion]:
+        """Continue prompts of any lengths together, each as it would be alone.
+
+        With one SamplingConfig for all, each prompt's seed is one more than the last one's.
+        """
+        if isinstance(settings, SamplingConfig):
+            settings = [
+                dataclasses.replace(settings, seed=settings.seed + i) for i in range(len(prompts))
+            ]
+        ids = [self.encode(prompt) for prompt in prompts]
+        writers = [Writer(self, row, s) for row, s in zip(ids, settings, strict=True)]
+        for _ in _run(self.model, writers, prefill_chunk):
+            pass
+        return [writer.completion() for writer in writers]
+
+    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
+        """Yield the continuation of one prompt as it is written, in whole characters."""
+        return self.stream_ids(self.encode(prompt), SamplingConfig(**settings))
+
+    def chat(self, messages: Sequence[Message], **settings: Any) -> Completion:
+        """Answer a conversation: ``[{"role": "user", "content": "Hello"}]``."""
+        writer = Writer(self, self.chat_template.encode(messages), SamplingConfig(**settings))
+        for _ in _run(self.model, [writer], 512):
+            pass
+        return writer.completion()
+
+    def stream_chat(self, messages: Sequence[Message], **settings: Any) -> Iterator[str]:
+        """Yield the answer to a conversation as it is written."""
+        return self.stream_ids(self.chat_template.encode(messages), SamplingConfig(**settings))
+
+    def stream_ids(
+        self, ids: Sequence[int], settings: SamplingConfig, prefill_chunk: int = 512
+    ) -> Iterator[str]:
+        """Yield the text that continues token ids."""
+        return _run(self.model, [Writer(self, ids, settings)], prefill_chunk)
+
+
+class Writer:
+    """One row's text so far, and whether it has ended."""
+
+    def __init__(self, model: TextModel, ids: Sequence[int], settings: SamplingConfig) -> None:
+        self.ids, self.settings = ids, settings
+        self.stream = TextStream(model.tokenizer, ids, settings.stop)
+        self.stops = set() if settings.ignore_eos else set(model.end_ids)
+        self.stops |= {model.tokenizer.token_id(t, "--stop-tokens") for t in settings.stop_tokens}
+        self.pieces: list[str] = []
+        self.tokens: list[Token] = []
+        self.finish_reason: Literal["stop", "length"] | None = None
+
+    def take(self, token: Token, room: int) -> str:
+        """Add a token; return the new text. ``room`` is what the context holds, it included."""
+        self.tokens.append(token)
+        piece = "" if token.id in self.stops else self.stream.push(token.id)
+        if token.id in self.stops or self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.settings.max_new_tokens or room == 1:
+            self.finish_reason = "length"
+        if self.finish_reason and not self.stream.stopped:
+            piece += self.stream.finish()
+        self.pieces.append(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        """Return the whole."""
+        assert self.finish_reason is not None
+        return Completion("".join(self.pieces), tuple(self.tokens), self.finish_reason)
+
+
+def _run(model: Llama, writers: Sequence[Writer], prefill_chunk: int) -> Iterator[str]:
+    """Continue all rows to their ends; yield the new text of each token (rows mixed)."""
+    if not writers:
+        return
+    batch = Batch(model, [w.ids for w in writers], [w.settings for w in writers], prefill_chunk)
+    while batch.rows:
+        finished = set()
+        for token in batch.choose():
+            writer = writers[token.row]
+            if piece := writer.take(token, batch.room(token.row)):
+                yield piece
+            if writer.finish_reason:
+                finished.add(token.row)
+        batch.advance(finished)
+
+
+def load(
+    ckpt: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    template: str = "",
+) -> TextModel:
+    """Load a model directory (or .safetensors file) with its tokenizer.
+
+    ``template`` is "llama2" or a Jinja file, for a checkpoint without a chat template. Raises
+    InputError for whatever cannot be read or does not fit together.
+    """
+    path = Path(ckpt)
+    model = load_model(path, dtype=getattr(torch, dtype), device=pick_device(device))
+    return TextModel(path, model, load_tokenizer(path, model.config.vocab_size), template)
+
+
+def load_from(config: LoadConfig, template: str = "") -> TextModel:
+    """Load what the command line's flags name."""
+    return load(config.ckpt, dtype=config.dtype, device=config.device, template=template)

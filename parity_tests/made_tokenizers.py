@@ -1,0 +1,124 @@
+"""Small tokenizers of the three kinds, made on the spot: nothing can be downloaded."""
+
+import io
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from llama_torch import tokenizer as gpt2
+
+TEXT = [topics[name] for name in sorted(topics)[:40]]
+SPECIALS = ("<|begin|>", "<|end|>", "<|head|>", "<|/head|>")
+
+# Written for these tests, in the manner of the published ones.
+HEADED = """{{ bos_token }}{% for message in messages %}\
+{{ '<|head|>' + message['role'] + '<|/head|>\\n\\n' + message['content'] | trim + '<|end|>' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\\n\\n' }}{% endif %}"""
+BRACKETED = """{% if messages[0]['role'] == 'system' %}
+{% set rest = messages[1:] %}
+{% set told = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}
+{% else %}{% set rest = messages %}{% set told = '' %}{% endif %}
+{% for message in rest %}
+    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('the roles must alternate') }}
+{% endif %}
+{% set content = told + message['content'] if loop.first else message['content'] %}
+{% if message['role'] == 'user' %}
+{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
+{% else %}
+{{ ' ' + content.strip() + ' ' + eos_token }}
+{% endif %}
+{% endfor %}"""
+
+
+def write_settings(folder: Path, **settings: Any) -> None:
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    settings["clean_up_tokenization_spaces"] = False
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def byte_level(folder: Path) -> Path:
+    """Write a tokenizer.json in the manner of Llama 3's: bytes, and a BOS put first."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, show_progress=False, special_tokens=[*SPECIALS]
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_settings(folder, bos_token="<|begin|>", eos_token="<|end|>", chat_template=HEADED)
+    return folder
+
+
+def spaced(folder: Path) -> Path:
+    """Write a tokenizer.json in the manner of Llama 2's: a word's space in front, bytes at need."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=400, limit_alphabet=90, show_progress=False)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    content = json.loads(tokenizer.to_str())
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += [name for name in content["model"]["vocab"] if name not in names]
+    content["model"]["vocab"] = {name: i for i, name in enumerate(names)}
+    content["model"] |= {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content | {"pre_tokenizer": None}))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    space = "\u2581"
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(space, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_settings(folder, bos_token="<s>", eos_token="</s>", chat_template=BRACKETED)
+    return folder
+
+
+def sentence_piece(folder: Path) -> Path:
+    """Write a tokenizer.model, trained as Llama 2's was."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in TEXT for line in text.splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        character_coverage=0.99,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    write_settings(folder, bos_token="<s>", eos_token="</s>", chat_template=BRACKETED)
+    return folder
+
+
+def gpt2_files(folder: Path) -> Path:
+    """Write the files of a run directory."""
+    for name, text in gpt2.hf_files().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+KINDS = {"gpt2": gpt2_files, "bytes": byte_level, "spaced": spaced, "pieces": sentence_piece}

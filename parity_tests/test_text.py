@@ -1,0 +1,254 @@
+"""Tokenizers: as their libraries have it, with special tokens that no text can spell."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from llama_torch.config import InputError
+from llama_torch.text import (
+    Gpt2,
+    Json,
+    SentencePiece,
+    TextStream,
+    Tokenizer,
+    end_ids,
+    load_tokenizer,
+)
+from llama_torch.tokenizer import gpt2
+
+from .made_tokenizers import KINDS, SPECIALS
+
+VOCAB = 50257
+SPELLED = [*SPECIALS, "<s>", "</s>", "<unk>", "<|endoftext|>"]
+pieces = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from([" ", "  ", "\n\n", "the ", "1234", "é漢字", "🙂\u200d🙂", "don't", *SPELLED]),
+)
+texts = st.lists(pieces, max_size=6).map("".join)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders: dict[str, Path]) -> dict[str, Tokenizer]:
+    return {name: load_tokenizer(folder, VOCAB) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def theirs(folders: dict[str, Path]) -> dict[str, Any]:
+    transformers = pytest.importorskip("transformers")
+    load = transformers.PreTrainedTokenizerFast.from_pretrained
+    return {kind: load(folders[kind]) for kind in ("gpt2", "bytes", "spaced")}
+
+
+def test_the_directory_decides(tokenizers: dict[str, Tokenizer]) -> None:
+    kinds = {"gpt2": Gpt2, "bytes": Json, "spaced": Json, "pieces": SentencePiece}
+    assert {name: type(tokenizer) for name, tokenizer in tokenizers.items()} == kinds
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bytes", "spaced"])
+@given(text=texts)
+def test_hugging_face_encodes_the_same(
+    tokenizers: dict[str, Tokenizer], theirs: dict[str, Any], kind: str, text: str
+) -> None:
+    """Their tokenizer told to leave special tokens in the text alone, and one BOS before it."""
+    tokenizer = tokenizers[kind]
+    found = [*tokenizer.prefix, *tokenizer.encode(text)]
+    assert found == theirs[kind](text, split_special_tokens=True).input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=texts)
+def test_text_comes_back_and_spells_no_special_token(
+    tokenizers: dict[str, Tokenizer], kind: str, text: str
+) -> None:
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.special.values())
+    if kind in ("gpt2", "bytes") or "\u2581" not in text:  # the others' sign for a space
+        assert tokenizer.decode([*tokenizer.prefix, *ids]) == text
+
+
+def test_one_bos_and_never_two(tokenizers: dict[str, Tokenizer]) -> None:
+    for kind, bos in (("bytes", "<|begin|>"), ("spaced", "<s>"), ("pieces", "<s>")):
+        tokenizer = tokenizers[kind]
+        assert tokenizer.prefix == (tokenizer.special[bos],)
+        assert tokenizer.special[bos] not in tokenizer.encode(bos + "Hello")
+    assert tokenizers["gpt2"].prefix == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=texts, before=texts)
+@example(text="🙂漢é", before="🙂")
+@example(text="\n🙂", before="")
+def test_streamed_pieces_are_whole_and_make_the_text(
+    tokenizers: dict[str, Tokenizer], kind: str, text: str, before: str
+) -> None:
+    """What continues a prompt is what the whole decodes to, less the prompt."""
+    tokenizer = tokenizers[kind]
+    start = [*tokenizer.prefix, *tokenizer.encode(before)]
+    ids = tokenizer.encode(text)
+    stream = TextStream(tokenizer, start)
+    shown = [stream.push(id_) for id_ in ids]
+    assert all("\ufffd" not in piece for piece in shown) or "\ufffd" in text
+    whole = tokenizer.decode([*start, *ids])
+    assert tokenizer.decode(start) + "".join(shown) + stream.finish() == whole
+
+
+@given(text=st.text())
+@example(text="🙂漢é")
+def test_a_piece_comes_with_its_last_byte(text: str) -> None:
+    encoding, ids = gpt2(), gpt2().encode_ordinary(text)
+    stream, shown, raw = TextStream(Gpt2(), []), "", b""
+    for id_ in ids:
+        raw += encoding.decode_single_token_bytes(id_)
+        shown += stream.push(id_)
+        complete = raw.decode("utf-8", errors="ignore")  # leaves an unfinished end out
+        assert shown == complete.rstrip("\ufffd") or "\ufffd" in text
+
+
+def test_a_character_after_characters_in_bytes(tokenizers: dict[str, Tokenizer]) -> None:
+    """A decoder that sees half of one character in a run of bytes gives up the whole run."""
+    tokenizer = tokenizers["spaced"]
+    start, ids = tokenizer.encode("漢字"), tokenizer.encode("漢字🙂")
+    assert ids[: len(start)] == start
+    stream = TextStream(tokenizer, start)
+    assert [stream.push(id_) for id_ in ids[len(start) :]] == ["", "", "", "🙂"]
+
+
+def test_half_a_character_at_the_end_is_marked() -> None:
+    ids = gpt2().encode_ordinary("🙂")
+    stream = TextStream(Gpt2(), [])
+    assert (stream.push(ids[0]), stream.finish()) == ("", "\ufffd")
+    assert TextStream(Gpt2(), []).push(50300) == ""  # a padded vocabulary's id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    text=st.text("abx ", min_size=1, max_size=30),
+    stop=st.lists(st.text("abx ", min_size=1, max_size=4), max_size=3),
+)
+def test_nothing_of_a_stop_text_is_shown(
+    tokenizers: dict[str, Tokenizer], kind: str, text: str, stop: list[str]
+) -> None:
+    tokenizer = tokenizers[kind]
+    stream, shown = TextStream(tokenizer, tokenizer.encode("a"), stop), ""
+    for id_ in tokenizer.encode("a" + text)[len(tokenizer.encode("a")) :]:
+        shown += stream.push(id_)
+        if stream.stopped:
+            break
+    else:
+        shown += stream.finish()
+    whole = tokenizer.decode(tokenizer.encode("a" + text))
+    start = tokenizer.decode(tokenizer.encode("a" + text)[: len(tokenizer.encode("a"))])
+    whole = whole[len(start) :]
+    if start != "a":
+        return  # "a" and the text share a token: nothing to compare
+    ends = [n for n in range(len(whole) + 1) if whole[:n].endswith(tuple(stop))]
+    if ends:  # the first to be complete; of two that end there, the longer
+        whole = whole[: ends[0] - max(len(s) for s in stop if whole[: ends[0]].endswith(s))]
+    assert shown == whole
+    assert stream.stopped == bool(ends)
+
+
+def test_end_tokens_and_their_places(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["bytes"], tmp_path / "copy")
+    tokenizer = load_tokenizer(folder, VOCAB)
+    assert end_ids(folder, tokenizer, VOCAB) == {tokenizer.special["<|end|>"]}
+    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    assert end_ids(folder, tokenizer, VOCAB) == {7}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert end_ids(folder, tokenizer, VOCAB) == {7, 9}
+    for wrong in ("[7, 50257]", "-1", '"7"'):
+        (folder / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
+        with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id"):
+            end_ids(folder, tokenizer, VOCAB)
+
+
+def test_stop_tokens_are_single_tokens(tokenizers: dict[str, Tokenizer]) -> None:
+    assert tokenizers["bytes"].token_id("<|end|>", "--stop-tokens") == 1
+    assert tokenizers["gpt2"].token_id("\n", "--stop-tokens") == 198
+    with pytest.raises(InputError, match="--stop-tokens '<|nope|>' is .* tokens and no special"):
+        tokenizers["bytes"].token_id("<|nope|>", "--stop-tokens")
+
+
+def test_whether_bos_goes_first_is_the_settings_to_say(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["bytes"], tmp_path / "copy")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"add_bos_token": False}))
+    assert load_tokenizer(folder, VOCAB).prefix == ()
+    path.write_text(json.dumps(settings | {"add_bos_token": True, "bos_token": "<|end|>"}))
+    assert load_tokenizer(folder, VOCAB).prefix == (1,)
+
+
+def damaged(folder: Path, name: str, text: str | None) -> None:
+    if text is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text", "vocab", "message"),
+    [
+        ("bytes", "tokenizer.json", "{}", VOCAB, "tokenizer.json: not a tokenizer"),
+        ("bytes", "tokenizer.json", '{"model": 1, "added_tokens": []}', VOCAB, "not a tokenizer"),
+        ("bytes", "tokenizer.json", "[", VOCAB, "is not JSON"),
+        ("bytes", "tokenizer.json", None, 500, "holds no tokenizer.json and no tokenizer.model"),
+        ("bytes", "x", "", 499, r"has token id 499, beyond the model's vocabulary of 499"),
+        ("pieces", "x", "", 300, "has token id 399, beyond"),
+        ("pieces", "tokenizer.model", "IQ== 0\n", VOCAB, "not a SentencePiece model"),
+        ("gpt2", "x", "", 50256, "has token id 50256, beyond"),
+        (
+            "bytes",
+            "tokenizer_config.json",
+            '{"eos_token": "<|nope|>"}',
+            VOCAB,
+            "eos_token is '<|nope",
+        ),
+        (
+            "pieces",
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"400": {"content": "<new>"}}}',
+            VOCAB,
+            "adds <new> to tokenizer.model",
+        ),
+    ],
+)
+def test_wrong_files_are_one_clear_line(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    name: str,
+    text: str | None,
+    vocab: int,
+    message: str,
+) -> None:
+    folder = shutil.copytree(folders[kind], tmp_path / "copy")
+    damaged(folder, name, text)
+    with pytest.raises(InputError, match=message.replace("|", r"\|")) as caught:
+        load_tokenizer(folder, vocab)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "library"), [("bytes", "tokenizers"), ("pieces", "sentencepiece")]
+)
+def test_an_absent_library_is_named(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str, library: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=rf"pip install 'llama-parity\[{library}\]'"):
+        load_tokenizer(folders[kind], VOCAB)
