@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from safetensors.numpy import save_file
 
-from llama_torch.batch import generate
+from llama_torch.batch import Batch, generate
 from llama_torch.config import SamplingConfig
 from reference_np.config import LlamaConfig
 from tools import compare
@@ -30,6 +30,23 @@ def test_greedy_decoding_equals_the_cpus(case: Case) -> None:
     prompt = case.tokens[0].tolist()
     on_cpu = list(generate(model, prompt, GREEDY))
     assert list(generate(model.cuda(), prompt, GREEDY)) == on_cpu
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@given(case=wide_cases())
+@settings(max_examples=5)
+def test_a_batch_equals_the_cpus_single_runs(temperature: float, case: Case) -> None:
+    """Rows of unequal length, greedy and drawn: the draws do not depend on the device."""
+    model = torch_model(case.config, cast(case.params, np.float64))
+    prompts = [case.tokens[0].tolist(), case.tokens[0, :3].tolist()]
+    each = [SamplingConfig(8, temperature, repetition_penalty=1.2, seed=i) for i in range(2)]
+    alone = [list(generate(model, *row)) for row in zip(prompts, each, strict=True)]
+    batch, found = Batch(model.cuda(), prompts, each, prefill_chunk=5), ([], [])
+    for _ in range(8):
+        for token in batch.choose():
+            found[token.row].append(token.id)
+        batch.advance()
+    assert list(found) == alone
 
 
 @pytest.fixture
