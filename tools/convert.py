@@ -1,0 +1,265 @@
+"""Convert a Llama between Hugging Face's form and Meta's: ``python tools/convert.py SRC DST``.
+
+Meta's form is described in meta_form.py.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+if __name__ == "__main__":
+    # The tools are not installed. Run as a script, their folder is on the path, where its parent
+    # should be.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from llama_torch import cli
+from llama_torch.checkpoint import MODEL_FILE, locate, read_tensor, require_match
+from llama_torch.config import InputError, ModelConfig, read_json
+from tools.meta_form import META_FILES, read_meta, write_meta
+from tools.meta_params import check_expressible
+from tools.weights import (
+    DTYPES,
+    Model,
+    Weight,
+    label,
+    shapes_of,
+    shown,
+    stored,
+    write_file,
+    write_json,
+)
+
+INDEX_FILE = "model.safetensors.index.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION_FILE = "generation_config.json"
+AROUND = (
+    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
+    f"added_tokens.json chat_template.jinja {GENERATION_FILE}"
+)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a Llama between Hugging Face's form and Meta's, cut anew or in another dtype."""
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """A directory in either form, or one .safetensors file."""
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Directory to write; it must not exist, or be empty."""
+    to: Literal["", "hf", "meta"] = ""
+    """Form to write; empty = the one that SRC is not."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """Precision to store; keep = the source's."""
+    shards: int = 1
+    """Meta: number of consolidated files."""
+    max_shard_gb: float = 5.0
+    """Hugging Face: largest file, in units of 10^9 bytes."""
+    max_seq_len: int = 0
+    """From Meta: context length, which params.json lacks; 0 = 4096, or Llama 3's for its models."""
+    rope_scaling_factor: float = 0.0
+    """From Meta: factor of the scaled rotary frequencies, where params.json lacks it."""
+
+    def __post_init__(self) -> None:
+        for name, valid, requirement in (
+            ("shards", 1 <= self.shards <= 99, "must lie between 1 and 99"),
+            ("max_shard_gb", 0 < self.max_shard_gb < math.inf, "must be positive"),
+            ("max_seq_len", 0 <= self.max_seq_len < 2**31, "must lie between 0 and 2^31"),
+            ("rope_scaling_factor", 0 <= self.rope_scaling_factor < math.inf, "must be positive"),
+        ):
+            if not valid:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {requirement}, got {getattr(self, name)}")
+
+
+def read_hf(path: Path) -> Model:
+    """Open a model directory or a .safetensors file; InputError as ``load_model`` raises it."""
+    config, files = locate(path)
+    expected = shapes_of(config)
+    require_match(path, expected, {name: shape for name, (_, shape) in files.items()})
+    weights = {}
+    for name, shape in expected.items():
+        file = files[name][0]
+        with safe_open(file, framework="pt") as opened:
+            dtype = DTYPES[opened.get_slice(name).get_dtype()]
+        weights[name] = Weight(shape, dtype, partial(read_tensor, file, name, dtype))
+    return Model(config, weights)
+
+
+def write_hf(
+    folder: Path,
+    model: Model,
+    dtype: torch.dtype | None,
+    max_shard_gb: float,
+    ids: Mapping[str, Any],
+) -> None:
+    """Write config.json and the safetensors files, with an index where they are several."""
+    kept = reduce(torch.promote_types, [weight.dtype for weight in model.weights.values()])
+    hf = model.config.to_hf() | {"dtype": label(dtype or kept), **ids}
+    metadata = {"format": "pt", "config": json.dumps(hf)}
+    sizes = {
+        name: math.prod(weight.shape) * (dtype or weight.dtype).itemsize
+        for name, weight in model.weights.items()
+    }
+    groups = grouped(sizes, max_shard_gb * 1e9)
+    weight_map: dict[str, str] = {}
+    for i, group in enumerate(groups, 1):
+        file = f"model-{i:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else MODEL_FILE
+        _write_group(folder / file, model, group, dtype, metadata)
+        weight_map |= dict.fromkeys(group, file)
+    if len(groups) > 1:
+        total = {"total_size": sum(sizes.values())}
+        write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
+    write_json(folder / "config.json", hf)
+
+
+def _write_group(
+    path: Path,
+    model: Model,
+    names: Sequence[str],
+    dtype: torch.dtype | None,
+    metadata: dict[str, str],
+) -> None:
+    tensors = {name: stored(name, model.weights[name], dtype) for name in shown(names, path.name)}
+    write_file(path, partial(save_file, tensors, metadata=metadata))
+
+
+def grouped(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
+    """Cut names, in order, into runs whose sizes sum to at most ``limit``, or that are one name."""
+    groups: list[list[str]] = []
+    room = 0.0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside ``path`` that becomes it, or vanishes on any failure."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path}: exists already; give a new or an empty directory")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no directory {path.parent}; make it first")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def find_form(path: Path) -> str:
+    """Return "hf" or "meta", whichever form ``path`` holds; InputError for neither and for both."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
+    if not path.is_dir():
+        if path.suffix == ".pth":
+            raise InputError(f"{path}: one file of several; give the directory that holds it")
+        return "hf"
+    forms = ["hf"] if any((path / name).exists() for name in (MODEL_FILE, INDEX_FILE)) else []
+    forms += ["meta"] if any(path.glob(META_FILES)) else []
+    if len(forms) == 1:
+        return forms[0]
+    raise InputError(
+        f"{path}: holds {'both' if forms else 'neither'} {MODEL_FILE} "
+        f"{'and' if forms else 'nor'} consolidated.00.pth; give a directory with one of them"
+    )
+
+
+def check_flags(settings: ConvertConfig, form: str, to: str) -> None:
+    """Raise InputError for flags that would change nothing between these two forms."""
+    for name, unused, why in (
+        ("shards", to == "hf" and settings.shards != 1, "counts Meta's files; use --max-shard-gb"),
+        ("max-shard-gb", to == "meta" and settings.max_shard_gb != 5, "not Meta's; use --shards"),
+        ("max-seq-len", form == "hf" and settings.max_seq_len, "config.json says it"),
+        ("rope-scaling-factor", form == "hf" and settings.rope_scaling_factor, "in config.json"),
+    ):
+        if unused:
+            raise InputError(f"--{name}: {why}; leave it out")
+
+
+def token_ids(folder: Path) -> dict[str, Any]:
+    """Return the special tokens' ids that the files beside the weights name."""
+    ids: dict[str, Any] = {}
+    for file in (GENERATION_FILE, "config.json"):
+        if (folder / file).is_file():
+            known = read_json(folder / file)
+            ids |= {key: known[key] for key in TOKEN_IDS if known.get(key) is not None}
+    return ids
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    try:
+        return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str]) -> int:
+    settings = cli.parse(ConvertConfig, argv)
+    source, target = Path(settings.src), Path(settings.dst).resolve()
+    form = find_form(source)
+    to = settings.to or {"hf": "meta", "meta": "hf"}[form]
+    check_flags(settings, form, to)
+    if source.resolve() in (target, *target.parents):
+        raise InputError(f"{settings.dst}: lies in {source}, the source; give another directory")
+    if form == "hf":
+        model = read_hf(source)
+    else:
+        model = read_meta(source, settings.max_seq_len, settings.rope_scaling_factor)
+    if to == "meta":
+        check_expressible(model.config, settings.shards, source)
+    dtype = None if settings.dtype == "keep" else getattr(torch, settings.dtype)
+    beside = source if source.is_dir() else source.parent
+    ids = token_ids(beside)
+    with new_directory(target) as folder:
+        for name in AROUND.split():
+            if (beside / name).is_file():
+                shutil.copyfile(beside / name, folder / name)
+        if to == "hf":
+            write_hf(folder, model, dtype, settings.max_shard_gb, ids)
+        else:
+            write_meta(folder, model, dtype, settings.shards)
+            if ids and not (folder / GENERATION_FILE).exists():
+                write_json(folder / GENERATION_FILE, ids)  # params.json has no place for them
+    _report(settings, model.config, form, to)
+    return 0
+
+
+def _report(settings: ConvertConfig, config: ModelConfig, form: str, to: str) -> None:
+    tied = ", tied embeddings" if config.tie_embeddings else ""
+    print(f"{settings.dst}: {config.n_layers} layers of width {config.dim}{tied}, written as {to}")
+    if to == "meta":
+        print(f"params.json has no context length: back with --max-seq-len {config.max_seq_len}")
+    elif form == "meta" and not settings.max_seq_len:
+        print(f"context length {config.max_seq_len}, assumed; --max-seq-len sets another")
+
+
+if __name__ == "__main__":
+    # A kill that can be caught still removes what is half-written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())
