@@ -4,7 +4,8 @@ Read in this order: config, model, cache, loss, step, optim, data, train; then s
 text, chat_template, text_model, evaluate.
 """
 
-from .config import InputError, SamplingConfig
+from .config import InputError
+from .generation_config import SamplingConfig
 from .text_model import Completion, TextModel, load
 
 __all__ = ["Completion", "InputError", "SamplingConfig", "TextModel", "load"]

@@ -5,7 +5,7 @@ row's positions count its own tokens, and its mask hides every column before the
 Axes: B row, T query position, S key position (column), V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import Cache
-from .config import InputError, SamplingConfig
+from .config import InputError
+from .generation_config import PREFILL_CHUNK, SamplingConfig, check_chunk
 from .model import Llama, causal_mask
 from .sampling import Settings, draw, penalize, token_probabilities
 
@@ -23,6 +24,7 @@ class Token(NamedTuple):
 
     row: int  # the prompt's index in the batch
     id: int
+    last: bool  # by the row's max_new_tokens, or because the context is full
     logprob: float | None  # under the model itself: before penalty, temperature and cuts
     likeliest: tuple[tuple[int, float], ...]  # the model's first choices and theirs
 
@@ -41,8 +43,9 @@ class Batch:
         model: Llama,
         prompts: Sequence[Sequence[int]],
         settings: Sequence[SamplingConfig],
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
+        check_chunk(prefill_chunk)
         for prompt in prompts:
             require_fitting(model, prompt)
         self.model, self.device = model, model.head_weight.device
@@ -51,15 +54,14 @@ class Batch:
         self.tensors = Settings.of(settings, self.device)
         self.draws = [torch.Generator().manual_seed(s.seed) for s in settings]
         longest = max(map(len, prompts))
+        self.left = [
+            min(s.max_new_tokens, model.config.max_seq_len - len(prompt))
+            for s, prompt in zip(settings, prompts, strict=True)
+        ]  # tokens still to write
         self.pads = [longest - len(prompt) for prompt in prompts]
         tokens = [[0] * pad + list(p) for pad, p in zip(self.pads, prompts, strict=True)]
         self.seen = self._seen(prompts)
         self._prefill(torch.tensor(tokens, device=self.device), prefill_chunk)
-
-    def room(self, row: int) -> int:
-        """Return how many tokens the row's context still holds, the next one included."""
-        pad = self.pads[self.rows.index(row)]
-        return self.model.config.max_seq_len - (self.length - pad)
 
     @property
     def length(self) -> int:
@@ -84,6 +86,7 @@ class Batch:
         self.ids = ids
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
+        self.left = [left - 1 for left in self.left]
         return self._described(ids.tolist())
 
     @torch.inference_mode()
@@ -134,6 +137,7 @@ class Batch:
         self.settings = [self.settings[i] for i in keep]
         self.draws = [self.draws[i] for i in keep]
         self.pads = [self.pads[i] for i in keep]
+        self.left = [self.left[i] for i in keep]
         if not keep:
             return
         index = torch.tensor(keep, device=self.device)
@@ -141,24 +145,38 @@ class Batch:
         self.seen = None if self.seen is None else self.seen[index]
         spare = min(self.pads)  # columns that are padding in every row left
         self.pads = [pad - spare for pad in self.pads]
-        keys, values = self.cache if self.cache is not None else ((), ())
+        assert self.cache is not None
         self.cache = Cache(
-            *(tuple(part[index, :, spare:] for part in parts) for parts in (keys, values))
+            *(tuple(part[index, :, spare:] for part in parts) for parts in self.cache)
         )
 
     def _described(self, ids: list[int]) -> list[Token]:
-        most = max(settings.logprobs for settings in self.settings)
-        if most < 0:
-            return [Token(row, id_, None, ()) for row, id_ in zip(self.rows, ids, strict=True)]
+        wanted = [settings.logprobs for settings in self.settings]
+        described = [
+            Token(row, id_, left == 0, None, ())
+            for row, id_, left in zip(self.rows, ids, self.left, strict=True)
+        ]
+        if max(wanted) < 0:
+            return described
         logprobs = self.logits_BV.double().log_softmax(-1)
-        values, tokens = logprobs.topk(min(most, logprobs.shape[-1]))
-        described = []
-        for i, (row, id_) in enumerate(zip(self.rows, ids, strict=True)):
-            wanted = self.settings[i].logprobs
-            pairs = zip(tokens[i].tolist(), values[i].tolist(), strict=True)
-            own = logprobs[i, id_].item() if wanted >= 0 else None
-            described.append(Token(row, id_, own, tuple(pairs)[: max(wanted, 0)]))
+        values, tokens = logprobs.topk(min(max(wanted), logprobs.shape[-1]))
+        for i, (token, most) in enumerate(zip(described, wanted, strict=True)):
+            if most >= 0:
+                pairs = zip(tokens[i, :most].tolist(), values[i, :most].tolist(), strict=True)
+                own = logprobs[i, token.id].item()
+                described[i] = token._replace(logprob=own, likeliest=tuple(pairs))
         return described
+
+
+def run(batch: Batch, ended: Callable[[Token], bool]) -> Iterator[Token]:
+    """Yield every row's tokens, rows mixed, until all have ended: as ``ended`` says, or full."""
+    while batch.rows:
+        finished = set()
+        for token in batch.choose():
+            if ended(token) or token.last:
+                finished.add(token.row)
+            yield token
+        batch.advance(finished)
 
 
 def generate(
@@ -168,13 +186,9 @@ def generate(
 
     The limits are ``max_new_tokens`` and the model's context. Raises InputError as Batch does.
     """
-    batch = Batch(model, [prompt], [settings])
-    for _ in range(min(settings.max_new_tokens, batch.room(0))):
-        (token,) = batch.choose()
-        if token.id in stop:
-            return
-        yield token.id
-        batch.advance()
+    for token in run(Batch(model, [prompt], [settings]), lambda token: token.id in stop):
+        if token.id not in stop:
+            yield token.id
 
 
 def require_fitting(model: Llama, prompt: Sequence[int]) -> None:
@@ -182,7 +196,7 @@ def require_fitting(model: Llama, prompt: Sequence[int]) -> None:
     config = model.config
     if not 0 < len(prompt) < config.max_seq_len:
         raise InputError(
-            f"--prompt is {len(prompt)} tokens long and the context holds {config.max_seq_len}; "
+            f"the prompt is {len(prompt)} tokens long and the context holds {config.max_seq_len}; "
             "give between 1 and one fewer than that"
         )
     for token in prompt:

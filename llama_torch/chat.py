@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from . import cli
+from .batch import require_fitting
 from .chat_template import Message
-from .config import ChatConfig, InputError
+from .config import InputError
+from .generation_config import ChatConfig
 from .text_model import TextModel, load_from
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
@@ -23,8 +25,9 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(ChatConfig, argv)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):  # whatever the terminal's encoding cannot say
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     model = load_from(config.load, config.template)
     model.chat_template  # noqa: B018  (a checkpoint without one is refused before the first word)
     print(HELP)
@@ -46,7 +49,7 @@ class Conversation:
         while True:
             try:
                 said = input("> ").strip()
-            except EOFError:
+            except (EOFError, RuntimeError):  # the second: there is no stdin at all
                 print()
                 return 0
             except KeyboardInterrupt:
@@ -62,10 +65,9 @@ class Conversation:
 
     def _exchange(self, said: str) -> None:
         """Answer; a refused message is forgotten, an interrupted answer is kept as it is."""
-        self.messages.append({"role": "user", "content": said})
         answer = ""
         try:
-            ids = self._fitting()
+            messages, ids = self._fitting([*self.messages, {"role": "user", "content": said}])
             # Another seed each turn, so that asking again may give another answer.
             sampling = self.config.sampling
             sampling = dataclasses.replace(sampling, seed=(sampling.seed + self.turn) % 2**63)
@@ -74,29 +76,27 @@ class Conversation:
                 print(piece, end="", flush=True)
                 answer += piece
         except InputError as error:
-            del self.messages[-1]
             print(f"error: {error}", file=sys.stderr)
             return
         except KeyboardInterrupt:
             print(" (interrupted)", end="")
         print()
-        self.messages.append({"role": "assistant", "content": answer})
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def _fitting(self) -> list[int]:
-        """Encode the conversation, without its oldest exchanges where they leave no room."""
-        limit = self.model.model.config.max_seq_len
-        dropped = 0
+    def _fitting(self, messages: list[Message]) -> tuple[list[Message], list[int]]:
+        """Return the conversation, less the oldest exchanges if they leave no room, and its ids."""
+        limit, oldest = self.model.model.config.max_seq_len, len(self.start)
+        room = min(self.config.sampling.max_new_tokens, limit // 4)
+        kept = list(messages)
         while True:
-            ids = self.model.chat_template.encode(self.messages)
-            room = min(self.config.sampling.max_new_tokens, limit // 4)
-            oldest = len(self.start)
-            if len(ids) + room <= limit or len(self.messages) <= oldest + 1:
+            ids = self.model.chat_template.encode(kept)
+            if len(ids) + room <= limit or len(kept) <= oldest + 1:
                 break
-            del self.messages[oldest : oldest + 2]
-            dropped += 1
-        if dropped:
+            del kept[oldest : oldest + 2]
+        require_fitting(self.model.model, ids)
+        if dropped := (len(messages) - len(kept)) // 2:
             print(f"(forgot the oldest {dropped}: the context holds {limit} tokens)")
-        return ids
+        return kept, ids
 
 
 if __name__ == "__main__":

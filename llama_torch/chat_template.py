@@ -10,7 +10,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .config import InputError, read_json
+from .config import InputError, has_surrogates, read_json
 from .text import Tokenizer
 
 Message = Mapping[str, str]  # role (system, user, assistant) and content
@@ -20,13 +20,24 @@ LLAMA2 = "llama2"
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
+class Generation(jinja2.ext.Extension):
+    """The tag ``{% generation %}``, which marks for trainers what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012  (as the base class has it)
+
+    def parse(self, parser: Any) -> Any:
+        """Leave the tag out and its content in."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """Turns messages into the ids that ask for the assistant's next answer."""
 
     def __init__(self, source: str, origin: str, tokenizer: Tokenizer) -> None:
         self.origin, self.tokenizer = origin, tokenizer
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
@@ -43,33 +54,50 @@ class ChatTemplate:
         """
         require_messages(messages)
         mark = _unused_character(messages)
-        broken = [{**m, "content": self._broken(m["content"], mark)} for m in messages]
+        broken = [
+            {"role": m["role"], "content": self._broken(m["content"], mark)} for m in messages
+        ]
         names = {"bos_token": self.tokenizer.bos or "", "eos_token": self.tokenizer.eos or ""}
         try:
-            text = self.template.render(messages=broken, add_generation_prompt=True, **names)
+            text = self.template.render(
+                messages=broken, add_generation_prompt=True, tools=None, documents=None, **names
+            )
         except Exception as error:  # a template is a program: it fails in any way
             raise InputError(f"{self.origin}: the template fails: {_line(error)}") from None
         return self.tokenizer.encode_marked(text, mark)
 
     def _broken(self, content: str, mark: str) -> str:
-        """Break up every special token in a message, and any that its ends could complete."""
-        first = {token[0] for token in self.tokenizer.special if token}
-        last = {token[-1] for token in self.tokenizer.special if token}
-        # A mark after each character that begins one and before each that ends one: no special
-        # token is left even where the template joins the message to something.
-        return "".join(
-            (mark if c in last else "") + c + (mark if c in first else "") for c in content
-        )
+        """Put marks into the special tokens that a message spells, wholly or at its ends.
+
+        Whatever else it says is left as it is: a template may look at it. At the ends (spaces
+        aside, which templates strip) a token could be completed by what comes before or after.
+        """
+        inner = content.strip()
+        for token in self.tokenizer.special:
+            if len(token) == 1 and token in content:
+                raise InputError(f"a message contains {token!r}, a special token; remove it")
+            cuts = {i + 1 for i in range(len(content)) if content.startswith(token, i)}
+            start = content.find(inner)
+            end = start + len(inner)
+            cuts |= {end - n + 1 for n in range(1, len(token)) if inner.endswith(token[:n])}
+            cuts |= {start + n - 1 for n in range(1, len(token)) if inner.startswith(token[-n:])}
+            cuts |= {start} if inner and inner in token else set()
+            for cut in sorted(cuts, reverse=True):
+                content = content[:cut] + mark + content[cut:]
+            inner = content.strip()
+        return content
 
 
 def require_messages(messages: Sequence[Message]) -> None:
     """Raise InputError unless every message has a known role and a text."""
     for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f"message {i} is {message!r}; give a role and a content")
         role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
+        if role not in ROLES or not isinstance(content, str) or has_surrogates(content):
             raise InputError(
                 f"message {i} has role {role!r} and content of type {type(content).__name__}; "
-                f"give a text, and one of {', '.join(ROLES)}"
+                f"give valid text, and one of {', '.join(ROLES)}"
             )
 
 
@@ -98,8 +126,9 @@ class Llama2Template:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation whose next message is the assistant's."""
         require_messages(messages)
+        said = [m["content"] for m in messages if m["role"] != "assistant"]
         for tag in LLAMA2_TAGS:
-            if any(tag in message["content"] for message in messages):
+            if any(tag in text for text in said):
                 raise InputError(f"a message contains {tag}, which the template alone may")
         messages = _with_system_inside(messages)
         roles = [message["role"] for message in messages]
@@ -140,8 +169,8 @@ def load_chat_template(
         return ChatTemplate(_read(own), str(own), tokenizer)
     stored = read_json(settings).get("chat_template") if settings.is_file() else None
     if isinstance(stored, list):  # several, by name
-        items = (item for item in stored if isinstance(item, dict))
-        stored = {item.get("name"): item.get("template") for item in items}.get("default")
+        items = [item for item in stored if isinstance(item, dict)]
+        stored = next((i.get("template") for i in items if i.get("name") == "default"), None)
     if not isinstance(stored, str):
         raise InputError(
             f"{folder}: has no chat template; give one with --template (llama2, or a Jinja file)"
@@ -164,8 +193,8 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 import tomllib
@@ -94,10 +95,17 @@ def early_flags(argv: Sequence[str]) -> argparse.Namespace:
 def run(main: Callable[[], int]) -> int:
     """Call ``main``; an InputError becomes one line on stderr and exit code 2.
 
-    So does what the operating system refuses (a full disk, a name too long).
+    So does what the operating system refuses (a full disk, a name too long). Ctrl-C is 130, and
+    a reader of the output that went away 141, as shells count them.
     """
     try:
         return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

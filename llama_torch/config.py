@@ -16,24 +16,37 @@ class InputError(ValueError):
     """Something a user supplied is wrong; the message names it and the remedy."""
 
 
-def _check(valid: bool, flag: str, value: object, requirement: str) -> None:
+def check(valid: bool, flag: str, value: object, requirement: str) -> None:
+    """Raise InputError naming the flag unless ``valid``."""
     if not valid:
         raise InputError(f"--{flag.replace('_', '-')} {requirement}, got {value!r}")
 
 
-def _check_positive(config: object, *names: str) -> None:
+def check_positive(config: object, *names: str) -> None:
+    """Raise InputError naming the first of these fields that is not positive and finite."""
     for name in names:
         value = getattr(config, name)
-        _check(math.isfinite(value) and value > 0, name, value, "must be positive")
+        # No float holds an integer much larger than this.
+        check(0 < value < 1e300, name, value, "must be positive")
 
 
-def _check_text(flag: str, value: str) -> None:
-    _check(bool(value), flag, value, "must not be empty")
+def check_types(config: object) -> None:
+    """Raise InputError naming the first field whose value is not of its default's type."""
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, kind = getattr(config, item.name), type(item.default)
+        accepted = (int, float) if kind is float else (kind,)
+        check(type(value) in accepted, item.name, value, f"must be of type {kind.__name__}")
+
+
+def check_text(flag: str, value: str) -> None:
+    """Raise InputError naming the flag for a text that is empty or not Unicode."""
+    check(bool(value), flag, value, "must not be empty")
     # Bytes of the command line that are not text arrive as lone surrogates.
-    _check(not _has_surrogates(value), flag, value, "must be valid text")
+    check(not has_surrogates(value), flag, value, "must be valid text")
 
 
-def _has_surrogates(text: str) -> bool:
+def has_surrogates(text: str) -> bool:
+    """Return whether a text holds what is no character: bytes of another encoding."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -74,9 +87,11 @@ NEUTRAL = {
 
 # Keys that say how a model is used, stored or reported, and never what it computes.
 INERT = (
-    "architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id "
+    "architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward do_sample "
+    "dtype eos_token_id "
     "finetuning_task id2label initializer_range is_llama_config label2id max_length "
-    "max_sequence_length name_or_path output_attentions output_hidden_states pad_token_id "
+    "max_sequence_length name_or_path num_return_sequences output_attentions output_hidden_states "
+    "pad_token_id temperature top_k top_p "
     "problem_type return_dict tokenizer_class torch_dtype transformers.js_config "
     "transformers_version unk_token_id unsloth_fixed use_cache use_return_dict"
 )
@@ -120,23 +135,19 @@ class ModelConfig:
     """llama3: the context before scaling."""
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            kind = type(item.default)
-            accepted = (int, float) if kind is float else (kind,)
-            _check(type(value) in accepted, item.name, value, f"must be of type {kind.__name__}")
-        _check_positive(self, "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
-        _check_positive(self, "max_seq_len", "norm_eps", "rope_theta", *ROPE_KEYS)
+        check_types(self)
+        check_positive(self, "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
+        check_positive(self, "max_seq_len", "norm_eps", "rope_theta", *ROPE_KEYS)
         one_of = f"must be one of {', '.join(ROPE_USES)}"
-        _check(self.rope_type in ROPE_USES, "rope_type", self.rope_type, one_of)
-        _check(
+        check(self.rope_type in ROPE_USES, "rope_type", self.rope_type, one_of)
+        check(
             self.rope_low_freq_factor < self.rope_high_freq_factor,
             "rope_low_freq_factor",
             self.rope_low_freq_factor,
             f"must be below --rope-high-freq-factor {self.rope_high_freq_factor}",
         )
         if self.head_dim == 0:
-            _check(
+            check(
                 self.dim % self.n_heads == 0,
                 "dim",
                 self.dim,
@@ -145,14 +156,14 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.hidden_dim == 0:
             object.__setattr__(self, "hidden_dim", math.ceil(int(8 * self.dim / 3) / 32) * 32)
-        _check_positive(self, "head_dim", "hidden_dim")
-        _check(
+        check_positive(self, "head_dim", "hidden_dim")
+        check(
             self.n_heads % self.n_kv_heads == 0,
             "n_heads",
             self.n_heads,
             f"must be a multiple of --n-kv-heads {self.n_kv_heads}",
         )
-        _check(
+        check(
             self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even for rotary embeddings"
         )
 
@@ -171,7 +182,7 @@ class ModelConfig:
             if key not in NEUTRAL
             and key not in known
             and not key.startswith("_")
-            and value not in (None, False)
+            and value not in (None, False, {}, [])
         ]
         rope, rope_problems = _rope_fields(hf)
         if problems := problems + rope_problems:
@@ -264,10 +275,10 @@ class DataConfig:
     """Processes that prepare batches; 0 = in the training process."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "must lie between 0 and 1"
         )
-        _check(self.num_workers >= 0, "num_workers", self.num_workers, "must not be negative")
+        check(self.num_workers >= 0, "num_workers", self.num_workers, "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -294,24 +305,24 @@ class OptimConfig:
     """Weight of (log Z)^2 in the training loss (not in the validation loss); 0 = none."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "lr", "adam_eps", "grad_clip")
+        check_positive(self, "lr", "adam_eps", "grad_clip")
         for name in ("beta1", "beta2"):
-            _check(
+            check(
                 0 <= getattr(self, name) < 1,
                 name,
                 getattr(self, name),
                 "must be at least 0 and below 1",
             )
-        _check(
+        check(
             0 <= self.final_lr_ratio <= 1,
             "final_lr_ratio",
             self.final_lr_ratio,
             "must lie between 0 and 1",
         )
-        _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative")
+        check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative")
         for name in ("weight_decay", "z_loss"):
             value = getattr(self, name)
-            _check(0 <= value < math.inf, name, value, "must be zero or positive, and finite")
+            check(0 <= value < math.inf, name, value, "must be zero or positive, and finite")
 
 
 @dataclass(frozen=True)
@@ -357,19 +368,19 @@ class TrainConfig:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "steps", "batch_size", "grad_accum", "log_every", "eval_every")
-        _check_positive(self, "save_every")
+        check_positive(self, "steps", "batch_size", "grad_accum", "log_every", "eval_every")
+        check_positive(self, "save_every")
         for name in ("eval_batches", "sample_every"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        _check(0 <= self.seed < 2**32, "seed", self.seed, "must lie between 0 and 2^32 - 1")
+            check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "must lie between 0 and 2^32 - 1")
         # transformers refuses to load any other shape, and a run must load everywhere.
-        _check(
+        check(
             self.model.dim % self.model.n_heads == 0,
             "dim",
             self.model.dim,
             f"must be a multiple of --n-heads {self.model.n_heads}",
         )
-        _check_text("sample_prompt", self.sample_prompt)
+        check_text("sample_prompt", self.sample_prompt)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the losses: what a resumed run must share."""
@@ -381,119 +392,6 @@ class TrainConfig:
             del flat["data"][name]  # the text itself is compared by its hash
         identity: dict[str, Any] = json.loads(json.dumps(flat))
         return identity
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How one request is continued: what to draw from, how, and when to stop."""
-
-    max_new_tokens: int = 128
-    """Most tokens to write."""
-    temperature: float = 0.8
-    """Divides the logits; 0 = greedy."""
-    top_k: int = 0
-    """Sample from this many likeliest tokens; 0 = all."""
-    top_p: float = 0.95
-    """Sample from the likeliest tokens that hold this much probability; 1 = all."""
-    min_p: float = 0.0
-    """Sample from tokens at least this likely beside the likeliest; 0 = all."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits of tokens already seen, and multiplies negative ones; 1 = none."""
-    seed: int = 0
-    """Seed of the draws; the prompts of one call have it, the next, and so on."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer and are not part of it."""
-    stop_tokens: tuple[str, ...] = ()
-    """Tokens that end the answer, besides the checkpoint's own end tokens."""
-    ignore_eos: bool = False
-    """Write on after the checkpoint's own end tokens."""
-    logprobs: int = -1
-    """Report each token's log-probability, and those of this many likeliest; -1 = none."""
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "max_new_tokens", "repetition_penalty")
-        _check(
-            self.temperature >= 0 and math.isfinite(self.temperature),
-            "temperature",
-            self.temperature,
-            "must be zero (greedy) or positive",
-        )
-        _check(self.top_k >= 0, "top_k", self.top_k, "must be zero (all) or positive")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be between 0 and 1")
-        _check(0 <= self.seed < 2**63, "seed", self.seed, "must not be negative")
-        _check(self.logprobs >= -1, "logprobs", self.logprobs, "must be -1 (none) or more")
-        for name in ("stop", "stop_tokens"):
-            for text in getattr(self, name):
-                _check_text(name, text)
-
-
-@dataclass(frozen=True)
-class LoadConfig:
-    """Which checkpoint, and how it is held."""
-
-    ckpt: str
-    """Model directory or .safetensors file."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Precision of the weights in memory."""
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Write text from a checkpoint."""
-
-    load: LoadConfig
-    prompt: tuple[str, ...]
-    """Text to continue; several are continued together."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    prefill_chunk: int = 512
-    """Tokens of the prompts read in one forward pass: less memory, the same answer."""
-    json: bool = False
-    """One JSON object a prompt: text, token ids, why it ended, log-probabilities."""
-
-    def __post_init__(self) -> None:
-        _check(bool(self.prompt), "prompt", self.prompt, "must not be empty")
-        for prompt in self.prompt:
-            _check_text("prompt", prompt)
-        _check_positive(self, "prefill_chunk")
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    """Talk with a checkpoint: /reset forgets, /exit leaves, Ctrl-C ends an answer."""
-
-    load: LoadConfig
-    system: str = ""
-    """What the model is told first; empty = nothing."""
-    template: str = ""
-    """Jinja file, or "llama2" for Llama 2's [INST] form; empty = the checkpoint's own."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=512))
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Measure a checkpoint on text: perplexity, bits per byte, tokens per second."""
-
-    load: LoadConfig
-    data: tuple[str, ...] = ()
-    """Files, folders or globs (.txt .md .jsonl .parquet); none = Python's own help topics."""
-    text_field: str = "text"
-    """Field that holds the text in .jsonl and .parquet records."""
-    context: int = 0
-    """Tokens in a window; 0 = the model's context."""
-    stride: int = 0
-    """Tokens scored in each window after the first; 0 = half the window."""
-    batch_size: int = 8
-    """Windows in one forward pass."""
-    json: bool = False
-    """Print the result as JSON."""
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "batch_size")
-        for name in ("context", "stride"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ def pick_device(name: str) -> torch.device:
     """Return the asked-for device, or the best there is for ``auto``."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {name!r} is not one of auto, cpu, cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

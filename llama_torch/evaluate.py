@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from . import cli
-from .config import EvaluateConfig, InputError
+from .config import InputError
 from .data import documents, find_files
+from .generation_config import EvaluateConfig
 from .loss import IGNORE, count_valid, loss_sum
 from .model import Llama
 from .text import Tokenizer

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from . import cli
-from .config import GenerateConfig
+from .generation_config import GenerateConfig
 from .text_model import Completion, TextModel, load_from
 
 
@@ -41,7 +41,7 @@ def _write_all(model: TextModel, config: GenerateConfig) -> None:
     completions = model.generate_batch(config.prompt, config.sampling, config.prefill_chunk)
     for prompt, completion in zip(config.prompt, completions, strict=True):
         if config.json:
-            print(json.dumps(_record(prompt, completion), ensure_ascii=False))
+            print(json.dumps(_record(prompt, completion)))
             continue
         print(prompt + completion.text)
         for token in completion.tokens if config.sampling.logprobs >= 0 else ():

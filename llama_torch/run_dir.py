@@ -99,7 +99,9 @@ def require_same(config: TrainConfig, data_key: str | None = None) -> None:
     """Check that a resumed run's settings, and its text once its hash is known, are its own."""
     out = Path(config.out)
     stored = _stored(out)
-    differing = _differences(stored["identity"], config.identity())
+    # A setting that did not exist when the run began had its default's effect.
+    identity = _over(TrainConfig().identity(), stored["identity"])
+    differing = _differences(identity, config.identity())
     if data_key is not None and stored.get("data_key") != data_key:
         differing.append("the text of --data has changed")
     if differing:
@@ -128,6 +130,12 @@ def claim(config: TrainConfig, data_key: str) -> None:
         raise InputError(f"--out {out} was taken by another run just now; try again") from None
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error}); choose another") from None
+
+
+def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return ``defaults`` with what is given in their places."""
+    nested = {k: _over(v, given[k]) for k, v in defaults.items() if isinstance(given.get(k), dict)}
+    return {**defaults, **given, **nested}
 
 
 def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import SamplingConfig
+from .generation_config import SamplingConfig
 
 
 class Settings(NamedTuple):

@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,24 @@ import tiktoken
 from .config import InputError, read_json
 from .tokenizer import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, gpt2, hf_files
 
-UNFINISHED = "\ufffd"  # how decoders show the bytes of a character that is not complete
+MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
 class Tokenizer(ABC):
     """Text to token ids and back.
 
-    special  the special tokens: their spelling and id.
+    special  the tokens that only a chat template can place: their spelling and id.
+    hidden   the ids that stand for no text; those of the special tokens, unless said.
     n_ids    one more than the highest id.
     prefix   what goes before a prompt: one BOS where the checkpoint was trained with it.
     bos, eos spellings of the two, where the checkpoint names them.
     """
 
-    def __init__(self, special: Mapping[str, int], n_ids: int) -> None:
+    def __init__(
+        self, special: Mapping[str, int], n_ids: int, hidden: Iterable[int] | None = None
+    ) -> None:
         self.special, self.n_ids = dict(special), n_ids
+        self.hidden = set(special.values() if hidden is None else hidden)
         self.prefix: tuple[int, ...] = ()
         self.bos: str | None = None
         self.eos: str | None = None
@@ -47,8 +51,11 @@ class Tokenizer(ABC):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special ones and those beyond the tokenizer stand for none."""
-        left_out = set(self.special.values())
-        return self.decode_ordinary([i for i in ids if i < self.n_ids and i not in left_out])
+        return self.decode_ordinary([i for i in ids if self.is_text(i)])
+
+    def is_text(self, id_: int) -> bool:
+        """Return whether an id stands for text."""
+        return id_ < self.n_ids and id_ not in self.hidden
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Return the ids of text in which special tokens count, unless ``mark`` breaks them up.
@@ -100,23 +107,33 @@ class Gpt2(Tokenizer):
 class Json(Tokenizer):
     """A ``tokenizer.json``, through the tokenizers library.
 
-    Its special tokens are renamed, with a random word in front that nobody can guess, so that
-    no text spells one by accident or on purpose, and a template's are renamed likewise.
+    Its special tokens, and what is marked like one (``<|im_start|>`` is not always called
+    special), are renamed with a random word in front that nobody can guess, so that no text
+    spells one by accident or on purpose; a template's are renamed likewise. ``named`` are special
+    too: tokens that other files call BOS or EOS.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, named: Collection[str] = ()) -> None:
         library = _library("tokenizers", path)
         content = read_json(path)
         self.word = secrets.token_hex(8)
-        added = [token for token in content.get("added_tokens") or [] if token.get("special")]
         try:
-            special = {token["content"]: token["id"] for token in added}
-            renamed = _renamed(content, special, self.word)
+            added = content.get("added_tokens") or []
+            ids = {**content["model"]["vocab"]} if named else {}
+            special = {name: ids[name] for name in named if name in ids}
+            special |= {
+                t["content"]: t["id"] for t in added if t["special"] or t["content"] in named
+            }
+            marked = {t["content"]: t["id"] for t in added if MARKED.fullmatch(t["content"])}
+            renamed = _renamed(content, special | marked, self.word)
             self.tokenizer = library.Tokenizer.from_str(json.dumps(renamed))
         except Exception as error:  # the library raises bare exceptions
             raise InputError(f"{path}: not a tokenizer ({error}); copy it again") from None
+        self.tokenizer.no_truncation()  # of the training that made it
+        self.tokenizer.no_padding()
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
-        super().__init__(special, max(vocab.values(), default=-1) + 1)
+        n_ids = max(vocab.values(), default=-1) + 1
+        super().__init__(special | marked, n_ids, special.values())
         # What its own post-processor puts before any text.
         framed = self.tokenizer.encode("a", add_special_tokens=True).ids
         self.prefix = tuple(framed[: _find(framed, self.encode("a"))])
@@ -127,7 +144,7 @@ class Json(Tokenizer):
 
     def decode_ordinary(self, ids: Sequence[int]) -> str:
         """Return the text of ordinary ids."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(ids))).replace(self.word, "")
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Return the ids of text in which unbroken special tokens count."""
@@ -149,7 +166,7 @@ def _renamed(content: dict[str, Any], special: Mapping[str, int], word: str) -> 
         model["vocab"] = [[new(name), score] for name, score in vocab]
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = new(model["unk_token"])
-    added = [{**t, "content": new(t["content"])} for t in content["added_tokens"]]
+    added = [{**t, "content": new(t["content"])} for t in content.get("added_tokens") or []]
     return {**content, "model": model, "added_tokens": added}
 
 
@@ -206,22 +223,47 @@ def load_tokenizer(ckpt: Path, vocab_size: int) -> Tokenizer:
     cannot be GPT-2's.
     """
     folder = ckpt if ckpt.is_dir() else ckpt.parent
-    tokenizer, source = _find_tokenizer(ckpt, folder, vocab_size)
+    settings = _settings(folder)
+    names = {settings[role] for role in ("bos_token", "eos_token") if role in settings}
+    tokenizer, source = _find_tokenizer(ckpt, folder, vocab_size, names)
     if tokenizer.n_ids > vocab_size:
         raise InputError(
             f"{source}: has token id {tokenizer.n_ids - 1}, beyond the model's vocabulary of "
             f"{vocab_size}; it belongs to another checkpoint"
         )
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
-        if (folder / name).is_file():
-            _apply_settings(tokenizer, read_json(folder / name), folder / name)
+    _apply_settings(tokenizer, settings, folder)
     return tokenizer
 
 
-def _find_tokenizer(ckpt: Path, folder: Path, vocab_size: int) -> tuple[Tokenizer, Path]:
+def _settings(folder: Path) -> dict[str, Any]:
+    """Read what the files beside a tokenizer say of it: BOS and EOS by name, tokens added."""
+    found: dict[str, Any] = {"added": {}}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
+        if not (folder / file).is_file():
+            continue
+        given = read_json(folder / file)
+        for role in ("bos_token", "eos_token"):
+            token = given.get(role)
+            name = token.get("content") if isinstance(token, dict) else token
+            if name and not isinstance(name, str):
+                raise InputError(f"{folder / file}: {role} is {name!r} and no text; correct it")
+            found |= {role: name} if name else {}
+        found["add_bos_token"] = given.get("add_bos_token")
+        decoder = given.get("added_tokens_decoder")
+        for id_, token in decoder.items() if isinstance(decoder, dict) else ():
+            if id_.isdigit() and isinstance(token, dict):
+                found["added"][str(token.get("content"))] = int(id_)
+    if (folder / "added_tokens.json").is_file():
+        found["added"] |= read_json(folder / "added_tokens.json")
+    return found
+
+
+def _find_tokenizer(
+    ckpt: Path, folder: Path, vocab_size: int, named: Collection[str]
+) -> tuple[Tokenizer, Path]:
     fast, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file():
-        return (Gpt2() if _is_gpt2(read_json(fast)) else Json(fast)), fast
+        return (Gpt2() if _is_gpt2(read_json(fast)) else Json(fast, named)), fast
     if pieces.is_file():
         return SentencePiece(pieces), pieces
     if not VOCAB_SIZE <= vocab_size < 2 * VOCAB_SIZE:
@@ -240,55 +282,44 @@ def _gpt2_json() -> dict[str, Any]:
 
 def _is_gpt2(content: dict[str, Any]) -> bool:
     """Return whether a tokenizer.json is GPT-2's encoding and nothing else."""
-    model, ours = content.get("model"), _gpt2_json()
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+    ours = _gpt2_json()
+    try:
+        model = content["model"]
+        vocab = {**model["vocab"], END_OF_TEXT: END_OF_TEXT_ID}
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        added = {token["content"] for token in content["added_tokens"]}
+        splitting = {**ours["pre_tokenizer"], **content["pre_tokenizer"]}
+        post = (content.get("post_processor") or ours["pre_tokenizer"])["type"]
+        kinds = {splitting["type"], content["decoder"]["type"], post}
+    except (KeyError, TypeError, AttributeError):
         return False
-    vocab = {**model["vocab"], END_OF_TEXT: END_OF_TEXT_ID}
-    added = [token.get("content") for token in content.get("added_tokens") or []]
-    splitting = {**ours["pre_tokenizer"], **(content.get("pre_tokenizer") or {})}
-    post = content.get("post_processor") or {"type": "ByteLevel"}
     return (
-        vocab == ours["model"]["vocab"]
-        and set(added) <= {END_OF_TEXT}
+        (vocab, merges) == (ours["model"]["vocab"], ours["model"]["merges"])
+        and added <= {END_OF_TEXT}
         and content.get("normalizer") is None
-        and (splitting["type"], splitting["add_prefix_space"]) == ("ByteLevel", False)
-        and post["type"] == "ByteLevel"
+        and (kinds, splitting["add_prefix_space"]) == ({"ByteLevel"}, False)
     )
 
 
-def _apply_settings(tokenizer: Tokenizer, settings: dict[str, Any], path: Path) -> None:
-    """Take the names of BOS and EOS, and whether BOS goes first, from tokenizer_config.json."""
-    beyond = _added(settings)
-    if isinstance(tokenizer, SentencePiece) and beyond:
-        new = {name: id_ for name, id_ in beyond.items() if id_ >= tokenizer.n_ids}
-        if new:
-            raise InputError(
-                f"{path}: adds {', '.join(new)} to tokenizer.model; put the checkpoint's "
-                "tokenizer.json there"
-            )
+def _apply_settings(tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> None:
+    """Give BOS and EOS their names. Where BOS goes first, a tokenizer.json says itself."""
     for role in ("bos", "eos"):
-        named = settings.get(f"{role}_token")
-        name = named.get("content") if isinstance(named, dict) else named
-        if name is None:
-            continue
-        if name not in tokenizer.special:
+        name = settings.get(f"{role}_token")
+        if name is not None and name not in tokenizer.special:
             raise InputError(
-                f"{path}: {role}_token is {name!r}, which is no special token of the tokenizer; "
-                "correct one of them"
+                f"{folder}: {role}_token is {name!r} in tokenizer_config.json (or "
+                "special_tokens_map.json), which the tokenizer does not have; correct one of them"
             )
-        setattr(tokenizer, role, name)
-    adds = settings.get("add_bos_token")
-    if adds is False:
+        setattr(tokenizer, role, name or getattr(tokenizer, role))
+    if not isinstance(tokenizer, SentencePiece):
+        return
+    if new := [name for name, id_ in settings["added"].items() if id_ >= tokenizer.n_ids]:
+        raise InputError(
+            f"{folder}: adds {', '.join(new)} to tokenizer.model; put the checkpoint's "
+            "tokenizer.json there"
+        )
+    if settings.get("add_bos_token") is False:
         tokenizer.prefix = ()
-    elif adds is True and tokenizer.bos is not None:
-        tokenizer.prefix = (tokenizer.special[tokenizer.bos],)
-
-
-def _added(settings: dict[str, Any]) -> dict[str, int]:
-    decoder = settings.get("added_tokens_decoder")
-    if not isinstance(decoder, dict):
-        return {}
-    return {str(token.get("content")): int(id_) for id_, token in decoder.items()}
 
 
 def end_ids(ckpt: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:
@@ -311,73 +342,3 @@ def end_ids(ckpt: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:
                 )
         return set(ids)
     return set() if tokenizer.eos is None else {tokenizer.special[tokenizer.eos]}
-
-
-class TextStream:
-    """Text as it becomes complete, one token at a time.
-
-    A character is never split between two pieces, and neither is a stop text: what may become
-    one is held back. ``before`` are the ids that the text continues.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, before: Sequence[int], stop: Sequence[str] = ()
-    ) -> None:
-        self.decode: Callable[[Iterable[int]], str] = tokenizer.decode
-        self.stop = stop
-        # Decoders treat a beginning differently (Llama 2's drops a space), so each piece is
-        # decoded after the one before it.
-        self.window = self._tail(list(before))
-        self.fresh = len(self.window)  # where the newest piece begins
-        self.shown = len(self.decode(self.window))  # characters of the window already given out
-        self.held = ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """Add a token; return the text that is now certain."""
-        self.window.append(token)
-        return self._release(self._grown())
-
-    def finish(self) -> str:
-        """Return what was held back, with the bytes of an unfinished character marked."""
-        text, self.held = self.held + self.decode(self.window)[self.shown :], ""
-        cut = self._cut(text)
-        self.stopped |= cut is not None
-        return text[:cut]
-
-    def _tail(self, ids: list[int]) -> list[int]:
-        """Return the last few ids, more where these begin inside a character."""
-        starts = range(max(len(ids) - 4, 0), 0, -1)
-        whole = (n for n in starts if not self.decode(ids[n:]).startswith(UNFINISHED))
-        return ids[next(whole, 0) :]
-
-    def _grown(self) -> str:
-        text = self.decode(self.window)
-        ready = text.rstrip(UNFINISHED)
-        piece = ready[self.shown :]
-        self.shown = max(self.shown, len(ready))
-        if ready == text:
-            self.window, self.fresh = self.window[self.fresh :], len(self.window) - self.fresh
-            self.shown = len(self.decode(self.window))
-        return piece
-
-    def _release(self, piece: str) -> str:
-        text, self.held = self.held + piece, ""
-        cut = self._cut(text)
-        if cut is not None:
-            self.stopped = True
-            return text[:cut]
-        keep = max((_overlap(text, stop) for stop in self.stop), default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def _cut(self, text: str) -> int | None:
-        """Return where the stop text that is complete first begins, however tokens divide it."""
-        ends = [(text.find(stop) + len(stop), -len(stop)) for stop in self.stop if stop in text]
-        return sum(min(ends)) if ends else None
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return how much of the text's end may be the beginning of a stop text."""
-    most = min(len(text), len(stop) - 1)
-    return next((n for n in range(most, 0, -1) if stop.startswith(text[-n:])), 0)

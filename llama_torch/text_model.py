@@ -7,22 +7,25 @@
     print(model.generate("The", max_new_tokens=40).text)
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .batch import Batch, Token
+from .batch import Batch, Token, run
 from .chat_template import ChatTemplate, Llama2Template, Message, load_chat_template
 from .checkpoint import load_model
-from .config import LoadConfig, SamplingConfig
+from .config import InputError, has_surrogates
 from .device import pick_device
+from .generation_config import PREFILL_CHUNK, LoadConfig, SamplingConfig
 from .model import Llama
-from .text import TextStream, Tokenizer, end_ids, load_tokenizer
+from .text import Tokenizer, end_ids, load_tokenizer
+from .text_stream import TextStream
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,19 @@ class TextModel:
 
     def encode(self, prompt: str) -> list[int]:
         """Return a prompt's ids, one BOS first where the checkpoint was trained with it."""
+        if has_surrogates(prompt):
+            raise InputError("the prompt is not valid text; correct it")
         return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
 
     def generate(self, prompt: str, **settings: Any) -> Completion:
         """Continue one prompt."""
-        return self.generate_batch([prompt], SamplingConfig(**settings))[0]
+        return self._complete([self.encode(prompt)], [SamplingConfig(**settings)])[0]
 
     def generate_batch(
         self,
         prompts: Sequence[str],
         settings: SamplingConfig | Sequence[SamplingConfig],
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> list[Completion]:
         """Continue prompts of any lengths together, each as it would be alone.
 
@@ -70,13 +75,11 @@ class TextModel:
         """
         if isinstance(settings, SamplingConfig):
             settings = [
-                dataclasses.replace(settings, seed=settings.seed + i) for i in range(len(prompts))
+                replace(settings, seed=(settings.seed + i) % 2**63) for i in range(len(prompts))
             ]
-        ids = [self.encode(prompt) for prompt in prompts]
-        writers = [Writer(self, row, s) for row, s in zip(ids, settings, strict=True)]
-        for _ in _run(self.model, writers, prefill_chunk):
-            pass
-        return [writer.completion() for writer in writers]
+        if len(settings) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts and {len(settings)} settings; give as many")
+        return self._complete([self.encode(prompt) for prompt in prompts], settings, prefill_chunk)
 
     def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
         """Yield the continuation of one prompt as it is written, in whole characters."""
@@ -84,27 +87,48 @@ class TextModel:
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Completion:
         """Answer a conversation: ``[{"role": "user", "content": "Hello"}]``."""
-        writer = Writer(self, self.chat_template.encode(messages), SamplingConfig(**settings))
-        for _ in _run(self.model, [writer], 512):
-            pass
-        return writer.completion()
+        return self._complete([self.chat_template.encode(messages)], [SamplingConfig(**settings)])[
+            0
+        ]
 
     def stream_chat(self, messages: Sequence[Message], **settings: Any) -> Iterator[str]:
         """Yield the answer to a conversation as it is written."""
         return self.stream_ids(self.chat_template.encode(messages), SamplingConfig(**settings))
 
     def stream_ids(
-        self, ids: Sequence[int], settings: SamplingConfig, prefill_chunk: int = 512
+        self, ids: Sequence[int], settings: SamplingConfig, prefill_chunk: int = PREFILL_CHUNK
     ) -> Iterator[str]:
         """Yield the text that continues token ids."""
-        return _run(self.model, [Writer(self, ids, settings)], prefill_chunk)
+        return self._written([ids], [Writer(self, ids, settings)], prefill_chunk)
+
+    def _complete(
+        self,
+        rows: Sequence[Sequence[int]],
+        settings: Sequence[SamplingConfig],
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> list[Completion]:
+        writers = [Writer(self, row, s) for row, s in zip(rows, settings, strict=True)]
+        for _ in self._written(rows, writers, prefill_chunk):
+            pass
+        return [writer.completion() for writer in writers]
+
+    def _written(
+        self, rows: Sequence[Sequence[int]], writers: Sequence["Writer"], prefill_chunk: int
+    ) -> Iterator[str]:
+        """Continue all rows to their ends; yield the new text of each token, rows mixed."""
+        if not rows:
+            return
+        batch = Batch(self.model, rows, [w.settings for w in writers], prefill_chunk)
+        for token in run(batch, lambda token: writers[token.row].take(token)):
+            if piece := writers[token.row].pieces[-1]:
+                yield piece
 
 
 class Writer:
     """One row's text so far, and whether it has ended."""
 
     def __init__(self, model: TextModel, ids: Sequence[int], settings: SamplingConfig) -> None:
-        self.ids, self.settings = ids, settings
+        self.settings = settings
         self.stream = TextStream(model.tokenizer, ids, settings.stop)
         self.stops = set() if settings.ignore_eos else set(model.end_ids)
         self.stops |= {model.tokenizer.token_id(t, "--stop-tokens") for t in settings.stop_tokens}
@@ -112,39 +136,22 @@ class Writer:
         self.tokens: list[Token] = []
         self.finish_reason: Literal["stop", "length"] | None = None
 
-    def take(self, token: Token, room: int) -> str:
-        """Add a token; return the new text. ``room`` is what the context holds, it included."""
+    def take(self, token: Token) -> bool:
+        """Add a token and its text; return whether it is one that ends the row."""
         self.tokens.append(token)
         piece = "" if token.id in self.stops else self.stream.push(token.id)
-        if token.id in self.stops or self.stream.stopped:
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self.settings.max_new_tokens or room == 1:
-            self.finish_reason = "length"
-        if self.finish_reason and not self.stream.stopped:
-            piece += self.stream.finish()
+        ended = token.id in self.stops or self.stream.stopped
+        if ended or token.last:
+            piece += "" if self.stream.stopped else self.stream.finish()
+            # What was held back may have held a stop text.
+            self.finish_reason = "stop" if ended or self.stream.stopped else "length"
         self.pieces.append(piece)
-        return piece
+        return ended
 
     def completion(self) -> Completion:
         """Return the whole."""
         assert self.finish_reason is not None
         return Completion("".join(self.pieces), tuple(self.tokens), self.finish_reason)
-
-
-def _run(model: Llama, writers: Sequence[Writer], prefill_chunk: int) -> Iterator[str]:
-    """Continue all rows to their ends; yield the new text of each token (rows mixed)."""
-    if not writers:
-        return
-    batch = Batch(model, [w.ids for w in writers], [w.settings for w in writers], prefill_chunk)
-    while batch.rows:
-        finished = set()
-        for token in batch.choose():
-            writer = writers[token.row]
-            if piece := writer.take(token, batch.room(token.row)):
-                yield piece
-            if writer.finish_reason:
-                finished.add(token.row)
-        batch.advance(finished)
 
 
 def load(
@@ -160,6 +167,8 @@ def load(
     InputError for whatever cannot be read or does not fit together.
     """
     path = Path(ckpt)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     model = load_model(path, dtype=getattr(torch, dtype), device=pick_device(device))
     return TextModel(path, model, load_tokenizer(path, model.config.vocab_size), template)
 

@@ -15,9 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from . import cli, run_dir
 from .batch import generate
-from .config import InputError, SamplingConfig, TrainConfig
+from .config import InputError, TrainConfig
 from .data import Corpus, describe, load_corpus, train_batches, val_batches
 from .device import computes_bfloat16, pick_device
+from .generation_config import SamplingConfig
 from .loss import count_valid, loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw

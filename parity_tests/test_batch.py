@@ -9,8 +9,9 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from llama_torch.batch import Batch, generate
-from llama_torch.config import InputError, ModelConfig, SamplingConfig
+from llama_torch.batch import Batch, generate, run
+from llama_torch.config import InputError, ModelConfig
+from llama_torch.generation_config import SamplingConfig
 from llama_torch.model import Llama
 from reference_np import sampling
 from reference_np.config import LlamaConfig
@@ -26,15 +27,9 @@ def together(
     model: Llama, prompts: list[list[int]], each: list[SamplingConfig], chunk: int = 512
 ) -> list[list[int]]:
     """Continue rows in one batch; each ends after its own number of tokens."""
-    batch, found = Batch(model, prompts, each, chunk), [[] for _ in prompts]
-    while batch.rows:
-        finished = set()
-        for token in batch.choose():
-            found[token.row].append(token.id)
-            limit = min(each[token.row].max_new_tokens, model.config.max_seq_len)
-            if len(found[token.row]) == limit or batch.room(token.row) == 1:
-                finished.add(token.row)
-        batch.advance(finished)
+    found = [[] for _ in prompts]
+    for token in run(Batch(model, prompts, each, chunk), lambda token: False):
+        found[token.row].append(token.id)
     return found
 
 

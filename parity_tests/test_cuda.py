@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from safetensors.numpy import save_file
 
 from llama_torch.batch import Batch, generate
-from llama_torch.config import SamplingConfig
+from llama_torch.generation_config import SamplingConfig
 from reference_np.config import LlamaConfig
 from tools import compare
 

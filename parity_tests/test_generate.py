@@ -76,23 +76,73 @@ def test_why_it_ends(model_dir: Path) -> None:
     assert by_token.finish_reason == "stop"
     assert by_token.text == model.tokenizer.decode(token.id for token in by_token.tokens[:-1])
     model.end_ids = {whole.tokens[1].id}
-    assert len(model.generate("The", **greedy).tokens) <= 2
+    ended = model.generate("The", **greedy)
+    assert ended.finish_reason == "stop"
+    assert ended.tokens[-1].id == whole.tokens[1].id
     assert model.generate("The", ignore_eos=True, **greedy).text == whole.text
     assert "".join(model.stream("The", ignore_eos=True, **greedy)) == whole.text
     assert model.generate_batch([], SamplingConfig()) == []
 
 
+def test_rows_that_end_at_different_times(model_dir: Path) -> None:
+    """Each with its own settings, stop text and length: what it is alone, token for token."""
+    model = load(model_dir)
+    prompts = ["Hello world, and more", "The", "1 2 3", "a"]
+    each = [
+        SamplingConfig(max_new_tokens=7, temperature=0.0, logprobs=1),
+        SamplingConfig(max_new_tokens=2, seed=3),
+        SamplingConfig(max_new_tokens=9, repetition_penalty=1.5, seed=4),
+        SamplingConfig(max_new_tokens=9, temperature=0.0),
+    ]
+    text = model.generate_batch(prompts, each)[3].text
+    each[3] = SamplingConfig(max_new_tokens=9, temperature=0.0, stop=(text[3:5],))
+    together = model.generate_batch(prompts, each, prefill_chunk=2)
+    for prompt, settings, completion in zip(prompts, each, together, strict=True):
+        (alone,) = model.generate_batch([prompt], [settings])
+        assert (completion.text, completion.finish_reason) == (alone.text, alone.finish_reason)
+        assert [token.id for token in completion.tokens] == [token.id for token in alone.tokens]
+    assert [len(completion.tokens) for completion in together[:3]] == [7, 2, 9]
+    assert together[3].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.generate("\ud800"), "the prompt is not valid text"),
+        (lambda m: m.generate("a", stop=5), "--stop must be texts"),
+        (lambda m: m.generate("a", top_k=2.5), "--top-k must be of type int"),
+        (lambda m: m.generate("a", temperature="1"), "--temperature must be of type float"),
+        (lambda m: m.generate_batch(["a"], []), "1 prompts and 0 settings"),
+        (lambda m: m.generate_batch(["a"], SamplingConfig(), 0), "--prefill-chunk must be"),
+        (lambda m: m.chat("hi"), "has no chat template"),
+        (lambda m: load(m.ckpt, dtype="int8"), "dtype 'int8' is not one of"),
+        (lambda m: load(m.ckpt, device="tpu"), "device 'tpu' is not one of"),
+    ],
+)
+def test_the_interface_says_what_is_wrong(model_dir: Path, call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(load(model_dir))
+
+
+def test_one_stop_text_may_stand_alone() -> None:
+    assert SamplingConfig(stop="END").stop == ("END",)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"--top-k": "9" * 30}, "--top-k must be below"),
+        ({"--max-new-tokens": "9" * 400}, "--max-new-tokens must be"),
+        ({"--prefill-chunk": "9" * 30}, "--prefill-chunk must be"),
+        ({"--repetition-penalty": "1e-320"}, "--repetition-penalty must lie"),
         ({"--ckpt": "nowhere"}, "nowhere: no such file"),
-        ({"--prompt": "word " * 30}, "--prompt is 31 tokens long and the context holds 24"),
+        ({"--prompt": "word " * 30}, "the prompt is 31 tokens long and the context holds 24"),
         ({"--prompt": ""}, "--prompt must not be empty"),
         ({"--temperature": "-1"}, "--temperature must be"),
         ({"--top-p": "0"}, "--top-p must be"),
         ({"--top-k": "-2"}, "--top-k must be"),
         ({"--min-p": "2"}, "--min-p must be"),
-        ({"--repetition-penalty": "0"}, "--repetition-penalty must be"),
+        ({"--repetition-penalty": "0"}, "--repetition-penalty must lie"),
         ({"--max-new-tokens": "0"}, "--max-new-tokens must be"),
         ({"--prefill-chunk": "0"}, "--prefill-chunk must be"),
         ({"--stop": ""}, "--stop must not be empty"),

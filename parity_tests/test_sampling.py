@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llama_torch.config import InputError, SamplingConfig
+from llama_torch.config import InputError
+from llama_torch.generation_config import SamplingConfig
 from llama_torch.sampling import Settings, draw, penalize, token_probabilities
 from reference_np import sampling as oracle
 

@@ -15,11 +15,11 @@ from llama_torch.text import (
     Gpt2,
     Json,
     SentencePiece,
-    TextStream,
     Tokenizer,
     end_ids,
     load_tokenizer,
 )
+from llama_torch.text_stream import TextStream
 from llama_torch.tokenizer import gpt2
 
 from .made_tokenizers import KINDS, SPECIALS
@@ -181,16 +181,84 @@ def test_stop_tokens_are_single_tokens(tokenizers: dict[str, Tokenizer]) -> None
         tokenizers["bytes"].token_id("<|nope|>", "--stop-tokens")
 
 
-def test_whether_bos_goes_first_is_the_settings_to_say(
-    folders: dict[str, Path], tmp_path: Path
+def changed(folder: Path, name: str, **change: Any) -> Path:
+    """Change some keys of a JSON file."""
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | change))
+    return folder
+
+
+def test_whether_bos_goes_first(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A tokenizer.json says it itself; beside a tokenizer.model the settings do."""
+    transformers = pytest.importorskip("transformers")
+    for kind in ("bytes", "pieces"):
+        shutil.copytree(folders[kind], tmp_path / kind)
+        changed(tmp_path / kind, "tokenizer_config.json", add_bos_token=False)
+    assert load_tokenizer(tmp_path / "pieces", VOCAB).prefix == ()
+    peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "bytes")
+    tokenizer = load_tokenizer(tmp_path / "bytes", VOCAB)
+    assert [*tokenizer.prefix, *tokenizer.encode("Hi")] == peer("Hi").input_ids
+
+
+def test_what_trained_the_tokenizer_neither_cuts_nor_pads(
+    folders: dict[str, Path], tmp_path: Path, tokenizers: dict[str, Tokenizer]
 ) -> None:
     folder = shutil.copytree(folders["bytes"], tmp_path / "copy")
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"add_bos_token": False}))
-    assert load_tokenizer(folder, VOCAB).prefix == ()
-    path.write_text(json.dumps(settings | {"add_bos_token": True, "bos_token": "<|end|>"}))
-    assert load_tokenizer(folder, VOCAB).prefix == (1,)
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 10}, "direction": "Left", "pad_to_multiple_of": None}
+    pad |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "<|end|>"}
+    changed(folder, "tokenizer.json", truncation=cut, padding=pad)
+    tokenizer = load_tokenizer(folder, VOCAB)
+    assert tokenizer.encode("Hello world and more") == tokenizers["bytes"].encode(
+        "Hello world and more"
+    )
+    assert tokenizer.prefix == (0,)
+
+
+def test_gpt2s_vocabulary_with_other_merges_is_another_encoding(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["gpt2"], tmp_path / "copy")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    changed(folder, "tokenizer.json", model=model | {"merges": model["merges"][:1000]})
+    assert load_tokenizer(folder, VOCAB).encode("Hello world") == [39, 695, 78, 995]
+    changed(
+        folder, "tokenizer.json", model=model | {"merges": [" ".join(m) for m in model["merges"]]}
+    )
+    assert isinstance(load_tokenizer(folder, VOCAB), Gpt2)
+
+
+def test_an_end_token_that_is_not_called_special(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["bytes"], tmp_path / "copy")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    kept = [token for token in content["added_tokens"] if token["content"] != "<|end|>"]
+    changed(folder, "tokenizer.json", added_tokens=kept)
+    tokenizer = load_tokenizer(folder, VOCAB)
+    assert tokenizer.special["<|end|>"] == 1
+    assert 1 not in tokenizer.encode("<|end|>")
+    assert end_ids(folder, tokenizer, VOCAB) == {1}
+    changed(folder, "tokenizer_config.json", bos_token="", eos_token=None)
+    assert load_tokenizer(folder, VOCAB).bos is None
+
+
+def test_what_stands_for_no_text_leaves_its_neighbours_alone(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
+    """A decoder drops the space of what it takes for the beginning."""
+    tokenizer = tokenizers["spaced"]
+    start = tokenizer.encode("one")
+    stream = TextStream(tokenizer, start)
+    ids = [2, *tokenizer.encode("two"), 49_999]
+    pieces = "".join(stream.push(id_) for id_ in ids) + stream.finish()
+    assert pieces == tokenizer.decode([*start, *ids])[len("one") :] == " two"
+
+
+def test_bytes_that_are_no_character_come_out_in_time(tokenizers: dict[str, Tokenizer]) -> None:
+    stream = TextStream(tokenizers["spaced"], [])
+    byte = tokenizers["spaced"].encode("\ufffd")[-1]
+    shown = [stream.push(byte) for _ in range(400)]
+    assert len("".join(shown)) > 380
+    assert len(stream.window) < 40
 
 
 def damaged(folder: Path, name: str, text: str | None) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,9 +50,11 @@ REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
 # Keys that say how a model is used, stored or reported, and never what it computes.
 INERT_KEYS = {
     "architectures",
+    "attn_implementation",
     "auto_map",
     "bos_token_id",
     "chunk_size_feed_forward",
+    "do_sample",
     "dtype",
     "eos_token_id",
     "finetuning_task",
@@ -64,12 +65,16 @@ INERT_KEYS = {
     "max_length",
     "max_sequence_length",
     "name_or_path",
+    "num_return_sequences",
     "output_attentions",
     "output_hidden_states",
     "pad_token_id",
     "problem_type",
     "return_dict",
+    "temperature",
     "tokenizer_class",
+    "top_k",
+    "top_p",
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
@@ -121,7 +126,7 @@ class LlamaConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if field.type is float and not (number and value > 0 and math.isfinite(value)):
+            if field.type is float and not (number and 0 < value < 1e300):
                 raise InputError(f"{field.name} must be a positive finite number, got {value!r}")
         if self.rope_type not in ROPE_USES:
             raise InputError(f"rope_type must be one of {', '.join(ROPE_USES)}")
@@ -197,7 +202,7 @@ def refuse_unsupported(hf: Mapping[str, Any], source: str) -> None:
         if key in REQUIRED_VALUES:
             if value is not None and value not in REQUIRED_VALUES[key]:
                 problems.append(f"{key}={value!r} (supported: {REQUIRED_VALUES[key][0]!r})")
-        elif key not in known and not key.startswith("_") and value not in (None, False):
+        elif key not in known and not key.startswith("_") and value not in (None, False, {}, []):
             problems.append(f"{key}={value!r} (unknown: remove it if it changes nothing)")
     for key, rope in _rope_places(hf):
         kinds = {rope.get("rope_type"), rope.get("type")} - {None} if _is_rope(rope) else set()

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from llama_torch import cli
 from llama_torch.batch import generate
-from llama_torch.config import InputError, ModelConfig, OptimConfig, SamplingConfig
+from llama_torch.config import InputError, ModelConfig, OptimConfig
 from llama_torch.device import pick_device
+from llama_torch.generation_config import SamplingConfig
 from llama_torch.model import Llama
 from llama_torch.optim import make_adamw
 from llama_torch.step import Precision, split_window, train_step

@@ -1,0 +1,142 @@
+"""The settings of the commands that use a trained model, and of one request to it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .config import check, check_positive, check_text, check_types
+
+PREFILL_CHUNK = 512
+
+
+def check_chunk(size: int) -> None:
+    """Raise InputError for a size of prefill chunks that is none."""
+    check(0 < size < 2**31, "prefill_chunk", size, "must be positive and below 2^31")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one request is continued: what to draw from, how, and when to stop."""
+
+    max_new_tokens: int = 128
+    """Most tokens to write."""
+    temperature: float = 0.8
+    """Divides the logits; 0 = greedy."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0 = all."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that hold this much probability; 1 = all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this likely beside the likeliest; 0 = all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens already seen, and multiplies negative ones; 1 = none."""
+    seed: int = 0
+    """Seed of the draws; the prompts of one call have it, the next, and so on."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer and are not part of it."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end the answer, besides the checkpoint's own end tokens."""
+    ignore_eos: bool = False
+    """Write on after the checkpoint's own end tokens."""
+    logprobs: int = -1
+    """Report each token's log-probability, and those of this many likeliest; -1 = none."""
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_tokens"):
+            given = getattr(self, name)
+            texts = (given,) if isinstance(given, str) else given
+            are_texts = isinstance(texts, list | tuple) and all(type(t) is str for t in texts)
+            check(are_texts, name, given, "must be texts")
+            object.__setattr__(self, name, tuple(texts))
+        check_types(self)
+        check_positive(self, "max_new_tokens")
+        for name in ("max_new_tokens", "top_k", "logprobs"):
+            check(getattr(self, name) < 2**31, name, getattr(self, name), "must be below 2^31")
+        penalty = self.repetition_penalty
+        between = "must lie between 0.01 and 100"
+        check(0.01 <= penalty <= 100, "repetition_penalty", penalty, between)
+        check(
+            0 <= self.temperature < 1e300,
+            "temperature",
+            self.temperature,
+            "must be zero (greedy) or positive",
+        )
+        check(self.top_k >= 0, "top_k", self.top_k, "must be zero (all) or positive")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
+        check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be between 0 and 1")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "must lie between 0 and 2^63 - 1")
+        check(self.logprobs >= -1, "logprobs", self.logprobs, "must be -1 (none) or more")
+        for name in ("stop", "stop_tokens"):
+            for text in getattr(self, name):
+                check_text(name, text)
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Which checkpoint, and how it is held."""
+
+    ckpt: str
+    """Model directory or .safetensors file."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Precision of the weights in memory."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Write text from a checkpoint."""
+
+    load: LoadConfig
+    prompt: tuple[str, ...]
+    """Text to continue; several are continued together."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    prefill_chunk: int = PREFILL_CHUNK
+    """Tokens of the prompts read in one forward pass: less memory, the same answer."""
+    json: bool = False
+    """One JSON object a prompt: text, token ids, why it ended, log-probabilities."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.prompt), "prompt", self.prompt, "must not be empty")
+        for prompt in self.prompt:
+            check_text("prompt", prompt)
+        check_chunk(self.prefill_chunk)
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk with a checkpoint: /reset forgets, /exit leaves, Ctrl-C ends an answer."""
+
+    load: LoadConfig
+    system: str = ""
+    """What the model is told first; empty = nothing."""
+    template: str = ""
+    """Jinja file, or "llama2" for Llama 2's [INST] form; empty = the checkpoint's own."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=512))
+
+    def __post_init__(self) -> None:
+        if self.system:
+            check_text("system", self.system)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a checkpoint on text: perplexity, bits per byte, tokens per second."""
+
+    load: LoadConfig
+    data: tuple[str, ...] = ()
+    """Files, folders or globs (.txt .md .jsonl .parquet); none = Python's own help topics."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl and .parquet records."""
+    context: int = 0
+    """Tokens in a window; 0 = the model's context."""
+    stride: int = 0
+    """Tokens scored in each window after the first; 0 = half the window."""
+    batch_size: int = 8
+    """Windows in one forward pass."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size")
+        for name in ("context", "stride"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
