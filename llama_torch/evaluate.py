@@ -1,6 +1,7 @@
 """Measuring a checkpoint: ``python -m llama_torch.evaluate --ckpt DIR --data FILE [FILE ...]``.
 
-Every document is scored on its own, and every token of it once, by windows that read ``context``
+Every document is scored on its own, and every token of it once (the first only where there is a
+BOS or EOS to stand before it), by windows that read ``context``
 tokens at most. The first scores all that it predicts, each later one the next ``stride``; the
 last is as full as the others and ends with the document.
 

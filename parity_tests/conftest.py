@@ -26,6 +26,10 @@ from . import backends, report
 from .backends.oracle import WithBug
 from .judge import JUDGE
 
+# Models here are too small for a second thread, and threads that wait for each other cost more
+# than they bring wherever something else runs.
+torch.set_num_threads(1)
+
 COMMON = {
     "deadline": None,  # the first example pays for torch's warm-up
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -232,6 +232,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
         assert dict(first[tag]) == dict(second[tag])
 
 
+def test_a_run_begun_before_a_setting_existed_resumes(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "run"
+    assert train.main([*SMALL_RUN, "--data", text, "--out", str(out)]) == 0
+    record = json.loads((out / "run.json").read_text())
+    for part in ("identity", "settings"):
+        del record[part]["model"]["rope_type"], record[part]["model"]["rope_factor"]
+    (out / "run.json").write_text(json.dumps(record))
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    assert train.main(["--resume", "--out", str(out), "--rope-factor", "2"]) == 2
+
+
 def test_an_export_torn_from_its_state_is_written_again(tmp_path: Path, text: str) -> None:
     """Killed between the two files of a checkpoint: the state decides."""
     out = tmp_path / "run"
