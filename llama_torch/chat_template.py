@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,12 +77,14 @@ class ChatTemplate:
         for token in self.tokenizer.special:
             if len(token) == 1 and token in content:
                 raise InputError(f"a message contains {token!r}, a special token; remove it")
-            cuts = {i + 1 for i in range(len(content)) if content.startswith(token, i)}
+            cuts = {match.start() + 1 for match in re.finditer(f"(?={re.escape(token)})", content)}
+            # A mark at an end stands inside whatever the end could complete.
             start = content.find(inner)
-            end = start + len(inner)
-            cuts |= {end - n + 1 for n in range(1, len(token)) if inner.endswith(token[:n])}
-            cuts |= {start + n - 1 for n in range(1, len(token)) if inner.startswith(token[-n:])}
-            cuts |= {start} if inner and inner in token else set()
+            parts = range(1, len(token))
+            if (inner and inner in token) or any(inner.startswith(token[-n:]) for n in parts):
+                cuts.add(start)
+            if any(inner.endswith(token[:n]) for n in parts):
+                cuts.add(start + len(inner))
             for cut in sorted(cuts, reverse=True):
                 content = content[:cut] + mark + content[cut:]
             inner = content.strip()

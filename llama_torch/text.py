@@ -119,13 +119,9 @@ class Json(Tokenizer):
         self.word = secrets.token_hex(8)
         try:
             added = content.get("added_tokens") or []
-            ids = {**content["model"]["vocab"]} if named else {}
-            special = {name: ids[name] for name in named if name in ids}
-            special |= {
-                t["content"]: t["id"] for t in added if t["special"] or t["content"] in named
-            }
-            marked = {t["content"]: t["id"] for t in added if MARKED.fullmatch(t["content"])}
-            renamed = _renamed(content, special | marked, self.word)
+            marked = {t["content"] for t in added if MARKED.fullmatch(t["content"])}
+            hidden = {t["content"] for t in added if t["special"]} | set(named)
+            renamed = _renamed(content, marked | hidden, self.word)
             self.tokenizer = library.Tokenizer.from_str(json.dumps(renamed))
         except Exception as error:  # the library raises bare exceptions
             raise InputError(f"{path}: not a tokenizer ({error}); copy it again") from None
@@ -133,7 +129,9 @@ class Json(Tokenizer):
         self.tokenizer.no_padding()
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         n_ids = max(vocab.values(), default=-1) + 1
-        super().__init__(special | marked, n_ids, special.values())
+        # A name that BOS or EOS has and the tokenizer has not is reported where it is used.
+        special = {n: vocab[self.word + n] for n in marked | hidden if self.word + n in vocab}
+        super().__init__(special, n_ids, [special[n] for n in hidden if n in special])
         # What its own post-processor puts before any text.
         framed = self.tokenizer.encode("a", add_special_tokens=True).ids
         self.prefix = tuple(framed[: _find(framed, self.encode("a"))])
@@ -152,7 +150,7 @@ class Json(Tokenizer):
         return self.encode("".join(parts).replace(mark, ""))
 
 
-def _renamed(content: dict[str, Any], special: Mapping[str, int], word: str) -> dict[str, Any]:
+def _renamed(content: dict[str, Any], special: Collection[str], word: str) -> dict[str, Any]:
     """Put ``word`` before the name of every special token, wherever the file defines it."""
 
     def new(name: str) -> str:
@@ -254,7 +252,8 @@ def _settings(folder: Path) -> dict[str, Any]:
             if id_.isdigit() and isinstance(token, dict):
                 found["added"][str(token.get("content"))] = int(id_)
     if (folder / "added_tokens.json").is_file():
-        found["added"] |= read_json(folder / "added_tokens.json")
+        added = read_json(folder / "added_tokens.json")
+        found["added"] |= {name: id_ for name, id_ in added.items() if type(id_) is int}
     return found
 
 

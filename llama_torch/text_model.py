@@ -87,9 +87,8 @@ class TextModel:
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Completion:
         """Answer a conversation: ``[{"role": "user", "content": "Hello"}]``."""
-        return self._complete([self.chat_template.encode(messages)], [SamplingConfig(**settings)])[
-            0
-        ]
+        ids = self.chat_template.encode(messages)
+        return self._complete([ids], [SamplingConfig(**settings)])[0]
 
     def stream_chat(self, messages: Sequence[Message], **settings: Any) -> Iterator[str]:
         """Yield the answer to a conversation as it is written."""

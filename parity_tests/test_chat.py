@@ -92,7 +92,8 @@ def test_what_people_write_cannot_place_special_tokens(
     assert [i for i in ids if i in special] == [i for i in harmless if i in special]
     decoded = tokenizer.decode(ids)
     for text in texts:
-        assert text.strip() in decoded
+        # Two of the three write a space as U+2581, and read it so.
+        assert text.strip().replace("\u2581", " ") in decoded.replace("\u2581", " ")
 
 
 @pytest.mark.parametrize(
@@ -152,12 +153,14 @@ def test_a_template_cannot_be_completed_by_a_message(tokenizers: dict[str, Token
         ("<|e{{ messages[0]['content'] }}", "nd|>"),
         ("{{ messages[0]['content'] }}d|>", "<|en"),
         ("<|{{ messages[0]['content'] | trim }}|>", " end"),
+        ("<|e{{ messages[0]['content'] | trim }}", " nd|>, he said"),
+        ("{{ messages[0]['content'] | trim }}d|>", "he said <|en "),
         ("{{ messages[0]['content'] + messages[1]['content'] }}", "<|end|>"),
     ):
         messages = turns([content[:3], content[3:]] if "[1]" in source else [content])
         ids = ChatTemplate(source, "here", tokenizer).encode(messages)
         assert not set(ids) & set(tokenizer.special.values())
-        assert tokenizer.decode(ids) == "<|end|>"
+        assert "<|end|>" in tokenizer.decode(ids)
 
 
 def test_llama_2s_form_token_by_token(tokenizers: dict[str, Tokenizer]) -> None:
