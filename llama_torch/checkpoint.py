@@ -16,12 +16,11 @@ from .model import Llama
 from .tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 
 MODEL_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 STATE_FILE = "training_state.safetensors"
 RUN_FILE = "run.json"
 # A buffer that old Hugging Face checkpoints stored although the config determines it.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
-
-
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STORED = ("F16", "BF16", "F32", "F64")
 
@@ -39,12 +38,12 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def _alive(pid: str) -> bool:
@@ -57,7 +56,8 @@ def _alive(pid: str) -> bool:
     return True
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or a directory's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -209,7 +209,7 @@ def weight_files(path: Path) -> list[Path]:
         raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
     if not path.is_dir():
         return [path]
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX_FILE
     if not index.is_file():
         return [path / MODEL_FILE]
     weight_map = read_json(index).get("weight_map")

@@ -88,12 +88,11 @@ NEUTRAL = {
 # Keys that say how a model is used, stored or reported, and never what it computes.
 INERT = (
     "architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward do_sample "
-    "dtype eos_token_id "
-    "finetuning_task id2label initializer_range is_llama_config label2id max_length "
-    "max_sequence_length name_or_path num_return_sequences output_attentions output_hidden_states "
-    "pad_token_id temperature top_k top_p "
-    "problem_type return_dict tokenizer_class torch_dtype transformers.js_config "
-    "transformers_version unk_token_id unsloth_fixed use_cache use_return_dict"
+    "dtype eos_token_id finetuning_task id2label initializer_range is_llama_config label2id "
+    "max_length max_sequence_length name_or_path num_return_sequences output_attentions "
+    "output_hidden_states pad_token_id problem_type return_dict temperature tokenizer_class "
+    "top_k top_p torch_dtype transformers.js_config transformers_version unk_token_id "
+    "unsloth_fixed use_cache use_return_dict"
 )
 
 

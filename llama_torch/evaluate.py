@@ -164,8 +164,7 @@ def nll(model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> float:
 
 def describe(found: Measurement, tokenizer: Tokenizer) -> str:
     """Return the figures, and what they are of, for people."""
-    names = {id_: name for name, id_ in tokenizer.special.items()}
-    before = " ".join(ascii(names.get(id_, id_)) for id_ in found.before)
+    before = " ".join(ascii(tokenizer.names.get(id_, id_)) for id_ in found.before)
     unscored = f"after {before}" if before else "without its first token, whose bytes count"
     return (
         f"perplexity     {found.perplexity:,.3f} per token\n"

@@ -51,8 +51,7 @@ def _write_all(model: TextModel, config: GenerateConfig) -> None:
 
 
 def _show(model: TextModel, id_: int) -> str:
-    special = {i: name for name, i in model.tokenizer.special.items()}
-    return special.get(id_) or repr(model.tokenizer.decode([id_]))
+    return model.tokenizer.names.get(id_) or repr(model.tokenizer.decode([id_]))
 
 
 def _record(prompt: str, completion: Completion) -> dict[str, object]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from .config import check, check_positive, check_text, check_types
 
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 PREFILL_CHUNK = 512
 
 
@@ -78,7 +79,7 @@ class LoadConfig:
     """Model directory or .safetensors file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the weights in memory."""
 
 

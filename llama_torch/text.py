@@ -68,6 +68,11 @@ class Tokenizer(ABC):
             ids += self.encode(part.replace(mark, "")) if known is None else [known]
         return ids
 
+    @functools.cached_property
+    def names(self) -> dict[int, str]:
+        """The special tokens' spellings by their ids."""
+        return {id_: name for name, id_ in self.special.items()}
+
     def token_id(self, text: str, flag: str) -> int:
         """Return the id of one token, special or not; InputError for any other text."""
         if text in self.special:
@@ -113,9 +118,8 @@ class Json(Tokenizer):
     too: tokens that other files call BOS or EOS.
     """
 
-    def __init__(self, path: Path, named: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, content: dict[str, Any], named: Collection[str]) -> None:
         library = _library("tokenizers", path)
-        content = read_json(path)
         self.word = secrets.token_hex(8)
         try:
             added = content.get("added_tokens") or []
@@ -262,7 +266,8 @@ def _find_tokenizer(
 ) -> tuple[Tokenizer, Path]:
     fast, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file():
-        return (Gpt2() if _is_gpt2(read_json(fast)) else Json(fast, named)), fast
+        content = read_json(fast)
+        return (Gpt2() if _is_gpt2(content) else Json(fast, content, named)), fast
     if pieces.is_file():
         return SentencePiece(pieces), pieces
     if not VOCAB_SIZE <= vocab_size < 2 * VOCAB_SIZE:
@@ -281,9 +286,11 @@ def _gpt2_json() -> dict[str, Any]:
 
 def _is_gpt2(content: dict[str, Any]) -> bool:
     """Return whether a tokenizer.json is GPT-2's encoding and nothing else."""
-    ours = _gpt2_json()
     try:
         model = content["model"]
+        if not VOCAB_SIZE - 1 <= len(model["vocab"]) <= VOCAB_SIZE:
+            return False  # before the longer comparison, which most files need not wait for
+        ours = _gpt2_json()
         vocab = {**model["vocab"], END_OF_TEXT: END_OF_TEXT_ID}
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         added = {token["content"] for token in content["added_tokens"]}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,12 +20,10 @@ from .chat_template import ChatTemplate, Llama2Template, Message, load_chat_temp
 from .checkpoint import load_model
 from .config import InputError, has_surrogates
 from .device import pick_device
-from .generation_config import PREFILL_CHUNK, LoadConfig, SamplingConfig
+from .generation_config import PREFILL_CHUNK, Dtype, LoadConfig, SamplingConfig
 from .model import Llama
 from .text import Tokenizer, end_ids, load_tokenizer
 from .text_stream import TextStream
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class Writer:
 def load(
     ckpt: str | Path,
     *,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    dtype: Dtype = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     template: str = "",
 ) -> TextModel:
@@ -166,8 +164,8 @@ def load(
     InputError for whatever cannot be read or does not fit together.
     """
     path = Path(ckpt)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in get_args(Dtype):
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}")
     model = load_model(path, dtype=getattr(torch, dtype), device=pick_device(device))
     return TextModel(path, model, load_tokenizer(path, model.config.vocab_size), template)
 

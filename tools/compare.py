@@ -162,9 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except reference_np.config.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def _main(argv: Sequence[str]) -> int:

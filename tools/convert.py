@@ -27,8 +27,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from llama_torch import cli
-from llama_torch.checkpoint import MODEL_FILE, locate, read_tensor, require_match
-from llama_torch.config import InputError, ModelConfig, read_json
+from llama_torch.checkpoint import INDEX_FILE, MODEL_FILE, flush, locate, read_tensor, require_match
+from llama_torch.config import InputError, ModelConfig, check, read_json
 from tools.meta_form import META_FILES, read_meta, write_meta
 from tools.meta_params import check_expressible
 from tools.weights import (
@@ -43,7 +43,6 @@ from tools.weights import (
     write_json,
 )
 
-INDEX_FILE = "model.safetensors.index.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GENERATION_FILE = "generation_config.json"
 AROUND = (
@@ -80,9 +79,7 @@ class ConvertConfig:
             ("max_seq_len", 0 <= self.max_seq_len < 2**31, "must lie between 0 and 2^31"),
             ("rope_scaling_factor", 0 <= self.rope_scaling_factor < math.inf, "must be positive"),
         ):
-            if not valid:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {requirement}, got {getattr(self, name)}")
+            check(valid, name, getattr(self, name), requirement)
 
 
 def read_hf(path: Path) -> Model:
@@ -90,12 +87,15 @@ def read_hf(path: Path) -> Model:
     config, files = locate(path)
     expected = shapes_of(config)
     require_match(path, expected, {name: shape for name, (_, shape) in files.items()})
+    dtypes: dict[str, torch.dtype] = {}
+    for file in {file for file, _ in files.values()}:
+        with safe_open(file, framework="pt") as opened:
+            names = expected.keys() & set(opened.keys())
+            dtypes |= {name: DTYPES[opened.get_slice(name).get_dtype()] for name in names}
     weights = {}
     for name, shape in expected.items():
-        file = files[name][0]
-        with safe_open(file, framework="pt") as opened:
-            dtype = DTYPES[opened.get_slice(name).get_dtype()]
-        weights[name] = Weight(shape, dtype, partial(read_tensor, file, name, dtype))
+        read = partial(read_tensor, files[name][0], name, dtypes[name])
+        weights[name] = Weight(shape, dtypes[name], read)
     return Model(config, weights)
 
 
@@ -162,8 +162,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
+            flush(file)
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

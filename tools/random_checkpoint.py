@@ -19,7 +19,7 @@ import tyro
 from safetensors.torch import save_file
 
 from llama_torch import cli
-from llama_torch.checkpoint import atomic_write, write_text
+from llama_torch.checkpoint import INDEX_FILE, atomic_write, write_text
 from llama_torch.config import InputError, ModelConfig
 from llama_torch.model import Llama
 
@@ -66,7 +66,7 @@ def write(out: Path, config: ModelConfig, dtype: torch.dtype, seed: int) -> None
             tensors[name] = drawn.to(dtype)
         atomic_write(out / file, partial(save_file, tensors))
     weight_map = {name: file for file, names in shards.items() for name in names}
-    write_text(out / "model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+    write_text(out / INDEX_FILE, json.dumps({"weight_map": weight_map}))
     write_text(out / "config.json", json.dumps(config.to_hf(), indent=2))
 
 
