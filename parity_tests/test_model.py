@@ -79,6 +79,24 @@ def test_kl_of_honest_float32_is_tiny() -> None:
     assert 0 <= kl.max() < 1e-9
 
 
+@given(case=cases())
+def test_nothing_given_or_traced_is_written_to(case: Case) -> None:
+    """A trace may keep what it sees, and a cache may be continued twice: here writing raises."""
+
+    def freeze(name: str, value: Array) -> None:
+        value.flags.writeable = False
+
+    arguments = {"positions": case.positions, "mask": case.mask}
+    given = case.params | {"tokens": case.tokens} | arguments
+    for name, value in given.items():
+        if value is not None:
+            freeze(name, value)
+    _, cache = forward(case.params, case.tokens, case.config, trace=freeze, **arguments)
+    for value in (*cache.keys, *cache.values):
+        freeze("cache", value)
+    forward(case.params, case.tokens[:, :1], case.config, cache=cache, trace=freeze)
+
+
 GOOD = LlamaConfig(8, 1, 2, 1, 4, 8, 10)
 
 

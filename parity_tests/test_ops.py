@@ -244,6 +244,17 @@ def test_nothing_overflows_and_nothing_drifts(dtype: type) -> None:
     assert nothing.ravel().tolist() == [0, 0, 0, 0]
 
 
+def test_arguments_are_left_alone() -> None:
+    """What computes in place does so on its own arrays; to write to these would raise."""
+    scores, x = draw_array(0, 1, 2, 2, 3, 4), draw_array(1, 2, 3)
+    mask = np.tril(np.ones((1, 3, 4), bool))
+    for array in (scores, x, mask):
+        array.flags.writeable = False
+    ops.masked_softmax(scores, mask)
+    ops.swiglu(x, x)
+    ops.rms_norm(x, x[0], 1e-5)
+
+
 def test_nan_is_not_hidden() -> None:
     """A NaN that goes in comes out, except where the mask forbids looking."""
     scores = np.array([np.nan, 0.0]).reshape(1, 1, 1, 1, 2)

@@ -45,7 +45,7 @@ def rms_norm(x: Array, weight_D: Array, eps: float) -> Array:
 
     [..., D] -> [..., D]. eps is inside the root; nothing is subtracted.
     """
-    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    mean_square = np.vecdot(x, x)[..., None] / x.shape[-1]
     y: Array = x / np.sqrt(mean_square + eps) * weight_D
     return y
 
@@ -86,7 +86,8 @@ def apply_rope(x_BTHK: Array, cos: Array, sin: Array) -> Array:
 
     Hugging Face weights are stored for this pairing; Meta's pair neighbours (2i, 2i + 1).
     """
-    first, second = np.split(x_BTHK, 2, axis=-1)
+    half = x_BTHK.shape[-1] // 2
+    first, second = x_BTHK[..., :half], x_BTHK[..., half:]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -133,11 +134,15 @@ def masked_softmax(scores_BNRTS: Array, mask_BTS: Array) -> Array:
     The row's largest allowed score is subtracted first, so exp cannot overflow. A query that
     may attend to nothing (padding) gets all-zero weights rather than 0 / 0.
     """
-    scores = np.where(mask_BTS[:, None, None], scores_BNRTS, -math.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    weights: Array = np.exp(scores - np.where(top == -math.inf, 0.0, top))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights /= np.where(total == 0, 1.0, total)
+    # In place on a copy: scores are the largest arrays of a long prompt, and np.where is slow.
+    weights = scores_BNRTS.copy()
+    np.copyto(weights, -math.inf, where=~mask_BTS[:, None, None])
+    # A finite top keeps a row without any allowed score from becoming inf - inf.
+    lowest = np.finfo(weights.dtype).min
+    weights -= weights.max(axis=-1, keepdims=True, initial=lowest)
+    np.exp(weights, out=weights)
+    # The top contributes e^0, so that only a row without any allowed score sums to less than 1.
+    weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1.0)
     return weights
 
 
@@ -154,7 +159,8 @@ def sigmoid(x: Array) -> Array:
     For x < 0 it is written e^x / (1 + e^x).
     """
     decay = np.exp(-np.abs(x))
-    y: Array = np.where(x >= 0, 1.0, decay) / (1.0 + decay)
+    # The numerator is 1 where x >= 0; elsewhere it is the decay, which is never above 1.
+    y: Array = np.maximum(decay, x >= 0) / (1.0 + decay)
     return y
 
 
