@@ -9,13 +9,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import Cache
+from .cache import StaticCache
 from .config import InputError
+from .decoding import Decoding, GraphStep, give_back, graph_step
+from .decoding import choose as choose_way
 from .generation_config import PREFILL_CHUNK, SamplingConfig, check_chunk
 from .model import Llama, causal_mask
+from .numpy_step import NumpyStep
 from .sampling import Settings, draw, penalize, token_probabilities
 
 
@@ -33,8 +35,9 @@ class Batch:
     """Rows that are continued together; each as if it were alone.
 
     ``choose`` returns one token a row that is not finished; ``advance`` says which rows are
-    finished and runs the model on the rest. Raises InputError for an empty prompt, one that
-    fills the context, and ids outside the vocabulary.
+    finished and runs the model on the rest. ``decoding`` is how it runs, see decoding.py.
+    Raises InputError for an empty prompt, one that fills the context, and ids outside the
+    vocabulary.
     """
 
     @torch.inference_mode()
@@ -44,58 +47,106 @@ class Batch:
         prompts: Sequence[Sequence[int]],
         settings: Sequence[SamplingConfig],
         prefill_chunk: int = PREFILL_CHUNK,
+        decoding: Decoding = "auto",
     ) -> None:
         check_chunk(prefill_chunk)
         for prompt in prompts:
             require_fitting(model, prompt)
-        self.model, self.device = model, model.head_weight.device
-        self.rows = list(range(len(prompts)))  # those not finished, by the prompt's index
+        weight = model.model.embed_tokens.weight
+        self.model, self.device = model, weight.device
+        # What follows has an entry for every row computed: all that are not finished, and in a
+        # graph, whose shapes are fixed, the finished ones too.
+        self.prompts = list(range(len(prompts)))  # the prompt's index
         self.settings = list(settings)
         self.tensors = Settings.of(settings, self.device)
         self.draws = [torch.Generator().manual_seed(s.seed) for s in settings]
-        longest = max(map(len, prompts))
         self.left = [
             min(s.max_new_tokens, model.config.max_seq_len - len(prompt))
             for s, prompt in zip(settings, prompts, strict=True)
         ]  # tokens still to write
+        longest = max(map(len, prompts))
         self.pads = [longest - len(prompt) for prompt in prompts]
-        tokens = [[0] * pad + list(p) for pad, p in zip(self.pads, prompts, strict=True)]
+        self.finished: set[int] = set()
+        self.is_ahead = False  # whether the model has run on the tokens chosen last
         self.seen = self._seen(prompts)
-        self._prefill(torch.tensor(tokens, device=self.device), prefill_chunk)
+        columns = longest + max(self.left)
+        way = choose_way(decoding, model, len(prompts), max(self.left))
+        self.graph: GraphStep | None = None
+        if way in ("graph", "compiled", "kernels"):
+            self.graph = graph_step(model, len(prompts), columns, way)
+            self.cache = self.graph.cache
+        else:
+            rows = len(prompts)
+            self.cache = StaticCache(model.config, rows, columns, weight.dtype, self.device)
+        tokens = [[0] * pad + list(p) for pad, p in zip(self.pads, prompts, strict=True)]
+        for part in torch.tensor(tokens, device=self.device).split(prefill_chunk, dim=1):
+            self._run_eager(part)
+        self.numpy = NumpyStep(model, self.cache) if way == "numpy" else None
+        if self.graph:
+            self.graph.begin(self.pads)
+
+    @property
+    def rows(self) -> list[int]:
+        """The prompts, by index, that are not finished."""
+        return [prompt for prompt in self.prompts if prompt not in self.finished]
 
     @property
     def length(self) -> int:
         """Columns that the cache holds."""
-        return 0 if self.cache is None else self.cache.length
+        return self.cache.length
 
     @torch.inference_mode()
     def choose(self) -> list[Token]:
         """Choose the next token of every row that is not finished."""
-        if not self.logits_BV.isfinite().all():
-            raise InputError("the model's logits are not finite; check its weights with compare.py")
         logits = self.logits_BV
+        is_finite = logits.isfinite().all()
         if self.seen is not None:
             logits = penalize(logits, self.seen, self.tensors.repetition_penalty)
         if all(settings.temperature == 0 for settings in self.settings):
             ids = logits.argmax(-1)
         else:
-            # On the CPU, so that the draw itself does not depend on the device.
+            # Drawn on the CPU, so that they do not depend on the device.
             uniform = [torch.rand((), dtype=torch.float64, generator=g) for g in self.draws]
             probs = token_probabilities(logits, self.tensors)
-            ids = draw(probs.cpu(), torch.stack(uniform)).to(self.device)
-        self.ids = ids
+            ids = draw(probs, torch.stack(uniform).to(self.device))
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
+        self.ids = ids
         self.left = [left - 1 for left in self.left]
-        return self._described(ids.tolist())
+        results = torch.cat([ids, is_finite[None]])
+        if self.graph is None or max(s.logprobs for s in self.settings) >= 0:
+            read = results.tolist()
+        else:
+            read = self._read_ahead(results)
+        if not read.pop():
+            raise InputError("the model's logits are not finite; check its weights with compare.py")
+        return self._described(read)
 
     @torch.inference_mode()
     def advance(self, finished: Collection[int] = ()) -> None:
         """Leave finished rows out, and run the model on the tokens chosen for the others."""
-        if finished:
-            self._keep([i for i, row in enumerate(self.rows) if row not in finished])
-        if self.rows:
-            self._run(self.ids[:, None])
+        self.finished.update(finished)
+        if not self.rows:
+            if self.graph:
+                give_back(self.graph)
+            return
+        if finished and self.graph is None:
+            self._keep([i for i, row in enumerate(self.prompts) if row not in finished])
+        if not self.is_ahead:
+            self._run(self.ids)
+        self.is_ahead = False
+
+    def _read_ahead(self, results: Tensor) -> list[int]:
+        """Read what was chosen while the GPU is already at the next step."""
+        host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+        host.copy_(results, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        if max(self.left) > 0:
+            self._run(self.ids)
+            self.is_ahead = True
+        copied.synchronize()
+        return host.tolist()
 
     def _seen(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
         """Mark the prompts' tokens [B, V]; None where no row asks for a penalty."""
@@ -107,18 +158,19 @@ class Batch:
             seen[i, list(prompt)] = True
         return seen
 
-    def _prefill(self, tokens_BT: Tensor, chunk: int) -> None:
-        self.cache: Cache | None = None
-        for part in tokens_BT.split(chunk, dim=1):
-            self._run(part)
+    def _run(self, ids_B: Tensor) -> None:
+        if self.graph:
+            self.logits_BV = self.graph(ids_B[:, None])[:, -1]
+        elif self.numpy:
+            self.logits_BV = self.numpy(int(ids_B))
+        else:
+            self._run_eager(ids_B[:, None])
 
-    def _run(self, tokens_BT: Tensor) -> None:
+    def _run_eager(self, tokens_BT: Tensor) -> None:
         positions, mask = self._placed(tokens_BT.shape[1])
-        hidden, self.cache = self.model.model(
-            tokens_BT, positions=positions, mask=mask, cache=self.cache
-        )
+        hidden, _ = self.model.model(tokens_BT, positions=positions, mask=mask, cache=self.cache)
         # Only the last position is needed, and with padding on the left it is the last column.
-        self.logits_BV = F.linear(hidden[:, -1], self.model.head_weight)
+        self.logits_BV = self.model.head(hidden[:, -1])
 
     def _placed(self, length: int) -> tuple[Tensor | None, Tensor | None]:
         """Return positions [B, T] and mask [B, T, S] of the next columns; None: the defaults."""
@@ -133,31 +185,26 @@ class Batch:
         return positions, mask | (columns == columns[start:, None])
 
     def _keep(self, keep: list[int]) -> None:
-        self.rows = [self.rows[i] for i in keep]
+        self.prompts = [self.prompts[i] for i in keep]
         self.settings = [self.settings[i] for i in keep]
         self.draws = [self.draws[i] for i in keep]
         self.pads = [self.pads[i] for i in keep]
         self.left = [self.left[i] for i in keep]
-        if not keep:
-            return
         index = torch.tensor(keep, device=self.device)
         self.tensors, self.ids = self.tensors.rows(index), self.ids[index]
         self.seen = None if self.seen is None else self.seen[index]
         spare = min(self.pads)  # columns that are padding in every row left
         self.pads = [pad - spare for pad in self.pads]
-        assert self.cache is not None
-        self.cache = Cache(
-            *(tuple(part[index, :, spare:] for part in parts) for parts in self.cache)
-        )
+        self.cache.keep(index, spare)
 
     def _described(self, ids: list[int]) -> list[Token]:
         wanted = [settings.logprobs for settings in self.settings]
         described = [
-            Token(row, id_, left == 0, None, ())
-            for row, id_, left in zip(self.rows, ids, self.left, strict=True)
+            Token(prompt, id_, left == 0, None, ())
+            for prompt, id_, left in zip(self.prompts, ids, self.left, strict=True)
         ]
         if max(wanted) < 0:
-            return described
+            return [token for token in described if token.row not in self.finished]
         logprobs = self.logits_BV.double().log_softmax(-1)
         values, tokens = logprobs.topk(min(max(wanted), logprobs.shape[-1]))
         for i, (token, most) in enumerate(zip(described, wanted, strict=True)):
@@ -165,7 +212,7 @@ class Batch:
                 pairs = zip(tokens[i, :most].tolist(), values[i, :most].tolist(), strict=True)
                 own = logprobs[i, token.id].item()
                 described[i] = token._replace(logprob=own, likeliest=tuple(pairs))
-        return described
+        return [token for token in described if token.row not in self.finished]
 
 
 def run(batch: Batch, ended: Callable[[Token], bool]) -> Iterator[Token]:
@@ -180,13 +227,18 @@ def run(batch: Batch, ended: Callable[[Token], bool]) -> Iterator[Token]:
 
 
 def generate(
-    model: Llama, prompt: Sequence[int], settings: SamplingConfig, stop: Collection[int] = ()
+    model: Llama,
+    prompt: Sequence[int],
+    settings: SamplingConfig,
+    stop: Collection[int] = (),
+    decoding: Decoding = "auto",
 ) -> Iterator[int]:
     """Yield the token ids after one prompt until a token of ``stop`` (not yielded) or a limit.
 
     The limits are ``max_new_tokens`` and the model's context. Raises InputError as Batch does.
     """
-    for token in run(Batch(model, [prompt], [settings]), lambda token: token.id in stop):
+    batch = Batch(model, [prompt], [settings], decoding=decoding)
+    for token in run(batch, lambda token: token.id in stop):
         if token.id not in stop:
             yield token.id
 

@@ -1,8 +1,46 @@
-"""The key/value cache: a value that goes into the model and comes out longer."""
+"""Keys and values of the tokens so far: a value that grows, or room that is written in place."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .config import ModelConfig
+
+
+class Past(NamedTuple):
+    """One layer's rotated keys and values [B, N, S, K]. Never written to."""
+
+    keys: Tensor
+    values: Tensor
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all keys and values, these [B, N, T, K] the last."""
+        return torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
+
+
+class Room(NamedTuple):
+    """One layer's share of a StaticCache, and the column where new keys and values go.
+
+    Where ``start`` is a tensor (int64 [T], a column for each token), the whole room is returned,
+    so that no shape depends on it and the call can be captured in a CUDA graph: the mask must
+    hide the columns not written yet.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: int | Tensor
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v [B, N, T, K] and return all keys and values."""
+        if isinstance(self.start, Tensor):
+            self.keys.index_copy_(2, self.start, k)
+            self.values.index_copy_(2, self.start, v)
+            return self.keys, self.values
+        end = self.start + k.shape[2]
+        self.keys[:, :, self.start : end] = k
+        self.values[:, :, self.start : end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class Cache(NamedTuple):
@@ -15,3 +53,44 @@ class Cache(NamedTuple):
     def length(self) -> int:
         """Key positions held, padding included."""
         return self.keys[0].shape[2]
+
+    def layer(self, i: int) -> Past:
+        """Return layer ``i``'s part."""
+        return Past(self.keys[i], self.values[i])
+
+
+class StaticCache:
+    """Room for ``size`` columns of every layer, allocated once: keys and values [L, B, N, S, K].
+
+    A forward pass writes its keys and values here and returns the cache itself. Columns from
+    ``length`` on are free; making ``length`` smaller forgets the newest.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int,
+        size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        shape = (config.n_layers, rows, config.n_kv_heads, size, config.head_dim)
+        # Zeros: attention multiplies what a mask hides by zero, and zero times NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def size(self) -> int:
+        """Columns that there is room for."""
+        return self.keys.shape[3]
+
+    def layer(self, i: int) -> Room:
+        """Return layer ``i``'s part."""
+        return Room(self.keys[i], self.values[i], self.length)
+
+    def keep(self, rows: Tensor, drop: int) -> None:
+        """Keep some rows, without their first ``drop`` columns."""
+        self.keys = self.keys[:, rows, :, drop:]
+        self.values = self.values[:, rows, :, drop:]
+        self.length -= drop

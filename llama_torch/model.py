@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import Cache
+from .cache import Cache, Past, Room, StaticCache
 from .config import ModelConfig
 
 Trace = Callable[[str, Tensor], None]
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         tables: Tables,
         mask: Tensor | None,
         is_causal: bool,
-        past: tuple[Tensor, Tensor] | None,
+        past: Past | Room | None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the output [B, T, D] and the extended keys and values [B, N, S, K].
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         trace("k_rope", k_BTNK)
         q, k, v = q_BTHK.transpose(1, 2), k_BTNK.transpose(1, 2), v_BTNK.transpose(1, 2)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+            k, v = past.extend(k, v)
         mixed_BHTK = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped
         )
@@ -156,7 +156,7 @@ class Block(nn.Module):
         tables: Tables,
         mask: Tensor | None,
         is_causal: bool,
-        past: tuple[Tensor, Tensor] | None,
+        past: Past | Room | None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the stream after this block and the block's keys and values."""
@@ -188,9 +188,9 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | StaticCache | None = None,
         trace: Trace = no_trace,
-    ) -> tuple[Tensor, Cache]:
+    ) -> tuple[Tensor, Cache | StaticCache]:
         """Return the normed stream [B, T, D] and the longer cache; see Llama.forward."""
         start = 0 if cache is None else cache.length
         length, device = tokens_BT.shape[1], tokens_BT.device
@@ -205,13 +205,16 @@ class Decoder(nn.Module):
         tables = rope_tables(positions, self.config, x_BTD.dtype)
         keys, values = [], []
         for i, layer in enumerate(self.layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
+            past = None if cache is None else cache.layer(i)
             note = _prefixed(trace, f"layers.{i}.")
             x_BTD, (k, v) = layer(x_BTD, tables, mask, is_causal, past, note)
             keys.append(k)
             values.append(v)
         x_BTD = self.norm(x_BTD)
         trace("norm", x_BTD)
+        if isinstance(cache, StaticCache):
+            cache.length += length
+            return x_BTD, cache
         return x_BTD, Cache(tuple(keys), tuple(values))
 
 
@@ -237,23 +240,29 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | StaticCache | None = None,
         trace: Trace = no_trace,
-    ) -> tuple[Tensor, Cache]:
+    ) -> tuple[Tensor, Cache | StaticCache]:
         """Compute logits [B, T, V] and the cache that continues the sequence.
 
         positions  int [B, T], the rotary positions; default: they follow the cache.
         mask       bool [B, T, S], True = may attend; default: causal.
-        cache      what an earlier call returned; it is not changed.
+        cache      what an earlier call returned; it is not changed, unless it is a
+                   StaticCache, which is written to.
         trace      called with every named activation as it is computed.
         """
         x_BTD, cache = self.model(
             tokens_BT, positions=positions, mask=mask, cache=cache, trace=trace
         )
-        tied = self.config.tie_embeddings
-        logits_BTV = F.linear(x_BTD, self.head_weight) if tied else self.lm_head(x_BTD)
+        logits_BTV = self.head(x_BTD)
         trace("logits", logits_BTV)
         return logits_BTV, cache
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """Project the normed stream onto the vocabulary: [..., D] -> [..., V]."""
+        tied = self.config.tie_embeddings
+        logits: Tensor = F.linear(x_BTD, self.head_weight) if tied else self.lm_head(x_BTD)
+        return logits
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

@@ -6,6 +6,7 @@ a function of an implementation, so that the plain baseline of low precision goe
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ml_dtypes
@@ -34,9 +35,12 @@ def best(backend: Any) -> str:
     return dtypes_of(backend)[0]
 
 
-def stored(params: Params, dtype: str) -> tuple[Params, Params]:
-    """Return the parameters rounded to ``dtype``, and the same values in float64."""
-    low = {n: v.astype(STORED.get(dtype, dtype)) for n, v in params.items()}
+def stored(backend: Any, case: Case | TrainingCase, dtype: str) -> tuple[Params, Params]:
+    """Return the parameters rounded to ``dtype``, and what the backend makes of them in float64."""
+    low = {n: v.astype(STORED.get(dtype, dtype)) for n, v in case.params.items()}
+    if callable(getattr(backend, "held", None)):
+        with suppress(NotImplementedError):
+            return low, backend.held(case.config, low)
     return low, {n: v.astype(np.float64) for n, v in low.items()}
 
 
@@ -45,7 +49,7 @@ def in_one_pass(params: Params, config: LlamaConfig, tokens: Array, **given: Any
 
 
 def check_call(backend: Any, dtype: str, case: Case) -> None:
-    low, exact = stored(case.params, dtype)
+    low, exact = stored(backend, case, dtype)
     given = {"positions": case.positions, "mask": case.mask}
     expected = in_one_pass(exact, case.config, case.tokens, **given)
     JUDGE.compare(
@@ -77,7 +81,7 @@ def test_trace(backend: Any, data: st.DataObject) -> None:
     """Every activation by its name; a missing one fails."""
     dtype = best(backend)
     case = data.draw(calls(dtype))
-    low, exact = stored(case.params, dtype)
+    low, exact = stored(backend, case, dtype)
     given = (case.tokens, case.positions, case.mask)
     expected = Oracle().trace(case.config, exact, *given)
     assert list(expected) == list(activation_axes(case.config))
@@ -89,7 +93,7 @@ def test_trace(backend: Any, data: st.DataObject) -> None:
 def test_padding(backend: Any, data: st.DataObject) -> None:
     """Rows of unequal length, padded on either side: each equals its own single run."""
     dtype = best(backend)
-    config, rows, low, exact = draw_rows(data, dtype)
+    config, rows, low, exact = draw_rows(backend, data, dtype)
     left = data.draw(st.booleans(), label="padded on the left")
     tokens, positions, mask, real = pad(rows, left)
     expected = {
@@ -108,7 +112,7 @@ def test_padding(backend: Any, data: st.DataObject) -> None:
 def test_packing(backend: Any, data: st.DataObject) -> None:
     """Documents laid end to end under a block-diagonal mask equal separate ones."""
     dtype = best(backend)
-    config, rows, low, exact = draw_rows(data, dtype)
+    config, rows, low, exact = draw_rows(backend, data, dtype)
     positions, mask = packed([len(row) for row in rows])
     alone = [in_one_pass(exact, config, row[None]) for row in rows]
     tokens = np.concatenate(rows)[None]
@@ -135,7 +139,7 @@ def test_chunks(backend: Any, data: st.DataObject) -> None:
     """Prefill in any chunks and decoding from any cache length equal one pass."""
     dtype = best(backend)
     case = data.draw(model_for(dtype))
-    low, exact = stored(case.params, dtype)
+    low, exact = stored(backend, case, dtype)
     sizes = data.draw(splits(case.tokens.shape[1]))
     expected = in_one_pass(exact, case.config, case.tokens)
 
@@ -152,7 +156,7 @@ def test_traced_chunks(backend: Any, data: st.DataObject) -> None:
     """Every activation of calls that continue a cache."""
     dtype = best(backend)
     case = data.draw(model_for(dtype))
-    low, exact = stored(case.params, dtype)
+    low, exact = stored(backend, case, dtype)
     sizes = data.draw(splits(case.tokens.shape[1]))
 
     def run(it: Any, params: Params = low) -> Mapping[str, Array]:
@@ -167,7 +171,7 @@ def test_traced_chunks(backend: Any, data: st.DataObject) -> None:
 def test_padded_decoding(backend: Any, data: st.DataObject) -> None:
     """After a padded prefill, each row's new tokens equal the row continued alone."""
     dtype = best(backend)
-    config, rows, low, exact = draw_rows(data, dtype)
+    config, rows, low, exact = draw_rows(backend, data, dtype)
     n_new = data.draw(st.integers(1, 3), label="new tokens")
     seed = data.draw(st.integers(0, 999), label="new tokens seed")
     new = np.random.default_rng(seed).integers(0, config.vocab_size, (len(rows), n_new))
@@ -196,7 +200,7 @@ def test_a_cache_is_a_value(backend: Any, data: st.DataObject) -> None:
     """A cache continued, then continued again: the second time gives the same."""
     dtype = best(backend)
     case = data.draw(model_for(dtype))
-    low, exact = stored(case.params, dtype)
+    low, exact = stored(backend, case, dtype)
     tokens = np.concatenate([case.tokens, case.tokens[:, :1]], axis=1)
     expected = in_one_pass(exact, case.config, tokens)[:, -1:]
 
@@ -210,12 +214,14 @@ def test_a_cache_is_a_value(backend: Any, data: st.DataObject) -> None:
     JUDGE.compare(backend, dtype, run, {"first": expected, "second": expected})
 
 
-def draw_rows(data: st.DataObject, dtype: str) -> tuple[LlamaConfig, list[Array], Params, Params]:
+def draw_rows(
+    backend: Any, data: st.DataObject, dtype: str
+) -> tuple[LlamaConfig, list[Array], Params, Params]:
     """A model and one to three rows of tokens, with its parameters rounded and exact."""
     case = data.draw(model_for(dtype))
     longest = case.tokens.shape[1]
     rows = [row[: data.draw(st.integers(1, longest), label="row length")] for row in case.tokens]
-    return case.config, rows, *stored(case.params, dtype)
+    return case.config, rows, *stored(backend, case, dtype)
 
 
 def pad(rows: list[Array], left: bool) -> tuple[Array, Array, Array, Array]:
@@ -231,7 +237,7 @@ def test_loss_and_grads(backend: Any, data: st.DataObject) -> None:
     """The loss and every gradient, over micro-batches of unequal valid counts."""
     dtype = trains_in(backend)
     case = data.draw(training_for(dtype))
-    low, exact = stored(case.params, dtype)
+    low, exact = stored(backend, case, dtype)
     loss, grads = optim.accumulate(exact, case.batches, case.config, case.hyper)
     names = list(exact)
 
@@ -250,7 +256,7 @@ def test_training(backend: Any, steps: int, data: st.DataObject) -> None:
     """Whole optimizer steps: losses, norms, parameters and both moments."""
     dtype = trains_in(backend)
     case = data.draw(training_for(dtype, conditioned=steps > 1))
-    low, exact = stored(case.params, dtype)
+    low, exact = stored(backend, case, dtype)
     names = list(exact)
 
     def run(it: Any, params: Params = low) -> Mapping[str, Array]:

@@ -99,6 +99,14 @@ class Backend:
         """Return the activations, as ``trace`` does, and the new cache, as ``decode`` does."""
         raise NotImplementedError("traced_decode")
 
+    def held(self, config: LlamaConfig, params: Params) -> Params:
+        """Return the weights, float64, that ``params`` become where they are held quantised.
+
+        For those alone whose weights are no longer the ones given: the oracle then gets these.
+        Judge them in float64, whose tolerance does not depend on the given ones.
+        """
+        raise NotImplementedError("held")
+
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
     ) -> tuple[float, Mapping[str, Array]]:
@@ -130,6 +138,9 @@ SHIPPED = {
     "torch": "parity_tests.backends.torch_backends:eager",
     "torch-math": "parity_tests.backends.torch_backends:math",
     "torch-flash": "parity_tests.backends.torch_backends:flash",
+    "torch-static": "parity_tests.backends.decoding_backends:static",
+    "torch-numpy": "parity_tests.backends.decoding_backends:numpy_step",
+    "torch-int8": "parity_tests.backends.decoding_backends:int8",
     "torch-compile": "parity_tests.backends.torch_backends:compiled",
     "transformers": "parity_tests.backends.transformers_backend:backend",
     "jax": "parity_tests.backends.jax_backend:backend",
@@ -138,10 +149,22 @@ SHIPPED = {
     "cuda-flash": "parity_tests.backends.torch_backends:cuda_flash",
     "cuda-efficient": "parity_tests.backends.torch_backends:cuda_efficient",
     "cuda-compile": "parity_tests.backends.torch_backends:cuda_compiled",
+    "cuda-static": "parity_tests.backends.decoding_backends:cuda_static",
+    "cuda-kernels": "parity_tests.backends.decoding_backends:cuda_kernels",
+    "cuda-kernels-int8": "parity_tests.backends.decoding_backends:cuda_kernels_int8",
+    "cuda-graph": "parity_tests.backends.decoding_backends:cuda_graph",
+    "cuda-graph-compile": "parity_tests.backends.decoding_backends:cuda_graph_compiled",
 }
 CUDA = tuple(name for name in SHIPPED if name.startswith("cuda"))
 # These compile every new shape, for seconds; and jax is an extra.
-SLOW = ("torch-compile", "cuda-compile", "jax")
+SLOW = (
+    "torch-compile",
+    "cuda-compile",
+    "cuda-graph-compile",
+    "cuda-kernels",
+    "cuda-kernels-int8",
+    "jax",
+)
 DEFAULT = tuple(name for name in SHIPPED if name not in SLOW)
 
 

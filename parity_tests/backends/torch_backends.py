@@ -51,6 +51,7 @@ class Torch:
         model = self._model(config, params)
         compiling = _compiling(model, self.compiler) if self.compiler else nullcontext()
         given = [self._tensor(x) for x in (tokens, positions, mask)]
+        cache = self._before(model, tokens, cache)
         with torch.no_grad(), self._pinned(), compiling:
             logits, cache = model(given[0], positions=given[1], mask=given[2], cache=cache)
         return _array(logits), cache
@@ -77,6 +78,7 @@ class Torch:
 
         with torch.no_grad(), self._pinned():
             model = self._model(config, params)
+            cache = self._before(model, tokens, cache)
             _, cache = model(given[0], positions=given[1], mask=given[2], cache=cache, trace=note)
         return found, cache
 
@@ -122,6 +124,10 @@ class Torch:
         for kind in ("exp_avg", "exp_avg_sq"):
             found[kind] = {n: _array(optimizer.state[p][kind]) for n, p in named.items()}
         return found
+
+    def _before(self, model: Llama, tokens: Array, cache: Any) -> Any:
+        """Return the cache that the model is to continue."""
+        return cache
 
     def _model(self, config: LlamaConfig, params: Params) -> Llama:
         torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,168 @@
+"""What runs between a token and the next one's logits, and how that is chosen.
+
+Four ways, all on a StaticCache:
+
+eager     the model as it stands, on the columns written so far. Any device, any batch.
+numpy     one sequence on the CPU through NumPy, whose products of one row are quicker.
+graph     the model on the whole room, captured once in a CUDA graph and replayed.
+compiled  the same, its blocks compiled by torch.compile first: seconds, cached on disk.
+kernels   one sequence on a GPU as the project's own Triton kernels, captured likewise.
+"""
+
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .cache import Room, StaticCache
+from .config import InputError
+from .model import Block, Llama, rope_tables
+from .numpy_step import NumpyStep
+
+Decoding = Literal["auto", "eager", "numpy", "graph", "compiled", "kernels"]
+SHORT = 32  # tokens that are not worth the preparation of a graph
+ROUND = 256  # room is taken in multiples of this many columns, so that graphs are met again
+
+_log = logging.getLogger(__name__)
+
+
+def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
+    """Return how to continue ``rows`` sequences by ``n_tokens`` tokens; InputError if it cannot."""
+    on_gpu = model.head_weight.device.type == "cuda"
+    has_kernels = rows == 1 and importlib.util.find_spec("triton") is not None
+    has_numpy = rows == 1 and NumpyStep.supports(model)
+    if way == "auto":
+        if not on_gpu:
+            return "numpy" if has_numpy else "eager"
+        if n_tokens < SHORT:
+            return "eager"
+        return "kernels" if has_kernels else "graph"
+    if way in ("graph", "compiled", "kernels") and not on_gpu:
+        raise InputError(f"--decoding {way} needs a GPU; leave the flag out")
+    if way == "kernels" and not has_kernels:
+        raise InputError("--decoding kernels is for one prompt and needs triton; use graph")
+    if way == "numpy" and not has_numpy:
+        raise InputError(
+            "--decoding numpy is for one prompt on the CPU in float32 or float64; use eager"
+        )
+    return way
+
+
+class GraphStep:
+    """``n_tokens`` tokens a row, captured in a CUDA graph on a StaticCache; see the module.
+
+    Position, column and mask are advanced inside the graph. The logits [B, T, V] that a call
+    returns are overwritten by the next one.
+    """
+
+    def __init__(
+        self, model: Llama, rows: int, size: int, way: Decoding, n_tokens: int = 1
+    ) -> None:
+        weight = model.model.embed_tokens.weight
+        self.model, self.way, self.n_tokens = model, way, n_tokens
+        self.cache = StaticCache(model.config, rows, size, weight.dtype, weight.device)
+        shape = rows, n_tokens
+        self.token = torch.zeros(shape, dtype=torch.int64, device=weight.device)
+        self.position = torch.zeros_like(self.token)
+        self.column = torch.arange(n_tokens, device=weight.device)
+        self.columns = torch.arange(size, device=weight.device)
+        self.pads = self.token[:, :1].clone()
+        start = time.perf_counter()
+        self._forward = self._kernels() if way == "kernels" else self._torch(way == "compiled")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # a capture must not be the first run
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._run()
+        seconds = time.perf_counter() - start
+        if seconds > 1:
+            _log.warning("prepared the decoding step in %.1f s (%s)", seconds, way)
+
+    def begin(self, pads: Sequence[int]) -> None:
+        """Continue from the cache's length; the first columns of a row are padding."""
+        self.pads.copy_(torch.tensor(pads)[:, None])
+        new = self.cache.length + torch.arange(self.n_tokens, device=self.column.device)
+        self.column.copy_(new)
+        self.position.copy_((new - self.pads).clamp(min=0))
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        """Return the logits after each token."""
+        self.token.copy_(tokens_BT)
+        self.graph.replay()
+        self.cache.length += self.n_tokens
+        return self.logits
+
+    def _run(self) -> Tensor:
+        logits = self._forward()
+        self.position.add_(self.n_tokens)
+        self.column.add_(self.n_tokens)
+        return logits
+
+    def _torch(self, compiled: bool) -> Callable[[], Tensor]:
+        decoder, cache = self.model.model, self.cache
+        # One compiled graph serves all blocks: their parameters are its inputs.
+        block: Any = torch.compile(Block.forward, fullgraph=True) if compiled else Block.forward
+
+        def forward() -> Tensor:
+            x_BTD = decoder.embed_tokens(self.token)
+            tables = rope_tables(self.position, self.model.config, x_BTD.dtype)
+            # What is behind a token in the cache, its row's padding left out, but not itself.
+            seen = (self.columns <= self.column[:, None]) & (self.columns >= self.pads[..., None])
+            mask = (seen | (self.columns == self.column[:, None]))[:, None]
+            for i, layer in enumerate(decoder.layers):
+                room = Room(cache.keys[i], cache.values[i], self.column)
+                x_BTD, _ = block(layer, x_BTD, tables, mask, False, room)
+            return self.model.head(decoder.norm(x_BTD))
+
+        return forward
+
+    def _kernels(self) -> Callable[[], Tensor]:
+        from .kernel_step import KernelStep  # triton comes with torch's CUDA builds alone
+
+        step = KernelStep(self.model, self.cache)
+        step.token, step.column = self.token[0], self.column
+        step.position = self.position[0]
+
+        def forward() -> Tensor:
+            step.run()
+            return step.logits[None]
+
+        return forward
+
+
+def graph_step(
+    model: Llama, rows: int, columns: int, way: Decoding, n_tokens: int = 1
+) -> GraphStep:
+    """Take a model's step for so many rows and columns out of its store, or make it.
+
+    ``give_back`` puts it into the store, for the next request of that size: two requests at a
+    time never share one.
+    """
+    size = -(-columns // ROUND) * ROUND
+    store: dict[object, GraphStep] = model.__dict__.setdefault("_graph_steps", {})
+    step = store.pop(_key(model, rows, size, way, n_tokens), None)
+    if step is None:
+        store.clear()  # room of another size is not worth keeping
+        step = GraphStep(model, rows, size, way, n_tokens)
+    step.cache.length = 0
+    return step
+
+
+def give_back(step: GraphStep) -> None:
+    """Keep a step for the next request."""
+    rows, size = len(step.token), step.cache.size
+    key = _key(step.model, rows, size, step.way, step.n_tokens)
+    step.model.__dict__.setdefault("_graph_steps", {})[key] = step
+
+
+def _key(model: Llama, rows: int, size: int, way: Decoding, n_tokens: int) -> tuple[object, ...]:
+    """Say what a graph was captured for; the weights' places and kinds are part of it."""
+    weights = (*model.parameters(), *model.buffers())
+    return rows, size, way, n_tokens, tuple(w.data_ptr() for w in weights)

@@ -1,0 +1,189 @@
+"""llama_torch's quick ways of decoding behind the protocol; see llama_torch/decoding.py.
+
+What decodes one token a step is fed every call token by token, prompts too.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama_torch.cache import StaticCache
+from llama_torch.decoding import Decoding, GraphStep
+from llama_torch.model import Llama
+from llama_torch.numpy_step import NumpyStep
+from llama_torch.quantize import dequantised, quantize
+from reference_np.config import LlamaConfig
+
+from . import Array, Params
+from .torch_backends import HALVES, Torch
+
+
+class Static(Torch):
+    """The model on a StaticCache, which is copied at each call: to the suite a cache is a value."""
+
+    loss_and_grads = train = None  # type: ignore[assignment]  # inference alone
+
+    def __init__(self, device: str = "cpu", int8: bool = False, **settings: Any) -> None:
+        super().__init__(device, **settings)
+        self.int8 = int8
+        if int8:
+            self.dtypes = ("float64",)
+            self.held = self._held
+
+    def _model(self, config: LlamaConfig, params: Params) -> Llama:
+        model = super()._model(config, params)
+        return quantize(model) if self.int8 else model
+
+    def _held(self, config: LlamaConfig, params: Params) -> Params:
+        # On the CPU, so that the GPU's quantisation is held to it.
+        model = quantize(Torch()._model(config, params))
+        return {name: value.numpy() for name, value in dequantised(model).items()}
+
+    def _before(self, model: Llama, tokens: Array, cache: StaticCache | None) -> StaticCache:
+        weight, length = model.model.embed_tokens.weight, 0 if cache is None else cache.length
+        rows, new = tokens.shape
+        # A column more than needed: what is not written yet must not be seen.
+        room = StaticCache(model.config, rows, length + new + 1, weight.dtype, weight.device)
+        room.keys.fill_(9.0)
+        room.values.fill_(9.0)
+        if cache is not None:
+            room.keys[..., :length, :] = cache.keys[..., :length, :]
+            room.values[..., :length, :] = cache.values[..., :length, :]
+            room.length = length
+        return room
+
+
+class Stepwise(Static):
+    """One token of every row at a time."""
+
+    trace = traced_decode = None  # type: ignore[assignment]  # a step shows nothing inside
+
+    def decode(
+        self,
+        config: LlamaConfig,
+        params: Params,
+        tokens: Array,
+        positions: Array | None,
+        mask: Array | None,
+        cache: StaticCache | None,
+    ) -> tuple[Array, StaticCache]:
+        model = self._model(config, params)
+        room = self._before(model, tokens, cache)
+        start, (rows, new) = room.length, tokens.shape
+        columns = np.arange(start, start + new)
+        if positions is None:
+            positions = np.broadcast_to(columns, tokens.shape)
+        if mask is None:
+            mask = np.broadcast_to(
+                np.arange(start + new) <= columns[:, None], (rows, new, start + new)
+            )
+        if (mask & (np.arange(start + new) > columns[:, None])).any():
+            raise NotImplementedError("a step sees no later tokens")
+        with torch.inference_mode():
+            logits = self._steps(model, room, tokens, positions, mask)
+        room.length = start + new
+        return logits.double().cpu().numpy(), room
+
+    def _steps(
+        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+    ) -> torch.Tensor:
+        """Return logits [B, T, V], having written the room's next columns."""
+        raise NotImplementedError
+
+
+class Numpy(Stepwise):
+    """Through NumPy: no positions of its own and no mask."""
+
+    def _steps(
+        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+    ) -> torch.Tensor:
+        _only_plain(room, tokens, positions, mask)
+        rows = []
+        for i, row in enumerate(tokens):
+            step = NumpyStep(model, _row(room, i))
+            rows.append(torch.cat([step(token) for token in row.tolist()]))
+        return torch.stack(rows)
+
+
+class Kernels(Stepwise):
+    """Through the Triton kernels, with any positions and mask that a step can see."""
+
+    def _steps(
+        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+    ) -> torch.Tensor:
+        from llama_torch.kernel_step import KernelStep
+
+        rows = []
+        for i, row in enumerate(tokens):
+            allowed = torch.zeros(room.size, dtype=torch.bool, device=self.device)
+            step = KernelStep(model, _row(room, i), int(positions.max()) + 1, allowed)
+            found = []
+            for t, token in enumerate(row):
+                step.token.fill_(int(token))
+                step.position.fill_(int(positions[i, t]))
+                step.column.fill_(room.length + t)
+                allowed[: mask.shape[2]] = torch.from_numpy(np.array(mask[i, t])).to(self.device)
+                step.run()
+                found.append(step.logits.clone())
+            rows.append(torch.cat(found))
+        return torch.stack(rows)
+
+
+class Graph(Stepwise):
+    """Captured in a CUDA graph."""
+
+    def __init__(self, way: Decoding, **settings: Any) -> None:
+        super().__init__("cuda", **settings)
+        self.way = way
+
+    def _steps(
+        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+    ) -> torch.Tensor:
+        columns = np.arange(mask.shape[2])
+        own = columns == columns[room.length :, None]
+        pads = (mask | own).argmax(2).min(1)  # the first column that any query sees
+        behind = (columns <= columns[room.length :, None]) & (columns >= pads[:, None, None])
+        if ((behind | own) != mask).any():
+            raise NotImplementedError("a graph's mask is causal, with padding on the left")
+        logging.getLogger("llama_torch.decoding").setLevel(logging.ERROR)
+        step = GraphStep(model, len(tokens), room.size, self.way)
+        step.cache.keys.copy_(room.keys)
+        step.cache.values.copy_(room.values)
+        step.cache.length = room.length
+        step.begin(pads.tolist())
+        found = []
+        for t in range(tokens.shape[1]):
+            step.position.copy_(torch.from_numpy(positions[:, t : t + 1].copy()))
+            found.append(step(torch.from_numpy(tokens[:, t : t + 1]).to(self.device)).clone())
+        room.keys, room.values = step.cache.keys, step.cache.values
+        return torch.cat(found, dim=1)
+
+
+def _row(room: StaticCache, i: int) -> Any:
+    """Return one row's part of a cache, as a view."""
+    keys, values = room.keys[:, i : i + 1], room.values[:, i : i + 1]
+    return SimpleNamespace(keys=keys, values=values, size=room.size, length=room.length)
+
+
+def _only_plain(room: StaticCache, tokens: Array, positions: Array, mask: Array) -> None:
+    columns = np.arange(mask.shape[2])
+    if (positions != columns[room.length :]).any() or (
+        mask != (columns <= columns[room.length :, None])
+    ).any():
+        raise NotImplementedError("it takes neither positions nor a mask")
+
+
+_SOME: Mapping[str, Any] = {"share": 0.3}
+FLOATS: Sequence[str] = ("float64", "float32")
+static = Static(**_SOME)
+int8 = Static(int8=True, **_SOME)
+numpy_step = Numpy(dtypes=FLOATS, **_SOME)
+cuda_static = Static("cuda", **_SOME)
+cuda_kernels = Kernels("cuda", dtypes=(*FLOATS, *HALVES), share=0.05)
+cuda_kernels_int8 = Kernels("cuda", int8=True, share=0.05)
+cuda_graph = Graph("graph", share=0.3)
+cuda_graph_compiled = Graph("compiled", share=0.02)
