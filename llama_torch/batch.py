@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .cache import StaticCache
 from .config import InputError
-from .decoding import Decoding, GraphStep, give_back, graph_step
+from .decoding import GraphStep, give_back, graph_step
 from .decoding import choose as choose_way
-from .generation_config import PREFILL_CHUNK, SamplingConfig, check_chunk
+from .generation_config import PREFILL_CHUNK, Decoding, SamplingConfig, check_chunk
 from .model import Llama, causal_mask
 from .numpy_step import NumpyStep
 from .sampling import Settings, draw, penalize, token_probabilities
@@ -35,7 +35,8 @@ class Batch:
     """Rows that are continued together; each as if it were alone.
 
     ``choose`` returns one token a row that is not finished; ``advance`` says which rows are
-    finished and runs the model on the rest. ``decoding`` is how it runs, see decoding.py.
+    finished and runs the model on the rest. ``decoding`` is how it runs, see decoding.py, and
+    ``n_tokens`` how many tokens a captured step has (one, but for Speculative).
     Raises InputError for an empty prompt, one that fills the context, and ids outside the
     vocabulary.
     """
@@ -48,6 +49,7 @@ class Batch:
         settings: Sequence[SamplingConfig],
         prefill_chunk: int = PREFILL_CHUNK,
         decoding: Decoding = "auto",
+        n_tokens: int = 1,
     ) -> None:
         check_chunk(prefill_chunk)
         for prompt in prompts:
@@ -73,7 +75,7 @@ class Batch:
         way = choose_way(decoding, model, len(prompts), max(self.left))
         self.graph: GraphStep | None = None
         if way in ("graph", "compiled", "kernels"):
-            self.graph = graph_step(model, len(prompts), columns, way)
+            self.graph = graph_step(model, len(prompts), columns + n_tokens, way, n_tokens)
             self.cache = self.graph.cache
         else:
             rows = len(prompts)

@@ -28,7 +28,7 @@ def _main(argv: Sequence[str]) -> int:
     for stream in (sys.stdin, sys.stdout):  # whatever the terminal's encoding cannot say
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    model = load_from(config.load, config.template)
+    model = load_from(config.load, config.template, config.decoding)
     model.chat_template  # noqa: B018  (a checkpoint without one is refused before the first word)
     print(HELP)
     return Conversation(model, config).run()

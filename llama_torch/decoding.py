@@ -9,22 +9,24 @@ compiled  the same, its blocks compiled by torch.compile first: seconds, cached 
 kernels   one sequence on a GPU as the project's own Triton kernels, captured likewise.
 """
 
+import gc
 import importlib.util
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import Room, StaticCache
 from .config import InputError
+from .generation_config import Decoding
 from .model import Block, Llama, rope_tables
 from .numpy_step import NumpyStep
 
-Decoding = Literal["auto", "eager", "numpy", "graph", "compiled", "kernels"]
 SHORT = 32  # tokens that are not worth the preparation of a graph
+KEPT = 2  # captured steps kept for later requests, each with its room
 ROUND = 256  # room is taken in multiples of this many columns, so that graphs are met again
 
 _log = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
     has_numpy = rows == 1 and NumpyStep.supports(model)
     if way == "auto":
         if not on_gpu:
-            return "numpy" if has_numpy else "eager"
+            # NumPy's products are one thread's: with more, torch's are quicker.
+            return "numpy" if has_numpy and torch.get_num_threads() <= 2 else "eager"
         if n_tokens < SHORT:
             return "eager"
         return "kernels" if has_kernels else "graph"
@@ -79,8 +82,14 @@ class GraphStep:
             self._run()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._run()
+        # What is collected meanwhile may hold graphs and events, which a capture must not meet.
+        gc.collect()
+        gc.disable()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.logits = self._run()
+        finally:
+            gc.enable()
         seconds = time.perf_counter() - start
         if seconds > 1:
             _log.warning("prepared the decoding step in %.1f s (%s)", seconds, way)
@@ -108,7 +117,12 @@ class GraphStep:
     def _torch(self, compiled: bool) -> Callable[[], Tensor]:
         decoder, cache = self.model.model, self.cache
         # One compiled graph serves all blocks: their parameters are its inputs.
-        block: Any = torch.compile(Block.forward, fullgraph=True) if compiled else Block.forward
+        block: Any = Block.forward
+        if compiled:
+            # What was compiled for other shapes is dropped: past a limit torch compiles no more.
+            # The graphs that were captured do not need it.
+            torch.compiler.reset()
+            block = torch.compile(block, fullgraph=True)
 
         def forward() -> Tensor:
             x_BTD = decoder.embed_tokens(self.token)
@@ -149,7 +163,8 @@ def graph_step(
     store: dict[object, GraphStep] = model.__dict__.setdefault("_graph_steps", {})
     step = store.pop(_key(model, rows, size, way, n_tokens), None)
     if step is None:
-        store.clear()  # room of another size is not worth keeping
+        while len(store) >= KEPT:
+            del store[next(iter(store))]
         step = GraphStep(model, rows, size, way, n_tokens)
     step.cache.length = 0
     return step

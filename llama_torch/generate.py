@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(GenerateConfig, argv)
-    model = load_from(config.load)
+    model = load_from(config.load, decoding=config.decoding)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     if len(config.prompt) > 1 or config.json or config.sampling.logprobs >= 0:

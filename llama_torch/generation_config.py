@@ -6,6 +6,8 @@ from typing import Literal
 from .config import check, check_positive, check_text, check_types
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Quantize = Literal["none", "int8"]
+Decoding = Literal["auto", "eager", "numpy", "graph", "compiled", "kernels"]
 PREFILL_CHUNK = 512
 
 
@@ -81,6 +83,23 @@ class LoadConfig:
     """Where to run."""
     dtype: Dtype = "float32"
     """Precision of the weights in memory."""
+    quantize: Quantize = "none"
+    """Hold the matrices as int8 and a scale a row: half of bfloat16's memory."""
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How tokens are computed; none of it changes which."""
+
+    decoding: Decoding = "auto"
+    """The way a step runs; auto = the quickest for the device and the length asked for."""
+    draft: str = ""
+    """A smaller model of the same vocabulary whose guesses are checked several at a time."""
+    guesses: int = 4
+    """Tokens that it guesses at a time."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.guesses < 256, "guesses", self.guesses, "must lie between 1 and 255")
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,7 @@ class GenerateConfig:
     prompt: tuple[str, ...]
     """Text to continue; several are continued together."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
     prefill_chunk: int = PREFILL_CHUNK
     """Tokens of the prompts read in one forward pass: less memory, the same answer."""
     json: bool = False
@@ -113,6 +133,7 @@ class ChatConfig:
     template: str = ""
     """Jinja file, or "llama2" for Llama 2's [INST] form; empty = the checkpoint's own."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=512))
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def __post_init__(self) -> None:
         if self.system:

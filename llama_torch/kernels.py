@@ -42,7 +42,7 @@ def _tile(w, rows, start, n_in: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.cons
 @triton.jit
 def _number(tile, sums: tl.constexpr):
     """Turn weights into numbers to compute with."""
-    if tile.dtype == tl.int8:
+    if tile.dtype == tl.int8 and tile.shape[1] >= 64:  # four of one thread's at a time
         # The GPU's own conversion from int8 has a quarter of the other operations' rate and would
         # be the limit. Behind a float's exponent of 2^23 an integer is its own mantissa: four are
         # made unsigned at once, each is put behind the exponent, and the exponent subtracted.

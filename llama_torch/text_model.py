@@ -20,8 +20,18 @@ from .chat_template import ChatTemplate, Llama2Template, Message, load_chat_temp
 from .checkpoint import load_model
 from .config import InputError, has_surrogates
 from .device import pick_device
-from .generation_config import PREFILL_CHUNK, Dtype, LoadConfig, SamplingConfig
+from .generation_config import (
+    PREFILL_CHUNK,
+    Decoding,
+    DecodingConfig,
+    Dtype,
+    LoadConfig,
+    Quantize,
+    SamplingConfig,
+)
 from .model import Llama
+from .quantize import quantize as quantize_model
+from .speculative import Speculative
 from .text import Tokenizer, end_ids, load_tokenizer
 from .text_stream import TextStream
 
@@ -42,8 +52,17 @@ class TextModel:
     for settings and prompts that cannot be honoured.
     """
 
-    def __init__(self, ckpt: Path, model: Llama, tokenizer: Tokenizer, template: str = "") -> None:
+    def __init__(
+        self,
+        ckpt: Path,
+        model: Llama,
+        tokenizer: Tokenizer,
+        template: str = "",
+        decoding: DecodingConfig | None = None,
+        draft: Llama | None = None,
+    ) -> None:
         self.ckpt, self.model, self.tokenizer, self._template = ckpt, model, tokenizer, template
+        self.decoding, self.draft = decoding or DecodingConfig(), draft
         self.end_ids = end_ids(ckpt, tokenizer, model.config.vocab_size)
 
     @cached_property
@@ -115,7 +134,16 @@ class TextModel:
         """Continue all rows to their ends; yield the new text of each token, rows mixed."""
         if not rows:
             return
-        batch = Batch(self.model, rows, [w.settings for w in writers], prefill_chunk)
+        settings, way = [writer.settings for writer in writers], self.decoding.decoding
+        if self.draft is None:
+            batch = Batch(self.model, rows, settings, prefill_chunk, way)
+        elif len(rows) > 1:
+            raise InputError("--draft is for one prompt at a time; give one, or leave it out")
+        else:
+            batch = Speculative(
+                self.model, self.draft, rows[0], settings[0], prefill_chunk, way,
+                self.decoding.guesses,
+            )  # fmt: skip
         for token in run(batch, lambda token: writers[token.row].take(token)):
             if piece := writers[token.row].pieces[-1]:
                 yield piece
@@ -157,19 +185,38 @@ def load(
     dtype: Dtype = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     template: str = "",
+    quantize: Quantize = "none",
+    decoding: Decoding = "auto",
+    draft: str | Path = "",
+    guesses: int = 4,
 ) -> TextModel:
     """Load a model directory (or .safetensors file) with its tokenizer.
 
-    ``template`` is "llama2" or a Jinja file, for a checkpoint without a chat template. Raises
-    InputError for whatever cannot be read or does not fit together.
+    ``template`` is "llama2" or a Jinja file, for a checkpoint without a chat template; the
+    others are the fields of LoadConfig and DecodingConfig. Raises InputError for whatever
+    cannot be read or does not fit together.
     """
-    path = Path(ckpt)
-    if dtype not in get_args(Dtype):
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}")
-    model = load_model(path, dtype=getattr(torch, dtype), device=pick_device(device))
-    return TextModel(path, model, load_tokenizer(path, model.config.vocab_size), template)
+    return load_from(
+        LoadConfig(str(ckpt), device, dtype, quantize),
+        template,
+        DecodingConfig(decoding, str(draft), guesses),
+    )
 
 
-def load_from(config: LoadConfig, template: str = "") -> TextModel:
+def load_from(
+    config: LoadConfig, template: str = "", decoding: DecodingConfig | None = None
+) -> TextModel:
     """Load what the command line's flags name."""
-    return load(config.ckpt, dtype=config.dtype, device=config.device, template=template)
+    for name, kind in (("dtype", Dtype), ("quantize", Quantize)):
+        if (given := getattr(config, name)) not in get_args(kind):
+            raise InputError(f"{name} {given!r} is not one of {', '.join(get_args(kind))}")
+    path, device = Path(config.ckpt), pick_device(config.device)
+    dtype = getattr(torch, config.dtype)
+    model = load_model(path, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(path, model.config.vocab_size)
+    if config.quantize == "int8":
+        quantize_model(model)
+    draft = None
+    if decoding and decoding.draft:
+        draft = load_model(Path(decoding.draft), dtype=dtype, device=device)
+    return TextModel(path, model, tokenizer, template, decoding, draft)

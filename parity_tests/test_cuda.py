@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from safetensors.numpy import save_file
 
-from llama_torch.batch import Batch, generate
-from llama_torch.generation_config import SamplingConfig
+from llama_torch.batch import Batch, generate, run
+from llama_torch.generation_config import Decoding, SamplingConfig
+from llama_torch.quantize import quantize
+from llama_torch.speculative import Speculative
 from reference_np.config import LlamaConfig
 from tools import compare
 
@@ -47,6 +49,50 @@ def test_a_batch_equals_the_cpus_single_runs(temperature: float, case: Case) -> 
             found[token.row].append(token.id)
         batch.advance()
     assert list(found) == alone
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("way", ["graph", "kernels", "compiled"])
+@given(case=wide_cases())
+@settings(max_examples=3)
+def test_every_way_writes_the_same(way: Decoding, int8: bool, case: Case) -> None:
+    """A second request takes the captured step again, with another prompt and length."""
+    model = torch_model(case.config, cast(case.params, np.float64)).cuda()
+    model = quantize(model) if int8 else model
+    text = case.tokens[0].tolist()
+    for prompt, n_new in ((text, 12), (text[:3], 40), (text[2:], 5)):
+        one = SamplingConfig(n_new, temperature=0.9, seed=n_new)
+        expected = list(generate(model, prompt, one, decoding="eager"))
+        assert list(generate(model, prompt, one, decoding=way)) == expected
+    assert len(model.__dict__["_graph_steps"]) == 1
+
+
+@pytest.mark.parametrize("way", ["graph", "compiled"])
+@given(case=wide_cases())
+@settings(max_examples=3)
+def test_rows_in_a_graph_end_when_they_like(way: Decoding, case: Case) -> None:
+    model = torch_model(case.config, cast(case.params, np.float64)).cuda()
+    prompts = [case.tokens[0].tolist(), case.tokens[0, :3].tolist(), [5, 4]]
+    each = [SamplingConfig(n, temperature=0) for n in (3, 12, 7)]
+    alone = [list(generate(model, *row)) for row in zip(prompts, each, strict=True)]
+    found: tuple[list[int], ...] = ([], [], [])
+    for token in run(Batch(model, prompts, each, decoding=way), lambda token: False):
+        found[token.row].append(token.id)
+    assert list(found) == alone
+
+
+@pytest.mark.parametrize("way", ["auto", "eager"])
+@given(case=wide_cases())
+@settings(max_examples=3)
+def test_guesses_change_nothing(way: Decoding, case: Case) -> None:
+    params = cast(case.params, np.float64)
+    model, draft = (torch_model(case.config, params).cuda() for _ in range(2))
+    with torch.no_grad():
+        draft.model.norm.weight.mul_(torch.linspace(0.5, 1.5, case.config.dim).cuda())
+    prompt, settings = case.tokens[0, :3].tolist(), SamplingConfig(40, temperature=0)
+    batch = Speculative(model, draft, prompt, settings, decoding=way)
+    found = [token.id for token in run(batch, lambda token: False)]
+    assert found == list(generate(model, prompt, settings, decoding="eager"))
 
 
 @pytest.fixture

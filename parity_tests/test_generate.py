@@ -60,6 +60,46 @@ def test_several_prompts_are_what_each_is_alone(
     assert shown.splitlines()[-2].startswith("  ")
 
 
+def test_a_draft_changes_nothing(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = run(capsys, model_dir, "--prompt", "Hello world")
+    flags = ("--draft", str(model_dir), "--guesses", "3")
+    assert run(capsys, model_dir, "--prompt", "Hello world", *flags) == plain
+    both = ("--ckpt", str(model_dir), "--prompt", "one", "two")
+    assert generate.main([*both, *flags]) == 2
+    assert "one prompt at a time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--decoding", "kernels"), "--decoding kernels needs a GPU"),
+        (("--decoding", "graph"), "--decoding graph needs a GPU"),
+        (("--decoding", "numpy", "--dtype", "bfloat16"), "in float32 or float64"),
+        (("--guesses", "0"), "guesses"),
+        (("--draft", "nowhere"), "nowhere"),
+    ],
+)
+def test_a_way_that_cannot_be_is_refused(
+    flags: tuple[str, ...], says: str, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "GPU" in says and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert generate.main(["--ckpt", str(model_dir), "--prompt", "a", *flags]) == 2
+    found = capsys.readouterr()
+    assert says in found.err
+    assert found.out == ""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_writes_much_the_same(dtype: str, model_dir: Path) -> None:
+    plain, int8 = load(model_dir, dtype=dtype), load(model_dir, dtype=dtype, quantize="int8")
+    tokens = torch.tensor([[464, 2134, 13]])
+    logits = [model.model(tokens)[0].float() for model in (plain, int8)]
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < error < 0.05
+    assert len(int8.generate("The", max_new_tokens=4).tokens) == 4
+
+
 def test_why_it_ends(model_dir: Path) -> None:
     model = load(model_dir)
     greedy = {"temperature": 0.0, "max_new_tokens": 6}

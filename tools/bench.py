@@ -1,36 +1,50 @@
-"""Speed beside Hugging Face's Llama, measured alternately in one run: ``python tools/bench.py``.
+"""Speed beside other programs, measured alternately in one run: ``python tools/bench.py``.
 
-Both sides get the same shape, weights, dtype, threads and tokens. A row is the median of
-several repeats; the ratio is the median of the ratios of neighbouring repeats, so that a
-machine whose speed drifts still gives a fair one.
+All sides get the same shape, weights, dtype, threads and tokens, and are called in turn. A speed
+is the median of several repeats, and a ratio the median of the ratios of neighbouring repeats,
+so that a machine whose speed drifts still gives a fair one. The last column is ours beside what
+the machine was measured to give in the same run: the memory's speed for decoding (the bytes of
+the matrices read for each token, from the first new token to the last, beside a plain
+matrix-vector product), the same matrix products alone for the rest.
 """
 
-import statistics
+import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
+
+if __name__ == "__main__":
+    # The tools are not installed. Run as a script, their folder is on the path, where its parent
+    # should be.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from llama_torch import cli
-from llama_torch.batch import generate
-from llama_torch.config import InputError, ModelConfig, OptimConfig
+from llama_torch.config import InputError
 from llama_torch.device import pick_device
-from llama_torch.generation_config import SamplingConfig
-from llama_torch.model import Llama
-from llama_torch.optim import make_adamw
-from llama_torch.step import Precision, split_window, train_step
+from tools.bench_sides import Row, Setup
+from tools.bench_works import WORKS
+
+ON_CPU = ("train", "decode", "prefill", "numpy-prefill", "numpy-decode")
+ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")
+Work = Literal["train", "decode", "prefill", "batch32", "int8", "numpy-prefill", "numpy-decode"]
+MOST_TOKENS = 8192  # decoded after a prompt: more takes hours
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure training and decoding speed beside transformers' Llama."""
+    """Measure speed beside transformers, llama.cpp and a plain NumPy Llama."""
 
+    works: tuple[Work, ...] = ()
+    """What to measure; none = what suits the device."""
+    shape: Literal["default", "15m", "135m", "1.1b", "7b"] = "default"
+    """Model that decodes and reads prompts; training has the default and NumPy the 15m one."""
     repeats: int = 7
     """Timed repeats of each side."""
     batch_size: int = 4
@@ -38,120 +52,21 @@ class BenchConfig:
     new_tokens: int = 128
     """Tokens decoded after a prompt of the same length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Training: autocast to it; decoding: the weights' precision."""
+    """Training: autocast to it; decoding and prompts: the weights' precision."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run."""
+    """Where to run; NumPy's works stay on the CPU."""
+    compiled_peer: bool = False
+    """Decode with transformers' static cache, compiled, too: minutes more (CUDA)."""
+    json: bool = False
+    """Print the rows as JSON, instead of the table."""
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "batch_size", "new_tokens"):
-            if getattr(self, name) < 1:
+        for name, least in (("repeats", 1), ("batch_size", 1), ("new_tokens", 2)):
+            if getattr(self, name) < least:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be positive, got {getattr(self, name)}")
-
-
-def peer_model(config: ModelConfig, ours: Llama) -> Any:
-    """Build transformers' Llama with the same weights and SDPA attention."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("the peer is transformers; pip install 'llama-parity[test]'") from None
-    settings: dict[str, Any] = config.to_hf() | {"attn_implementation": "sdpa"}
-    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
-    missing, extra = peer.load_state_dict(ours.state_dict(), strict=False)
-    assert not extra
-    assert set(missing) <= {"lm_head.weight"}  # tied
-    return peer
-
-
-def peer_step(
-    peer: Any, optimizer: torch.optim.Optimizer, window: Tensor, precision: Precision
-) -> None:
-    """Take the same training step with the peer's own loss."""
-    tokens, targets, *_ = split_window(window.to(precision.device))
-    targets = targets.contiguous()  # older releases view them
-    with precision.autocast():
-        # shift_labels: the targets as they are, without the peer's own shift.
-        loss = peer(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def alternate(
-    ours: Callable[[], object], peer: Callable[[], object], repeats: int, device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Time both in turn, after one uncounted call of each; return the seconds of each."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + 1):
-        for call, times in zip((ours, peer), seconds, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat:
-                times.append(time.perf_counter() - start)
-    return seconds
-
-
-def bench_training(
-    config: BenchConfig, shape: ModelConfig, device: torch.device
-) -> tuple[int, tuple[list[float], list[float]]]:
-    """Time one optimizer step of each side; return the tokens in it and the seconds."""
-    precision = Precision(device, getattr(torch, config.dtype))
-    model = Llama(shape)
-    model.init_weights(torch.Generator().manual_seed(0))
-    peer = peer_model(shape, model).to(device).train()
-    model.to(device)
-    optimizers = make_adamw(model, OptimConfig()), make_adamw(peer, OptimConfig())
-    rows = (config.batch_size, shape.max_seq_len + 1)
-    window = torch.randint(0, shape.vocab_size, rows, generator=torch.Generator().manual_seed(1))
-
-    def our_step() -> None:
-        batches = [split_window(window)]
-        train_step(model, optimizers[0], batches, lr=3e-4, grad_clip=1.0, precision=precision)
-
-    seconds = alternate(
-        our_step,
-        lambda: peer_step(peer, optimizers[1], window, precision),
-        config.repeats,
-        device,
-    )
-    return config.batch_size * shape.max_seq_len, seconds
-
-
-def bench_decoding(
-    config: BenchConfig, shape: ModelConfig, device: torch.device
-) -> tuple[int, tuple[list[float], list[float]]]:
-    """Time greedy decoding with the cache; return the new tokens and the seconds."""
-    dtype = getattr(torch, config.dtype)
-    model = Llama(shape)
-    model.init_weights(torch.Generator().manual_seed(0))
-    peer = peer_model(shape, model).to(device, dtype).eval()
-    model.to(device, dtype)
-    prompt = list(range(1000, 1000 + shape.max_seq_len - config.new_tokens))
-    inputs = torch.tensor([prompt], device=device)
-
-    def peer_call() -> Tensor:
-        with torch.inference_mode():
-            out: Tensor = peer.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=config.new_tokens,
-                min_new_tokens=config.new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return out
-
-    def our_call() -> list[int]:
-        return list(generate(model, prompt, SamplingConfig(config.new_tokens, temperature=0)))
-
-    if config.dtype == "float32" and peer_call()[0, len(prompt) :].tolist() != our_call():
-        raise RuntimeError("the two sides decode different tokens; their speed says nothing")
-    return config.new_tokens, alternate(our_call, peer_call, config.repeats, device)
+                raise InputError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
+        if self.new_tokens > MOST_TOKENS:
+            raise InputError(f"--new-tokens must be at most {MOST_TOKENS}, got {self.new_tokens}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,20 +77,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(BenchConfig, argv)
     device = pick_device(config.device)
-    shape = ModelConfig()
-    decoding_shape = ModelConfig(max_seq_len=2 * config.new_tokens)
-    table = Table(title=f"default model, {config.dtype}, {device}, torch {torch.__version__}")
-    for heading in ("work", "ours tokens/s", "transformers tokens/s", "ratio", "repeats"):
-        table.add_column(heading, justify="left" if heading == "work" else "right")
-    for work, (tokens, (ours, peer)) in (
-        ("training step", bench_training(config, shape, device)),
-        ("greedy decoding", bench_decoding(config, decoding_shape, device)),
-    ):
-        ratio = statistics.median(b / a for a, b in zip(ours, peer, strict=True))
-        speeds = [f"{tokens / statistics.median(times):,.0f}" for times in (ours, peer)]
-        table.add_row(work, *speeds, f"{ratio:.2f}", str(config.repeats))
-    Console().print(table)
+    if config.compiled_peer and device.type != "cuda":
+        raise InputError("--compiled-peer: transformers compiles on CUDA alone; leave it out")
+    works = config.works or (ON_CUDA if device.type == "cuda" else ON_CPU)
+    setup = Setup(
+        config.shape,
+        config.dtype,
+        device,
+        config.repeats,
+        config.batch_size,
+        config.new_tokens,
+        config.compiled_peer,
+    )
+    console = Console(stderr=True)
+    rows: list[Row] = []
+    for work in works:
+        with console.status(work):  # shown on a terminal
+            rows += WORKS[work](setup)
+    if config.json:
+        print(json.dumps([row._asdict() for row in rows], indent=1))
+    else:
+        show(rows, setup)
     return 0
+
+
+def show(rows: Sequence[Row], setup: Setup) -> None:
+    """Print the table."""
+    name = torch.cuda.get_device_name() if setup.device.type == "cuda" else "CPU"
+    title = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    table = Table(title=f"{title}, median of {setup.repeats}")
+    for heading in ("work", "shape", "dtype", "ours", "peer", "peer's", "ratio", "of limit"):
+        left = heading in ("work", "shape", "dtype", "peer")
+        table.add_column(heading, justify="left" if left else "right")
+    for row in rows:
+        table.add_row(
+            row.work,
+            row.shape,
+            row.dtype,
+            speed(row.ours),
+            row.peer,
+            "not installed" if row.peer_speed is None else speed(row.peer_speed),
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            "" if row.limit is None else f"{row.limit:.0%}",
+        )
+    missing = any(row.peer_speed is None for row in rows)
+    install = escape("; what is not installed: pip install -e '.[test,bench]'")
+    table.caption = "ours and peer's in tokens/s" + (install if missing else "")
+    console = Console(highlight=False)
+    console.width = max(console.width, 100) if not console.is_terminal else console.width
+    console.print(table)
+
+
+def speed(tokens_per_second: float) -> str:
+    """Write a speed with three digits or more."""
+    return f"{tokens_per_second:,.{0 if tokens_per_second >= 100 else 1}f}"
 
 
 if __name__ == "__main__":

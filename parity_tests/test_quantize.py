@@ -1,0 +1,43 @@
+"""int8 weights: what they stand for, and how far that is from the given ones."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_torch.quantize import Int8Linear, dequantised, quantize
+
+from .strategies import Case, cast, wide_cases
+from .support import torch_model
+
+
+@given(
+    rows=st.integers(1, 9),
+    width=st.integers(1, 40),
+    exponent=st.integers(-30, 30),
+    seed=st.integers(0, 999),
+)
+def test_every_weight_is_within_half_a_step(
+    rows: int, width: int, exponent: int, seed: int
+) -> None:
+    """A step is a 127th of the row's largest, which is itself exact; a row of zeros stays zero."""
+    rng = np.random.default_rng(seed)
+    matrix = torch.from_numpy(rng.standard_normal((rows, width)) * 2.0**exponent)
+    matrix[0] = 0
+    linear = Int8Linear(matrix)
+    held = linear.weight.double() * linear.scale.double()[:, None]
+    step = matrix.abs().amax(1, keepdim=True) / 127
+    assert (held[0] == 0).all()
+    assert ((held - matrix).abs() <= step * (0.5 + 1e-4)).all()
+    assert linear.weight.abs().amax(1)[1:].eq(127).all()
+
+
+@given(case=wide_cases())
+def test_a_quantised_model_has_the_checkpoints_names(case: Case) -> None:
+    """Norms, the embedding and a head tied to it are as they were; no other matrix is left."""
+    model = torch_model(case.config, cast(case.params, np.float64))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    after = dequantised(quantize(model))
+    assert after.keys() == before.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if "norm" in name or "embed" in name}

@@ -1,0 +1,135 @@
+"""llama.cpp as a peer: our weights in its file format, and its greedy decoding of them.
+
+Needs ``llama-cpp-python`` and ``gguf``. llama.cpp's own C interface is called, a call a token,
+so that no Python of its binding is timed.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_torch.model import Llama
+
+MICRO_BATCH = 512  # prompt tokens that llama.cpp computes at once; its own default
+
+
+def write_gguf(path: Path, model: Llama) -> None:
+    """Write the model as a float32 GGUF file of the llama architecture, without a vocabulary."""
+    import gguf
+
+    config = model.config
+    assert config.rope_type == "default"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
+    for name, weight in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = interleaved(weight, config.head_dim)
+        array = weight.float().cpu().contiguous().numpy()
+        translated = names.get_name(name, try_suffixes=(".weight",))
+        assert translated is not None
+        writer.add_tensor(translated, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder rows so that the rotated pairs (i, i + K / 2) of a head become (2i, 2i + 1)."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+class LlamaCpp:
+    """A GGUF model in llama.cpp, on torch's number of threads, with a float32 cache.
+
+    ``flash`` is its fused attention: faster over a prompt, slower for one token, and rounded to
+    half precision in between (its logits then err by 1e-4 of the largest, without by 1e-6).
+    """
+
+    def __init__(self, path: Path, length: int, flash: bool) -> None:
+        import llama_cpp
+
+        self.lib: Any = llama_cpp
+        # Kept: the library calls it for as long as it logs.
+        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self.quiet, None)
+        llama_cpp.llama_backend_init()
+        model_settings = llama_cpp.llama_model_default_params()
+        model_settings.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_settings)
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = length
+        settings.n_batch = length
+        settings.n_ubatch = MICRO_BATCH
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        settings.flash_attn_type = int(flash)
+        settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+        self.context = self.model and llama_cpp.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise RuntimeError("llama.cpp does not load the model written for it")
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(
+            llama_cpp.llama_model_get_vocab(self.model)
+        )
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Run the next tokens of the sequence; return the last one's logits [V], a view."""
+        ids = (self.lib.llama_token * len(tokens))(*tokens)
+        if self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ids, len(tokens))):
+            raise RuntimeError("llama.cpp failed to decode")
+        found = self.lib.llama_get_logits_ith(self.context, -1)
+        return np.ctypeslib.as_array(found, shape=(self.vocab_size,))
+
+    def prefill(self, prompt: Sequence[int]) -> np.ndarray:
+        """Forget what came before, run a prompt and return its last logits [V]."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
+        return self.logits(prompt)
+
+    def generate(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        """Decode greedily after a prompt."""
+        tokens = [int(self.prefill(prompt).argmax())]
+        while len(tokens) < new_tokens:
+            tokens.append(int(self.logits(tokens[-1:]).argmax()))
+        return tokens
+
+    def close(self) -> None:
+        """Give back what the library holds."""
+        self.lib.llama_free(self.context)
+        self.lib.llama_model_free(self.model)
+
+
+@contextmanager
+def llama_cpp_peer(model: Llama, flash: bool) -> Iterator[LlamaCpp | None]:
+    """Yield llama.cpp with the same weights, or None where it is not installed."""
+    try:
+        import gguf  # noqa: F401
+        import llama_cpp  # noqa: F401
+    except ImportError:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(path, model)
+        peer = LlamaCpp(path, model.config.max_seq_len, flash)
+        try:
+            yield peer
+        finally:
+            peer.close()
