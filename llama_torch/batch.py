@@ -111,9 +111,10 @@ class Batch:
             uniform = [torch.rand((), dtype=torch.float64, generator=g) for g in self.draws]
             probs = token_probabilities(logits, self.tensors)
             ids = draw(probs, torch.stack(uniform).to(self.device))
+        # A draw from NaN lies outside the vocabulary, and is refused only further down.
+        self.ids = ids = ids.clamp(max=logits.shape[-1] - 1)
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
-        self.ids = ids
         self.left = [left - 1 for left in self.left]
         results = torch.cat([ids, is_finite[None]])
         if self.graph is None or max(s.logprobs for s in self.settings) >= 0:
@@ -129,14 +130,18 @@ class Batch:
         """Leave finished rows out, and run the model on the tokens chosen for the others."""
         self.finished.update(finished)
         if not self.rows:
-            if self.graph:
-                give_back(self.graph)
             return
         if finished and self.graph is None:
             self._keep([i for i, row in enumerate(self.prompts) if row not in finished])
         if not self.is_ahead:
             self._run(self.ids)
         self.is_ahead = False
+
+    def close(self) -> None:
+        """Keep what was captured for the next request. Nothing can be chosen after that."""
+        if self.graph:
+            give_back(self.graph)
+            self.graph = None
 
     def _read_ahead(self, results: Tensor) -> list[int]:
         """Read what was chosen while the GPU is already at the next step."""
@@ -200,32 +205,40 @@ class Batch:
         self.cache.keep(index, spare)
 
     def _described(self, ids: list[int]) -> list[Token]:
-        wanted = [settings.logprobs for settings in self.settings]
-        described = [
-            Token(prompt, id_, left == 0, None, ())
-            for prompt, id_, left in zip(self.prompts, ids, self.left, strict=True)
-        ]
-        if max(wanted) < 0:
-            return [token for token in described if token.row not in self.finished]
-        logprobs = self.logits_BV.double().log_softmax(-1)
-        values, tokens = logprobs.topk(min(max(wanted), logprobs.shape[-1]))
-        for i, (token, most) in enumerate(zip(described, wanted, strict=True)):
-            if most >= 0:
-                pairs = zip(tokens[i, :most].tolist(), values[i, :most].tolist(), strict=True)
-                own = logprobs[i, token.id].item()
-                described[i] = token._replace(logprob=own, likeliest=tuple(pairs))
-        return [token for token in described if token.row not in self.finished]
+        """Return the tokens of the rows that are not finished, with what they ask for."""
+        tokens = []
+        logprobs = self._logprobs()
+        columns = zip(self.prompts, ids, self.left, self.settings, strict=True)
+        for i, (prompt, id_, left, settings) in enumerate(columns):
+            if prompt in self.finished:
+                continue
+            token = Token(prompt, id_, left == 0, None, ())
+            if settings.logprobs >= 0:
+                values, likeliest = logprobs[i].topk(min(settings.logprobs, logprobs.shape[1]))
+                pairs = tuple(zip(likeliest.tolist(), values.tolist(), strict=True))
+                token = token._replace(logprob=logprobs[i, id_].item(), likeliest=pairs)
+            tokens.append(token)
+        return tokens
+
+    def _logprobs(self) -> Tensor:
+        """Return the model's log-probabilities [B, V]; nothing where no row asks for them."""
+        if max(settings.logprobs for settings in self.settings) < 0:
+            return torch.empty(0)
+        return self.logits_BV.double().log_softmax(-1)
 
 
 def run(batch: Batch, ended: Callable[[Token], bool]) -> Iterator[Token]:
     """Yield every row's tokens, rows mixed, until all have ended: as ``ended`` says, or full."""
-    while batch.rows:
-        finished = set()
-        for token in batch.choose():
-            if ended(token) or token.last:
-                finished.add(token.row)
-            yield token
-        batch.advance(finished)
+    try:
+        while batch.rows:
+            finished = set()
+            for token in batch.choose():
+                if ended(token) or token.last:
+                    finished.add(token.row)
+                yield token
+            batch.advance(finished)
+    finally:
+        batch.close()
 
 
 def generate(

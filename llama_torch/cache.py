@@ -1,11 +1,13 @@
 """Keys and values of the tokens so far: a value that grows, or room that is written in place."""
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
+from .config import InputError, ModelConfig
 
 
 class Past(NamedTuple):
@@ -75,9 +77,7 @@ class StaticCache:
         device: torch.device | None = None,
     ) -> None:
         shape = (config.n_layers, rows, config.n_kv_heads, size, config.head_dim)
-        # Zeros: attention multiplies what a mask hides by zero, and zero times NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (_room(shape, dtype, device) for _ in range(2))
         self.length = 0
 
     @property
@@ -91,6 +91,28 @@ class StaticCache:
 
     def keep(self, rows: Tensor, drop: int) -> None:
         """Keep some rows, without their first ``drop`` columns."""
-        self.keys = self.keys[:, rows, :, drop:]
-        self.values = self.values[:, rows, :, drop:]
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            layers, _, groups, size, width = old.shape
+            kept = _room((layers, len(rows), groups, size - drop, width), old.dtype, old.device)
+            kept[..., : self.length - drop, :] = old[:, rows, :, drop : self.length]
+            setattr(self, name, kept)
         self.length -= drop
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Return zeros: attention multiplies what a mask hides by zero, and zero times NaN is NaN.
+
+    On the CPU NumPy's, whose pages take no memory until they are written. Raises InputError
+    where there is no memory for them.
+    """
+    n_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        if device is not None and device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(dtype).view(shape)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise InputError(
+            f"no memory for {n_bytes / 1e9:.1f} GB of keys; use a smaller --max-new-tokens, or "
+            "fewer prompts at a time"
+        ) from None

@@ -1,6 +1,6 @@
 """What runs between a token and the next one's logits, and how that is chosen.
 
-Four ways, all on a StaticCache:
+Five ways, all on a StaticCache:
 
 eager     the model as it stands, on the columns written so far. Any device, any batch.
 numpy     one sequence on the CPU through NumPy, whose products of one row are quicker.
@@ -10,7 +10,7 @@ kernels   one sequence on a GPU as the project's own Triton kernels, captured li
 """
 
 import gc
-import importlib.util
+import importlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 
 def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
     """Return how to continue ``rows`` sequences by ``n_tokens`` tokens; InputError if it cannot."""
-    on_gpu = model.head_weight.device.type == "cuda"
-    has_kernels = rows == 1 and importlib.util.find_spec("triton") is not None
+    on_gpu = model.model.embed_tokens.weight.device.type == "cuda"
+    has_kernels = on_gpu and rows == 1 and _has_kernels()
     has_numpy = rows == 1 and NumpyStep.supports(model)
     if way == "auto":
         if not on_gpu:
@@ -47,12 +47,20 @@ def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
     if way in ("graph", "compiled", "kernels") and not on_gpu:
         raise InputError(f"--decoding {way} needs a GPU; leave the flag out")
     if way == "kernels" and not has_kernels:
-        raise InputError("--decoding kernels is for one prompt and needs triton; use graph")
+        raise InputError("--decoding kernels is for one prompt and needs triton 3.4; use graph")
     if way == "numpy" and not has_numpy:
         raise InputError(
             "--decoding numpy is for one prompt on the CPU in float32 or float64; use eager"
         )
     return way
+
+
+def _has_kernels() -> bool:
+    try:
+        importlib.import_module(".kernels", __package__)
+    except ImportError:  # triton comes with torch's CUDA builds alone, and old ones lack a part
+        return False
+    return True
 
 
 class GraphStep:
@@ -138,7 +146,7 @@ class GraphStep:
         return forward
 
     def _kernels(self) -> Callable[[], Tensor]:
-        from .kernel_step import KernelStep  # triton comes with torch's CUDA builds alone
+        from .kernel_step import KernelStep
 
         step = KernelStep(self.model, self.cache)
         step.token, step.column = self.token[0], self.column
@@ -180,4 +188,4 @@ def give_back(step: GraphStep) -> None:
 def _key(model: Llama, rows: int, size: int, way: Decoding, n_tokens: int) -> tuple[object, ...]:
     """Say what a graph was captured for; the weights' places and kinds are part of it."""
     weights = (*model.parameters(), *model.buffers())
-    return rows, size, way, n_tokens, tuple(w.data_ptr() for w in weights)
+    return rows, size, way, n_tokens, tuple((w.data_ptr(), w.dtype) for w in weights)

@@ -1,7 +1,7 @@
 """The settings of the commands that use a trained model, and of one request to it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from .config import check, check_positive, check_text, check_types
 
@@ -89,7 +89,7 @@ class LoadConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How tokens are computed; none of it changes which."""
+    """How tokens are computed; rounding aside, none of it changes which."""
 
     decoding: Decoding = "auto"
     """The way a step runs; auto = the quickest for the device and the length asked for."""
@@ -99,6 +99,9 @@ class DecodingConfig:
     """Tokens that it guesses at a time."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        ways = get_args(Decoding)
+        check(self.decoding in ways, "decoding", self.decoding, f"must be among {', '.join(ways)}")
         check(0 < self.guesses < 256, "guesses", self.guesses, "must lie between 1 and 255")
 
 

@@ -12,6 +12,7 @@ from .cache import StaticCache
 from .model import Llama, rope_tables
 
 PROGRAMS = 512  # of attention: four for each multiprocessor of the largest GPUs
+MOST_SHARES = 64  # of a head's keys: one warp joins them
 KEYS = 32  # that such a program reads at a time
 # Rows, columns and warps of a program: the quickest of some ten tried for each on one H200, with
 # the 7B shape ("wide", "int8") and the 1.1B shape ("narrow").
@@ -59,7 +60,8 @@ class KernelStep:
         width = config.n_heads * config.head_dim
         self.q, self.mixed = self._floats(width), self._floats(width)
         self.logits = self._floats(1, config.vocab_size)
-        self.shares = min(-(-PROGRAMS // config.n_heads), -(-cache.size // KEYS))
+        wanted = min(-(-PROGRAMS // config.n_heads), MOST_SHARES)
+        self.shares = min(wanted, -(-cache.size // KEYS))
         parts = config.n_heads * self.shares
         self.parts = self._floats(parts, config.head_dim), self._floats(parts), self._floats(parts)
         self.arrived = torch.zeros(config.n_heads, dtype=torch.int32, device=self.device)

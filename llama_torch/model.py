@@ -6,6 +6,7 @@ D dim, H query heads, N key/value heads, K head_dim, V vocabulary.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -231,8 +232,11 @@ class Llama(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The vocabulary projection [V, D]: the embedding itself where the two are tied."""
-        tied = self.config.tie_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        embedding = self.model.embed_tokens.weight
+        if self.config.tie_embeddings:
+            return embedding
+        dequantised = getattr(self.lm_head, "dequantised", None)
+        return dequantised(embedding.dtype) if dequantised else self.lm_head.weight
 
     def forward(
         self,
@@ -263,6 +267,11 @@ class Llama(nn.Module):
         tied = self.config.tie_embeddings
         logits: Tensor = F.linear(x_BTD, self.head_weight) if tied else self.lm_head(x_BTD)
         return logits
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out captured decoding steps, which cannot be copied; see decoding.py."""
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_graph_steps"}
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

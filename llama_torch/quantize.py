@@ -2,7 +2,8 @@
 
 Half of bfloat16's bytes, and decoding is bound by bytes. Activations keep their precision, and so
 do the embedding and the norms; a head tied to the embedding stays what it is. What int8 loses is
-in the weights alone: every product is that of the dequantised matrix.
+in the weights alone: every product is that of the dequantised matrix, as rounded to the
+precision of the activations.
 """
 
 import torch
@@ -27,9 +28,14 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", steps.round().clamp(-127, 127).to(torch.int8))
         self.register_buffer("scale", scale)
 
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix [out, in] that this stands for, rounded once."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (self.weight.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in x's precision."""
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return F.linear(x, self.dequantised(x.dtype))
 
 
 @torch.no_grad()
@@ -47,6 +53,5 @@ def dequantised(model: Llama) -> dict[str, Tensor]:
     found = {name: value.detach().double() for name, value in model.named_parameters()}
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
-            scale = module.scale.double()[:, None]
-            found[f"{name}.weight"] = module.weight.double() * scale
+            found[f"{name}.weight"] = module.dequantised(torch.float64)
     return found

@@ -199,7 +199,7 @@ def load(
     return load_from(
         LoadConfig(str(ckpt), device, dtype, quantize),
         template,
-        DecodingConfig(decoding, str(draft), guesses),
+        DecodingConfig(decoding, str(draft or ""), guesses),
     )
 
 

@@ -172,8 +172,9 @@ def test_a_broken_model_says_so(small: Llama) -> None:
     model = Llama(small.config)
     model.load_state_dict(small.state_dict())
     model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(InputError, match="logits are not finite"):
-        next(generate(model, [1], GREEDY))
+    for settings in (GREEDY, SamplingConfig(6, repetition_penalty=1.3)):
+        with pytest.raises(InputError, match="logits are not finite"):
+            next(generate(model, [1], settings))
 
 
 def test_positions_count_a_rows_own_tokens(small: Llama) -> None:

@@ -90,6 +90,14 @@ def test_a_way_that_cannot_be_is_refused(
     assert found.out == ""
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"decoding": "fast"}, {"guesses": 2.5}, {"guesses": "4"}, {"quantize": "int3"}]
+)
+def test_a_wrong_argument_is_named(wrong: dict[str, Any], model_dir: Path) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        load(model_dir, **wrong)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_writes_much_the_same(dtype: str, model_dir: Path) -> None:
     plain, int8 = load(model_dir, dtype=dtype), load(model_dir, dtype=dtype, quantize="int8")

@@ -1,11 +1,16 @@
 """int8 weights: what they stand for, and how far that is from the given ones."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_torch.config import ModelConfig
+from llama_torch.evaluate import evaluate
+from llama_torch.model import Llama
 from llama_torch.quantize import Int8Linear, dequantised, quantize
+from llama_torch.text import Gpt2
 
 from .strategies import Case, cast, wide_cases
 from .support import torch_model
@@ -30,6 +35,22 @@ def test_every_weight_is_within_half_a_step(
     assert (held[0] == 0).all()
     assert ((held - matrix).abs() <= step * (0.5 + 1e-4)).all()
     assert linear.weight.abs().amax(1)[1:].eq(127).all()
+
+
+def test_half_precision_does_not_overflow() -> None:
+    """Sums of int8 before the scale would reach a million here; the scaled ones, a thousand."""
+    linear = Int8Linear(torch.full((2, 4096), 0.01))
+    assert linear(torch.full((1, 4096), 30.0, dtype=torch.float16)).isfinite().all()
+
+
+def test_a_quantised_head_of_its_own_is_evaluated() -> None:
+    config = ModelConfig(16, 1, 2, 1, vocab_size=50257, max_seq_len=12, tie_embeddings=False)
+    model = Llama(config).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    before = evaluate(model, Gpt2(), ["To be, or not to be"]).nats
+    assert evaluate(quantize(model), Gpt2(), ["To be, or not to be"]).nats == pytest.approx(
+        before, rel=1e-3
+    )
 
 
 @given(case=wide_cases())
