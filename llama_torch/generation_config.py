@@ -1,14 +1,20 @@
 """The settings of the commands that use a trained model, and of one request to it."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from .config import check, check_positive, check_text, check_types
+from .config import InputError, check, check_positive, check_text, check_types
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Quantize = Literal["none", "int8"]
 Decoding = Literal["auto", "eager", "numpy", "graph", "compiled", "kernels"]
 PREFILL_CHUNK = 512
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raise InputError for a value that is not one of a Literal's."""
+    if value not in get_args(kind):
+        raise InputError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
 
 
 def check_chunk(size: int) -> None:
@@ -86,6 +92,10 @@ class LoadConfig:
     quantize: Quantize = "none"
     """Hold the matrices as int8 and a scale a row: half of bfloat16's memory."""
 
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, Dtype)
+        check_choice("quantize", self.quantize, Quantize)
+
 
 @dataclass(frozen=True)
 class DecodingConfig:
@@ -100,8 +110,7 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        ways = get_args(Decoding)
-        check(self.decoding in ways, "decoding", self.decoding, f"must be among {', '.join(ways)}")
+        check_choice("decoding", self.decoding, Decoding)
         check(0 < self.guesses < 256, "guesses", self.guesses, "must lie between 1 and 255")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -207,9 +207,6 @@ def load_from(
     config: LoadConfig, template: str = "", decoding: DecodingConfig | None = None
 ) -> TextModel:
     """Load what the command line's flags name."""
-    for name, kind in (("dtype", Dtype), ("quantize", Quantize)):
-        if (given := getattr(config, name)) not in get_args(kind):
-            raise InputError(f"{name} {given!r} is not one of {', '.join(get_args(kind))}")
     path, device = Path(config.ckpt), pick_device(config.device)
     dtype = getattr(torch, config.dtype)
     model = load_model(path, dtype=dtype, device=device)
