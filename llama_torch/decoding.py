@@ -13,7 +13,7 @@ import gc
 import importlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ class GraphStep:
     Position, column and mask are advanced inside the graph. The logits [B, T, V] that a call
     returns are overwritten by the next one.
     """
+
+    key: Hashable = None  # in its model's store
 
     def __init__(
         self, model: Llama, rows: int, size: int, way: Decoding, n_tokens: int = 1
@@ -168,24 +170,25 @@ def graph_step(
     time never share one.
     """
     size = -(-columns // ROUND) * ROUND
-    store: dict[object, GraphStep] = model.__dict__.setdefault("_graph_steps", {})
-    step = store.pop(_key(model, rows, size, way, n_tokens), None)
+    weights = (*model.parameters(), *model.buffers())
+    # A graph reads the weights where they were, and as what they were, when it was captured.
+    key = rows, size, way, n_tokens, tuple((w.data_ptr(), w.dtype) for w in weights)
+    store = _store(model)
+    step = store.pop(key, None)
     if step is None:
         while len(store) >= KEPT:
             del store[next(iter(store))]
         step = GraphStep(model, rows, size, way, n_tokens)
+        step.key = key
     step.cache.length = 0
     return step
 
 
 def give_back(step: GraphStep) -> None:
     """Keep a step for the next request."""
-    rows, size = len(step.token), step.cache.size
-    key = _key(step.model, rows, size, step.way, step.n_tokens)
-    step.model.__dict__.setdefault("_graph_steps", {})[key] = step
+    _store(step.model)[step.key] = step
 
 
-def _key(model: Llama, rows: int, size: int, way: Decoding, n_tokens: int) -> tuple[object, ...]:
-    """Say what a graph was captured for; the weights' places and kinds are part of it."""
-    weights = (*model.parameters(), *model.buffers())
-    return rows, size, way, n_tokens, tuple((w.data_ptr(), w.dtype) for w in weights)
+def _store(model: Llama) -> dict[Hashable, GraphStep]:
+    store: dict[Hashable, GraphStep] = model.__dict__.setdefault("_graph_steps", {})
+    return store
