@@ -350,9 +350,15 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto = bfloat16 autocast where the hardware computes it."""
+    """Precision of weights and activations; auto = bfloat16 where the hardware computes it. The
+    optimizer keeps float32 weights either way, and checkpoints hold those."""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     """torch.set_float32_matmul_precision."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """torch.compile for the blocks: auto = on a GPU."""
+    recompute: Literal["auto", "none", "cheap", "all"] = "auto"
+    """Activations to compute again in the backward pass instead of keeping them: cheap = all but
+    matrix products and attention; all = everything inside a block; auto = cheap when compiled."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 40
@@ -365,6 +371,10 @@ class TrainConfig:
     """What the samples continue."""
     save_every: int = 80
     """Steps between checkpoints."""
+    profile: bool = False
+    """Write a trace of a few steps to the run directory; Perfetto (ui.perfetto.dev) opens it."""
+    dry_run: bool = False
+    """Take a few steps, print parameters, memory and time of the whole run, and leave nothing."""
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "grad_accum", "log_every", "eval_every")
@@ -385,7 +395,8 @@ class TrainConfig:
         """Return the settings that determine the losses: what a resumed run must share."""
         flat = dataclasses.asdict(self)
         reporting = ("log_every", "eval_every", "eval_batches", "sample_every", "sample_prompt")
-        for name in ("config", "out", "resume", "device", "save_every", *reporting):
+        running = ("config", "out", "resume", "device", "save_every", "profile", "dry_run")
+        for name in (*running, "compile", "recompute", *reporting):
             del flat[name]
         for name in ("cache_dir", "num_workers", "data", "text_field"):
             del flat["data"][name]  # the text itself is compared by its hash

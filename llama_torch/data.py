@@ -260,13 +260,8 @@ def train_batches(
 ) -> Iterator[Tensor]:
     """Yield int64 [rows, context + 1] for every step of ``range(first, last)``."""
     sampler = StepSampler(len(corpus.train), context, seed, rows, first, last)
-    loader = DataLoader(
-        Windows(corpus.train, context),
-        batch_sampler=sampler,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return iter(loader)
+    windows = Windows(corpus.train, context)
+    return iter(DataLoader(windows, batch_sampler=sampler, num_workers=workers))
 
 
 def val_batches(corpus: Corpus, context: int, rows: int, most: int) -> list[Tensor]:

@@ -1,5 +1,9 @@
 """Which device to run on, and which precision it computes natively."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .config import InputError
@@ -22,3 +26,18 @@ def computes_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(supported and supported())
+
+
+@functools.cache
+def compiled(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+    """Return a function compiled once for tensors of any size, or for each size it meets."""
+    return torch.compile(function, dynamic=dynamic)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile works here: it needs Triton, or on a CPU a C++ compiler."""
+    try:
+        torch.compile(torch.relu)(torch.zeros(8, device=device))
+    except Exception:  # each missing part has an exception of its own
+        return False
+    return True

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .cache import Cache, Past, Room, StaticCache
 from .config import ModelConfig
@@ -179,6 +180,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # For training without compilation: how torch.utils.checkpoint is to run a block.
+        self.recompute: dict[str, Any] | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -208,7 +211,11 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             past = None if cache is None else cache.layer(i)
             note = _prefixed(trace, f"layers.{i}.")
-            x_BTD, (k, v) = layer(x_BTD, tables, mask, is_causal, past, note)
+            given = x_BTD, tables, mask, is_causal, past, note
+            if self.recompute is None or not torch.is_grad_enabled():
+                x_BTD, (k, v) = layer(*given)
+            else:
+                x_BTD, (k, v) = checkpoint(layer, *given, use_reentrant=False, **self.recompute)
             keys.append(k)
             values.append(v)
         x_BTD = self.norm(x_BTD)

@@ -5,13 +5,18 @@ import math
 import torch
 
 from .config import OptimConfig
+from .master_adamw import MasterAdamW
 from .model import Llama
 
 
-def make_adamw(model: Llama, config: OptimConfig) -> torch.optim.AdamW:
+def make_adamw(
+    model: Llama, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.AdamW | MasterAdamW:
     """Build AdamW (Loshchilov and Hutter 2019) with the paper's betas and eps (section 2.2).
 
-    Norm weights are not decayed: they are scales near one, not weights near zero.
+    Norm weights are not decayed: they are scales near one, not weights near zero. With
+    ``dtype`` bfloat16 the model's float32 parameters become bfloat16; the optimizer keeps what
+    they lose (see MasterAdamW).
     """
     parameters = list(model.parameters())
     groups = [
@@ -21,13 +26,10 @@ def make_adamw(model: Llama, config: OptimConfig) -> torch.optim.AdamW:
         },
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )
+    betas = config.beta1, config.beta2
+    if dtype == torch.bfloat16:
+        return MasterAdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

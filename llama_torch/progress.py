@@ -4,17 +4,29 @@ import math
 import time
 from types import TracebackType
 
+import torch
 from rich import progress as rich_progress
 from rich.console import Console
 from rich.markup import escape
 from torch.utils.tensorboard import SummaryWriter
 
+from .throughput import peak_memory
+
 
 class Progress:
     """Reports a run of ``last`` steps on the terminal and to TensorBoard."""
 
-    def __init__(self, board: SummaryWriter, first: int, last: int, tokens_per_step: int) -> None:
-        self.board, self.tokens_per_step = board, tokens_per_step
+    def __init__(
+        self,
+        board: SummaryWriter,
+        first: int,
+        last: int,
+        tokens_per_step: int,
+        device: torch.device,
+        tokens_per_second_at_peak: float,
+    ) -> None:
+        self.board, self.tokens_per_step, self.device = board, tokens_per_step, device
+        self.at_peak = tokens_per_second_at_peak
         self.console = Console(highlight=False)
         self.bar = rich_progress.Progress(
             rich_progress.TextColumn("training"),
@@ -53,20 +65,24 @@ class Progress:
 
     def trained(self, step: int, loss: float, lr: float, norm: float) -> None:
         """Report the training figures since the last report."""
-        seconds = time.perf_counter() - self.mark
-        speed = (step - self.mark_step) * self.tokens_per_step / seconds
+        values = {"loss": loss, "lr": lr, "grad_norm": norm}
+        line = f"step {step:>5}  loss {loss:6.3f}  lr {lr:.2e}  gradient norm {norm:6.3f}"
+        if step > self.mark_step:
+            seconds = time.perf_counter() - self.mark
+            speed = (step - self.mark_step) * self.tokens_per_step / seconds
+            memory = peak_memory(self.device) / 2**30
+            line += f"  {speed:,.0f} tokens/s  MFU {speed / self.at_peak:.1%}  {memory:.1f} GiB"
+            values |= {"tokens_per_second": speed, "mfu": speed / self.at_peak}
+            values["peak_memory_gib"] = memory
         self.bar.update(self.task, loss=f"loss {loss:.3f}")
-        self.say(
-            f"step {step:>5}  loss {loss:6.3f}  lr {lr:.2e}  gradient norm {norm:6.3f}  "
-            f"{speed:,.0f} tokens/s"
-        )
-        for name, value in (
-            ("train/loss", loss),
-            ("train/lr", lr),
-            ("train/grad_norm", norm),
-            ("train/tokens_per_second", speed),
-        ):
-            self.board.add_scalar(name, value, step)
+        self.say(line)
+        for name, value in values.items():
+            self.board.add_scalar(f"train/{name}", value, step)
+        self._restart_clock(step)
+
+    def compiled(self, step: int, seconds: float) -> None:
+        """Report the first step of a compiled model; its time stays out of tokens/s."""
+        self.say(f"step {step:>5}  the first one took {seconds:.0f} s, for compilation")
         self._restart_clock(step)
 
     def validated(self, step: int, loss: float) -> None:

@@ -23,6 +23,7 @@ from .checkpoint import (
     write_text,
 )
 from .config import InputError, TrainConfig, read_json
+from .master_adamw import MasterAdamW
 from .model import Llama
 
 RUNS = Path("runs")
@@ -122,7 +123,7 @@ def claim(config: TrainConfig, data_key: str) -> None:
         record = {
             "identity": identity,
             "data_key": data_key,
-            "settings": dataclasses.asdict(config),
+            "settings": dataclasses.asdict(dataclasses.replace(config, profile=False)),
         }
         write_text(out / RUN_FILE, json.dumps(record, indent=2) + "\n")
         write_directory_files(out, config.model)
@@ -154,7 +155,7 @@ def save(out: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int) -
 
     Raises InputError, and leaves the last checkpoint, where a parameter is not finite.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise InputError(
@@ -163,6 +164,8 @@ def save(out: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int) -
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
+        if isinstance(optimizer, MasterAdamW):
+            parameter = parameters[name] = optimizer.master(parameter).cpu()
         tensors[f"parameter.{name}"] = parameter
         tensors[f"exp_avg.{name}"] = state["exp_avg"]
         tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
@@ -191,12 +194,15 @@ def restore(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
     require_match(out / STATE_FILE, expected, {n: tuple(t.shape) for n, t in tensors.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-            device = parameter.device
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=device),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(device),
-            }
-    save_model(out, model.config, parameters)
+            device, master = parameter.device, tensors[f"parameter.{name}"]
+            state = optimizer.state[parameter]
+            if isinstance(optimizer, MasterAdamW):
+                optimizer.set_master(parameter, master.to(device))
+                state["step"] = torch.tensor(float(step))
+            else:
+                parameter.copy_(master)
+                state["step"] = torch.tensor(float(step), device=device)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[kind] = tensors[f"{kind}.{name}"].to(device)
+    save_model(out, model.config, {n: tensors[f"parameter.{n}"] for n in parameters})
     return step

@@ -1,8 +1,6 @@
 """One optimizer step: loss over micro-batches, clipping, AdamW. What the trainer runs."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,20 +8,8 @@ from torch import Tensor
 
 from .config import InputError
 from .loss import backward_loss, count_valid
+from .master_adamw import MasterAdamW
 from .model import Llama
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The device and the dtype of its matrix products; parameters keep their own."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Run matrix products in ``dtype`` where that is lower than the parameters'."""
-        enabled = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
 
 class Batch(NamedTuple):
@@ -35,42 +21,62 @@ class Batch(NamedTuple):
     mask: Tensor | None = None  # bool [B, T, T]
 
     def to(self, device: torch.device) -> "Batch":
-        """Move every tensor to ``device``."""
-        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
+        """Move every tensor to ``device``; to a GPU without waiting for it."""
+        if device.type == "cuda":  # only from contiguous pinned memory is a copy asynchronous
+            pinned = (x if x is None or x.is_cuda else x.contiguous().pin_memory() for x in self)
+            return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in pinned))  # type: ignore[arg-type]
+        return Batch(*(x if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
 
 def accumulate(
-    model: Llama, batches: Sequence[Batch], precision: Precision, z_loss: float = 0.0
-) -> Tensor:
-    """Add the gradient of the step's loss to every parameter; return the loss, on the device.
+    model: Llama, batches: Sequence[Batch], z_loss: float = 0.0
+) -> tuple[Tensor, dict[Tensor, Tensor]]:
+    """Return the step's loss and the gradient of every parameter, by parameter.
 
     The loss is the mean over every valid target of every batch: each batch's sum is divided
     by the count of them all, so that splitting a step differently changes nothing but
-    rounding. Raises InputError where no target is valid.
+    rounding. Gradients have the parameters' dtype; those of several batches are summed in
+    float32 or wider. Raises InputError where no target is valid.
     """
     n_valid = sum(count_valid(batch.targets) for batch in batches)
     if n_valid == 0:
         raise InputError("a training step without a single valid target has no loss")
-    total = torch.zeros((), dtype=torch.float64, device=precision.device)
+    parameters: list[Tensor] = list(model.parameters())
+    device = parameters[0].device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    sums: dict[Tensor, Tensor] = {}
     for batch in batches:
-        tokens, targets, positions, mask = batch.to(precision.device)
-        with precision.autocast():
-            hidden, _ = model.model(tokens, positions=positions, mask=mask)
-        total += backward_loss(
-            hidden, model.head_weight, targets, n_valid, z_loss, precision.autocast
-        )
-    return total
+        tokens, targets, positions, mask = batch.to(device)
+        hidden, _ = model.model(tokens, positions=positions, mask=mask)
+        total += backward_loss(hidden, model.head_weight, targets, n_valid, z_loss)
+        grads = {p: p.grad for p in parameters if p.grad is not None}
+        if parameters[0].dtype == torch.bfloat16 and len(batches) > 1:
+            for parameter, grad in grads.items():
+                sums[parameter] = sums[parameter].add_(grad) if parameter in sums else grad.float()
+                parameter.grad = None
+    return total, sums or grads
 
 
 def update(
-    model: Llama, optimizer: torch.optim.Optimizer, *, lr: float, grad_clip: float
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    grads: Mapping[Tensor, Tensor],
+    *,
+    lr: float,
+    grad_clip: float,
 ) -> Tensor:
-    """Clip the accumulated gradients, step, and clear them; return their norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    """Clip the gradients, step, and clear them; return their norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if isinstance(optimizer, MasterAdamW):
+        norms = torch._foreach_norm(list(grads.values()), 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        optimizer.update(grads, (grad_clip / (norm + 1e-6)).clamp(max=1.0))
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        optimizer.step()
+    # On a CPU new memory for gradients takes longer to get than to clear; a GPU's is needed.
+    optimizer.zero_grad(set_to_none=norm.is_cuda)
     return norm
 
 
@@ -81,12 +87,11 @@ def train_step(
     *,
     lr: float,
     grad_clip: float,
-    precision: Precision,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Take one optimizer step over ``batches``; return mean loss and gradient norm."""
-    loss = accumulate(model, batches, precision, z_loss)
-    return loss, update(model, optimizer, lr=lr, grad_clip=grad_clip)
+    loss, grads = accumulate(model, batches, z_loss)
+    return loss, update(model, optimizer, grads, lr=lr, grad_clip=grad_clip)
 
 
 def split_window(window: Tensor) -> Batch:

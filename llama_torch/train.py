@@ -5,59 +5,65 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
+from torch.profiler import profile, schedule
 from torch.utils.tensorboard import SummaryWriter
 
-from . import cli, run_dir
+from . import cli, dry_run, run_dir, speedup
 from .batch import generate
 from .config import InputError, TrainConfig
 from .data import Corpus, describe, load_corpus, train_batches, val_batches
 from .device import computes_bfloat16, pick_device
 from .generation_config import SamplingConfig
-from .loss import count_valid, loss_sum
+from .loss import loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw
 from .progress import Progress
-from .step import Precision, split_window, train_step
+from .step import split_window, train_step
 from .text import Gpt2
+from .throughput import flops_per_token, peak_flops
 from .tokenizer import VOCAB_SIZE, gpt2
+
+TRACE_FILE = "trace.json"
+TRACED_STEPS = 3
 
 
 @torch.no_grad()
-def evaluate(model: Llama, windows: Sequence[Tensor], precision: Precision) -> float:
+def evaluate(model: Llama, windows: Sequence[Tensor]) -> float:
     """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1]."""
-    total, n_valid = torch.zeros((), dtype=torch.float64, device=precision.device), 0
-    for window in windows:
-        batch = split_window(window.to(precision.device))
-        with precision.autocast():
-            total += loss_sum(model.model(batch.tokens)[0], model.head_weight, batch.targets)
-        n_valid += count_valid(batch.targets)
+    device = model.head_weight.device
+    total, n_valid = torch.zeros((), dtype=torch.float64, device=device), 0
+    with speedup.uncompiled():
+        for window in windows:
+            tokens, targets, *_ = split_window(window).to(device)
+            total += loss_sum(model.model(tokens)[0], model.head_weight, targets)
+            n_valid += targets.numel()
     return total.item() / n_valid
 
 
-def pick_precision(config: TrainConfig) -> Precision:
-    """Return the device and the dtype of its matrix products."""
-    device = pick_device(config.device)
+def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the precision of weights and activations."""
     automatic = "bfloat16" if computes_bfloat16(device) else "float32"
-    dtype = automatic if config.dtype == "auto" else config.dtype
-    return Precision(device, getattr(torch, dtype))
+    found: torch.dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
+    return found
 
 
-def set_up(config: TrainConfig, device: torch.device) -> tuple[Llama, AdamW]:
+def set_up(config: TrainConfig, device: torch.device) -> tuple[Llama, Optimizer]:
     """Build the model with its seeded initial weights, and its optimizer."""
     torch.set_float32_matmul_precision(config.matmul_precision)
     model = Llama(config.model)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     model.to(device)
-    return model, make_adamw(model, config.optim)
+    return model, make_adamw(model, config.optim, pick_dtype(config, device))
 
 
-def prepare(config: TrainConfig, precision: Precision) -> tuple[Corpus, Llama, AdamW, int]:
+def prepare(config: TrainConfig, device: torch.device) -> tuple[Corpus, Llama, Optimizer, int]:
     """Load text, model and optimizer, and claim or restore the run; return the steps done too.
 
     What can be refused is refused before the work that it would waste.
@@ -67,7 +73,7 @@ def prepare(config: TrainConfig, precision: Precision) -> tuple[Corpus, Llama, A
     corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
     if config.resume:
         run_dir.require_same(config, corpus.key)
-    model, optimizer = set_up(config, precision.device)
+    model, optimizer = set_up(config, device)
     if config.resume:
         return corpus, model, optimizer, run_dir.restore(Path(config.out), model, optimizer)
     run_dir.claim(config, corpus.key)
@@ -77,12 +83,11 @@ def prepare(config: TrainConfig, precision: Precision) -> tuple[Corpus, Llama, A
 def train(config: TrainConfig) -> float:
     """Run ``config`` to its end, resuming where it says so; return the last validation loss."""
     context, out = config.model.max_seq_len, Path(config.out)
-    precision = pick_precision(config)
+    device = pick_device(config.device)
     # A run keeps the precision it began with, wherever it is resumed.
-    config = dataclasses.replace(
-        config, dtype="bfloat16" if precision.dtype == torch.bfloat16 else "float32"
-    )
-    corpus, model, optimizer, start = prepare(config, precision)
+    is_bfloat16 = pick_dtype(config, device) == torch.bfloat16
+    config = dataclasses.replace(config, dtype="bfloat16" if is_bfloat16 else "float32")
+    corpus, model, optimizer, start = prepare(config, device)
     rows = config.batch_size * config.grad_accum
     windows = train_batches(
         corpus,
@@ -94,41 +99,48 @@ def train(config: TrainConfig) -> float:
         workers=config.data.num_workers,
     )
     held_out = val_batches(corpus, context, config.batch_size, config.eval_batches)
+    is_compiled = speedup.prepare(model, config)
     n_parameters = sum(p.numel() for p in model.parameters())
+    at_peak = peak_flops(device, getattr(torch, config.dtype))
+    at_peak /= flops_per_token(config.model, n_parameters)
     with (
         SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else 0) as board,
-        Progress(board, start, config.steps, rows * context) as progress,
+        Progress(board, start, config.steps, rows * context, device, at_peak) as progress,
+        tracing(config, progress) as traced,
     ):
         progress.say(describe(corpus))
         progress.say(
-            f"{n_parameters:,} parameters, {precision.dtype} on {precision.device}, "
+            f"{n_parameters:,} parameters, {config.dtype} on {device}, "
             f"{rows * context:,} tokens a step, run directory {out}"
         )
         if start:
             progress.say(f"continuing after step {start}")
-        val_loss = evaluate(model, held_out, precision)
+        val_loss = evaluate(model, held_out)
         if not start:
             progress.validated(start, val_loss)
         for step, window in enumerate(windows, start):
             batches = [split_window(part) for part in window.split(config.batch_size)]
-            lr = learning_rate(step, config.steps, config.optim)
+            lr, began = learning_rate(step, config.steps, config.optim), time.perf_counter()
             loss, norm = train_step(
                 model,
                 optimizer,
                 batches,
                 lr=lr,
                 grad_clip=config.optim.grad_clip,
-                precision=precision,
                 z_loss=config.optim.z_loss,
             )
             done = step + 1
             last = done == config.steps
             progress.advance(done)
+            traced()
+            if is_compiled and step == start:
+                loss.item()  # waits
+                progress.compiled(done, time.perf_counter() - began)
             if last or done % config.log_every == 0:
                 _require_finite(loss, done)
                 progress.trained(done, loss.item(), lr, norm.item())
             if last or done % config.eval_every == 0:
-                val_loss = evaluate(model, held_out, precision)
+                val_loss = evaluate(model, held_out)
                 progress.validated(done, val_loss)
             if config.sample_every and (last or done % config.sample_every == 0):
                 progress.sampled(done, sample(model, config, done))
@@ -136,6 +148,25 @@ def train(config: TrainConfig) -> float:
                 run_dir.save(out, model, optimizer, done)
                 progress.saved(done)
     return val_loss
+
+
+@contextmanager
+def tracing(config: TrainConfig, progress: Progress) -> Iterator[Callable[[], None]]:
+    """With --profile, write a trace of some steps; yield what is to be called after each."""
+    if not config.profile:
+        yield lambda: None
+        return
+    path = Path(config.out) / TRACE_FILE
+
+    def save(profiler: profile) -> None:
+        profiler.export_chrome_trace(str(path))
+        progress.say(f"trace of {TRACED_STEPS} steps in {path}; ui.perfetto.dev opens it")
+
+    # The first steps compile and allocate.
+    wait = max(0, min(5, config.steps - TRACED_STEPS - 1))
+    when = schedule(wait=wait, warmup=1, active=TRACED_STEPS, repeat=1)
+    with profile(schedule=when, on_trace_ready=save, with_stack=False) as profiler:
+        yield profiler.step
 
 
 def _require_finite(loss: Tensor, step: int) -> None:
@@ -151,7 +182,10 @@ def sample(model: Llama, config: TrainConfig, step: int) -> str:
         return "(no sample: the vocabulary is smaller than the encoding's)"
     prompt = gpt2().encode_ordinary(config.sample_prompt)[: config.model.max_seq_len - 1]
     settings = SamplingConfig(max_new_tokens=40, seed=config.seed * 1_000_003 + step)
-    return config.sample_prompt + Gpt2().decode(generate(model, prompt, settings))
+    with speedup.uncompiled():
+        # A captured step would keep its cache in a GPU's memory between samples.
+        ids = generate(model, prompt, settings, decoding="eager")
+        return config.sample_prompt + Gpt2().decode(ids)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = run_dir.resolve_config(argv)
+    if config.dry_run:
+        return dry_run.report(config)
     started = time.perf_counter()
     try:
         val_loss = train(config)

@@ -28,7 +28,6 @@ from llama_torch.optim import learning_rate, make_adamw
 from .strategies import seeds
 
 TINY = ModelConfig(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=60)
-CPU = step.Precision(torch.device("cpu"), torch.float32)
 SMALL_RUN = [
     *("--dim", "8", "--n-layers", "1", "--n-heads", "2", "--n-kv-heads", "1"),
     *("--max-seq-len", "16", "--batch-size", "2", "--steps", "6", "--warmup-steps", "2"),
@@ -69,7 +68,6 @@ def test_a_step_does_not_depend_on_its_split(
             [step.Batch(tokens[part], targets[part]) for part in parts],
             lr=1e-2,
             grad_clip=0.5,
-            precision=CPU,
         )
         results.append((loss, norm, *(p.detach() for p in model.parameters())))
     for one, other in zip(*results, strict=True):
@@ -90,7 +88,7 @@ def test_the_chunked_loss_is_the_plain_one(seed: int, rows: int, length: int, pi
     plain.backward()
     expected = [p.grad for p in model.parameters()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama_torch.loss.CHUNK_ELEMENTS", piece * TINY.vocab_size)
+        patch.setattr("llama_torch.loss.CHUNK_BYTES", 8 * piece * TINY.vocab_size)
         model = fresh_model()
         hidden, _ = model.model(tokens)
         loss = backward_loss(hidden, model.head_weight, targets, n_valid)
@@ -111,7 +109,6 @@ def test_a_step_without_valid_targets_is_refused() -> None:
             [step.Batch(tokens, torch.full_like(tokens, IGNORE))],
             lr=1.0,
             grad_clip=1.0,
-            precision=CPU,
         )
 
 
@@ -175,6 +172,7 @@ def test_a_run_leaves_a_model_directory(
     logged = scalars(out)
     assert logged.keys() == {
         *("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second"),
+        *("train/mfu", "train/peak_memory_gib"),
         *("val/loss", "val/perplexity"),
     }
     assert [step for step, _ in logged["train/loss"]] == [1, 2, 3, 4, 5, 6]

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import ml_dtypes
@@ -49,10 +49,9 @@ class Torch:
         cache: Cache | None,
     ) -> tuple[Array, Cache]:
         model = self._model(config, params)
-        compiling = _compiling(model, self.compiler) if self.compiler else nullcontext()
         given = [self._tensor(x) for x in (tokens, positions, mask)]
         cache = self._before(model, tokens, cache)
-        with torch.no_grad(), self._pinned(), compiling:
+        with torch.no_grad(), self._pinned(), self._compiled(model):
             logits, cache = model(given[0], positions=given[1], mask=given[2], cache=cache)
         return _array(logits), cache
 
@@ -88,11 +87,10 @@ class Torch:
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
     ) -> tuple[float, Mapping[str, Array]]:
-        model, precision = self._trainable(config, params)
-        with self._pinned():
-            loss = step.accumulate(model, [to_torch(b) for b in batches], precision, z_loss)
-        grads = {n: _array(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-        return loss.item(), grads
+        model = self._trainable(config, params)
+        with self._pinned(), self._compiled(model):
+            loss, grads = step.accumulate(model, [to_torch(b) for b in batches], z_loss)
+        return loss.item(), {n: _array(grads[p]) for n, p in model.named_parameters()}
 
     def train(
         self,
@@ -102,19 +100,18 @@ class Torch:
         hyper: Hyper,
         steps: int,
     ) -> Mapping[str, Any]:
-        model, precision = self._trainable(config, params)
+        model = self._trainable(config, params)
         settings = optim_config(hyper)
         optimizer = make_adamw(model, settings)
         found: dict[str, Any] = {"loss": [], "grad_norm": []}
         for i in range(steps):
-            with self._pinned():
+            with self._pinned(), self._compiled(model):
                 loss, norm = step.train_step(
                     model,
                     optimizer,
                     [to_torch(b) for b in batches],
                     lr=learning_rate(i, hyper.steps, settings),
                     grad_clip=settings.grad_clip,
-                    precision=precision,
                     z_loss=hyper.z_loss,
                 )
             found["loss"].append(loss.item())
@@ -139,11 +136,13 @@ class Torch:
             model = torch_model(config, params)
         return model.to(self.device)
 
-    def _trainable(self, config: LlamaConfig, params: Params) -> tuple[Llama, step.Precision]:
-        if self.compiler:
-            raise NotImplementedError("the trainer does not compile")
-        model = self._model(config, params).train().requires_grad_(True)
-        return model, step.Precision(self.device, next(model.parameters()).dtype)
+    def _trainable(self, config: LlamaConfig, params: Params) -> Llama:
+        if self.compiler and self.device.type == "cpu":
+            raise NotImplementedError("on a CPU the trainer does not compile")
+        return self._model(config, params).train().requires_grad_(True)
+
+    def _compiled(self, model: Llama) -> AbstractContextManager[None]:
+        return _compiling(model, self.compiler) if self.compiler else nullcontext()
 
     def _tensor(self, value: Array | None) -> torch.Tensor | None:
         return None if value is None else torch.from_numpy(np.array(value)).to(self.device)

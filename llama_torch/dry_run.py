@@ -1,0 +1,93 @@
+"""``--dry-run``: what a run will take, measured on a few of its own steps."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import speedup
+from .config import TrainConfig
+from .data import describe, load_corpus, val_batches
+from .device import pick_device
+from .step import split_window, train_step
+from .throughput import flops_per_token, peak_flops, peak_memory
+
+WARM_UP, STEPS = 2, 5
+WRITTEN = 1 << 25  # bytes written to learn the disk's speed
+
+
+def report(config: TrainConfig) -> int:
+    """Print parameters, memory and time; return the exit code. Leaves no file."""
+    from .train import evaluate, sample, set_up  # which offers this as a flag
+
+    device = pick_device(config.device)
+    context, batch_size = config.model.max_seq_len, config.batch_size
+    corpus = load_corpus(config.data, config.model.vocab_size, context)
+    print(describe(corpus))
+    model, optimizer = set_up(config, device)
+    dtype = model.head_weight.dtype
+    speedup.prepare(model, config)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    rows = batch_size * config.grad_accum
+    print(
+        f"{n_parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {device}, "
+        f"{rows * context:,} tokens a step"
+    )
+    generator = torch.Generator().manual_seed(config.seed)
+    window = torch.randint(config.model.vocab_size, (rows, context + 1), generator=generator)
+
+    def step() -> Tensor:
+        batches = [split_window(part) for part in window.split(batch_size)]
+        clip = config.optim.grad_clip
+        return train_step(
+            model, optimizer, batches, lr=0.0, grad_clip=clip, z_loss=config.optim.z_loss
+        )[0]
+
+    first = _seconds(step)
+    for _ in range(WARM_UP - 1):
+        step().item()
+    each = _seconds(*[step] * STEPS) / STEPS
+    held_out = val_batches(corpus, context, batch_size, config.eval_batches)
+    evaluate(model, held_out[:1])
+    validation = _seconds(lambda: evaluate(model, held_out))
+    sampling = _seconds(lambda: sample(model, config, 0)) if config.sample_every else 0.0
+    # Weights and both moments in float32, then the weights again as the model.
+    saving = 16 * n_parameters / _disk_speed(Path(config.out))
+    times = {
+        "steps": config.steps * each,
+        "the first step's preparation": max(0.0, first - each),
+        "validation": (1 + -(-config.steps // config.eval_every)) * validation,
+        "samples": -(-config.steps // config.sample_every) * sampling if sampling else 0.0,
+        "checkpoints": -(-config.steps // config.save_every) * saving,
+    }
+    speed = rows * context / each
+    at_peak = peak_flops(device, dtype) / flops_per_token(config.model, n_parameters)
+    print(f"{speed:,.0f} tokens/s, MFU {speed / at_peak:.1%}")
+    print(f"memory at most {peak_memory(device) / 2**30:.2f} GiB")
+    print(f"checkpoints take {16 * n_parameters / 1e9:.2f} GB of disk")
+    parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items())
+    print(f"time {sum(times.values()):.0f} s: {parts}")
+    return 0
+
+
+def _seconds(*calls: Callable[[], Tensor | float | str]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        made = call()
+    if isinstance(made, Tensor):
+        made.item()  # waits
+    return time.perf_counter() - start
+
+
+def _disk_speed(out: Path) -> float:
+    """Return the bytes per second that the run's disk takes."""
+    while not out.is_dir():
+        out = out.parent
+    with tempfile.TemporaryFile(dir=out) as file:
+        data, start = bytes(WRITTEN), time.perf_counter()
+        file.write(data)
+        file.flush()
+        return WRITTEN / (time.perf_counter() - start)
