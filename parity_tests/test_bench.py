@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import bench
+from llama_torch.config import ModelConfig
+from tools import bench, bench_train, bench_works
 from tools.bench_sides import Setup, Side, alternate, same_tokens
+from tools.bench_train import Result
 
 ROOT = Path(bench.__file__).resolve().parent.parent
 HEADINGS = "work shape dtype ours peer peer's ratio of limit"
@@ -38,9 +40,51 @@ def test_the_command_prints_a_table() -> None:
 
 def test_rows_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     row = bench.Row("decode", "15m", "float32", 2.0, "llama.cpp", None, None, 0.5)
+    other = bench.TrainRow("train", "15m", "float32", 2.0, 0.5, 9, "transformers", None, None, None)
     monkeypatch.setitem(bench.WORKS, "decode", lambda setup: [row])
-    assert bench.main([*TINY, "--works", "decode", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [row._asdict()]
+    monkeypatch.setitem(bench.WORKS, "train", lambda setup: [other])
+    assert bench.main([*TINY, "--works", "decode", "train", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [row._asdict(), other._asdict()]
+
+
+def test_training_is_measured_and_a_side_that_fails_is_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=64, max_seq_len=16)
+    monkeypatch.setitem(bench_works.SHAPES, "default", tiny)
+    monkeypatch.setattr(bench_train, "ON_CPU", ("ours", "transformers", "plain loop", "missing"))
+    assert bench.main([*TINY, "--works", "train"]) == 0
+    out, err = capfd.readouterr()
+    assert err == "train: missing: KeyError: 'missing'\n"
+    rows = [line.split("│") for line in out.splitlines() if line.startswith("│ train")]
+    assert [row[7].strip() for row in rows] == ["transformers", "plain loop", "missing"], out
+    for row in rows:
+        assert float(row[4].replace(",", "")) > 0
+        assert float(row[5].strip().rstrip("%")) > 0
+        assert float(row[6]) > 0
+    for row in rows[:2]:
+        assert all(float(cell.replace(",", "")) > 0 for cell in row[8:11])
+    assert [cell.strip() for cell in rows[2][8:11]] == ["-", "-", ""]
+
+
+def test_training_tables_without_ours() -> None:
+    setup = Setup("default", "float32", torch.device("cpu"), 2, 0, 4, False)
+    turns = [Result([], 1, 5.0, 1e9), Result([0.5], 1, 5.0, 1e9), Result([0.25], 2, 5.0, 1e9)]
+    config = ModelConfig()
+    with_ours = {"ours": turns, "plain loop": [turn._replace(peak_bytes=7) for turn in turns]}
+    row = bench_train.rows(setup, config, 4, "float32", with_ours)[1]
+    assert row[3:] == (3072, row.mfu, 2, "plain loop", 3072, 7, 1)
+    [row] = bench_train.rows(setup, config, 4, "float32", {"plain loop": turns})[1:2]
+    assert row[3:] == (None, None, None, "plain loop", 3072, 2, None)
+
+
+def test_training_losses_that_differ_are_refused() -> None:
+    bench_train.same_losses({"ours": 10.0, "peer": 10.0005}, "float32")
+    bench_train.same_losses({"ours": 10.0, "peer": 10.05}, "bfloat16")
+    bench_train.same_losses({"peer": 10.0, "another": 5.0}, "float32")
+    for loss, dtype in ((10.002, "float32"), (10.2, "bfloat16"), (float("nan"), "float32")):
+        with pytest.raises(RuntimeError, match="the first loss of peer"):
+            bench_train.same_losses({"ours": 10.0, "peer": loss}, dtype)
 
 
 def test_sides_that_differ_are_not_timed() -> None:
@@ -58,6 +102,7 @@ def test_sides_that_differ_are_not_timed() -> None:
     ("flags", "named"),
     [
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--batch-size", "-1"], "--batch-size must be at least 0, got -1"),
         (["--new-tokens", "1"], "--new-tokens must be at least 2, got 1"),
         (["--works", "sleep"], "--works"),
         (["--shape", "8b"], "--shape"),

@@ -2,10 +2,12 @@
 
 All sides get the same shape, weights, dtype, threads and tokens, and are called in turn. A speed
 is the median of several repeats, and a ratio the median of the ratios of neighbouring repeats,
-so that a machine whose speed drifts still gives a fair one. The last column is ours beside what
-the machine was measured to give in the same run: the memory's speed for decoding (the bytes of
-the matrices read for each token, from the first new token to the last, beside a plain
-matrix-vector product), the same matrix products alone for the rest.
+so that a machine whose speed drifts still gives a fair one. Training has processes of its own
+(bench_train.py), and a table with what each side needs of memory, and ours of the processor. The
+other table's last column is ours beside what the machine was measured to give in the same run:
+the memory's speed for decoding (the bytes of the matrices read for each token, from the first
+new token to the last, beside a plain matrix-vector product), the same matrix products alone for
+the rest.
 """
 
 import json
@@ -29,6 +31,7 @@ from llama_torch import cli
 from llama_torch.config import InputError
 from llama_torch.device import pick_device
 from tools.bench_sides import Row, Setup
+from tools.bench_train import TrainRow
 from tools.bench_works import WORKS
 
 ON_CPU = ("train", "decode", "prefill", "numpy-prefill", "numpy-decode")
@@ -43,16 +46,16 @@ class BenchConfig:
 
     works: tuple[Work, ...] = ()
     """What to measure; none = what suits the device."""
-    shape: Literal["default", "15m", "135m", "1.1b", "7b"] = "default"
-    """Model that decodes and reads prompts; training has the default and NumPy the 15m one."""
+    shape: Literal["default", "15m", "124m", "135m", "1.1b", "7b"] = "default"
+    """Model that trains, decodes and reads prompts; NumPy has the 15m one."""
     repeats: int = 7
-    """Timed repeats of each side."""
-    batch_size: int = 4
-    """Windows in a training step."""
+    """Timed repeats of each side; of a training step on CUDA, three times as many."""
+    batch_size: int = 0
+    """Windows in a training step; 0 = the shape's own number."""
     new_tokens: int = 128
     """Tokens decoded after a prompt of the same length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Training: autocast to it; decoding and prompts: the weights' precision."""
+    """Precision of weights and activations; training on CUDA is in bfloat16 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; NumPy's works stay on the CPU."""
     compiled_peer: bool = False
@@ -61,7 +64,7 @@ class BenchConfig:
     """Print the rows as JSON, instead of the table."""
 
     def __post_init__(self) -> None:
-        for name, least in (("repeats", 1), ("batch_size", 1), ("new_tokens", 2)):
+        for name, least in (("repeats", 1), ("batch_size", 0), ("new_tokens", 2)):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
@@ -90,7 +93,7 @@ def _main(argv: Sequence[str]) -> int:
         config.compiled_peer,
     )
     console = Console(stderr=True)
-    rows: list[Row] = []
+    rows: list[Row | TrainRow] = []
     for work in works:
         with console.status(work):  # shown on a terminal
             rows += WORKS[work](setup)
@@ -101,21 +104,43 @@ def _main(argv: Sequence[str]) -> int:
     return 0
 
 
-def show(rows: Sequence[Row], setup: Setup) -> None:
-    """Print the table."""
+def show(rows: Sequence[Row | TrainRow], setup: Setup) -> None:
+    """Print the tables of what was measured."""
     name = torch.cuda.get_device_name() if setup.device.type == "cuda" else "CPU"
     title = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    table = Table(title=f"{title}, median of {setup.repeats}")
-    for heading in ("work", "shape", "dtype", "ours", "peer", "peer's", "ratio", "of limit"):
-        left = heading in ("work", "shape", "dtype", "peer")
-        table.add_column(heading, justify="left" if left else "right")
+    title += f", median of {setup.repeats}"
+    console = Console(highlight=False)
+    console.width = max(console.width, 100) if not console.is_terminal else console.width
+    if trained := [row for row in rows if isinstance(row, TrainRow)]:
+        console.print(training_table(trained, title))
+    if others := [row for row in rows if isinstance(row, Row)]:
+        console.print(inference_table(others, title))
+
+
+def training_table(rows: Sequence[TrainRow], title: str) -> Table:
+    """Return the table of training."""
+    headings = "work", "shape", "dtype", "ours", "MFU", "GiB", "peer", "peer's", "its GiB", "ratio"
+    table = new_table(title, headings)
     for row in rows:
         table.add_row(
-            row.work,
-            row.shape,
-            row.dtype,
-            speed(row.ours),
-            row.peer,
+            *(row.work, row.shape, row.dtype, speed(row.ours)),
+            *("-" if row.mfu is None else f"{row.mfu:.1%}", gib(row.memory)),
+            *(row.peer, speed(row.peer_speed), gib(row.peer_memory)),
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+        )
+    table.caption = "ours and peer's in tokens/s; GiB at most" + (
+        "; -: not measured, see above" if any(None in row for row in rows) else ""
+    )
+    return table
+
+
+def inference_table(rows: Sequence[Row], title: str) -> Table:
+    """Return the table of the other works."""
+    headings = "work", "shape", "dtype", "ours", "peer", "peer's", "ratio", "of limit"
+    table = new_table(title, headings)
+    for row in rows:
+        table.add_row(
+            *(row.work, row.shape, row.dtype, speed(row.ours), row.peer),
             "not installed" if row.peer_speed is None else speed(row.peer_speed),
             "" if row.ratio is None else f"{row.ratio:.2f}",
             "" if row.limit is None else f"{row.limit:.0%}",
@@ -123,14 +148,28 @@ def show(rows: Sequence[Row], setup: Setup) -> None:
     missing = any(row.peer_speed is None for row in rows)
     install = escape("; what is not installed: pip install -e '.[test,bench]'")
     table.caption = "ours and peer's in tokens/s" + (install if missing else "")
-    console = Console(highlight=False)
-    console.width = max(console.width, 100) if not console.is_terminal else console.width
-    console.print(table)
+    return table
 
 
-def speed(tokens_per_second: float) -> str:
+def new_table(title: str, headings: Sequence[str]) -> Table:
+    """Return a table without rows; words on the left, numbers on the right."""
+    table = Table(title=title)
+    for heading in headings:
+        left = heading in ("work", "shape", "dtype", "peer")
+        table.add_column(heading, justify="left" if left else "right")
+    return table
+
+
+def speed(tokens_per_second: float | None) -> str:
     """Write a speed with three digits or more."""
+    if tokens_per_second is None:
+        return "-"
     return f"{tokens_per_second:,.{0 if tokens_per_second >= 100 else 1}f}"
+
+
+def gib(size: int | None) -> str:
+    """Write a number of bytes in GiB."""
+    return "-" if size is None else f"{size / 2**30:.2f}"
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_torch.batch import Batch, generate, run
-from llama_torch.config import ModelConfig, OptimConfig
+from llama_torch.config import ModelConfig
 from llama_torch.generation_config import SamplingConfig
 from llama_torch.model import Llama
-from llama_torch.optim import make_adamw
-from llama_torch.step import Precision, split_window, train_step
 from reference_np.config import LlamaConfig
-from tools import bench_numpy
+from tools import bench_numpy, bench_train
 from tools.bench_sides import (
     Row,
     Setup,
@@ -35,16 +33,19 @@ from tools.bench_sides import (
     same_numbers,
     same_tokens,
 )
+from tools.bench_train import TrainRow
 from tools.gguf_peer import llama_cpp_peer
-from tools.hf_peer import peer_step, transformers_peer
+from tools.hf_peer import transformers_peer
 
 SHAPES = {
     "default": ModelConfig(),
     "15m": ModelConfig(288, 6, 6, 6, 48, 768, 32000),
+    "124m": ModelConfig(768, 12, 12, 12, 64, 2048, 50304, 1024, tie_embeddings=False),
     "135m": ModelConfig(576, 30, 9, 3, 64, 1536, 49152),
-    "1.1b": ModelConfig(2048, 22, 32, 4, 64, 5632, 32000, tie_embeddings=False),
-    "7b": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, tie_embeddings=False),
+    "1.1b": ModelConfig(2048, 22, 32, 4, 64, 5632, 32000, 2048, tie_embeddings=False),
+    "7b": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, 4096, tie_embeddings=False),
 }
+BATCHES = {"124m": 32, "1.1b": 8, "7b": 1}  # windows in a training step; 4 of other shapes
 PREFILL = 512  # tokens, in one forward pass
 ROWS = 32  # of batch32
 NUMPY_SHAPE, NUMPY_PREFILL, NUMPY_STEPS = "15m", 256, 64
@@ -93,26 +94,10 @@ def llama_cpp(
         yield {"llama.cpp": side(peer) if peer else None}
 
 
-def train(setup: Setup) -> list[Row]:
-    """Measure one optimizer step of the default model, under autocast to the dtype."""
-    shape, device = SHAPES["default"], setup.device
-    precision = Precision(device, setup.torch_dtype)
-    model, same = (make_model(shape, torch.float32, device) for _ in range(2))
-    peer = transformers_peer(same, device)
-    size = (setup.batch_size, shape.max_seq_len + 1)
-    window = torch.randint(0, shape.vocab_size, size, generator=torch.Generator().manual_seed(1))
-    optimizer = make_adamw(model, OptimConfig())
-
-    def ours() -> Tensor:
-        batches = [split_window(window)]
-        loss, _ = train_step(model, optimizer, batches, lr=3e-4, grad_clip=1.0, precision=precision)
-        return loss
-
-    tokens = setup.batch_size * shape.max_seq_len
-    theirs = peer and Side(peer_step(peer.train(), window, precision), tokens)
-    sides: Sides = {"ours": Side(ours, tokens), "transformers": theirs}
-    speeds = alternate(sides, setup, same_numbers)
-    return rows("train", "default", setup.dtype, sides, speeds)
+def train(setup: Setup) -> list[TrainRow]:
+    """Measure optimizer steps of the asked-for shape."""
+    batch_size = setup.batch_size or BATCHES.get(setup.shape, 4)
+    return bench_train.measure(setup, SHAPES[setup.shape], batch_size)
 
 
 # Greedy decoding, from a prompt as long as the answer. Its limit is the memory's speed.
@@ -290,7 +275,7 @@ def oracle(
     return rows(work, NUMPY_SHAPE, "float32", sides, speeds, limit)
 
 
-WORKS: dict[str, Callable[[Setup], list[Row]]] = {
+WORKS: dict[str, Callable[[Setup], Sequence[Row | TrainRow]]] = {
     "train": train,
     "decode": decode,
     "prefill": prefill,

@@ -1,4 +1,4 @@
-"""transformers' Llama as a peer: around our weights, and its training step."""
+"""transformers' Llama as a peer: around our weights, and a plain training step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_torch.config import OptimConfig
 from llama_torch.model import Llama
-from llama_torch.optim import make_adamw
-from llama_torch.step import Precision, split_window
+from llama_torch.step import split_window
 
 
 def transformers_peer(model: Llama, device: torch.device) -> Any:
@@ -31,20 +29,38 @@ def transformers_peer(model: Llama, device: torch.device) -> Any:
     return peer.eval()
 
 
-def peer_step(peer: Any, window: Tensor, precision: Precision) -> Callable[[], Tensor]:
-    """Return the same training step with the peer's own loss, which the call returns."""
-    optimizer = make_adamw(peer, OptimConfig())
+def peer_loss(peer: Any, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Return the peer's own loss."""
+    targets = targets.contiguous()  # older releases view them
+    # shift_labels: the targets as they are, without the peer's own shift.
+    loss: Tensor = peer(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+    return loss
 
-    def step() -> Tensor:
-        tokens, targets, *_ = split_window(window.to(precision.device))
-        targets = targets.contiguous()  # older releases view them
-        with precision.autocast():
-            # shift_labels: the targets as they are, without the peer's own shift.
-            loss: Tensor = peer(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
 
-    return step
+def plain_step(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    window: Tensor,
+    *,
+    lr: float,
+    grad_clip: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Take the step of a plain training loop, under autocast to the dtype; return its loss."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    tokens, targets, *_ = split_window(window).to(device)
+    with autocast(device, parameters[0].dtype, dtype):
+        loss = loss_of(tokens, targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def autocast(device: torch.device, weights: torch.dtype, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which float32 weights multiply in bfloat16; weights of it need none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype != weights)
