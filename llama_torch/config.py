@@ -325,12 +325,27 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How torchrun's processes share a run; those that these two leave over are replicas (DDP)."""
+
+    fsdp: int = 1
+    """Processes that share parameters, gradients and moments (FSDP2); 0 = all that --tp leaves."""
+    tp: int = 1
+    """Processes that share the products of each block (tensor parallelism)."""
+
+    def __post_init__(self) -> None:
+        check(self.fsdp >= 0, "fsdp", self.fsdp, "must not be negative")
+        check_positive(self, "tp")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a Llama on text and leave a Hugging Face model directory."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     config: str = ""
     """TOML file of settings: these flags' names as keys, in any section; flags win over it."""
@@ -344,7 +359,7 @@ class TrainConfig:
     batch_size: int = 4
     """Windows in one forward pass."""
     grad_accum: int = 1
-    """Forward passes summed into one step."""
+    """Forward passes summed into one step; several processes share out a step's windows."""
     seed: int = 0
     """Seed of initialisation, data order and samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -396,7 +411,7 @@ class TrainConfig:
         flat = dataclasses.asdict(self)
         reporting = ("log_every", "eval_every", "eval_batches", "sample_every", "sample_prompt")
         running = ("config", "out", "resume", "device", "save_every", "profile", "dry_run")
-        for name in (*running, "compile", "recompute", *reporting):
+        for name in (*running, "compile", "recompute", "parallel", *reporting):
             del flat[name]
         for name in ("cache_dir", "num_workers", "data", "text_field"):
             del flat["data"][name]  # the text itself is compared by its hash

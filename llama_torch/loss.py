@@ -56,7 +56,7 @@ def loss_sum(
 
 @torch.no_grad()
 def backward_loss(
-    hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, n_valid: int, z_loss: float = 0.0
+    hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, n_valid: float, z_loss: float = 0.0
 ) -> Tensor:
     """Add the gradient of ``loss_sum / n_valid`` to every parameter; return that loss.
 

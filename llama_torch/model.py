@@ -253,6 +253,7 @@ class Llama(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | StaticCache | None = None,
         trace: Trace = no_trace,
+        project: bool = True,
     ) -> tuple[Tensor, Cache | StaticCache]:
         """Compute logits [B, T, V] and the cache that continues the sequence.
 
@@ -261,10 +262,14 @@ class Llama(nn.Module):
         cache      what an earlier call returned; it is not changed, unless it is a
                    StaticCache, which is written to.
         trace      called with every named activation as it is computed.
+        project    False: return the normed stream [B, T, D] instead, from which the loss takes
+                   its logits piece by piece.
         """
         x_BTD, cache = self.model(
             tokens_BT, positions=positions, mask=mask, cache=cache, trace=trace
         )
+        if not project:
+            return x_BTD, cache
         logits_BTV = self.head(x_BTD)
         trace("logits", logits_BTV)
         return logits_BTV, cache
@@ -288,8 +293,20 @@ class Llama(nn.Module):
         sqrt(2 * n_layers), so that the stream's variance does not grow with depth
         (Radford et al. 2019, section 2.3; the Llama 2 paper states no initialisation).
         """
+        for part in self.parts():
+            self.init_part(part, generator)
+
+    def parts(self) -> list[nn.Module]:
+        """Return the modules that hold the parameters between them, in the parameters' order."""
+        decoder = self.model
+        head = [] if self.config.tie_embeddings else [self.lm_head]
+        return [decoder.embed_tokens, *decoder.layers, decoder.norm, *head]
+
+    @torch.no_grad()
+    def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
+        """Draw the weights of one of ``parts``; in their order that is ``init_weights``."""
         residual = 0.02 / math.sqrt(2 * self.config.n_layers)
-        for name, weight in self.named_parameters():
+        for name, weight in part.named_parameters():
             if weight.ndim == 1:
                 weight.fill_(1.0)
             else:

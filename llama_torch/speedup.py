@@ -41,7 +41,8 @@ def prepare(model: Llama, config: TrainConfig) -> bool:
     if works:
         torch._functorch.config.activation_memory_budget = CHEAP if recompute == "cheap" else 1.0
         for layer in model.model.layers:
-            layer.compile(fullgraph=True, dynamic=False)
+            # The forward method, not the module: the hooks of FSDP2 around it are not to be traced.
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     if recompute == "all":
         model.model.recompute = {}
     elif recompute == "cheap" and not works:

@@ -10,6 +10,7 @@ from .config import InputError
 from .loss import backward_loss, count_valid
 from .master_adamw import MasterAdamW
 from .model import Llama
+from .parallel import Parallel, global_norm, scale_
 
 
 class Batch(NamedTuple):
@@ -29,31 +30,41 @@ class Batch(NamedTuple):
 
 
 def accumulate(
-    model: Llama, batches: Sequence[Batch], z_loss: float = 0.0
+    model: Llama,
+    batches: Sequence[Batch],
+    z_loss: float = 0.0,
+    parallel: Parallel | None = None,
 ) -> tuple[Tensor, dict[Tensor, Tensor]]:
     """Return the step's loss and the gradient of every parameter, by parameter.
 
-    The loss is the mean over every valid target of every batch: each batch's sum is divided
-    by the count of them all, so that splitting a step differently changes nothing but
-    rounding. Gradients have the parameters' dtype; those of several batches are summed in
-    float32 or wider. Raises InputError where no target is valid.
+    The loss is the mean over every valid target of every batch, of every process in
+    ``parallel``: each batch's sum is divided by the count of them all, so that splitting a step
+    differently changes nothing but rounding. Gradients have the parameters' dtype; those of
+    several batches are summed in float32 or wider. Raises InputError where no target is valid.
     """
-    n_valid = sum(count_valid(batch.targets) for batch in batches)
+    parallel = parallel or Parallel()
+    (n_valid,) = parallel.sums(sum(count_valid(batch.targets) for batch in batches))
     if n_valid == 0:
         raise InputError("a training step without a single valid target has no loss")
     parameters: list[Tensor] = list(model.parameters())
     device = parameters[0].device
     total = torch.zeros((), dtype=torch.float64, device=device)
     sums: dict[Tensor, Tensor] = {}
-    for batch in batches:
+    sums_apart = parameters[0].dtype == torch.bfloat16 and len(batches) > 1
+    for number, batch in enumerate(batches, 1):
         tokens, targets, positions, mask = batch.to(device)
-        hidden, _ = model.model(tokens, positions=positions, mask=mask)
-        total += backward_loss(hidden, model.head_weight, targets, n_valid, z_loss)
+        reduces = number == len(batches) and not sums_apart
+        with parallel.micro_batch(model, reduces):
+            hidden = parallel.hidden(model, tokens, positions, mask, reduces=reduces)
+            # Gradients are averaged over processes, which makes of this divisor n_valid.
+            count = n_valid / parallel.data_size
+            total += backward_loss(hidden, model.head_weight, targets, count, z_loss)
         grads = {p: p.grad for p in parameters if p.grad is not None}
-        if parameters[0].dtype == torch.bfloat16 and len(batches) > 1:
+        if sums_apart:
             for parameter, grad in grads.items():
                 sums[parameter] = sums[parameter].add_(grad) if parameter in sums else grad.float()
                 parameter.grad = None
+    parallel.mean([total, *sums.values()])
     return total, sums or grads
 
 
@@ -73,7 +84,8 @@ def update(
         norm = torch.linalg.vector_norm(torch.stack(norms))
         optimizer.update(grads, (grad_clip / (norm + 1e-6)).clamp(max=1.0))
     else:
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        norm = global_norm(grads.values())
+        scale_(grads.values(), (grad_clip / (norm + 1e-6)).clamp(max=1.0))
         optimizer.step()
     # On a CPU new memory for gradients takes longer to get than to clear; a GPU's is needed.
     optimizer.zero_grad(set_to_none=norm.is_cuda)
@@ -88,9 +100,10 @@ def train_step(
     lr: float,
     grad_clip: float,
     z_loss: float = 0.0,
+    parallel: Parallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take one optimizer step over ``batches``; return mean loss and gradient norm."""
-    loss, grads = accumulate(model, batches, z_loss)
+    loss, grads = accumulate(model, batches, z_loss, parallel)
     return loss, update(model, optimizer, grads, lr=lr, grad_clip=grad_clip)
 
 

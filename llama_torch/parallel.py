@@ -1,0 +1,297 @@
+"""Training in several processes: torchrun's, on a mesh of replicas, shards and tensor parallelism.
+
+torch's own engine does it: DistributedDataParallel where every process holds the whole model,
+else FSDP2 (``fully_shard``), on top of ``parallelize_module`` where --tp asks for it. A process
+that was not started by torchrun is alone, and nothing here changes what it does.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import InputError, ModelConfig, ParallelConfig
+from .model import Llama
+
+T = TypeVar("T")
+REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
+
+
+class PeerLost(Exception):
+    """Another process of this job ended."""
+
+
+def is_launched() -> bool:
+    """Return whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_restarted() -> bool:
+    """Return whether torchrun started the job again after a process had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def job(wanted_device: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+    """Join torchrun's other processes, for as long as this lasts.
+
+    gloo carries what the hosts tell each other, so that no GPU is waited for; NCCL the tensors.
+    """
+    if not is_launched():
+        yield
+        return
+    on_cuda = wanted_device != "cpu" and torch.cuda.is_available()
+    if on_cuda:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"--nproc-per-node asks for more processes than this machine's "
+                f"{torch.cuda.device_count()} GPUs; start as many as it has"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Parallel:
+    """One process's place in the job, and what it does together with the others."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
+        # Which share of each step's windows is this process's, and of how many.
+        self.data_rank, self.data_size = 0, 1
+        self.mesh: DeviceMesh | None = None
+        self.replica: DistributedDataParallel | None = None
+        self._head_reduction: Any = None
+
+    @classmethod
+    def of(cls, config: ParallelConfig, model: ModelConfig, device: torch.device) -> "Parallel":
+        """Lay the job's processes out as ``config`` says; alone, where there is no job."""
+        self = cls()
+        if dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.world % config.tp:
+            raise InputError(
+                f"--tp {config.tp}: {self.world} processes cannot be shared out so; "
+                "choose a divisor of torchrun's --nproc-per-node (times --nnodes)"
+            )
+        self.data_size = self.world // config.tp
+        fsdp = config.fsdp or self.data_size
+        if self.data_size % fsdp:
+            raise InputError(
+                f"--fsdp {fsdp}: --tp {config.tp} leaves {self.data_size} of {self.world} "
+                "processes; choose a divisor of that"
+            )
+        for name in ("n_heads", "n_kv_heads", "hidden_dim"):
+            if getattr(model, name) % config.tp:
+                raise InputError(
+                    f"--tp {config.tp} does not divide --{name.replace('_', '-')} "
+                    f"{getattr(model, name)}; choose a common divisor"
+                )
+        if self.world > 1:
+            shape = self.data_size // fsdp, fsdp, config.tp
+            self.mesh = init_device_mesh(
+                device.type, shape, mesh_dim_names=(REPLICATE, SHARD, TENSOR)
+            )
+            self.data_rank = self.rank // config.tp  # the mesh is in row-major order
+        return self
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks, and writes, for all."""
+        return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.mesh is not None and max(self.mesh.shape[1:]) > 1
+
+    def rows(self, n_rows: int) -> slice:
+        """Return which of a step's windows are this process's."""
+        if n_rows % self.data_size:
+            raise InputError(
+                f"--batch-size times --grad-accum is {n_rows}, which {self.data_size} processes "
+                "cannot share equally; choose a multiple"
+            )
+        share = n_rows // self.data_size
+        return slice(self.data_rank * share, (self.data_rank + 1) * share)
+
+    def build(self, config: ModelConfig, dtype: torch.dtype, generator: torch.Generator) -> Llama:
+        """Return the model with the weights that one process would draw, sharded as drawn.
+
+        Part by part, so that no process ever holds more of it than its share and one block.
+        The shards are float32: bfloat16 as ``dtype`` is what they are gathered and computed in,
+        and gradients are summed over processes in float32 all the same.
+        """
+        assert self.mesh is not None
+        with torch.device("meta"):
+            model = Llama(config)
+        policy = MixedPrecisionPolicy()
+        if dtype == torch.bfloat16:
+            # Of a block's inputs the rotary tables are float32, and must remain so.
+            policy = MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        # torch warns that a block's keys and values are views; nothing writes to them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        names = (REPLICATE, SHARD) if self.mesh.shape[0] > 1 else SHARD
+        for part in model.parts():
+            part.to_empty(device="cpu")
+            model.init_part(part, generator)
+            if part in set(model.model.layers):
+                if self.mesh.shape[2] > 1:
+                    parallelize_module(part, self.mesh[TENSOR], _tensor_parallel())
+                fully_shard(part, mesh=self.mesh[names], mp_policy=policy)
+        fully_shard(model, mesh=self.mesh[names], mp_policy=policy)
+        return model
+
+    def replicate(self, model: Llama) -> None:
+        """Have the gradients of this process's whole copy averaged with the other copies'."""
+        if self.data_size > 1 and not self.is_sharded:
+            self.replica = DistributedDataParallel(model.model, gradient_as_bucket_view=True)
+
+    @contextmanager
+    def micro_batch(self, model: Llama, reduces: bool) -> Iterator[None]:
+        """Run a forward and backward pass; only the last of a step need reduce gradients."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(reduces)
+        waits = nullcontext() if reduces or self.replica is None else self.replica.no_sync()
+        with waits:
+            yield
+        if self._head_reduction is not None:
+            self._head_reduction.wait()
+            self._head_reduction = None
+
+    def hidden(
+        self,
+        model: Llama,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        reduces: bool = False,
+    ) -> Tensor:
+        """Return the normed stream [B, T, D], through whatever holds the parameters."""
+        if isinstance(model, FSDPModule):
+            hidden, _ = model(tokens, positions=positions, mask=mask, project=False)
+            return hidden
+        decoder = self.replica if self.replica is not None else model.model
+        hidden, _ = decoder(tokens, positions=positions, mask=mask)
+        if reduces and self.replica is not None and not model.config.tie_embeddings:
+            # The head's gradient is complete before the blocks' backward pass begins.
+            hidden.register_hook(lambda _: self._reduce_head(model))
+        return hidden
+
+    def _reduce_head(self, model: Llama) -> None:
+        grad = model.head_weight.grad
+        assert grad is not None
+        grad /= self.data_size
+        self._head_reduction = dist.all_reduce(grad, async_op=True)
+
+    def mean(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their mean over the processes that share out the windows."""
+        if self.data_size == 1:
+            return
+        assert self.mesh is not None
+        # Processes of one tensor-parallel group hold the same values: a mean over all is theirs.
+        waiting = []
+        for tensor in tensors:
+            tensor /= self.world
+            waiting.append(dist.all_reduce(tensor, async_op=True))
+        for work in waiting:
+            work.wait()
+
+    def sums(self, *numbers: int) -> list[int]:
+        """Return sums over the processes that share out the windows; no GPU is waited for."""
+        if self.world == 1:
+            return list(numbers)
+        total = torch.tensor(numbers)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from None
+        return [number // (self.world // self.data_size) for number in total.tolist()]
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        self.sums(0)
+
+    def first_says(self, make: Callable[[], T]) -> T:
+        """Return what the first process makes; where it fails, the others leave quietly."""
+        return first_says(make) if self.world > 1 else make()
+
+
+def first_says(make: Callable[[], T]) -> T:
+    """Return on every process of the job what ``make`` returns on the first.
+
+    An InputError there is raised there, and ends the others without a word of their own.
+    """
+    if not dist.is_initialized():
+        return make()
+    said: list[Any] = [None, False]
+    failure: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            said[0] = make()
+        except (InputError, OSError, SystemExit) as error:
+            failure, said[1] = error, True
+    dist.broadcast_object_list(said, 0)
+    if failure is not None:
+        raise failure
+    if said[1]:
+        raise SystemExit(2)
+    made: T = said[0]
+    return made
+
+
+def global_norm(grads: Iterable[Tensor]) -> Tensor:
+    """Return the 2-norm of gradients of which processes may hold different shards."""
+    groups: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
+    for grad in grads:
+        mesh: Any = None
+        axes: tuple[int, ...] = ()
+        if isinstance(grad, DTensor):
+            mesh = grad.device_mesh
+            axes = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
+            grad = grad.to_local()
+        groups.setdefault((mesh, axes), []).append(grad)
+    squares = []
+    for (mesh, axes), tensors in groups.items():
+        square = torch.stack(torch._foreach_norm(tensors, 2)).square().sum()
+        for axis in axes:
+            dist.all_reduce(square, group=mesh.get_group(axis))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def scale_(grads: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply gradients, sharded or not, by a scalar, in place."""
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    torch._foreach_mul_(local, factor)
+
+
+def _tensor_parallel() -> dict[str, Any]:
+    """Return Megatron's split of a block (Shoeybi et al. 2019, section 3): heads, hidden units."""
+    first = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return {
+        **dict.fromkeys((*first, "mlp.gate_proj", "mlp.up_proj"), ColwiseParallel()),
+        **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel()),
+    }

@@ -1,0 +1,107 @@
+"""Training state as torch.distributed.checkpoint writes it: by many processes, for any number.
+
+A folder of it holds what ``training_state.safetensors`` holds, under the same names; each process
+writes its own shards, and a job of any other size and layout reads what it needs of them.
+"""
+
+import pickle
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from .checkpoint import require_match
+from .config import InputError
+
+METADATA_FILE = ".metadata"  # written last: a folder without it is no checkpoint
+
+
+def is_sharded(folder: Path) -> bool:
+    """Return whether a folder holds a state in this form."""
+    return (folder / METADATA_FILE).is_file()
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a state; every process of the job calls this, each with its own shards."""
+    try:
+        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError) as error:
+        raise InputError(_unwritten(folder, error)) from None
+
+
+class Saving:
+    """A state on its way to the disk, while training goes on with the tensors it was made of."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor], group: Any) -> None:
+        """Copy the tensors to the host; ``group`` is a gloo group that nothing else talks in."""
+        self.folder = folder
+        self._done: Future[Any] = dcp.async_save(  # type: ignore[assignment]
+            dict(tensors), checkpoint_id=folder, process_group=group
+        )
+
+    def is_done(self) -> bool:
+        """Return whether this process has written its part."""
+        return self._done.done()
+
+    def wait(self) -> None:
+        """Return when it has; raise InputError where it could not."""
+        try:
+            self._done.result()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise InputError(_unwritten(self.folder, error)) from None
+
+
+def _unwritten(folder: Path, error: BaseException) -> str:
+    return f"{folder}: cannot be written ({_reason(error)}); the last checkpoint stands"
+
+
+def _reason(error: BaseException) -> str:
+    """Return one line: of what several processes met, the first."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, whole or sharded, with what the folder holds under their names."""
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    require_match(folder, expected, shapes(folder))
+    _load(folder, dict(tensors))
+
+
+def load_whole(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return tensors as one process, in any job or none, can hold them."""
+    found = shapes(folder)
+    tensors = {name: torch.empty(found[name]) for name in names}
+    _load(folder, tensors, no_dist=True)
+    return tensors
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of everything in a state, without reading it."""
+    try:
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
+        raise InputError(f"{folder}: {_damaged(error)}") from None
+    entries = metadata.state_dict_metadata
+    return {n: tuple(e.size) for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+
+
+def _load(folder: Path, tensors: dict[str, Any], no_dist: bool = False) -> None:
+    try:
+        dcp.load(tensors, checkpoint_id=folder, no_dist=no_dist or not dist.is_initialized())
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise InputError(f"{folder}: {_damaged(error)}") from None
+
+
+def _damaged(error: BaseException) -> str:
+    return (
+        f"not a complete checkpoint ({_reason(error)}); remove it to continue from the one before"
+    )

@@ -1,0 +1,109 @@
+"""One of the processes that test_parallel.py has torchrun start.
+
+``torchrun ... -m parity_tests.job_worker IN OUT``: IN pickles a list of (Layout, TrainingCase);
+each is trained for STEPS, its batches shared out, and the first process pickles what came of it.
+"""
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llama_torch.config import OptimConfig, ParallelConfig
+from llama_torch.model import Llama
+from llama_torch.optim import learning_rate, make_adamw
+from llama_torch.parallel import Parallel, job
+from llama_torch.step import train_step
+
+from .backends.torch_backends import optim_config, to_torch
+from .support import torch_config
+from .training import Trained, TrainingCase
+
+STEPS = 3
+
+
+class Layout(NamedTuple):
+    """How the processes of one job are used."""
+
+    fsdp: int
+    tp: int
+    dtype: str = "float64"
+
+
+def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
+    """Take STEPS steps; also return the elements of each parameter that this process holds."""
+    dtype, settings = getattr(torch, layout.dtype), optim_config(case.hyper)
+    torch.set_default_dtype(torch.float32 if dtype == torch.bfloat16 else dtype)
+    config = torch_config(case.config)
+    parallel = Parallel.of(ParallelConfig(layout.fsdp, layout.tp), config, torch.device("cpu"))
+    Llama.init_part = given(case)  # type: ignore[method-assign]
+    model, optimizer = built(parallel, config, dtype, settings)
+    mine = case.batches[parallel.rows(len(case.batches))]
+    losses, norms = [], []
+    for i in range(STEPS):
+        loss, norm = train_step(
+            model,
+            optimizer,
+            [to_torch(batch) for batch in mine],
+            lr=learning_rate(i, case.hyper.steps, settings),
+            grad_clip=settings.grad_clip,
+            z_loss=case.hyper.z_loss,
+            parallel=parallel,
+        )
+        losses.append(loss.item())
+        norms.append(norm.item())
+    named = dict(model.named_parameters())
+    held = [(p.to_local() if isinstance(p, DTensor) else p).numel() for p in named.values()]
+    state = {n: optimizer.state[p] for n, p in named.items()}
+    moments = ({n: whole(s[kind]) for n, s in state.items()} for kind in ("exp_avg", "exp_avg_sq"))
+    return Trained(losses, norms, {n: whole(p) for n, p in named.items()}, *moments), held
+
+
+def built(parallel: Parallel, config: Any, dtype: torch.dtype, settings: OptimConfig) -> Any:
+    """Return model and optimizer as the trainer makes them."""
+    generator = torch.Generator()
+    if parallel.is_sharded:
+        model = parallel.build(config, dtype, generator)
+        return model, make_adamw(model, settings)
+    model = Llama(config)
+    model.init_weights(generator)
+    optimizer = make_adamw(model, settings, dtype)
+    parallel.replicate(model)
+    return model, optimizer
+
+
+def given(case: TrainingCase) -> Any:
+    """Return an initialisation that takes the case's weights."""
+
+    def init_part(model: Llama, part: nn.Module, generator: torch.Generator) -> None:
+        (prefix,) = (name for name, module in model.named_modules() if module is part)
+        for name, weight in part.named_parameters():
+            with torch.no_grad():
+                weight.copy_(torch.from_numpy(case.params[f"{prefix}.{name}"]))
+
+    return init_part
+
+
+def whole(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().double().numpy().copy()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases = pickle.loads(Path(sys.argv[1]).read_bytes())
+    with job("cpu"):
+        found = [train(layout, case) for layout, case in cases]
+        if Parallel.of(
+            ParallelConfig(), torch_config(cases[0][1].config), torch.device("cpu")
+        ).is_first:
+            Path(sys.argv[2]).write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Several processes take the step that one takes, which is the oracle's: every way to share it."""
+
+import pickle
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_torch.model import Llama
+from reference_np.config import LlamaConfig
+from reference_np.optim import Hyper
+
+from .job_worker import STEPS, Layout, train
+from .strategies import random_params
+from .test_training import distances, oracle_train
+from .training import STEPS_LOGIC, Trained, TrainingCase, random_batch
+
+ROOT = Path(__file__).parent.parent
+LAYOUTS = {
+    2: [Layout(1, 1), Layout(2, 1), Layout(1, 2)],  # DDP, FSDP2, tensor parallelism
+    4: [Layout(2, 1), Layout(2, 2), Layout(1, 2), Layout(0, 1)],  # and combined
+}
+NAMED = [
+    pytest.param(
+        world,
+        layout,
+        id=f"{world // (layout.fsdp or world) // layout.tp} replicas x "
+        f"{layout.fsdp or world} shards x {layout.tp} tensor-parallel",
+    )
+    for world, layouts in LAYOUTS.items()
+    for layout in layouts
+]
+
+
+def cases() -> list[TrainingCase]:
+    """Four batches of different shapes and counts of valid targets, for up to four processes."""
+    found = []
+    for seed, (tied, clip, z_loss) in enumerate([(False, 1e3, 0.0), (True, 0.05, 1e-2)]):
+        rng = np.random.default_rng(seed)
+        config = LlamaConfig(16, 2, 8, 4, 6, 20, 19, tie_embeddings=tied)
+        batches = [random_batch(rng, config, custom) for custom in (False, True, True, False)]
+        hyper = Hyper(lr=1e-2, grad_clip=clip, z_loss=z_loss, warmup_steps=3, steps=12)
+        found.append(TrainingCase(config, random_params(config, seed), batches, hyper))
+    return found
+
+
+def torchrun(world: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(world),
+            "-m",
+            *map(str, arguments),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    """What the jobs of each size leave, by (processes, layout, case): one start for each size."""
+
+    @lru_cache
+    def of(world: int) -> dict[tuple[Layout, int], tuple[Trained, list[int]]]:
+        folder = tmp_path_factory.mktemp("job")
+        each = [(layout, i) for layout in LAYOUTS[world] for i in range(len(cases()))]
+        each += [(Layout(2, 1, "bfloat16"), 0)] if world == 2 else []
+        jobs = [(layout, cases()[i]) for layout, i in each]
+        (folder / "in").write_bytes(pickle.dumps(jobs))
+        done = torchrun(world, "parity_tests.job_worker", folder / "in", folder / "out")
+        assert done.returncode == 0, done.stderr
+        return dict(zip(each, pickle.loads((folder / "out").read_bytes()), strict=True))
+
+    return of
+
+
+@pytest.mark.parametrize("case", range(2), ids=["untied", "tied, clipped"])
+@pytest.mark.parametrize(("world", "layout"), NAMED)
+def test_a_step_of_many_is_the_oracles(trained, world: int, layout: Layout, case: int) -> None:
+    actual, _ = trained(world)[layout, case]
+    expected = oracle_train(cases()[case], STEPS, np.float64)
+    errors = distances(actual, expected)
+    assert max(errors.values()) <= STEPS_LOGIC, errors
+    assert actual.losses[0] != actual.losses[-1]
+
+
+@pytest.mark.parametrize(("world", "layout"), NAMED)
+def test_each_holds_its_share(trained, world: int, layout: Layout) -> None:
+    _, held = trained(world)[layout, 0]
+    config = cases()[0].config
+    whole = sum(value.size for value in random_params(config, 0).values())
+    shards = layout.fsdp or world
+    blocks = sum(v.size for n, v in random_params(config, 0).items() if "_proj" in n)
+    # Tensor parallelism splits the products of the blocks alone.
+    expected = (blocks / layout.tp + whole - blocks) / shards
+    assert sum(held) == pytest.approx(expected, rel=0.02)
+
+
+def test_bfloat16_shards_compute_what_a_bfloat16_model_computes(
+    trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same loss, to float64's rounding of a sum: gathered weights are the rounded masters."""
+    monkeypatch.setattr(Llama, "init_part", Llama.init_part)  # train replaces it
+    actual, _ = trained(2)[Layout(2, 1, "bfloat16"), 0]
+    alone, _ = train(Layout(1, 1, "bfloat16"), cases()[0])
+    assert actual.losses[0] == pytest.approx(alone.losses[0], rel=1e-12)
+    assert actual.norms == pytest.approx(alone.norms, rel=2**-8)
