@@ -32,7 +32,7 @@ T = TypeVar("T")
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 
 
-class PeerLost(Exception):
+class PeerLostError(Exception):
     """Another process of this job ended."""
 
 
@@ -227,7 +227,7 @@ class Parallel:
         try:
             dist.all_reduce(total)
         except RuntimeError as error:
-            raise PeerLost(str(error)) from None
+            raise PeerLostError(str(error)) from None
         return [number // (self.world // self.data_size) for number in total.tolist()]
 
     def barrier(self) -> None:
