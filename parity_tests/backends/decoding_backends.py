@@ -4,6 +4,7 @@ What decodes one token a step is fed every call token by token, prompts too.
 """
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -150,7 +151,9 @@ class Graph(Stepwise):
         if ((behind | own) != mask).any():
             raise NotImplementedError("a graph's mask is causal, with padding on the left")
         logging.getLogger("llama_torch.decoding").setLevel(logging.ERROR)
-        step = GraphStep(model, len(tokens), room.size, self.way)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's compiler advises other precisions
+            step = GraphStep(model, len(tokens), room.size, self.way)
         step.cache.keys.copy_(room.keys)
         step.cache.values.copy_(room.values)
         step.cache.length = room.length
