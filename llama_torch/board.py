@@ -29,11 +29,16 @@ class Board:
             self.file = self.path.open("xb")
         except OSError as error:
             raise self._error(error) from None
-        self.records = RecordWriter(self.file)
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        self.records, self.first = RecordWriter(self.file), first
 
     def __enter__(self) -> "Board":
+        try:
+            self._write(Event(file_version="brain.Event:2"))
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(step=self.first, session_log=start))
+        except InputError as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(
