@@ -28,16 +28,25 @@ def live(
     argv: list[str], out: Path, touch: int = 0, seconds: float = 0.0, longest: int = 0
 ) -> int | None:
     """Run the trainer in a child; return its exit code, or None if it was killed."""
+
+    def run() -> int:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        if longest:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (longest, longest))
+        return train.main(argv)
+
+    return in_child(run, out, touch, seconds)
+
+
+def in_child(run: Callable[[], int], out: Path, touch: int = 0, seconds: float = 0.0) -> int | None:
+    """Call ``run`` in a fork; return what it returns, or None if it was killed."""
     child = os.fork()
     if child == 0:
         code = 70
         try:
             die_at(touch, out)
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            if longest:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (longest, longest))
-            code = train.main(argv)
+            code = run()
         finally:
             os._exit(code)
     if seconds:
@@ -63,7 +72,9 @@ def die_at(touch: int, out: Path) -> None:
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
         writes = event in TOUCHES or (event == "open" and args[1] and args[1][0] in "wax")
-        if writes and str(args[0]).startswith(str(out)):
+        inside = str(args[0]).startswith(str(out))
+        # A folder's own files are removed by their names in it.
+        if writes and (inside or (event in ("os.remove", "os.rmdir") and args[1] != -1)):
             touched()
 
     def save_file(tensors: Any, path: Path, metadata: Any) -> None:
@@ -77,6 +88,36 @@ def die_at(touch: int, out: Path) -> None:
     saved, synced = checkpoint.save_file, os.fsync
     checkpoint.save_file, os.fsync = save_file, fsync
     sys.addaudithook(audit)
+
+
+def kill_every_commit(out: Path) -> int:
+    """Kill a commit of a third checkpoint before each of its touches; return how many there are."""
+    (out / checkpoints.FOLDER).mkdir(parents=True)
+    for step in (1, 2):
+        checkpoints.commit(out, step, fill)
+    for touch in range(1, 100):
+        step = int(checkpoints.newest(out).name) + 1
+
+        def run(step: int = step) -> int:
+            checkpoints.commit(out, step, fill)
+            return 0
+
+        died = in_child(run, out, touch) is None
+        folders = [p for p in (out / checkpoints.FOLDER).glob("*") if p.suffix != ".tmp"]
+        for folder in folders:
+            assert sorted(path.name for path in folder.iterdir()) == ["one", "two"], touch
+        assert len(folders) >= 2
+        checkpoints.sweep(out)
+        assert not list(out.rglob("*.tmp"))
+        if not died:
+            return touch - 1
+    raise AssertionError("no end of touches")
+
+
+def fill(folder: Path) -> None:
+    """Write what no one may see the half of."""
+    for name in ("one", "two"):
+        (folder / name).write_text(name)
 
 
 def require_readable(out: Path) -> None:
@@ -99,6 +140,7 @@ def main(plan_file: str) -> None:
     torch.set_num_threads(1)
     train.peak_flops = lambda *_: 1e9  # measured, else, for half a second
     hf_files()
+    assert kill_every_commit(out.with_name("commits")) > 10
     flags = [*plan["flags"], "--out"]
     assert live([*flags, plan["whole"]], out) == 0
     deaths = 0
