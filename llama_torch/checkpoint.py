@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -85,30 +85,48 @@ def write_directory_files(directory: Path, config: ModelConfig) -> None:
         write_text(directory / name, text)
 
 
-def save_model(directory: Path, config: ModelConfig, parameters: Mapping[str, Tensor]) -> None:
-    """Write model.safetensors, with the config in its metadata so that the file stands alone."""
-    metadata = {"format": "pt", "config": json.dumps(config.to_hf())}
+def save_model(
+    directory: Path,
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write model.safetensors, with the config in its metadata so that the file stands alone.
+
+    ``notes`` are further metadata.
+    """
+    metadata = {"format": "pt", "config": json.dumps(config.to_hf()), **(notes or {})}
     _save_tensors(directory / MODEL_FILE, parameters, metadata)
 
 
-def save_state(directory: Path, tensors: Mapping[str, Tensor], step: int) -> None:
+def read_notes(path: Path) -> dict[str, str]:
+    """Return a safetensors file's metadata."""
+    with _open(path) as file:
+        return file.metadata() or {}
+
+
+def save_state(
+    directory: Path, tensors: Mapping[str, Tensor], step: int, skipped: Sequence[int] = ()
+) -> None:
     """Write all that training continues from, parameters included, as one file.
 
-    One file and one rename: model.safetensors is an export of it, never a part of it.
+    model.safetensors is an export of it, never a part of it.
     """
-    _save_tensors(directory / STATE_FILE, tensors, {"step": str(step)})
+    notes = {"step": str(step), "skipped": json.dumps(list(skipped))}
+    _save_tensors(directory / STATE_FILE, tensors, notes)
 
 
-def load_state(directory: Path) -> tuple[dict[str, Tensor], int]:
-    """Read what ``save_state`` wrote: tensors and the number of steps done."""
+def load_state(directory: Path) -> tuple[dict[str, Tensor], int, list[int]]:
+    """Read what ``save_state`` wrote: tensors, the number of steps done, those not taken."""
     path = directory / STATE_FILE
     with _open(path) as file:
-        step = (file.metadata() or {}).get("step", "")
-        if not step.isdigit():
+        notes = file.metadata() or {}
+        if not notes.get("step", "").isdigit():
             raise InputError(
                 f"{path}: names no step, so it is not a training state of this package"
             )
-        return {name: file.get_tensor(name) for name in file.keys()}, int(step)  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, int(notes["step"]), json.loads(notes.get("skipped", "[]"))
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -386,6 +386,13 @@ class TrainConfig:
     """What the samples continue."""
     save_every: int = 80
     """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints that are kept: the newest so many."""
+    keep_best: bool = True
+    """Keep the model of the lowest validation loss in the run directory's best/."""
+    skip_bad_steps: bool = False
+    """Leave out the update of a step whose loss or gradient is not finite or explodes, instead of
+    stopping there. A GPU is waited for at every step."""
     profile: bool = False
     """Write a trace of a few steps to the run directory; Perfetto (ui.perfetto.dev) opens it."""
     dry_run: bool = False
@@ -393,7 +400,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "grad_accum", "log_every", "eval_every")
-        check_positive(self, "save_every")
+        check_positive(self, "save_every", "keep_last")
         for name in ("eval_batches", "sample_every"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         check(0 <= self.seed < 2**32, "seed", self.seed, "must lie between 0 and 2^32 - 1")
@@ -411,7 +418,9 @@ class TrainConfig:
         flat = dataclasses.asdict(self)
         reporting = ("log_every", "eval_every", "eval_batches", "sample_every", "sample_prompt")
         running = ("config", "out", "resume", "device", "save_every", "profile", "dry_run")
-        for name in (*running, "compile", "recompute", "parallel", *reporting):
+        # Whoever stopped at a bad step may want to continue over it.
+        keeping = ("keep_last", "keep_best", "skip_bad_steps")
+        for name in (*running, *keeping, "compile", "recompute", "parallel", *reporting):
             del flat[name]
         for name in ("cache_dir", "num_workers", "data", "text_field"):
             del flat["data"][name]  # the text itself is compared by its hash

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .checkpoint import atomic_write
 from .config import DataConfig, InputError
+from .stopping import leave_to_parent
 from .tokenizer import END_OF_TEXT_ID, RANKS_SHA256, gpt2
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -261,7 +262,11 @@ def train_batches(
     """Yield int64 [rows, context + 1] for every step of ``range(first, last)``."""
     sampler = StepSampler(len(corpus.train), context, seed, rows, first, last)
     windows = Windows(corpus.train, context)
-    return iter(DataLoader(windows, batch_sampler=sampler, num_workers=workers))
+    return iter(
+        DataLoader(
+            windows, batch_sampler=sampler, num_workers=workers, worker_init_fn=leave_to_parent
+        )
+    )
 
 
 def val_batches(corpus: Corpus, context: int, rows: int, most: int) -> list[Tensor]:

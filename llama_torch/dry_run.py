@@ -54,20 +54,23 @@ def report(config: TrainConfig) -> int:
     evaluate(model, held_out[:1])
     validation = _seconds(lambda: evaluate(model, held_out))
     sampling = _seconds(lambda: sample(model, config, 0)) if config.sample_every else 0.0
-    # Weights and both moments in float32, then the weights again as the model.
-    saving = 16 * n_parameters / _disk_speed(Path(config.out))
+    # A checkpoint is the weights and both moments in float32; the weights again are the model.
+    disk_speed = _disk_speed(Path(config.out))
+    saving, exporting = 16 * n_parameters / disk_speed, 4 * n_parameters / disk_speed
+    kept = 12 * (config.keep_last + 1) + 4 * (1 + config.keep_best)  # one more while it is written
     times = {
         "steps": config.steps * each,
         "the first step's preparation": max(0.0, first - each),
         "validation": (1 + -(-config.steps // config.eval_every)) * validation,
         "samples": -(-config.steps // config.sample_every) * sampling if sampling else 0.0,
-        "checkpoints": -(-config.steps // config.save_every) * saving,
+        "checkpoints": -(-config.steps // config.save_every) * saving
+        + -(-config.steps // config.eval_every) * exporting * config.keep_best,
     }
     speed = rows * context / each
     at_peak = peak_flops(device, dtype) / flops_per_token(config.model, n_parameters)
     print(f"{speed:,.0f} tokens/s, MFU {speed / at_peak:.1%}")
     print(f"memory at most {peak_memory(device) / 2**30:.2f} GiB")
-    print(f"checkpoints take {16 * n_parameters / 1e9:.2f} GB of disk")
+    print(f"checkpoints take {kept * n_parameters / 1e9:.2f} GB of disk")
     parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items())
     print(f"time {sum(times.values()):.0f} s: {parts}")
     return 0

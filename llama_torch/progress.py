@@ -8,8 +8,8 @@ import torch
 from rich import progress as rich_progress
 from rich.console import Console
 from rich.markup import escape
-from torch.utils.tensorboard import SummaryWriter
 
+from .board import Board
 from .throughput import peak_memory
 
 
@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(
         self,
-        board: SummaryWriter,
+        board: Board,
         first: int,
         last: int,
         tokens_per_step: int,
@@ -79,6 +79,11 @@ class Progress:
         for name, value in values.items():
             self.board.add_scalar(f"train/{name}", value, step)
         self._restart_clock(step)
+
+    def skipped(self, step: int, loss: float, norm: float, total: int) -> None:
+        """Report a bad step whose update was left out."""
+        self.say(f"step {step:>5}  loss {loss:.4g}  gradient norm {norm:.4g}  bad: skipped")
+        self.board.add_scalar("train/bad_steps", total, step)
 
     def compiled(self, step: int, seconds: float) -> None:
         """Report the first step of a compiled model; its time stays out of tokens/s."""

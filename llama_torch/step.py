@@ -1,6 +1,7 @@
 """One optimizer step: loss over micro-batches, clipping, AdamW. What the trainer runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -75,18 +76,25 @@ def update(
     *,
     lr: float,
     grad_clip: float,
+    accept: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
-    """Clip the gradients, step, and clear them; return their norm before clipping."""
+    """Clip the gradients, step, and clear them; return their norm before clipping.
+
+    Where ``accept`` of that norm is false nothing is updated, no moment either.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    take: Callable[[], object]
     if isinstance(optimizer, MasterAdamW):
         norms = torch._foreach_norm(list(grads.values()), 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        optimizer.update(grads, (grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        take = partial(optimizer.update, grads, (grad_clip / (norm + 1e-6)).clamp(max=1.0))
     else:
         norm = global_norm(grads.values())
         scale_(grads.values(), (grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        optimizer.step()
+        take = optimizer.step
+    if accept is None or accept(norm):
+        take()
     # On a CPU new memory for gradients takes longer to get than to clear; a GPU's is needed.
     optimizer.zero_grad(set_to_none=norm.is_cuda)
     return norm
@@ -100,11 +108,16 @@ def train_step(
     lr: float,
     grad_clip: float,
     z_loss: float = 0.0,
+    accept: Callable[[Tensor, Tensor], bool] | None = None,
     parallel: Parallel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Take one optimizer step over ``batches``; return mean loss and gradient norm."""
+    """Take one optimizer step over ``batches``; return mean loss and gradient norm.
+
+    ``accept`` is given both before the update, and may forbid it.
+    """
     loss, grads = accumulate(model, batches, z_loss, parallel)
-    return loss, update(model, optimizer, grads, lr=lr, grad_clip=grad_clip)
+    allow = None if accept is None else partial(accept, loss)
+    return loss, update(model, optimizer, grads, lr=lr, grad_clip=grad_clip, accept=allow)
 
 
 def split_window(window: Tensor) -> Batch:

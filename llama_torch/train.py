@@ -3,35 +3,41 @@
 import dataclasses
 import math
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import profile, schedule
-from torch.utils.tensorboard import SummaryWriter
 
 from . import cli, dry_run, run_dir, speedup
 from .batch import generate
-from .config import InputError, TrainConfig
-from .data import Corpus, describe, load_corpus, train_batches, val_batches
+from .board import Board
+from .checkpoint import RUN_FILE
+from .config import TrainConfig
+from .data import Corpus, describe, load_corpus, train_batches, val_batches, window_start
 from .device import computes_bfloat16, pick_device
 from .generation_config import SamplingConfig
+from .guard import Guard
 from .loss import loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw
 from .progress import Progress
 from .step import split_window, train_step
+from .stopping import Stop, Stopped, signals
 from .text import Gpt2
 from .throughput import flops_per_token, peak_flops
 from .tokenizer import VOCAB_SIZE, gpt2
 
 TRACE_FILE = "trace.json"
 TRACED_STEPS = 3
+SHOWN = 16  # windows of a bad step that are named
 
 
 @torch.no_grad()
@@ -63,31 +69,45 @@ def set_up(config: TrainConfig, device: torch.device) -> tuple[Llama, Optimizer]
     return model, make_adamw(model, config.optim, pick_dtype(config, device))
 
 
-def prepare(config: TrainConfig, device: torch.device) -> tuple[Corpus, Llama, Optimizer, int]:
-    """Load text, model and optimizer, and claim or restore the run; return the steps done too.
+def prepare(
+    config: TrainConfig, device: torch.device, held: ExitStack
+) -> tuple[Corpus, Llama, Optimizer, int, list[int]]:
+    """Load text, model and optimizer, and claim or restore the run, whose lock ``held`` keeps.
 
-    What can be refused is refused before the work that it would waste.
+    Returns the number of steps done and those skipped too. What can be refused is refused
+    before the work that it would waste.
     """
+    out = Path(config.out)
     if config.resume:
         run_dir.require_same(config)
+        held.enter_context(run_dir.lock(out))
     corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
     if config.resume:
         run_dir.require_same(config, corpus.key)
     model, optimizer = set_up(config, device)
     if config.resume:
-        return corpus, model, optimizer, run_dir.restore(Path(config.out), model, optimizer)
+        return corpus, model, optimizer, *run_dir.restore(out, model, optimizer)
+    held.enter_context(run_dir.lock(out))
     run_dir.claim(config, corpus.key)
-    return corpus, model, optimizer, 0
+    return corpus, model, optimizer, 0, []
 
 
 def train(config: TrainConfig) -> float:
-    """Run ``config`` to its end, resuming where it says so; return the last validation loss."""
+    """Run ``config`` to its end, resuming where it says so; return the last validation loss.
+
+    Raises Stopped when SIGINT or SIGTERM ends it before.
+    """
+    with ExitStack() as held:
+        return _train(config, held, held.enter_context(signals()))
+
+
+def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
     context, out = config.model.max_seq_len, Path(config.out)
     device = pick_device(config.device)
     # A run keeps the precision it began with, wherever it is resumed.
     is_bfloat16 = pick_dtype(config, device) == torch.bfloat16
     config = dataclasses.replace(config, dtype="bfloat16" if is_bfloat16 else "float32")
-    corpus, model, optimizer, start = prepare(config, device)
+    corpus, model, optimizer, start, skipped = prepare(config, device, held)
     rows = config.batch_size * config.grad_accum
     windows = train_batches(
         corpus,
@@ -103,8 +123,10 @@ def train(config: TrainConfig) -> float:
     n_parameters = sum(p.numel() for p in model.parameters())
     at_peak = peak_flops(device, getattr(torch, config.dtype))
     at_peak /= flops_per_token(config.model, n_parameters)
+    guard = Guard(config, device, partial(_windows_of, corpus, config), skipped)
+    best = run_dir.best_loss(out)
     with (
-        SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else 0) as board,
+        Board(out / "tensorboard", start + 1 if start else 0) as board,
         Progress(board, start, config.steps, rows * context, device, at_peak) as progress,
         tracing(config, progress) as traced,
     ):
@@ -118,7 +140,9 @@ def train(config: TrainConfig) -> float:
         val_loss = evaluate(model, held_out)
         if not start:
             progress.validated(start, val_loss)
+        stop.deferred = True
         for step, window in enumerate(windows, start):
+            done = step + 1
             batches = [split_window(part) for part in window.split(config.batch_size)]
             lr, began = learning_rate(step, config.steps, config.optim), time.perf_counter()
             loss, norm = train_step(
@@ -128,26 +152,46 @@ def train(config: TrainConfig) -> float:
                 lr=lr,
                 grad_clip=config.optim.grad_clip,
                 z_loss=config.optim.z_loss,
+                accept=partial(guard.accept, done),
             )
-            done = step + 1
             last = done == config.steps
             progress.advance(done)
             traced()
             if is_compiled and step == start:
                 loss.item()  # waits
                 progress.compiled(done, time.perf_counter() - began)
+            if skipped and skipped[-1] == done:
+                progress.skipped(done, loss.item(), norm.item(), len(skipped))
             if last or done % config.log_every == 0:
-                _require_finite(loss, done)
+                guard.look()
                 progress.trained(done, loss.item(), lr, norm.item())
             if last or done % config.eval_every == 0:
+                guard.look()
                 val_loss = evaluate(model, held_out)
                 progress.validated(done, val_loss)
+                if config.keep_best and val_loss < best:
+                    run_dir.save_best(out, model, optimizer, done, val_loss)
+                    best = val_loss
             if config.sample_every and (last or done % config.sample_every == 0):
                 progress.sampled(done, sample(model, config, done))
-            if last or done % config.save_every == 0:
-                run_dir.save(out, model, optimizer, done)
+            if last or stop.asked or done % config.save_every == 0:
+                guard.look()
+                run_dir.save(out, model, optimizer, done, skipped, config.keep_last)
                 progress.saved(done)
+                if stop.asked and not last:
+                    raise Stopped(stop.asked, done)
+        if skipped:
+            progress.say(f"{len(skipped)} bad steps skipped: {', '.join(map(str, skipped))}")
     return val_loss
+
+
+def _windows_of(corpus: Corpus, config: TrainConfig, step: int) -> str:
+    """Say for people where in the training tokens the windows of ``step`` (from 0) are."""
+    context, rows = config.model.max_seq_len, config.batch_size * config.grad_accum
+    where = len(corpus.train), context, config.seed
+    starts = [window_start(*where, index) for index in range(step * rows, (step + 1) * rows)]
+    shown = ", ".join(map(str, starts[:SHOWN])) + (", ..." if rows > SHOWN else "")
+    return f"{rows} windows of {context + 1} training tokens from offsets {shown}"
 
 
 @contextmanager
@@ -167,13 +211,6 @@ def tracing(config: TrainConfig, progress: Progress) -> Iterator[Callable[[], No
     when = schedule(wait=wait, warmup=1, active=TRACED_STEPS, repeat=1)
     with profile(schedule=when, on_trace_ready=save, with_stack=False) as profiler:
         yield profiler.step
-
-
-def _require_finite(loss: Tensor, step: int) -> None:
-    if not math.isfinite(loss.item()):
-        raise InputError(
-            f"the loss is {loss.item()} at step {step}; lower --lr (the last checkpoint stands)"
-        )
 
 
 def sample(model: Llama, config: TrainConfig, step: int) -> str:
@@ -200,13 +237,10 @@ def _main(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     try:
         val_loss = train(config)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; continue from the last checkpoint, if one was saved, with\n"
-            f"  python -m llama_torch.train --resume --out {shlex.quote(config.out)}",
-            file=sys.stderr,
-        )
-        return 130
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        print(_farewell(stopped, config.out), file=sys.stderr)
+        return 128 + stopped.signum
     print(
         f"finished in {time.perf_counter() - started:.0f} s: validation loss {val_loss:.3f}, "
         f"perplexity {math.exp(val_loss):.1f}, checkpoint in {config.out}\n"
@@ -216,6 +250,15 @@ def _main(argv: Sequence[str]) -> int:
         f"--prompt {shlex.quote(config.sample_prompt)}"
     )
     return 0
+
+
+def _farewell(stopped: Stopped, out: str) -> str:
+    name = signal.Signals(stopped.signum).name
+    if not (Path(out) / RUN_FILE).exists():
+        return f"stopped by {name} before the run began; nothing was written"
+    saved = "at the last checkpoint" if stopped.saved is None else f"after step {stopped.saved}"
+    command = f"python -m llama_torch.train --resume --out {shlex.quote(out)}"
+    return f"stopped by {name}; continue {saved} with: {command}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""Ctrl-C and SIGTERM: at once before training, after the step in hand during it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and did."""
+
+    def __init__(self, signum: int, saved: int | None = None) -> None:
+        self.signum, self.saved = signum, saved
+
+
+class Stop:
+    """What has been asked for by signal; ``deferred`` = someone looks at ``asked`` in time."""
+
+    def __init__(self) -> None:
+        self.asked = 0  # a signal's number
+        self.deferred = False
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Note the first signal if it can wait; raise Stopped for every other."""
+        waits = self.deferred and not self.asked
+        self.asked = signum
+        if not waits:
+            raise Stopped(signum)
+
+
+@contextmanager
+def signals() -> Iterator[Stop]:
+    """Let both signals ask for a stop, and give them back their handlers afterwards.
+
+    One that the process was started to ignore stays ignored. Python hands signals to its main
+    thread alone: in any other nothing is done.
+    """
+    stop, before = Stop(), {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: found for number, found in before.items() if found != signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, stop.handle)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def leave_to_parent(worker: int) -> None:
+    """Ignore both signals in a data worker: a terminal sends Ctrl-C to all, and it may not die.
+
+    Its parent finishes the step in hand, for which it may need the worker, and ends it.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
