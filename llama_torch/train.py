@@ -21,11 +21,12 @@ from .config import InputError, TrainConfig
 from .data import Corpus, describe, load_corpus, train_batches, val_batches
 from .device import computes_bfloat16, pick_device
 from .generation_config import SamplingConfig
-from .loss import loss_sum
+from .loss import count_valid, loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw
+from .packing import pack_documents
 from .progress import Progress
-from .step import split_window, train_step
+from .step import Batch, split_window, train_step
 from .text import Gpt2
 from .throughput import flops_per_token, peak_flops
 from .tokenizer import VOCAB_SIZE, gpt2
@@ -35,15 +36,19 @@ TRACED_STEPS = 3
 
 
 @torch.no_grad()
-def evaluate(model: Llama, windows: Sequence[Tensor]) -> float:
+def evaluate(
+    model: Llama, windows: Sequence[Tensor], split: Callable[[Tensor], Batch] = split_window
+) -> float:
     """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1]."""
     device = model.head_weight.device
     total, n_valid = torch.zeros((), dtype=torch.float64, device=device), 0
     with speedup.uncompiled():
         for window in windows:
-            tokens, targets, *_ = split_window(window).to(device)
-            total += loss_sum(model.model(tokens)[0], model.head_weight, targets)
-            n_valid += targets.numel()
+            batch = split(window)
+            n_valid += count_valid(batch.targets)
+            tokens, targets, positions, mask = batch.to(device)
+            hidden, _ = model.model(tokens, positions=positions, mask=mask)
+            total += loss_sum(hidden, model.head_weight, targets)
     return total.item() / n_valid
 
 
@@ -89,6 +94,7 @@ def train(config: TrainConfig) -> float:
     config = dataclasses.replace(config, dtype="bfloat16" if is_bfloat16 else "float32")
     corpus, model, optimizer, start = prepare(config, device)
     rows = config.batch_size * config.grad_accum
+    split = pack_documents if config.data.pack_documents else split_window
     windows = train_batches(
         corpus,
         context,
@@ -115,11 +121,11 @@ def train(config: TrainConfig) -> float:
         )
         if start:
             progress.say(f"continuing after step {start}")
-        val_loss = evaluate(model, held_out)
+        val_loss = evaluate(model, held_out, split)
         if not start:
             progress.validated(start, val_loss)
         for step, window in enumerate(windows, start):
-            batches = [split_window(part) for part in window.split(config.batch_size)]
+            batches = [split(part) for part in window.split(config.batch_size)]
             lr, began = learning_rate(step, config.steps, config.optim), time.perf_counter()
             loss, norm = train_step(
                 model,
@@ -140,7 +146,7 @@ def train(config: TrainConfig) -> float:
                 _require_finite(loss, done)
                 progress.trained(done, loss.item(), lr, norm.item())
             if last or done % config.eval_every == 0:
-                val_loss = evaluate(model, held_out)
+                val_loss = evaluate(model, held_out, split)
                 progress.validated(done, val_loss)
             if config.sample_every and (last or done % config.sample_every == 0):
                 progress.sampled(done, sample(model, config, done))
