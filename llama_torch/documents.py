@@ -196,8 +196,8 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
             f"--data {path}: reading .parquet needs pyarrow; pip install 'llama-parity[parquet]'"
         ) from None
     try:
-        # Buffered, a column is read as it is needed.
-        table = pyarrow.parquet.ParquetFile(path, buffer_size=PIECE)
+        # Otherwise a row group's whole column is in memory at once, and may be all of the file.
+        table = pyarrow.parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False)
         row_bytes = path.stat().st_size / max(1, table.metadata.num_rows)
         done, n_characters = 0, 0
         found: list[str] = []
