@@ -263,11 +263,17 @@ class DataConfig:
     """Where the text comes from."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs (.txt .md .jsonl .parquet); none = Python's own help topics."""
+    """Files, folders or globs (.txt .md .jsonl .parquet), or a folder of token shards (see python
+    -m llama_torch.data); none = Python's own help topics."""
+    weights: tuple[float, ...] = ()
+    """Share of the training windows for each of --data; none = all of --data is one text."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet records."""
     val_fraction: float = 0.1
-    """Share of the tokens, at the end, held out for validation."""
+    """Share of the tokens (with --weights, of each of --data), at the end, held out for
+    validation."""
+    pack_documents: bool = False
+    """Let no document of a window see another: attention and positions begin anew in each."""
     cache_dir: str = ""
     """Where tokenised text is kept; empty = llama_torch in the user's cache directory."""
     num_workers: int = 0
@@ -278,6 +284,35 @@ class DataConfig:
             0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "must lie between 0 and 1"
         )
         check(self.num_workers >= 0, "num_workers", self.num_workers, "must not be negative")
+        if self.weights:
+            each = f"must be a number for each of the {len(self.data)} --data"
+            check(len(self.weights) == len(self.data), "weights", self.weights, each)
+            positive = all(0 < weight < math.inf for weight in self.weights)
+            check(positive, "weights", self.weights, "must be positive and finite")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Tokenise text into a folder of shards, which --data of llama_torch.train takes."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders or globs (.txt .md .jsonl .parquet); none = Python's own help topics."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl and .parquet records."""
+    out: str = ""
+    """Folder to write; if an earlier run of this was stopped there, it goes on."""
+    workers: int = 0
+    """Processes that tokenise; 0 = one for each CPU core."""
+    shard_tokens: int = 1 << 26
+    """Tokens in a shard."""
+    verify: str = ""
+    """Folder of shards to compare with their checksums, instead of writing one."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "shard_tokens")
+        check(self.workers >= 0, "workers", self.workers, "must not be negative")
+        needed = "is needed: name the folder to write (or one to check, with --verify)"
+        check(bool(self.out or self.verify), "out", self.out, needed)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from . import speedup
 from .config import TrainConfig
 from .data import describe, load_corpus, val_batches
 from .device import pick_device
+from .packing import pack_documents
 from .step import split_window, train_step
 from .throughput import flops_per_token, peak_flops, peak_memory
 
@@ -39,8 +40,10 @@ def report(config: TrainConfig) -> int:
     generator = torch.Generator().manual_seed(config.seed)
     window = torch.randint(config.model.vocab_size, (rows, context + 1), generator=generator)
 
+    split = pack_documents if config.data.pack_documents else split_window
+
     def step() -> Tensor:
-        batches = [split_window(part) for part in window.split(batch_size)]
+        batches = [split(part) for part in window.split(batch_size)]
         clip = config.optim.grad_clip
         return train_step(
             model, optimizer, batches, lr=0.0, grad_clip=clip, z_loss=config.optim.z_loss
@@ -51,8 +54,8 @@ def report(config: TrainConfig) -> int:
         step().item()
     each = _seconds(*[step] * STEPS) / STEPS
     held_out = val_batches(corpus, context, batch_size, config.eval_batches)
-    evaluate(model, held_out[:1])
-    validation = _seconds(lambda: evaluate(model, held_out))
+    evaluate(model, held_out[:1], split)
+    validation = _seconds(lambda: evaluate(model, held_out, split))
     sampling = _seconds(lambda: sample(model, config, 0)) if config.sample_every else 0.0
     # A checkpoint is the weights and both moments in float32; the weights again are the model.
     disk_speed = _disk_speed(Path(config.out))

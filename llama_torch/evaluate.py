@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import cli
 from .config import InputError
-from .data import documents, find_files
+from .documents import documents, find_files
 from .generation_config import EvaluateConfig
 from .loss import IGNORE, count_valid, loss_sum
 from .model import Llama

@@ -21,15 +21,16 @@ from .batch import generate
 from .board import Board
 from .checkpoint import RUN_FILE
 from .config import TrainConfig
-from .data import Corpus, describe, load_corpus, train_batches, val_batches, window_start
+from .data import Corpus, StepSampler, describe, load_corpus, train_batches, val_batches
 from .device import computes_bfloat16, pick_device
 from .generation_config import SamplingConfig
 from .guard import Guard
-from .loss import loss_sum
+from .loss import count_valid, loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw
+from .packing import pack_documents
 from .progress import Progress
-from .step import split_window, train_step
+from .step import Batch, split_window, train_step
 from .stopping import Stop, Stopped, signals
 from .text import Gpt2
 from .throughput import flops_per_token, peak_flops
@@ -37,19 +38,22 @@ from .tokenizer import VOCAB_SIZE, gpt2
 
 TRACE_FILE = "trace.json"
 TRACED_STEPS = 3
-SHOWN = 16  # windows of a bad step that are named
 
 
 @torch.no_grad()
-def evaluate(model: Llama, windows: Sequence[Tensor]) -> float:
+def evaluate(
+    model: Llama, windows: Sequence[Tensor], split: Callable[[Tensor], Batch] = split_window
+) -> float:
     """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1]."""
     device = model.head_weight.device
     total, n_valid = torch.zeros((), dtype=torch.float64, device=device), 0
     with speedup.uncompiled():
         for window in windows:
-            tokens, targets, *_ = split_window(window).to(device)
-            total += loss_sum(model.model(tokens)[0], model.head_weight, targets)
-            n_valid += targets.numel()
+            batch = split(window)
+            n_valid += count_valid(batch.targets)
+            tokens, targets, positions, mask = batch.to(device)
+            hidden, _ = model.model(tokens, positions=positions, mask=mask)
+            total += loss_sum(hidden, model.head_weight, targets)
     return total.item() / n_valid
 
 
@@ -109,6 +113,7 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
     config = dataclasses.replace(config, dtype="bfloat16" if is_bfloat16 else "float32")
     corpus, model, optimizer, start, skipped = prepare(config, device, held)
     rows = config.batch_size * config.grad_accum
+    split = pack_documents if config.data.pack_documents else split_window
     windows = train_batches(
         corpus,
         context,
@@ -123,7 +128,8 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
     n_parameters = sum(p.numel() for p in model.parameters())
     at_peak = peak_flops(device, getattr(torch, config.dtype))
     at_peak /= flops_per_token(config.model, n_parameters)
-    guard = Guard(config, device, partial(_windows_of, corpus, config), skipped)
+    sampler = StepSampler(corpus, context, config.seed, rows, start, config.steps)
+    guard = Guard(config, device, sampler.describe, skipped)
     best = run_dir.best_loss(out)
     with (
         Board(out / "tensorboard", start + 1 if start else 0) as board,
@@ -137,13 +143,13 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
         )
         if start:
             progress.say(f"continuing after step {start}")
-        val_loss = evaluate(model, held_out)
+        val_loss = evaluate(model, held_out, split)
         if not start:
             progress.validated(start, val_loss)
         stop.deferred = True
         for step, window in enumerate(windows, start):
             done = step + 1
-            batches = [split_window(part) for part in window.split(config.batch_size)]
+            batches = [split(part) for part in window.split(config.batch_size)]
             lr, began = learning_rate(step, config.steps, config.optim), time.perf_counter()
             loss, norm = train_step(
                 model,
@@ -167,7 +173,7 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
                 progress.trained(done, loss.item(), lr, norm.item())
             if last or done % config.eval_every == 0:
                 guard.look()
-                val_loss = evaluate(model, held_out)
+                val_loss = evaluate(model, held_out, split)
                 progress.validated(done, val_loss)
                 if config.keep_best and val_loss < best:
                     run_dir.save_best(out, model, optimizer, done, val_loss)
@@ -183,15 +189,6 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
         if skipped:
             progress.say(f"{len(skipped)} bad steps skipped: {', '.join(map(str, skipped))}")
     return val_loss
-
-
-def _windows_of(corpus: Corpus, config: TrainConfig, step: int) -> str:
-    """Say for people where in the training tokens the windows of ``step`` (from 0) are."""
-    context, rows = config.model.max_seq_len, config.batch_size * config.grad_accum
-    where = len(corpus.train), context, config.seed
-    starts = [window_start(*where, index) for index in range(step * rows, (step + 1) * rows)]
-    shown = ", ".join(map(str, starts[:SHOWN])) + (", ..." if rows > SHOWN else "")
-    return f"{rows} windows of {context + 1} training tokens from offsets {shown}"
 
 
 @contextmanager

@@ -852,6 +852,6 @@ def test_traces_are_read_as_they_were_written(ckpt: Path, run: Callable, tmp_pat
 
 
 def _text() -> bytes:
-    from llama_torch.data import documents
+    from llama_torch.documents import documents
 
     return next(iter(documents((), ""))).encode()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_torch.config import InputError
-from llama_torch.data import documents
+from llama_torch.documents import documents
 from llama_torch.tokenizer import VOCAB_SIZE, gpt2
 from reference_np.config import LlamaConfig
 from reference_np.ops import Array

@@ -79,6 +79,8 @@ class LearningConfig:
             self.optim.z_loss,
             "must be 0: the plain loop has none",
         )
+        packed = self.data.pack_documents
+        check(not packed, "pack_documents", packed, "must be left out: the plain loop packs none")
 
 
 class Run(NamedTuple):
