@@ -1,6 +1,7 @@
 """Generation and compare.py on a GPU; the model itself is test_conformance's. Skipped without."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from safetensors.numpy import save_file
 
 from llama_torch.batch import Batch, generate, run
+from llama_torch.config import InputError, TrainConfig
 from llama_torch.generation_config import Decoding, SamplingConfig
+from llama_torch.guard import Guard
 from llama_torch.quantize import quantize
 from llama_torch.speculative import Speculative
 from reference_np.config import LlamaConfig
@@ -23,6 +26,20 @@ from .support import torch_model
 
 GREEDY = SamplingConfig(max_new_tokens=8, temperature=0)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def test_a_guard_does_not_wait_for_the_gpu() -> None:
+    device = torch.device("cuda")
+    guard = Guard(TrainConfig(), device, lambda step: f"the windows of {step}", [])
+    norm = torch.ones((), device=device)
+    losses = torch.tensor([10.0, math.nan, 40.0], dtype=torch.float64, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert all(guard.accept(step, loss, norm) for step, loss in enumerate(losses, 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(InputError, match="step 2 is bad: its loss is nan.*the windows of 1"):
+        guard.look()
 
 
 @given(case=wide_cases())
