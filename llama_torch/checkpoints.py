@@ -19,10 +19,20 @@ def commit(out: Path, step: int, write: Callable[[Path], None], keep_last: int =
     that path: processes that fill one checkpoint together know the name without asking. Only
     one process commits, and it holds the run's lock.
     """
-    folder = make_folder(out / FOLDER / str(step), write)
+    folder = make_folder(final_folder(out, step), write)
+    prune(out, keep_last)
+    return folder
+
+
+def final_folder(out: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return out / FOLDER / str(step)
+
+
+def prune(out: Path, keep_last: int) -> None:
+    """Drop all checkpoints but the newest ``keep_last``."""
     for old in _steps(out)[:-keep_last]:
         _remove(out / FOLDER / str(old))
-    return folder
 
 
 def newest(out: Path, before: int | None = None) -> Path | None:
@@ -38,26 +48,38 @@ def make_folder(final: Path, write: Callable[[Path], None]) -> Path:
     which ``sweep`` removes. One that is there stays. Raises InputError for what cannot be
     written.
     """
-    filling = temporary(final)
     if final.is_dir():
         return final
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(filling, ignore_errors=True)
-        filling.mkdir()
+        filling = begin(final)
         write(filling)
-        for path in (*filling.rglob("*"), filling):
-            flush(path)
-        filling.rename(final)
-        flush(final.parent)
-        flush(final.parent.parent)
+        finish(final)
     except OSError as error:
         raise InputError(
             f"{final}: cannot be written ({error}); the last checkpoint stands"
         ) from None
     finally:
-        shutil.rmtree(filling, ignore_errors=True)
+        shutil.rmtree(temporary(final), ignore_errors=True)
     return final
+
+
+def begin(final: Path) -> Path:
+    """Make the empty folder that is to be filled, and return it."""
+    filling = temporary(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(filling, ignore_errors=True)
+    filling.mkdir()
+    return filling
+
+
+def finish(final: Path) -> None:
+    """Flush what was filled to disk, and give it its name."""
+    filling = temporary(final)
+    for path in (*filling.rglob("*"), filling):
+        flush(path)
+    filling.rename(final)
+    flush(final.parent)
+    flush(final.parent.parent)
 
 
 def temporary(final: Path) -> Path:

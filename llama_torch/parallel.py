@@ -6,6 +6,7 @@ that was not started by torchrun is alone, and nothing here changes what it does
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ from .model import Llama
 
 T = TypeVar("T")
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
+LOST = r"(?i)closed by peer|reset by peer|broken pipe|gloo|nccl|store"
 
 
 class PeerLostError(Exception):
@@ -46,29 +48,34 @@ def is_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def job_name() -> str:
+    """Return what torchrun calls this job, the same after a restart; empty where it has no name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name
+
+
 @contextmanager
-def job(wanted_device: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+def job() -> Iterator[None]:
     """Join torchrun's other processes, for as long as this lasts.
 
     gloo carries what the hosts tell each other, so that no GPU is waited for; NCCL the tensors.
+    Raises PeerLostError when another process ends while this one waits for it.
     """
     if not is_launched():
         yield
         return
-    on_cuda = wanted_device != "cpu" and torch.cuda.is_available()
-    if on_cuda:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise InputError(
-                f"--nproc-per-node asks for more processes than this machine's "
-                f"{torch.cuda.device_count()} GPUs; start as many as it has"
-            )
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except (RuntimeError, OSError) as error:
+        # gloo and NCCL have no exception of their own for it.
+        if isinstance(error, InputError) or not re.search(LOST, str(error)):
+            raise
+        raise PeerLostError(str(error)) from None
+    dist.destroy_process_group()  # after a failure it might wait for those who are gone
 
 
 class Parallel:
@@ -81,6 +88,7 @@ class Parallel:
         self.mesh: DeviceMesh | None = None
         self.replica: DistributedDataParallel | None = None
         self._head_reduction: Any = None
+        self._talk: Any = None
 
     @classmethod
     def of(cls, config: ParallelConfig, model: ModelConfig, device: torch.device) -> "Parallel":
@@ -88,6 +96,12 @@ class Parallel:
         self = cls()
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if self.world > 1 and device.type == "cuda" and local > torch.cuda.device_count():
+            raise InputError(
+                f"torchrun's --nproc-per-node {local} is more than this machine's "
+                f"{torch.cuda.device_count()} GPUs; start as many as it has"
+            )
         if self.world % config.tp:
             raise InputError(
                 f"--tp {config.tp}: {self.world} processes cannot be shared out so; "
@@ -114,6 +128,12 @@ class Parallel:
             self.data_rank = self.rank // config.tp  # the mesh is in row-major order
         return self
 
+    def talk(self) -> Any:
+        """Return a gloo group of all processes in which nothing else is said, made once."""
+        if self._talk is None:
+            self._talk = dist.new_group(backend="gloo")
+        return self._talk
+
     @property
     def is_first(self) -> bool:
         """Whether this process speaks, and writes, for all."""
@@ -123,6 +143,11 @@ class Parallel:
     def is_sharded(self) -> bool:
         """Whether no process holds the whole model."""
         return self.mesh is not None and max(self.mesh.shape[1:]) > 1
+
+    def reshard(self, model: Llama) -> None:
+        """Free what a forward pass without a backward pass leaves gathered."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
     def rows(self, n_rows: int) -> slice:
         """Return which of a step's windows are this process's."""
@@ -224,40 +249,57 @@ class Parallel:
         if self.world == 1:
             return list(numbers)
         total = torch.tensor(numbers)
-        try:
-            dist.all_reduce(total)
-        except RuntimeError as error:
-            raise PeerLostError(str(error)) from None
+        dist.all_reduce(total)
         return [number // (self.world // self.data_size) for number in total.tolist()]
+
+    def most(self, number: int) -> int:
+        """Return the largest of all processes' numbers."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def barrier(self) -> None:
         """Wait for every process."""
         self.sums(0)
 
-    def first_says(self, make: Callable[[], T]) -> T:
-        """Return what the first process makes; where it fails, the others leave quietly."""
-        return first_says(make) if self.world > 1 else make()
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the processes that share out the windows."""
+        if self.data_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world // self.data_size
+        return tensor
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """Let the other processes in when the first is through, to what it has made."""
+        if not self.is_first:
+            self.barrier()
+        yield
+        if self.is_first:
+            self.barrier()
 
 
 def first_says(make: Callable[[], T]) -> T:
     """Return on every process of the job what ``make`` returns on the first.
 
-    An InputError there is raised there, and ends the others without a word of their own.
+    What is raised there ends the others without a word of their own.
     """
     if not dist.is_initialized():
         return make()
-    said: list[Any] = [None, False]
+    said: list[Any] = [None, None]
     failure: BaseException | None = None
     if dist.get_rank() == 0:
         try:
             said[0] = make()
         except (InputError, OSError, SystemExit) as error:
-            failure, said[1] = error, True
-    dist.broadcast_object_list(said, 0)
+            failure, said[1] = error, (error.code or 0) if isinstance(error, SystemExit) else 2
+    dist.broadcast_object_list(said, 0, device=torch.device("cpu"))
     if failure is not None:
         raise failure
-    if said[1]:
-        raise SystemExit(2)
+    if said[1] is not None:
+        raise SystemExit(said[1])
     made: T = said[0]
     return made
 

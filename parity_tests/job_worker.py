@@ -97,7 +97,7 @@ def whole(tensor: Tensor) -> np.ndarray:
 def main() -> None:
     torch.set_num_threads(1)
     cases = pickle.loads(Path(sys.argv[1]).read_bytes())
-    with job("cpu"):
+    with job():
         found = [train(layout, case) for layout, case in cases]
         if Parallel.of(
             ParallelConfig(), torch_config(cases[0][1].config), torch.device("cpu")
