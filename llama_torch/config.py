@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Something a user supplied is wrong; the message names it and the remedy."""
 
 
+class Breach(Exception):  # noqa: N818
+    """What must hold does not; the message says what, and by how much."""
+
+
 def check(valid: bool, flag: str, value: object, requirement: str) -> None:
     """Raise InputError naming the flag unless ``valid``."""
     if not valid:
@@ -371,6 +375,9 @@ class TrainConfig:
     """What the samples continue."""
     save_every: int = 80
     """Steps between checkpoints."""
+    verify_every: int = 0
+    """Steps between checks of logits, loss and gradients against the NumPy oracle, on a few rows;
+    what is out of bounds stops the run (exit code 1); 0 = never."""
     profile: bool = False
     """Write a trace of a few steps to the run directory; Perfetto (ui.perfetto.dev) opens it."""
     dry_run: bool = False
@@ -379,7 +386,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "grad_accum", "log_every", "eval_every")
         check_positive(self, "save_every")
-        for name in ("eval_batches", "sample_every"):
+        for name in ("eval_batches", "sample_every", "verify_every"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         check(0 <= self.seed < 2**32, "seed", self.seed, "must lie between 0 and 2^32 - 1")
         # transformers refuses to load any other shape, and a run must load everywhere.
@@ -396,7 +403,7 @@ class TrainConfig:
         flat = dataclasses.asdict(self)
         reporting = ("log_every", "eval_every", "eval_batches", "sample_every", "sample_prompt")
         running = ("config", "out", "resume", "device", "save_every", "profile", "dry_run")
-        for name in (*running, "compile", "recompute", *reporting):
+        for name in (*running, "compile", "recompute", "verify_every", *reporting):
             del flat[name]
         for name in ("cache_dir", "num_workers", "data", "text_field"):
             del flat["data"][name]  # the text itself is compared by its hash

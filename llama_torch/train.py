@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from . import cli, dry_run, run_dir, speedup
 from .batch import generate
-from .config import InputError, TrainConfig
+from .config import Breach, InputError, TrainConfig
 from .data import Corpus, describe, load_corpus, train_batches, val_batches
 from .device import computes_bfloat16, pick_device
 from .generation_config import SamplingConfig
@@ -25,7 +26,7 @@ from .loss import loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw
 from .progress import Progress
-from .step import split_window, train_step
+from .step import Batch, split_window, train_step
 from .text import Gpt2
 from .throughput import flops_per_token, peak_flops
 from .tokenizer import VOCAB_SIZE, gpt2
@@ -87,6 +88,8 @@ def train(config: TrainConfig) -> float:
     # A run keeps the precision it began with, wherever it is resumed.
     is_bfloat16 = pick_dtype(config, device) == torch.bfloat16
     config = dataclasses.replace(config, dtype="bfloat16" if is_bfloat16 else "float32")
+    if config.verify_every:
+        _verification().require_memory(config.model)
     corpus, model, optimizer, start = prepare(config, device)
     rows = config.batch_size * config.grad_accum
     windows = train_batches(
@@ -139,6 +142,9 @@ def train(config: TrainConfig) -> float:
             if last or done % config.log_every == 0:
                 _require_finite(loss, done)
                 progress.trained(done, loss.item(), lr, norm.item())
+            if config.verify_every and (last or done % config.verify_every == 0):
+                _require_finite(loss, done)
+                verify(model, batches, config, done, progress)
             if last or done % config.eval_every == 0:
                 val_loss = evaluate(model, held_out)
                 progress.validated(done, val_loss)
@@ -148,6 +154,25 @@ def train(config: TrainConfig) -> float:
                 run_dir.save(out, model, optimizer, done)
                 progress.saved(done)
     return val_loss
+
+
+def verify(
+    model: Llama, batches: Sequence[Batch], config: TrainConfig, done: int, progress: Progress
+) -> None:
+    """Compare the model with the oracle; raise Breach where it computes something else."""
+    oracle = _verification()
+    measures = oracle.check(model, batches, config.optim.z_loss)
+    worst = oracle.nearest(measures)
+    progress.verified(done, {name: (found.error, found.bound) for name, found in worst.items()})
+    if not all(measure.holds for measure in measures):
+        raise Breach(oracle.complaint(measures, Path(config.out), done))
+
+
+def _verification() -> ModuleType:
+    """Import what compares with the oracle, and the oracle with it: for --verify-every alone."""
+    from . import verify
+
+    return verify
 
 
 @contextmanager
