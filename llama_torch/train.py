@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> float:
     is_bfloat16 = pick_dtype(config, device) == torch.bfloat16
     config = dataclasses.replace(config, dtype="bfloat16" if is_bfloat16 else "float32")
     if config.verify_every:
-        _verification().require_memory(config.model)
+        verification().require_memory(config.model)
     corpus, model, optimizer, start = prepare(config, device)
     rows = config.batch_size * config.grad_accum
     windows = train_batches(
@@ -160,7 +160,7 @@ def verify(
     model: Llama, batches: Sequence[Batch], config: TrainConfig, done: int, progress: Progress
 ) -> None:
     """Compare the model with the oracle; raise Breach where it computes something else."""
-    oracle = _verification()
+    oracle = verification()
     measures = oracle.check(model, batches, config.optim.z_loss)
     worst = oracle.nearest(measures)
     progress.verified(done, {name: (found.error, found.bound) for name, found in worst.items()})
@@ -168,7 +168,7 @@ def verify(
         raise Breach(oracle.complaint(measures, Path(config.out), done))
 
 
-def _verification() -> ModuleType:
+def verification() -> ModuleType:
     """Import what compares with the oracle, and the oracle with it: for --verify-every alone."""
     from . import verify
 
