@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Something a user supplied is wrong; the message names it and the remedy."""
 
 
+class Breach(Exception):  # noqa: N818
+    """What must hold does not; the message says what, and by how much."""
+
+
 def check(valid: bool, flag: str, value: object, requirement: str) -> None:
     """Raise InputError naming the flag unless ``valid``."""
     if not valid:
@@ -428,6 +432,9 @@ class TrainConfig:
     skip_bad_steps: bool = False
     """Leave out the update of a step whose loss or gradient is not finite or explodes, instead of
     stopping there. A GPU is waited for at every step."""
+    verify_every: int = 0
+    """Steps between checks of logits, loss and gradients against the NumPy oracle, on a few rows;
+    what is out of bounds stops the run (exit code 1); 0 = never."""
     profile: bool = False
     """Write a trace of a few steps to the run directory; Perfetto (ui.perfetto.dev) opens it."""
     dry_run: bool = False
@@ -436,7 +443,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "grad_accum", "log_every", "eval_every")
         check_positive(self, "save_every", "keep_last")
-        for name in ("eval_batches", "sample_every"):
+        for name in ("eval_batches", "sample_every", "verify_every"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         check(0 <= self.seed < 2**32, "seed", self.seed, "must lie between 0 and 2^32 - 1")
         # transformers refuses to load any other shape, and a run must load everywhere.
@@ -454,7 +461,7 @@ class TrainConfig:
         reporting = ("log_every", "eval_every", "eval_batches", "sample_every", "sample_prompt")
         running = ("config", "out", "resume", "device", "save_every", "profile", "dry_run")
         # Whoever stopped at a bad step may want to continue over it.
-        keeping = ("keep_last", "keep_best", "skip_bad_steps")
+        keeping = ("keep_last", "keep_best", "skip_bad_steps", "verify_every")
         for name in (*running, *keeping, "compile", "recompute", "parallel", *reporting):
             del flat[name]
         for name in ("cache_dir", "num_workers", "data", "text_field"):

@@ -22,7 +22,7 @@ WRITTEN = 1 << 25  # bytes written to learn the disk's speed
 
 def report(config: TrainConfig) -> int:
     """Print parameters, memory and time; return the exit code. Leaves no file."""
-    from .train import evaluate, sample, set_up  # which offers this as a flag
+    from .train import evaluate, sample, set_up, verification  # which offers this as a flag
 
     device = pick_device(config.device)
     context, batch_size = config.model.max_seq_len, config.batch_size
@@ -56,6 +56,10 @@ def report(config: TrainConfig) -> int:
     held_out = val_batches(corpus, context, batch_size, config.eval_batches)
     evaluate(model, held_out[:1], split)
     validation = _seconds(lambda: evaluate(model, held_out, split))
+    verifying = 0.0
+    if config.verify_every:
+        batches = [split(part) for part in window.split(batch_size)]
+        verifying = _seconds(lambda: len(verification().check(model, batches, 0.0)))
     sampling = _seconds(lambda: sample(model, config, 0)) if config.sample_every else 0.0
     # A checkpoint is the weights and both moments in float32; the weights again are the model.
     disk_speed = _disk_speed(Path(config.out))
@@ -65,6 +69,7 @@ def report(config: TrainConfig) -> int:
         "steps": config.steps * each,
         "the first step's preparation": max(0.0, first - each),
         "validation": (1 + -(-config.steps // config.eval_every)) * validation,
+        "verification": -(-config.steps // config.verify_every) * verifying if verifying else 0.0,
         "samples": -(-config.steps // config.sample_every) * sampling if sampling else 0.0,
         "checkpoints": -(-config.steps // config.save_every) * saving
         + -(-config.steps // config.eval_every) * exporting * config.keep_best,

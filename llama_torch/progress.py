@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 import torch
@@ -95,6 +96,15 @@ class Progress:
         self.say(f"step {step:>5}  validation loss {loss:.3f}  perplexity {_perplexity(loss):,.1f}")
         self.board.add_scalar("val/loss", loss, step)
         self.board.add_scalar("val/perplexity", _perplexity(loss), step)
+        self._restart_clock(step)
+
+    def verified(self, step: int, measures: Mapping[str, tuple[float, float]]) -> None:
+        """Report errors against the oracle beside their bounds, by quantity."""
+        shares = [f"{name} {error / bound:.0%}" for name, (error, bound) in measures.items()]
+        self.say(f"step {step:>5}  verified: of the bounds of their errors, {', '.join(shares)}")
+        for name, (error, bound) in measures.items():
+            self.board.add_scalar(f"verify/{name}_error", error, step)
+            self.board.add_scalar(f"verify/{name}_bound", bound, step)
         self._restart_clock(step)
 
     def sampled(self, step: int, text: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from . import cli, dry_run, run_dir, speedup
 from .batch import generate
 from .board import Board
 from .checkpoint import RUN_FILE
-from .config import TrainConfig
+from .config import Breach, TrainConfig
 from .data import Corpus, StepSampler, describe, load_corpus, train_batches, val_batches
 from .device import computes_bfloat16, pick_device
 from .generation_config import SamplingConfig
@@ -111,6 +112,8 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
     # A run keeps the precision it began with, wherever it is resumed.
     is_bfloat16 = pick_dtype(config, device) == torch.bfloat16
     config = dataclasses.replace(config, dtype="bfloat16" if is_bfloat16 else "float32")
+    if config.verify_every:
+        verification().require_memory(config.model)
     corpus, model, optimizer, start, skipped = prepare(config, device, held)
     rows = config.batch_size * config.grad_accum
     split = pack_documents if config.data.pack_documents else split_window
@@ -171,6 +174,9 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
             if last or done % config.log_every == 0:
                 guard.look()
                 progress.trained(done, loss.item(), lr, norm.item())
+            if config.verify_every and (last or done % config.verify_every == 0):
+                guard.look()
+                verify(model, batches, config, done, progress)
             if last or done % config.eval_every == 0:
                 guard.look()
                 val_loss = evaluate(model, held_out, split)
@@ -189,6 +195,25 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
         if skipped:
             progress.say(f"{len(skipped)} bad steps skipped: {', '.join(map(str, skipped))}")
     return val_loss
+
+
+def verify(
+    model: Llama, batches: Sequence[Batch], config: TrainConfig, done: int, progress: Progress
+) -> None:
+    """Compare the model with the oracle; raise Breach where it computes something else."""
+    oracle = verification()
+    measures = oracle.check(model, batches, config.optim.z_loss)
+    worst = oracle.nearest(measures)
+    progress.verified(done, {name: (found.error, found.bound) for name, found in worst.items()})
+    if not all(measure.holds for measure in measures):
+        raise Breach(oracle.complaint(measures, Path(config.out), done))
+
+
+def verification() -> ModuleType:
+    """Import what compares with the oracle, and the oracle with it: for --verify-every alone."""
+    from . import verify
+
+    return verify
 
 
 @contextmanager

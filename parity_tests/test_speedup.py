@@ -120,11 +120,11 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert train.main([*CPU, "--dry-run"]) == 0
+    assert train.main([*CPU, "--dry-run", "--verify-every", "3"]) == 0
     printed = capsys.readouterr().out
     model = Llama(ModelConfig(16, 1, 2, 1, max_seq_len=16))
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters, float32 on cpu" in printed
-    for part in ("tokens/s, MFU", "memory at most", "GB of disk", "time "):
+    for part in ("tokens/s, MFU", "memory at most", "GB of disk", "time ", "verification "):
         assert part in printed
     assert list(tmp_path.iterdir()) == []
 
