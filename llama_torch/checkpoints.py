@@ -31,14 +31,14 @@ def final_folder(out: Path, step: int) -> Path:
 
 def prune(out: Path, keep_last: int) -> None:
     """Drop all checkpoints but the newest ``keep_last``."""
-    for old in _steps(out)[:-keep_last]:
+    for old in steps(out)[:-keep_last]:
         _remove(out / FOLDER / str(old))
 
 
 def newest(out: Path, before: int | None = None) -> Path | None:
     """Return the newest checkpoint's folder, of those before a step if one is given."""
-    steps = [step for step in _steps(out) if before is None or step < before]
-    return out / FOLDER / str(steps[-1]) if steps else None
+    found = [step for step in steps(out) if before is None or step < before]
+    return out / FOLDER / str(found[-1]) if found else None
 
 
 def make_folder(final: Path, write: Callable[[Path], None]) -> Path:
@@ -97,7 +97,8 @@ def sweep(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _steps(out: Path) -> list[int]:
+def steps(out: Path) -> list[int]:
+    """Return the steps that have a checkpoint, in order."""
     return sorted(int(path.name) for path in (out / FOLDER).glob("*") if path.name.isdigit())
 
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import InputError, ModelConfig, ParallelConfig
+from .config import InputError, ModelConfig, ParallelConfig, TrainConfig
 from .model import Llama
 
 T = TypeVar("T")
@@ -46,6 +46,11 @@ def is_launched() -> bool:
 def is_restarted() -> bool:
     """Return whether torchrun started the job again after a process had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def is_speaker() -> bool:
+    """Return whether this process speaks for all, before there is a Parallel to ask."""
+    return os.environ.get("RANK", "0") == "0" or not is_launched()
 
 
 def job_name() -> str:
@@ -91,35 +96,16 @@ class Parallel:
         self._talk: Any = None
 
     @classmethod
-    def of(cls, config: ParallelConfig, model: ModelConfig, device: torch.device) -> "Parallel":
-        """Lay the job's processes out as ``config`` says; alone, where there is no job."""
+    def of(cls, config: ParallelConfig, device: torch.device) -> "Parallel":
+        """Lay the job's processes out as ``config`` says; alone, where there is no job.
+
+        What cannot be laid out so, ``require_layout`` refuses.
+        """
         self = cls()
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if self.world > 1 and device.type == "cuda" and local > torch.cuda.device_count():
-            raise InputError(
-                f"torchrun's --nproc-per-node {local} is more than this machine's "
-                f"{torch.cuda.device_count()} GPUs; start as many as it has"
-            )
-        if self.world % config.tp:
-            raise InputError(
-                f"--tp {config.tp}: {self.world} processes cannot be shared out so; "
-                "choose a divisor of torchrun's --nproc-per-node (times --nnodes)"
-            )
         self.data_size = self.world // config.tp
         fsdp = config.fsdp or self.data_size
-        if self.data_size % fsdp:
-            raise InputError(
-                f"--fsdp {fsdp}: --tp {config.tp} leaves {self.data_size} of {self.world} "
-                "processes; choose a divisor of that"
-            )
-        for name in ("n_heads", "n_kv_heads", "hidden_dim"):
-            if getattr(model, name) % config.tp:
-                raise InputError(
-                    f"--tp {config.tp} does not divide --{name.replace('_', '-')} "
-                    f"{getattr(model, name)}; choose a common divisor"
-                )
         if self.world > 1:
             shape = self.data_size // fsdp, fsdp, config.tp
             self.mesh = init_device_mesh(
@@ -151,11 +137,6 @@ class Parallel:
 
     def rows(self, n_rows: int) -> slice:
         """Return which of a step's windows are this process's."""
-        if n_rows % self.data_size:
-            raise InputError(
-                f"--batch-size times --grad-accum is {n_rows}, which {self.data_size} processes "
-                "cannot share equally; choose a multiple"
-            )
         share = n_rows // self.data_size
         return slice(self.data_rank * share, (self.data_rank + 1) * share)
 
@@ -272,6 +253,16 @@ class Parallel:
         return tensor
 
     @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Let the first process alone say what goes wrong in all."""
+        try:
+            yield
+        except InputError:
+            if self.is_first:
+                raise
+            raise SystemExit(2) from None
+
+    @contextmanager
     def first_goes_first(self) -> Iterator[None]:
         """Let the other processes in when the first is through, to what it has made."""
         if not self.is_first:
@@ -279,6 +270,43 @@ class Parallel:
         yield
         if self.is_first:
             self.barrier()
+
+
+def require_layout(config: TrainConfig) -> None:
+    """Raise InputError where torchrun's processes cannot share a run as it is configured."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fsdp, tp = config.parallel.fsdp, config.parallel.tp
+    if world % tp:
+        raise InputError(
+            f"--tp {tp}: {world} {'process' if world == 1 else 'processes'} cannot be shared out "
+            "so; choose a divisor of torchrun's --nproc-per-node (times --nnodes)"
+        )
+    if fsdp and world // tp % fsdp:
+        raise InputError(
+            f"--fsdp {fsdp}: --tp {tp} leaves {world // tp} of {world} processes; choose a divisor "
+            "of that"
+        )
+    for name in ("n_heads", "n_kv_heads", "hidden_dim"):
+        if getattr(config.model, name) % tp:
+            raise InputError(
+                f"--tp {tp} does not divide --{name.replace('_', '-')} "
+                f"{getattr(config.model, name)}; choose a common divisor"
+            )
+    if config.batch_size * config.grad_accum % (world // tp):
+        raise InputError(
+            f"--batch-size times --grad-accum is {config.batch_size * config.grad_accum}, which "
+            f"{world // tp} processes cannot share equally; choose a multiple"
+        )
+    if config.device != "cpu" and torch.cuda.is_available() and local > torch.cuda.device_count():
+        raise InputError(
+            f"torchrun's --nproc-per-node {local} is more than this machine's "
+            f"{torch.cuda.device_count()} GPUs; start as many as it has"
+        )
+    if world > 1 and config.dry_run:
+        raise InputError("--dry-run measures one process; start it without torchrun")
+    if config.verify_every and (fsdp or world) * tp > 1:
+        raise InputError("--verify-every compares whole models; leave it out, or --fsdp and --tp")
 
 
 def first_says(make: Callable[[], T]) -> T:

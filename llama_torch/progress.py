@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import torch
@@ -121,6 +121,19 @@ class Progress:
     def _restart_clock(self, step: int) -> None:
         # Whatever is not training (validation, samples, saving) stays out of tokens/s.
         self.mark, self.mark_step = time.perf_counter(), step
+
+
+class Silence:
+    """The Progress of a process that does not speak: it is told everything and says nothing."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *told: None
 
 
 def _perplexity(loss: float) -> float:

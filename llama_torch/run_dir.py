@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from . import checkpoints, cli
+from . import checkpoints, cli, sharded
 from .checkpoint import (
     MODEL_FILE,
     RUN_FILE,
@@ -27,9 +29,10 @@ from .checkpoint import (
     write_text,
 )
 from .checkpoints import BEST
-from .config import InputError, TrainConfig, read_json
+from .config import InputError, ModelConfig, TrainConfig, read_json
 from .master_adamw import MasterAdamW
 from .model import Llama
+from .parallel import Parallel, job_name
 
 RUNS = Path("runs")
 LOCK_FILE = "lock"
@@ -53,6 +56,24 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
     stored = _stored(out)["settings"]
     defaults = [*cli.as_flags(stored | {"out": str(out), "config": ""}), *defaults]
     return cli.parse(TrainConfig, argv, defaults)
+
+
+def after_restart(argv: Sequence[str]) -> Sequence[str]:
+    """Return the flags with which torchrun's second attempt at a job continues the first.
+
+    That is the run which bears the job's name, or which is in the --out it was given.
+    """
+    early = cli.early_flags(argv)
+    if early.config:
+        early = cli.early_flags([*cli.toml_flags(early.config, TrainConfig), *argv])
+    if early.resume:
+        return argv
+    if early.out:
+        found = [Path(early.out)] if (Path(early.out) / RUN_FILE).is_file() else []
+    else:
+        began = (out for out in _runs().values() if (out / RUN_FILE).is_file())
+        found = [out for out in began if job_name() and _stored(out).get("job") == job_name()]
+    return [*argv, "--resume", "--out", str(found[-1])] if found else argv
 
 
 def _runs() -> dict[int, Path]:
@@ -152,6 +173,7 @@ def claim(config: TrainConfig, data_key: str) -> None:
     record = {
         "identity": config.identity(),
         "data_key": data_key,
+        "job": job_name(),
         "settings": dataclasses.asdict(dataclasses.replace(config, profile=False)),
     }
     try:
@@ -196,13 +218,8 @@ def save(
             raise InputError(
                 f"{name} is not finite after step {step}; lower --lr (the last checkpoint stands)"
             )
-    exported, tensors = _export(model, optimizer), {}
-    for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        tensors[f"parameter.{name}"] = exported[name]
-        for kind in ("exp_avg", "exp_avg_sq"):  # which the first update makes
-            moment = state[kind] if state else torch.zeros_like(parameter)
-            tensors[f"{kind}.{name}"] = moment
+    tensors = training_state(model, optimizer)
+    exported = {name: tensors[f"parameter.{name}"] for name in parameters}
 
     def write(folder: Path) -> None:
         save_state(folder, tensors, step, skipped)
@@ -246,13 +263,128 @@ def _export(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
     return parameters
 
 
-def restore(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> tuple[int, list[int]]:
+class Saver:
+    """Saves a run's checkpoints: one process all of it, or each its shards.
+
+    Shards on a GPU are copied to the host, and written while training goes on.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Llama,
+        optimizer: torch.optim.Optimizer,
+        parallel: Parallel,
+    ) -> None:
+        self.out, self.keep_last, self.parallel = Path(config.out), config.keep_last, parallel
+        self.model, self.optimizer = model, optimizer
+        self.keeps_best = config.keep_best and parallel.is_first and not parallel.is_sharded
+        self.best = best_loss(self.out) if self.keeps_best else 0.0
+        self.pending: tuple[int, sharded.Saving] | None = None
+
+    def validated(self, step: int, val_loss: float) -> None:
+        """Keep the model if it is the best so far. No process of a sharded run holds it."""
+        if self.keeps_best and val_loss < self.best:
+            save_best(self.out, self.model, self.optimizer, step, val_loss)
+            self.best = val_loss
+
+    def save(self, step: int, skipped: Sequence[int], waits: bool) -> list[int]:
+        """Save what training continues from; return the steps whose checkpoints are complete."""
+        if not self.parallel.is_sharded:
+            if self.parallel.is_first:
+                save(self.out, self.model, self.optimizer, step, skipped, self.keep_last)
+            self.parallel.barrier()
+            return [step]
+        saved, final = self._finish(), checkpoints.final_folder(self.out, step)
+        tensors = training_state(self.model, self.optimizer)
+        local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
+        if self.parallel.most(int(not all(bool(t.isfinite().all()) for t in local))):
+            raise InputError(
+                f"a parameter or moment is not finite after step {step}; lower --lr (the last "
+                "checkpoint stands)"
+            )
+        with _writing(final):
+            if self.parallel.is_first:
+                sharded.write_notes(checkpoints.begin(final), step, skipped)
+        self.parallel.barrier()
+        folder = checkpoints.temporary(final)
+        if next(iter(tensors.values())).is_cuda:
+            self.pending = step, sharded.Saving(folder, tensors, self.parallel.talk())
+            return saved + (self._finish() if waits else [])
+        sharded.save(folder, tensors)
+        return [*saved, self._commit(step)]
+
+    def export(self) -> None:
+        """Write the newest checkpoint's model beside it, where training has not done so already."""
+        if self.parallel.is_sharded and self.parallel.is_first:
+            folder = checkpoints.newest(self.out)
+            assert folder is not None
+            gather(self.out, folder, self.model.config)
+        self.parallel.barrier()
+
+    def look(self) -> list[int]:
+        """Return the steps whose checkpoints have been completed since the last look."""
+        if self.pending and not self.parallel.most(int(not self.pending[1].is_done())):
+            return self._finish()
+        return []
+
+    def _finish(self) -> list[int]:
+        if self.pending is None:
+            return []
+        step, saving = self.pending
+        saving.wait()
+        self.pending = None
+        return [self._commit(step)]
+
+    def _commit(self, step: int) -> int:
+        self.parallel.barrier()
+        if self.parallel.is_first:
+            final = checkpoints.final_folder(self.out, step)
+            with _writing(final):
+                checkpoints.finish(final)
+            checkpoints.prune(self.out, self.keep_last)
+        self.parallel.barrier()
+        return step
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{final}: cannot be written ({error}); the last checkpoint stands"
+        ) from None
+
+
+def training_state(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return parameters and moments by the names that a checkpoint gives them."""
+    exported, tensors = _export(model, optimizer), {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        tensors[f"parameter.{name}"] = exported[name].detach()
+        for kind in ("exp_avg", "exp_avg_sq"):  # which the first update makes
+            moment = state[kind] if state else torch.zeros_like(parameter, requires_grad=False)
+            tensors[f"{kind}.{name}"] = moment
+    return tensors
+
+
+def restore(
+    out: Path,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    parallel: Parallel | None = None,
+) -> tuple[int, list[int]]:
     """Load the newest checkpoint; return the number of steps done, and which were skipped.
 
     A run that was stopped before its first checkpoint starts from step 0. The export is
-    written again, in case the run was killed between the checkpoint and it.
+    written again, in case the run was killed between the checkpoint and it. Whether one process
+    or many wrote the checkpoint, any number can read it.
     """
-    checkpoints.sweep(out)
+    parallel = parallel or Parallel()
+    if parallel.is_first:
+        checkpoints.sweep(out)
+    parallel.barrier()
     folder = checkpoints.newest(out)
     if folder is None:
         if (out / MODEL_FILE).exists():
@@ -260,35 +392,88 @@ def restore(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> tuple[
                 f"--resume: {out} has a model but no checkpoint in {checkpoints.FOLDER}/ to "
                 "continue from; put it back, or start a new run with another --out"
             )
-        write_directory_files(out, model.config)
+        if parallel.is_first:
+            write_directory_files(out, model.config)
         return 0, []
-    parameters = dict(model.named_parameters())
-    kinds = ("parameter", "exp_avg", "exp_avg_sq")
-    expected = {f"{kind}.{n}": tuple(p.shape) for n, p in parameters.items() for kind in kinds}
     try:
-        tensors, step, skipped = load_state(folder)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        require_match(folder / STATE_FILE, expected, shapes)
+        tensors, step, skipped = _read(folder, model, optimizer, parallel)
         if folder.name != str(step):
-            raise InputError(f"{folder / STATE_FILE}: is of step {step}; rename its folder")
+            raise InputError(f"{folder}: is of step {step}; rename it")
     except InputError as error:
         older = checkpoints.newest(out, before=int(folder.name))
         remedy = "start a new run with another --out"
         if older:
             remedy = f"delete {folder} to continue from step {older.name}"
         raise InputError(f"--resume: {error}; or {remedy}") from None
-    updates = float(step - len(skipped))
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            device, master = parameter.device, tensors[f"parameter.{name}"]
-            state = optimizer.state[parameter]
-            if isinstance(optimizer, MasterAdamW):
-                optimizer.set_master(parameter, master.to(device))
-                state["step"] = torch.tensor(updates)
-            else:
-                parameter.copy_(master)
-                state["step"] = torch.tensor(updates, device=device)
-            for kind in ("exp_avg", "exp_avg_sq"):
-                state[kind] = tensors[f"{kind}.{name}"].to(device)
-    save_model(out, model.config, {n: tensors[f"parameter.{n}"] for n in parameters})
+    _assign(tensors, model, optimizer, step - len(skipped))
+    if parallel.is_first and not parallel.is_sharded:
+        names = (name for name, _ in model.named_parameters())
+        save_model(out, model.config, {n: tensors[f"parameter.{n}"] for n in names})
     return step, skipped
+
+
+def _read(
+    folder: Path, model: Llama, optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> tuple[dict[str, Tensor], int, list[int]]:
+    """Return a checkpoint's tensors, laid out as the model's are; its steps, and those skipped."""
+    parameters = dict(model.named_parameters())
+    kinds = ("parameter", "exp_avg", "exp_avg_sq")
+    expected = {f"{kind}.{n}": tuple(p.shape) for n, p in parameters.items() for kind in kinds}
+    tensors: dict[str, Tensor] = {}
+    if parallel.is_sharded:
+        kept = training_state(model, optimizer)
+        tensors = {name: torch.empty_like(tensor) for name, tensor in kept.items()}
+    if sharded.is_sharded(folder):
+        step, skipped = sharded.read_notes(folder)
+        if not parallel.is_sharded:
+            require_match(folder, expected, sharded.shapes(folder))
+            return sharded.load_whole(folder, expected), step, skipped
+        sharded.load(folder, tensors)
+        return tensors, step, skipped
+    whole, step, skipped = load_state(folder)
+    require_match(folder / STATE_FILE, expected, {n: tuple(t.shape) for n, t in whole.items()})
+    if not parallel.is_sharded:
+        return whole, step, skipped
+    # Every process takes its shards out of a copy in the other form.
+    copy = folder.with_name(f"{folder.name}.shards{checkpoints.TEMPORARY}")
+    if parallel.is_first:
+        sharded.save(copy, whole, alone=True)
+    parallel.barrier()
+    sharded.load(copy, tensors)
+    parallel.barrier()
+    if parallel.is_first:
+        shutil.rmtree(copy, ignore_errors=True)
+    return tensors, step, skipped
+
+
+@torch.no_grad()
+def _assign(
+    tensors: dict[str, Tensor], model: Llama, optimizer: torch.optim.Optimizer, updates: int
+) -> None:
+    for name, parameter in model.named_parameters():
+        device, master = parameter.device, tensors[f"parameter.{name}"]
+        state = optimizer.state[parameter]
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.set_master(parameter, master.to(device))
+            state["step"] = torch.tensor(float(updates))
+        else:
+            parameter.copy_(master)
+            state["step"] = torch.tensor(float(updates), device=device)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state[kind] = tensors[f"{kind}.{name}"].to(device)
+
+
+def gather(out: Path, folder: Path, config: ModelConfig) -> None:
+    """Write the Hugging Face directory ``out`` from a checkpoint, as one process."""
+    prefix = "parameter."
+    if sharded.is_sharded(folder):
+        names = [name for name in sharded.shapes(folder) if name.startswith(prefix)]
+        tensors = sharded.load_whole(folder, names)
+    else:
+        tensors, _, _ = load_state(folder)
+    parameters = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    with torch.device("meta"):
+        expected = {n: tuple(p.shape) for n, p in Llama(config).named_parameters()}
+    require_match(folder, expected, {n: tuple(t.shape) for n, t in parameters.items()})
+    write_directory_files(out, config)
+    save_model(out, config, parameters)

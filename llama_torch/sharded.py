@@ -4,8 +4,10 @@ A folder of it holds what ``training_state.safetensors`` holds, under the same n
 writes its own shards, and a job of any other size and layout reads what it needs of them.
 """
 
+import json
 import pickle
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from .checkpoint import require_match
-from .config import InputError
+from .checkpoint import require_match, write_text
+from .config import InputError, read_json
 
+NOTES_FILE = "state.json"
 METADATA_FILE = ".metadata"  # written last: a folder without it is no checkpoint
 
 
@@ -28,10 +31,13 @@ def is_sharded(folder: Path) -> bool:
     return (folder / METADATA_FILE).is_file()
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a state; every process of the job calls this, each with its own shards."""
+def save(folder: Path, tensors: Mapping[str, Tensor], alone: bool = False) -> None:
+    """Write a state; every process of the job calls this, each with its own shards.
+
+    ``alone``: one process has them whole, and the others know nothing of it.
+    """
     try:
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=alone or not dist.is_initialized())
     except (CheckpointException, OSError) as error:
         raise InputError(_unwritten(folder, error)) from None
 
@@ -84,6 +90,19 @@ def load_whole(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
+def write_notes(folder: Path, step: int, skipped: Sequence[int]) -> None:
+    """Write beside the tensors how many steps were done and which of them skipped."""
+    write_text(folder / NOTES_FILE, json.dumps({"step": step, "skipped": list(skipped)}))
+
+
+def read_notes(folder: Path) -> tuple[int, list[int]]:
+    """Read what ``write_notes`` wrote."""
+    notes = read_json(folder / NOTES_FILE)
+    if not isinstance(notes.get("step"), int) or not isinstance(notes.get("skipped"), list):
+        raise InputError(f"{folder / NOTES_FILE}: is not a checkpoint's")
+    return notes["step"], notes["skipped"]
+
+
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of everything in a state, without reading it."""
     try:
@@ -95,6 +114,8 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _load(folder: Path, tensors: dict[str, Any], no_dist: bool = False) -> None:
+    # Where there is no job, torch says that there is none.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch")
     try:
         dcp.load(tensors, checkpoint_id=folder, no_dist=no_dist or not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:

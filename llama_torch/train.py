@@ -30,7 +30,16 @@ from .loss import count_valid, loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw
 from .packing import pack_documents
-from .progress import Progress
+from .parallel import (
+    Parallel,
+    PeerLostError,
+    first_says,
+    is_restarted,
+    is_speaker,
+    job,
+    require_layout,
+)
+from .progress import Progress, Silence
 from .step import Batch, split_window, train_step
 from .stopping import Stop, Stopped, signals
 from .text import Gpt2
@@ -43,19 +52,32 @@ TRACED_STEPS = 3
 
 @torch.no_grad()
 def evaluate(
-    model: Llama, windows: Sequence[Tensor], split: Callable[[Tensor], Batch] = split_window
+    model: Llama,
+    windows: Sequence[Tensor],
+    split: Callable[[Tensor], Batch] = split_window,
+    parallel: Parallel | None = None,
 ) -> float:
-    """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1]."""
+    """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1].
+
+    The processes of ``parallel`` share them out, and all return the same.
+    """
+    parallel = parallel or Parallel()
     device = model.head_weight.device
-    total, n_valid = torch.zeros((), dtype=torch.float64, device=device), 0
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
     with speedup.uncompiled():
-        for window in windows:
-            batch = split(window)
-            n_valid += count_valid(batch.targets)
+        # Shards are gathered together: all take as many, the last ones perhaps in vain.
+        for first in range(0, len(windows), parallel.data_size):
+            at = first + parallel.data_rank
+            batch = split(windows[min(at, len(windows) - 1)])
             tokens, targets, positions, mask = batch.to(device)
-            hidden, _ = model.model(tokens, positions=positions, mask=mask)
-            total += loss_sum(hidden, model.head_weight, targets)
-    return total.item() / n_valid
+            hidden = parallel.hidden(model, tokens, positions, mask)
+            loss = loss_sum(hidden, model.head_weight, targets)
+            if at < len(windows):
+                total += torch.stack([loss, loss.new_full((), count_valid(batch.targets))])
+    parallel.reshard(model)
+    loss, n_valid = parallel.total(total).tolist()
+    found: float = loss / n_valid
+    return found
 
 
 def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -65,36 +87,46 @@ def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return found
 
 
-def set_up(config: TrainConfig, device: torch.device) -> tuple[Llama, Optimizer]:
+def set_up(
+    config: TrainConfig, device: torch.device, parallel: Parallel | None = None
+) -> tuple[Llama, Optimizer]:
     """Build the model with its seeded initial weights, and its optimizer."""
     torch.set_float32_matmul_precision(config.matmul_precision)
+    generator, dtype = torch.Generator().manual_seed(config.seed), pick_dtype(config, device)
+    if parallel and parallel.is_sharded:
+        model = parallel.build(config.model, dtype, generator)
+        return model, make_adamw(model, config.optim)
     model = Llama(config.model)
-    model.init_weights(torch.Generator().manual_seed(config.seed))
+    model.init_weights(generator)
     model.to(device)
-    return model, make_adamw(model, config.optim, pick_dtype(config, device))
+    return model, make_adamw(model, config.optim, dtype)
 
 
 def prepare(
-    config: TrainConfig, device: torch.device, held: ExitStack
+    config: TrainConfig, device: torch.device, parallel: Parallel, held: ExitStack
 ) -> tuple[Corpus, Llama, Optimizer, int, list[int]]:
     """Load text, model and optimizer, and claim or restore the run, whose lock ``held`` keeps.
 
     Returns the number of steps done and those skipped too. What can be refused is refused
-    before the work that it would waste.
+    before the work that it would waste. In a job the first process speaks to the disk.
     """
     out = Path(config.out)
-    if config.resume:
+    if config.resume and parallel.is_first:
         run_dir.require_same(config)
         held.enter_context(run_dir.lock(out))
-    corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
-    if config.resume:
+    with parallel.first_goes_first():
+        corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
+    if config.resume and parallel.is_first:
         run_dir.require_same(config, corpus.key)
-    model, optimizer = set_up(config, device)
+    model, optimizer = set_up(config, device, parallel)
+    start, skipped = 0, list[int]()
     if config.resume:
-        return corpus, model, optimizer, *run_dir.restore(out, model, optimizer)
-    held.enter_context(run_dir.lock(out))
-    run_dir.claim(config, corpus.key)
-    return corpus, model, optimizer, 0, []
+        start, skipped = run_dir.restore(out, model, optimizer, parallel)
+    elif parallel.is_first:
+        held.enter_context(run_dir.lock(out))
+        run_dir.claim(config, corpus.key)
+    parallel.replicate(model)
+    return corpus, model, optimizer, start, skipped
 
 
 def train(config: TrainConfig) -> float:
@@ -109,13 +141,14 @@ def train(config: TrainConfig) -> float:
 def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
     context, out = config.model.max_seq_len, Path(config.out)
     device = pick_device(config.device)
+    parallel = Parallel.of(config.parallel, device)
     # A run keeps the precision it began with, wherever it is resumed.
     is_bfloat16 = pick_dtype(config, device) == torch.bfloat16
     config = dataclasses.replace(config, dtype="bfloat16" if is_bfloat16 else "float32")
     if config.verify_every:
         verification().require_memory(config.model)
-    corpus, model, optimizer, start, skipped = prepare(config, device, held)
     rows = config.batch_size * config.grad_accum
+    corpus, model, optimizer, start, skipped = prepare(config, device, parallel, held)
     split = pack_documents if config.data.pack_documents else split_window
     windows = train_batches(
         corpus,
@@ -125,20 +158,25 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
         first=start,
         last=config.steps,
         workers=config.data.num_workers,
+        rank=parallel.data_rank,
+        world=parallel.data_size,
     )
     held_out = val_batches(corpus, context, config.batch_size, config.eval_batches)
     is_compiled = speedup.prepare(model, config)
     n_parameters = sum(p.numel() for p in model.parameters())
-    at_peak = peak_flops(device, getattr(torch, config.dtype))
+    at_peak = parallel.world * peak_flops(device, getattr(torch, config.dtype))
     at_peak /= flops_per_token(config.model, n_parameters)
     sampler = StepSampler(corpus, context, config.seed, rows, start, config.steps)
     guard = Guard(config, device, sampler.describe, skipped)
-    best = run_dir.best_loss(out)
-    with (
-        Board(out / "tensorboard", start + 1 if start else 0) as board,
-        Progress(board, start, config.steps, rows * context, device, at_peak) as progress,
-        tracing(config, progress) as traced,
-    ):
+    saver = run_dir.Saver(config, model, optimizer, parallel)
+    progress: Progress | Silence = Silence()
+    with ExitStack() as shown:
+        if parallel.is_first:
+            board = shown.enter_context(Board(out / "tensorboard", start + 1 if start else 0))
+            speed = rows * context, device, at_peak
+            progress = shown.enter_context(Progress(board, start, config.steps, *speed))
+        traced = shown.enter_context(tracing(config, progress))
+        shown.enter_context(parallel.alike())
         progress.say(describe(corpus))
         progress.say(
             f"{n_parameters:,} parameters, {config.dtype} on {device}, "
@@ -146,7 +184,7 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
         )
         if start:
             progress.say(f"continuing after step {start}")
-        val_loss = evaluate(model, held_out, split)
+        val_loss = evaluate(model, held_out, split, parallel)
         if not start:
             progress.validated(start, val_loss)
         stop.deferred = True
@@ -162,7 +200,9 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
                 grad_clip=config.optim.grad_clip,
                 z_loss=config.optim.z_loss,
                 accept=partial(guard.accept, done),
+                parallel=parallel,
             )
+            asked = parallel.most(stop.asked)
             last = done == config.steps
             progress.advance(done)
             traced()
@@ -174,31 +214,36 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
             if last or done % config.log_every == 0:
                 guard.look()
                 progress.trained(done, loss.item(), lr, norm.item())
+                for saved in saver.look():
+                    progress.saved(saved)
             if config.verify_every and (last or done % config.verify_every == 0):
                 guard.look()
                 verify(model, batches, config, done, progress)
             if last or done % config.eval_every == 0:
                 guard.look()
-                val_loss = evaluate(model, held_out, split)
+                val_loss = evaluate(model, held_out, split, parallel)
                 progress.validated(done, val_loss)
-                if config.keep_best and val_loss < best:
-                    run_dir.save_best(out, model, optimizer, done, val_loss)
-                    best = val_loss
+                saver.validated(done, val_loss)
             if config.sample_every and (last or done % config.sample_every == 0):
-                progress.sampled(done, sample(model, config, done))
-            if last or stop.asked or done % config.save_every == 0:
+                progress.sampled(done, sample(model, config, done, parallel))
+            if last or asked or done % config.save_every == 0:
                 guard.look()
-                run_dir.save(out, model, optimizer, done, skipped, config.keep_last)
-                progress.saved(done)
-                if stop.asked and not last:
-                    raise Stopped(stop.asked, done)
+                for saved in saver.save(done, skipped, waits=last or asked > 0):
+                    progress.saved(saved)
+                if asked and not last:
+                    raise Stopped(asked, done)
+        saver.export()
         if skipped:
             progress.say(f"{len(skipped)} bad steps skipped: {', '.join(map(str, skipped))}")
     return val_loss
 
 
 def verify(
-    model: Llama, batches: Sequence[Batch], config: TrainConfig, done: int, progress: Progress
+    model: Llama,
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    done: int,
+    progress: Progress | Silence,
 ) -> None:
     """Compare the model with the oracle; raise Breach where it computes something else."""
     oracle = verification()
@@ -217,9 +262,9 @@ def verification() -> ModuleType:
 
 
 @contextmanager
-def tracing(config: TrainConfig, progress: Progress) -> Iterator[Callable[[], None]]:
+def tracing(config: TrainConfig, progress: Progress | Silence) -> Iterator[Callable[[], None]]:
     """With --profile, write a trace of some steps; yield what is to be called after each."""
-    if not config.profile:
+    if not config.profile or isinstance(progress, Silence):
         yield lambda: None
         return
     path = Path(config.out) / TRACE_FILE
@@ -235,8 +280,12 @@ def tracing(config: TrainConfig, progress: Progress) -> Iterator[Callable[[], No
         yield profiler.step
 
 
-def sample(model: Llama, config: TrainConfig, step: int) -> str:
+def sample(model: Llama, config: TrainConfig, step: int, parallel: Parallel | None = None) -> str:
     """Write 40 tokens after the sample prompt; the draw is a function of (seed, step)."""
+    if parallel and parallel.is_sharded:
+        return "(no sample: no process holds the whole model)"
+    if parallel and not parallel.is_first:
+        return ""
     if config.model.vocab_size < VOCAB_SIZE:
         return "(no sample: the vocabulary is smaller than the encoding's)"
     prompt = gpt2().encode_ordinary(config.sample_prompt)[: config.model.max_seq_len - 1]
@@ -253,7 +302,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    config = run_dir.resolve_config(argv)
+    try:
+        with job():
+            return _in_job(argv)
+    except PeerLostError:
+        if is_speaker():
+            print(
+                "error: another process of this job ended; torchrun says which. Mend its cause and "
+                "continue with --resume, as torchrun does by itself given --max-restarts",
+                file=sys.stderr,
+            )
+        return 1
+
+
+def _in_job(argv: Sequence[str]) -> int:
+    def settle() -> TrainConfig:
+        config = run_dir.resolve_config(run_dir.after_restart(argv) if is_restarted() else argv)
+        require_layout(config)
+        return config
+
+    config = first_says(settle)
     if config.dry_run:
         return dry_run.report(config)
     started = time.perf_counter()
@@ -261,8 +329,11 @@ def _main(argv: Sequence[str]) -> int:
         val_loss = train(config)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        print(_farewell(stopped, config.out), file=sys.stderr)
+        if is_speaker():
+            print(_farewell(stopped, config.out), file=sys.stderr)
         return 128 + stopped.signum
+    if not is_speaker():
+        return 0
     print(
         f"finished in {time.perf_counter() - started:.0f} s: validation loss {val_loss:.3f}, "
         f"perplexity {math.exp(val_loss):.1f}, checkpoint in {config.out}\n"

@@ -40,7 +40,7 @@ def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
     dtype, settings = getattr(torch, layout.dtype), optim_config(case.hyper)
     torch.set_default_dtype(torch.float32 if dtype == torch.bfloat16 else dtype)
     config = torch_config(case.config)
-    parallel = Parallel.of(ParallelConfig(layout.fsdp, layout.tp), config, torch.device("cpu"))
+    parallel = Parallel.of(ParallelConfig(layout.fsdp, layout.tp), torch.device("cpu"))
     Llama.init_part = given(case)  # type: ignore[method-assign]
     model, optimizer = built(parallel, config, dtype, settings)
     mine = case.batches[parallel.rows(len(case.batches))]

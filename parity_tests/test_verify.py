@@ -19,6 +19,7 @@ from torch import Tensor
 from llama_torch import loss, run_dir, step, train, verify
 from llama_torch import model as torch_module
 from llama_torch.checkpoint import STATE_FILE
+from llama_torch.checkpoints import newest
 from llama_torch.config import InputError, ModelConfig, OptimConfig
 from llama_torch.model import Llama
 from llama_torch.optim import make_adamw
@@ -139,10 +140,10 @@ def test_a_verified_run_is_the_unverified_one_to_the_bit(
             code = train.main([*flags, *more, *every, "--out", str(out)])
         assert code == (130 if name == "parted" else 0)
     assert train.main(["--resume", "--out", str(outs["parted"])]) == 0
-    expected, logged = load_file(outs["plain"] / STATE_FILE), scalars(outs["plain"])
+    expected, logged = load_file(newest(outs["plain"]) / STATE_FILE), scalars(outs["plain"])
     assert not any(tag.startswith("verify/") for tag in logged)
     for name in ("verified", "parted"):
-        found, seen = load_file(outs[name] / STATE_FILE), scalars(outs[name])
+        found, seen = load_file(newest(outs[name]) / STATE_FILE), scalars(outs[name])
         assert all(torch.equal(found[key], expected[key]) for key in expected)
         for tag in ("train/loss", "train/grad_norm", "val/loss"):
             assert dict(seen[tag]) == dict(logged[tag])
