@@ -32,7 +32,7 @@ from .checkpoints import BEST
 from .config import InputError, ModelConfig, TrainConfig, read_json
 from .master_adamw import MasterAdamW
 from .model import Llama
-from .parallel import Parallel, job_name
+from .parallel import Parallel, is_launched, job_name
 
 RUNS = Path("runs")
 LOCK_FILE = "lock"
@@ -54,6 +54,8 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
         return config
     out = Path(early.out) if early.out else _latest_run()
     stored = _stored(out)["settings"]
+    if not is_launched():  # one process resumes what many began
+        stored.pop("parallel", None)
     defaults = [*cli.as_flags(stored | {"out": str(out), "config": ""}), *defaults]
     return cli.parse(TrainConfig, argv, defaults)
 

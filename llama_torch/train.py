@@ -37,6 +37,7 @@ from .parallel import (
     is_restarted,
     is_speaker,
     job,
+    leave,
     require_layout,
 )
 from .progress import Progress, Silence
@@ -355,4 +356,4 @@ def _farewell(stopped: Stopped, out: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from llama_torch.config import OptimConfig, ParallelConfig
 from llama_torch.model import Llama
 from llama_torch.optim import learning_rate, make_adamw
-from llama_torch.parallel import Parallel, job
+from llama_torch.parallel import Parallel, job, leave
 from llama_torch.step import train_step
 
 from .backends.torch_backends import optim_config, to_torch
@@ -107,3 +107,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -1,8 +1,10 @@
 """Several processes take the step that one takes, which is the oracle's: every way to share it."""
 
+import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,22 +49,13 @@ def cases() -> list[TrainingCase]:
     return found
 
 
-def torchrun(world: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(world),
-            "-m",
-            *map(str, arguments),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+def torchrun(
+    world: int, *arguments: object, more: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *more]
+    command += ["--nproc-per-node", str(world), "-m", *map(str, arguments)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,157 @@
+"""A run on several processes: the same run on any number of them, and what ends it."""
+
+import shutil
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llama_torch import gather, train
+from llama_torch.checkpoint import MODEL_FILE
+from llama_torch.checkpoints import newest
+
+from .test_parallel import torchrun
+from .test_train import TEXT, scalars
+
+RUN = [
+    *("--dim", "16", "--n-layers", "2", "--n-heads", "4", "--n-kv-heads", "2", "--seed", "3"),
+    *("--max-seq-len", "16", "--batch-size", "4", "--steps", "6", "--warmup-steps", "2"),
+    *("--log-every", "1", "--eval-every", "3", "--eval-batches", "3", "--sample-every", "3"),
+    *("--save-every", "2", "--keep-last", "9", "--device", "cpu", "--dtype", "float32"),
+    *("--lr", "1e-3"),
+]
+# Six float32 steps whose sums are taken in another order. Measured: 2e-7.
+ROUNDING = 2e-5
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return [*RUN, "--data", str(path), "--cache-dir", str(path.parent / "cache")]
+
+
+@pytest.fixture(scope="module")
+def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert train.main([*flags, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two processes, each with half of the model."""
+    out = tmp_path_factory.mktemp("shards") / "run"
+    done = torchrun(2, "llama_torch.train", *flags, "--fsdp", "2", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 4  # one process speaks, and tells the end
+    return out
+
+
+def require_same_run(found: Path, expected: Path, first: int = 1) -> None:
+    mine, theirs = scalars(found), scalars(expected)
+    for tag in ("train/loss", "train/grad_norm", "val/loss"):
+        steps = {step: value for step, value in theirs[tag] if step >= first}
+        values = {step: value for step, value in mine[tag] if step >= first}
+        assert values == pytest.approx(steps, rel=ROUNDING)
+    weights, others = load_file(found / MODEL_FILE), load_file(expected / MODEL_FILE)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert (weight - others[name]).norm() <= ROUNDING * others[name].norm(), name
+
+
+def back_to(step: int, run: Path, out: Path) -> Path:
+    """Copy a run as it was after ``step``, by the remedy that the README names."""
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns(MODEL_FILE, "tensorboard", "best"))
+    for folder in (out / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    return out
+
+
+def test_shards_train_as_one(alone: Path, shards: Path) -> None:
+    require_same_run(shards, alone)
+    assert not list(newest(shards).glob("*.safetensors"))
+
+
+def test_one_process_goes_on_where_two_stopped(alone: Path, shards: Path, tmp_path: Path) -> None:
+    out = back_to(4, shards, tmp_path / "run")
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    require_same_run(out, alone, first=5)
+
+
+def test_two_go_on_where_one_stopped(alone: Path, tmp_path: Path) -> None:
+    out = back_to(4, alone, tmp_path / "run")
+    done = torchrun(2, "llama_torch.train", "--resume", "--out", out, "--tp", "2")
+    assert done.returncode == 0, done.stderr
+    require_same_run(out, alone, first=5)
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_shards_are_gathered(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert gather.main([str(shards), "--step", "6", "--to", str(tmp_path / "model")]) == 0
+    weights, others = load_file(tmp_path / "model" / MODEL_FILE), load_file(shards / MODEL_FILE)
+    assert all(torch.equal(weights[name], others[name]) for name in others | weights)
+    assert (tmp_path / "model" / "tokenizer.json").exists()
+    assert gather.main([str(shards), "--step", "5"]) == 2
+    assert "no such checkpoint; there are: 2, 4, 6" in capsys.readouterr().err
+
+
+def test_a_process_that_dies_ends_the_job_and_a_restart_resumes_it(
+    flags: list[str], alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    killed = (int(signal.SIGKILL), 4, *flags, "--fsdp", "2", "--out", out)
+    done = torchrun(2, "parity_tests.signalled_worker", *killed, more=["--max-restarts", "1"])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("another process of this job ended") == 1
+    assert "continuing after step 2" in done.stdout
+    require_same_run(out, alone)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    flags: list[str], alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    stopped = (int(signal.SIGTERM), 3, *flags, "--out", out)
+    done = torchrun(2, "parity_tests.signalled_worker", *stopped)
+    assert done.returncode != 0
+    assert "stopped by SIGTERM; continue after step 3" in done.stderr
+    assert newest(out).name == "3"
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    require_same_run(out, alone)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tp", "3"], "--tp 3: 2 processes cannot be shared out so"),
+        (["--fsdp", "2", "--tp", "2"], "--fsdp 2: --tp 2 leaves 1 of 2 processes"),
+        (["--tp", "2", "--n-kv-heads", "1"], "--tp 2 does not divide --n-kv-heads 1"),
+        (["--batch-size", "3"], "is 3, which 2 processes cannot share equally"),
+        (["--dry-run"], "--dry-run measures one process"),
+        (["--verify-every", "2", "--fsdp", "2"], "--verify-every compares whole models"),
+    ],
+)
+def test_what_cannot_be_shared_out(
+    more: list[str],
+    message: str,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """As the first of two processes would say before any of them waits for another."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train, "job", nullcontext)
+    assert train.main([*flags, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_process_of_a_job_says_what_is_wrong(flags: list[str], tmp_path: Path) -> None:
+    done = torchrun(2, "llama_torch.train", *flags, "--tp", "4", "--out", tmp_path / "run")
+    assert done.returncode != 0
+    assert done.stderr.count("error: --tp 4: 2 processes") == 1
+    assert not (tmp_path / "run").exists()
