@@ -47,7 +47,7 @@ FLOAT32, BFLOAT16 = ["--dtype", "float32"], ["--dtype", "bfloat16"]
 def flags(tmp_path: Path) -> list[str]:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
-    return [*SMALL_RUN, "--data", str(path)]
+    return [*SMALL_RUN, "--sample-every", "0", "--data", str(path)]
 
 
 def pack(batch: step.Batch, rng: np.random.Generator) -> step.Batch:
