@@ -50,8 +50,8 @@ from .model import Llama
 # Rows and leading positions that count in a step's first and second micro-batch: few, since the
 # oracle runs on the host, and not as many in both, since their gradients make one mean.
 PARTS = ((2, 64), (1, 32))
-# Of host memory for each parameter: gradients in float64 and twice in float32.
-BYTES_PER_PARAMETER = 16
+# Of host memory for each parameter: gradients in float64 and twice in float32, and one matrix.
+BYTES_PER_PARAMETER = 18
 # How often plain arithmetic is tried where the first try says that the model errs too much: how
 # far a rounding is carried is a matter of luck.
 TRIES = 4
@@ -298,8 +298,7 @@ def _compute(
         )
         loss += float(ops.cross_entropy_sum(logits_BTV, batch.targets, z_loss)) / n_valid
         d_logits = vjps.cross_entropy_vjp(logits_BTV, batch.targets, n_valid, z_loss)
-        head_VD = ops.read(params, LM_HEAD, config)
-        head_sizes.append((_norm(np.abs(d_logits) @ np.abs(head_VD)), _norm(d_logits @ head_VD)))
+        head_sizes.append(_head_sizes(d_logits, ops.read(params, LM_HEAD, config)))
         grads = grad.backward(params, batch, trace, d_logits, config, vjps)
         total = {name: total[name] + g if total else g for name, g in grads.items()}
         logits.append(logits_BTV.reshape(1, -1, config.vocab_size))
@@ -307,6 +306,13 @@ def _compute(
     by_layer = np.array(sizes).reshape(len(batches), config.n_layers, 2)[:, ::-1]
     cancelled, in_head = _cancelled(by_layer), float(_cancelled(np.array(head_sizes)))
     return _Computed(np.concatenate(logits, axis=1), loss, total, cancelled, in_head)
+
+
+def _head_sizes(d_logits_BTV: Array, head_VD: Array) -> tuple[float, float]:
+    """Return the norms of a product's terms and of the product; in float32, which is enough."""
+    left, right = d_logits_BTV.astype(np.float32), head_VD.astype(np.float32)
+    product = left @ right
+    return _norm(np.abs(left) @ np.abs(right)), _norm(product)
 
 
 def _cancelled(sizes: Array) -> Array:
