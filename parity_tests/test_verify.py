@@ -225,7 +225,9 @@ def mean_of_means(patch: Patch) -> None:
 def last_gradient_alone(patch: Patch) -> None:
     """Of several micro-batches, one."""
     real = step.accumulate
-    patch.setattr(step, "accumulate", lambda model, batches, z: real(model, batches[-1:], z))
+    patch.setattr(
+        step, "accumulate", lambda model, batches, *rest: real(model, batches[-1:], *rest)
+    )
 
 
 def embedding_forgotten(patch: Patch) -> None:
