@@ -246,8 +246,9 @@ class _Computed(NamedTuple):
     logits: Array  # [1, N, V], of all positions that count
     loss: float
     grads: Grads
-    # How many times smaller than its terms a sum is: each layer's softmax's gradient, and the one
-    # over the vocabulary that every gradient comes from.
+    # How many times smaller than its terms a sum is: each layer's gradient of scores, which is
+    # p_i (d_o . v_i - sum_j p_j d_o . v_j), and the one over the vocabulary that every gradient
+    # comes from.
     cancelled: Array
     cancelled_in_head: float
 
@@ -275,14 +276,21 @@ def _compute(
     is_own = precision in ("float64", "float32")
     forward_ops: Ops = ops if is_own else plain_ops(precision)
     vjps = SimpleNamespace(**vars(grad.REFERENCE if is_own else plain_vjps(precision)))
-    softmax_vjp, sizes, head_sizes = vjps.masked_softmax_vjp, [], []
+    mix_vjp, softmax_vjp = vjps.attention_mix_vjp, vjps.masked_softmax_vjp
+    terms, left, head_sizes = [], [], []
 
-    def watched(weights: Array, d_out: Array) -> Array:
+    def mix(weights: Array, v_BNSK: Array, d_out: Array) -> tuple[Array, Array]:
+        size = grad.attention_mix_vjp(weights, np.abs(v_BNSK), np.abs(d_out))[0] * weights
+        terms.append(_norm(size + weights * size.sum(axis=-1, keepdims=True)))
+        found: tuple[Array, Array] = mix_vjp(weights, v_BNSK, d_out)
+        return found
+
+    def softmax(weights: Array, d_out: Array) -> Array:
         d_scores: Array = softmax_vjp(weights, d_out)
-        sizes.append((_norm(weights * d_out), _norm(d_scores)))
+        left.append(_norm(d_scores))
         return d_scores
 
-    vjps.masked_softmax_vjp = watched
+    vjps.attention_mix_vjp, vjps.masked_softmax_vjp = mix, softmax
     n_valid = sum(int(np.sum(batch.targets != IGNORE)) for batch in batches)
     logits, loss, total = [], 0.0, Grads()
     for batch in batches:
@@ -303,7 +311,8 @@ def _compute(
         total = {name: total[name] + g if total else g for name, g in grads.items()}
         logits.append(logits_BTV.reshape(1, -1, config.vocab_size))
     # The backward pass begins at the last layer.
-    by_layer = np.array(sizes).reshape(len(batches), config.n_layers, 2)[:, ::-1]
+    sizes = np.array([*zip(terms, left, strict=True)])
+    by_layer = sizes.reshape(len(batches), config.n_layers, 2)[:, ::-1]
     cancelled, in_head = _cancelled(by_layer), float(_cancelled(np.array(head_sizes)))
     return _Computed(np.concatenate(logits, axis=1), loss, total, cancelled, in_head)
 
