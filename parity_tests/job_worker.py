@@ -99,9 +99,7 @@ def main() -> None:
     cases = pickle.loads(Path(sys.argv[1]).read_bytes())
     with job():
         found = [train(layout, case) for layout, case in cases]
-        if Parallel.of(
-            ParallelConfig(), torch_config(cases[0][1].config), torch.device("cpu")
-        ).is_first:
+        if torch.distributed.get_rank() == 0:
             Path(sys.argv[2]).write_bytes(pickle.dumps(found))
 
 
