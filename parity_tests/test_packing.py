@@ -70,14 +70,16 @@ def test_a_packed_row_is_its_documents_alone(case: Packed) -> None:
     model = torch_model(case.config, case.params).train().requires_grad_(True)
     packed = pack_documents(torch.from_numpy(case.window), case.end)
     found, grads_of = step.accumulate(model, [packed])
-    assert found.item() == pytest.approx(loss, rel=LOGIC)
+    # A probability next to one is known to a rounding of one, however little it leaves to learn.
+    known = 1e-3
+    assert found.item() == pytest.approx(loss, rel=LOGIC, abs=LOGIC * known)
     largest = max(map(size, expected.values()))
     for name, parameter in model.named_parameters():
-        scale = max(size(expected[name]), 1e-3 * largest)
+        scale = max(size(expected[name]), 1e-3 * largest, known)
         assert size(grads_of[parameter].numpy() - expected[name]) <= LOGIC * scale, name
     windows = [torch.from_numpy(case.window)]
     val_loss = train.evaluate(model, windows, lambda window: pack_documents(window, case.end))
-    assert val_loss == pytest.approx(loss, rel=LOGIC)
+    assert val_loss == pytest.approx(loss, rel=LOGIC, abs=LOGIC * known)
 
 
 def test_what_is_packed() -> None:
