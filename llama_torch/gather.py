@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from . import checkpoints, cli, run_dir
+from .checkpoint import RUN_FILE
 from .config import InputError
 
 
@@ -42,6 +43,8 @@ def _main(argv: Sequence[str]) -> int:
         there = ", ".join(map(str, checkpoints.steps(out))) or "none"
         raise InputError(f"{out}: has no such checkpoint; there are: {there}")
     target = Path(config.to or config.run)
+    if (target / RUN_FILE).exists() and not target.samefile(out):
+        raise InputError(f"--to {target} holds another run; choose another directory")
     target.mkdir(parents=True, exist_ok=True)
     run_dir.gather(target, folder, settings.model)
     print(f"{target}: the model of step {folder.name}")

@@ -7,7 +7,9 @@ that was not started by torchrun is alone, and nothing here changes what it does
 
 import os
 import re
+import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,7 +34,9 @@ from .model import Llama
 
 T = TypeVar("T")
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
-LOST = r"(?i)closed by peer|reset by peer|broken pipe|gloo|nccl|store"
+# What gloo and sockets say when the other end is gone; they have no exception of their own for it.
+LOST = r"(?i)(closed|reset) by peer|connection (closed|reset|refused)|broken pipe|timed out"
+TIMEOUT = timedelta(days=1)  # the others wait while the first tokenises; a dead peer shows at once
 
 
 class PeerLostError(Exception):
@@ -55,17 +59,18 @@ def is_speaker() -> bool:
 
 
 def job_name() -> str:
-    """Return what torchrun calls this job, the same after a restart; empty where it has no name."""
+    """Return what this job is called, the same after a restart: torchrun's name for it, if any."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return "" if name == "none" else name
+    return name if name not in ("", "none") else f"{socket.gethostname()}-{os.getppid()}"
 
 
 @contextmanager
 def job() -> Iterator[None]:
-    """Join torchrun's other processes, for as long as this lasts.
+    """Join torchrun's other processes.
 
     gloo carries what the hosts tell each other, so that no GPU is waited for; NCCL the tensors.
-    Raises PeerLostError when another process ends while this one waits for it.
+    Raises PeerLostError when another process ends while this one waits for it. The process is to
+    end with ``leave``.
     """
     if not is_launched():
         yield
@@ -73,24 +78,40 @@ def job() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun's store outlives an attempt, and may still name where its processes listened.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
         yield
-    except (RuntimeError, OSError) as error:
-        # gloo and NCCL have no exception of their own for it.
-        if isinstance(error, InputError) or not re.search(LOST, str(error)):
+    except (RuntimeError, ConnectionError) as error:
+        # A broken pipe that is an OSError is the reader of the output who went away.
+        if isinstance(error, BrokenPipeError):
             raise
-        raise PeerLostError(str(error)) from None
-    dist.destroy_process_group()  # after a failure it might wait for those who are gone
+        if not (isinstance(error, dist.DistError) or re.search(LOST, str(error))):
+            raise
+        raise PeerLostError(str(error).strip().splitlines()[0]) from None
 
 
-def leave(code: int) -> NoReturn:
-    """End this process; in a job without what torch does at its end, where threads may abort it."""
-    if is_launched():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Call ``main`` and end this process with what it returns.
+
+    In a job without what torch and Python do at their end: threads there may abort the process,
+    and the end of a group waits for those who are gone.
+    """
+    if not is_launched():
+        sys.exit(main())
+    code: Any = 1
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 class Parallel:
@@ -127,7 +148,7 @@ class Parallel:
     def talk(self) -> Any:
         """Return a gloo group of all processes in which nothing else is said, made once."""
         if self._talk is None:
-            self._talk = dist.new_group(backend="gloo")
+            self._talk = dist.new_group(backend="gloo", timeout=TIMEOUT)
         return self._talk
 
     @property
@@ -153,7 +174,8 @@ class Parallel:
     def build(self, config: ModelConfig, dtype: torch.dtype, generator: torch.Generator) -> Llama:
         """Return the model with the weights that one process would draw, sharded as drawn.
 
-        Part by part, so that no process ever holds more of it than its share and one block.
+        Part by part, so that beside its share no process holds more than a block, the embedding
+        and the head.
         The shards are float32: bfloat16 as ``dtype`` is what they are gathered and computed in,
         and gradients are summed over processes in float32 all the same.
         """
@@ -250,6 +272,10 @@ class Parallel:
         found = torch.tensor(number)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
+
+    def agree(self, number: int) -> bool:
+        """Return whether all processes have the same number."""
+        return self.most(number) == -self.most(-number)
 
     def barrier(self) -> None:
         """Wait for every process."""

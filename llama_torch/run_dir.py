@@ -68,14 +68,25 @@ def after_restart(argv: Sequence[str]) -> Sequence[str]:
     early = cli.early_flags(argv)
     if early.config:
         early = cli.early_flags([*cli.toml_flags(early.config, TrainConfig), *argv])
-    if early.resume:
+    outs = [Path(early.out)] if early.out else list(_runs().values())
+    began = (out for out in outs if (out / RUN_FILE).is_file())
+    found = [out for out in began if _stored(out).get("job") == job_name()]
+    if early.resume or not found:
         return argv
-    if early.out:
-        found = [Path(early.out)] if (Path(early.out) / RUN_FILE).is_file() else []
-    else:
-        began = (out for out in _runs().values() if (out / RUN_FILE).is_file())
-        found = [out for out in began if job_name() and _stored(out).get("job") == job_name()]
-    return [*argv, "--resume", "--out", str(found[-1])] if found else argv
+    return [*argv, "--resume", "--out", str(found[-1])]
+
+
+def require_shared(out: Path, parallel: Parallel) -> None:
+    """Raise InputError unless all processes of a job see the same run in ``out``."""
+    parallel.barrier()
+    newest = checkpoints.newest(out) if (out / RUN_FILE).is_file() else None
+    seen = -1 if not (out / RUN_FILE).is_file() else int(newest.name) if newest else 0
+    with parallel.alike():
+        if not parallel.agree(seen):
+            raise InputError(
+                f"--out {out}: not every process sees what the first one wrote there; choose a "
+                "directory on a disk that all machines share"
+            )
 
 
 def _runs() -> dict[int, Path]:
@@ -300,11 +311,14 @@ class Saver:
         saved, final = self._finish(), checkpoints.final_folder(self.out, step)
         tensors = training_state(self.model, self.optimizer)
         local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
-        if self.parallel.most(int(not all(bool(t.isfinite().all()) for t in local))):
-            raise InputError(
-                f"a parameter or moment is not finite after step {step}; lower --lr (the last "
-                "checkpoint stands)"
-            )
+        good = torch.stack([tensor.isfinite().all() for tensor in local]).all()
+        bad = self.parallel.most(int(not good))
+        with self.parallel.alike():
+            if bad:
+                raise InputError(
+                    f"a parameter or moment is not finite after step {step}; lower --lr (the last "
+                    "checkpoint stands)"
+                )
         with _writing(final):
             if self.parallel.is_first:
                 sharded.write_notes(checkpoints.begin(final), step, skipped)
@@ -324,8 +338,8 @@ class Saver:
             gather(self.out, folder, self.model.config)
         self.parallel.barrier()
 
-    def look(self) -> list[int]:
-        """Return the steps whose checkpoints have been completed since the last look."""
+    def completed(self) -> list[int]:
+        """Return the steps whose checkpoints have been completed since the last call."""
         if self.pending and not self.parallel.most(int(not self.pending[1].is_done())):
             return self._finish()
         return []
@@ -407,6 +421,8 @@ def restore(
         if older:
             remedy = f"delete {folder} to continue from step {older.name}"
         raise InputError(f"--resume: {error}; or {remedy}") from None
+    if parallel.is_sharded and not sharded.holds(folder):
+        tensors = _take_shards(folder, tensors, model, optimizer, parallel)
     _assign(tensors, model, optimizer, step - len(skipped))
     if parallel.is_first and not parallel.is_sharded:
         names = (name for name, _ in model.named_parameters())
@@ -417,35 +433,52 @@ def restore(
 def _read(
     folder: Path, model: Llama, optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> tuple[dict[str, Tensor], int, list[int]]:
-    """Return a checkpoint's tensors, laid out as the model's are; its steps, and those skipped."""
+    """Return a checkpoint's tensors, the number of its steps, and those skipped.
+
+    Tensors of one file are whole; others are laid out as the model's are.
+    """
     parameters = dict(model.named_parameters())
     kinds = ("parameter", "exp_avg", "exp_avg_sq")
     expected = {f"{kind}.{n}": tuple(p.shape) for n, p in parameters.items() for kind in kinds}
-    tensors: dict[str, Tensor] = {}
-    if parallel.is_sharded:
-        kept = training_state(model, optimizer)
-        tensors = {name: torch.empty_like(tensor) for name, tensor in kept.items()}
-    if sharded.is_sharded(folder):
+    if sharded.holds(folder):
         step, skipped = sharded.read_notes(folder)
         if not parallel.is_sharded:
             require_match(folder, expected, sharded.shapes(folder))
             return sharded.load_whole(folder, expected), step, skipped
+        tensors = _like_state(model, optimizer)
         sharded.load(folder, tensors)
         return tensors, step, skipped
     whole, step, skipped = load_state(folder)
     require_match(folder / STATE_FILE, expected, {n: tuple(t.shape) for n, t in whole.items()})
-    if not parallel.is_sharded:
-        return whole, step, skipped
-    # Every process takes its shards out of a copy in the other form.
+    return whole, step, skipped
+
+
+def _like_state(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = training_state(model, optimizer)
+    return {name: torch.empty_like(tensor) for name, tensor in state.items()}
+
+
+def _take_shards(
+    folder: Path,
+    whole: dict[str, Tensor],
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    parallel: Parallel,
+) -> dict[str, Tensor]:
+    """Return every process's shards, out of a copy in the other form, which does not remain."""
+    tensors = _like_state(model, optimizer)
     copy = folder.with_name(f"{folder.name}.shards{checkpoints.TEMPORARY}")
     if parallel.is_first:
-        sharded.save(copy, whole, alone=True)
+        try:
+            sharded.save(copy, whole, alone=True)
+        except InputError as error:
+            raise InputError(f"--resume: {error}; make room there") from None
     parallel.barrier()
     sharded.load(copy, tensors)
     parallel.barrier()
     if parallel.is_first:
         shutil.rmtree(copy, ignore_errors=True)
-    return tensors, step, skipped
+    return tensors
 
 
 @torch.no_grad()
@@ -468,7 +501,7 @@ def _assign(
 def gather(out: Path, folder: Path, config: ModelConfig) -> None:
     """Write the Hugging Face directory ``out`` from a checkpoint, as one process."""
     prefix = "parameter."
-    if sharded.is_sharded(folder):
+    if sharded.holds(folder):
         names = [name for name in sharded.shapes(folder) if name.startswith(prefix)]
         tensors = sharded.load_whole(folder, names)
     else:

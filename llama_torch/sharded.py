@@ -5,7 +5,6 @@ writes its own shards, and a job of any other size and layout reads what it need
 """
 
 import json
-import pickle
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,7 +25,7 @@ NOTES_FILE = "state.json"
 METADATA_FILE = ".metadata"  # written last: a folder without it is no checkpoint
 
 
-def is_sharded(folder: Path) -> bool:
+def holds(folder: Path) -> bool:
     """Return whether a folder holds a state in this form."""
     return (folder / METADATA_FILE).is_file()
 
@@ -107,7 +106,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of everything in a state, without reading it."""
     try:
         metadata = dcp.FileSystemReader(folder).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
+    except Exception as error:  # damaged pickles raise anything
         raise InputError(f"{folder}: {_damaged(error)}") from None
     entries = metadata.state_dict_metadata
     return {n: tuple(e.size) for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}

@@ -276,7 +276,11 @@ def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) 
             done.shards, done.highest = (*done.shards, shard), max(done.highest, highest)
             done.file, done.start, done.skip = *stream.place, stream.used
             write_text(folder / PROGRESS_FILE, json.dumps(asdict(done)))
-    documents.require_unchanged(text)
+    try:
+        documents.require_unchanged(text)
+    except InputError:
+        (folder / PROGRESS_FILE).unlink()  # these tokens are of neither text
+        raise
     total = sum(shard.tokens for shard in done.shards)
     index = Index(dtype, RANKS_SHA256, text.key, shard_tokens, total, done.highest, done.shards)
     record = {"format": FORMAT, "version": VERSION, **asdict(index)}

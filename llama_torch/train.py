@@ -121,11 +121,13 @@ def prepare(
         run_dir.require_same(config, corpus.key)
     model, optimizer = set_up(config, device, parallel)
     start, skipped = 0, list[int]()
-    if config.resume:
-        start, skipped = run_dir.restore(out, model, optimizer, parallel)
-    elif parallel.is_first:
+    if not config.resume and parallel.is_first:
         held.enter_context(run_dir.lock(out))
         run_dir.claim(config, corpus.key)
+    run_dir.require_shared(out, parallel)
+    if config.resume:
+        with parallel.alike():
+            start, skipped = run_dir.restore(out, model, optimizer, parallel)
     parallel.replicate(model)
     return corpus, model, optimizer, start, skipped
 
@@ -168,7 +170,7 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
     at_peak = parallel.world * peak_flops(device, getattr(torch, config.dtype))
     at_peak /= flops_per_token(config.model, n_parameters)
     sampler = StepSampler(corpus, context, config.seed, rows, start, config.steps)
-    guard = Guard(config, device, sampler.describe, skipped)
+    guard = Guard(config, device, sampler.describe, skipped, speaks=parallel.is_first)
     saver = run_dir.Saver(config, model, optimizer, parallel)
     progress: Progress | Silence = Silence()
     with ExitStack() as shown:
@@ -177,12 +179,13 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
             speed = rows * context, device, at_peak
             progress = shown.enter_context(Progress(board, start, config.steps, *speed))
         traced = shown.enter_context(tracing(config, progress))
-        shown.enter_context(parallel.alike())
         progress.say(describe(corpus))
         progress.say(
             f"{n_parameters:,} parameters, {config.dtype} on {device}, "
             f"{rows * context:,} tokens a step, run directory {out}"
         )
+        if config.keep_best and parallel.is_sharded:
+            progress.say("best/ is not kept: no process holds the whole model")
         if start:
             progress.say(f"continuing after step {start}")
         val_loss = evaluate(model, held_out, split, parallel)
@@ -213,11 +216,15 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
             if skipped and skipped[-1] == done:
                 progress.skipped(done, loss.item(), norm.item(), len(skipped))
             if last or done % config.log_every == 0:
+                for saved in saver.completed():
+                    progress.saved(saved)
                 guard.look()
                 progress.trained(done, loss.item(), lr, norm.item())
-                for saved in saver.look():
-                    progress.saved(saved)
-            if config.verify_every and (last or done % config.verify_every == 0):
+            if (
+                config.verify_every
+                and parallel.is_first
+                and (last or done % config.verify_every == 0)
+            ):
                 guard.look()
                 verify(model, batches, config, done, progress)
             if last or done % config.eval_every == 0:
@@ -306,11 +313,11 @@ def _main(argv: Sequence[str]) -> int:
     try:
         with job():
             return _in_job(argv)
-    except PeerLostError:
+    except PeerLostError as error:
         if is_speaker():
             print(
-                "error: another process of this job ended; torchrun says which. Mend its cause and "
-                "continue with --resume, as torchrun does by itself given --max-restarts",
+                f"error: another process of this job ended ({error}); it or torchrun says why. "
+                "Continue with --resume, as torchrun does by itself given --max-restarts",
                 file=sys.stderr,
             )
         return 1
@@ -356,4 +363,4 @@ def _farewell(stopped: Stopped, out: str) -> str:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main)

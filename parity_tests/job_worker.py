@@ -94,15 +94,16 @@ def whole(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().numpy().copy()
 
 
-def main() -> None:
+def main() -> int:
     torch.set_num_threads(1)
     cases = pickle.loads(Path(sys.argv[1]).read_bytes())
     with job():
         found = [train(layout, case) for layout, case in cases]
         if torch.distributed.get_rank() == 0:
             Path(sys.argv[2]).write_bytes(pickle.dumps(found))
+        torch.distributed.barrier()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
-    leave(0)
+    leave(main)

@@ -27,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    parallel.leave(main())
+    parallel.leave(main)

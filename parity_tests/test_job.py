@@ -1,17 +1,24 @@
 """A run on several processes: the same run on any number of them, and what ends it."""
 
+import dataclasses
+import json
 import shutil
 import signal
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
-from llama_torch import gather, train
+from llama_torch import gather, run_dir, sharded, train
 from llama_torch.checkpoint import MODEL_FILE
 from llama_torch.checkpoints import newest
+from llama_torch.config import InputError, ModelConfig, TrainConfig
+from llama_torch.model import Llama
+from llama_torch.parallel import Parallel
 
 from .test_parallel import torchrun
 from .test_train import TEXT, scalars
@@ -103,26 +110,107 @@ def test_shards_are_gathered(shards: Path, tmp_path: Path, capsys: pytest.Captur
 def test_a_process_that_dies_ends_the_job_and_a_restart_resumes_it(
     flags: list[str], alone: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    killed = (int(signal.SIGKILL), 4, *flags, "--fsdp", "2", "--out", out)
-    done = torchrun(2, "parity_tests.signalled_worker", *killed, more=["--max-restarts", "1"])
+    """Without a word of where: a job without --out has its run in runs/1."""
+    killed = (int(signal.SIGKILL), 4, *flags, "--fsdp", "2")
+    again = ["--max-restarts", "1"]
+    done = torchrun(2, "parity_tests.signalled_worker", *killed, more=again, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("another process of this job ended") == 1
     assert "continuing after step 2" in done.stdout
-    require_same_run(out, alone)
+    require_same_run(tmp_path / "runs" / "1", alone)
+
+
+def test_a_restart_leaves_other_runs_alone(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "runs" / "1"
+    for out, job in (mine, "one"), (tmp_path / "runs" / "2", "another"):
+        out.mkdir(parents=True)
+        record = json.loads((alone / "run.json").read_text()) | {"job": job}
+        (out / "run.json").write_text(json.dumps(record))
+    resumed = ["--resume", "--out", str(Path("runs") / "1")]
+    assert run_dir.after_restart([]) == resumed
+    assert run_dir.after_restart(["--out", str(mine)])[-3:] == ["--resume", "--out", str(mine)]
+    for other in (["--out", "runs/2"], ["--out", "new"], ["--resume"]):
+        assert run_dir.after_restart(other) == other
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(
     flags: list[str], alone: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    stopped = (int(signal.SIGTERM), 3, *flags, "--out", out)
+    stopped = (int(signal.SIGTERM), 3, *flags, "--verify-every", "2", "--out", out)
     done = torchrun(2, "parity_tests.signalled_worker", *stopped)
     assert done.returncode != 0
     assert "stopped by SIGTERM; continue after step 3" in done.stderr
+    assert done.stdout.count("verified") == 1
     assert newest(out).name == "3"
     assert train.main(["--resume", "--out", str(out)]) == 0
     require_same_run(out, alone)
+
+
+class Lonely(Parallel):
+    """The second of two processes, to which the first says what it sees in the directory."""
+
+    def __init__(self, first_sees: int) -> None:
+        super().__init__()
+        self.rank, self.world, self.first_sees = 1, 2, first_sees
+
+    def most(self, number: int) -> int:
+        return max(number, self.first_sees if number >= 0 else -self.first_sees)
+
+    def sums(self, *numbers: int) -> list[int]:
+        return list(numbers)
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize(("first_sees", "agrees"), [(6, True), (4, False), (0, False)])
+def test_a_directory_that_is_not_shared(first_sees: int, agrees: bool, alone: Path) -> None:
+    """Of another machine's disk, or of a listing that is out of date."""
+    with nullcontext() if agrees else pytest.raises(InputError, match="not every process sees"):
+        run_dir.require_shared(alone, Lonely(first_sees))
+
+
+class SlowDisk:
+    """A state on its way to a disk that takes it when it is told to."""
+
+    def __init__(self, folder: Path, tensors: dict[str, Tensor], group: object) -> None:
+        self.folder, self.done = folder, False
+
+    def is_done(self) -> bool:
+        return self.done
+
+    def wait(self) -> None:
+        (self.folder / "shard").write_text("all of it")
+
+
+def test_a_checkpoint_is_there_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose state is written while training goes on."""
+    monkeypatch.setattr(sharded, "Saving", SlowDisk)
+    monkeypatch.setattr(Parallel, "is_sharded", True)
+    monkeypatch.setattr(Parallel, "talk", lambda self: None)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    config = TrainConfig(model=ModelConfig(dim=8, n_heads=2, n_kv_heads=1, n_layers=1))
+    config = dataclasses.replace(config, out=str(tmp_path))
+    model, parallel = Llama(config.model), Parallel()
+    saver = run_dir.Saver(config, model, torch.optim.AdamW(model.parameters()), parallel)
+    assert saver.save(2, [], waits=False) == []
+    assert saver.completed() == []
+    assert newest(tmp_path) is None
+    saver.pending[1].done = True
+    assert saver.completed() == [2]
+    assert newest(tmp_path).name == "2"
+    assert saver.save(4, [], waits=False) == []
+    assert saver.save(6, [3], waits=True) == [4, 6]
+    assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "6"]
+    assert sharded.read_notes(newest(tmp_path)) == (6, [3])
 
 
 @pytest.mark.parametrize(
@@ -151,7 +239,12 @@ def test_what_cannot_be_shared_out(
 
 
 def test_one_process_of_a_job_says_what_is_wrong(flags: list[str], tmp_path: Path) -> None:
-    done = torchrun(2, "llama_torch.train", *flags, "--tp", "4", "--out", tmp_path / "run")
+    """And the others end with it."""
+    wrong = [*flags, "--tp", "4", "--out", tmp_path / "run"]
+    done = torchrun(2, "llama_torch.train", *wrong, more=["--max-restarts", "1"])
     assert done.returncode != 0
-    assert done.stderr.count("error: --tp 4: 2 processes") == 1
+    assert done.stderr.count("error: --tp 4: 2 processes") == 2  # in each attempt
+    assert "Traceback" not in done.stderr.replace(
+        'Traceback (most recent call last):\n  File "<frozen', ""
+    )
     assert not (tmp_path / "run").exists()

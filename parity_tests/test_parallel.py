@@ -50,12 +50,12 @@ def cases() -> list[TrainingCase]:
 
 
 def torchrun(
-    world: int, *arguments: object, more: Sequence[str] = ()
+    world: int, *arguments: object, more: Sequence[str] = (), cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *more]
     command += ["--nproc-per-node", str(world), "-m", *map(str, arguments)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=given)
 
 
 @pytest.fixture(scope="module")
