@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(GatherConfig, argv)
     out = Path(config.run)
+    if not (out / RUN_FILE).is_file():
+        raise InputError(f"{out}: holds no run; name the directory of one")
     settings = run_dir.resolve_config(["--resume", "--out", config.run])
     folder = checkpoints.final_folder(out, config.step) if config.step else checkpoints.newest(out)
     if folder is None or not folder.is_dir():
@@ -45,8 +47,11 @@ def _main(argv: Sequence[str]) -> int:
     target = Path(config.to or config.run)
     if (target / RUN_FILE).exists() and not target.samefile(out):
         raise InputError(f"--to {target} holds another run; choose another directory")
-    target.mkdir(parents=True, exist_ok=True)
-    run_dir.gather(target, folder, settings.model)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        run_dir.gather(target, folder, settings.model)
+    except OSError as error:
+        raise InputError(f"--to {target} cannot be written ({error}); choose another") from None
     print(f"{target}: the model of step {folder.name}")
     return 0
 

@@ -11,7 +11,7 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -33,6 +33,7 @@ from .config import InputError, ModelConfig, ParallelConfig, TrainConfig
 from .model import Llama
 
 T = TypeVar("T")
+STRETCH = 1024  # elements
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 # What gloo and sockets say when the other end is gone; they have no exception of their own for it.
 LOST = r"(?i)(closed|reset) by peer|connection (closed|reset|refused)|broken pipe|timed out"
@@ -45,7 +46,12 @@ class PeerLostError(Exception):
 
 def is_launched() -> bool:
     """Return whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _processes() > 1
+
+
+def _processes() -> int:
+    """Return how many processes torchrun started; clusters set the number alone."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def is_restarted() -> bool:
@@ -310,7 +316,7 @@ class Parallel:
 
 def require_layout(config: TrainConfig) -> None:
     """Raise InputError where torchrun's processes cannot share a run as it is configured."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _processes()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fsdp, tp = config.parallel.fsdp, config.parallel.tp
     if world % tp:
@@ -321,7 +327,7 @@ def require_layout(config: TrainConfig) -> None:
     if fsdp and world // tp % fsdp:
         raise InputError(
             f"--fsdp {fsdp}: --tp {tp} leaves {world // tp} of {world} processes; choose a divisor "
-            "of that"
+            "of that, such as --fsdp 1"
         )
     for name in ("n_heads", "n_kv_heads", "hidden_dim"):
         if getattr(config.model, name) % tp:
@@ -381,11 +387,32 @@ def global_norm(grads: Iterable[Tensor]) -> Tensor:
         groups.setdefault((mesh, axes), []).append(grad)
     squares = []
     for (mesh, axes), tensors in groups.items():
-        square = torch.stack(torch._foreach_norm(tensors, 2)).square().sum()
+        square = norm_of(tensors).square()
         for axis in axes:
             dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of all tensors together, in float32 or wider.
+
+    A CPU adds the squares one after the other, and of a large matrix a float32 sum is short by a
+    percent: there, stretches of it are summed first.
+    """
+    dtype = tensors[0].dtype if tensors[0].dtype == torch.float64 else torch.float32
+    if tensors[0].is_cuda:
+        norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
+    else:
+        norms = torch.cat([part for tensor in tensors for part in _stretches(tensor, dtype)])
+    return torch.linalg.vector_norm(norms)
+
+
+def _stretches(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    flat = tensor.reshape(-1)
+    even = len(flat) // STRETCH * STRETCH
+    rows, rest = flat[:even].view(-1, STRETCH), flat[even:]
+    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype), rest.to(dtype)
 
 
 def scale_(grads: Iterable[Tensor], factor: Tensor) -> None:

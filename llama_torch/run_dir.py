@@ -327,7 +327,8 @@ class Saver:
         if next(iter(tensors.values())).is_cuda:
             self.pending = step, sharded.Saving(folder, tensors, self.parallel.talk())
             return saved + (self._finish() if waits else [])
-        sharded.save(folder, tensors)
+        with self._clearing(folder):
+            sharded.save(folder, tensors)
         return [*saved, self._commit(step)]
 
     def export(self) -> None:
@@ -348,9 +349,19 @@ class Saver:
         if self.pending is None:
             return []
         step, saving = self.pending
-        saving.wait()
+        with self._clearing(saving.folder):
+            saving.wait()
         self.pending = None
         return [self._commit(step)]
+
+    @contextmanager
+    def _clearing(self, folder: Path) -> Iterator[None]:
+        """Leave nothing of what could not be written."""
+        try:
+            yield
+        except InputError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _commit(self, step: int) -> int:
         self.parallel.barrier()

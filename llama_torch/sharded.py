@@ -64,7 +64,8 @@ class Saving:
 
 
 def _unwritten(folder: Path, error: BaseException) -> str:
-    return f"{folder}: cannot be written ({_reason(error)}); the last checkpoint stands"
+    why = f"{_reason(error)}; is the disk full?"
+    return f"{folder}: cannot be written ({why}); the last checkpoint stands"
 
 
 def _reason(error: BaseException) -> str:

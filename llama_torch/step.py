@@ -11,7 +11,7 @@ from .config import InputError
 from .loss import backward_loss, count_valid
 from .master_adamw import MasterAdamW
 from .model import Llama
-from .parallel import Parallel, global_norm, scale_
+from .parallel import Parallel, global_norm, norm_of, scale_
 
 
 class Batch(NamedTuple):
@@ -86,8 +86,7 @@ def update(
         group["lr"] = lr
     take: Callable[[], object]
     if isinstance(optimizer, MasterAdamW):
-        norms = torch._foreach_norm(list(grads.values()), 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = norm_of(list(grads.values()))
         take = partial(optimizer.update, grads, (grad_clip / (norm + 1e-6)).clamp(max=1.0))
     else:
         norm = global_norm(grads.values())

@@ -34,6 +34,7 @@ from .parallel import (
     Parallel,
     PeerLostError,
     first_says,
+    is_launched,
     is_restarted,
     is_speaker,
     job,
@@ -138,7 +139,7 @@ def train(config: TrainConfig) -> float:
     Raises Stopped when SIGINT or SIGTERM ends it before.
     """
     with ExitStack() as held:
-        return _train(config, held, held.enter_context(signals()))
+        return _train(config, held, held.enter_context(signals(hears_twice=is_launched())))
 
 
 def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
@@ -358,7 +359,8 @@ def _farewell(stopped: Stopped, out: str) -> str:
     if not (Path(out) / RUN_FILE).exists():
         return f"stopped by {name} before the run began; nothing was written"
     saved = "at the last checkpoint" if stopped.saved is None else f"after step {stopped.saved}"
-    command = f"python -m llama_torch.train --resume --out {shlex.quote(out)}"
+    launcher = "torchrun ..." if is_launched() else "python"
+    command = f"{launcher} -m llama_torch.train --resume --out {shlex.quote(out)}"
     return f"stopped by {name}; continue {saved} with: {command}"
 
 

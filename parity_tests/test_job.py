@@ -19,6 +19,7 @@ from llama_torch.checkpoints import newest
 from llama_torch.config import InputError, ModelConfig, TrainConfig
 from llama_torch.model import Llama
 from llama_torch.parallel import Parallel
+from llama_torch.stopping import Stopped, signals
 
 from .test_parallel import torchrun
 from .test_train import TEXT, scalars
@@ -105,6 +106,8 @@ def test_shards_are_gathered(shards: Path, tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "model" / "tokenizer.json").exists()
     assert gather.main([str(shards), "--step", "5"]) == 2
     assert "no such checkpoint; there are: 2, 4, 6" in capsys.readouterr().err
+    assert gather.main([str(tmp_path)]) == 2
+    assert "holds no run; name the directory of one" in capsys.readouterr().err
 
 
 def test_a_process_that_dies_ends_the_job_and_a_restart_resumes_it(
@@ -149,6 +152,17 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     assert newest(out).name == "3"
     assert train.main(["--resume", "--out", str(out)]) == 0
     require_same_run(out, alone)
+
+
+def test_a_signal_may_come_twice_to_a_process_of_a_job() -> None:
+    """From its group, and from torchrun, which passes it on."""
+    with signals(hears_twice=True) as stop:
+        with pytest.raises(Stopped):  # there is no step in hand
+            signal.raise_signal(signal.SIGTERM)
+        stop.asked, stop.deferred = 0, True
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == signal.SIGTERM
 
 
 class Lonely(Parallel):
@@ -233,6 +247,7 @@ def test_what_cannot_be_shared_out(
 ) -> None:
     """As the first of two processes would say before any of them waits for another."""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(train, "job", nullcontext)
     assert train.main([*flags, *more]) == 2
     assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Several processes take the step that one takes, which is the oracle's: every way to share it."""
 
+import math
 import os
 import pickle
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from llama_torch.model import Llama
+from llama_torch.parallel import global_norm, norm_of
 from reference_np.config import LlamaConfig
 from reference_np.optim import Hyper
 
@@ -56,6 +59,16 @@ def torchrun(
     command += ["--nproc-per-node", str(world), "-m", *map(str, arguments)]
     given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_a_large_gradient(dtype: torch.dtype) -> None:
+    """Torch's own float32 sum is short by 5e-4 here; a bound on the norm is not to hang on it."""
+    grads = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (2**23 + 5, 3, 0)]
+    grads = [grad.to(dtype) for grad in grads]
+    exact = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
+    assert global_norm(grads).item() == pytest.approx(exact, rel=1e-6)
+    assert norm_of(grads).dtype == torch.float32
 
 
 @pytest.fixture(scope="module")
