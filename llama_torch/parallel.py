@@ -65,9 +65,14 @@ def is_speaker() -> bool:
 
 
 def job_name() -> str:
-    """Return what this job is called, the same after a restart: torchrun's name for it, if any."""
+    """Return what this job is called, the same after a restart; empty where there is none.
+
+    That is torchrun's name for it, or else its own process, the parent of these.
+    """
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return name if name not in ("", "none") else f"{socket.gethostname()}-{os.getppid()}"
+    if name in ("", "none"):
+        name = f"{socket.gethostname()}-{os.getppid()}" if is_launched() else ""
+    return name
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def in_child(run: Callable[[], int], out: Path, touch: int = 0, seconds: float =
         try:
             die_at(touch, out)
             code = run()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     if seconds:
@@ -72,7 +75,7 @@ def die_at(touch: int, out: Path) -> None:
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
         writes = event in TOUCHES or (event == "open" and args[1] and args[1][0] in "wax")
-        inside = str(args[0]).startswith(str(out))
+        inside = bool(args) and str(args[0]).startswith(str(out))
         # A folder's own files are removed by their names in it.
         if writes and (inside or (event in ("os.remove", "os.rmdir") and args[1] != -1)):
             touched()

@@ -60,6 +60,14 @@ def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "peak_flops", lambda *_: 1e9)
 
 
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """A shell's background jobs, and what they start, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
@@ -620,8 +628,8 @@ def test_what_a_gpu_trained_after_a_bad_step_is_not_saved(
 ) -> None:
     made = guard.Guard.__init__
 
-    def unwaited(self: guard.Guard, *args: Any) -> None:
-        made(self, *args)
+    def unwaited(self: guard.Guard, *args: Any, **more: Any) -> None:
+        made(self, *args, **more)
         self.waits = False
 
     monkeypatch.setattr(guard.Guard, "__init__", unwaited)
