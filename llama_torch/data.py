@@ -7,7 +7,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -211,7 +211,7 @@ def train_batches(
     workers: int,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Yield int64 [rows / world, context + 1] for every step of ``range(first, last)``."""
     sampler = StepSampler(corpus, context, seed, rows, first, last, rank, world)
     loader = DataLoader(
@@ -223,13 +223,17 @@ def train_batches(
     return _plainly(iter(loader))
 
 
-def _plainly(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+def _plainly(batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
     """Yield the batches; of a loader's process, an InputError without the traceback in it."""
     try:
         yield from batches
+        return
     except InputError as error:
-        name = f"{InputError.__module__}.{InputError.__qualname__}: "
-        raise InputError(str(error).rpartition(name)[2].strip()) from None
+        message = str(error)
+    # Nothing may hold the loader any more, whose processes end when it does.
+    del batches
+    name = f"{InputError.__module__}.{InputError.__qualname__}: "
+    raise InputError(message.rpartition(name)[2].strip())
 
 
 def val_batches(corpus: Corpus, context: int, rows: int, most: int) -> list[Tensor]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from .parallel import is_launched
+
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
@@ -53,10 +55,21 @@ def signals(hears_twice: bool = False) -> Iterator[Stop]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def leave_to_parent(worker: int) -> None:
-    """Ignore both signals in a data worker: a terminal sends Ctrl-C to all, and it may not die.
+PATIENCE = 60  # seconds
 
-    Its parent finishes the step in hand, for which it may need the worker, and ends it.
+
+def leave_to_parent(worker: int) -> None:
+    """Outlive both signals in a data worker: a group is sent them, and its trainer needs it yet.
+
+    That one finishes the step in hand, and ends the worker: with SIGTERM, and again when it ends
+    itself, if it must. Hence a second one is obeyed, but not in a job (see Stop.hears_twice).
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    heard = 0
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        heard += 1
+        signal.alarm(PATIENCE if heard == 1 or is_launched() else 1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, handle)

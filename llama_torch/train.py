@@ -180,6 +180,7 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
             speed = rows * context, device, at_peak
             progress = shown.enter_context(Progress(board, start, config.steps, *speed))
         traced = shown.enter_context(tracing(config, progress))
+        shown.callback(windows.close)  # and with it the processes that prepare them
         progress.say(describe(corpus))
         progress.say(
             f"{n_parameters:,} parameters, {config.dtype} on {device}, "
