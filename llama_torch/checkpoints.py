@@ -1,7 +1,8 @@
 """The checkpoints of a run: folders named by their step, each of them complete or absent."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .checkpoint import MODEL_FILE, flush
@@ -51,16 +52,24 @@ def make_folder(final: Path, write: Callable[[Path], None]) -> Path:
     if final.is_dir():
         return final
     try:
-        filling = begin(final)
-        write(filling)
-        finish(final)
+        with writing(final):
+            filling = begin(final)
+            write(filling)
+            finish(final)
+    finally:
+        shutil.rmtree(temporary(final), ignore_errors=True)
+    return final
+
+
+@contextmanager
+def writing(final: Path) -> Iterator[None]:
+    """Turn what the disk refuses while ``final`` is written into an InputError."""
+    try:
+        yield
     except OSError as error:
         raise InputError(
             f"{final}: cannot be written ({error}); the last checkpoint stands"
         ) from None
-    finally:
-        shutil.rmtree(temporary(final), ignore_errors=True)
-    return final
 
 
 def begin(final: Path) -> Path:

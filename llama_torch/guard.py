@@ -29,13 +29,11 @@ class Guard:
         device: torch.device,
         windows: Callable[[int], str],
         skipped: list[int],
-        speaks: bool = True,
     ) -> None:
-        """Of several processes, which all judge alike, one says why it ends (``speaks``)."""
         self.most = EXPLODED * math.log(config.model.vocab_size)
         self.most += config.optim.z_loss * self.most**2
         self.skips, self.waits = config.skip_bad_steps, device.type == "cpu"
-        self.windows, self.skipped, self.speaks = windows, skipped, speaks
+        self.windows, self.skipped = windows, skipped
         self.noted = torch.zeros(3, dtype=torch.float64, device=device)  # step, loss, norm
 
     def accept(self, step: int, loss: Tensor, norm: Tensor) -> bool:
@@ -51,7 +49,7 @@ class Guard:
             raise self._error(step, loss.item(), norm.item())
         self.skipped.append(step)
         if self.skipped[-IN_A_ROW:] == list(range(step - IN_A_ROW + 1, step + 1)):
-            raise self._ending(
+            raise InputError(
                 f"{IN_A_ROW} bad steps in a row, the last of them step {step} with loss "
                 f"{loss.item():.4g}: the weights are bad, not the text; lower --lr, or delete the "
                 "newest checkpoint to continue from the one before"
@@ -64,12 +62,9 @@ class Guard:
         if step:
             raise self._error(int(step), loss, norm)
 
-    def _error(self, step: int, loss: float, norm: float) -> BaseException:
-        return self._ending(
+    def _error(self, step: int, loss: float, norm: float) -> InputError:
+        return InputError(
             f"step {step} is bad: its loss is {loss:.4g} (at most {self.most:.4g} is sane), its "
             f"gradient norm {norm:.4g}; it read {self.windows(step - 1)}; lower --lr, or pass over "
             "it with --resume --skip-bad-steps (the last checkpoint stands)"
         )
-
-    def _ending(self, message: str) -> BaseException:
-        return InputError(message) if self.speaks else SystemExit(2)

@@ -126,12 +126,6 @@ class Progress:
 class Silence:
     """The Progress of a process that does not speak: it is told everything and says nothing."""
 
-    def __enter__(self) -> "Silence":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Do nothing."""
-
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *told: None
 

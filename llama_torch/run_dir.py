@@ -319,7 +319,7 @@ class Saver:
                     f"a parameter or moment is not finite after step {step}; lower --lr (the last "
                     "checkpoint stands)"
                 )
-        with _writing(final):
+        with checkpoints.writing(final):
             if self.parallel.is_first:
                 sharded.write_notes(checkpoints.begin(final), step, skipped)
         self.parallel.barrier()
@@ -367,21 +367,11 @@ class Saver:
         self.parallel.barrier()
         if self.parallel.is_first:
             final = checkpoints.final_folder(self.out, step)
-            with _writing(final):
+            with checkpoints.writing(final):
                 checkpoints.finish(final)
             checkpoints.prune(self.out, self.keep_last)
         self.parallel.barrier()
         return step
-
-
-@contextmanager
-def _writing(final: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{final}: cannot be written ({error}); the last checkpoint stands"
-        ) from None
 
 
 def training_state(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from .config import InputError
 from .loss import backward_loss, count_valid
 from .master_adamw import MasterAdamW
 from .model import Llama
-from .parallel import Parallel, global_norm, norm_of, scale_
+from .parallel import Parallel, global_norm, scale_
 
 
 class Batch(NamedTuple):
@@ -84,16 +84,14 @@ def update(
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    take: Callable[[], object]
-    if isinstance(optimizer, MasterAdamW):
-        norm = norm_of(list(grads.values()))
-        take = partial(optimizer.update, grads, (grad_clip / (norm + 1e-6)).clamp(max=1.0))
-    else:
-        norm = global_norm(grads.values())
-        scale_(grads.values(), (grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        take = optimizer.step
+    norm = global_norm(grads.values())
+    factor = (grad_clip / (norm + 1e-6)).clamp(max=1.0)
     if accept is None or accept(norm):
-        take()
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.update(grads, factor)
+        else:
+            scale_(grads.values(), factor)
+            optimizer.step()
     # On a CPU new memory for gradients takes longer to get than to clear; a GPU's is needed.
     optimizer.zero_grad(set_to_none=norm.is_cuda)
     return norm

@@ -171,7 +171,9 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
     at_peak = parallel.world * peak_flops(device, getattr(torch, config.dtype))
     at_peak /= flops_per_token(config.model, n_parameters)
     sampler = StepSampler(corpus, context, config.seed, rows, start, config.steps)
-    guard = Guard(config, device, sampler.describe, skipped, speaks=parallel.is_first)
+    guard = Guard(config, device, sampler.describe, skipped)
+    # All processes judge alike; the first says why they end.
+    accept, look = parallel.alike()(guard.accept), parallel.alike()(guard.look)
     saver = run_dir.Saver(config, model, optimizer, parallel)
     progress: Progress | Silence = Silence()
     with ExitStack() as shown:
@@ -205,7 +207,7 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
                 lr=lr,
                 grad_clip=config.optim.grad_clip,
                 z_loss=config.optim.z_loss,
-                accept=partial(guard.accept, done),
+                accept=partial(accept, done),
                 parallel=parallel,
             )
             asked = parallel.most(stop.asked)
@@ -220,24 +222,24 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
             if last or done % config.log_every == 0:
                 for saved in saver.completed():
                     progress.saved(saved)
-                guard.look()
+                look()
                 progress.trained(done, loss.item(), lr, norm.item())
             if (
                 config.verify_every
                 and parallel.is_first
                 and (last or done % config.verify_every == 0)
             ):
-                guard.look()
+                look()
                 verify(model, batches, config, done, progress)
             if last or done % config.eval_every == 0:
-                guard.look()
+                look()
                 val_loss = evaluate(model, held_out, split, parallel)
                 progress.validated(done, val_loss)
                 saver.validated(done, val_loss)
             if config.sample_every and (last or done % config.sample_every == 0):
                 progress.sampled(done, sample(model, config, done, parallel))
             if last or asked or done % config.save_every == 0:
-                guard.look()
+                look()
                 for saved in saver.save(done, skipped, waits=last or asked > 0):
                     progress.saved(saved)
                 if asked and not last:
