@@ -28,6 +28,7 @@ GREEDY = SamplingConfig(max_new_tokens=8, temperature=0)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it has gaps
 def test_a_guard_does_not_wait_for_the_gpu() -> None:
     device = torch.device("cuda")
     guard = Guard(TrainConfig(), device, lambda step: f"the windows of {step}", [])
