@@ -288,7 +288,8 @@ def tracing(config: TrainConfig, progress: Progress | Silence) -> Iterator[Calla
     # The first steps compile and allocate.
     wait = max(0, min(5, config.steps - TRACED_STEPS - 1))
     when = schedule(wait=wait, warmup=1, active=TRACED_STEPS, repeat=1)
-    with profile(schedule=when, on_trace_ready=save, with_stack=False) as profiler:
+    # One cycle, so that acc_events changes nothing but a warning that events are not added up.
+    with profile(schedule=when, on_trace_ready=save, acc_events=True) as profiler:
         yield profiler.step
 
 

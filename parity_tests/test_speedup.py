@@ -140,6 +140,8 @@ def test_a_profile_is_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads((out / "run.json").read_text())["settings"]["profile"] is False
 
 
+# Torch's compiler looks at every tensor's .grad, and hides that warning unless it is an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_compiled_run_on_a_gpu_is_the_eager_one(tmp_path: Path) -> None:
     """In bfloat16, as rounding differs: the same losses to a hundredth."""
