@@ -1,8 +1,8 @@
 """LLaMA 2 in PyTorch: training and inference over standard layers.
 
 Read in this order: config, model, cache, loss, step, optim, documents, shards, order, data,
-packing, train; then sampling, batch, decoding (numpy_step, kernels, kernel_step), quantize,
-speculative, text, chat_template, text_model, evaluate.
+packing, train; then sampling, batch, decoding (numpy_step, kernels, kernel_step, batch_kernels,
+batch_step), quantize, speculative, text, chat_template, text_model, evaluate.
 """
 
 from .config import InputError

@@ -75,7 +75,9 @@ class Batch:
         way = choose_way(decoding, model, len(prompts), max(self.left))
         self.graph: GraphStep | None = None
         if way in ("graph", "compiled", "kernels"):
-            self.graph = graph_step(model, len(prompts), columns + n_tokens, way, n_tokens)
+            # The last token written is not run on; only a step of several goes past it.
+            room = columns + n_tokens - 1
+            self.graph = graph_step(model, len(prompts), room, way, n_tokens)
             self.cache = self.graph.cache
         else:
             rows = len(prompts)

@@ -6,7 +6,7 @@ eager     the model as it stands, on the columns written so far. Any device, any
 numpy     one sequence on the CPU through NumPy, whose products of one row are quicker.
 graph     the model on the whole room, captured once in a CUDA graph and replayed.
 compiled  the same, its blocks compiled by torch.compile first: seconds, cached on disk.
-kernels   one sequence on a GPU as the project's own Triton kernels, captured likewise.
+kernels   up to 64 sequences on a GPU as the project's own Triton kernels, captured likewise.
 """
 
 import gc
@@ -26,6 +26,7 @@ from .model import Block, Llama, rope_tables
 from .numpy_step import NumpyStep
 
 SHORT = 32  # tokens that are not worth the preparation of a graph
+MOST_ROWS = 64  # of the kernels: the products of more are not bound by reading the weights
 KEPT = 2  # captured steps kept for later requests, each with its room
 ROUND = 256  # room is taken in multiples of this many columns, so that graphs are met again
 
@@ -34,8 +35,9 @@ _log = logging.getLogger(__name__)
 
 def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
     """Return how to continue ``rows`` sequences by ``n_tokens`` tokens; InputError if it cannot."""
-    on_gpu = model.model.embed_tokens.weight.device.type == "cuda"
-    has_kernels = on_gpu and rows == 1 and _has_kernels()
+    weight = model.model.embed_tokens.weight
+    on_gpu = weight.device.type == "cuda"
+    has_kernels = on_gpu and rows <= MOST_ROWS and _has_kernels()
     has_numpy = rows == 1 and NumpyStep.supports(model)
     if way == "auto":
         if not on_gpu:
@@ -43,11 +45,14 @@ def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
             return "numpy" if has_numpy and torch.get_num_threads() <= 2 else "eager"
         if n_tokens < SHORT:
             return "eager"
-        return "kernels" if has_kernels else "graph"
+        # In more than half precision, the tensor cores are of no use to the products of a batch.
+        return "kernels" if has_kernels and (rows == 1 or weight.itemsize == 2) else "graph"
     if way in ("graph", "compiled", "kernels") and not on_gpu:
         raise InputError(f"--decoding {way} needs a GPU; leave the flag out")
     if way == "kernels" and not has_kernels:
-        raise InputError("--decoding kernels is for one prompt and needs triton 3.4; use graph")
+        raise InputError(
+            f"--decoding kernels is for at most {MOST_ROWS} prompts and needs triton 3.4; use graph"
+        )
     if way == "numpy" and not has_numpy:
         raise InputError(
             "--decoding numpy is for one prompt on the CPU in float32 or float64; use eager"
@@ -84,6 +89,7 @@ class GraphStep:
         self.column = torch.arange(n_tokens, device=weight.device)
         self.columns = torch.arange(size, device=weight.device)
         self.pads = self.token[:, :1].clone()
+        self.allowed = torch.ones(rows, size, dtype=torch.bool, device=weight.device)
         start = time.perf_counter()
         self._forward = self._kernels() if way == "kernels" else self._torch(way == "compiled")
         side = torch.cuda.Stream()
@@ -107,6 +113,7 @@ class GraphStep:
     def begin(self, pads: Sequence[int]) -> None:
         """Continue from the cache's length; the first columns of a row are padding."""
         self.pads.copy_(torch.tensor(pads)[:, None])
+        torch.ge(self.columns, self.pads, out=self.allowed)
         new = self.cache.length + torch.arange(self.n_tokens, device=self.column.device)
         self.column.copy_(new)
         self.position.copy_((new - self.pads).clamp(min=0))
@@ -148,15 +155,19 @@ class GraphStep:
         return forward
 
     def _kernels(self) -> Callable[[], Tensor]:
+        from .batch_step import BatchStep
         from .kernel_step import KernelStep
 
-        step = KernelStep(self.model, self.cache)
-        step.token, step.column = self.token[0], self.column
-        step.position = self.position[0]
+        step: KernelStep
+        if len(self.token) == 1:  # never padded
+            step = KernelStep(self.model, self.cache)
+        else:
+            step = BatchStep(self.model, self.cache, allowed=self.allowed)
+        step.token, step.position, step.column = self.token, self.position, self.column
 
         def forward() -> Tensor:
             step.run()
-            return step.logits[None]
+            return step.logits[:, None]
 
         return forward
 

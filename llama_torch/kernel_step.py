@@ -26,10 +26,10 @@ TILES = {
 class KernelStep:
     """The kernels of one step and the arrays between them; see kernels.py.
 
-    ``run`` reads ``token``, ``position`` and ``column`` (int64 [1] each; the token's rotary
-    position, and the cache's column for it) and writes that column and ``logits`` [1, V].
-    ``allowed`` (bool [S], or None: all) are the columns that the token may attend to, among
-    those up to its own. ``n_positions`` is one more than the largest position.
+    ``run`` reads ``token``, ``position`` (int64 [M]; one a row of the cache) and ``column`` (int64
+    [1], the cache's column for them), and writes that column and ``logits`` [M, V]. ``allowed``
+    (bool [M, S], or None: all) are the columns that the tokens may attend to, among those up to
+    their own. ``n_positions`` is one more than the largest position. M is 1 here.
     """
 
     def __init__(
@@ -40,43 +40,45 @@ class KernelStep:
         allowed: Tensor | None = None,
     ) -> None:
         self.model, self.cache, self.config, self.allowed = model, cache, model.config, allowed
+        self.rows = rows = cache.keys.shape[1]
         config, weight = model.config, model.model.embed_tokens.weight
         self.device = weight.device
         is_double = weight.dtype == torch.float64
         self.sums = torch.float64 if is_double else torch.float32
-        self.common: dict[str, Any] = {"sums": getattr(tl, str(self.sums)[6:])}
         # A kernel may begin before its predecessor's end, from compute capability 9 on.
-        is_gpu = self.device.type == "cuda"
-        self.common["PDL"] = is_gpu and torch.cuda.get_device_capability(self.device)[0] >= 9
-        if self.common["PDL"]:
-            self.common["launch_pdl"] = True
+        self.is_gpu = self.device.type == "cuda"
+        is_early = self.is_gpu and torch.cuda.get_device_capability(self.device)[0] >= 9
+        self.launch: dict[str, Any] = {"PDL": is_early} | ({"launch_pdl": True} if is_early else {})
+        self.common = self.launch | {"sums": getattr(tl, str(self.sums)[6:])}
         positions = torch.arange(n_positions or cache.size, device=self.device)
         cos, sin = rope_tables(positions[None], config, weight.dtype)
         self.cos, self.sin = cos.flatten(0, 2).contiguous(), sin.flatten(0, 2).contiguous()
         self.token, self.position, self.column = (
-            torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(3)
+            torch.zeros(n, dtype=torch.int64, device=self.device) for n in (rows, rows, 1)
         )
-        self.stream, self.hidden = self._floats(config.dim), self._floats(config.hidden_dim)
-        width = config.n_heads * config.head_dim
-        self.q, self.mixed = self._floats(width), self._floats(width)
-        self.logits = self._floats(1, config.vocab_size)
-        wanted = min(-(-PROGRAMS // config.n_heads), MOST_SHARES)
+        self.stream = self._floats(rows, config.dim)
+        self.q = self._floats(rows, config.n_heads * config.head_dim)
+        self.logits = self._floats(rows, config.vocab_size)
+        heads = rows * config.n_heads
+        wanted = min(-(-PROGRAMS // heads), MOST_SHARES)
         self.shares = min(wanted, -(-cache.size // KEYS))
-        parts = config.n_heads * self.shares
+        parts = heads * self.shares
         self.parts = self._floats(parts, config.head_dim), self._floats(parts), self._floats(parts)
-        self.arrived = torch.zeros(config.n_heads, dtype=torch.int32, device=self.device)
+        self.arrived = torch.zeros(heads, dtype=torch.int32, device=self.device)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        self.mixed = self._floats(self.q.shape[1])
+        self.hidden = self._floats(self.config.hidden_dim)
 
     def run(self) -> None:
         """Launch the step's kernels."""
         c, model = self.config, self.model.model
-        block = _power(c.dim, 1024)
-        kernels.look_up[(-(-c.dim // block),)](
-            model.embed_tokens.weight, self.token, self.stream, c.dim, block, **self.common
-        )
+        self._look_up()
         layer: Any
         for i, layer in enumerate(model.layers):
             self._attention(i, layer)
-            gate, up = _held(layer.mlp.gate_proj), _held(layer.mlp.up_proj)
+            gate, up = held(layer.mlp.gate_proj), held(layer.mlp.up_proj)
             tile = self._tile("ffn", layer.mlp.gate_proj)
             kernels.norm_swiglu[(-(-c.hidden_dim // tile["ROWS"]),)](
                 self.stream, layer.post_attention_layernorm.weight, gate[0], up[0],
@@ -85,12 +87,20 @@ class KernelStep:
             )  # fmt: skip
             self._project_add(layer.mlp.down_proj, self.hidden)
         head: nn.Module = model.embed_tokens if c.tie_embeddings else self.model.lm_head
-        w, scale, quantized = _held(head)
+        w, scale, quantized = held(head)
         tile = self._tile("one", head)
         kernels.norm_project[(-(-c.vocab_size // tile["ROWS"]),)](
             self.stream, model.norm.weight, w, scale, self.logits, c.norm_eps, c.dim,
             c.vocab_size, QUANTIZED=quantized, **tile, **self.common,
         )  # fmt: skip
+
+    def _look_up(self) -> None:
+        dim = self.config.dim
+        block = power(dim, 1024)
+        table = self.model.model.embed_tokens.weight
+        kernels.look_up[(-(-dim // block), self.rows)](
+            table, self.token, self.stream, dim, block, **self.common
+        )
 
     def _attention(self, i: int, layer: Any) -> None:
         c, attention = self.config, layer.self_attn
@@ -99,23 +109,27 @@ class KernelStep:
         # Rows of one head: as many as a power of two that divides it.
         tile = self._tile("qkv", attention.q_proj, half & -half)
         pairs = (c.n_heads + 2 * c.n_kv_heads) * half
-        q, k, v = (_held(getattr(attention, f"{name}_proj")) for name in "qkv")
+        q, k, v = (held(getattr(attention, f"{name}_proj")) for name in "qkv")
         kernels.norm_qkv_rope[(pairs // tile["ROWS"],)](
             self.stream, layer.input_layernorm.weight, q[0], k[0], v[0], q[1], k[1], v[1],
             self.cos, self.sin, self.position, self.column, self.q, keys, values,
             self.cache.size, c.norm_eps, c.dim, c.n_heads, c.n_kv_heads, c.head_dim,
             QUANTIZED=q[2], **tile, **self.common,
         )  # fmt: skip
-        kernels.attend[(c.n_heads, self.shares)](
-            self.q, keys, values, self.allowed, self.column, *self.parts, self.arrived,
-            self.mixed, self.cache.size, 1 / math.sqrt(c.head_dim), c.n_heads // c.n_kv_heads,
-            c.head_dim, _power(c.head_dim), KEYS, self.shares, _power(self.shares),
-            num_warps=1, **self.common,
-        )  # fmt: skip
+        self._attend(i)
         self._project_add(attention.o_proj, self.mixed)
 
+    def _attend(self, i: int) -> None:
+        c = self.config
+        kernels.attend[(self.rows * c.n_heads, self.shares)](
+            self.q, self.cache.keys[i], self.cache.values[i], self.allowed, self.column,
+            *self.parts, self.arrived, self.mixed, self.cache.size, 1 / math.sqrt(c.head_dim),
+            c.n_heads, c.n_heads // c.n_kv_heads, c.head_dim, power(c.head_dim), KEYS,
+            self.shares, power(self.shares), num_warps=1, **self.common,
+        )  # fmt: skip
+
     def _project_add(self, linear: nn.Module, x: Tensor) -> None:
-        w, scale, quantized = _held(linear)
+        w, scale, quantized = held(linear)
         n_out, n_in = w.shape
         tile = self._tile("one", linear)
         kernels.project_add[(-(-n_out // tile["ROWS"]),)](
@@ -123,22 +137,22 @@ class KernelStep:
         )
 
     def _tile(self, kind: str, linear: nn.Module, most_rows: int = 1 << 30) -> dict[str, int]:
-        w, _, quantized = _held(linear)
+        w, _, quantized = held(linear)
         width = "int8" if quantized else "wide" if self.config.dim >= 4096 else "narrow"
         rows, block, warps = TILES[width][kind]
-        tile = {"ROWS": min(rows, most_rows), "BLOCK": _power(w.shape[1], block)}
+        tile = {"ROWS": min(rows, most_rows), "BLOCK": power(w.shape[1], block)}
         return tile | {"num_warps": warps}
 
     def _floats(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=self.sums, device=self.device)
 
 
-def _power(n: int, most: int = 1 << 30) -> int:
+def power(n: int, most: int = 1 << 30) -> int:
     """Return the smallest power of two that is at least n, or ``most``."""
     return min(1 << (n - 1).bit_length(), most)
 
 
-def _held(linear: Any) -> tuple[Tensor, Tensor, bool]:
+def held(linear: Any) -> tuple[Tensor, Tensor, bool]:
     """Return a matrix as it is held, its scales (any tensor if it has none), whether it has."""
     scale = getattr(linear, "scale", None)
     return linear.weight, linear.weight if scale is None else scale, scale is not None

@@ -138,13 +138,14 @@ def look_up(
     table, token, stream,
     DIM: tl.constexpr, BLOCK: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Begin the residual stream with the token's embedding."""
+    """Begin the residual stream with the embedding of each sequence's token."""
     _begin(PDL)
     _wait(PDL)
+    row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < DIM
-    value = tl.load(table + tl.load(token).to(tl.int64) * DIM + columns, mask=inside)
-    tl.store(stream + columns, value.to(sums), mask=inside)
+    value = tl.load(table + tl.load(token + row).to(tl.int64) * DIM + columns, mask=inside)
+    tl.store(stream + row * DIM + columns, value.to(sums), mask=inside)
 
 
 @triton.jit
@@ -194,14 +195,16 @@ def norm_qkv_rope(
 @triton.jit
 def attend(
     q, keys, values, allowed, column, partial, tops, totals, arrived, out, size,
-    softmax_scale: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    softmax_scale: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, SLOTS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend from one query head over its share of the keys; the last share to finish joins all.
 
     Softmax in parts (Milakov and Gimelshein 2018), the keys in SPLITS shares so that few heads
-    still fill the GPU (Dao et al. 2023, flash-decoding). ``arrived`` counts the shares done.
+    still fill the GPU (Dao et al. 2023, flash-decoding). ``arrived`` counts the shares done. A
+    head is one of the HEADS of one sequence, which has a row of ``allowed``; the token itself
+    always is.
     """
     _begin(PDL)
     _wait(PDL)
@@ -220,7 +223,8 @@ def attend(
         column_at = start + tl.arange(0, BLOCK)
         may = column_at < length
         if allowed is not None:
-            may = may & (tl.load(allowed + column_at, mask=may, other=0) != 0)
+            seen = allowed + (head // HEADS) * size + column_at
+            may = may & ((tl.load(seen, mask=may, other=0) != 0) | (column_at == length - 1))
         at = base + column_at[:, None] * HEAD_DIM + channel[None, :]
         both = may[:, None] & inside[None, :]
         key = tl.load(keys + at, mask=both, other=0.0).to(sums)

@@ -152,6 +152,8 @@ SHIPPED = {
     "cuda-static": "parity_tests.backends.decoding_backends:cuda_static",
     "cuda-kernels": "parity_tests.backends.decoding_backends:cuda_kernels",
     "cuda-kernels-int8": "parity_tests.backends.decoding_backends:cuda_kernels_int8",
+    "cuda-batch-kernels": "parity_tests.backends.decoding_backends:cuda_batch_kernels",
+    "cuda-batch-kernels-int8": "parity_tests.backends.decoding_backends:cuda_batch_kernels_int8",
     "cuda-graph": "parity_tests.backends.decoding_backends:cuda_graph",
     "cuda-graph-compile": "parity_tests.backends.decoding_backends:cuda_graph_compiled",
 }
@@ -163,6 +165,8 @@ SLOW = (
     "cuda-graph-compile",
     "cuda-kernels",
     "cuda-kernels-int8",
+    "cuda-batch-kernels",
+    "cuda-batch-kernels-int8",
     "jax",
 )
 DEFAULT = tuple(name for name in SHIPPED if name not in SLOW)

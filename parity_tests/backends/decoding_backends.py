@@ -134,6 +134,30 @@ class Kernels(Stepwise):
         return torch.stack(rows)
 
 
+class BatchKernels(Stepwise):
+    """Through the Triton kernels for several sequences, likewise."""
+
+    def _steps(
+        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+    ) -> torch.Tensor:
+        from llama_torch.batch_step import BatchStep
+
+        def put(array: Array) -> torch.Tensor:
+            return torch.from_numpy(np.array(array)).to(self.device)
+
+        allowed = torch.zeros(len(tokens), room.size, dtype=torch.bool, device=self.device)
+        step = BatchStep(model, room, int(positions.max()) + 1, allowed)
+        found = []
+        for t in range(tokens.shape[1]):
+            step.token.copy_(put(tokens[:, t]))
+            step.position.copy_(put(positions[:, t]))
+            step.column.fill_(room.length + t)
+            allowed[:, : mask.shape[2]] = put(mask[:, t])
+            step.run()
+            found.append(step.logits.clone())
+        return torch.stack(found, dim=1)
+
+
 class Graph(Stepwise):
     """Captured in a CUDA graph."""
 
@@ -188,5 +212,7 @@ numpy_step = Numpy(dtypes=FLOATS, **_SOME)
 cuda_static = Static("cuda", **_SOME)
 cuda_kernels = Kernels("cuda", dtypes=(*FLOATS, *HALVES), share=0.05)
 cuda_kernels_int8 = Kernels("cuda", int8=True, share=0.05)
+cuda_batch_kernels = BatchKernels("cuda", dtypes=(*FLOATS, *HALVES), share=0.05)
+cuda_batch_kernels_int8 = BatchKernels("cuda", int8=True, share=0.05)
 cuda_graph = Graph("graph", share=0.3)
 cuda_graph_compiled = Graph("compiled", share=0.02)

@@ -1,0 +1,95 @@
+"""The decoding step of several sequences as Triton kernels; see batch_kernels.py."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import batch_kernels
+from .kernel_step import KernelStep, held, power
+
+# Bytes of a row that a program reads at a time, rows and tiles under way: the quickest of a dozen
+# tried on one H100 with the 7B shape and 32 sequences, bfloat16 and int8.
+ROWS, READ, STAGES = 64, 256, 5
+PROGRAMS = 256  # of a product: fewer, and its columns are shared out
+MOST_SPLITS = 4
+
+
+class BatchStep(KernelStep):
+    """Several sequences, up to decoding.MOST_ROWS. See KernelStep."""
+
+    def _make_room(self) -> None:
+        c = self.config
+        self.dtype = self.model.model.embed_tokens.weight.dtype
+        self.padded = power(max(self.rows, 16))  # the fewest that the tensor cores take
+        self.mixed, self.hidden, self.normed = (
+            torch.zeros(self.padded, n, dtype=self.dtype, device=self.device)
+            for n in (self.q.shape[1], c.hidden_dim, c.dim)
+        )
+        self.block = READ // self.dtype.itemsize
+        self.stages = STAGES
+        if self.is_gpu:
+            properties: Any = torch.cuda.get_device_properties(self.device)
+            most = properties.shared_memory_per_block_optin // ((ROWS + self.padded) * READ)
+            self.stages = max(1, min(STAGES, most))
+        widths = self.q.shape[1] + 2 * c.n_kv_heads * c.head_dim, 2 * c.hidden_dim, c.dim
+        self.shares_of = self._floats(MOST_SPLITS, self.rows, max(widths))
+
+    def run(self) -> None:
+        """Launch the step's kernels."""
+        c, model = self.config, self.model.model
+        self._look_up()
+        splits = 0
+        layer: Any
+        for i, layer in enumerate(model.layers):
+            self._norm(layer.input_layernorm, splits)
+            attention = layer.self_attn
+            splits = self._project(
+                self.normed, attention.q_proj, attention.k_proj, attention.v_proj
+            )
+            batch_kernels.rope[(self.rows, c.n_heads + 2 * c.n_kv_heads)](
+                self.shares_of, self.cos, self.sin, self.position, self.column, self.q,
+                self.cache.keys[i], self.cache.values[i], self.rows, self.cache.size, c.n_heads,
+                c.n_kv_heads, c.head_dim, power(c.head_dim // 2), splits, num_warps=1,
+                **self.common,
+            )  # fmt: skip
+            self._attend(i)
+            splits = self._project(self.mixed, attention.o_proj)
+            self._norm(layer.post_attention_layernorm, splits)
+            splits = self._project(self.normed, layer.mlp.gate_proj, layer.mlp.up_proj)
+            block = power(c.hidden_dim, 1024)
+            batch_kernels.swiglu[(self.rows, -(-c.hidden_dim // block))](
+                self.shares_of, self.hidden, self.rows, c.hidden_dim, block, splits,
+                **self.launch,
+            )  # fmt: skip
+            splits = self._project(self.hidden, layer.mlp.down_proj)
+        self._norm(model.norm, splits)
+        head: nn.Module = model.embed_tokens if c.tie_embeddings else self.model.lm_head
+        self._project(self.normed, head, out=self.logits)
+
+    def _norm(self, norm: nn.RMSNorm, splits: int) -> None:
+        c = self.config
+        batch_kernels.add_norm[(self.rows,)](
+            self.stream, self.shares_of, norm.weight, self.normed, self.rows, c.norm_eps,
+            c.dim, power(c.dim), splits, num_warps=8, **self.common,
+        )  # fmt: skip
+
+    def _project(self, x: Tensor, *linears: nn.Module, out: Tensor | None = None) -> int:
+        """Multiply by some matrices, into ``shares_of`` or ``out``; return the number of shares."""
+        matrices = [held(linear) for linear in linears]
+        weights = [w for w, _, _ in matrices]
+        n_in = weights[0].shape[1]
+        heights = [len(w) for w in weights] + [0] * (3 - len(weights))
+        programs = sum(-(-n // ROWS) for n in heights)
+        splits = 1
+        while out is None and splits < MOST_SPLITS and programs * splits * 2 <= PROGRAMS:
+            splits *= 2
+        spare = 3 - len(matrices)  # of the kernel's arguments
+        scales = [scale for _, scale, _ in matrices]
+        weights, scales = weights + weights[:1] * spare, scales + scales[:1] * spare
+        batch_kernels.project[(programs, splits)](
+            x, *weights, *scales, self.shares_of if out is None else out, self.rows, n_in,
+            *heights, self.padded, ROWS, self.block, self.stages, splits,
+            QUANTIZED=matrices[0][2], num_warps=4, **self.common,
+        )  # fmt: skip
+        return splits
