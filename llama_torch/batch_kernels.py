@@ -16,6 +16,8 @@ import triton.language as tl
 
 from .kernels import _begin, _wait
 
+FETCHED = tl.constexpr(8)  # lines of 128 bytes of each row
+
 
 @triton.jit
 def _joined(parts, at, inside, stride, SPLITS: tl.constexpr):
@@ -48,6 +50,16 @@ def add_norm(
 
 
 @triton.jit
+def _fetch(at, PDL: tl.constexpr):
+    """Have lines of weights brought into the cache while the kernel before still runs."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def project(
     x, w_a, w_b, w_c, scale_a, scale_b, scale_c, out, n_rows,
     N_IN: tl.constexpr, N_A: tl.constexpr, N_B: tl.constexpr, N_C: tl.constexpr,
@@ -76,9 +88,13 @@ def project(
     begin = tl.program_id(1) * SHARE
     m = tl.arange(0, PADDED)
     columns = tl.arange(0, BLOCK)
-    at_w = w + tl.where(rows < n, rows, 0)[:, None].to(tl.int64) * N_IN + columns[None, :]
+    safe = tl.where(rows < n, rows, 0).to(tl.int64)
+    at_w = w + safe[:, None] * N_IN + columns[None, :]
     at_x = x + m[None, :] * N_IN + columns[:, None]
     total = tl.zeros([ROWS, PADDED], sums)
+    LINE: tl.constexpr = 1024 // w_a.dtype.element_ty.primitive_bitwidth  # weights in 128 bytes
+    lines = begin + tl.arange(0, FETCHED) * LINE
+    _fetch(w + safe[:, None] * N_IN + tl.where(lines < N_IN, lines, 0)[None, :], PDL)
     _wait(PDL)
     for start in tl.range(begin, begin + SHARE, BLOCK, num_stages=STAGES):
         if SHARE * SPLITS == N_IN:
@@ -87,7 +103,11 @@ def project(
             inside = start + columns < N_IN
             tile = tl.load(at_w + start, mask=inside[None, :], other=0)
             value = tl.load(at_x + start, mask=inside[:, None], other=0.0)
-        total = tl.dot(tile.to(value.dtype), value, total, input_precision="ieee", out_dtype=sums)
+        if QUANTIZED and sums == tl.float64:  # no product of Triton's takes such a pair
+            total += tl.sum(tile.to(sums)[:, :, None] * value[None, :, :], 1)
+        else:
+            tile = tile.to(value.dtype)
+            total = tl.dot(tile, value, total, input_precision="ieee", out_dtype=sums)
     if QUANTIZED:
         total *= tl.load(scale + rows, mask=rows < n, other=0.0)[:, None]
     width: tl.constexpr = N_A + N_B + N_C
@@ -118,18 +138,18 @@ def rope(
         s = tl.load(sin + angle, mask=inside, other=0.0).to(sums)
         a, b = a * c - b * s, b * c + a * s
     if head < HEADS:
-        to = q + (row * HEADS + head) * HEAD_DIM + i
-        tl.store(to, a, mask=inside)
-        tl.store(to + HALF, b, mask=inside)
+        of_q = (row * HEADS + head) * HEAD_DIM + i
+        tl.store(q + of_q, a, mask=inside)
+        tl.store(q + of_q + HALF, b, mask=inside)
     else:
         group = (head - HEADS) % KV_HEADS
-        to = ((row * KV_HEADS + group).to(tl.int64) * size + tl.load(column)) * HEAD_DIM + i
+        at_kv = ((row * KV_HEADS + group).to(tl.int64) * size + tl.load(column)) * HEAD_DIM + i
         if head < HEADS + KV_HEADS:
-            tl.store(keys + to, a, mask=inside)
-            tl.store(keys + to + HALF, b, mask=inside)
+            tl.store(keys + at_kv, a, mask=inside)
+            tl.store(keys + at_kv + HALF, b, mask=inside)
         else:
-            tl.store(values + to, a, mask=inside)
-            tl.store(values + to + HALF, b, mask=inside)
+            tl.store(values + at_kv, a, mask=inside)
+            tl.store(values + at_kv + HALF, b, mask=inside)
 
 
 @triton.jit

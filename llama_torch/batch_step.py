@@ -11,8 +11,7 @@ from .kernel_step import KernelStep, held, power
 # Bytes of a row that a program reads at a time, rows and tiles under way: the quickest of a dozen
 # tried on one H100 with the 7B shape and 32 sequences, bfloat16 and int8.
 ROWS, READ, STAGES = 64, 256, 5
-PROGRAMS = 256  # of a product: fewer, and its columns are shared out
-MOST_SPLITS = 4
+SPLITS = (1, 2, 4)  # shares of a matrix's columns, if it has too few rows to occupy the GPU
 
 
 class BatchStep(KernelStep):
@@ -27,13 +26,14 @@ class BatchStep(KernelStep):
             for n in (self.q.shape[1], c.hidden_dim, c.dim)
         )
         self.block = READ // self.dtype.itemsize
-        self.stages = STAGES
+        self.stages, self.processors = STAGES, 1
         if self.is_gpu:
             properties: Any = torch.cuda.get_device_properties(self.device)
             most = properties.shared_memory_per_block_optin // ((ROWS + self.padded) * READ)
             self.stages = max(1, min(STAGES, most))
+            self.processors = properties.multi_processor_count
         widths = self.q.shape[1] + 2 * c.n_kv_heads * c.head_dim, 2 * c.hidden_dim, c.dim
-        self.shares_of = self._floats(MOST_SPLITS, self.rows, max(widths))
+        self.shares_of = self._floats(max(SPLITS), self.rows, max(widths))
 
     def run(self) -> None:
         """Launch the step's kernels."""
@@ -81,9 +81,11 @@ class BatchStep(KernelStep):
         n_in = weights[0].shape[1]
         heights = [len(w) for w in weights] + [0] * (3 - len(weights))
         programs = sum(-(-n // ROWS) for n in heights)
-        splits = 1
-        while out is None and splits < MOST_SPLITS and programs * splits * 2 <= PROGRAMS:
-            splits *= 2
+        # A program occupies a multiprocessor: what counts is how often all of them take one.
+        splits = min(
+            (1,) if out is not None else SPLITS,
+            key=lambda splits: -(-programs * splits // self.processors) / splits,
+        )
         spare = 3 - len(matrices)  # of the kernel's arguments
         scales = [scale for _, scale, _ in matrices]
         weights, scales = weights + weights[:1] * spare, scales + scales[:1] * spare
