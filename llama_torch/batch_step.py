@@ -17,6 +17,8 @@ SPLITS = (1, 2, 4)  # shares of a matrix's columns, if it has too few rows to oc
 class BatchStep(KernelStep):
     """Several sequences, up to decoding.MOST_ROWS. See KernelStep."""
 
+    programs = 2048  # of attention, which has much more to read here
+
     def _make_room(self) -> None:
         c = self.config
         self.dtype = self.model.model.embed_tokens.weight.dtype

@@ -11,7 +11,6 @@ from . import kernels
 from .cache import StaticCache
 from .model import Llama, rope_tables
 
-PROGRAMS = 512  # of attention: four for each multiprocessor of the largest GPUs
 MOST_SHARES = 64  # of a head's keys: one warp joins them
 KEYS = 32  # that such a program reads at a time
 # Rows, columns and warps of a program: the quickest of some ten tried for each on one H200, with
@@ -31,6 +30,8 @@ class KernelStep:
     (bool [M, S], or None: all) are the columns that the tokens may attend to, among those up to
     their own. ``n_positions`` is one more than the largest position. M is 1 here.
     """
+
+    programs = 512  # of attention: four for each multiprocessor of the largest GPUs
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class KernelStep:
         self.q = self._floats(rows, config.n_heads * config.head_dim)
         self.logits = self._floats(rows, config.vocab_size)
         heads = rows * config.n_heads
-        wanted = min(-(-PROGRAMS // heads), MOST_SHARES)
+        wanted = min(-(-self.programs // heads), MOST_SHARES)
         self.shares = min(wanted, -(-cache.size // KEYS))
         parts = heads * self.shares
         self.parts = self._floats(parts, config.head_dim), self._floats(parts), self._floats(parts)

@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 
 from llama_torch.batch import Batch, generate, run
 from llama_torch.config import InputError, TrainConfig
+from llama_torch.decoding import GraphStep
 from llama_torch.generation_config import Decoding, SamplingConfig
 from llama_torch.guard import Guard
-from llama_torch.quantize import quantize
+from llama_torch.quantize import dequantised, quantize
 from llama_torch.speculative import Speculative
 from reference_np.config import LlamaConfig
 from tools import compare
@@ -25,6 +26,7 @@ from .strategies import Case, cast, random_params, wide_cases
 from .support import torch_model
 
 GREEDY = SamplingConfig(max_new_tokens=8, temperature=0)
+WAYS: tuple[Decoding, ...] = ("graph", "kernels")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -85,7 +87,7 @@ def test_every_way_writes_the_same(way: Decoding, int8: bool, case: Case) -> Non
     assert len(model.__dict__["_graph_steps"]) == 1
 
 
-@pytest.mark.parametrize("way", ["graph", "compiled"])
+@pytest.mark.parametrize("way", ["graph", "kernels", "compiled"])
 @given(case=wide_cases())
 @settings(max_examples=3)
 def test_rows_in_a_graph_end_when_they_like(way: Decoding, case: Case) -> None:
@@ -97,6 +99,23 @@ def test_rows_in_a_graph_end_when_they_like(way: Decoding, case: Case) -> None:
     for token in run(Batch(model, prompts, each, decoding=way), lambda token: False):
         found[token.row].append(token.id)
     assert list(found) == alone
+
+
+@given(case=wide_cases())
+@settings(max_examples=5)
+def test_int8_rows_on_tensor_cores(case: Case) -> None:
+    """In bfloat16 the kernels err no more than the model does on its dequantised matrices."""
+    model = torch_model(case.config, cast(case.params, np.float64)).cuda().bfloat16()
+    weights = {name: w.cpu().numpy() for name, w in dequantised(quantize(model)).items()}
+    tokens = torch.from_numpy(np.stack([np.roll(case.tokens[0], i) for i in range(3)])).cuda()
+    exact = torch_model(case.config, weights)(tokens.cpu())[0].cuda()
+    errors = {}
+    for way in WAYS:
+        step = GraphStep(model, len(tokens), tokens.shape[1], way)
+        step.begin([0] * len(tokens))
+        logits = [step(column).double().clone() for column in tokens.split(1, dim=1)]
+        errors[way] = (torch.cat(logits, dim=1) - exact).norm() / exact.norm()
+    assert 0 < errors["kernels"] <= 1.5 * errors["graph"]
 
 
 @pytest.mark.parametrize("way", ["auto", "eager"])
