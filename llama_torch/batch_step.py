@@ -19,6 +19,9 @@ class BatchStep(KernelStep):
 
     programs = 2048  # of attention, which has much more to read here
 
+    def _planes(self) -> int:
+        return 1  # what the tensor cores multiply is in order
+
     def _make_room(self) -> None:
         c = self.config
         self.dtype = self.model.model.embed_tokens.weight.dtype

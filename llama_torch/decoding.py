@@ -90,6 +90,7 @@ class GraphStep:
         self.columns = torch.arange(size, device=weight.device)
         self.pads = self.token[:, :1].clone()
         self.allowed = torch.ones(rows, size, dtype=torch.bool, device=weight.device)
+        self.refresh: Callable[[], None] = lambda: None
         start = time.perf_counter()
         self._forward = self._kernels() if way == "kernels" else self._torch(way == "compiled")
         side = torch.cuda.Stream()
@@ -112,6 +113,7 @@ class GraphStep:
 
     def begin(self, pads: Sequence[int]) -> None:
         """Continue from the cache's length; the first columns of a row are padding."""
+        self.refresh()
         self.pads.copy_(torch.tensor(pads)[:, None])
         torch.ge(self.columns, self.pads, out=self.allowed)
         new = self.cache.length + torch.arange(self.n_tokens, device=self.column.device)
@@ -164,6 +166,8 @@ class GraphStep:
         else:
             step = BatchStep(self.model, self.cache, allowed=self.allowed)
         step.token, step.position, step.column = self.token, self.position, self.column
+
+        self.refresh = step.begin
 
         def forward() -> Tensor:
             step.run()

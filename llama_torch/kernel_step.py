@@ -13,12 +13,12 @@ from .model import Llama, rope_tables
 
 MOST_SHARES = 64  # of a head's keys: one warp joins them
 KEYS = 32  # that such a program reads at a time
-# Rows, columns and warps of a program: the quickest of some ten tried for each on one H200, with
-# the 7B shape ("wide", "int8") and the 1.1B shape ("narrow").
+# Rows, columns (of int8, words of four) and warps of a program: the quickest of some ten tried for
+# each on one H200, with the 7B shape ("wide", "int8") and the 1.1B shape ("narrow").
 TILES = {
     "wide": {"qkv": (2, 4096, 8), "ffn": (2, 4096, 4), "one": (8, 1024, 2)},
     "narrow": {"qkv": (2, 1024, 4), "ffn": (4, 1024, 4), "one": (4, 1024, 2)},
-    "int8": {"qkv": (8, 1024, 4), "ffn": (4, 2048, 4), "one": (4, 2048, 4)},
+    "int8": {"qkv": (4, 512, 4), "ffn": (4, 512, 4), "one": (4, 256, 2)},
 }
 
 
@@ -51,6 +51,8 @@ class KernelStep:
         is_early = self.is_gpu and torch.cuda.get_device_capability(self.device)[0] >= 9
         self.launch: dict[str, Any] = {"PDL": is_early} | ({"launch_pdl": True} if is_early else {})
         self.common = self.launch | {"sums": getattr(tl, str(self.sums)[6:])}
+        self.planes = self._planes()
+        self.single = self.common | {"PLANES": self.planes}  # for those of kernels.py
         positions = torch.arange(n_positions or cache.size, device=self.device)
         cos, sin = rope_tables(positions[None], config, weight.dtype)
         self.cos, self.sin = cos.flatten(0, 2).contiguous(), sin.flatten(0, 2).contiguous()
@@ -68,9 +70,27 @@ class KernelStep:
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=self.device)
         self._make_room()
 
+    def _planes(self) -> int:
+        """Return 4 where int8 weights can be read as words of four, else 1."""
+        c = self.config
+        is_int8 = any(hasattr(module, "scale") for module in self.model.modules())
+        return 4 if is_int8 and not any(n % 4 for n in (c.dim, c.hidden_dim, c.head_dim)) else 1
+
     def _make_room(self) -> None:
+        norms = [module for module in self.model.modules() if isinstance(module, nn.RMSNorm)]
+        self.norms = {norm: norm.weight for norm in norms}
+        if self.planes > 1:
+            self.in_planes = self._floats(len(norms), self.config.dim)
+            self.norms = dict(zip(norms, self.in_planes, strict=True))
         self.mixed = self._floats(self.q.shape[1])
         self.hidden = self._floats(self.config.hidden_dim)
+
+    def begin(self) -> None:
+        """Take over what may have changed since the last request: norms, where they are copied."""
+        if self.planes > 1:
+            weights = torch.stack([norm.weight for norm in self.norms])
+            in_order = weights.view(len(weights), -1, self.planes).transpose(1, 2)
+            self.in_planes.view_as(in_order).copy_(in_order)
 
     def run(self) -> None:
         """Launch the step's kernels."""
@@ -79,20 +99,20 @@ class KernelStep:
         layer: Any
         for i, layer in enumerate(model.layers):
             self._attention(i, layer)
-            gate, up = held(layer.mlp.gate_proj), held(layer.mlp.up_proj)
+            gate, up = self._held(layer.mlp.gate_proj), self._held(layer.mlp.up_proj)
             tile = self._tile("ffn", layer.mlp.gate_proj)
             kernels.norm_swiglu[(-(-c.hidden_dim // tile["ROWS"]),)](
-                self.stream, layer.post_attention_layernorm.weight, gate[0], up[0],
+                self.stream, self.norms[layer.post_attention_layernorm], gate[0], up[0],
                 gate[1], up[1], self.hidden, c.norm_eps, c.dim, c.hidden_dim,
-                QUANTIZED=gate[2], **tile, **self.common,
+                QUANTIZED=gate[2], **tile, **self.single,
             )  # fmt: skip
             self._project_add(layer.mlp.down_proj, self.hidden)
         head: nn.Module = model.embed_tokens if c.tie_embeddings else self.model.lm_head
-        w, scale, quantized = held(head)
+        w, scale, quantized = self._held(head)
         tile = self._tile("one", head)
         kernels.norm_project[(-(-c.vocab_size // tile["ROWS"]),)](
-            self.stream, model.norm.weight, w, scale, self.logits, c.norm_eps, c.dim,
-            c.vocab_size, QUANTIZED=quantized, **tile, **self.common,
+            self.stream, self.norms[model.norm], w, scale, self.logits, c.norm_eps, c.dim,
+            c.vocab_size, QUANTIZED=quantized, **tile, **self.single,
         )  # fmt: skip
 
     def _look_up(self) -> None:
@@ -100,7 +120,7 @@ class KernelStep:
         block = power(dim, 1024)
         table = self.model.model.embed_tokens.weight
         kernels.look_up[(-(-dim // block), self.rows)](
-            table, self.token, self.stream, dim, block, **self.common
+            table, self.token, self.stream, dim, block, **self.single
         )
 
     def _attention(self, i: int, layer: Any) -> None:
@@ -110,12 +130,12 @@ class KernelStep:
         # Rows of one head: as many as a power of two that divides it.
         tile = self._tile("qkv", attention.q_proj, half & -half)
         pairs = (c.n_heads + 2 * c.n_kv_heads) * half
-        q, k, v = (held(getattr(attention, f"{name}_proj")) for name in "qkv")
+        q, k, v = (self._held(getattr(attention, f"{name}_proj")) for name in "qkv")
         kernels.norm_qkv_rope[(pairs // tile["ROWS"],)](
-            self.stream, layer.input_layernorm.weight, q[0], k[0], v[0], q[1], k[1], v[1],
+            self.stream, self.norms[layer.input_layernorm], q[0], k[0], v[0], q[1], k[1], v[1],
             self.cos, self.sin, self.position, self.column, self.q, keys, values,
             self.cache.size, c.norm_eps, c.dim, c.n_heads, c.n_kv_heads, c.head_dim,
-            QUANTIZED=q[2], **tile, **self.common,
+            QUANTIZED=q[2], **tile, **self.single,
         )  # fmt: skip
         self._attend(i)
         self._project_add(attention.o_proj, self.mixed)
@@ -126,23 +146,28 @@ class KernelStep:
             self.q, self.cache.keys[i], self.cache.values[i], self.allowed, self.column,
             *self.parts, self.arrived, self.mixed, self.cache.size, 1 / math.sqrt(c.head_dim),
             c.n_heads, c.n_heads // c.n_kv_heads, c.head_dim, power(c.head_dim), KEYS,
-            self.shares, power(self.shares), num_warps=1, **self.common,
+            self.shares, power(self.shares), num_warps=1, **self.single,
         )  # fmt: skip
 
-    def _project_add(self, linear: nn.Module, x: Tensor) -> None:
-        w, scale, quantized = held(linear)
-        n_out, n_in = w.shape
+    def _project_add(self, linear: Any, x: Tensor) -> None:
+        n_out, n_in = linear.weight.shape
+        w, scale, quantized = self._held(linear)
         tile = self._tile("one", linear)
         kernels.project_add[(-(-n_out // tile["ROWS"]),)](
-            x, w, scale, self.stream, n_in, n_out, QUANTIZED=quantized, **tile, **self.common
+            x, w, scale, self.stream, n_in, n_out, QUANTIZED=quantized, **tile, **self.single
         )
 
     def _tile(self, kind: str, linear: nn.Module, most_rows: int = 1 << 30) -> dict[str, int]:
-        w, _, quantized = held(linear)
+        w, _, quantized = self._held(linear)
         width = "int8" if quantized else "wide" if self.config.dim >= 4096 else "narrow"
         rows, block, warps = TILES[width][kind]
         tile = {"ROWS": min(rows, most_rows), "BLOCK": power(w.shape[1], block)}
         return tile | {"num_warps": warps}
+
+    def _held(self, linear: nn.Module) -> tuple[Tensor, Tensor, bool]:
+        """Return what ``held`` does, int8 in words of as many as there are planes."""
+        w, scale, quantized = held(linear)
+        return (w.view(torch.int32) if quantized and self.planes > 1 else w), scale, quantized
 
     def _floats(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=self.sums, device=self.device)

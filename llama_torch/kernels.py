@@ -7,7 +7,10 @@ kernel starts to read its weights before the one before it has finished (program
 launch, CUDA Programming Guide, on GPUs that have it): ``gdc_wait`` stands after the first read.
 
 Sums are float32 (float64 for float64 weights) and the residual stream stays in that precision.
-int8 weights come with one float32 scale a row, multiplied into the finished sum.
+int8 weights come with one float32 scale a row, multiplied into the finished sum. They are read
+as words of four, and what words are multiplied by stands in four PLANES, numbers 0, 4, 8, ..., then
+1, 5, 9, ...: a thread that reads 16 bytes of weights and of each plane has what belongs together,
+where numbers in order would have to pass through shared memory.
 Axes: D dim, H query heads, N key/value heads, K head_dim, F hidden_dim, S key position.
 """
 
@@ -40,41 +43,79 @@ def _tile(w, rows, start, n_in: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.cons
 
 
 @triton.jit
-def _number(tile, sums: tl.constexpr):
-    """Turn weights into numbers to compute with."""
-    if tile.dtype == tl.int8 and tile.shape[1] >= 64:  # four of one thread's at a time
-        # The GPU's own conversion from int8 has a quarter of the other operations' rate and would
-        # be the limit. Behind a float's exponent of 2^23 an integer is its own mantissa: four are
-        # made unsigned at once, each is put behind the exponent, and the exponent subtracted.
-        bits = tl.inline_asm_elementwise(
-            """{ .reg .b32 four; xor.b32 four, $4, 0x80808080;
-            prmt.b32 $0, four, 0x4B000000, 0x7440; prmt.b32 $1, four, 0x4B000000, 0x7441;
-            prmt.b32 $2, four, 0x4B000000, 0x7442; prmt.b32 $3, four, 0x4B000000, 0x7443; }""",
-            "=r,=r,=r,=r,r", [tile], dtype=tl.int32, is_pure=True, pack=4,
-        )  # fmt: skip
-        return (bits.to(tl.float32, bitcast=True) - 8388736.0).to(sums)  # 2^23 + 128
-    return tile.to(sums)
+def _place(i, n: tl.constexpr, PLANES: tl.constexpr):
+    """Where number ``i`` of an array of ``n`` stands; see the module."""
+    if PLANES == 1:
+        return i
+    return i % PLANES * (n // PLANES) + i // PLANES
 
 
 @triton.jit
-def _input(x, norm, start, n_in: tl.constexpr, BLOCK: tl.constexpr, sums: tl.constexpr):
-    """Read the input [BLOCK], times the norm's weight if there is a norm; and its squares."""
+def _plane(
+    x, norm, start, plane: tl.constexpr,
+    n: tl.constexpr, BLOCK: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr,
+):  # fmt: skip
+    """Read part of the input [BLOCK], times the norm's weight if there is one; and its squares."""
     columns = start + tl.arange(0, BLOCK)
-    inside = columns < n_in
-    value = tl.load(x + columns, mask=inside, other=0.0).to(sums)
+    inside = columns < n
+    at = plane * n + _place(columns, n, PLANES)
+    value = tl.load(x + at, mask=inside, other=0.0).to(sums)
     square = value * value
     if norm is not None:
-        value *= tl.load(norm + columns, mask=inside, other=0.0).to(sums)
+        value *= tl.load(norm + at, mask=inside, other=0.0).to(sums)
     return value, square
 
 
 @triton.jit
-def _products(tile, value, sums: tl.constexpr, TOGETHER: tl.constexpr):
+def _input(
+    x, norm, start, n_in: tl.constexpr, BLOCK: tl.constexpr,
+    WORDS: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr,
+):  # fmt: skip
+    """Read what a tile is multiplied by: where its weights are WORDS, one of each plane."""
+    if WORDS:
+        n: tl.constexpr = n_in // 4
+        a, squares_a = _plane(x, norm, start, 0, n, BLOCK, 1, sums)
+        b, squares_b = _plane(x, norm, start, 1, n, BLOCK, 1, sums)
+        c, squares_c = _plane(x, norm, start, 2, n, BLOCK, 1, sums)
+        d, squares_d = _plane(x, norm, start, 3, n, BLOCK, 1, sums)
+        squares = squares_a + squares_b + squares_c + squares_d
+    else:
+        a, squares = _plane(x, norm, start, 0, n_in, BLOCK, PLANES, sums)
+        b, c, d = a, a, a
+    return a, b, c, d, squares
+
+
+@triton.jit
+def _numbers(words, sums: tl.constexpr):
+    """Turn words of four int8 weights into four numbers.
+
+    The GPU's own conversion from int8 has a quarter of the other operations' rate. Behind a
+    float's exponent of 2^23 an integer is its own mantissa: four are made unsigned at once, each
+    is put behind the exponent, and the exponent subtracted.
+    """
+    a, b, c, d = tl.inline_asm_elementwise(
+        """{ .reg .b32 four; xor.b32 four, $4, 0x80808080;
+        prmt.b32 $0, four, 0x4B000000, 0x7440; prmt.b32 $1, four, 0x4B000000, 0x7441;
+        prmt.b32 $2, four, 0x4B000000, 0x7442; prmt.b32 $3, four, 0x4B000000, 0x7443; }""",
+        "=f,=f,=f,=f,r", [words], is_pure=True, pack=1,
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+    )  # fmt: skip
+    middle = 8388736.0  # 2^23 + 128
+    a, b = (a - middle).to(sums), (b - middle).to(sums)
+    return a, b, (c - middle).to(sums), (d - middle).to(sums)
+
+
+@triton.jit
+def _products(tile, a, b, c, d, sums: tl.constexpr, TOGETHER: tl.constexpr):
     """Multiply a tile by the input and add what one thread has together: [ROWS, BLOCK / TOGETHER].
 
     A sum for each weight would take the registers that keep more reads under way.
     """
-    products = _number(tile, sums) * value[None, :]
+    if tile.dtype == tl.int32:
+        w_a, w_b, w_c, w_d = _numbers(tile, sums)
+        products = w_a * a[None, :] + w_b * b[None, :] + w_c * c[None, :] + w_d * d[None, :]
+    else:
+        products = tile.to(sums) * a[None, :]
     return tl.sum(products.reshape(tile.shape[0], tile.shape[1] // TOGETHER, TOGETHER), 2)
 
 
@@ -82,23 +123,25 @@ def _products(tile, value, sums: tl.constexpr, TOGETHER: tl.constexpr):
 def _dot(
     x, norm, w, rows, eps: tl.constexpr,
     n_in: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    sums: tl.constexpr, PDL: tl.constexpr,
+    PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Return ``rms_norm(x) @ w[rows]`` [ROWS]; the root mean square divides the finished sum."""
-    EVEN: tl.constexpr = n_in % BLOCK == 0
-    # Consecutive weights of one thread's read of 16 bytes.
+    WORDS: tl.constexpr = w.dtype.element_ty == tl.int32
+    n: tl.constexpr = n_in // 4 if WORDS else n_in
+    EVEN: tl.constexpr = n % BLOCK == 0
+    # Consecutive numbers of one thread's read of 16 bytes.
     TOGETHER: tl.constexpr = min(BLOCK, 128 // w.dtype.element_ty.primitive_bitwidth)
-    tile = _tile(w, rows, 0, n_in, BLOCK, EVEN)
+    tile = _tile(w, rows, 0, n, BLOCK, EVEN)
     _wait(PDL)
     total = tl.zeros([ROWS, BLOCK // TOGETHER], sums)
     squares = tl.zeros([BLOCK], sums)
-    for start in tl.static_range(0, n_in, BLOCK):
+    for start in tl.static_range(0, n, BLOCK):
         now = tile
-        if start + BLOCK < n_in:
-            tile = _tile(w, rows, start + BLOCK, n_in, BLOCK, EVEN)
-        value, square = _input(x, norm, start, n_in, BLOCK, sums)
-        total += _products(now, value, sums, TOGETHER)
-        squares += square
+        if start + BLOCK < n:
+            tile = _tile(w, rows, start + BLOCK, n, BLOCK, EVEN)
+        a, b, c, d, more = _input(x, norm, start, n_in, BLOCK, WORDS, PLANES, sums)
+        total += _products(now, a, b, c, d, sums, TOGETHER)
+        squares += more
     y = tl.sum(total, 1)
     if norm is not None:
         y *= 1.0 / tl.sqrt(tl.sum(squares, 0) / n_in + eps)
@@ -107,36 +150,39 @@ def _dot(
 
 @triton.jit
 def _dots(
-    x, norm, w_a, w_b, rows_a, rows_b, eps: tl.constexpr,
+    x, norm, w_1, w_2, rows_1, rows_2, eps: tl.constexpr,
     n_in: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    sums: tl.constexpr, PDL: tl.constexpr,
+    PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Return the products of two sets of rows with one normed input, each [ROWS]."""
-    EVEN: tl.constexpr = n_in % BLOCK == 0
-    TOGETHER: tl.constexpr = min(BLOCK, 128 // w_a.dtype.element_ty.primitive_bitwidth)
-    tile_a = _tile(w_a, rows_a, 0, n_in, BLOCK, EVEN)
-    tile_b = _tile(w_b, rows_b, 0, n_in, BLOCK, EVEN)
+    WORDS: tl.constexpr = w_1.dtype.element_ty == tl.int32
+    n: tl.constexpr = n_in // 4 if WORDS else n_in
+    EVEN: tl.constexpr = n % BLOCK == 0
+    TOGETHER: tl.constexpr = min(BLOCK, 128 // w_1.dtype.element_ty.primitive_bitwidth)
+    tile_1 = _tile(w_1, rows_1, 0, n, BLOCK, EVEN)
+    tile_2 = _tile(w_2, rows_2, 0, n, BLOCK, EVEN)
     _wait(PDL)
-    total_a = tl.zeros([ROWS, BLOCK // TOGETHER], sums)
-    total_b = tl.zeros([ROWS, BLOCK // TOGETHER], sums)
+    total_1 = tl.zeros([ROWS, BLOCK // TOGETHER], sums)
+    total_2 = tl.zeros([ROWS, BLOCK // TOGETHER], sums)
     squares = tl.zeros([BLOCK], sums)
-    for start in tl.static_range(0, n_in, BLOCK):
-        now_a, now_b = tile_a, tile_b
-        if start + BLOCK < n_in:
-            tile_a = _tile(w_a, rows_a, start + BLOCK, n_in, BLOCK, EVEN)
-            tile_b = _tile(w_b, rows_b, start + BLOCK, n_in, BLOCK, EVEN)
-        value, square = _input(x, norm, start, n_in, BLOCK, sums)
-        total_a += _products(now_a, value, sums, TOGETHER)
-        total_b += _products(now_b, value, sums, TOGETHER)
-        squares += square
+    for start in tl.static_range(0, n, BLOCK):
+        now_1, now_2 = tile_1, tile_2
+        if start + BLOCK < n:
+            tile_1 = _tile(w_1, rows_1, start + BLOCK, n, BLOCK, EVEN)
+            tile_2 = _tile(w_2, rows_2, start + BLOCK, n, BLOCK, EVEN)
+        a, b, c, d, more = _input(x, norm, start, n_in, BLOCK, WORDS, PLANES, sums)
+        total_1 += _products(now_1, a, b, c, d, sums, TOGETHER)
+        total_2 += _products(now_2, a, b, c, d, sums, TOGETHER)
+        squares += more
     factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / n_in + eps)
-    return tl.sum(total_a, 1) * factor, tl.sum(total_b, 1) * factor
+    return tl.sum(total_1, 1) * factor, tl.sum(total_2, 1) * factor
 
 
 @triton.jit
 def look_up(
     table, token, stream,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr,
+    PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Begin the residual stream with the embedding of each sequence's token."""
     _begin(PDL)
@@ -145,7 +191,7 @@ def look_up(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < DIM
     value = tl.load(table + tl.load(token + row).to(tl.int64) * DIM + columns, mask=inside)
-    tl.store(stream + row * DIM + columns, value.to(sums), mask=inside)
+    tl.store(stream + row * DIM + _place(columns, DIM, PLANES), value.to(sums), mask=inside)
 
 
 @triton.jit
@@ -154,7 +200,7 @@ def norm_qkv_rope(
     q, keys, values, size, eps: tl.constexpr,
     DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    QUANTIZED: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
+    QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, project to q, k and v, rotate q and k; k and v go to the cache's ``column``.
 
@@ -171,7 +217,7 @@ def norm_qkv_rope(
     if head < HEADS:
         w, scale, base = w_q, scale_q, 0
     rows = (head - base) * HEAD_DIM + i
-    a, b = _dots(x, norm, w, w, rows, rows + HALF, eps, DIM, ROWS, BLOCK, sums, PDL)
+    a, b = _dots(x, norm, w, w, rows, rows + HALF, eps, DIM, ROWS, BLOCK, PLANES, sums, PDL)
     if QUANTIZED:
         a *= tl.load(scale + rows)
         b *= tl.load(scale + rows + HALF)
@@ -197,7 +243,8 @@ def attend(
     q, keys, values, allowed, column, partial, tops, totals, arrived, out, size,
     softmax_scale: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, SLOTS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+    PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend from one query head over its share of the keys; the last share to finish joins all.
 
@@ -254,7 +301,10 @@ def attend(
         both = there[:, None] & inside[None, :]
         parts = tl.load(at, mask=both, other=0.0, cache_modifier=".cg")
         joined = tl.sum(parts * factor[:, None], 0) / tl.sum(part_total * factor, 0)
-        tl.store(out + head * HEAD_DIM + channel, joined, mask=inside)
+        of_row = head % HEADS * HEAD_DIM + channel
+        WIDE: tl.constexpr = HEADS * HEAD_DIM
+        at_out = head // HEADS * WIDE + _place(of_row, WIDE, PLANES)
+        tl.store(out + at_out, joined, mask=inside)
 
 
 @triton.jit
@@ -262,16 +312,17 @@ def project_add(
     x, w, scale, stream,
     N_IN: tl.constexpr, N_OUT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    QUANTIZED: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
+    QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Project and add to the residual stream, in place."""
     _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N_OUT
-    y = _dot(x, None, w, tl.where(inside, rows, 0), 0.0, N_IN, ROWS, BLOCK, sums, PDL)
+    y = _dot(x, None, w, tl.where(inside, rows, 0), 0.0, N_IN, ROWS, BLOCK, PLANES, sums, PDL)
     if QUANTIZED:
         y *= tl.load(scale + rows, mask=inside, other=0.0)
-    tl.store(stream + rows, tl.load(stream + rows, mask=inside, other=0.0) + y, mask=inside)
+    at = stream + _place(rows, N_OUT, PLANES)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + y, mask=inside)
 
 
 @triton.jit
@@ -279,18 +330,19 @@ def norm_swiglu(
     x, norm, w_gate, w_up, scale_gate, scale_up, out, eps: tl.constexpr,
     DIM: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    QUANTIZED: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
+    QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, project to gate and up, and return ``silu(gate) * up`` (Shazeer 2020, eq. 6)."""
     _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < HIDDEN
     safe = tl.where(inside, rows, 0)
-    gate, up = _dots(x, norm, w_gate, w_up, safe, safe, eps, DIM, ROWS, BLOCK, sums, PDL)
+    gate, up = _dots(x, norm, w_gate, w_up, safe, safe, eps, DIM, ROWS, BLOCK, PLANES, sums, PDL)
     if QUANTIZED:
         gate *= tl.load(scale_gate + safe)
         up *= tl.load(scale_up + safe)
-    tl.store(out + rows, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
+    at = out + _place(rows, HIDDEN, PLANES)
+    tl.store(at, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
 
 
 @triton.jit
@@ -298,13 +350,13 @@ def norm_project(
     x, norm, w, scale, out, eps: tl.constexpr,
     N_IN: tl.constexpr, N_OUT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    QUANTIZED: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
+    QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm and project onto the vocabulary."""
     _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N_OUT
-    y = _dot(x, norm, w, tl.where(inside, rows, 0), eps, N_IN, ROWS, BLOCK, sums, PDL)
+    y = _dot(x, norm, w, tl.where(inside, rows, 0), eps, N_IN, ROWS, BLOCK, PLANES, sums, PDL)
     if QUANTIZED:
         y *= tl.load(scale + rows, mask=inside, other=0.0)
     tl.store(out + rows, y, mask=inside)

@@ -2,8 +2,8 @@
 
 Half of bfloat16's bytes, and decoding is bound by bytes. Activations keep their precision, and so
 do the embedding and the norms; a head tied to the embedding stays what it is. What int8 loses is
-in the weights alone: every product is that of the dequantised matrix, as rounded to the
-precision of the activations.
+in the weights alone: bfloat16 holds the whole numbers as they are, and a product is scaled when it
+is summed up.
 """
 
 import torch
@@ -35,7 +35,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in x's precision."""
-        return F.linear(x, self.dequantised(x.dtype))
+        if x.dtype == torch.float16:  # sums without their scale could leave its range
+            return F.linear(x, self.dequantised(x.dtype))
+        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
 
 
 @torch.no_grad()

@@ -122,6 +122,7 @@ class Kernels(Stepwise):
         for i, row in enumerate(tokens):
             allowed = torch.zeros(room.size, dtype=torch.bool, device=self.device)
             step = KernelStep(model, _row(room, i), int(positions.max()) + 1, allowed)
+            step.begin()
             found = []
             for t, token in enumerate(row):
                 step.token.fill_(int(token))
