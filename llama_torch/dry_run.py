@@ -12,8 +12,8 @@ from . import speedup
 from .config import TrainConfig
 from .data import describe, load_corpus, val_batches
 from .device import pick_device
-from .packing import pack_documents
-from .step import split_window, train_step
+from .packing import splitter
+from .step import train_step
 from .throughput import flops_per_token, peak_flops, peak_memory
 
 WARM_UP, STEPS = 2, 5
@@ -40,7 +40,7 @@ def report(config: TrainConfig) -> int:
     generator = torch.Generator().manual_seed(config.seed)
     window = torch.randint(config.model.vocab_size, (rows, context + 1), generator=generator)
 
-    split = pack_documents if config.data.pack_documents else split_window
+    split = splitter(config)
 
     def step() -> Tensor:
         batches = [split(part) for part in window.split(batch_size)]

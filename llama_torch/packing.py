@@ -3,12 +3,20 @@
 Axes: B batch, T position, S key position.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .config import TrainConfig
 from .loss import IGNORE
-from .step import Batch
+from .step import Batch, split_window
 from .tokenizer import END_OF_TEXT_ID
+
+
+def splitter(config: TrainConfig) -> Callable[[Tensor], Batch]:
+    """Return how windows [B, T + 1] become tokens and targets: --pack-documents, or plainly."""
+    return pack_documents if config.data.pack_documents else split_window
 
 
 def pack_documents(window: Tensor, end: int = END_OF_TEXT_ID) -> Batch:

@@ -177,11 +177,6 @@ class Parallel:
         if isinstance(model, FSDPModule):
             model.reshard()
 
-    def rows(self, n_rows: int) -> slice:
-        """Return which of a step's windows are this process's."""
-        share = n_rows // self.data_size
-        return slice(self.data_rank * share, (self.data_rank + 1) * share)
-
     def build(self, config: ModelConfig, dtype: torch.dtype, generator: torch.Generator) -> Llama:
         """Return the model with the weights that one process would draw, sharded as drawn.
 

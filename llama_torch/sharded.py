@@ -123,6 +123,4 @@ def _load(folder: Path, tensors: dict[str, Any], no_dist: bool = False) -> None:
 
 
 def _damaged(error: BaseException) -> str:
-    return (
-        f"not a complete checkpoint ({_reason(error)}); remove it to continue from the one before"
-    )
+    return f"not a complete checkpoint ({_reason(error)}); put back what is missing"

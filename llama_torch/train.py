@@ -29,7 +29,7 @@ from .guard import Guard
 from .loss import count_valid, loss_sum
 from .model import Llama
 from .optim import learning_rate, make_adamw
-from .packing import pack_documents
+from .packing import splitter
 from .parallel import (
     Parallel,
     PeerLostError,
@@ -153,7 +153,7 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
         verification().require_memory(config.model)
     rows = config.batch_size * config.grad_accum
     corpus, model, optimizer, start, skipped = prepare(config, device, parallel, held)
-    split = pack_documents if config.data.pack_documents else split_window
+    split = splitter(config)
     windows = train_batches(
         corpus,
         context,

@@ -43,7 +43,8 @@ def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
     parallel = Parallel.of(ParallelConfig(layout.fsdp, layout.tp), torch.device("cpu"))
     Llama.init_part = given(case)  # type: ignore[method-assign]
     model, optimizer = built(parallel, config, dtype, settings)
-    mine = case.batches[parallel.rows(len(case.batches))]
+    share = len(case.batches) // parallel.data_size
+    mine = case.batches[parallel.data_rank * share :][:share]
     losses, norms = [], []
     for i in range(STEPS):
         loss, norm = train_step(

@@ -25,7 +25,17 @@ from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.data import get_worker_info
 
-from llama_torch import checkpoint, checkpoints, data, generate, guard, run_dir, step, train
+from llama_torch import (
+    checkpoint,
+    checkpoints,
+    data,
+    generate,
+    guard,
+    packing,
+    run_dir,
+    step,
+    train,
+)
 from llama_torch.checkpoint import STATE_FILE, load_state, read_notes
 from llama_torch.config import InputError, ModelConfig, OptimConfig, TrainConfig
 
@@ -518,8 +528,8 @@ def test_the_windows_of_a_bad_step_are_those_it_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     read: list[torch.Tensor] = []
-    cut = train.split_window
-    monkeypatch.setattr(train, "split_window", lambda part: read.append(part) or cut(part))
+    cut = packing.split_window
+    monkeypatch.setattr(packing, "split_window", lambda part: read.append(part) or cut(part))
     spoil({4: "nan"}, monkeypatch)
     corpora = []
     load = train.load_corpus
