@@ -34,8 +34,9 @@ class BatchStep(KernelStep):
         self.stages, self.processors = STAGES, 1
         if self.is_gpu:
             properties: Any = torch.cuda.get_device_properties(self.device)
-            most = properties.shared_memory_per_block_optin // ((ROWS + self.padded) * READ)
-            self.stages = max(1, min(STAGES, most))
+            sums = ROWS * self.padded * self.sums.itemsize  # pass through it at the end
+            room = properties.shared_memory_per_block_optin - sums
+            self.stages = max(1, min(STAGES, room // ((ROWS + self.padded) * READ)))
             self.processors = properties.multi_processor_count
         widths = self.q.shape[1] + 2 * c.n_kv_heads * c.head_dim, 2 * c.hidden_dim, c.dim
         self.shares_of = self._floats(max(SPLITS), self.rows, max(widths))
