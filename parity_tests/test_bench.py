@@ -1,8 +1,6 @@
 """bench.py: a table from a tiny run, and one line for what it cannot measure."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +11,20 @@ from tools import bench, bench_train, bench_works
 from tools.bench_sides import Setup, Side, alternate, same_tokens
 from tools.bench_train import Result
 
+from .ahead import Job
+
 ROOT = Path(bench.__file__).resolve().parent.parent
 HEADINGS = "work shape dtype ours peer peer's ratio of limit"
 TINY = ["--device", "cpu", "--repeats", "1", "--new-tokens", "4", "--shape", "default"]
 
 
+TABLE = Job(lambda _: ("tools/bench.py", *TINY, "--works", "decode", "prefill"))
+
+
+@pytest.mark.ahead(TABLE)
 def test_the_command_prints_a_table() -> None:
     """As a user runs it: a process of its own, from the repository root."""
-    command = [sys.executable, "tools/bench.py", *TINY, "--works", "decode", "prefill"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = TABLE.done()
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.replace("┃", " ").split()) for line in done.stdout.splitlines()]
     assert HEADINGS in lines, done.stdout
