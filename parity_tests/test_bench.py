@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_torch.config import ModelConfig
-from tools import bench, bench_train, bench_works
+from tools import bench, bench_train
 from tools.bench_sides import Setup, Side, alternate, same_tokens
 from tools.bench_train import Result
 
@@ -50,14 +50,23 @@ def test_rows_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert json.loads(capsys.readouterr().out) == [row._asdict(), other._asdict()]
 
 
-def test_training_is_measured_and_a_side_that_fails_is_one_line(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=64, max_seq_len=16)
-    monkeypatch.setitem(bench_works.SHAPES, "default", tiny)
-    monkeypatch.setattr(bench_train, "ON_CPU", ("ours", "transformers", "plain loop", "missing"))
-    assert bench.main([*TINY, "--works", "train"]) == 0
-    out, err = capfd.readouterr()
+# The command with a smaller shape, and a side that there is none of.
+SMALL = """
+import sys
+from llama_torch.config import ModelConfig
+from tools import bench, bench_train, bench_works
+bench_works.SHAPES["default"] = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16)
+bench_train.ON_CPU = ("ours", "transformers", "plain loop", "missing")
+sys.exit(bench.main(sys.argv[1:]))
+"""
+TRAINING = Job(lambda _: ("-c", SMALL, *TINY, "--works", "train"))
+
+
+@pytest.mark.ahead(TRAINING)
+def test_training_is_measured_and_a_side_that_fails_is_one_line() -> None:
+    done = TRAINING.done()
+    assert done.returncode == 0, done.stderr
+    out, err = done.stdout, done.stderr
     assert err == "train: missing: KeyError: 'missing'\n"
     rows = [line.split("│") for line in out.splitlines() if line.startswith("│ train")]
     assert [row[7].strip() for row in rows] == ["transformers", "plain loop", "missing"], out
