@@ -27,7 +27,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where its files are: the command's, and what it said."""
-        self._kept = self._kept or tempfile.TemporaryDirectory()
+        self._kept = self._kept or tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         return Path(self._kept.name)
 
     def begin(self) -> None:
