@@ -4,11 +4,15 @@
 test_conformance.py; ``--mutants`` runs the same tests on the oracle with each known bug in it.
 """
 
+import os
+
+# Before NumPy is imported; for the reason why torch gets one thread below.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import functools
 import gc
 import importlib.util
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
