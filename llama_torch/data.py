@@ -230,6 +230,7 @@ def _plainly(batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
         return
     except InputError as error:
         message = str(error)
+        error.__traceback__ = None  # one of its frames holds the error, and another the loader
     # Nothing may hold the loader any more, whose processes end when it does.
     del batches
     name = f"{InputError.__module__}.{InputError.__qualname__}: "

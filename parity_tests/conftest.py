@@ -4,10 +4,17 @@
 test_conformance.py; ``--mutants`` runs the same tests on the oracle with each known bug in it.
 """
 
+import os
+
+# Before NumPy is imported; for the reason why torch gets one thread below.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import functools
+import gc
 import importlib.util
 import math
-import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +25,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llama_torch.throughput import peak_flops
 from reference_np.config import InputError
 from reference_np.mutants import FORWARD
 from reference_np.training_mutants import TRAINING
 
 from . import backends, report
+from .ahead import QUEUE
 from .backends.oracle import WithBug
 from .judge import JUDGE
 
@@ -42,6 +51,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 MUTANTS = {mutant.name: mutant for mutant in (*FORWARD, *TRAINING)}
 NAME = pytest.StashKey[str]()
+PEAK_FLOPS = functools.cache(peak_flops)
 HONEST = "torch"  # stands beside the mutants
 
 
@@ -67,6 +77,7 @@ def chosen(config: pytest.Config) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ahead(job): what runs beside the tests before this one")
     config.addinivalue_line("markers", "needs(method): what a backend must offer for this test")
     JUDGE.only_record = config.getoption("mutants")
     if JUDGE.only_record and chosen(config):
@@ -117,6 +128,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"--reproduce needs one test, {len(items)} are selected")
         reproduce = hypothesis.reproduce_failure(hypothesis.__version__, blob.encode())
         items[0].obj = reproduce(items[0].obj)
+    items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # torch's and transformers' half a million objects are not looked through again
+    if not session.config.option.collectonly:
+        marks = (mark for item in session.items for mark in item.iter_markers("ahead"))
+        QUEUE.fill(job for mark in marks for job in mark.args)
+
+
+def pytest_runtest_logfinish() -> None:
+    QUEUE.go_on()
+
+
+def pytest_unconfigure() -> None:
+    QUEUE.end()
 
 
 def _is_conformance(item: pytest.Item) -> bool:
@@ -215,6 +243,15 @@ def _own_token_cache(
     """Keep the tests' token caches out of the user's, in one place for the whole run."""
     folder = Path(tmp_path_factory.getbasetemp()) / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _peak_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine can do is the same for every run here, and takes most of a tiny one."""
+    for name in ("train", "dry_run"):
+        module = sys.modules.get(f"llama_torch.{name}")
+        if module is not None:
+            monkeypatch.setattr(module, "peak_flops", PEAK_FLOPS)
 
 
 @pytest.fixture(autouse=True)

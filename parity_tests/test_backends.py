@@ -1,7 +1,5 @@
 """The suite's own command line: what is not computed is never a pass, and errors are one line."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +8,27 @@ import pytest
 from reference_np.config import InputError
 
 from . import backends
+from .ahead import Command, Job
 from .backends.oracle import Oracle
 from .judge import Judge
 
-ROOT = Path(__file__).parent.parent
+
+def suite(*arguments: str) -> Job:
+    """Return a run of the suite itself."""
+
+    def make(_: Path) -> Command:
+        quick = ["--hypothesis-profile", "quick", "-p", "no:cacheprovider"]
+        return "-m", "pytest", *quick, *arguments
+
+    return Job(make)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    quick = ["--hypothesis-profile", "quick", "-p", "no:cacheprovider"]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "parity_tests/", *quick, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+TEMPLATE = suite("parity_tests/", "--backend", "parity_tests.backends.template:YourLlama")
 
 
+@pytest.mark.ahead(TEMPLATE)
 def test_the_template_fails_until_it_computes_something() -> None:
-    done = run("--backend", "parity_tests.backends.template:YourLlama")
+    done = TEMPLATE.done()
     assert done.returncode == 1
     assert "logits are required, and none were computed" in done.stdout
     assert "0 compared" in done.stdout
@@ -41,14 +42,20 @@ class Wrong(Oracle):
         return super().logits(*arguments) * (1 + 1e-6)
 
 
+CHOSEN = "--backend", "parity_tests.test_backends:Wrong", "-k", "test_logits and not in"
+WRONG = suite("parity_tests/test_conformance.py", *CHOSEN)
+
+
+@pytest.mark.ahead(WRONG)
 def test_a_wrong_backend_fails_and_says_how_to_repeat_it() -> None:
-    chosen = ["--backend", "parity_tests.test_backends:Wrong", "-k", "test_logits and not in"]
-    done = run(*chosen)
+    done = WRONG.done()
     assert done.returncode == 1
     assert "times its tolerance" in done.stdout
     line = next(line for line in done.stdout.splitlines() if "--reproduce" in line)
     blob = line.split("--reproduce ")[1].split()[0]
-    again = run(*chosen, "--reproduce", blob)
+    reproducing = suite("parity_tests/test_conformance.py", *CHOSEN, "--reproduce", blob)
+    again = reproducing.done()
+    reproducing.end()
     assert again.returncode == 1
     assert "times its tolerance" in again.stdout
 

@@ -1,27 +1,30 @@
 """bench.py: a table from a tiny run, and one line for what it cannot measure."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from llama_torch.config import ModelConfig
-from tools import bench, bench_train, bench_works
+from tools import bench, bench_train
 from tools.bench_sides import Setup, Side, alternate, same_tokens
 from tools.bench_train import Result
+
+from .ahead import Job
 
 ROOT = Path(bench.__file__).resolve().parent.parent
 HEADINGS = "work shape dtype ours peer peer's ratio of limit"
 TINY = ["--device", "cpu", "--repeats", "1", "--new-tokens", "4", "--shape", "default"]
 
 
+TABLE = Job(lambda _: ("tools/bench.py", *TINY, "--works", "decode", "prefill"))
+
+
+@pytest.mark.ahead(TABLE)
 def test_the_command_prints_a_table() -> None:
     """As a user runs it: a process of its own, from the repository root."""
-    command = [sys.executable, "tools/bench.py", *TINY, "--works", "decode", "prefill"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = TABLE.done()
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.replace("┃", " ").split()) for line in done.stdout.splitlines()]
     assert HEADINGS in lines, done.stdout
@@ -47,14 +50,23 @@ def test_rows_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert json.loads(capsys.readouterr().out) == [row._asdict(), other._asdict()]
 
 
-def test_training_is_measured_and_a_side_that_fails_is_one_line(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=64, max_seq_len=16)
-    monkeypatch.setitem(bench_works.SHAPES, "default", tiny)
-    monkeypatch.setattr(bench_train, "ON_CPU", ("ours", "transformers", "plain loop", "missing"))
-    assert bench.main([*TINY, "--works", "train"]) == 0
-    out, err = capfd.readouterr()
+# The command with a smaller shape, and a side that there is none of.
+SMALL = """
+import sys
+from llama_torch.config import ModelConfig
+from tools import bench, bench_train, bench_works
+bench_works.SHAPES["default"] = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16)
+bench_train.ON_CPU = ("ours", "transformers", "plain loop", "missing")
+sys.exit(bench.main(sys.argv[1:]))
+"""
+TRAINING = Job(lambda _: ("-c", SMALL, *TINY, "--works", "train"))
+
+
+@pytest.mark.ahead(TRAINING)
+def test_training_is_measured_and_a_side_that_fails_is_one_line() -> None:
+    done = TRAINING.done()
+    assert done.returncode == 0, done.stderr
+    out, err = done.stdout, done.stderr
     assert err == "train: missing: KeyError: 'missing'\n"
     rows = [line.split("│") for line in out.splitlines() if line.startswith("│ train")]
     assert [row[7].strip() for row in rows] == ["transformers", "plain loop", "missing"], out

@@ -1,11 +1,11 @@
 """Who may import whom, held in a fresh interpreter; and proof that these tests can fail."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .ahead import Job
 
 ROOT = Path(__file__).parent.parent
 ORACLE_ORDER = [
@@ -23,44 +23,63 @@ ORACLE_ORDER += ["optim", "mutants", "training_mutants"]
 VERIFIER = "verify"  # llama_torch's one module that imports the oracle
 
 
-def imported(statement: str) -> set[str]:
-    """Run ``statement`` in a fresh interpreter; return the third-party packages it brought in."""
+def importing(statement: str) -> Job:
+    """Return a run of ``statement`` in a fresh interpreter."""
     program = (
         f"import sys; before = set(sys.modules)\n{statement}\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(*sorted(new - set(sys.stdlib_module_names)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    return Job(lambda _: ("-c", program))
+
+
+def imported(job: Job) -> set[str]:
+    """Return the third-party packages that a statement brought in."""
+    done = job.done()
+    assert done.returncode == 0, done.stderr
     return {name for name in done.stdout.split() if not name.startswith(("_", "mtrand"))}
 
 
+THE_ORACLE = importing(
+    "from reference_np import training_mutants, mutants, optim, grad, plain, model, tolerances, "
+    "sampling, ops, naming, config"
+)
+
+
+@pytest.mark.ahead(THE_ORACLE)
 def test_the_oracle_imports_numpy_alone() -> None:
-    modules = (
-        "training_mutants, mutants, optim, grad, plain, model, tolerances, sampling, ops, naming, "
-        "config"
-    )
-    assert imported(f"from reference_np import {modules}") == {"reference_np", "numpy"}
+    assert imported(THE_ORACLE) == {"reference_np", "numpy"}
 
 
+CHECKPOINT = importing("import reference_np.checkpoint")
+
+
+@pytest.mark.ahead(CHECKPOINT)
 def test_the_oracles_checkpoint_adds_two() -> None:
-    found = imported("import reference_np.checkpoint")
+    found = imported(CHECKPOINT)
     assert found == {"reference_np", "numpy", "safetensors", "ml_dtypes"}
 
 
+# Modules of the torch package that need no GPU's compiler, and may not need the oracle.
+MODULES = sorted(
+    {path.stem for path in (ROOT / "llama_torch").glob("*.py")} - {"__init__", VERIFIER}
+)
+WITH_TRITON = {"kernels", "kernel_step", "batch_kernels", "batch_step", "loss_kernel"}
+WITHOUT = importing("; ".join(f"import llama_torch.{m}" for m in MODULES if m not in WITH_TRITON))
+WITH = importing(f"import llama_torch.{VERIFIER}")
+
+
+@pytest.mark.ahead(WITHOUT)
+@pytest.mark.ahead(WITH)
 def test_the_torch_package_imports_the_oracle_in_one_module_alone() -> None:
     """The trainer works without it, until it is asked to verify."""
-    paths = (ROOT / "llama_torch").glob("*.py")
-    modules = sorted({path.stem for path in paths} - {"__init__", VERIFIER})
-    with_triton = {"kernels", "kernel_step", "batch_kernels", "batch_step", "loss_kernel"}
-    found = imported("; ".join(f"import llama_torch.{m}" for m in modules if m not in with_triton))
+    found = imported(WITHOUT)
     assert "torch" in found
     assert not found & {"reference_np", "parity_tests", "tools", "transformers"}
     assert not found & {"tokenizers", "sentencepiece"}  # extras, for checkpoints that need them
-    naming = {m for m in modules if "reference_np" in packages(source_of(m))}
+    naming = {m for m in MODULES if "reference_np" in packages(source_of(m))}
     assert not naming  # inside functions neither
-    found = imported(f"import llama_torch.{VERIFIER}")
+    found = imported(WITH)
     assert found >= {"reference_np"}
     assert not found & {"parity_tests", "tools", "transformers"}
 
@@ -95,9 +114,15 @@ def test_of_the_tests_tools_use_the_backends_alone(path: Path) -> None:
     assert all(name.startswith("parity_tests.backends") for name in of_tests)
 
 
+FORBIDDEN = importing("import reference_np.model, safetensors")
+FORBIDDEN_TOO = importing("import llama_torch.config, reference_np.config")
+
+
+@pytest.mark.ahead(FORBIDDEN)
+@pytest.mark.ahead(FORBIDDEN_TOO)
 def test_a_forbidden_import_would_be_seen() -> None:
-    assert "safetensors" in imported("import reference_np.model, safetensors")
-    assert "reference_np" in imported("import llama_torch.config, reference_np.config")
+    assert "safetensors" in imported(FORBIDDEN)
+    assert "reference_np" in imported(FORBIDDEN_TOO)
     assert "reference_np" in packages("def f():\n    from reference_np.ops import embed")
     assert "reference_np" in packages(source_of(VERIFIER))
 

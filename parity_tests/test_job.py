@@ -21,7 +21,8 @@ from llama_torch.model import Llama
 from llama_torch.parallel import Parallel
 from llama_torch.stopping import Stopped, signals
 
-from .test_parallel import torchrun
+from .ahead import Command, Job
+from .test_parallel import torchrun, torchrun_command
 from .test_train import TEXT, scalars
 
 RUN = [
@@ -31,15 +32,48 @@ RUN = [
     *("--save-every", "2", "--keep-last", "9", "--device", "cpu", "--dtype", "float32"),
     *("--lr", "1e-3"),
 ]
+RESTARTS = ["--max-restarts", "1"]
 # Six float32 steps whose sums are taken in another order. Measured: 2e-7.
 ROUNDING = 2e-5
 
 
+def flags_of(folder: Path) -> list[str]:
+    """Return the flags of the run, whose text is written into ``folder``."""
+    path = folder / "text.txt"
+    path.write_text(TEXT)
+    return [*RUN, "--data", str(path), "--cache-dir", str(folder / "cache")]
+
+
+def sharded_run(folder: Path) -> Command:
+    flags = [*flags_of(folder), "--fsdp", "2", "--out", folder / "run"]
+    return torchrun_command(2, "llama_torch.train", *flags)
+
+
+def run_that_loses_a_process(folder: Path) -> Command:
+    """Without a word of where: a job without --out has its run in runs/1."""
+    killed = int(signal.SIGKILL), 4, *flags_of(folder), "--fsdp", "2"
+    return torchrun_command(2, "parity_tests.signalled_worker", *killed, more=RESTARTS)
+
+
+def run_that_is_stopped(folder: Path) -> Command:
+    flags = [*flags_of(folder), "--verify-every", "2", "--out", folder / "run"]
+    return torchrun_command(2, "parity_tests.signalled_worker", int(signal.SIGTERM), 3, *flags)
+
+
+def run_that_is_refused(folder: Path) -> Command:
+    flags = [*flags_of(folder), "--tp", "4", "--out", folder / "run"]
+    return torchrun_command(2, "llama_torch.train", *flags, more=RESTARTS)
+
+
+SHARDED = Job(sharded_run)
+LOSES_A_PROCESS = Job(run_that_loses_a_process, in_folder=True)
+STOPPED = Job(run_that_is_stopped)
+REFUSED = Job(run_that_is_refused)
+
+
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return [*RUN, "--data", str(path), "--cache-dir", str(path.parent / "cache")]
+    return flags_of(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +84,12 @@ def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shards(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards() -> Path:
     """The same run on two processes, each with half of the model."""
-    out = tmp_path_factory.mktemp("shards") / "run"
-    done = torchrun(2, "llama_torch.train", *flags, "--fsdp", "2", "--out", out)
+    done = SHARDED.done()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation loss") == 4  # one process speaks, and tells the end
-    return out
+    return SHARDED.folder / "run"
 
 
 def require_same_run(found: Path, expected: Path, first: int = 1) -> None:
@@ -80,11 +113,13 @@ def back_to(step: int, run: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.ahead(SHARDED)
 def test_shards_train_as_one(alone: Path, shards: Path) -> None:
     require_same_run(shards, alone)
     assert not list(newest(shards).glob("*.safetensors"))
 
 
+@pytest.mark.ahead(SHARDED)
 def test_one_process_goes_on_where_two_stopped(alone: Path, shards: Path, tmp_path: Path) -> None:
     out = back_to(4, shards, tmp_path / "run")
     assert train.main(["--resume", "--out", str(out)]) == 0
@@ -99,6 +134,7 @@ def test_two_go_on_where_one_stopped(alone: Path, tmp_path: Path) -> None:
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.ahead(SHARDED)
 def test_shards_are_gathered(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert gather.main([str(shards), "--step", "6", "--to", str(tmp_path / "model")]) == 0
     weights, others = load_file(tmp_path / "model" / MODEL_FILE), load_file(shards / MODEL_FILE)
@@ -110,17 +146,13 @@ def test_shards_are_gathered(shards: Path, tmp_path: Path, capsys: pytest.Captur
     assert "holds no run; name the directory of one" in capsys.readouterr().err
 
 
-def test_a_process_that_dies_ends_the_job_and_a_restart_resumes_it(
-    flags: list[str], alone: Path, tmp_path: Path
-) -> None:
-    """Without a word of where: a job without --out has its run in runs/1."""
-    killed = (int(signal.SIGKILL), 4, *flags, "--fsdp", "2")
-    again = ["--max-restarts", "1"]
-    done = torchrun(2, "parity_tests.signalled_worker", *killed, more=again, cwd=tmp_path)
+@pytest.mark.ahead(LOSES_A_PROCESS)
+def test_a_process_that_dies_ends_the_job_and_a_restart_resumes_it(alone: Path) -> None:
+    done = LOSES_A_PROCESS.done()
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("another process of this job ended") == 1
     assert "continuing after step 2" in done.stdout
-    require_same_run(tmp_path / "runs" / "1", alone)
+    require_same_run(LOSES_A_PROCESS.folder / "runs" / "1", alone)
 
 
 def test_a_restart_leaves_other_runs_alone(
@@ -140,12 +172,9 @@ def test_a_restart_leaves_other_runs_alone(
         assert run_dir.after_restart(other) == other
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(
-    flags: list[str], alone: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    stopped = (int(signal.SIGTERM), 3, *flags, "--verify-every", "2", "--out", out)
-    done = torchrun(2, "parity_tests.signalled_worker", *stopped)
+@pytest.mark.ahead(STOPPED)
+def test_a_signal_to_one_process_stops_all_after_the_same_step(alone: Path) -> None:
+    done, out = STOPPED.done(), STOPPED.folder / "run"
     assert done.returncode != 0
     assert "stopped by SIGTERM; continue after step 3" in done.stderr
     assert done.stdout.count("verified") == 1
@@ -253,13 +282,13 @@ def test_what_cannot_be_shared_out(
     assert message in capsys.readouterr().err
 
 
-def test_one_process_of_a_job_says_what_is_wrong(flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.ahead(REFUSED)
+def test_one_process_of_a_job_says_what_is_wrong() -> None:
     """And the others end with it."""
-    wrong = [*flags, "--tp", "4", "--out", tmp_path / "run"]
-    done = torchrun(2, "llama_torch.train", *wrong, more=["--max-restarts", "1"])
+    done = REFUSED.done()
     assert done.returncode != 0
     assert done.stderr.count("error: --tp 4: 2 processes") == 2  # in each attempt
     assert "Traceback" not in done.stderr.replace(
         'Traceback (most recent call last):\n  File "<frozen', ""
     )
-    assert not (tmp_path / "run").exists()
+    assert not (REFUSED.folder / "run").exists()

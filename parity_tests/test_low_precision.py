@@ -49,7 +49,7 @@ def peer_arguments(case: Case) -> dict[str, torch.Tensor]:
 
 @on_every_device
 @given(case=wide_cases(for_transformers=True))
-@settings(max_examples=25)
+@settings(max_examples=-(-settings.default.max_examples // 5))
 def test_gradients_in_bfloat16(device: str, case: Case) -> None:
     """The trainer's default where the hardware has it; rms over all gradients together."""
     params = {n: v.astype(ml_dtypes.bfloat16).astype(np.float64) for n, v in case.params.items()}
@@ -84,7 +84,7 @@ def test_gradients_in_bfloat16(device: str, case: Case) -> None:
 
 @on_every_device
 @given(case=wide_cases())
-@settings(max_examples=25)
+@settings(max_examples=-(-settings.default.max_examples // 5))
 def test_micro_batches_in_bfloat16_lose_nothing_to_their_sum(device: str, case: Case) -> None:
     """Gradients of many micro-batches are summed in float32: 64 of them err like one."""
     single = {n: v.astype(np.float32) for n, v in case.params.items()}

@@ -18,6 +18,7 @@ from llama_torch.parallel import global_norm, norm_of
 from reference_np.config import LlamaConfig
 from reference_np.optim import Hyper
 
+from .ahead import Command, Job
 from .job_worker import STEPS, Layout, train
 from .strategies import random_params
 from .test_training import distances, oracle_train
@@ -28,10 +29,41 @@ LAYOUTS = {
     2: [Layout(1, 1), Layout(2, 1), Layout(1, 2)],  # DDP, FSDP2, tensor parallelism
     4: [Layout(2, 1), Layout(2, 2), Layout(1, 2), Layout(0, 1)],  # and combined
 }
+BFLOAT16 = Layout(2, 1, "bfloat16"), 0
+
+
+def torchrun_command(
+    world: int, *arguments: object, more: Sequence[str] = ()
+) -> tuple[object, ...]:
+    """Return what follows ``python``."""
+    how = "-m", "torch.distributed.run", "--standalone", *more, "--nproc-per-node", world, "-m"
+    return *how, *arguments
+
+
+def trained_in(world: int) -> list[tuple[Layout, int]]:
+    """Name what the processes of one job train: layouts, and indices of cases."""
+    each = [(layout, i) for layout in LAYOUTS[world] for i in range(len(cases()))]
+    return each + ([BFLOAT16] if world == 2 else [])
+
+
+def make_job(world: int) -> Job:
+    """Return the job of so many processes: one start for all that it trains."""
+
+    def make(folder: Path) -> Command:
+        jobs = [(layout, cases()[i]) for layout, i in trained_in(world)]
+        (folder / "in").write_bytes(pickle.dumps(jobs))
+        worker = "parity_tests.job_worker"
+        return torchrun_command(world, worker, folder / "in", folder / "out")
+
+    return Job(make)
+
+
+JOBS = {world: make_job(world) for world in LAYOUTS}
 NAMED = [
     pytest.param(
         world,
         layout,
+        marks=pytest.mark.ahead(JOBS[world]),
         id=f"{world // (layout.fsdp or world) // layout.tp} replicas x "
         f"{layout.fsdp or world} shards x {layout.tp} tensor-parallel",
     )
@@ -55,8 +87,7 @@ def cases() -> list[TrainingCase]:
 def torchrun(
     world: int, *arguments: object, more: Sequence[str] = (), cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *more]
-    command += ["--nproc-per-node", str(world), "-m", *map(str, arguments)]
+    command = [sys.executable, *map(str, torchrun_command(world, *arguments, more=more))]
     given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=given)
 
@@ -72,19 +103,15 @@ def test_the_norm_of_a_large_gradient(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory):
-    """What the jobs of each size leave, by (processes, layout, case): one start for each size."""
+def trained():
+    """What the job of each size leaves, by (layout, case)."""
 
     @lru_cache
     def of(world: int) -> dict[tuple[Layout, int], tuple[Trained, list[int]]]:
-        folder = tmp_path_factory.mktemp("job")
-        each = [(layout, i) for layout in LAYOUTS[world] for i in range(len(cases()))]
-        each += [(Layout(2, 1, "bfloat16"), 0)] if world == 2 else []
-        jobs = [(layout, cases()[i]) for layout, i in each]
-        (folder / "in").write_bytes(pickle.dumps(jobs))
-        done = torchrun(world, "parity_tests.job_worker", folder / "in", folder / "out")
+        done = JOBS[world].done()
         assert done.returncode == 0, done.stderr
-        return dict(zip(each, pickle.loads((folder / "out").read_bytes()), strict=True))
+        found = pickle.loads((JOBS[world].folder / "out").read_bytes())
+        return dict(zip(trained_in(world), found, strict=True))
 
     return of
 
@@ -111,12 +138,13 @@ def test_each_holds_its_share(trained, world: int, layout: Layout) -> None:
     assert sum(held) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.ahead(JOBS[2])
 def test_bfloat16_shards_compute_what_a_bfloat16_model_computes(
     trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same loss, to float64's rounding of a sum: gathered weights are the rounded masters."""
     monkeypatch.setattr(Llama, "init_part", Llama.init_part)  # train replaces it
-    actual, _ = trained(2)[Layout(2, 1, "bfloat16"), 0]
+    actual, _ = trained(2)[BFLOAT16]
     alone, _ = train(Layout(1, 1, "bfloat16"), cases()[0])
     assert actual.losses[0] == pytest.approx(alone.losses[0], rel=1e-12)
     assert actual.norms == pytest.approx(alone.norms, rel=2**-8)

@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -373,6 +374,7 @@ def test_a_shard_cut_short_during_a_run(text: Text, tmp_path: Path, workers: int
         os.truncate(path, 100)
     said = refused(lambda: list(batches))
     assert ".bin: token shard was cut short while it was in use; copy it back" in said
+    assert not multiprocessing.active_children()  # nothing holds the loader, and so its process
 
 
 def test_many_shards_keep_few_files_open(

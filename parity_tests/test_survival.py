@@ -9,8 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +37,7 @@ from llama_torch import (
 from llama_torch.checkpoint import STATE_FILE, load_state, read_notes
 from llama_torch.config import InputError, ModelConfig, OptimConfig, TrainConfig
 
+from .ahead import Command, Job
 from .crashes import require_readable
 from .test_train import TEXT, refused, scalars
 
@@ -113,8 +112,10 @@ def left_over(out: Path) -> list[Path]:
 # Killed
 
 
-def test_a_run_killed_over_and_over_is_the_uninterrupted_one(tmp_path: Path, text: str) -> None:
-    kills = min(200, 2 * settings.default.max_examples // 7)
+def run_that_is_killed(folder: Path) -> Command:
+    """And the same one whole, in one process that imports torch once."""
+    (folder / "text.txt").write_text(TEXT)
+    kills = n_kills()
     rng = random.Random(kills)
     lives: list[dict[str, float]] = [{"touch": rng.randrange(1, 10)}]
     lives += [{"touch": rng.randrange(1, 60)} for _ in range(kills)]
@@ -123,23 +124,30 @@ def test_a_run_killed_over_and_over_is_the_uninterrupted_one(tmp_path: Path, tex
     lives.insert(6, {"longest": 1_000_000})  # longer than the export, shorter than a checkpoint
     steps = 12 + kills
     plan = {
-        "out": str(tmp_path / "killed"),
-        "whole": str(tmp_path / "whole"),
-        "flags": [*SHAPE, "--data", text, "--steps", str(steps), "--save-every", "1"],
+        "out": str(folder / "killed"),
+        "whole": str(folder / "whole"),
+        "flags": [*SHAPE, "--data", f"{folder}/text.txt", "--steps", str(steps), "--save-every=1"],
         "lives": lives,
     }
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    done = subprocess.run(
-        [sys.executable, "-m", "parity_tests.crashes", str(tmp_path / "plan.json")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return "-m", "parity_tests.crashes", folder / "plan.json"
+
+
+KILLED = Job(run_that_is_killed)
+
+
+def n_kills() -> int:
+    return min(200, 2 * settings.default.max_examples // 7)
+
+
+@pytest.mark.ahead(KILLED)
+def test_a_run_killed_over_and_over_is_the_uninterrupted_one() -> None:
+    done = KILLED.done()
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > kills // 2
+    assert int(done.stdout) > n_kills() // 2
     assert "Traceback" not in done.stderr
     assert [line[:7] for line in done.stderr.splitlines()] == ["error: "] * 2
-    require_same(tmp_path / "whole", tmp_path / "killed")
+    require_same(KILLED.folder / "whole", KILLED.folder / "killed")
 
 
 # Signals

@@ -96,6 +96,7 @@ class Look:
         self.honest = self.replay(())
         self.rows = {key: row for key, row in self.rows.items() if key in self.honest}
         self.failing = {key for key, row in self.rows.items() if row.status == "diverges"}
+        self.unmoved: dict[Key, Effect] = {}  # of whatever bug leaves an activation alone
 
     def replay(self, bugs: Bugs, call: int | None = None) -> dict[Key, Array]:
         """Run the oracle with some bugs; return what it makes of the rows, or of one call's."""
@@ -125,6 +126,13 @@ class Look:
     def _effect(self, key: Key, value: Array, bugs: Bugs) -> Effect:
         row, theirs, honest = self.rows[key], self.theirs[key], self.honest[key]
         assert row.own is not None
+        if np.array_equal(value, honest):  # as of most: a bug touches its own operation's alone
+            if key not in self.unmoved:
+                error = errors(theirs, honest)
+                self.unmoved[key] = Effect(
+                    error.within(row.own.bound), error.rms, math.inf, moves=False
+                )
+            return self.unmoved[key]
         error = errors(theirs, value)
         unlike = math.inf
         alone = bugs[0].known_by if len(bugs) == 1 and row.status == "diverges" else "value"
@@ -134,8 +142,7 @@ class Look:
                 unlike = abs(math.log(sizes[0] / sizes[1])) / math.log(SIZE_FACTOR)
         elif alone == "nothing" and errors(value, honest).rms > row.own.bound.rms:
             unlike = abs(correlation(theirs, honest)) / UNRELATED
-        moves = not np.array_equal(value, honest)
-        return Effect(error.within(row.own.bound), error.rms, unlike, moves)
+        return Effect(error.within(row.own.bound), error.rms, unlike, moves=True)
 
 
 def _everywhere(error: Array) -> bool:

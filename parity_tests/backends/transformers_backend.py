@@ -15,6 +15,7 @@ from transformers.models.llama import modeling_llama
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 
+from ..support import without_weights
 from . import Array, Params
 
 
@@ -134,7 +135,7 @@ class Transformers:
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """Build the model of their config with parameters on the meta device."""
-    with torch.device("meta"):
+    with without_weights():
         model = transformers.LlamaForCausalLM(config).to(dtype).eval()
     # Frequencies are no parameter: real, and not rounded with the rest.
     with LiftFloat32() if dtype == torch.float64 else nullcontext():
