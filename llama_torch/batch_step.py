@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from . import batch_kernels
 from .kernel_step import KernelStep, held, power
 
-# Bytes of a row that a program reads at a time, rows and tiles under way: the quickest of a dozen
-# tried on one H100 with the 7B shape and 32 sequences, bfloat16 and int8.
+# Rows of a program, bytes of an input (as many weights of a row, whatever they are held in) that it
+# reads at a time, and tiles under way: the quickest of a dozen tried on one H100 with the 7B shape
+# and 32 sequences, bfloat16 and int8.
 ROWS, READ, STAGES = 64, 256, 5
 SPLITS = (1, 2, 4)  # shares of a matrix's columns, if it has too few rows to occupy the GPU
 

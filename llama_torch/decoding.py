@@ -26,6 +26,7 @@ from .model import Block, Llama, rope_tables
 from .numpy_step import NumpyStep
 
 SHORT = 32  # tokens that are not worth the preparation of a graph
+TRITON = (3, 6)  # the oldest that compiles the kernels; torch 2.11 has it
 MOST_ROWS = 64  # of the kernels: the products of more are not bound by reading the weights
 KEPT = 2  # captured steps kept for later requests, each with its room
 ROUND = 256  # room is taken in multiples of this many columns, so that graphs are met again
@@ -38,6 +39,10 @@ def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
     weight = model.model.embed_tokens.weight
     on_gpu = weight.device.type == "cuda"
     has_kernels = on_gpu and rows <= MOST_ROWS and _has_kernels()
+    # A batch needs tensor cores that take its precision through Triton, or torch's are quicker.
+    has_cores = (
+        weight.itemsize == 2 and on_gpu and torch.cuda.get_device_capability(weight.device) >= (8,)
+    )
     has_numpy = rows == 1 and NumpyStep.supports(model)
     if way == "auto":
         if not on_gpu:
@@ -45,13 +50,13 @@ def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
             return "numpy" if has_numpy and torch.get_num_threads() <= 2 else "eager"
         if n_tokens < SHORT:
             return "eager"
-        # In more than half precision, the tensor cores are of no use to the products of a batch.
-        return "kernels" if has_kernels and (rows == 1 or weight.itemsize == 2) else "graph"
+        return "kernels" if has_kernels and (rows == 1 or has_cores) else "graph"
     if way in ("graph", "compiled", "kernels") and not on_gpu:
         raise InputError(f"--decoding {way} needs a GPU; leave the flag out")
     if way == "kernels" and not has_kernels:
         raise InputError(
-            f"--decoding kernels is for at most {MOST_ROWS} prompts and needs triton 3.4; use graph"
+            f"--decoding kernels is for at most {MOST_ROWS} prompts and needs an NVIDIA GPU and "
+            f"triton {'.'.join(map(str, TRITON))}; use graph"
         )
     if way == "numpy" and not has_numpy:
         raise InputError(
@@ -61,11 +66,13 @@ def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
 
 
 def _has_kernels() -> bool:
-    try:
-        importlib.import_module(".kernels", __package__)
-    except ImportError:  # triton comes with torch's CUDA builds alone, and old ones lack a part
+    if torch.version.hip is not None:
         return False
-    return True
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError:  # it comes with torch's CUDA builds alone
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= TRITON
 
 
 class GraphStep:

@@ -88,7 +88,7 @@ class KernelStep:
     def begin(self) -> None:
         """Take over what may have changed since the last request: norms, where they are copied."""
         if self.planes > 1:
-            weights = torch.stack([norm.weight for norm in self.norms])
+            weights = torch.stack([norm.weight.detach() for norm in self.norms])
             in_order = weights.view(len(weights), -1, self.planes).transpose(1, 2)
             self.in_planes.view_as(in_order).copy_(in_order)
 

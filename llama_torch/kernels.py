@@ -1,5 +1,7 @@
 """Triton kernels that decode one token of one sequence: five a layer, each reading weights once.
 
+(``look_up`` and ``attend`` take several, and serve batch_kernels.py too.)
+
 One row of activations against a matrix is bound by the memory that holds the matrix. What keeps
 such a kernel from the memory's speed is mostly its beginning and end, so all work between two
 matrices is folded into them (the norm before, the rotation, SwiGLU or residual after), and each

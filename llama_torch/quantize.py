@@ -3,7 +3,7 @@
 Half of bfloat16's bytes, and decoding is bound by bytes. Activations keep their precision, and so
 do the embedding and the norms; a head tied to the embedding stays what it is. What int8 loses is
 in the weights alone: bfloat16 holds the whole numbers as they are, and a product is scaled when it
-is summed up.
+is summed up (in float16, whose range is too small for that, the matrix is scaled and rounded).
 """
 
 import torch

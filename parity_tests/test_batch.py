@@ -1,6 +1,8 @@
 """Several prompts at once: every row is what it would be alone, and ends when it would."""
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+from llama_torch import decoding
 from llama_torch.batch import Batch, generate, run
 from llama_torch.config import InputError, ModelConfig
 from llama_torch.generation_config import SamplingConfig
@@ -186,3 +189,35 @@ def test_positions_count_a_rows_own_tokens(small: Llama) -> None:
     assert mask is not None
     assert positions.tolist() == [[3, 4], [1, 2]]
     assert mask[1].tolist() == [[False, False, True, True, False], [False, False, True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "capability", "way"),
+    [
+        (1, torch.float32, (7, 5), "kernels"),
+        (2, torch.bfloat16, (9, 0), "kernels"),
+        (64, torch.float16, (8, 0), "kernels"),
+        (65, torch.bfloat16, (9, 0), "graph"),
+        (2, torch.float16, (7, 5), "graph"),
+        (2, torch.float32, (9, 0), "graph"),
+    ],
+)
+def test_the_way_that_a_gpu_decodes(
+    rows: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As chosen for a GPU that is not there."""
+    weight = SimpleNamespace(device=torch.device("cuda"), itemsize=dtype.itemsize)
+    model: Any = SimpleNamespace(model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)))
+    monkeypatch.setattr(decoding.NumpyStep, "supports", lambda model: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for version, has_kernels in (("3.6.0", True), ("3.10.1+git", True), ("3.5.1", False)):
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+        found = decoding.choose("auto", model, rows, 100)
+        assert found == (way if has_kernels else "graph")
+    assert decoding.choose("auto", model, rows, 8) == "eager"
+    with pytest.raises(InputError, match=r"needs an NVIDIA GPU and triton 3\.6"):
+        decoding.choose("kernels", model, rows, 100)

@@ -104,7 +104,7 @@ def test_rows_in_a_graph_end_when_they_like(way: Decoding, case: Case) -> None:
 @given(case=wide_cases())
 @settings(max_examples=5)
 def test_int8_rows_on_tensor_cores(case: Case) -> None:
-    """In bfloat16 the kernels err no more than the model does on its dequantised matrices."""
+    """In bfloat16 the kernels err about as much as the model's own products, or less."""
     model = torch_model(case.config, cast(case.params, np.float64)).cuda().bfloat16()
     weights = {name: w.cpu().numpy() for name, w in dequantised(quantize(model)).items()}
     tokens = torch.from_numpy(np.stack([np.roll(case.tokens[0], i) for i in range(3)])).cuda()
