@@ -14,7 +14,7 @@ Axes: M sequence, D dim, H query heads, N key/value heads, K head_dim, F hidden_
 import triton
 import triton.language as tl
 
-from .kernels import _begin, _wait
+from .kernels import _begin, _turn_and_keep, _wait
 
 FETCHED = tl.constexpr(8)  # lines of 128 bytes of each row
 
@@ -132,24 +132,10 @@ def rope(
     at = row * WIDTH + head * HEAD_DIM + i
     a = _joined(parts, at, inside, n_rows * WIDTH, SPLITS)
     b = _joined(parts, at + HALF, inside, n_rows * WIDTH, SPLITS)
-    if head < HEADS + KV_HEADS:
-        angle = tl.load(position + row) * HALF + i
-        c = tl.load(cos + angle, mask=inside, other=0.0).to(sums)
-        s = tl.load(sin + angle, mask=inside, other=0.0).to(sums)
-        a, b = a * c - b * s, b * c + a * s
-    if head < HEADS:
-        of_q = (row * HEADS + head) * HEAD_DIM + i
-        tl.store(q + of_q, a, mask=inside)
-        tl.store(q + of_q + HALF, b, mask=inside)
-    else:
-        group = (head - HEADS) % KV_HEADS
-        at_kv = ((row * KV_HEADS + group).to(tl.int64) * size + tl.load(column)) * HEAD_DIM + i
-        if head < HEADS + KV_HEADS:
-            tl.store(keys + at_kv, a, mask=inside)
-            tl.store(keys + at_kv + HALF, b, mask=inside)
-        else:
-            tl.store(values + at_kv, a, mask=inside)
-            tl.store(values + at_kv + HALF, b, mask=inside)
+    _turn_and_keep(
+        a, b, i, inside, row, head, cos, sin, position, column, q, keys, values, size,
+        HEADS, KV_HEADS, HEAD_DIM, sums,
+    )  # fmt: skip
 
 
 @triton.jit

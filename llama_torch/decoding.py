@@ -173,7 +173,6 @@ class GraphStep:
         else:
             step = BatchStep(self.model, self.cache, allowed=self.allowed)
         step.token, step.position, step.column = self.token, self.position, self.column
-
         self.refresh = step.begin
 
         def forward() -> Tensor:

@@ -197,6 +197,38 @@ def look_up(
 
 
 @triton.jit
+def _turn_and_keep(
+    a, b, i, inside, row, head, cos, sin, position, column, q, keys, values, size,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, sums: tl.constexpr,
+):  # fmt: skip
+    """Rotate pairs (a, b) at ``i`` and ``i + K / 2`` of one head of q or k; keep them, or v.
+
+    q goes to ``q``, k and v to the cache's ``column``. Heads are counted through q, k and v.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    if head < HEADS + KV_HEADS:
+        angle = tl.load(position + row) * HALF + i
+        c, s = (
+            tl.load(cos + angle, mask=inside).to(sums),
+            tl.load(sin + angle, mask=inside).to(sums),
+        )
+        a, b = a * c - b * s, b * c + a * s
+    if head < HEADS:
+        of_q = (row * HEADS + head) * HEAD_DIM + i
+        tl.store(q + of_q, a, mask=inside)
+        tl.store(q + of_q + HALF, b, mask=inside)
+    else:
+        group = row * KV_HEADS + (head - HEADS) % KV_HEADS
+        at = (group.to(tl.int64) * size + tl.load(column)) * HEAD_DIM + i
+        if head < HEADS + KV_HEADS:
+            tl.store(keys + at, a, mask=inside)
+            tl.store(keys + at + HALF, b, mask=inside)
+        else:
+            tl.store(values + at, a, mask=inside)
+            tl.store(values + at + HALF, b, mask=inside)
+
+
+@triton.jit
 def norm_qkv_rope(
     x, norm, w_q, w_k, w_v, scale_q, scale_k, scale_v, cos, sin, position, column,
     q, keys, values, size, eps: tl.constexpr,
@@ -223,21 +255,10 @@ def norm_qkv_rope(
     if QUANTIZED:
         a *= tl.load(scale + rows)
         b *= tl.load(scale + rows + HALF)
-    if head < HEADS + KV_HEADS:
-        angle = tl.load(position) * HALF + i
-        c, s = tl.load(cos + angle).to(sums), tl.load(sin + angle).to(sums)
-        a, b = a * c - b * s, b * c + a * s
-    if head < HEADS:
-        tl.store(q + rows, a)
-        tl.store(q + rows + HALF, b)
-    else:
-        at = (head - base).to(tl.int64) * size * HEAD_DIM + tl.load(column) * HEAD_DIM + i
-        if head < HEADS + KV_HEADS:
-            tl.store(keys + at, a)
-            tl.store(keys + at + HALF, b)
-        else:
-            tl.store(values + at, a)
-            tl.store(values + at + HALF, b)
+    _turn_and_keep(
+        a, b, i, None, 0, head, cos, sin, position, column, q, keys, values, size,
+        HEADS, KV_HEADS, HEAD_DIM, sums,
+    )  # fmt: skip
 
 
 @triton.jit
