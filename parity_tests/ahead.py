@@ -22,7 +22,6 @@ class Job:
         self._make, self._in_folder = make, in_folder
         self._process: subprocess.Popen[str] | None = None
         self._kept: tempfile.TemporaryDirectory[str] | None = None
-        self.args: list[str] = []
 
     @property
     def folder(self) -> Path:
@@ -32,19 +31,23 @@ class Job:
 
     def begin(self) -> None:
         """Start it, if it was not."""
-        if self._process is not None:
+        if self.is_begun():
             return
-        self.args = [sys.executable, *map(str, self._make(self.folder))]
+        command = [sys.executable, *map(str, self._make(self.folder))]
         given = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(self.folder / "cache")}
         with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
             self._process = subprocess.Popen(
-                self.args,
+                command,
                 cwd=self.folder if self._in_folder else ROOT,
                 stdout=out,
                 stderr=err,
                 text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"} | given,
             )
+
+    def is_begun(self) -> bool:
+        """Return whether it was started."""
+        return self._process is not None
 
     def is_running(self) -> bool:
         """Return whether it was begun and has not ended."""
@@ -56,7 +59,7 @@ class Job:
         assert self._process is not None
         code = self._process.wait()
         said = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess(self.args, code, *said)
+        return subprocess.CompletedProcess(self._process.args, code, *said)
 
     def end(self) -> None:
         """Stop it where nobody waits for it any more, and remove its files."""
@@ -83,7 +86,7 @@ class Queue:
         """Begin the next job, if none is running."""
         if not any(job.is_running() for job in self.jobs):
             for job in self.jobs:
-                if not job.args:
+                if not job.is_begun():
                     job.begin()
                     return
 

@@ -22,7 +22,7 @@ from llama_torch.parallel import Parallel
 from llama_torch.stopping import Stopped, signals
 
 from .ahead import Command, Job
-from .test_parallel import torchrun, torchrun_command
+from .test_parallel import torchrun_command
 from .test_train import TEXT, scalars
 
 RUN = [
@@ -128,7 +128,10 @@ def test_one_process_goes_on_where_two_stopped(alone: Path, shards: Path, tmp_pa
 
 def test_two_go_on_where_one_stopped(alone: Path, tmp_path: Path) -> None:
     out = back_to(4, alone, tmp_path / "run")
-    done = torchrun(2, "llama_torch.train", "--resume", "--out", out, "--tp", "2")
+    resumed = "--resume", "--out", out, "--tp", "2"
+    job = Job(lambda _: torchrun_command(2, "llama_torch.train", *resumed))
+    done = job.done()
+    job.end()
     assert done.returncode == 0, done.stderr
     require_same_run(out, alone, first=5)
     assert not list(out.rglob("*.tmp"))

@@ -1,10 +1,7 @@
 """Several processes take the step that one takes, which is the oracle's: every way to share it."""
 
 import math
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -82,14 +79,6 @@ def cases() -> list[TrainingCase]:
         hyper = Hyper(lr=1e-2, grad_clip=clip, z_loss=z_loss, warmup_steps=3, steps=12)
         found.append(TrainingCase(config, random_params(config, seed), batches, hyper))
     return found
-
-
-def torchrun(
-    world: int, *arguments: object, more: Sequence[str] = (), cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, torchrun_command(world, *arguments, more=more))]
-    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -64,12 +64,6 @@ def flags(text: str) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring the machine takes longer than these runs."""
-    monkeypatch.setattr(train, "peak_flops", lambda *_: 1e9)
-
-
-@pytest.fixture(autouse=True)
 def _heard() -> Iterator[None]:
     """A shell's background jobs, and what they start, ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

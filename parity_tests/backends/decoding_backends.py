@@ -118,36 +118,25 @@ class Kernels(Stepwise):
     ) -> torch.Tensor:
         from llama_torch.kernel_step import KernelStep
 
-        rows = []
-        for i, row in enumerate(tokens):
-            allowed = torch.zeros(room.size, dtype=torch.bool, device=self.device)
-            step = KernelStep(model, _row(room, i), int(positions.max()) + 1, allowed)
-            step.begin()
-            found = []
-            for t, token in enumerate(row):
-                step.token.fill_(int(token))
-                step.position.fill_(int(positions[i, t]))
-                step.column.fill_(room.length + t)
-                allowed[: mask.shape[2]] = torch.from_numpy(np.array(mask[i, t])).to(self.device)
-                step.run()
-                found.append(step.logits.clone())
-            rows.append(torch.cat(found))
-        return torch.stack(rows)
+        rows = zip(tokens, positions, mask, strict=True)
+        return torch.cat(
+            [
+                self._run(KernelStep, model, _row(room, i), *(part[None] for part in row))
+                for i, row in enumerate(rows)
+            ]
+        )
 
-
-class BatchKernels(Stepwise):
-    """Through the Triton kernels for several sequences, likewise."""
-
-    def _steps(
-        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+    def _run(
+        self, kind: Any, model: Llama, room: Any, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        from llama_torch.batch_step import BatchStep
+        """Take the steps of a KernelStep, or a BatchStep, on all rows of ``room``."""
 
         def put(array: Array) -> torch.Tensor:
             return torch.from_numpy(np.array(array)).to(self.device)
 
         allowed = torch.zeros(len(tokens), room.size, dtype=torch.bool, device=self.device)
-        step = BatchStep(model, room, int(positions.max()) + 1, allowed)
+        step = kind(model, room, int(positions.max()) + 1, allowed)
+        step.begin()
         found = []
         for t in range(tokens.shape[1]):
             step.token.copy_(put(tokens[:, t]))
@@ -157,6 +146,17 @@ class BatchKernels(Stepwise):
             step.run()
             found.append(step.logits.clone())
         return torch.stack(found, dim=1)
+
+
+class BatchKernels(Kernels):
+    """Through those for several sequences."""
+
+    def _steps(
+        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+    ) -> torch.Tensor:
+        from llama_torch.batch_step import BatchStep
+
+        return self._run(BatchStep, model, room, tokens, positions, mask)
 
 
 class Graph(Stepwise):
