@@ -104,6 +104,9 @@ def _logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
     n_rows, vocab_size = len(hidden_ND), len(weight_VD)
     width = vocab_size + -vocab_size % ALIGNED
     room = _room(n_rows * width, hidden_ND.dtype).view(n_rows, width)
+    # oneDNN's bfloat16 product on a CPU with AMX reads these columns too, and multiplies them by
+    # zero, which makes NaN of the NaN or infinity that memory never written may hold.
+    room[:, vocab_size:] = 0
     return torch.mm(hidden_ND, weight_VD.T, out=room[:, :vocab_size])
 
 

@@ -7,7 +7,8 @@ test_conformance.py; ``--mutants`` runs the same tests on the oracle with each k
 import os
 
 # Before NumPy is imported; for the reason why torch gets one thread below.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+THREADS = os.environ.get("PARITY_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", THREADS)
 
 import functools
 import gc
@@ -15,7 +16,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,26 @@ from reference_np.config import InputError
 from reference_np.mutants import FORWARD
 from reference_np.training_mutants import TRAINING
 
-from . import backends, report
+from . import backends, drawn, poison, processors, report
 from .ahead import QUEUE
 from .backends.oracle import WithBug
 from .judge import JUDGE
 
 # Models here are too small for a second thread, and threads that wait for each other cost more
 # than they bring wherever something else runs.
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
 
 COMMON = {
     "deadline": None,  # the first example pays for torch's warm-up
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
     "print_blob": True,
 }
-settings.register_profile("quick", max_examples=5, **COMMON)
-settings.register_profile("default", max_examples=50, **COMMON)
-settings.register_profile("thorough", max_examples=2000, **COMMON)
+# The same examples on every machine: a newcomer's green is CI's. To search is to ask for it.
+settings.register_profile("quick", max_examples=5, derandomize=True, **COMMON)
+settings.register_profile("default", max_examples=50, derandomize=True, **COMMON)
+settings.register_profile("search", max_examples=50, derandomize=False, **COMMON)
+settings.register_profile("thorough", max_examples=2000, derandomize=False, **COMMON)
+drawn.ignore_constants()
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 MUTANTS = {mutant.name: mutant for mutant in (*FORWARD, *TRAINING)}
@@ -66,6 +70,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--mutants", action="store_true", help="run the suite against every known bug")
     group.addoption(
+        "--poison", action="store_true", help="let memory that nothing has written hold NaN"
+    )
+    group.addoption(
         "--reproduce", metavar="BLOB", help="run one failing example again, as its report says"
     )
 
@@ -79,6 +86,9 @@ def chosen(config: pytest.Config) -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ahead(job): what runs beside the tests before this one")
     config.addinivalue_line("markers", "needs(method): what a backend must offer for this test")
+    config.addinivalue_line("markers", "numeric: its numbers depend on the processor's kernels")
+    if config.getoption("poison"):
+        poison.install()
     JUDGE.only_record = config.getoption("mutants")
     if JUDGE.only_record and chosen(config):
         raise pytest.UsageError("--mutants and --backend exclude each other; leave one out")
@@ -183,8 +193,13 @@ def _limited(item: Any) -> Any:
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """Tell the judge which test runs; nothing covered is not a pass."""
-    if not _is_conformance(pyfuncitem):
-        return (yield)
+    with poison.watched(pyfuncitem):
+        if not _is_conformance(pyfuncitem):
+            return (yield)
+        return (yield from _judged(pyfuncitem))
+
+
+def _judged(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     test = pyfuncitem.originalname
     values = pyfuncitem.callspec.params
     others = [str(value) for key, value in values.items() if key != "backend"]
@@ -217,6 +232,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    terminalreporter.section("computed by")
+    terminalreporter.write_line(processors.describe())
     if JUDGE.entries:
         lines = (
             report.mutation_table(JUDGE.entries, MUTANTS, HONEST)

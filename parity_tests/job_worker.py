@@ -20,6 +20,7 @@ from llama_torch.optim import learning_rate, make_adamw
 from llama_torch.parallel import Parallel, job, leave
 from llama_torch.step import train_step
 
+from . import poison
 from .backends.torch_backends import optim_config, to_torch
 from .support import torch_config
 from .training import Trained, TrainingCase
@@ -96,6 +97,7 @@ def whole(tensor: Tensor) -> np.ndarray:
 
 
 def main() -> int:
+    poison.install_if_asked()
     torch.set_num_threads(1)
     cases = pickle.loads(Path(sys.argv[1]).read_bytes())
     with job():

@@ -22,6 +22,7 @@ from reference_np.tolerances import (
     logic_error,
 )
 
+from . import drawn
 from .backends.oracle import Plain
 from .strategies import Array
 
@@ -78,28 +79,30 @@ class Judge:
         assert not missing, f"missing: {', '.join(missing)}"
         for name, value in exact.items():
             if dtype == "float64":
-                self.note(name, logic_error(actual[name], value) / logic)
+                self.note(name, logic_error(actual[name], value) / logic, dtype)
                 continue
             error, floor = errors(actual[name], value), errors(plain[name], value)
             # A baseline that overflowed would excuse anything.
             assert all(map(math.isfinite, floor)), f"{name}: the plain baseline is not finite"
             bound = composed_bound(floor, dtype)
             if average:
-                self.note(name, error.rms / bound.rms if error.rms < math.inf else math.inf)
+                share = error.rms / bound.rms if error.rms < math.inf else math.inf
+                self.note(name, share, dtype)
                 continue
-            self.note(name, error.share(bound))
+            self.note(name, error.share(bound), dtype)
             if name == "logits":
                 kl = float(kl_per_token(actual[name], value).max())
                 honest = float(kl_per_token(plain[name], value).max())
                 limit = kl_bound(honest, float(np.abs(value).max()), dtype)
-                self.note("logits' KL", kl / limit)
+                self.note("logits' KL", kl / limit, dtype)
 
-    def note(self, name: str, share: float) -> None:
+    def note(self, name: str, share: float, dtype: str) -> None:
         """Record one error as a share of its tolerance; fail if it is more."""
         if not share <= self.entry.share:
             self.entry.share, self.entry.name = share, name
         if not self.only_record:
-            assert share <= 1, f"{name}: {share:.3g} times its tolerance"
+            case = drawn.listed(drawn.latest)
+            assert share <= 1, f"{name}: {share:.3g} times its tolerance in {dtype}; {case}"
 
 
 JUDGE = Judge()

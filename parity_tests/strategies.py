@@ -5,6 +5,7 @@ shapes, which is where porting bugs live, and leaves the numbers dense.
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,14 +16,16 @@ from reference_np.config import LlamaConfig
 from reference_np.model import Cache
 from reference_np.naming import parameter_shapes
 
+from .drawn import Draw, composite, listed
+
 Array = NDArray[Any]
 Params = dict[str, Array]
 
 seeds = st.integers(0, 2**32 - 1)
 
 
-@st.composite
-def scalings(draw: st.DrawFn) -> dict[str, Any]:
+@composite
+def scalings(draw: Draw) -> dict[str, Any]:
     """Scaling of the rotary frequencies: thresholds that fall among those of any small head."""
     kind = draw(st.sampled_from(["default", "linear", "llama3", "llama3"]), label="rope_type")
     if kind == "default":
@@ -40,8 +43,8 @@ def scalings(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@st.composite
-def configs(draw: st.DrawFn, least_width: int = 1) -> LlamaConfig:
+@composite
+def configs(draw: Draw, least_width: int = 1) -> LlamaConfig:
     """Any small architecture: n_rep != n_kv_heads, odd counts, dim unrelated to the heads.
 
     transformers insists that dim be a multiple of n_heads, even with an explicit head_dim.
@@ -91,10 +94,16 @@ class Case(NamedTuple):
     tokens: Array  # int64 [B, T]
     positions: Array | None  # int64 [B, T]
     mask: Array | None  # bool [B, T, S]
+    numbers: Mapping[str, Any] | None = None  # what it was made from
+
+    def __repr__(self) -> str:
+        """Print the few numbers that rebuild the case, in place of its arrays."""
+        made_from = listed(self.numbers) if self.numbers else f"config={self.config}"
+        return f"Case({made_from})"
 
 
-@st.composite
-def params_of(draw: st.DrawFn, config: LlamaConfig) -> Params:
+@composite
+def params_of(draw: Draw, config: LlamaConfig) -> Params:
     """Parameters for ``config``; small embeddings make the norms' epsilon count.
 
     Extreme ones: norm weights of either sign and a hundredfold size, and every other token's
@@ -111,10 +120,8 @@ def params_of(draw: st.DrawFn, config: LlamaConfig) -> Params:
     return params
 
 
-@st.composite
-def tokens_of(
-    draw: st.DrawFn, config: LlamaConfig, max_batch: int = 3, min_length: int = 1
-) -> Array:
+@composite
+def tokens_of(draw: Draw, config: LlamaConfig, max_batch: int = 3, min_length: int = 1) -> Array:
     """Token ids [B, T]."""
     batch = draw(st.integers(1, max_batch), label="batch")
     length = draw(st.integers(min_length, 12), label="length")
@@ -122,16 +129,16 @@ def tokens_of(
     return rng.integers(0, config.vocab_size, (batch, length))
 
 
-@st.composite
-def masks(draw: st.DrawFn, batch: int, n_queries: int, n_keys: int) -> Array:
+@composite
+def masks(draw: Draw, batch: int, n_queries: int, n_keys: int) -> Array:
     """Any boolean mask, rows that may attend to nothing included."""
     rng = np.random.default_rng(draw(seeds, label="mask seed"))
     density = draw(st.sampled_from([0.1, 0.5, 0.9]), label="mask density")
     return rng.random((batch, n_queries, n_keys)) < density
 
 
-@st.composite
-def positions_of(draw: st.DrawFn, batch: int, length: int) -> Array:
+@composite
+def positions_of(draw: Draw, batch: int, length: int) -> Array:
     """Any positions: repeated, out of order, far past every context."""
     highest = draw(st.sampled_from([20, 4096, 70_000]), label="highest position")
     rng = np.random.default_rng(draw(seeds, label="positions seed"))
@@ -140,15 +147,15 @@ def positions_of(draw: st.DrawFn, batch: int, length: int) -> Array:
     return positions
 
 
-@st.composite
-def cases(draw: st.DrawFn, masked: bool = True) -> Case:
+@composite
+def cases(draw: Draw, masked: bool = True) -> Case:
     """Any call without a cache: default or arbitrary positions and mask."""
     config = draw(configs())
     tokens = draw(tokens_of(config))
     batch, length = tokens.shape
     positions = draw(st.none() | positions_of(batch, length)) if masked else None
     mask = draw(st.none() | masks(batch, length, length)) if masked else None
-    return Case(config, draw(params_of(config)), tokens, positions, mask)
+    return Case(config, draw(params_of(config)), tokens, positions, mask, draw.numbers)
 
 
 def seeing_itself(mask: Array) -> Array:
@@ -157,8 +164,8 @@ def seeing_itself(mask: Array) -> Array:
     return mask | np.eye(n_queries, n_keys, n_keys - n_queries, dtype=bool)
 
 
-@st.composite
-def wide_cases(draw: st.DrawFn, for_transformers: bool = False) -> Case:
+@composite
+def wide_cases(draw: Draw, for_transformers: bool = False) -> Case:
     """Calls on which low precision can be judged by an average: wide, and well conditioned.
 
     Attention scores stay near one. Were they large, one rounded score would decide a whole
@@ -186,11 +193,11 @@ def wide_cases(draw: st.DrawFn, for_transformers: bool = False) -> Case:
     for name, value in params.items():
         if "q_proj" in name:
             value /= 2
-    return Case(config, params, tokens, positions, None)
+    return Case(config, params, tokens, positions, None, draw.numbers)
 
 
-@st.composite
-def splits(draw: st.DrawFn, length: int) -> list[int]:
+@composite
+def splits(draw: Draw, length: int) -> list[int]:
     """Cut ``length`` into chunk sizes that sum to it."""
     cuts = draw(st.sets(st.integers(1, length - 1)), label="cuts") if length > 1 else set()
     edges = [0, *sorted(cuts), length]
@@ -202,8 +209,8 @@ def model_for(dtype: str) -> st.SearchStrategy[Case]:
     return cases(masked=False) if dtype == "float64" else wide_cases()
 
 
-@st.composite
-def calls(draw: st.DrawFn, dtype: str) -> Case:
+@composite
+def calls(draw: Draw, dtype: str) -> Case:
     """Any call without a cache, with weights of that precision and masks that anyone can obey."""
     case = draw(cases() if dtype == "float64" else wide_cases())
     mask = case.mask

@@ -23,6 +23,8 @@ from reference_np.model import forward
 from .strategies import Array, cast, configs, random_params, seeds
 from .support import torch_model
 
+pytestmark = pytest.mark.numeric
+
 GREEDY = SamplingConfig(max_new_tokens=6, temperature=0)
 
 

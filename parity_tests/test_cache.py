@@ -1,6 +1,7 @@
 """The cache is a value, to the bit: the same call gives the same answer."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from .strategies import (
     tokens_of,
 )
 from .support import torch_forward, torch_model
+
+pytestmark = pytest.mark.numeric
 
 
 @st.composite

@@ -27,6 +27,8 @@ from .judge import JUDGE
 from .strategies import Array, Case, Params, calls, model_for, packed, padded, splits, wide_cases
 from .training import STEPS_LOGIC, TrainingCase, training_cases
 
+pytestmark = pytest.mark.numeric
+
 STORED = {"bfloat16": ml_dtypes.bfloat16}
 data_given = given(data=st.data())
 
@@ -289,6 +291,7 @@ def training_for(dtype: str, conditioned: bool = False) -> st.SearchStrategy[Tra
             case.params,
             [Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions)],
             dataclasses.replace(optim.Hyper(), lr=1e-3, warmup_steps=3, steps=12),
+            case.numbers,
         )
     )
 

@@ -26,6 +26,8 @@ from reference_np.ops import cross_entropy_sum
 from .strategies import Params, random_params, seeds
 from .support import torch_model
 
+pytestmark = pytest.mark.numeric
+
 CONFIG = LlamaConfig(
     dim=12, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=6, hidden_dim=16, vocab_size=29
 )

@@ -26,6 +26,8 @@ from .backends.transformers_backend import config_from
 from .strategies import Case, Params, seeds, wide_cases
 from .support import torch_model
 
+pytestmark = pytest.mark.numeric
+
 TINY = LlamaConfig(4, 1, 1, 1, 4, 4, 4)
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])

@@ -14,6 +14,8 @@ from reference_np.tolerances import LOGIC, composed_bound, errors, kl_per_token,
 from .strategies import Array, Case, cases, cast, random_params, wide_cases
 from .support import torch_forward, torch_model
 
+pytestmark = pytest.mark.numeric
+
 
 def oracle_trace(case: Case, dtype: type) -> dict[str, Array]:
     trace: dict[str, Array] = {}

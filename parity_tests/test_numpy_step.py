@@ -22,6 +22,8 @@ from .judge import Judge, Outputs
 from .strategies import Array, Params, cast, model_for
 from .support import torch_config, torch_model
 
+pytestmark = pytest.mark.numeric
+
 BEYOND = 2  # columns of the cache after the last token
 
 

@@ -25,6 +25,8 @@ from reference_np.tolerances import (
 from .strategies import Array, masks, positions_of, scalings, seeds
 from .support import torch_config
 
+pytestmark = pytest.mark.numeric
+
 U32 = UNIT_ROUNDOFF["float32"]
 widths = st.integers(1, 300)
 scales = st.sampled_from([1e-4, 1.0, 1e3])

@@ -20,6 +20,8 @@ from .strategies import Array, Params, configs, random_params, seeds
 from .support import torch_model
 from .training import size
 
+pytestmark = pytest.mark.numeric
+
 
 class Packed(NamedTuple):
     """A model and windows [B, T + 1] in which the highest id ends a document."""

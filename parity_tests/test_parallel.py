@@ -21,6 +21,8 @@ from .strategies import random_params
 from .test_training import distances, oracle_train
 from .training import STEPS_LOGIC, Trained, TrainingCase, random_batch
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).parent.parent
 LAYOUTS = {
     2: [Layout(1, 1), Layout(2, 1), Layout(1, 2)],  # DDP, FSDP2, tensor parallelism

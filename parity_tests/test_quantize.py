@@ -15,6 +15,8 @@ from llama_torch.text import Gpt2
 from .strategies import Case, cast, wide_cases
 from .support import torch_model
 
+pytestmark = pytest.mark.numeric
+
 
 @given(
     rows=st.integers(1, 9),

@@ -14,6 +14,8 @@ from reference_np import sampling as oracle
 
 from .strategies import Array
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 # Distinct integers, so that no rounding decides what is cut; two precisions.
 rows_of_logits = st.integers(1, 30).flatmap(

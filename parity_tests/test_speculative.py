@@ -17,6 +17,8 @@ from llama_torch.speculative import Speculative
 from .strategies import Case, cast, random_params, wide_cases
 from .support import torch_model
 
+pytestmark = pytest.mark.numeric
+
 
 def written(batch: Speculative) -> list[int]:
     return [token.id for token in run(batch, lambda token: False)]

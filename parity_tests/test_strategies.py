@@ -12,8 +12,6 @@ from hypothesis.errors import NoSuchExample
 from .strategies import Case, calls, cases, model_for, padded, splits, wide_cases
 from .training import TrainingCase, training_cases
 
-pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
-
 
 def embedding_sizes(case: Case) -> Any:
     return np.sqrt(np.mean(case.params["model.embed_tokens.weight"] ** 2, axis=1))

@@ -13,6 +13,8 @@ from reference_np.tolerances import (
     logic_error,
 )
 
+pytestmark = pytest.mark.numeric
+
 EXACT = np.random.default_rng(0).standard_normal((2, 500, 8))
 
 

@@ -33,6 +33,8 @@ from .training import (
     training_cases,
 )
 
+pytestmark = pytest.mark.numeric
+
 # Central differences with step h err by h^2 f''' / 6 + u |f| / h: at 1e-5 some 1e-10 and 1e-11
 # relative to a well-scaled f, and 1e-6 of the gradient leaves room for its cancellation.
 DIFFERENCE_STEP = 1e-5

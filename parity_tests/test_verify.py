@@ -41,6 +41,8 @@ from .strategies import Array, Case, cast, packed, random_params, seeds, wide_ca
 from .support import torch_config, torch_model
 from .test_train import SMALL_RUN, TEXT, scalars, stop_after
 
+pytestmark = pytest.mark.numeric
+
 FLOAT32, BFLOAT16 = ["--dtype", "float32"], ["--dtype", "bfloat16"]
 
 

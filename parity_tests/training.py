@@ -1,5 +1,6 @@
 """Training cases, and the torch trainer's own functions run on them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from reference_np.ops import IGNORE
 from reference_np.optim import Hyper
 
 from .backends.torch_backends import eager
+from .drawn import Draw, composite, listed
 from .strategies import Array, Params, cast, configs, random_params, seeds, seeing_itself
 
 # Ten steps feed each step's rounding to the next, through an optimizer that divides by
@@ -25,6 +27,12 @@ class TrainingCase(NamedTuple):
     params: Params  # float64
     batches: list[Batch]
     hyper: Hyper
+    numbers: Mapping[str, Any] | None = None  # what it was made from
+
+    def __repr__(self) -> str:
+        """Print the few numbers that rebuild the case, in place of its arrays."""
+        made_from = listed(self.numbers) if self.numbers else f"config={self.config}"
+        return f"TrainingCase({made_from})"
 
 
 def random_batch(rng: np.random.Generator, config: LlamaConfig, custom: bool) -> Batch:
@@ -39,8 +47,8 @@ def random_batch(rng: np.random.Generator, config: LlamaConfig, custom: bool) ->
     return Batch(tokens, targets, rng.integers(0, 5000, shape), mask)
 
 
-@st.composite
-def training_cases(draw: st.DrawFn, conditioned: bool = False) -> TrainingCase:
+@composite
+def training_cases(draw: Draw, conditioned: bool = False) -> TrainingCase:
     """Any model, split, mask and positions; clipping that bites and clipping that does not.
 
     ``conditioned`` keeps training from being chaotic, so that rounding in one step is still
@@ -61,7 +69,7 @@ def training_cases(draw: st.DrawFn, conditioned: bool = False) -> TrainingCase:
         steps=12,
     )
     params = random_params(config, draw(seeds, label="weights seed"))
-    return TrainingCase(config, params, batches, hyper)
+    return TrainingCase(config, params, batches, hyper, draw.numbers)
 
 
 def torch_grads(case: TrainingCase, dtype: Any) -> tuple[float, Params]:

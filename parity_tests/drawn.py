@@ -1,0 +1,64 @@
+"""What Hypothesis draws: the same on every machine, and told by the numbers that rebuild it."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+
+# The labelled values of the outermost strategy that is being drawn, if one is.
+_numbers: list[dict[str, Any]] = []
+# Those of the strategy that was drawn last, for the line that tells of a failure.
+latest: dict[str, Any] = {}
+
+
+def ignore_constants() -> None:
+    """Keep the examples apart from the constants of whatever modules are imported.
+
+    Hypothesis draws some of its numbers and texts from the source files of local modules that are
+    loaded, in derandomised profiles as well: the examples of a test would depend on which tests
+    run beside it, and on every edit of a constant anywhere.
+    """
+    assert callable(providers._get_local_constants)  # or the patch would be of nothing
+    nothing = providers.Constants()
+    providers._get_local_constants = lambda: nothing
+
+
+class Draw:
+    """A ``draw`` that keeps every labelled value in ``numbers``."""
+
+    def __init__(self, draw: st.DrawFn, numbers: dict[str, Any]) -> None:
+        self._draw, self.numbers = draw, numbers
+
+    def __call__(self, strategy: st.SearchStrategy[Any], label: str | None = None) -> Any:
+        """Draw a value, and keep it under its label."""
+        value = self._draw(strategy, label=label)
+        if label:
+            same = sum(name.split("#")[0] == label for name in self.numbers)
+            self.numbers[f"{label}#{same + 1}" if same else label] = value
+        return value
+
+
+def composite(function: Callable[..., Any]) -> Callable[..., st.SearchStrategy[Any]]:
+    """Make a composite strategy whose ``draw`` is a Draw; nested ones share their numbers."""
+
+    @st.composite
+    @functools.wraps(function)
+    def recorded(draw: st.DrawFn, *args: Any, **kwargs: Any) -> Any:
+        is_outermost = not _numbers
+        if is_outermost:
+            _numbers.append({})
+            latest.clear()
+        try:
+            return function(Draw(draw, _numbers[0]), *args, **kwargs)
+        finally:
+            if is_outermost:
+                latest.update(_numbers.pop())
+
+    return recorded
+
+
+def listed(numbers: Mapping[str, Any]) -> str:
+    """List labelled values in the order in which they were drawn."""
+    return ", ".join(f"{label}={value!r}" for label, value in numbers.items())

@@ -1,0 +1,128 @@
+"""Poisoned memory: every allocation without content holds NaN, and products are watched.
+
+``pytest parity_tests/ --poison`` runs the numeric tests so. A result that depends on memory which
+was never written becomes NaN, or ends in an error, instead of being right by what the memory held.
+
+Some kernels read more than their operand: oneDNN's bfloat16 product on a CPU with AMX reads what
+stands between the rows of a view that is wider than its rows, and multiplies it by zero. On other
+processors no test would see that; here every operand's gaps are looked at before the product.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Set for the processes that a test starts.
+VARIABLE = "PARITY_POISON"
+FACTORIES = [
+    *((torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")),
+    *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
+]
+ARRAY_FACTORIES = [(np, "empty"), (np, "empty_like")]
+# Parts of the names of the operations that multiply matrices.
+PRODUCTS = ("mm", "mv", "dot", "attention", "linear", "conv")
+
+
+def fill_tensor(tensor: Tensor) -> Tensor:
+    """Fill a tensor with NaN, or with its type's largest integer, and return it."""
+    if tensor.device.type == "meta" or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return tensor
+    with torch.no_grad():
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
+        if tensor.is_floating_point() or tensor.is_complex():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+
+def fill_array(array: Any) -> Any:
+    """Fill a NumPy array with NaN, or with its type's largest integer, and return it."""
+    if array.dtype.kind in "fc":
+        array.fill(np.nan)
+    elif array.dtype.kind in "iu":
+        array.fill(np.iinfo(array.dtype).max)
+    elif array.dtype.kind == "b":
+        array.fill(True)
+    return array
+
+
+def _filling(real: Callable[..., Any], fill: Callable[[Any], Any]) -> Callable[..., Any]:
+    @functools.wraps(real)
+    def filled(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("out") is not None:
+            return real(*args, **kwargs)
+        return fill(real(*args, **kwargs))
+
+    return filled
+
+
+def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Poison every allocation of this process from now on, and of those that it starts."""
+    if hasattr(torch.empty, "__wrapped__"):
+        return
+    os.environ[VARIABLE] = "1"
+    for factories, fill in ((FACTORIES, fill_tensor), (ARRAY_FACTORIES, fill_array)):
+        for place, name in factories:
+            patch(place, name, _filling(getattr(place, name), fill))
+
+
+def install_if_asked() -> None:
+    """Poison this process where the one that started it was poisoned."""
+    if os.environ.get(VARIABLE):
+        install()
+
+
+def gaps_are_finite(operand: Tensor) -> bool:
+    """Return whether all that stands between an operand's rows in memory is finite.
+
+    True of an operand without gaps, and of one that holds NaN or infinity itself.
+    """
+    if operand.layout != torch.strided or operand.numel() == 0 or not operand.is_floating_point():
+        return True
+    by_stride = sorted(
+        (s, n) for s, n in zip(operand.stride(), operand.shape, strict=True) if n > 1
+    )
+    row = by_stride.pop(0)[1] if by_stride and by_stride[0][0] == 1 else 1
+    if not by_stride or by_stride[0][0] <= row or not operand.isfinite().all():
+        return True
+    pitch, n_rows = by_stride[0]
+    start = operand.storage_offset() + row
+    end = start + sum(s * (n - 1) for s, n in by_stride) + pitch - row
+    if end > operand.untyped_storage().nbytes() // operand.itemsize:  # none after the last row
+        by_stride[0] = pitch, n_rows - 1
+    strides, sizes = zip(*by_stride, strict=True)
+    gaps = operand.as_strided((*sizes, pitch - row), (*strides, 1), start)
+    return bool(gaps.isfinite().all())
+
+
+class WatchedProducts(TorchDispatchMode):
+    """Raises AssertionError where a matrix product could read NaN between an operand's rows."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Look at the operands, then compute."""
+        if any(part in func.__name__ for part in PRODUCTS):
+            for operand in args:
+                if type(operand) is Tensor:
+                    where = f"{func}: {tuple(operand.shape)} with strides {operand.stride()}"
+                    assert gaps_are_finite(operand), f"never written between the rows of {where}"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watched(item: pytest.Item) -> Iterator[None]:
+    """Watch the products of a test; torch.compile cannot trace through a watch."""
+    if "compile" in item.name or not os.environ.get(VARIABLE):
+        yield
+        return
+    with WatchedProducts():
+        yield

@@ -1,0 +1,140 @@
+"""Which processor computes, and the numeric tests as other processors would compute them.
+
+``python -m parity_tests.processors`` runs the numeric tests once for each group of settings that
+make PyTorch and NumPy choose the kernels of another processor, and prints what was seen. Exit
+code 0: all green, 1: not. A newer processor's kernels run on no older one; those are named.
+"""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import threadpoolctl
+import torch
+
+ROOT = Path(__file__).parent.parent
+# What decides the kernels of products and loops, from the oldest to the newest.
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve")
+# How many threads torch and NumPy get in the tests; see conftest.py.
+THREADS = "PARITY_THREADS"
+
+
+class Processor(NamedTuple):
+    """Settings that amount to one kind of processor."""
+
+    name: str
+    needs: str  # a feature without which its kernels do not run
+    settings: Mapping[str, str]
+
+
+PROCESSORS = (
+    Processor(
+        "x86-64 without AVX",
+        "",
+        {
+            "ATEN_CPU_CAPABILITY": "default",
+            "ONEDNN_MAX_CPU_ISA": "SSE41",
+            "MKL_CBWR": "COMPATIBLE",
+            "OPENBLAS_CORETYPE": "Nehalem",
+        },
+    ),
+    Processor(
+        "AVX2",
+        "avx2",
+        {
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+            "OPENBLAS_CORETYPE": "Haswell",
+        },
+    ),
+    Processor(
+        "AVX-512 without bfloat16",
+        "avx512f",
+        {
+            "ATEN_CPU_CAPABILITY": "avx512",
+            "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+            "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+            "OPENBLAS_CORETYPE": "SkylakeX",
+        },
+    ),
+    Processor(
+        "AVX-512 with bfloat16",
+        "avx512_bf16",
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "OPENBLAS_CORETYPE": "Cooperlake"},
+    ),
+    Processor("as it is, two threads", "", {THREADS: "2"}),
+)
+
+
+def features() -> list[str]:
+    """Return the processor's features that decide kernels, as the kernel names them."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
+    names = found[1].split() if found else []
+    return [name for name in FEATURES if name in names]
+
+
+def describe() -> str:
+    """Describe on one line what computes here: processor, its features, torch and NumPy's BLAS."""
+    model = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)
+    name = model[1] if model else platform.processor() or platform.machine()
+    blas = [
+        f"{pool['internal_api']} {pool.get('version')} {pool.get('architecture', '')}".strip()
+        for pool in threadpoolctl.threadpool_info()
+        if pool["user_api"] == "blas" and "numpy" in pool["filepath"]
+    ]
+    torch_kernels = torch.backends.cpu.get_cpu_capability()
+    set_here = [f"{key}={os.environ[key]}" for key in sorted(_settings()) if key in os.environ]
+    parts = [
+        f"{name} ({' '.join(features()) or 'no feature known'})",
+        f"torch {torch.__version__} ({torch_kernels}, {torch.get_num_threads()} threads)",
+        f"NumPy {np.__version__} ({', '.join(blas) or 'BLAS unknown'})",
+    ]
+    return "; ".join(parts + set_here)
+
+
+def _settings() -> set[str]:
+    return {key for processor in PROCESSORS for key in processor.settings}
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def run(processor: Processor, arguments: Sequence[str]) -> tuple[bool, str]:
+    """Run the numeric tests as that processor; return whether they passed, and their output."""
+    command = [sys.executable, "-m", "pytest", "parity_tests", "-q", "-m", "numeric"]
+    command += ["--hypothesis-profile", "quick", *arguments]
+    given = os.environ | processor.settings
+    found = subprocess.run(
+        command, cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return found.returncode == 0, found.stdout
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run every processor's tests; pass what follows on the command line to pytest."""
+    green = True
+    print(describe())
+    for processor in PROCESSORS:
+        if processor.needs and processor.needs not in features():
+            print(f"{processor.name}: not run, this processor has no {processor.needs}", flush=True)
+            continue
+        passed, output = run(processor, arguments)
+        print(f"{processor.name}: {output.strip().splitlines()[-1]}", flush=True)
+        if not passed:
+            green = False
+            settings = " ".join(f"{key}={value}" for key, value in processor.settings.items())
+            print(f"{output}\nrepeat with {settings} pytest parity_tests/ -m numeric", flush=True)
+    return 0 if green else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
