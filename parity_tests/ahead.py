@@ -34,7 +34,11 @@ class Job:
         if self.is_begun():
             return
         command = [sys.executable, *map(str, self._make(self.folder))]
-        given = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        given = {
+            "PYTHONPATH": os.pathsep.join(places),
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+        }
         with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
             self._process = subprocess.Popen(
                 command,
