@@ -64,6 +64,22 @@ def test_profiles_that_search_draw_anew(profile: str) -> None:
     assert not settings.get_profile(profile).derandomize
 
 
+def test_a_large_example_does_not_hide_the_failure(tmp_path: Path) -> None:
+    test = tmp_path / "test_large.py"
+    test.write_text(
+        "from hypothesis import given, strategies as st\n"
+        "@given(st.just('x' * 40_000))\n"
+        "def test(case):\n"
+        "    assert not case, 'what failed'\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), str(test)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 1
+    assert "AssertionError: what failed" in found.stdout
+    assert "FAILED" in found.stdout
+    assert "HypothesisWarning" not in found.stdout.split("short test summary")[1]
+
+
 SEARCH = settings(
     max_examples=200,
     phases=[Phase.generate],
