@@ -89,6 +89,12 @@ class StaticCache:
         """Return layer ``i``'s part."""
         return Room(self.keys[i], self.values[i], self.length)
 
+    def clear(self) -> None:
+        """Forget all columns. Zeros again, as when it was made: see ``_room``."""
+        self.keys.zero_()
+        self.values.zero_()
+        self.length = 0
+
     def keep(self, rows: Tensor, drop: int) -> None:
         """Keep some rows, without their first ``drop`` columns."""
         for name in ("keys", "values"):

@@ -201,7 +201,8 @@ def graph_step(
             del store[next(iter(store))]
         step = GraphStep(model, rows, size, way, n_tokens)
         step.key = key
-    step.cache.length = 0
+    else:
+        step.cache.clear()  # a model whose weights were broken leaves NaN, which no mask hides
     return step
 
 
