@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_torch import loss, run_dir, step, train, verify
+from llama_torch import embedding, loss, run_dir, step, train, verify
 from llama_torch import model as torch_module
 from llama_torch.checkpoint import STATE_FILE, load_state
 from llama_torch.checkpoints import newest
@@ -231,8 +231,8 @@ def last_gradient_alone(patch: Patch) -> None:
 
 
 def embedding_forgotten(patch: Patch) -> None:
-    real = F.embedding
-    patch.setattr(F, "embedding", lambda ids, weight, *rest: real(ids, weight.detach(), *rest) + 0)
+    real = embedding.embed
+    patch.setattr(embedding, "embed", lambda ids, weight: real(ids, weight.detach()) + 0)
 
 
 @pytest.mark.parametrize(
