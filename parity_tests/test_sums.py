@@ -102,19 +102,20 @@ def relative(actual: Tensor, exact: Tensor) -> float:
 narrow = st.sampled_from([torch.bfloat16, torch.float16])
 
 
+@on_every_device
 @given(seed=seeds, dtype=narrow, vocab_size=st.integers(1, 9), dim=st.integers(1, 5))
 def test_an_embedding_is_torchs_with_a_wider_sum(
-    seed: int, dtype: torch.dtype, vocab_size: int, dim: int
+    device: str, seed: int, dtype: torch.dtype, vocab_size: int, dim: int
 ) -> None:
     """The rows are the same; their gradient is the float32 sum, to the rounding of its end."""
     rng = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab_size, dim, generator=rng).to(dtype).requires_grad_()
-    tokens = torch.randint(vocab_size, (3, 200), generator=rng)
+    weight = torch.randn(vocab_size, dim, generator=rng).to(device, dtype).requires_grad_()
+    tokens = torch.randint(vocab_size, (3, 200), generator=rng).to(device)
     found = embed(tokens, weight)
     assert torch.equal(found, F.embedding(tokens, weight))
-    d_out = (torch.rand(found.shape, generator=rng) * 1e-3).to(dtype)
+    d_out = (torch.rand(found.shape, generator=rng) * 1e-3).to(device, dtype)
     found.backward(d_out)
-    exact = torch.zeros(vocab_size, dim, dtype=torch.float64)
+    exact = torch.zeros(vocab_size, dim, dtype=torch.float64, device=device)
     exact.index_add_(0, tokens.flatten(), d_out.double().flatten(0, 1))
     assert weight.grad is not None
     assert weight.grad.dtype == dtype
