@@ -410,15 +410,15 @@ def global_norm(grads: Iterable[Tensor]) -> Tensor:
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of all tensors together, in float32 or wider.
 
-    A CPU adds the squares one after the other, and of a large matrix a float32 sum is short by a
-    percent: there, stretches of it are summed first.
+    A CPU adds the squares one after the other, and of a large matrix a float32 sum is off by a
+    percent: there, stretches of it are summed first. What they give is added in float64.
     """
     dtype = tensors[0].dtype if tensors[0].dtype == torch.float64 else torch.float32
     if tensors[0].is_cuda:
         norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
     else:
         norms = torch.cat([part for tensor in tensors for part in _stretches(tensor, dtype)])
-    return torch.linalg.vector_norm(norms)
+    return torch.linalg.vector_norm(norms, dtype=torch.float64).to(dtype)
 
 
 def _stretches(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -186,3 +186,17 @@ def test_gradients_of_sixteen_thousand_skewed_tokens(
         error = relative(named[name], exact[parameter])
         assert error <= FLOOR_ROUNDINGS * ROUNDING, name
     assert not sums
+
+
+@on_every_device
+def test_the_loss_of_ten_million_targets(device: str) -> None:
+    """All alike, so that the sum is known: no mean of a long evaluation loses its end."""
+    n, (hidden, head) = 10**7, (0.3, [1.0, -0.7])
+    logits = hidden * torch.tensor(head, dtype=torch.float64)
+    exact = n * (logits.logsumexp(0) - logits[0]).item()
+    found = loss.loss_sum(
+        torch.full((1, n, 1), hidden, device=device),
+        torch.tensor(head, device=device)[:, None],
+        torch.zeros(1, n, dtype=torch.int64, device=device),
+    )
+    assert found.item() == pytest.approx(exact, rel=1e-6)
