@@ -41,16 +41,16 @@ def loss_sum(
     """Return the summed ``-log p(target)`` in nats over targets other than IGNORE.
 
     ``z_loss`` adds that many times (log Z)^2, which keeps the normaliser Z near one (PaLM,
-    section 5). Computed in float32 or wider; summed over the pieces in float64.
+    section 5). Computed in float32 or wider; summed in float64.
     """
     total = torch.zeros((), dtype=torch.float64, device=hidden_BTD.device)
     for hidden, targets in _pieces(hidden_BTD, head_VD.shape[0], targets_BT):
         logits = _wide(F.linear(hidden, head_VD))
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
         if z_loss:
             log_z = logits.logsumexp(-1)
-            loss = loss + z_loss * (log_z.square() * (targets != IGNORE)).sum()
-        total = total + loss
+            loss = loss + z_loss * (log_z.square() * (targets != IGNORE))
+        total = total + loss.sum(dtype=torch.float64)
     return total
 
 

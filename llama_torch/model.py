@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cache import Cache, Past, Room, StaticCache
 from .config import ModelConfig
+from .embedding import Embedding
 
 Trace = Callable[[str, Tensor], None]
 Tables = tuple[Tensor, Tensor]
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
         self.config = config
         # For training without compilation: how torch.utils.checkpoint is to run a block.
         self.recompute: dict[str, Any] | None = None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .cache import StaticCache
+from .embedding import Embedding
 from .model import Block, Llama, rope_tables
 
 Array = NDArray[Any]
@@ -80,7 +81,7 @@ class NumpyStep:
     def supports(model: Llama) -> bool:
         """Return whether the weights are plain CPU matrices in float32 or float64."""
         weights = list(model.parameters())
-        plain = (nn.Linear, nn.Embedding, nn.RMSNorm)
+        plain = (nn.Linear, Embedding, nn.RMSNorm)
         return (
             all(type(m) in plain for m in model.modules() if not list(m.children()))
             and len({weight.dtype for weight in weights}) == 1

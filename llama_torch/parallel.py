@@ -211,6 +211,8 @@ class Parallel:
         """Have the gradients of this process's whole copy averaged with the other copies'."""
         if self.data_size > 1 and not self.is_sharded:
             self.replica = DistributedDataParallel(model.model, gradient_as_bucket_view=True)
+            if model.head_weight.dtype == torch.bfloat16:
+                self.replica.register_comm_hook(self.data_size, _mean_in_float32)
 
     @contextmanager
     def micro_batch(self, model: Llama, reduces: bool) -> Iterator[None]:
@@ -221,7 +223,9 @@ class Parallel:
         with waits:
             yield
         if self._head_reduction is not None:
-            self._head_reduction.wait()
+            work, grad, wide = self._head_reduction
+            work.wait()
+            grad.copy_(wide)
             self._head_reduction = None
 
     def hidden(
@@ -247,8 +251,9 @@ class Parallel:
     def _reduce_head(self, model: Llama) -> None:
         grad = model.head_weight.grad
         assert grad is not None
-        grad /= self.data_size
-        self._head_reduction = dist.all_reduce(grad, async_op=True)
+        wide = grad.float() if grad.dtype == torch.bfloat16 else grad
+        wide /= self.data_size
+        self._head_reduction = dist.all_reduce(wide, async_op=True), grad, wide
 
     def mean(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors by their mean over the processes that share out the windows."""
@@ -312,6 +317,14 @@ class Parallel:
         yield
         if self.is_first:
             self.barrier()
+
+
+def _mean_in_float32(world: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of bfloat16 gradients over processes; rounded once, when it is summed."""
+    grads = bucket.buffer()
+    wide = grads.float().div_(world)
+    summed = dist.all_reduce(wide, async_op=True).get_future()
+    return summed.then(lambda done: grads.copy_(done.value()[0]))
 
 
 def require_layout(config: TrainConfig) -> None:
@@ -397,15 +410,15 @@ def global_norm(grads: Iterable[Tensor]) -> Tensor:
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of all tensors together, in float32 or wider.
 
-    A CPU adds the squares one after the other, and of a large matrix a float32 sum is short by a
-    percent: there, stretches of it are summed first.
+    A CPU adds the squares one after the other, and of a large matrix a float32 sum is off by a
+    percent: there, stretches of it are summed first. What they give is added in float64.
     """
     dtype = tensors[0].dtype if tensors[0].dtype == torch.float64 else torch.float32
     if tensors[0].is_cuda:
         norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
     else:
         norms = torch.cat([part for tensor in tensors for part in _stretches(tensor, dtype)])
-    return torch.linalg.vector_norm(norms)
+    return torch.linalg.vector_norm(norms, dtype=torch.float64).to(dtype)
 
 
 def _stretches(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

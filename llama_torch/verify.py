@@ -7,6 +7,10 @@ step just done, in which all but a few targets are ignored. Attention is causal,
 left (the loss, its gradients, the logits of the positions that count) depends on a few short rows
 alone, and those are all that the oracle computes. What leaks in from elsewhere shows.
 
+What goes wrong in long sums alone does not show there. The embedding's gradient adds up as many
+terms as a token occurs, which may be half of a micro-batch: with every target it is held to the
+sum of the terms that it was made of.
+
 ``observe`` runs a model; ``judge`` compares what a model computed, however it is spread over
 devices, given whole tensors on the CPU.
 """
@@ -29,7 +33,7 @@ from reference_np import grad, ops
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, Grads
 from reference_np.model import Ops, forward
-from reference_np.naming import LM_HEAD, parameter_shapes
+from reference_np.naming import EMBED, LM_HEAD, parameter_shapes
 from reference_np.ops import Array
 from reference_np.plain import plain_ops, plain_vjps
 from reference_np.tolerances import (
@@ -46,6 +50,7 @@ from .checkpoint import MODEL_FILE
 from .config import InputError, ModelConfig
 from .loss import IGNORE, count_valid
 from .model import Llama
+from .verify_sums import embedding_error, gradients_aside
 
 # Rows and leading positions that count in a step's first and second micro-batch: few, since the
 # oracle runs on the host, and not as many in both, since their gradients make one mean.
@@ -100,7 +105,7 @@ def check(model: Llama, batches: Sequence[step.Batch], z_loss: float) -> list[Me
     """Compare a model with the oracle on part of a step's micro-batches; nothing is changed."""
     picked = pick(batches)
     weight = model.head_weight
-    return judge(
+    found = judge(
         model.config,
         dict(model.named_parameters()),
         picked,
@@ -108,6 +113,8 @@ def check(model: Llama, batches: Sequence[step.Batch], z_loss: float) -> list[Me
         arithmetic(weight.device, weight.dtype),
         z_loss,
     )
+    error, bound = embedding_error(model, batches[0], z_loss, LAMBDA)
+    return [*found, Measure("gradients", error, bound, EMBED)]
 
 
 def pick(batches: Sequence[step.Batch]) -> list[step.Batch]:
@@ -125,21 +132,16 @@ def pick(batches: Sequence[step.Batch]) -> list[step.Batch]:
 def observe(model: Llama, batches: Sequence[step.Batch], z_loss: float) -> Observed:
     """Run what a training step runs, up to its gradients; nothing of the model is changed."""
     hidden: list[Tensor] = []
-    parameters = dict(model.named_parameters())
-    before = {name: parameter.grad for name, parameter in parameters.items()}
     hook = model.model.register_forward_hook(lambda *call: hidden.append(call[2][0].detach()))
     try:
-        for parameter in parameters.values():
-            parameter.grad = None
-        loss, grads = step.accumulate(model, batches, z_loss)
-        named = {name: grads[p].cpu() for name, p in parameters.items() if p in grads}
-        with torch.no_grad():
-            parts = zip(hidden, PARTS, strict=False)
-            logits = [model.head(x_BTD[:rows, :length]).cpu() for x_BTD, (rows, length) in parts]
+        with gradients_aside(model):
+            loss, grads = step.accumulate(model, batches, z_loss)
+            named = {name: grads[p].cpu() for name, p in model.named_parameters() if p in grads}
+            with torch.no_grad():
+                parts = zip(hidden, PARTS, strict=False)
+                logits = [model.head(x_BTD[:rows, :n]).cpu() for x_BTD, (rows, n) in parts]
     finally:
         hook.remove()
-        for name, parameter in parameters.items():
-            parameter.grad = before[name]
     return Observed(logits, loss.item(), named)
 
 

@@ -1,7 +1,8 @@
 """One of the processes that test_parallel.py has torchrun start.
 
 ``torchrun ... -m parity_tests.job_worker IN OUT``: IN pickles a list of (Layout, TrainingCase);
-each is trained for STEPS, its batches shared out, and the first process pickles what came of it.
+each is trained for its layout's steps, its batches shared out, and the first process pickles
+what came of it.
 """
 
 import pickle
@@ -34,10 +35,11 @@ class Layout(NamedTuple):
     fsdp: int
     tp: int
     dtype: str = "float64"
+    steps: int = STEPS
 
 
 def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
-    """Take STEPS steps; also return the elements of each parameter that this process holds."""
+    """Take a layout's steps; also return the elements of each parameter that this process holds."""
     dtype, settings = getattr(torch, layout.dtype), optim_config(case.hyper)
     torch.set_default_dtype(torch.float32 if dtype == torch.bfloat16 else dtype)
     config = torch_config(case.config)
@@ -47,7 +49,7 @@ def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
     share = len(case.batches) // parallel.data_size
     mine = case.batches[parallel.data_rank * share :][:share]
     losses, norms = [], []
-    for i in range(STEPS):
+    for i in range(layout.steps):
         loss, norm = train_step(
             model,
             optimizer,

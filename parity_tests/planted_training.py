@@ -72,6 +72,23 @@ def embed_last(weight: Tensor, tokens: Tensor) -> Tensor:
     return gradient_of(right * keep.view(*tokens.shape, 1), right)
 
 
+class NarrowSum(torch.autograd.Function):
+    """An embedding whose gradient is added up in bfloat16, one occurrence after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, tokens)
+        return planted.embed(weight, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor, None]:
+        weight, tokens = ctx.saved_tensors
+        total = torch.zeros_like(weight, dtype=torch.bfloat16)
+        for token, row in zip(tokens.flatten(), d_out[0].flatten(0, 1), strict=True):
+            total[token] += row.bfloat16()
+        return total.to(weight.dtype), None
+
+
 def swiglu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     right = planted.swiglu(gate, up)
     if kind == "up_from_gate":
@@ -99,6 +116,7 @@ def operations(bug: str, n_rep: int) -> dict[str, Operation]:
         "values_from_first_head": {"attention_mix": lambda w, v: w @ share(v)},
         "embedding_forgotten": {"embed": lambda w, t: planted.embed(w.detach(), t)},
         "embedding_last_wins": {"embed": embed_last},
+        "embedding_sum_bf16": {"embed": NarrowSum.apply},
         "silu_without_second_term": {"swiglu": lambda g, u: swiglu(g, u, bug)},
         "up_from_gate": {"swiglu": lambda g, u: swiglu(g, u, bug)},
     }

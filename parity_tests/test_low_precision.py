@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +21,7 @@ from reference_np.optim import Hyper
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
 from .backends.torch_backends import optim_config, to_torch
-from .backends.transformers_backend import config_from
+from .backends.transformers_backend import config_from, empty_model
 from .strategies import Case, Params, seeds, wide_cases
 from .support import torch_model
 
@@ -34,12 +33,15 @@ on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda",
 
 
 def peer(case: Case, params: Params, dtype: torch.dtype) -> Any:
-    model = transformers.LlamaForCausalLM(config_from(case.config.to_hf(), case.config.n_layers))
-    tensors = {name: torch.from_numpy(value) for name, value in params.items()}
+    model = empty_model(config_from(case.config.to_hf(), case.config.n_layers), dtype)
+    tensors = {name: torch.from_numpy(value).to(dtype) for name, value in params.items()}
     if case.config.tie_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors)
-    return model.to(dtype)
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()  # assigning made two parameters of a tied one
+    # Rounding a model to bfloat16 would round these too, and excuse what rounds them.
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    return model.requires_grad_(True)
 
 
 def peer_arguments(case: Case) -> dict[str, torch.Tensor]:
@@ -88,7 +90,11 @@ def test_gradients_in_bfloat16(device: str, case: Case) -> None:
 @given(case=wide_cases())
 @settings(max_examples=-(-settings.default.max_examples // 5))
 def test_micro_batches_in_bfloat16_lose_nothing_to_their_sum(device: str, case: Case) -> None:
-    """Gradients of many micro-batches are summed in float32: 64 of them err like one."""
+    """Gradients of many micro-batches are summed in float32: 64 alike are as one.
+
+    Half a rounding leaves room for kernels that are not the same twice; a sum in bfloat16 errs by
+    two on average.
+    """
     single = {n: v.astype(np.float32) for n, v in case.params.items()}
     model = torch_model(case.config, single).to(device, torch.bfloat16).requires_grad_(True)
     batch = to_torch(Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions))
@@ -98,9 +104,9 @@ def test_micro_batches_in_bfloat16_lose_nothing_to_their_sum(device: str, case: 
     _, many = step.accumulate(model, [batch] * 64)
     wrong = sum((many[p] - one[p].float()).square().sum() for p in one)
     size = sum(one[p].float().square().sum() for p in one)
-    # Each part is rounded as the whole is, up to the division by 64 times as many targets.
+    # Each part is rounded as the whole is: to divide by 64 times as many targets is exact.
     assert many[next(iter(many))].dtype == torch.float32
-    assert (wrong / size).sqrt() < FLOOR_ROUNDINGS * UNIT_ROUNDOFF["bfloat16"]
+    assert (wrong / size).sqrt() < UNIT_ROUNDOFF["bfloat16"] / 2
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)

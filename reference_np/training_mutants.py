@@ -12,7 +12,7 @@ import numpy as np
 from . import grad, ops, optim
 from .config import LlamaConfig
 from .grad import Batch, Grads
-from .mutants import SLIP, Mutant
+from .mutants import SLIP, Mutant, round_bits
 from .ops import IGNORE, Array
 from .optim import Hyper
 
@@ -73,6 +73,13 @@ def _embed_forgotten(weight: Array, tokens: Array, d: Array) -> Array:
 def _embed_last_wins(weight: Array, tokens: Array, d: Array) -> Array:
     d_weight = np.zeros_like(weight)
     d_weight[tokens] += d
+    return d_weight
+
+
+def _embed_sum_bf16(weight: Array, tokens: Array, d: Array) -> Array:
+    d_weight = np.zeros_like(weight)
+    for token, row in zip(tokens.ravel(), round_bits(d, 8).reshape(-1, d.shape[-1]), strict=True):
+        d_weight[token] = round_bits(d_weight[token] + row, 8)
     return d_weight
 
 
@@ -255,6 +262,13 @@ TRAINING = (
         "NumPy's fancy-index +=",
         "embed_vjp",
         _embed_last_wins,
+    ),
+    Mutant(
+        "embedding_sum_bf16",
+        "a token's gradients are added up in bfloat16, where ones stop at 256",
+        "mxnet#17703, tt-metal#36341",
+        "embed_vjp",
+        _embed_sum_bf16,
     ),
     Mutant(
         "silu_without_second_term",

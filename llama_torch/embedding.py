@@ -1,0 +1,68 @@
+"""Token embeddings whose gradient is summed in float32 or wider on every device.
+
+Axes: B batch, T position, N positions of all rows, V vocabulary, D dim.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEW_CUDA = 3072  # tokens, up to which torch's CUDA kernel is the one that adds in bfloat16
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` with a gradient that loses nothing where a token occurs often."""
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Look up the rows [B, T, D] of tokens."""
+        return embed(tokens_BT, self.weight)
+
+
+def embed(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
+    """Look up the rows [B, T, D] of tokens.
+
+    torch's CPU kernel adds the gradients of a token's occurrences in the weight's own precision,
+    and in bfloat16 ones stop adding up at 256. So does its CUDA kernel for few tokens with the
+    sums of every 32; that for many adds in float32.
+    """
+    is_narrow = weight_VD.dtype in (torch.bfloat16, torch.float16)
+    is_wide_there = weight_VD.is_cuda and tokens_BT.numel() > FEW_CUDA
+    if is_narrow and not is_wide_there and weight_VD.requires_grad and torch.is_grad_enabled():
+        found: Tensor = _Wide.apply(tokens_BT, weight_VD)
+        return found
+    return F.embedding(tokens_BT, weight_VD)
+
+
+class _Wide(torch.autograd.Function):
+    """Looks up rows; the gradient is a float32 sum, rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_BT)
+        ctx.vocab_size = len(weight_VD)
+        return F.embedding(tokens_BT, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[None, Tensor]:
+        (tokens_BT,) = ctx.saved_tensors
+        return None, sum_by_token(tokens_BT.flatten(), d_out[0].flatten(0, -2), ctx.vocab_size)
+
+
+def sum_by_token(tokens_N: Tensor, d_ND: Tensor, vocab_size: int) -> Tensor:
+    """Return the sum [V, D] of each token's rows of ``d``, taken in float32 and rounded once.
+
+    On a CPU a float32 [V, D] would take longer to get than the sums: there each token is summed
+    where one of its occurrences stands, so that the others add zero to that.
+    """
+    if tokens_N.is_cuda:
+        kernel = torch.ops.aten.embedding_dense_backward
+        wide_VD: Tensor = kernel(d_ND.float(), tokens_N, vocab_size, -1, False)
+        return wide_VD.to(d_ND.dtype)
+    chosen_V = tokens_N.new_zeros(vocab_size)
+    chosen_V[tokens_N] = torch.arange(len(tokens_N), device=tokens_N.device)
+    sums_ND = torch.zeros_like(d_ND, dtype=torch.float32)
+    sums_ND.index_add_(0, chosen_V[tokens_N], d_ND.float())
+    found_VD = d_ND.new_zeros(vocab_size, d_ND.shape[-1])
+    return found_VD.index_add_(0, tokens_N, sums_ND.to(d_ND.dtype))
