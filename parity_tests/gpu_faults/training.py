@@ -1,0 +1,89 @@
+"""Faults of the loss's kernel and of the vocabulary padded for it."""
+
+from .fault import Fault
+
+LOSS = "loss_kernel.py"
+
+TRAINING = (
+    Fault(
+        "padding has probability",
+        LOSS,
+        "        for start in range(0, vocab_size, BLOCK):\n"
+        "            at = start + columns\n"
+        "            x = tl.load(logits_ptr + at, mask=at < vocab_size,",
+        "        for start in range(0, vocab_size, BLOCK):\n"
+        "            at = start + columns\n"
+        "            x = tl.load(logits_ptr + at, mask=at < width,",
+        "columns past the vocabulary are in the normaliser",
+        "one_kernel and 31",
+    ),
+    Fault(
+        "ignored rows keep their logits",
+        LOSS,
+        "tl.store(logits_ptr + at, zeros, mask=at < width)",
+        "tl.store(logits_ptr + at, zeros, mask=at < 0)",
+        "a target that does not count has a gradient",
+        "one_kernel and 31",
+    ),
+    Fault(
+        "ignored rows of one block",
+        LOSS,
+        "        for start in range(0, width, BLOCK):\n            at = start + columns\n"
+        "            zeros",
+        "        for start in range(0, BLOCK, BLOCK):\n            at = start + columns\n"
+        "            zeros",
+        "the rest of an ignored row keeps its logits",
+        "one_kernel and 4097",
+    ),
+    Fault(
+        "half of z-loss's derivative",
+        LOSS,
+        "factor = 1 + 2 * z_loss * log_z",
+        "factor = 1 + z_loss * log_z",
+        "the square's factor of two",
+        "one_kernel and 31",
+    ),
+    Fault(
+        "sum without the running maximum",
+        LOSS,
+        "total = total * tl.exp(most - higher) + ",
+        "total = total + ",
+        "a later block's maximum does not rescale the sum",
+        "one_kernel and 4097",
+    ),
+    Fault(
+        "no maximum",
+        LOSS,
+        "higher = tl.maximum(most, x)",
+        "higher = tl.maximum(most * 0.0, 0.0)",
+        "exponentials of large logits overflow",
+        "one_kernel and 31",
+    ),
+    Fault(
+        "target within its block",
+        LOSS,
+        "tl.where(at == target, 1.0, 0.0)",
+        "tl.where(at == target % BLOCK, 1.0, 0.0)",
+        "a target past the first block is subtracted elsewhere",
+        "one_kernel and 4097",
+    ),
+    Fault(
+        "padding not zeroed past the last block",
+        LOSS,
+        "        for start in range(0, width, BLOCK):\n            at = start + columns\n"
+        "            x =",
+        "        for start in range(0, vocab_size, BLOCK):\n            at = start + columns\n"
+        "            x =",
+        "padding keeps its logits as a gradient",
+        "one_kernel and 4090",
+    ),
+    Fault(
+        "aligned vocabulary counted",
+        "loss.py",
+        "kernel.differentiate(logits_NV, targets_N, vocab_size, scale, z_loss)",
+        "kernel.differentiate(logits_NV, targets_N, logits_NV.shape[1], scale, z_loss)",
+        "rows of zeros behind the head have probability",
+        "pieces",
+        only_gpu=True,
+    ),
+)
