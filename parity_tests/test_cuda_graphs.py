@@ -143,10 +143,10 @@ def test_a_request_may_fill_its_room_to_the_last_column(way: Decoding, n_columns
 @ways
 def test_room_grows_and_the_least_recent_step_is_dropped(way: Decoding) -> None:
     model, prompt = make_model(), [1, 2, 3]
-    for n_new in (ROUND - 9, ROUND + 9, 9, ROUND + 9, 2 * ROUND + 9, 9):
-        require_the_eager_tokens(model, prompt, n_new, way)
-        assert len(steps_of(model)) <= KEPT
-    assert [step.cache.size for step in steps_of(model)] == [3 * ROUND, ROUND]
+    for rounds, kept in ((1, [1]), (2, [1, 2]), (1, [2, 1]), (2, [1, 2]), (3, [2, 3]), (1, [3, 1])):
+        require_the_eager_tokens(model, prompt, rounds * ROUND - 9, way)
+        assert len(kept) <= KEPT
+        assert [step.cache.size for step in steps_of(model)] == [n * ROUND for n in kept]
 
 
 @ways

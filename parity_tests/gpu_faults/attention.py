@@ -20,7 +20,7 @@ ATTENTION = (
         "may = column_at < length\n",
         "may = column_at <= length\n",
         "attention sees one column too many",
-        KEYS,
+        "attention and False",  # without a mask that would hide it
     ),
     Fault(
         "values without the running maximum",
