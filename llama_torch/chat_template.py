@@ -73,7 +73,7 @@ class ChatTemplate:
         Whatever else it says is left as it is: a template may look at it. At the ends (spaces
         aside, which templates strip) a token could be completed by what comes before or after.
         """
-        inner = content.strip()
+        inner = content.strip() or content
         for token in self.tokenizer.special:
             if len(token) == 1 and token in content:
                 raise InputError(f"a message contains {token!r}, a special token; remove it")
@@ -87,7 +87,7 @@ class ChatTemplate:
                 cuts.add(start + len(inner))
             for cut in sorted(cuts, reverse=True):
                 content = content[:cut] + mark + content[cut:]
-            inner = content.strip()
+            inner = content.strip() or content
         return content
 
 

@@ -134,7 +134,8 @@ class Json(Tokenizer):
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         n_ids = max(vocab.values(), default=-1) + 1
         # A name that BOS or EOS has and the tokenizer has not is reported where it is used.
-        special = {n: vocab[self.word + n] for n in marked | hidden if self.word + n in vocab}
+        names = sorted(marked | hidden)  # a set's order is another in every process
+        special = {n: vocab[self.word + n] for n in names if self.word + n in vocab}
         super().__init__(special, n_ids, [special[n] for n in hidden if n in special])
         # What its own post-processor puts before any text.
         framed = self.tokenizer.encode("a", add_special_tokens=True).ids
