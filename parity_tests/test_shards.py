@@ -263,6 +263,54 @@ def test_a_full_disk_leaves_what_is_done(
     assert content_of(folder) == content_of(tmp_path / "whole")
 
 
+def stopped_at(name: str, text: Text, folder: Path, size: int) -> None:
+    """Prepare until the disk is full at the shard ``name``."""
+    real = checkpoint.flush
+
+    def flush(path: Path) -> None:
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "flush", flush)
+        assert "No space left" in refused(lambda: prepare(text, folder, 1, size))
+
+
+@pytest.mark.parametrize("ends", ["within", "with a piece", "in the middle of one", "with the text"])
+def test_a_piece_of_many_shards_is_gone_on_with_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """At every shard, once and again and again; shards that end where a piece or the text does."""
+    monkeypatch.setattr(documents, "PIECE", 400)
+    (tmp_path / "a.txt").write_text("".join(LINES[:18]))
+    (tmp_path / "b.txt").write_text("The end.")
+    text = identify(find_files([str(tmp_path)]), "text")
+    pieces = list(documents.pieces(text.files, "text"))
+    lengths = [len(documents.encode(piece, "text")) for piece in pieces]
+    assert len(lengths) == 3
+    assert min(lengths[:2]) > 100
+    size = {
+        "within": 31,
+        "with a piece": lengths[0],
+        "in the middle of one": -(-lengths[0] // 4),
+        "with the text": sum(lengths),
+    }[ends]
+    found = prepare(text, tmp_path / "whole", 1, size)
+    expected = [i for piece in pieces for i in documents.encode(piece, "text").tolist()]
+    assert found[:].tolist() == expected
+    assert len(found.index.shards) == -(-len(expected) // size)  # none of them empty
+    whole = content_of(tmp_path / "whole")
+    for shard in found.index.shards:
+        once = tmp_path / f"once {shard.name}"
+        stopped_at(shard.name, text, once, size)
+        stopped_at(shard.name, text, tmp_path / "again", size)
+        prepare(text, once, 1, size)
+        assert content_of(once) == whole
+    prepare(text, tmp_path / "again", 1, size)
+    assert content_of(tmp_path / "again") == whole
+
+
 def test_a_killed_worker_is_told(
     text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
