@@ -277,7 +277,9 @@ def stopped_at(name: str, text: Text, folder: Path, size: int) -> None:
         assert "No space left" in refused(lambda: prepare(text, folder, 1, size))
 
 
-@pytest.mark.parametrize("ends", ["within", "with a piece", "in the middle of one", "with the text"])
+@pytest.mark.parametrize(
+    "ends", ["within", "with a piece", "in the middle of one", "with the text"]
+)
 def test_a_piece_of_many_shards_is_gone_on_with_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
