@@ -277,9 +277,7 @@ def stopped_at(name: str, text: Text, folder: Path, size: int) -> None:
         assert "No space left" in refused(lambda: prepare(text, folder, 1, size))
 
 
-@pytest.mark.parametrize(
-    "ends", ["within", "with a piece", "in the middle of one", "with the text"]
-)
+@pytest.mark.parametrize("ends", ["within", "with a piece", "in its middle", "with the text"])
 def test_a_piece_of_many_shards_is_gone_on_with_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
@@ -295,7 +293,7 @@ def test_a_piece_of_many_shards_is_gone_on_with_where_it_stopped(
     size = {
         "within": 31,
         "with a piece": lengths[0],
-        "in the middle of one": -(-lengths[0] // 4),
+        "in its middle": -(-lengths[0] // 4),
         "with the text": sum(lengths),
     }[ends]
     found = prepare(text, tmp_path / "whole", 1, size)

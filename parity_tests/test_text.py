@@ -118,10 +118,16 @@ def test_a_piece_comes_with_its_last_byte(text: str) -> None:
         assert shown == complete.rstrip("\ufffd") or "\ufffd" in text
 
 
-def test_a_character_after_characters_in_bytes(tokenizers: dict[str, Tokenizer]) -> None:
-    """A decoder that sees half of one character in a run of bytes gives up the whole run."""
+@pytest.mark.parametrize("before", ["漢字", "漢字漢字漢字漢字", "字漢字漢字漢字"])
+def test_a_character_after_characters_in_bytes(
+    tokenizers: dict[str, Tokenizer], before: str
+) -> None:
+    """A decoder that sees half of one character in a run of bytes gives up the whole run.
+
+    Also where the run is longer than what a stream looks back upon, which then begins inside one.
+    """
     tokenizer = tokenizers["spaced"]
-    start, ids = tokenizer.encode("漢字"), tokenizer.encode("漢字🙂")
+    start, ids = tokenizer.encode(before), tokenizer.encode(before + "🙂")
     assert ids[: len(start)] == start
     stream = TextStream(tokenizer, start)
     assert [stream.push(id_) for id_ in ids[len(start) :]] == ["", "", "", "🙂"]
