@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -125,6 +125,8 @@ def test_a_share_that_is_reached_exactly(
     weights=arrays(np.float64, st.integers(1, 20), elements=st.sampled_from([0.0, 1e-12, 0.3, 1])),
     uniform=st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 1 - 2**-53]),
 )
+@example(np.array([0.0, 0.7, 0.3]), 0.0)  # the sum that the draw is equal to is passed later
+@example(np.array([0.3, 0.7, 0.0, 0.0]), 1 - 2**-53)
 def test_a_draw_never_takes_what_was_cut(weights: Array, uniform: float) -> None:
     weights[-len(weights) // 2] = 0.7  # something to draw
     probs = torch.from_numpy(weights / weights.sum())
