@@ -320,7 +320,7 @@ def test_bad_input_is_one_line(
         ("some.txt", ("--context", -1), "--context must not be negative"),
         ("some.txt", ("--batch-size", 0), "--batch-size must be positive"),
         ("empty.txt", (), "--data: holds no token to score"),
-        ("half.jsonl", (), "--data: document 1 is not valid text"),
+        ("half.jsonl", (), "half.jsonl: document 1 is not valid text"),
         ("none.txt", (), "none.txt: no file found"),
     ):
         assert run(model_dir, "--data", tmp_path / name, *flags) == 2
