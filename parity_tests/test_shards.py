@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -122,11 +123,20 @@ def test_shards_are_the_documents(text: Text, tmp_path: Path) -> None:
     assert found.dtype == np.uint16
     assert len(found) == len(expected)
     assert found[995:2003].tolist() == expected[995:2003]  # over three shards
-    assert found[17:17].tolist() == []
+    borders = [0, 1, 17, 500, 999, 1000, 1001, 2000, 2001, len(expected) - 1, len(expected)]
+    for start, stop in itertools.combinations_with_replacement(borders, 2):
+        assert found[start:stop].tolist() == expected[start:stop]
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [shard["tokens"] for shard in index["shards"][:-1]] == [1000] * (len(expected) // 1000)
     assert index["highest"] == END_OF_TEXT_ID
     assert shards.damaged_shards(found) == []
+
+
+def test_a_text_without_tokens_has_no_shard(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    found = prepare(identify([tmp_path / "a.txt"], "text"), tmp_path / "out", 1, 10)
+    assert (len(found), found.index.highest, found.index.shards) == (0, -1, ())
+    assert found[:].tolist() == []
 
 
 def test_the_number_of_processes_changes_nothing(text: Text, tmp_path: Path) -> None:
