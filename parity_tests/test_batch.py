@@ -134,6 +134,9 @@ def small() -> Llama:
 def test_limits(small: Llama) -> None:
     long = dataclasses.replace(GREEDY, max_new_tokens=100)
     assert len(list(generate(small, [1] * 9, long))) == 3  # the context holds 12
+    assert len(list(generate(small, [1] * 11, long))) == 1
+    filled = [t.last for t in run(Batch(small, [[1] * 9], [SamplingConfig(3)]), lambda _: False)]
+    assert filled == [False, False, True]
     assert len(list(generate(small, [1], dataclasses.replace(GREEDY, max_new_tokens=2)))) == 2
     (first, *_) = generate(small, [1], GREEDY)
     assert list(generate(small, [1], GREEDY, stop={first})) == []

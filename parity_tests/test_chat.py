@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -348,6 +349,19 @@ def test_a_long_conversation_loses_its_oldest_exchanges(
     captured = capsys.readouterr()
     assert "(forgot the oldest" in captured.out
     assert captured.err == ""
+
+
+@pytest.mark.parametrize(("length", "kept"), [(100, 3), (101, 1)])
+def test_a_conversation_that_just_fits_is_kept(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, length: int, kept: int
+) -> None:
+    """Of 400 tokens a quarter is left for the answer."""
+    model = load(folders["bytes"])
+    template = SimpleNamespace(encode=lambda messages: [1] * length * len(messages))
+    monkeypatch.setitem(vars(model), "chat_template", template)
+    conversation = chat.Conversation(model, ChatConfig(LoadConfig(str(folders["bytes"]))))
+    messages = turns(["Hi", "Hello", "More"])
+    assert conversation._fitting(messages) == (messages[-kept:], [1] * length * kept)
 
 
 def test_what_cannot_be_said_is_refused_and_the_chat_goes_on(
