@@ -13,6 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .config import InputError, has_surrogates, read_json
 from .text import Tokenizer
+from .tokenizer import located
 
 Message = Mapping[str, str]  # role (system, user, assistant) and content
 
@@ -65,7 +66,8 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program: it fails in any way
             raise InputError(f"{self.origin}: the template fails: {_line(error)}") from None
-        return self.tokenizer.encode_marked(text, mark)
+        with located("the conversation"):
+            return self.tokenizer.encode_marked(text, mark)
 
     def _broken(self, content: str, mark: str) -> str:
         """Put marks into the special tokens that a message spells, wholly or at its ends.
@@ -73,7 +75,7 @@ class ChatTemplate:
         Whatever else it says is left as it is: a template may look at it. At the ends (spaces
         aside, which templates strip) a token could be completed by what comes before or after.
         """
-        inner = content.strip()
+        inner = content.strip() or content
         for token in self.tokenizer.special:
             if len(token) == 1 and token in content:
                 raise InputError(f"a message contains {token!r}, a special token; remove it")
@@ -87,7 +89,7 @@ class ChatTemplate:
                 cuts.add(start + len(inner))
             for cut in sorted(cuts, reverse=True):
                 content = content[:cut] + mark + content[cut:]
-            inner = content.strip()
+            inner = content.strip() or content
         return content
 
 
@@ -142,9 +144,11 @@ class Llama2Template:
             )
         texts = [message["content"].strip() for message in messages]
         ids: list[int] = []
-        for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
-            ids += [self.bos, *self.tokenizer.encode(f"[INST] {user} [/INST] {answer} "), self.eos]
-        return [*ids, self.bos, *self.tokenizer.encode(f"[INST] {texts[-1]} [/INST]")]
+        with located("the conversation"):
+            for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
+                exchange = self.tokenizer.encode(f"[INST] {user} [/INST] {answer} ")
+                ids += [self.bos, *exchange, self.eos]
+            return [*ids, self.bos, *self.tokenizer.encode(f"[INST] {texts[-1]} [/INST]")]
 
 
 def _with_system_inside(messages: Sequence[Message]) -> list[Message]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import InputError
-from .tokenizer import END_OF_TEXT_ID, RANKS_SHA256, gpt2
+from .tokenizer import END_OF_TEXT_ID, RANKS_SHA256, gpt2_ids, located
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 STRUCTURED = (".jsonl", ".parquet")
@@ -123,6 +124,16 @@ def documents(files: Sequence[Path], text_field: str) -> Iterator[str]:
             yield "".join(found)
 
 
+def document_place(files: Sequence[Path], text_field: str, number: int) -> str:
+    """Return where the ``number``-th of ``documents`` stands, for people; reads them again."""
+    for path in files:
+        n = 1 if path.suffix not in STRUCTURED else sum(1 for _ in documents([path], text_field))
+        if number <= n:
+            return f"--data {path}: document {number}"
+        number -= n
+    return f"--data: document {number}"
+
+
 def _topics() -> Iterator[str]:
     """Yield Python's help topics without their indentation and runs of spaces.
 
@@ -223,8 +234,13 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
 
 def texts(piece: Piece, text_field: str) -> Iterator[str]:
     """Yield a piece's documents, or its part of one."""
+    return (text for _, text in _numbered(piece, text_field))
+
+
+def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str]]:
+    """Yield a piece's documents, or its part of one, with what ``_place`` tells them by."""
     if not isinstance(piece.content, bytes):
-        yield from piece.content
+        yield from enumerate(piece.content, 1)
         return
     try:
         text = piece.content.decode()
@@ -238,10 +254,21 @@ def texts(piece: Piece, text_field: str) -> Iterator[str]:
     if piece.path.suffix == ".jsonl":
         yield from _records(piece, text, text_field)
     else:
-        yield text
+        yield 1, text
 
 
-def _records(piece: Piece, content: str, text_field: str) -> Iterator[str]:
+def _place(piece: Piece, number: int) -> str:
+    """Return where a piece's text stands, for people."""
+    if piece.path is None:
+        return f"Python's help topic {number}"
+    if piece.path.suffix == ".jsonl":
+        return f"--data {piece.path}: line {_lines_before(piece.path, piece.start) + number}"
+    if piece.path.suffix == ".parquet":
+        return f"--data {piece.path}: text {number} of the rows from {piece.start} on"
+    return f"--data {piece.path}: the text from byte {piece.start} on"
+
+
+def _records(piece: Piece, content: str, text_field: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(io.StringIO(content), 1):
         if not line.strip():
             continue
@@ -256,7 +283,7 @@ def _records(piece: Piece, content: str, text_field: str) -> Iterator[str]:
                 f"not a JSON object with a text in {text_field!r}; fix the line or name the field "
                 "with --text-field"
             )
-        yield text
+        yield number, text
 
 
 def _lines_before(path: Path, offset: int) -> int:
@@ -267,11 +294,15 @@ def _lines_before(path: Path, offset: int) -> int:
 
 
 def encode(piece: Piece, text_field: str) -> NDArray[np.uint32]:
-    """Return a piece's ids; <|endoftext|> ends every document that has any."""
-    encoding, found = gpt2(), []
+    """Return a piece's ids; <|endoftext|> ends every document that has any.
+
+    Raises InputError for text that cannot be read or encoded, naming the file and the place.
+    """
+    found: list[int] = []
     ends = piece.is_last or not isinstance(piece.content, bytes)
     ends = ends or (piece.path is not None and piece.path.suffix in STRUCTURED)
-    for text in texts(piece, text_field):
-        ids = encoding.encode_ordinary(text)
+    for number, text in _numbered(piece, text_field):
+        with located(partial(_place, piece, number)):
+            ids = gpt2_ids(text)
         found += [*ids, END_OF_TEXT_ID] if ids and ends else ids
     return np.array(found, dtype=np.uint32)

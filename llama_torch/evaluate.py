@@ -18,8 +18,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -28,12 +29,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import cli
 from .config import InputError
-from .documents import documents, find_files
+from .documents import document_place, documents, find_files
 from .generation_config import EvaluateConfig
 from .loss import IGNORE, count_valid, loss_sum
 from .model import Llama
 from .text import Tokenizer
 from .text_model import load_from
+from .tokenizer import located
 
 FIGURES = "perplexity", "bits_per_byte", "tokens_per_second"
 POOL = 32  # batches whose windows are sorted by length together, so that little is padding
@@ -77,11 +79,13 @@ def evaluate(
     context: int = 0,
     stride: int = 0,
     batch_size: int = 8,
+    place: Callable[[int], str] = "--data: document {}".format,
 ) -> Measurement:
     """Score documents. 0 stands for the model's context, and for half the window as stride.
 
-    Raises InputError for a window longer than the model's context, a stride longer than the
-    window, texts without a token to score, and a loss that is not finite.
+    ``place`` says, by its number, where a document that cannot be encoded stands.
+    Raises InputError for one, for a window longer than the model's context, a stride longer than
+    the window, texts without a token to score, and a loss that is not finite.
     """
     longest = model.config.max_seq_len
     context = context or longest
@@ -91,7 +95,7 @@ def evaluate(
     if stride > context:
         raise InputError(f"--stride {stride} is more than the window of {context}; use less")
     found = Measurement(context, stride, ids_before(tokenizer))
-    for tokens_BT, targets_BT in _batches(_windows(found, tokenizer, texts), batch_size):
+    for tokens_BT, targets_BT in _batches(_windows(found, tokenizer, texts, place), batch_size):
         started = time.perf_counter()
         found.nats += nll(model, tokens_BT, targets_BT)
         found.seconds += time.perf_counter() - started
@@ -123,18 +127,22 @@ def spans(length: int, first: int, context: int, stride: int) -> Iterator[tuple[
         scored = end
 
 
-def _windows(found: Measurement, tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Pair]:
+def _windows(
+    found: Measurement, tokenizer: Tokenizer, texts: Iterable[str], place: Callable[[int], str]
+) -> Iterator[Pair]:
     """Yield every window, and count documents and bytes on the way."""
     for number, text in enumerate(texts, 1):
         try:
             n_bytes = len(text.encode())
         except UnicodeEncodeError:  # JSON can spell half of a character
-            raise InputError(f"--data: document {number} is not valid text; correct it") from None
+            raise InputError(f"{place(number)} is not valid text; correct it") from None
         if not text:
             continue
         found.documents += 1
         found.bytes += n_bytes
-        ids = torch.tensor([*found.before, *tokenizer.encode(text)], dtype=torch.long)
+        with located(partial(place, number)):
+            encoded = tokenizer.encode(text)
+        ids = torch.tensor([*found.before, *encoded], dtype=torch.long)
         first = max(1, len(found.before))
         for start, scored, end in spans(len(ids), first, found.context, found.stride):
             targets_T = ids[start + 1 : end].clone()
@@ -182,10 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(EvaluateConfig, argv)
-    texts = documents(find_files(config.data), config.text_field)
+    source = find_files(config.data), config.text_field
     loaded = load_from(config.load)
     windows = config.context, config.stride, config.batch_size
-    found = evaluate(loaded.model, loaded.tokenizer, texts, *windows)
+    found = evaluate(
+        *(loaded.model, loaded.tokenizer, documents(*source), *windows),
+        place=partial(document_place, *source),
+    )
     figures = {name: getattr(found, name) for name in FIGURES} | dataclasses.asdict(found)
     print(json.dumps(figures) if config.json else describe(found, loaded.tokenizer))
     return 0

@@ -41,7 +41,7 @@ class SamplingConfig:
     seed: int = 0
     """Seed of the draws; the prompts of one call have it, the next, and so on."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer and are not part of it."""
+    """Texts that end the answer and are not part of it: the first that is complete ends it."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end the answer, besides the checkpoint's own end tokens."""
     ignore_eos: bool = False

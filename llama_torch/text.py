@@ -17,7 +17,16 @@ from typing import Any
 import tiktoken
 
 from .config import InputError, read_json
-from .tokenizer import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, gpt2, hf_files
+from .tokenizer import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    VOCAB_SIZE,
+    gpt2,
+    gpt2_ids,
+    guarded,
+    hf_files,
+    located,
+)
 
 MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
@@ -43,7 +52,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ordinary text, without a prefix."""
+        """Return the ids of ordinary text, without a prefix.
+
+        Raises EncodingError where the library panics.
+        """
 
     @abstractmethod
     def decode_ordinary(self, ids: Sequence[int]) -> str:
@@ -77,7 +89,8 @@ class Tokenizer(ABC):
         """Return the id of one token, special or not; InputError for any other text."""
         if text in self.special:
             return self.special[text]
-        ids = self.encode(text)
+        with located(f"{flag} {text[:20]!r}"):
+            ids = self.encode(text)
         if len(ids) != 1:
             raise InputError(f"{flag} {text!r} is {len(ids)} tokens and no special token")
         return ids[0]
@@ -102,7 +115,7 @@ class Gpt2(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text."""
-        return self.encoding.encode_ordinary(text)
+        return gpt2_ids(text)
 
     def decode_ordinary(self, ids: Sequence[int]) -> str:
         """Return the text of ordinary ids."""
@@ -126,7 +139,8 @@ class Json(Tokenizer):
             marked = {t["content"] for t in added if MARKED.fullmatch(t["content"])}
             hidden = {t["content"] for t in added if t["special"]} | set(named)
             renamed = _renamed(content, marked | hidden, self.word)
-            self.tokenizer = library.Tokenizer.from_str(json.dumps(renamed))
+            with guarded("tokenizers", ""):
+                self.tokenizer = library.Tokenizer.from_str(json.dumps(renamed))
         except Exception as error:  # the library raises bare exceptions
             raise InputError(f"{path}: not a tokenizer ({error}); copy it again") from None
         self.tokenizer.no_truncation()  # of the training that made it
@@ -134,7 +148,8 @@ class Json(Tokenizer):
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         n_ids = max(vocab.values(), default=-1) + 1
         # A name that BOS or EOS has and the tokenizer has not is reported where it is used.
-        special = {n: vocab[self.word + n] for n in marked | hidden if self.word + n in vocab}
+        names = sorted(marked | hidden)  # a set's order is another in every process
+        special = {n: vocab[self.word + n] for n in names if self.word + n in vocab}
         super().__init__(special, n_ids, [special[n] for n in hidden if n in special])
         # What its own post-processor puts before any text.
         framed = self.tokenizer.encode("a", add_special_tokens=True).ids
@@ -142,7 +157,8 @@ class Json(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        with guarded("tokenizers", text):
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode_ordinary(self, ids: Sequence[int]) -> str:
         """Return the text of ordinary ids."""

@@ -34,6 +34,7 @@ from .quantize import quantize as quantize_model
 from .speculative import Speculative
 from .text import Tokenizer, end_ids, load_tokenizer
 from .text_stream import TextStream
+from .tokenizer import located
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class TextModel:
         """Return a prompt's ids, one BOS first where the checkpoint was trained with it."""
         if has_surrogates(prompt):
             raise InputError("the prompt is not valid text; correct it")
-        return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
+        with located(f"--prompt {prompt[:20]!r}"):
+            return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
 
     def generate(self, prompt: str, **settings: Any) -> Completion:
         """Continue one prompt."""

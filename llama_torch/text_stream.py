@@ -11,7 +11,10 @@ class TextStream:
     """Text as it becomes complete, one token at a time.
 
     A character is never split between two pieces, and neither is a stop text: what may become
-    one is held back. ``before`` are the ids that the text continues.
+    one is held back. The text ends with the first character that completes a stop text, whatever
+    tokens divide it, and is cut where that begins: of "b" and "abc" it is "b" that ends "abcd",
+    since to wait for the longer could mean to write on after the shorter. Of two that one
+    character completes the longer is cut. ``before`` are the ids that the text continues.
     """
 
     def __init__(

@@ -4,6 +4,9 @@ import base64
 import hashlib
 import itertools
 import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 
@@ -16,6 +19,42 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
+LONG = 100_000  # blanks in a row; tiktoken's pattern overflows its stack at a million
+BLANK = r"[^\S\x1c-\x1f]"  # Unicode's white space; Python counts four control characters more
+
+
+class EncodingError(InputError):
+    """A text that a tokenizer's library fails on; ``located`` adds where the text stands."""
+
+
+@contextmanager
+def guarded(library: str, text: str) -> Iterator[None]:
+    """Raise EncodingError where a library written in Rust panics on a text.
+
+    What it raises then has no public name, and is no Exception: nothing else would report it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        runs = ((match.end() - match.start(), match.start()) for match in re.finditer(r"\s+", text))
+        n, start = max(runs, default=(0, 0))
+        raise EncodingError(
+            f"the {library} library cannot encode this text ({reason}); its longest run of blanks "
+            f"has {n} characters, from its character {start} on: shorten that"
+        ) from None
+
+
+@contextmanager
+def located(place: str | Callable[[], str]) -> Iterator[None]:
+    """Put before an EncodingError's message where the text stands, or what says so."""
+    try:
+        yield
+    except EncodingError as error:
+        place = place if isinstance(place, str) else place()
+        raise InputError(f"{place}: {error}") from None
 
 
 def _ranks() -> dict[bytes, int]:
@@ -41,6 +80,31 @@ def gpt2() -> tiktoken.Encoding:
         special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
         explicit_n_vocab=VOCAB_SIZE,
     )
+
+
+def gpt2_ids(text: str) -> list[int]:
+    """Return the GPT-2 ids of ordinary text, however long its runs of blanks are.
+
+    Raises EncodingError where tiktoken panics: older versions do, of a run at the end.
+    """
+    with guarded("tiktoken", text):
+        parts = [gpt2().encode_ordinary(part) for part in _cut_long_runs(text)]
+    return parts[0] if len(parts) == 1 else list(itertools.chain.from_iterable(parts))
+
+
+def _cut_long_runs(text: str) -> list[str]:
+    """Cut text before the last blank of every long run that something else follows.
+
+    GPT-2's pattern always begins a piece there: it leaves the last blank of a run to what
+    follows, and looks at nothing before. The ids of the parts are those of the whole.
+    """
+    # Quickly: a long run fills one of these stretches.
+    half = max(1, LONG // 2)
+    if not any(text[i : i + half].isspace() for i in range(0, len(text), half)):
+        return [text]
+    runs = (match.span() for match in re.finditer(f"{BLANK}{{2,}}", text))
+    cuts = [end - 1 for start, end in runs if end - start > LONG and end < len(text)]
+    return [text[i:j] for i, j in itertools.pairwise([0, *cuts, len(text)])]
 
 
 @lru_cache(maxsize=1)

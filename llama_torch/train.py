@@ -46,7 +46,7 @@ from .step import Batch, split_window, train_step
 from .stopping import Stop, Stopped, signals
 from .text import Gpt2
 from .throughput import flops_per_token, peak_flops
-from .tokenizer import VOCAB_SIZE, gpt2
+from .tokenizer import VOCAB_SIZE, gpt2_ids, located
 
 TRACE_FILE = "trace.json"
 TRACED_STEPS = 3
@@ -301,7 +301,8 @@ def sample(model: Llama, config: TrainConfig, step: int, parallel: Parallel | No
         return ""
     if config.model.vocab_size < VOCAB_SIZE:
         return "(no sample: the vocabulary is smaller than the encoding's)"
-    prompt = gpt2().encode_ordinary(config.sample_prompt)[: config.model.max_seq_len - 1]
+    with located("--sample-prompt"):
+        prompt = gpt2_ids(config.sample_prompt)[: config.model.max_seq_len - 1]
     settings = SamplingConfig(max_new_tokens=40, seed=config.seed * 1_000_003 + step)
     with speedup.uncompiled():
         # A captured step would keep its cache in a GPU's memory between samples.

@@ -136,9 +136,17 @@ def small() -> Llama:
 def test_limits(small: Llama) -> None:
     long = dataclasses.replace(GREEDY, max_new_tokens=100)
     assert len(list(generate(small, [1] * 9, long))) == 3  # the context holds 12
+    assert len(list(generate(small, [1] * 11, long))) == 1
+    filled = [t.last for t in run(Batch(small, [[1] * 9], [SamplingConfig(3)]), lambda _: False)]
+    assert filled == [False, False, True]
     assert len(list(generate(small, [1], dataclasses.replace(GREEDY, max_new_tokens=2)))) == 2
     (first, *_) = generate(small, [1], GREEDY)
     assert list(generate(small, [1], GREEDY, stop={first})) == []
+    for settings in (SamplingConfig(5, temperature=1.0), SamplingConfig(99, temperature=1.0)):
+        *others, last = generate(small, [1, 2], settings)
+        assert last not in others
+        # The last token that is allowed can be one that stops, and is not given out either.
+        assert list(generate(small, [1, 2], settings, stop={last})) == others
     for prompt, message in (
         ([], "0 tokens long"),
         ([1] * 12, "12 tokens long"),

@@ -1,8 +1,11 @@
 """Conversations: templates as transformers renders them, and text that cannot pose as them."""
 
+import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +166,67 @@ def test_a_template_cannot_be_completed_by_a_message(tokenizers: dict[str, Token
         assert "<|end|>" in tokenizer.decode(ids)
 
 
+class Letters(Tokenizer):
+    """A tokenizer whose ordinary ids are the characters' codes, with special tokens after them."""
+
+    def __init__(self, special: list[str]) -> None:
+        super().__init__({token: 0x110000 + i for i, token in enumerate(special)}, 0x110100)
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode_ordinary(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+@st.composite
+def spelled_across(draw: st.DrawFn) -> tuple[list[str], list[str], list[str]]:
+    """Special tokens, and template text and messages, in turn, that together spell one of them."""
+    names = st.text("<|ab", min_size=2, max_size=6)
+    special = draw(st.lists(names, min_size=1, max_size=4, unique=True))
+    token = draw(st.sampled_from(special), label="spelled")
+    cuts = sorted(draw(st.lists(st.integers(0, len(token)), min_size=2, max_size=4)))
+    parts = [token[i:j] for i, j in itertools.pairwise([0, *cuts, len(token)])]
+    parts += [""] * (len(parts) % 2 == 0)  # template text begins and ends
+    texts, said = parts[::2], parts[1::2]
+    blanks, others = st.text(" \n\u2003", max_size=2), st.sampled_from(["", "", "x", "<|", " a"])
+    said[0] = draw(others) + said[0]  # what stands before may hide how it ends
+    said = [draw(blanks) + text + draw(blanks) for text in said]
+    return special, texts, said
+
+
+@given(case=spelled_across(), trim=st.sampled_from(["", " | trim"]))
+@example((["<|end|>"], ["<|", "|>"], [" end "]), " | trim")
+@example((["<|end|>"], ["", ""], [" <|end|> "]), " | trim")
+@example((["<|end|>", "<|a|>"], ["<|e", ""], [" nd|>"]), " | trim")
+@example((["<|a|>", "<|end|>"], ["<|e", ""], [" nd|>"]), " | trim")
+@example((["<|a|>", "<|end|>"], ["", "d|>"], ["<|en "]), " | trim")
+@example((["b|", "<|end|>"], ["", "nd|>"], ["b|<|e "]), " | trim")
+@example((["<|end|>"], ["<|end|", ""], [" > he"]), " | trim")
+@example((["<|end|>"], ["", "|end|>"], ["he < "]), " | trim")
+@example((["a b"], ["a", "b"], [" "]), "")
+def test_blanks_around_a_message_hide_nothing(
+    case: tuple[list[str], list[str], list[str]], trim: str
+) -> None:
+    """No special token is spelled by messages, at whatever ends, under a template that trims.
+
+    The ids are those of the template's own texts, which messages divide, and of messages as text.
+    """
+    special, texts, said = case
+    source = texts[0] + "".join(
+        f"{{{{ messages[{i}]['content']{trim} }}}}{text}" for i, text in enumerate(texts[1:])
+    )
+    tokenizer, expected, run = Letters(special), [], texts[0]
+    for message, text in zip(said, texts[1:], strict=True):
+        shown = message.strip() if trim else message
+        if shown:
+            expected += tokenizer.encode_marked(run, "") + tokenizer.encode(shown)
+        run = text if shown else run + text
+    messages = [{"role": "user", "content": message} for message in said]
+    found = ChatTemplate(source, "here", tokenizer).encode(messages)
+    assert found == expected + tokenizer.encode_marked(run, "")
+
+
 def test_llama_2s_form_token_by_token(tokenizers: dict[str, Tokenizer]) -> None:
     """BOS and EOS around each exchange; the system text inside the first question."""
     tokenizer = tokenizers["pieces"]
@@ -285,6 +349,19 @@ def test_a_long_conversation_loses_its_oldest_exchanges(
     captured = capsys.readouterr()
     assert "(forgot the oldest" in captured.out
     assert captured.err == ""
+
+
+@pytest.mark.parametrize(("length", "kept"), [(100, 3), (101, 1)])
+def test_a_conversation_that_just_fits_is_kept(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, length: int, kept: int
+) -> None:
+    """Of 400 tokens a quarter is left for the answer."""
+    model = load(folders["bytes"])
+    template = SimpleNamespace(encode=lambda messages: [1] * length * len(messages))
+    monkeypatch.setitem(vars(model), "chat_template", template)
+    conversation = chat.Conversation(model, ChatConfig(LoadConfig(str(folders["bytes"]))))
+    messages = turns(["Hi", "Hello", "More"])
+    assert conversation._fitting(messages) == (messages[-kept:], [1] * length * kept)
 
 
 def test_what_cannot_be_said_is_refused_and_the_chat_goes_on(

@@ -21,7 +21,7 @@ from llama_torch.checkpoint import load_model, locate
 from llama_torch.config import ModelConfig
 from reference_np.config import LlamaConfig
 from tools import convert
-from tools.meta_params import hidden_width, params_of
+from tools.meta_params import config_from, hidden_width, params_of
 
 from .strategies import random_params, seeds
 
@@ -76,7 +76,7 @@ def cuts(draw: st.DrawFn) -> Cut:
         vocab_size=shards * draw(st.integers(2, 12), label="vocab_size / shards"),
         max_seq_len=draw(st.integers(2, 9999), label="max_seq_len"),
         norm_eps=draw(st.sampled_from([1e-5, 1e-6]), label="norm_eps"),
-        rope_theta=draw(st.sampled_from([1e4, 5e5, 1e6]), label="rope_theta"),
+        rope_theta=draw(st.sampled_from([1e4, 5e5, 1e6, 500.0, 9999.0]), label="rope_theta"),
         tie_embeddings=draw(st.booleans(), label="tie_embeddings"),
         **scaling,
     )
@@ -510,6 +510,37 @@ def test_any_feed_forward_width_can_be_said(dim: int, hidden: int) -> None:
         width = int(params["ffn_dim_multiplier"] * width)
     multiple = params["multiple_of"]
     assert multiple * ((width + multiple - 1) // multiple) == hidden
+
+
+@given(
+    heads=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 400), st.integers(1, 400)),
+    norm_eps=st.floats(1e-12, 1e-2),
+    rope_theta=st.floats(1e-3, 1e9),
+    factor=st.floats(0.125, 64),
+    scaled=st.booleans(),
+)
+@example((1, 1), (4, 2, 5), 1e-5, 9999.0, 1.0, False)
+@example((1, 2), (4, 2, 5), 1e-6, 500.0, 1.0, True)
+@example((2, 2), (4, 2, 5), 1e-6, 10000.5, 0.5, True)
+def test_params_json_says_every_number_of_a_config(
+    heads: tuple[int, int],
+    sizes: tuple[int, int, int],
+    norm_eps: float,
+    rope_theta: float,
+    factor: float,
+    scaled: bool,
+) -> None:
+    """Whatever lies on either side of what params.json leaves out comes back as it was."""
+    n_kv_heads, n_rep = heads
+    head_dim, hidden_dim, vocab_size = sizes
+    config = ModelConfig(
+        *(2 * head_dim * n_kv_heads * n_rep, 3, n_kv_heads * n_rep, n_kv_heads),
+        *(0, hidden_dim, vocab_size, 77, norm_eps, rope_theta, False),
+        **({"rope_factor": factor, **LLAMA3_SCALING} if scaled else {}),
+    )
+    params = json.loads(json.dumps(params_of(config)))
+    assert config_from(params, Path("params.json"), 77, 0) == config
 
 
 class Code:

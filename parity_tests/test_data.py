@@ -218,6 +218,34 @@ def test_the_built_in_corpus() -> None:
     assert "Python" in gpt2().decode(source.train[:2000].tolist())
 
 
+def test_parts_of_exactly_one_window_are_enough(tmp_path: Path) -> None:
+    """And a vocabulary that ends with the highest id; one fewer of anything is refused."""
+    (tmp_path / "a.txt").write_text("a" + " b" * 38)  # 40 tokens with the end
+
+    def load(context: int, val_fraction: float, vocab_size: int = 50257) -> Corpus:
+        folder, file = str(tmp_path / "cache"), str(tmp_path / "a.txt")
+        config = DataConfig(data=(file,), cache_dir=folder, val_fraction=val_fraction)
+        return load_corpus(config, vocab_size, context)
+
+    corpus = load(19, 0.5)
+    (source,) = corpus.sources
+    whole = [*source.train[:].tolist(), *source.val[:].tolist()]
+    assert len(source.train) == len(source.val) == 20
+    assert [batch.tolist() for batch in val_batches(corpus, 19, 2, 0)] == [[whole[20:]]]
+    settings = {"seed": 0, "rows": 2, "first": 0, "last": 2, "workers": 0}
+    read = [row for batch in train_batches(corpus, 19, **settings) for row in batch.tolist()]
+    assert read == [whole[:20]] * 4
+    for context, fraction, kind, n in (
+        (20, 0.5, "training", 20),
+        (19, 0.499, "validation", 19),  # a part of a token is trained on
+        (19, 0.53, "training", 19),
+    ):
+        with pytest.raises(InputError, match=f"{context + 1} tokens and the {kind} part .* {n};"):
+            load(context, fraction)
+    with pytest.raises(InputError, match="--vocab-size 50256 is too small.*at least 50257"):
+        load(19, 0.5, 50256)
+
+
 def test_text_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.txt"
     file.write_text(WORDS)

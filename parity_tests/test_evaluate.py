@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,18 @@ def test_a_context_of_one_token_has_a_stride_of_one(uniform: Llama) -> None:
     assert evaluate(uniform, Gpt2(), ["a b c"], context=1).stride == 1
 
 
+def test_a_window_of_the_whole_context_and_a_text_of_one_token(uniform: Llama) -> None:
+    """Each the most or the least that is accepted; and its time is a part of what it took."""
+    before = time.perf_counter()
+    found = evaluate(uniform, Gpt2(), ["a"], context=12, stride=12)
+    assert 0 < found.seconds <= time.perf_counter() - before
+    assert (found.tokens, found.context, found.stride) == (1, 12, 12)
+    assert found.nats == pytest.approx(math.log(50257), rel=1e-6)
+    for windows, flag in (((13, 6), "--context 13"), ((11, 12), "--stride 12")):
+        with pytest.raises(InputError, match=f"^{flag} is more than"):
+            evaluate(uniform, Gpt2(), ["a"], *windows)
+
+
 def test_an_absurd_loss_has_a_perplexity() -> None:
     assert Measurement(1, 1, (), tokens=1, nats=1e6).perplexity == math.exp(700)
 
@@ -322,7 +335,7 @@ def test_bad_input_is_one_line(
         ("some.txt", ("--context", -1), "--context must not be negative"),
         ("some.txt", ("--batch-size", 0), "--batch-size must be positive"),
         ("empty.txt", (), "--data: holds no token to score"),
-        ("half.jsonl", (), "--data: document 1 is not valid text"),
+        ("half.jsonl", (), "half.jsonl: document 1 is not valid text"),
         ("none.txt", (), "none.txt: no file found"),
     ):
         assert run(model_dir, "--data", tmp_path / name, *flags) == 2

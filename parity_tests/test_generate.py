@@ -12,6 +12,7 @@ from llama_torch import batch as tokens
 from llama_torch.checkpoint import load_model, save_model, write_directory_files
 from llama_torch.config import InputError, ModelConfig
 from llama_torch.model import Llama
+from llama_torch.text_model import TextModel
 
 from .made_tokenizers import byte_level
 
@@ -130,6 +131,55 @@ def test_why_it_ends(model_dir: Path) -> None:
     assert model.generate("The", ignore_eos=True, **greedy).text == whole.text
     assert "".join(model.stream("The", ignore_eos=True, **greedy)) == whole.text
     assert model.generate_batch([], SamplingConfig()) == []
+
+
+@pytest.fixture(scope="module")
+def loaded(model_dir: Path) -> dict[bool, TextModel]:
+    """The model alone, and with itself as a draft."""
+    return {False: load(model_dir), True: load(model_dir, draft=model_dir, guesses=3)}
+
+
+@pytest.mark.parametrize("limit", ["max_new_tokens", "the context"])
+@pytest.mark.parametrize("stop", ["a text", "a text's end", "a token", "an end token"])
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_stop_at_the_last_token_allowed_is_a_stop(
+    loaded: dict[bool, TextModel],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    stop: str,
+    draft: bool,
+) -> None:
+    """Alone and in a batch, streamed or not; one token fewer, and it is the length that ends it."""
+    model = loaded[draft]
+    prompt, n = ("The", 6) if limit == "max_new_tokens" else ("The" * 18, 6)
+    assert limit == "max_new_tokens" or len(model.encode(prompt)) + n == 24
+    settings = {"max_new_tokens": n if limit == "max_new_tokens" else 100, "temperature": 1.0}
+    for seed in range(100):  # until the last token is letters that do not stand before it
+        settings["seed"] = seed
+        whole = model.generate(prompt, **settings, ignore_eos=True)
+        *_, last = (model.tokenizer.decode([token.id]) for token in whole.tokens)
+        if last.strip().isalpha() and last.isascii() and whole.text.count(last) == 1:
+            break
+    assert (len(whole.tokens), whole.finish_reason) == (n, "length")
+    assert whole.text.endswith(last)
+    if stop == "an end token":
+        monkeypatch.setattr(model, "end_ids", {whole.tokens[-1].id})
+    else:
+        text = whole.text[-len(last) - 2 :] if stop == "a text's end" else last
+        settings["stop_tokens" if stop == "a token" else "stop"] = (text,)
+    shown = whole.text[: -len(last) - 2 * (stop == "a text's end")]
+    found = [model.generate(prompt, **settings)]
+    if not draft:
+        each = [SamplingConfig(**settings), SamplingConfig(max_new_tokens=9, ignore_eos=True)]
+        found += [model.generate_batch([prompt, "a b"], rows)[0] for rows in (each[:1] * 2, each)]
+    for completion in found:
+        assert [token.id for token in completion.tokens] == [token.id for token in whole.tokens]
+        assert (completion.text, completion.finish_reason) == (shown, "stop")
+    assert "".join(model.stream(prompt, **settings)) == shown
+    if limit == "max_new_tokens":
+        shorter = model.generate(prompt, **settings | {"max_new_tokens": n - 1})
+        assert shorter.finish_reason == "length"
+        assert shorter.text == whole.text[: -len(last)]
 
 
 def test_rows_that_end_at_different_times(model_dir: Path) -> None:

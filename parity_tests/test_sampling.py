@@ -1,9 +1,11 @@
 """Samplers held to the oracle's distribution, and the draws to it by a chi-squared test."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -90,17 +92,43 @@ def test_the_oracle_on_numbers_worked_by_hand() -> None:
 
 def test_all_means_all_and_tiny_temperatures_are_greedy() -> None:
     logits = 3 * torch.randn(1, 50257, generator=torch.Generator().manual_seed(0))
-    for temperature, kept in ((1.0, 50257), (1e-45, 1), (1e-300, 1)):
+    for temperature, kept in ((1.0, 50257), (1e-45, 1), (1e-300, 1), (1e-310, 1)):
         row = SamplingConfig(temperature=temperature, top_p=1.0)
         probs = token_probabilities(logits, Settings.of([row], CPU))[0]
         assert (probs > 0).sum() == kept
         assert probs.argmax() == logits[0].argmax()
 
 
+@pytest.mark.parametrize(
+    ("logits", "row", "kept"),
+    [
+        # Four of a quarter each: the set that holds the share exactly is enough.
+        ([0.0] * 4, {"top_p": 0.5}, 2),
+        ([0.0] * 4, {"top_p": 0.75}, 3),
+        ([0.0] * 4, {"top_p": 0.7500001}, 4),
+        ([0.0] * 4, {"top_p": 1.0, "min_p": 1.0}, 4),  # as likely as the likeliest
+        ([0.0] * 4 + [-1e-9], {"top_p": 1.0, "min_p": 1.0}, 4),
+        ([0.0] * 4, {"top_p": 0.5, "top_k": 3}, 2),  # two thirds
+        ([0.0] * 4, {"top_p": 1.0, "top_k": 4}, 4),
+        ([60.0, 0.0, -1.0], {"top_p": 1.0}, 3),  # the first holds 1, rounded
+    ],
+)
+def test_a_share_that_is_reached_exactly(
+    logits: list[float], row: dict[str, Any], kept: int
+) -> None:
+    settings = SamplingConfig(temperature=1.0, **row)
+    found = token_probabilities(torch.tensor([logits]), Settings.of([settings], CPU))[0]
+    assert (found > 0).tolist() == [i < kept for i in range(len(logits))]
+    right = oracle.token_probabilities(np.array(logits, np.float32), 1.0, **row)
+    np.testing.assert_allclose(found, right, rtol=1e-12)
+
+
 @given(
     weights=arrays(np.float64, st.integers(1, 20), elements=st.sampled_from([0.0, 1e-12, 0.3, 1])),
     uniform=st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 1 - 2**-53]),
 )
+@example(np.array([0.0, 0.7, 0.3]), 0.0)  # the sum that the draw is equal to is passed later
+@example(np.array([0.3, 0.7, 0.0, 0.0]), 1 - 2**-53)
 def test_a_draw_never_takes_what_was_cut(weights: Array, uniform: float) -> None:
     weights[-len(weights) // 2] = 0.7  # something to draw
     probs = torch.from_numpy(weights / weights.sum())

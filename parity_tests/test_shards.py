@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -122,11 +123,20 @@ def test_shards_are_the_documents(text: Text, tmp_path: Path) -> None:
     assert found.dtype == np.uint16
     assert len(found) == len(expected)
     assert found[995:2003].tolist() == expected[995:2003]  # over three shards
-    assert found[17:17].tolist() == []
+    borders = [0, 1, 17, 500, 999, 1000, 1001, 2000, 2001, len(expected) - 1, len(expected)]
+    for start, stop in itertools.combinations_with_replacement(borders, 2):
+        assert found[start:stop].tolist() == expected[start:stop]
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [shard["tokens"] for shard in index["shards"][:-1]] == [1000] * (len(expected) // 1000)
     assert index["highest"] == END_OF_TEXT_ID
     assert shards.damaged_shards(found) == []
+
+
+def test_a_text_without_tokens_has_no_shard(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    found = prepare(identify([tmp_path / "a.txt"], "text"), tmp_path / "out", 1, 10)
+    assert (len(found), found.index.highest, found.index.shards) == (0, -1, ())
+    assert found[:].tolist() == []
 
 
 def test_the_number_of_processes_changes_nothing(text: Text, tmp_path: Path) -> None:
@@ -261,6 +271,54 @@ def test_a_full_disk_leaves_what_is_done(
     prepare(text, folder, 1, 1000)
     prepare(text, tmp_path / "whole", 1, 1000)
     assert content_of(folder) == content_of(tmp_path / "whole")
+
+
+def stopped_at(name: str, text: Text, folder: Path, size: int) -> None:
+    """Prepare until the disk is full at the shard ``name``."""
+    real = checkpoint.flush
+
+    def flush(path: Path) -> None:
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "flush", flush)
+        assert "No space left" in refused(lambda: prepare(text, folder, 1, size))
+
+
+@pytest.mark.parametrize("ends", ["within", "with a piece", "in its middle", "with the text"])
+def test_a_piece_of_many_shards_is_gone_on_with_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """At every shard, once and again and again; shards that end where a piece or the text does."""
+    monkeypatch.setattr(documents, "PIECE", 400)
+    (tmp_path / "a.txt").write_text("".join(LINES[:18]))
+    (tmp_path / "b.txt").write_text("The end.")
+    text = identify(find_files([str(tmp_path)]), "text")
+    pieces = list(documents.pieces(text.files, "text"))
+    lengths = [len(documents.encode(piece, "text")) for piece in pieces]
+    assert len(lengths) == 3
+    assert min(lengths[:2]) > 100
+    size = {
+        "within": 31,
+        "with a piece": lengths[0],
+        "in its middle": -(-lengths[0] // 4),
+        "with the text": sum(lengths),
+    }[ends]
+    found = prepare(text, tmp_path / "whole", 1, size)
+    expected = [i for piece in pieces for i in documents.encode(piece, "text").tolist()]
+    assert found[:].tolist() == expected
+    assert len(found.index.shards) == -(-len(expected) // size)  # none of them empty
+    whole = content_of(tmp_path / "whole")
+    for shard in found.index.shards:
+        once = tmp_path / f"once {shard.name}"
+        stopped_at(shard.name, text, once, size)
+        stopped_at(shard.name, text, tmp_path / "again", size)
+        prepare(text, once, 1, size)
+        assert content_of(once) == whole
+    prepare(text, tmp_path / "again", 1, size)
+    assert content_of(tmp_path / "again") == whole
 
 
 def test_a_killed_worker_is_told(

@@ -1,8 +1,10 @@
 """Tokenizers: as their libraries have it, with special tokens that no text can spell."""
 
+import itertools
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +118,16 @@ def test_a_piece_comes_with_its_last_byte(text: str) -> None:
         assert shown == complete.rstrip("\ufffd") or "\ufffd" in text
 
 
-def test_a_character_after_characters_in_bytes(tokenizers: dict[str, Tokenizer]) -> None:
-    """A decoder that sees half of one character in a run of bytes gives up the whole run."""
+@pytest.mark.parametrize("before", ["漢字", "漢字漢字漢字漢字", "字漢字漢字漢字"])
+def test_a_character_after_characters_in_bytes(
+    tokenizers: dict[str, Tokenizer], before: str
+) -> None:
+    """A decoder that sees half of one character in a run of bytes gives up the whole run.
+
+    Also where the run is longer than what a stream looks back upon, which then begins inside one.
+    """
     tokenizer = tokenizers["spaced"]
-    start, ids = tokenizer.encode("漢字"), tokenizer.encode("漢字🙂")
+    start, ids = tokenizer.encode(before), tokenizer.encode(before + "🙂")
     assert ids[: len(start)] == start
     stream = TextStream(tokenizer, start)
     assert [stream.push(id_) for id_ in ids[len(start) :]] == ["", "", "", "🙂"]
@@ -158,6 +166,79 @@ def test_nothing_of_a_stop_text_is_shown(
         whole = whole[: ends[0] - max(len(s) for s in stop if whole[: ends[0]].endswith(s))]
     assert shown == whole
     assert stream.stopped == bool(ends)
+
+
+class Words(Tokenizer):
+    """A tokenizer whose tokens are given texts."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__({}, len(words))
+        self.words = words
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def decode_ordinary(self, ids: Sequence[int]) -> str:
+        return "".join(self.words[id_] for id_ in ids)
+
+
+@st.composite
+def nested_stops(draw: st.DrawFn) -> tuple[list[str], list[str]]:
+    """A text in pieces that holds a stop text, and stop texts some of which lie in others."""
+    outer = draw(st.text("abc", min_size=2, max_size=5))
+    start = draw(st.integers(0, len(outer) - 1))
+    stops = [outer, outer[start : draw(st.integers(start + 1, len(outer)))]]
+    stops += draw(st.lists(st.text("abc", min_size=1, max_size=4), max_size=1))
+    text = draw(st.text("abcx", max_size=4)) + outer + draw(st.text("abcx", max_size=4))
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    parts = [text[i:j] for i, j in itertools.pairwise([0, *cuts, len(text)])]
+    return [part for part in parts if part], draw(st.permutations(stops))
+
+
+@given(case=nested_stops())
+@example((["xabc"], ["ab", "abc"]))
+@example((["xabc"], ["abc", "b"]))
+@example((["xa", "b", "c"], ["abc", "b"]))
+@example((["xab", "c"], ["bc", "abc"]))
+@example((["xab", "cx"], ["abc", "bc"]))
+@example((["xabcx", "x"], ["c", "abc"]))
+@example((["xa", "bd"], ["abc", "bd"]))
+@example((["xa", "b"], ["abc"]))
+@example((["ca", "bab", "c"], ["babc", "abc", "bb"]))
+@example((["cac"], ["aca", "b"]))
+def test_of_stop_texts_in_one_another_the_first_complete_one_ends_the_text(
+    case: tuple[list[str], list[str]],
+) -> None:
+    """However tokens divide it: as if it came character by character, and no piece too late."""
+    parts, stops = case
+    text = "".join(parts)
+    ends = [n for n in range(len(text) + 1) if text[:n].endswith(tuple(stops))]
+    cut = len(text)
+    if ends:
+        cut = ends[0] - max(len(stop) for stop in stops if text[: ends[0]].endswith(stop))
+    stream, shown, read = TextStream(Words(parts), [], stops), "", ""
+    for id_, part in enumerate(parts):
+        shown, read = shown + stream.push(id_), read + part
+        assert stream.stopped == (bool(ends) and len(read) >= ends[0])
+        if stream.stopped:
+            break
+        # Shown is all but what may yet become a stop text.
+        held = max(n for n in range(len(read) + 1) if any_begins(stops, read[len(read) - n :]))
+        assert shown == read[: len(read) - held]
+    else:
+        shown += stream.finish()
+    assert shown == text[:cut]
+    assert stream.stopped == bool(ends)
+
+
+def any_begins(stops: Sequence[str], end: str) -> bool:
+    return not end or any(stop.startswith(end) for stop in stops)
+
+
+def test_a_stop_text_may_be_what_marks_half_a_character() -> None:
+    stream = TextStream(Gpt2(), [], ["\ufffd"])
+    assert (stream.push(gpt2().encode_ordinary("🙂")[0]), stream.stopped) == ("", False)
+    assert (stream.finish(), stream.stopped) == ("", True)
 
 
 def test_end_tokens_and_their_places(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_torch.config import InputError
 from llama_torch.documents import documents
-from llama_torch.tokenizer import VOCAB_SIZE, gpt2
+from llama_torch.tokenizer import VOCAB_SIZE, gpt2_ids, located
 from reference_np.config import LlamaConfig
 from reference_np.ops import Array
 
@@ -33,7 +33,8 @@ def token_ids(
         return np.array(ids[:limit], dtype=np.int64)
     text = prompt or (_read(file) if file else next(iter(documents((), ""))))
     if config.vocab_size >= VOCAB_SIZE:
-        found = gpt2().encode_ordinary(text[: 32 * limit])[:limit]
+        with located(f"--file {file}" if file else "--prompt"):
+            found = gpt2_ids(text[: 32 * limit])[:limit]
     elif prompt or file:
         raise InputError(
             f"{'--prompt' if prompt else '--file'} needs the GPT-2 encoding, and vocab_size "
