@@ -19,7 +19,7 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
-LONG = 100_000  # blanks in a row; tiktoken's pattern overflows its stack at a million
+LONG = 100_000  # blanks in a row that the pattern is given at most: it keeps each on a stack
 BLANK = r"[^\S\x1c-\x1f]"  # Unicode's white space; Python counts four control characters more
 
 
