@@ -70,8 +70,10 @@ def _has_kernels() -> bool:
         return False
     try:
         triton = importlib.import_module("triton")
-    except ImportError:  # it comes with torch's CUDA builds alone
-        return False
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return False  # it comes with torch's CUDA builds alone
     return tuple(map(int, triton.__version__.split(".")[:2])) >= TRITON
 
 

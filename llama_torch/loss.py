@@ -4,7 +4,6 @@ Axes: B batch, T position, N positions of a piece, D dim, V vocabulary.
 """
 
 import functools
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,9 +168,12 @@ def _differentiate_rows(
 @functools.cache
 def _kernel() -> Any:
     try:
-        return importlib.import_module(".loss_kernel", __package__)
-    except ImportError:  # triton comes with torch's CUDA builds alone
-        return None
+        from . import loss_kernel
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None  # triton comes with torch's CUDA builds alone
+    return loss_kernel
 
 
 def _wide(x: Tensor) -> Tensor:

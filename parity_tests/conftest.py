@@ -15,7 +15,6 @@ import gc
 import importlib.util
 import math
 import re
-import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llama_torch import dry_run, train
 from llama_torch.throughput import peak_flops
 from reference_np.config import InputError
 from reference_np.mutants import FORWARD
@@ -265,10 +265,8 @@ def _own_token_cache(
 @pytest.fixture(autouse=True)
 def _peak_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine can do is the same for every run here, and takes most of a tiny one."""
-    for name in ("train", "dry_run"):
-        module = sys.modules.get(f"llama_torch.{name}")
-        if module is not None:
-            monkeypatch.setattr(module, "peak_flops", PEAK_FLOPS)
+    for module in (train, dry_run):
+        monkeypatch.setattr(module, "peak_flops", PEAK_FLOPS)
 
 
 @pytest.fixture(autouse=True)

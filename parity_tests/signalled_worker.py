@@ -6,6 +6,7 @@ Before STEP, in the first attempt alone.
 import os
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -22,8 +23,8 @@ def main() -> int:
             os.kill(os.getpid(), signal_number)
         return real(*args, **kwargs)
 
-    train.train_step = step
-    return train.main(sys.argv[3:])
+    with patch.object(train, "train_step", step):
+        return train.main(sys.argv[3:])
 
 
 if __name__ == "__main__":

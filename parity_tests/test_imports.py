@@ -1,32 +1,30 @@
-"""Who may import whom, held in a fresh interpreter; and proof that these tests can fail."""
+"""Who may import whom: read from the sources, held in fresh interpreters, and shown to fail."""
 
-import ast
 from pathlib import Path
 
 import pytest
 
+from . import import_table
 from .ahead import Job
+from .import_table import ALLOWED, circles, imports, part_of, sources, violations
 
 ROOT = Path(__file__).parent.parent
+SOURCES = sources(ROOT)
+IMPORTS = imports(SOURCES)
 ORACLE_ORDER = [
-    "config",
-    "naming",
-    "ops",
-    "sampling",
-    "tolerances",
-    "checkpoint",
-    "model",
-    "grad",
-    "plain",
+    *("config", "naming", "ops", "sampling", "tolerances", "checkpoint", "model", "grad", "plain"),
+    *("optim", "mutants", "training_mutants"),
 ]
-ORACLE_ORDER += ["optim", "mutants", "training_mutants"]
-VERIFIER = "verify"  # llama_torch's one module that imports the oracle
+VERIFIER = "llama_torch.verify"  # the one module of llama_torch that imports the oracle
 
 
-def importing(statement: str) -> Job:
-    """Return a run of ``statement`` in a fresh interpreter."""
+def importing(modules: str, first: str = "") -> Job:
+    """Return a fresh interpreter's import of modules; it prints the packages that came with them.
+
+    ``first`` is run before; what it imports does not count.
+    """
     program = (
-        f"import sys; before = set(sys.modules)\n{statement}\n"
+        f"import sys\n{first}\nbefore = set(sys.modules)\nimport {modules}\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(*sorted(new - set(sys.stdlib_module_names)))"
     )
@@ -40,118 +38,79 @@ def imported(job: Job) -> set[str]:
     return {name for name in done.stdout.split() if not name.startswith(("_", "mtrand"))}
 
 
-THE_ORACLE = importing(
-    "from reference_np import training_mutants, mutants, optim, grad, plain, model, tolerances, "
-    "sampling, ops, naming, config"
-)
+# The table
 
 
-@pytest.mark.ahead(THE_ORACLE)
-def test_the_oracle_imports_numpy_alone() -> None:
-    assert imported(THE_ORACLE) == {"reference_np", "numpy"}
+def test_every_import_is_allowed() -> None:
+    assert not violations(IMPORTS)
 
 
-CHECKPOINT = importing("import reference_np.checkpoint")
+def test_every_module_has_a_part_and_every_part_a_module() -> None:
+    assert {part_of(module) for module in SOURCES} == set(ALLOWED)
+    assert {name for allowed in ALLOWED.values() for name in allowed} <= set(ALLOWED)
 
 
-@pytest.mark.ahead(CHECKPOINT)
-def test_the_oracles_checkpoint_adds_two() -> None:
-    found = imported(CHECKPOINT)
-    assert found == {"reference_np", "numpy", "safetensors", "ml_dtypes"}
+def test_sub_packages_are_walked() -> None:
+    assert {"parity_tests.backends", "parity_tests.backends.template"} <= set(SOURCES)
 
 
-# Modules of the torch package that need no GPU's compiler, and may not need the oracle.
-MODULES = sorted(
-    {path.stem for path in (ROOT / "llama_torch").glob("*.py")} - {"__init__", VERIFIER}
-)
-WITH_TRITON = {"kernels", "kernel_step", "batch_kernels", "batch_step", "loss_kernel"}
-WITHOUT = importing("; ".join(f"import llama_torch.{m}" for m in MODULES if m not in WITH_TRITON))
-WITH = importing(f"import llama_torch.{VERIFIER}")
+PLANTED = {
+    "reference_np.inner": "def f():\n    import torch",
+    "llama_torch.inner.one": "from reference_np import ops",
+    "llama_torch.inner.two": "import parity_tests.strategies",
+    "llama_torch.inner.three": "def f():\n    from tools.traces import Call",
+    "llama_torch.four": "import triton.language as tl",
+    "llama_torch.five": "from transformers import LlamaForCausalLM",
+    "tools.inner": "from parity_tests import strategies",
+}
+HARMLESS = {
+    "llama_torch.inner": "import os, torch\nfrom .. import model\nfrom ..loss import loss_sum",
+    "llama_torch.inner.one": "from . import two\nfrom ...reference import np",
+    "reference_np.inner": "import numpy as np\nfrom .ops import linear\nfrom . import ops",
+}
 
 
-@pytest.mark.ahead(WITHOUT)
-@pytest.mark.ahead(WITH)
-def test_the_torch_package_imports_the_oracle_in_one_module_alone() -> None:
-    """The trainer works without it, until it is asked to verify."""
-    found = imported(WITHOUT)
-    assert "torch" in found
-    assert not found & {"reference_np", "parity_tests", "tools", "transformers"}
-    assert not found & {"tokenizers", "sentencepiece"}  # extras, for checkpoints that need them
-    naming = {m for m in MODULES if "reference_np" in packages(source_of(m))}
-    assert not naming  # inside functions neither
-    found = imported(WITH)
-    assert found >= {"reference_np"}
-    assert not found & {"parity_tests", "tools", "transformers"}
+@pytest.mark.parametrize(("module", "source"), PLANTED.items())
+def test_a_planted_import_is_seen(module: str, source: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{module.replace('.', '/')}.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    [found] = violations(imports(SOURCES | sources(tmp_path)))
+    assert found.startswith(f"{module}:")
 
 
-def source_of(module: str) -> str:
-    return (ROOT / "llama_torch" / f"{module}.py").read_text(encoding="utf-8")
+def test_what_is_allowed_is_not_called_wrong() -> None:
+    found = imports(HARMLESS | {"llama_torch.inner.two": ""} | SOURCES)
+    assert not violations(found)
+    assert ("llama_torch.inner", "llama_torch.loss", 3) in found
+    assert ("llama_torch.inner.one", "llama_torch.inner.two", 1) in found
 
 
-def packages(source: str) -> set[str]:
-    """Name the packages that a source imports anywhere, functions included."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add((node.module or "").partition(".")[0])
-    return found
+def test_circles_are_found() -> None:
+    arrows = [("a", "b"), ("b", "c"), ("c", "a"), ("c", "d"), ("e", "e"), ("d", "f")]
+    assert circles(arrows) == [{"a", "b", "c"}]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
-def test_of_the_tests_tools_use_the_backends_alone(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    named = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    named += [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
-    names = [
-        f"{node.module}.{alias.name}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "parity_tests"
-        for alias in node.names
-    ]
-    of_tests = {n for n in named + names if n.startswith("parity_tests") and n != "parity_tests"}
-    assert all(name.startswith("parity_tests.backends") for name in of_tests)
+# Inside the oracle
 
 
-FORBIDDEN = importing("import reference_np.model, safetensors")
-FORBIDDEN_TOO = importing("import llama_torch.config, reference_np.config")
-
-
-@pytest.mark.ahead(FORBIDDEN)
-@pytest.mark.ahead(FORBIDDEN_TOO)
-def test_a_forbidden_import_would_be_seen() -> None:
-    assert "safetensors" in imported(FORBIDDEN)
-    assert "reference_np" in imported(FORBIDDEN_TOO)
-    assert "reference_np" in packages("def f():\n    from reference_np.ops import embed")
-    assert "reference_np" in packages(source_of(VERIFIER))
-
-
-def inner_imports(source: str) -> set[str]:
-    """Name the reference_np modules that a source imports, relatively or absolutely."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reference_np"):
-            inner = (node.module or "").partition(".")[2]
-            found |= {inner} if inner else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names = (alias.name for alias in node.names)
-            found |= {name.partition(".")[2] for name in names if name.startswith("reference_np.")}
-    return found
+def oracle_imports(found: list[import_table.Import], module: str) -> set[str]:
+    prefix = "reference_np."
+    return {
+        imported.removeprefix(prefix)
+        for importer, imported, _ in found
+        if importer == prefix + module and imported.startswith(prefix)
+    }
 
 
 @pytest.mark.parametrize("name", ORACLE_ORDER)
 def test_the_oracle_is_layered(name: str) -> None:
-    allowed = set(ORACLE_ORDER[: ORACLE_ORDER.index(name)])
-    source = (ROOT / "reference_np" / f"{name}.py").read_text(encoding="utf-8")
-    assert inner_imports(source) <= allowed
+    assert oracle_imports(IMPORTS, name) <= set(ORACLE_ORDER[: ORACLE_ORDER.index(name)])
 
 
 def test_the_order_names_every_module() -> None:
-    modules = {path.stem for path in (ROOT / "reference_np").glob("*.py")}
-    assert modules - {"__init__"} == set(ORACLE_ORDER)
+    modules = {name for name in SOURCES if name.startswith("reference_np.")}
+    assert modules == {f"reference_np.{name}" for name in ORACLE_ORDER}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +121,73 @@ def test_the_order_names_every_module() -> None:
         "import reference_np.model",
         "from reference_np import model",
         "from reference_np.model import forward",
+        "def f():\n    from .model import forward",
     ],
 )
 def test_a_wrong_layer_would_be_seen(source: str) -> None:
-    assert inner_imports(source) == {"model"}
+    found = imports(SOURCES | {"reference_np.ops": source})
+    assert oracle_imports(found, "ops") == {"model"}
+
+
+# In fresh interpreters
+
+
+THE_ORACLE = importing(
+    ", ".join(f"reference_np.{name}" for name in ORACLE_ORDER if name != "checkpoint")
+)
+CHECKPOINT = importing("reference_np.checkpoint")
+
+
+@pytest.mark.ahead(THE_ORACLE)
+@pytest.mark.ahead(CHECKPOINT)
+def test_the_oracle_imports_numpy_alone_and_its_checkpoint_two_more() -> None:
+    assert imported(THE_ORACLE) == {"reference_np", "numpy"}
+    assert imported(CHECKPOINT) == {"reference_np", "numpy", "safetensors", "ml_dtypes"}
+
+
+# Kernels too: a wrong import in them would be seen on a GPU alone.
+STUB = "import torch; from parity_tests import triton_stub; triton_stub.install()"
+PROGRAM = [name for name in SOURCES if part_of(name) == "llama_torch"]
+WITHOUT = importing(", ".join(PROGRAM), STUB)
+WITH = importing(VERIFIER)
+
+
+@pytest.mark.ahead(WITHOUT)
+@pytest.mark.ahead(WITH)
+def test_the_torch_package_imports_the_oracle_in_one_module_alone() -> None:
+    """The trainer works without it, until it is asked to verify."""
+    found = imported(WITHOUT)
+    assert "llama_torch" in found
+    assert not found & {"reference_np", "parity_tests", "tools", "transformers"}
+    assert not found & {"tokenizers", "sentencepiece"}  # extras, for checkpoints that need them
+    found = imported(WITH)
+    assert found >= {"llama_torch", "reference_np", "torch"}
+    assert not found & {"parity_tests", "tools", "transformers"}
+
+
+FORBIDDEN = importing("reference_np.model, safetensors")
+FORBIDDEN_TOO = importing("llama_torch.config, reference_np.config", STUB)
+
+
+@pytest.mark.ahead(FORBIDDEN)
+@pytest.mark.ahead(FORBIDDEN_TOO)
+def test_a_forbidden_import_would_be_seen() -> None:
+    assert "safetensors" in imported(FORBIDDEN)
+    assert "reference_np" in imported(FORBIDDEN_TOO)
+
+
+# Kernels that are not used because their import failed would be slow, and no test's failure.
+HALF_A_TRITON = Job(
+    lambda _: (
+        "-c",
+        "import sys, types\nfrom llama_torch import loss\n"
+        "sys.modules['triton'] = types.ModuleType('triton')\nloss._kernel()",
+    )
+)
+
+
+@pytest.mark.ahead(HALF_A_TRITON)
+def test_a_kernels_import_that_fails_is_an_error() -> None:
+    done = HALF_A_TRITON.done()
+    assert done.returncode == 1
+    assert "'triton' is not a package" in done.stderr.splitlines()[-1]

@@ -171,8 +171,9 @@ def killed_at(moment: int, text: Text, folder: Path, workers: int) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(path)
 
-        checkpoint.flush = flush
-        prepare(text, folder, workers, 1000)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "flush", flush)
+            prepare(text, folder, workers, 1000)
 
     return in_child(work)
 

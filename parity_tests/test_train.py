@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama_torch import checkpoints, run_dir, step, train
+from llama_torch import loss as loss_module
 from llama_torch.checkpoint import STATE_FILE, load_model
 from llama_torch.config import InputError, ModelConfig, OptimConfig
 from llama_torch.loss import IGNORE, backward_loss, count_valid, loss_sum
@@ -86,7 +87,7 @@ def test_the_chunked_loss_is_the_plain_one(seed: int, rows: int, length: int, pi
     plain.backward()
     expected = [p.grad for p in model.parameters()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama_torch.loss.CHUNK_BYTES", 8 * piece * TINY.vocab_size)
+        patch.setattr(loss_module, "CHUNK_BYTES", 8 * piece * TINY.vocab_size)
         model = fresh_model()
         hidden, _ = model.model(tokens)
         loss = backward_loss(hidden, model.head_weight, targets, n_valid)

@@ -1,0 +1,131 @@
+"""Which part of the project may import which: one table, and what the sources import."""
+
+import ast
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGES = ("reference_np", "llama_torch", "tools", "parity_tests")
+
+# Part -> the parts that it may import beside itself. A module belongs to the longest name that
+# its own begins with.
+ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "reference_np": (),
+    "llama_torch": ("llama_torch.verify",),
+    "llama_torch.verify": ("llama_torch", "reference_np"),
+    "tools": ("llama_torch", "reference_np", "parity_tests.backends"),
+    "parity_tests.backends": ("llama_torch", "reference_np", "parity_tests"),
+    "parity_tests": (
+        *("llama_torch", "llama_torch.verify", "reference_np", "tools", "parity_tests.backends"),
+    ),
+}
+# Part -> all the packages of others that it may import.
+OTHERS: Mapping[str, frozenset[str]] = {
+    "reference_np": frozenset({"numpy", "ml_dtypes", "safetensors"}),
+}
+# Package of others -> the modules' prefixes that alone may import it.
+ONLY_IN: Mapping[str, tuple[str, ...]] = {
+    "triton": (
+        *("llama_torch.kernels", "llama_torch.kernel_step", "llama_torch.batch_kernels"),
+        *("llama_torch.loss_kernel", "parity_tests"),
+    ),
+    "transformers": ("tools", "parity_tests"),
+}
+
+
+class Import(NamedTuple):
+    """One import of one module, anywhere in it."""
+
+    importer: str
+    imported: str  # a module of ours, or a package of others
+    line: int
+
+
+def sources(root: Path) -> dict[str, str]:
+    """Read every module of the packages under ``root``, by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = path.read_text(encoding="utf-8")
+    return found
+
+
+def imports(modules: Mapping[str, str]) -> list[Import]:
+    """List all imports in all sources, those inside functions too, standard library left out."""
+    packages = {name.rpartition(".")[0] for name in modules}
+    found = []
+    for name, source in modules.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                package = name if name in packages else name.rpartition(".")[0]
+                targets = {_target(full, modules) for full in _named(node, package)}
+                found += [Import(name, target, node.lineno) for target in sorted(targets)]
+    return [one for one in found if one.imported not in sys.stdlib_module_names]
+
+
+def _named(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
+    """Return the dotted names that an import statement of a module in ``package`` asks for."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    base = node.module or ""
+    if node.level:
+        above = package.split(".")[: package.count(".") + 2 - node.level]
+        base = ".".join([*above, *filter(None, [node.module])])
+    return [f"{base}.{alias.name}" for alias in node.names]
+
+
+def _target(full: str, modules: Mapping[str, str]) -> str:
+    """Return the module of ours that a dotted name is or is defined in, else its package."""
+    if full.partition(".")[0] not in PACKAGES:
+        return full.partition(".")[0]
+    return full if full in modules else full.rpartition(".")[0]
+
+
+def part_of(module: str, table: Mapping[str, object] = ALLOWED) -> str:
+    """Return the part that a module belongs to; "" if the table has none."""
+    names = [part for part in table if f"{module}.".startswith(f"{part}.")]
+    return max(names, key=len, default="")
+
+
+def violations(found: Iterable[Import]) -> list[str]:
+    """List the imports that the tables do not allow."""
+    return [
+        f"{importer}:{line} imports {imported}"
+        for importer, imported, line in found
+        if not _is_allowed(importer, imported)
+    ]
+
+
+def _is_allowed(importer: str, imported: str) -> bool:
+    part = part_of(importer)
+    if imported.partition(".")[0] in PACKAGES:
+        return part_of(imported) in (part, *ALLOWED.get(part, ()))
+    only = OTHERS.get(part_of(importer, OTHERS))
+    places = ONLY_IN.get(imported)
+    return (only is None or imported in only) and (
+        places is None or any(f"{importer}.".startswith(f"{place}.") for place in places)
+    )
+
+
+def circles(arrows: Iterable[tuple[str, str]]) -> list[set[str]]:
+    """Return the groups of two or more that import each other, directly or through others."""
+    after: dict[str, set[str]] = {}
+    for start, end in arrows:
+        after.setdefault(start, set()).add(end)
+        after.setdefault(end, set())
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for end in after[waiting.pop()] - seen:
+                seen.add(end)
+                waiting.append(end)
+        return seen
+
+    reach = {name: reached(name) for name in after}
+    groups = {frozenset({n, *(m for m in reach[n] if n in reach[m])}) for n in after}
+    return [set(group) for group in groups if len(group) > 1]
