@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llama_torch import gather, step, train
+from llama_torch import gather, master_adamw, step, train
 from llama_torch.checkpoint import MODEL_FILE, STATE_FILE, read_notes
 from llama_torch.checkpoints import newest
 from llama_torch.master_adamw import MasterAdamW, join, split
@@ -127,11 +127,25 @@ def test_a_weight_and_its_lower_half_are_the_float32(values: list[float]) -> Non
 
 
 @on_every_device
-@given(seed=seeds, decay=st.sampled_from([0.0, 0.3]), clip=st.sampled_from([0.1, 100.0]))
+@given(
+    seed=seeds,
+    decay=st.sampled_from([0.0, 0.3]),
+    clip=st.sampled_from([0.1, 100.0]),
+    block=st.sampled_from([7, 8, 35, 1 << 16]),
+)
 def test_ten_steps_on_bfloat16_weights_are_the_oracles_in_float32(
-    device: str, seed: int, decay: float, clip: float
+    device: str, seed: int, decay: float, clip: float, block: int
 ) -> None:
-    """The same gradients to both; the weights' low halves and the moments included."""
+    """The same gradients to both; the weights' low halves and the moments included.
+
+    A tensor's step is taken in blocks: of one size, with a smaller last one, or in one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(master_adamw, "BLOCK", block)
+        take_ten_steps(device, seed, decay, clip)
+
+
+def take_ten_steps(device: str, seed: int, decay: float, clip: float) -> None:
     rng = np.random.default_rng(seed)
     shapes = {"matrix": (5, 7), "norm.weight": (7,)}
     params = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}

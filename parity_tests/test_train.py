@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llama_torch import checkpoints, run_dir, step, train
 from llama_torch.checkpoint import STATE_FILE, load_model
 from llama_torch.config import InputError, ModelConfig, OptimConfig
-from llama_torch.loss import IGNORE, backward_loss, count_valid, loss_sum
+from llama_torch.loss import IGNORE, _pieces, backward_loss, count_valid, loss_sum
 from llama_torch.model import Llama
 from llama_torch.optim import learning_rate, make_adamw
 
@@ -70,6 +70,19 @@ def test_a_step_does_not_depend_on_its_split(
         results.append((loss, norm, *(p.detach() for p in model.parameters())))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@given(n=st.integers(1, 60), vocab_size=st.integers(1, 40), n_bytes=st.integers(1, 4000))
+def test_pieces_are_alike_and_their_logits_fit(n: int, vocab_size: int, n_bytes: int) -> None:
+    """All positions in order; only the last piece is smaller, and only one row may not fit."""
+    hidden, targets = torch.zeros(1, n, 2), torch.arange(n)[None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_torch.loss.CHUNK_BYTES", n_bytes)
+        pieces = [piece for _, piece in _pieces(hidden, vocab_size, targets)]
+    assert torch.equal(torch.cat(pieces), targets[0])
+    sizes = [len(piece) for piece in pieces]
+    assert set(sizes[:-1]) <= {sizes[0]}
+    assert 0 < sizes[-1] <= sizes[0] <= max(1, n_bytes // (4 * vocab_size))
 
 
 @given(seed=seeds, rows=st.integers(1, 4), length=st.integers(1, 9), piece=st.integers(1, 7))
