@@ -22,6 +22,7 @@ from llama_torch.config import InputError, ModelConfig, OptimConfig
 from llama_torch.loss import IGNORE, _pieces, backward_loss, count_valid, loss_sum
 from llama_torch.model import Llama
 from llama_torch.optim import learning_rate, make_adamw
+from llama_torch.parallel import Parallel
 
 from .strategies import seeds
 
@@ -70,6 +71,31 @@ def test_a_step_does_not_depend_on_its_split(
         results.append((loss, norm, *(p.detach() for p in model.parameters())))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+class OneOf(Parallel):
+    """One of several processes that share out windows; it keeps what it adds to their total."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
+        self.data_rank, self.data_size, self.added = rank, world, torch.zeros(2).double()
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        self.added = values
+        return torch.ones(2)
+
+
+@given(seed=seeds, n_batches=st.integers(1, 7), world=st.integers(1, 5))
+def test_processes_share_out_an_evaluation(seed: int, n_batches: int, world: int) -> None:
+    """Each window once, also where some processes have one window less, or none."""
+    rng, model = np.random.default_rng(seed), fresh_model()
+    windows = [torch.from_numpy(rng.integers(0, 60, (2, 6))) for _ in range(n_batches)]
+    shared = [OneOf(rank, world) for rank in range(world)]
+    for one in shared:
+        train.evaluate(model, windows, parallel=one)
+    loss, n_valid = sum(one.added for one in shared).tolist()
+    assert n_valid == 10 * n_batches
+    assert loss / n_valid == pytest.approx(train.evaluate(model, windows), rel=1e-12)
 
 
 @given(n=st.integers(1, 60), vocab_size=st.integers(1, 40), n_bytes=st.integers(1, 4000))
