@@ -407,7 +407,8 @@ class TrainConfig:
     """Precision of weights and activations; auto = bfloat16 where the hardware computes it. The
     optimizer keeps float32 weights either way, and checkpoints hold those."""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """torch.set_float32_matmul_precision."""
+    """torch.set_float32_matmul_precision. On a CPU with AMX too, medium multiplies float32 in
+    bfloat16, all but products of a single row."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """torch.compile for the blocks: auto = on a GPU."""
     recompute: Literal["auto", "none", "cheap", "all"] = "auto"

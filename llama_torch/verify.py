@@ -146,7 +146,11 @@ def observe(model: Llama, batches: Sequence[step.Batch], z_loss: float) -> Obser
 
 
 def arithmetic(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the precision of matrix products: float32 ones may be allowed to be tf32 or less."""
+    """Return the precision of matrix products: float32 ones may be allowed to be tf32 or less.
+
+    Asked of a product of many rows. Some processors multiply a single row more precisely, which
+    the wider bound allows.
+    """
     if dtype == torch.float32:
         one = torch.eye(256, device=device)
         for name, small in {"float32": 2.0**-20, "tf32": 2.0**-9}.items():

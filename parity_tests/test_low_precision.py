@@ -1,6 +1,7 @@
 """Training in bfloat16: gradients no worse than a peer's, float32 weights that lose nothing."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from llama_torch import step
+from llama_torch import gather, master_adamw, step, train
+from llama_torch.checkpoint import MODEL_FILE, STATE_FILE, read_notes
+from llama_torch.checkpoints import newest
 from llama_torch.master_adamw import MasterAdamW, join, split
+from llama_torch.model import Llama
 from llama_torch.optim import learning_rate
 from reference_np import optim
 from reference_np.config import LlamaConfig
@@ -24,6 +29,7 @@ from .backends.torch_backends import optim_config, to_torch
 from .backends.transformers_backend import config_from, empty_model
 from .strategies import Case, Params, seeds, wide_cases
 from .support import torch_model
+from .test_train import SMALL_RUN, TEXT
 
 pytestmark = pytest.mark.numeric
 
@@ -123,11 +129,25 @@ def test_a_weight_and_its_lower_half_are_the_float32(values: list[float]) -> Non
 
 
 @on_every_device
-@given(seed=seeds, decay=st.sampled_from([0.0, 0.3]), clip=st.sampled_from([0.1, 100.0]))
+@given(
+    seed=seeds,
+    decay=st.sampled_from([0.0, 0.3]),
+    clip=st.sampled_from([0.1, 100.0]),
+    block=st.sampled_from([7, 8, 35, 1 << 16]),
+)
 def test_ten_steps_on_bfloat16_weights_are_the_oracles_in_float32(
-    device: str, seed: int, decay: float, clip: float
+    device: str, seed: int, decay: float, clip: float, block: int
 ) -> None:
-    """The same gradients to both; the weights' low halves and the moments included."""
+    """The same gradients to both; the weights' low halves and the moments included.
+
+    A tensor's step is taken in blocks: of one size, with a smaller last one, or in one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(master_adamw, "BLOCK", block)
+        take_ten_steps(device, seed, decay, clip)
+
+
+def take_ten_steps(device: str, seed: int, decay: float, clip: float) -> None:
     rng = np.random.default_rng(seed)
     shapes = {"matrix": (5, 7), "norm.weight": (7,)}
     params = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
@@ -156,3 +176,34 @@ def test_ten_steps_on_bfloat16_weights_are_the_oracles_in_float32(
         for kind in ("exp_avg", "exp_avg_sq"):
             found = optimizer.state[parameter][kind].cpu()
             np.testing.assert_allclose(found, getattr(state, kind)[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_bfloat16_run_exports_its_float32_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """model.safetensors, best/, the checkpoint and what is gathered of it, to the bit."""
+    made: list[tuple[Llama, MasterAdamW]] = []
+    set_up = train.set_up
+
+    def kept(*given: Any) -> Any:
+        made.append(set_up(*given))
+        return made[-1]
+
+    monkeypatch.setattr(train, "set_up", kept)
+    text, out, gathered = tmp_path / "text.txt", tmp_path / "run", tmp_path / "gathered"
+    text.write_text(TEXT)
+    flags = [*SMALL_RUN, "--dtype", "bfloat16", "--lr", "1e-2", "--sample-every", "0"]
+    assert train.main([*flags, "--data", str(text), "--out", str(out)]) == 0
+    assert gather.main([str(out), "--to", str(gathered)]) == 0
+    ((model, optimizer),) = made
+    masters = {name: optimizer.master(p) for name, p in model.named_parameters()}
+    state = load_file(newest(out) / STATE_FILE)
+    found = {folder: load_file(folder / MODEL_FILE) for folder in (out, out / "best", gathered)}
+    assert read_notes(out / "best" / MODEL_FILE)["step"] == "6"  # the last is the best
+    for name, master in masters.items():
+        assert master.dtype == torch.float32
+        assert not torch.equal(master, master.bfloat16().float()), name  # more than the model's
+        assert torch.equal(state[f"parameter.{name}"], master)
+        for folder, tensors in found.items():
+            assert tensors[name].dtype == torch.float32
+            assert torch.equal(tensors[name], master), f"{folder.name}: {name}"

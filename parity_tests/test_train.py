@@ -20,9 +20,10 @@ from llama_torch import checkpoints, run_dir, step, train
 from llama_torch import loss as loss_module
 from llama_torch.checkpoint import STATE_FILE, load_model
 from llama_torch.config import InputError, ModelConfig, OptimConfig
-from llama_torch.loss import IGNORE, backward_loss, count_valid, loss_sum
+from llama_torch.loss import IGNORE, _pieces, backward_loss, count_valid, loss_sum
 from llama_torch.model import Llama
 from llama_torch.optim import learning_rate, make_adamw
+from llama_torch.parallel import Parallel
 
 from .strategies import seeds
 
@@ -71,6 +72,44 @@ def test_a_step_does_not_depend_on_its_split(
         results.append((loss, norm, *(p.detach() for p in model.parameters())))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+class OneOf(Parallel):
+    """One of several processes that share out windows; it keeps what it adds to their total."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
+        self.data_rank, self.data_size, self.added = rank, world, torch.zeros(2).double()
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        self.added = values
+        return torch.ones(2)
+
+
+@given(seed=seeds, n_batches=st.integers(1, 7), world=st.integers(1, 5))
+def test_processes_share_out_an_evaluation(seed: int, n_batches: int, world: int) -> None:
+    """Each window once, also where some processes have one window less, or none."""
+    rng, model = np.random.default_rng(seed), fresh_model()
+    windows = [torch.from_numpy(rng.integers(0, 60, (2, 6))) for _ in range(n_batches)]
+    shared = [OneOf(rank, world) for rank in range(world)]
+    for one in shared:
+        train.evaluate(model, windows, parallel=one)
+    loss, n_valid = sum(one.added for one in shared).tolist()
+    assert n_valid == 10 * n_batches
+    assert loss / n_valid == pytest.approx(train.evaluate(model, windows), rel=1e-12)
+
+
+@given(n=st.integers(1, 60), vocab_size=st.integers(1, 40), n_bytes=st.integers(1, 4000))
+def test_pieces_are_alike_and_their_logits_fit(n: int, vocab_size: int, n_bytes: int) -> None:
+    """All positions in order; only the last piece is smaller, and only one row may not fit."""
+    hidden, targets = torch.zeros(1, n, 2), torch.arange(n)[None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_torch.loss.CHUNK_BYTES", n_bytes)
+        pieces = [piece for _, piece in _pieces(hidden, vocab_size, targets)]
+    assert torch.equal(torch.cat(pieces), targets[0])
+    sizes = [len(piece) for piece in pieces]
+    assert set(sizes[:-1]) <= {sizes[0]}
+    assert 0 < sizes[-1] <= sizes[0] <= max(1, n_bytes // (4 * vocab_size))
 
 
 @given(seed=seeds, rows=st.integers(1, 4), length=st.integers(1, 9), piece=st.integers(1, 7))
