@@ -1,7 +1,7 @@
 """What Hypothesis draws: the same on every machine, and told by the numbers that rebuild it."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from hypothesis import strategies as st
@@ -57,6 +57,23 @@ def composite(function: Callable[..., Any]) -> Callable[..., st.SearchStrategy[A
                 latest.update(_numbers.pop())
 
     return recorded
+
+
+class Told(tuple[Any, ...]):
+    """A tuple of large values that prints as the numbers that rebuild it."""
+
+    numbers: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """List the numbers."""
+        return f"({listed(self.numbers)})"
+
+
+def told(values: Iterable[Any], numbers: Mapping[str, Any]) -> Told:
+    """Return the values as a tuple that prints as ``numbers``."""
+    made = Told(values)
+    made.numbers = numbers
+    return made
 
 
 def listed(numbers: Mapping[str, Any]) -> str:

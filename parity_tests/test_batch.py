@@ -20,6 +20,7 @@ from reference_np import sampling
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
 
+from .drawn import Draw, composite, told
 from .strategies import Array, cast, configs, random_params, seeds
 from .support import torch_model
 
@@ -38,13 +39,14 @@ def together(
     return found
 
 
-@st.composite
-def rows(draw: st.DrawFn) -> tuple[LlamaConfig, dict[str, Array], list[list[int]], list[int]]:
+@composite
+def rows(draw: Draw) -> Any:
     config = dataclasses.replace(draw(configs()), max_seq_len=draw(st.integers(8, 24)))
     ids = st.integers(0, config.vocab_size - 1)
     prompts = draw(st.lists(st.lists(ids, min_size=1, max_size=7), min_size=2, max_size=4))
     lengths = [draw(st.integers(1, 6), label="new tokens") for _ in prompts]
-    return config, random_params(config, draw(seeds, label="weights seed")), prompts, lengths
+    params = random_params(config, draw(seeds, label="weights seed"))
+    return told((config, params, prompts, lengths), draw.numbers)
 
 
 def near_tie(config: LlamaConfig, params: dict[str, Array], text: list[int], other: int) -> bool:

@@ -1,12 +1,14 @@
 """The cache is a value, to the bit: the same call gives the same answer."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from reference_np.model import Cache, forward
 
+from .drawn import Draw, composite, told
 from .strategies import (
     caches_equal,
     configs,
@@ -19,11 +21,12 @@ from .support import torch_forward, torch_model
 pytestmark = pytest.mark.numeric
 
 
-@st.composite
-def split_runs(draw: st.DrawFn) -> tuple:
+@composite
+def split_runs(draw: Draw) -> Any:
     config = draw(configs())
     tokens = draw(tokens_of(config, min_length=2))
-    return config, draw(params_of(config)), tokens, draw(splits(tokens.shape[1]))
+    values = config, draw(params_of(config)), tokens, draw(splits(tokens.shape[1]))
+    return told(values, draw.numbers)
 
 
 @given(run=split_runs())

@@ -102,6 +102,16 @@ def test_a_case_prints_as_what_rebuilds_it(strategy: st.SearchStrategy) -> None:
         assert label in text
 
 
+def test_a_tuple_of_large_values_prints_as_its_numbers() -> None:
+    @drawn.composite
+    def large(draw: drawn.Draw) -> tuple:
+        return drawn.told(("x" * draw(st.just(9999), label="length"), 1), draw.numbers)
+
+    text, one = made = find(large(), lambda _: True, settings=SEARCH)
+    assert (len(text), one) == (9999, 1)
+    assert repr(made) == "(length=9999)"
+
+
 def test_numbers_of_nested_strategies_are_listed_together() -> None:
     @drawn.composite
     def inner(draw: drawn.Draw) -> int:

@@ -1,6 +1,7 @@
 """Packed rows: each document is what it would be alone, by the oracle and by the trainer."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from reference_np.grad import Batch, loss_and_grads
 from reference_np.ops import IGNORE
 from reference_np.tolerances import LOGIC
 
+from .drawn import Draw, composite, listed
 from .strategies import Array, Params, configs, random_params, seeds
 from .support import torch_model
 from .training import size
@@ -30,17 +32,23 @@ class Packed(NamedTuple):
     params: Params  # float64
     window: Array
     end: int
+    numbers: Mapping[str, Any]  # what it was made from
+
+    def __repr__(self) -> str:
+        """Print the few numbers that rebuild the case, in place of its arrays."""
+        return f"Packed({listed(self.numbers)})"
 
 
-@st.composite
-def packed_cases(draw: st.DrawFn) -> Packed:
+@composite
+def packed_cases(draw: Draw) -> Packed:
     config = draw(configs())
     rng = np.random.default_rng(draw(seeds, label="tokens seed"))
     shape = draw(st.integers(1, 3), label="rows"), draw(st.integers(3, 14), label="T + 1")
     window, end = rng.integers(0, config.vocab_size - 1, shape), config.vocab_size - 1
     window[rng.random(shape) < draw(st.sampled_from([0.0, 0.2, 0.5]), label="ends")] = end
     window[0, :2] = 0  # at least one target counts
-    return Packed(config, random_params(config, draw(seeds, label="weights seed")), window, end)
+    params = random_params(config, draw(seeds, label="weights seed"))
+    return Packed(config, params, window, end, draw.numbers)
 
 
 def documents_of(case: Packed) -> list[Batch]:

@@ -36,6 +36,7 @@ from reference_np.training_mutants import TRAINING
 
 from .backends.oracle import Oracle
 from .backends.torch_backends import to_torch
+from .drawn import Draw, composite, told
 from .planted_training import NarrowSum, gradient_of
 from .strategies import Array, Case, cast, packed, random_params, seeds, wide_cases
 from .support import torch_config, torch_model
@@ -65,8 +66,8 @@ def pack(batch: step.Batch, rng: np.random.Generator) -> step.Batch:
     return step.Batch(batch.tokens, targets, *map(torch.from_numpy, wide))
 
 
-@st.composite
-def trained(draw: st.DrawFn) -> tuple[Llama, list[step.Batch], float]:
+@composite
+def trained(draw: Draw) -> Any:
     """A small model after a few steps, the micro-batches of the last, and the z-loss.
 
     Not so small that nearly all of a gradient cancels (a norm over a few numbers, a softmax over
@@ -102,7 +103,7 @@ def trained(draw: st.DrawFn) -> tuple[Llama, list[step.Batch], float]:
         batches = [pack(batch, rng) if is_packed else batch for batch in batches]
         if any(loss.count_valid(batch.targets) for batch in batches):
             step.train_step(made, optimizer, batches, lr=lr, grad_clip=1.0, z_loss=z_loss)
-    return made, batches, z_loss
+    return told((made, batches, z_loss), draw.numbers)
 
 
 @given(case=trained())
