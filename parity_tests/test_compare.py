@@ -22,7 +22,7 @@ from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.plain import round_to
 from reference_np.tolerances import Errors, composed_bound, errors_beside
 from reference_np.training_mutants import TRAINING
-from tools import compare, differences, sides
+from tools import compare, differences, sides, training_step
 from tools.inputs import make_calls
 from tools.traces import Trace, cached
 
@@ -835,6 +835,23 @@ def test_a_wrong_gradient_is_located(
     wrong = [row["name"] for row in found["rows"] if row["status"] == "diverges"]
     assert wrong == ["grad model.layers.1.self_attn.k_proj.weight"]
     assert found["unexplained"] == 1
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_gradient_that_overflowed_in_the_baseline_excuses_no_step(bad: float) -> None:
+    config = LlamaConfig(16, 1, 2, 1, 8, 24, 60)
+    params = random_params(config, 0)
+    task = training_step.Task(config, training_step.make_batches(np.arange(16)), {}, 0.0)
+    made = training_step.gradients(task, params)
+    task = task._replace(clips=training_step.clips(made[1]))
+    exact = training_step.step_values(task, params, made, trains=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    plain = exact | {f"grad {name}": np.full_like(exact[f"grad {name}"], bad)}
+    wrong = {n: x * (1.5 if n.endswith(f"step {name}") else 1.0) for n, x in exact.items()}
+    steps = {f"{run} step {name}" for run in training_step.RUNS}
+    for theirs, expected in ((exact, set()), (wrong, steps)):
+        rows = training_step.compare_step(task, "float32", theirs, exact, plain, trains=True)
+        assert {row.name for row in rows if row.status != "ok"} == expected
 
 
 def test_a_missing_gradient_fails(ckpt: Path, run: Callable, offer: Callable) -> None:

@@ -20,7 +20,7 @@ from reference_np.config import InputError, LlamaConfig
 from reference_np.grad import Batch
 from reference_np.naming import parameter_shapes
 from reference_np.ops import IGNORE, Array
-from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, composed_bound, errors
+from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, errors
 from reference_np.training_mutants import TRAINING
 
 from .diagnosis import Diagnosis, Effect, Start, Suspect, cover
@@ -225,7 +225,7 @@ def slack(
         found[norm_name] = Errors(summed, summed, summed)
         for name in shapes:
             gradient, step = exact[f"grad {name}"], exact[f"{run} step {name}"]
-            limit = composed_bound(errors(plain[f"grad {name}"], gradient), dtype)
+            limit = bound(gradient, [plain[f"grad {name}"]], dtype)
             grown = through_adam(limit, np.abs(gradient) * factor, np.abs(step) / STEP.lr)
             found[f"{run} step {name}"] = Errors(*(handed_on + part for part in grown))
             found[f"{run} exp_avg {name}"] = Errors(*[handed_on] * 3)
