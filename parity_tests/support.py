@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from torch import nn
 
 from llama_torch.cache import Cache
@@ -22,6 +24,13 @@ Array = NDArray[Any]
 def torch_config(config: LlamaConfig) -> ModelConfig:
     """Return the other package's config of the same model."""
     return ModelConfig(**dataclasses.asdict(config))
+
+
+def save_numpy(
+    tensors: Mapping[str, Array], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; safetensors 0.8.0 by itself misorders what is not contiguous."""
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path, metadata)
 
 
 @contextmanager

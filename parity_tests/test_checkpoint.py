@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import llama_torch.config
 import reference_np.config
@@ -24,7 +24,7 @@ from reference_np.model import forward
 from tools import random_checkpoint
 
 from .strategies import Array, Params, cast, configs, random_params
-from .support import torch_forward
+from .support import save_numpy, torch_forward
 
 ERRORS = (llama_torch.config.InputError, reference_np.config.InputError)
 CONFIG = LlamaConfig(8, 2, 4, 2, 4, 12, 20)
@@ -40,7 +40,7 @@ def write(path: Path, config: LlamaConfig = CONFIG, **changes: Array | None) -> 
             del tensors[name]
         else:
             tensors[name] = value
-    save_file(tensors, path, {"config": config.to_json()})
+    save_numpy(tensors, path, {"config": config.to_json()})
     return path
 
 
@@ -50,7 +50,7 @@ def write_shards(folder: Path, params: Params, config: LlamaConfig) -> None:
     weight_map = {}
     for i, part in enumerate((names[::2], names[1::2])):
         file = f"model-{i + 1:05d}-of-00002.safetensors"
-        save_file({name: params[name] for name in part}, folder / file)
+        save_numpy({name: params[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -61,7 +61,7 @@ def write_shards(folder: Path, params: Params, config: LlamaConfig) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_stored_dtype_reads_exactly(tmp_path: Path, stored: Any, dtype: Any) -> None:
     params = cast(random_params(CONFIG, 1), stored)
-    save_file(params, tmp_path / "m.safetensors", {"config": CONFIG.to_json()})
+    save_numpy(params, tmp_path / "m.safetensors", {"config": CONFIG.to_json()})
     checkpoint = Checkpoint(tmp_path / "m.safetensors", dtype)
     assert checkpoint.config == CONFIG
     assert set(checkpoint) == set(params)
@@ -151,12 +151,12 @@ def garbage(path: Path) -> Path:
 
 
 def without_config(path: Path) -> Path:
-    save_file(load_file(write(path)), path)
+    save_numpy(load_file(write(path)), path)
     return path
 
 
 def broken_metadata(path: Path) -> Path:
-    save_file(load_file(write(path)), path, {"config": "{"})
+    save_numpy(load_file(write(path)), path, {"config": "{"})
     return path
 
 
@@ -167,7 +167,7 @@ def contradicting_config(path: Path) -> Path:
 
 
 def config_of_another_size(path: Path) -> Path:
-    save_file(load_file(write(path)), path)
+    save_numpy(load_file(write(path)), path)
     hf = CONFIG.to_hf() | {"num_hidden_layers": 3}
     (path.parent / "config.json").write_text(json.dumps(hf))
     return path

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,9 @@ from reference_np.config import LlamaConfig
 from reference_np.mutants import FORWARD
 from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.plain import round_to
+from reference_np.tolerances import Errors, composed_bound, errors_beside
 from reference_np.training_mutants import TRAINING
-from tools import compare, sides
+from tools import compare, differences, sides, training_step
 from tools.inputs import make_calls
 from tools.traces import Trace, cached
 
@@ -28,6 +30,7 @@ from .backends.oracle import Oracle
 from .planted import BUGS, Planted
 from .planted_training import PlantedTrainer
 from .strategies import cast, random_params
+from .support import save_numpy
 
 CONFIG = LlamaConfig(32, 3, 4, 2, 8, 48, 300, max_seq_len=2048, rope_theta=5e5)
 NAMES = list(activation_axes(CONFIG))
@@ -68,7 +71,7 @@ READ_BY = {"weights_unpermuted": "q", "k_permuted_as_q": "k"}  # the other two: 
 
 
 def write(path: Path, config: LlamaConfig) -> Path:
-    save_file(cast(random_params(config, 0), np.float32), path, {"config": config.to_json()})
+    save_numpy(cast(random_params(config, 0), np.float32), path, {"config": config.to_json()})
     return path
 
 
@@ -332,7 +335,7 @@ def test_a_corrupted_weight_is_found_where_it_is(
     # Row 32 is the id of a space: a token that the default text holds.
     damaged[(32, 1) if damaged.shape[0] == 300 else (1,) * damaged.ndim] += 1.0
     other = ckpt.with_name("other.safetensors")
-    save_file(tensors | {name: damaged}, other, {"config": CONFIG.to_json()})
+    save_numpy(tensors | {name: damaged}, other, {"config": CONFIG.to_json()})
     found = report(ckpt, "--against", other, "--dtype", dtype, "--tokens", 24)
     seen = next(place for part, place in FIRST_SEEN.items() if part in name)
     layer = name.split(".")[2] if ".layers." in name else None
@@ -345,6 +348,71 @@ def test_a_corrupted_weight_is_found_where_it_is(
     worst = np.array(heat["error"]).max(axis=0)
     if seen not in ("embed", "attn_norm", "ffn_norm", "norm"):
         assert (worst > 0.01 * worst.max()).sum() == 1  # one output channel
+
+
+def test_a_baseline_that_overflowed_excuses_nothing() -> None:
+    """Not any finite error; beside a run that did not overflow it counts for nothing."""
+    exact = np.random.default_rng(0).standard_normal((2, 3, 8))
+    over, close = exact.astype(np.float32), exact.astype(np.float32)
+    none = composed_bound(Errors(0, 0, 0), "float32")
+    for bad in (np.inf, -np.inf, np.nan):
+        over[1, 2, 3] = bad
+        assert differences.bound(exact, [over], "float32") == none
+        both = differences.bound(exact, [over, close], "float32")
+        assert both == differences.bound(exact, [close], "float32")
+        assert both.rms > none.rms
+        allowed = np.full_like(exact, bad)
+        error, limit = errors_beside(exact * 1.5, exact, allowed)
+        assert error.rms == pytest.approx(0.5)
+        assert not error.within(limit)
+
+
+def test_a_wrong_model_that_overflows_in_the_baseline_fails(
+    tmp_path: Path, report: Callable, offer: Callable
+) -> None:
+    """In float16 these logits are infinite; the other side's are finite, and wrong."""
+
+    class Wide(Planted):
+        dtypes = ("float16",)
+
+        def traced_decode(self, config: Any, params: Any, *rest: Any) -> Any:
+            wide = {name: params[name].astype(np.float32) for name in params}
+            found, cache = super().traced_decode(config, wide, *rest)
+            return found | {"logits": found["logits"] * np.float32(1.5)}, cache
+
+    config = LlamaConfig(16, 1, 2, 1, 8, 24, 60)
+    params = random_params(config, 0)
+    params["lm_head.weight"] *= 1e5
+    params = {name: np.clip(value, -6e4, 6e4) for name, value in params.items()}
+    save_numpy(cast(params, np.float32), tmp_path / "x.safetensors", {"config": config.to_json()})
+    found = report(tmp_path / "x.safetensors", "--against", offer(Wide()), "--tokens", 8)
+    rows = [row for row in found["rows"] if row["name"] == "logits"]
+    assert {row["status"] for row in rows} == {"diverges"}
+    for row in rows:
+        bounds = [row[part]["bound"]["rms"] for part in ("inherited", "fresh")]
+        assert max(bounds) < 0.1
+
+
+def test_the_bound_of_attentions_sums_is_attentions_alone(
+    tmp_path: Path, report: Callable, offer: Callable
+) -> None:
+    """Any order of a sum over 500 keys errs by 22 roundings; no other operation may, by 20."""
+
+    class Rough(Planted):
+        def traced_decode(self, *arguments: Any) -> Any:
+            found, cache = super().traced_decode(*arguments)
+            return {name: rough(name, value) for name, value in found.items()}, cache
+
+    def rough(name: str, value: np.ndarray) -> np.ndarray:
+        signs = np.random.default_rng([*name.encode()]).choice([-1, 1], value.shape)
+        return (value * (1 + 20 * 2.0**-24 * signs)).astype(np.float32)
+
+    config = dataclasses.replace(CONFIG, n_layers=1)
+    path = write(tmp_path / "one.safetensors", config)
+    argv = ("--against", offer(Rough()), "--tokens", 500, "--steps", 0, "--no-diagnose")
+    rows = [row for row in report(path, *argv)["rows"] if row["call"] == 0 and row["fresh"]]
+    assert len(rows) == len(activation_axes(config))
+    assert {row["name"] for row in rows if row["status"] != "diverges"} <= {"layers.0.attn"}
 
 
 class Edited(Planted):
@@ -450,7 +518,7 @@ def test_zeros_are_compared(ckpt: Path, run: Callable, zero: str) -> None:
     """Where everything is zero, so is every bound, and every ratio is 0 / 0."""
     tensors = {n: v * (zero not in n) for n, v in load_file(ckpt).items()}
     path = ckpt.with_name("zero.safetensors")
-    save_file(tensors, path, {"config": CONFIG.to_json()})
+    save_numpy(tensors, path, {"config": CONFIG.to_json()})
     assert run(path, "--tokens", 8, "--grads")[0] == 0
     assert run(path, "--tokens", 8, "--against", ckpt)[0] == 1
 
@@ -497,7 +565,7 @@ def test_nan_on_both_sides_fails(ckpt: Path, run: Callable) -> None:
     tensors = load_file(ckpt)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
     broken = ckpt.with_name("nan.safetensors")
-    save_file(tensors, broken, {"config": CONFIG.to_json()})
+    save_numpy(tensors, broken, {"config": CONFIG.to_json()})
     code, out, _ = run(broken)
     assert code == 1
     assert "first divergence at layers.1.up (48 tokens): the up projection (not finite)" in out
@@ -537,16 +605,87 @@ def test_an_edited_trace_fails_where_it_was_edited(
     tensors[step] = tensors[step] * np.float32(1.001)
     tensors["call.0.surprise"] = np.zeros(1, np.float32)
     tensors["call.9.embed"] = np.zeros(1, np.float32)
-    save_file(tensors, path, metadata)
+    save_numpy(tensors, path, metadata)
     code, out, _ = run(ckpt, "--against", path)
     assert code == 1
     assert "first divergence at layers.1.attn (48 tokens, step 1): attention" in out
     assert "Not in the format and ignored: call.0.surprise, call.9.embed" in out
     del tensors[step]
-    save_file(tensors, path, metadata)
+    save_numpy(tensors, path, metadata)
     code, out, _ = run(ckpt, "--against", path)
     assert code == 1
     assert "(missing)" in out
+
+
+def lying(view: np.ndarray) -> np.ndarray:
+    """Return a transposed array as a writer stores it that looks at nothing but its memory."""
+    order = np.argsort([-stride for stride in view.strides], stable=True)
+    return np.ascontiguousarray(view.transpose(order)).reshape(view.shape)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "axes"),
+    [
+        (("q",), (0, 2, 1, 3)),  # from [B, H, T, K]
+        (("q", "k", "v", "q_rope", "k_rope", "attn"), (0, 2, 1, 3)),
+        (("v",), (3, 1, 2, 0)),
+        (("attn_norm", "residual", "embed", "norm"), (1, 0, 2)),
+        (("logits", "gate"), (2, 1, 0)),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_a_transposed_array_is_named(
+    report: Callable, tmp_path: Path, kinds: tuple, axes: tuple, dtype: str
+) -> None:
+    """And nothing else is: the rest is judged by the numbers that were meant."""
+    ckpt = write(tmp_path / "two.safetensors", dataclasses.replace(CONFIG, n_layers=2))
+    path = tmp_path / "trace.safetensors"
+    report(ckpt, "--against", "torch", "--dtype", dtype, "--trace", path, "--tokens", 5)
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    moved = {n: x for n, x in tensors.items() if n.split(".")[-1] in kinds}
+    views = {n: np.ascontiguousarray(x.transpose(axes)) for n, x in moved.items()}
+    stored = {n: lying(x.transpose(np.argsort(axes))) for n, x in views.items()}
+    save_numpy(tensors | stored, path, metadata)
+    found = report(ckpt, "--against", path, "--no-diagnose")
+    wrong = {f"call.{r['call']}.{r['name']}" for r in found["rows"] if r["status"] != "ok"}
+    assert wrong == {name for name in stored if not np.array_equal(stored[name], tensors[name])}
+    assert {r["status"] for r in found["rows"]} == {"ok", "in another order"}
+    first = found["first_divergence"]["name"]
+    assert f"{first} (5 tokens) holds the right numbers in another order" in found["warnings"]
+    assert "write contiguous arrays (np.ascontiguousarray first)" in found["warnings"]
+
+
+def test_what_safetensors_makes_of_a_transposed_array(
+    ckpt: Path, run: Callable, tmp_path: Path
+) -> None:
+    """Release 0.8.0 misorders it, and then that is said; one that does not is as good as any."""
+    path = tmp_path / "trace.safetensors"
+    run(ckpt, "--trace", path, "--tokens", 5)
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = "call.0.layers.0.q"
+    view = np.ascontiguousarray(tensors[name].swapaxes(1, 2)).swapaxes(1, 2)
+    save_file(tensors | {name: view}, path, metadata)
+    right = np.array_equal(load_file(path)[name], view)
+    assert right == (version("safetensors") != "0.8.0")
+    code, out, _ = run(ckpt, "--against", path)
+    assert (code, "layers.0.q (5 tokens) holds the right numbers in another order: " in out) == (
+        (0, False) if right else (1, True)
+    )
+
+
+def test_scrambled_numbers_are_no_other_order(
+    ckpt: Path, report: Callable, offer: Callable
+) -> None:
+    """Only what a transposition makes right again is called so."""
+    spec = offer(Edited("layers.1.q", lambda x: x[:, ::-1]))
+    found = report(ckpt, "--against", spec, "--tokens", 8, "--no-diagnose")
+    assert found["first_divergence"]["name"] == "layers.1.q"
+    assert {r["status"] for r in found["rows"] if r["name"] == "layers.1.q"} >= {"diverges"}
+    assert "another order" not in found["warnings"]
 
 
 def test_a_trace_that_is_none_is_refused(ckpt: Path, run: Callable, tmp_path: Path) -> None:
@@ -568,7 +707,7 @@ def test_a_trace_that_is_none_is_refused(ckpt: Path, run: Callable, tmp_path: Pa
         ({"calls": "null"}, "lists no calls"),
         ({"calls": good["calls"][:-1] + ', {"after": null}]'}, "call.7.tokens is missing"),
     ):
-        save_file(tensors, path, good | change)
+        save_numpy(tensors, path, good | change)
         code, out, err = run(ckpt, "--against", path)
         assert (code, out) == (2, "")
         assert message in err
@@ -580,12 +719,12 @@ def test_a_trace_that_is_none_is_refused(ckpt: Path, run: Callable, tmp_path: Pa
         ("positions", tensors["call.0.tokens"][:, 1:], "call 0: positions must be"),
         ("mask", np.zeros((2, 48, 48), np.float32), "stored as F32, not as BOOL, U8"),
     ):
-        save_file(tensors | {f"call.0.{name}": value}, path, good)
+        save_numpy(tensors | {f"call.0.{name}": value}, path, good)
         code, out, err = run(ckpt, "--against", path)
         assert (code, out) == (2, ""), err
         assert message in err
         assert err.count("\n") == 1
-    save_file(tensors, path, good)
+    save_numpy(tensors, path, good)
     code, _, err = run(ckpt, "--against", path, "--trace", path)
     assert code == 2
     assert "would overwrite an input" in err
@@ -698,6 +837,23 @@ def test_a_wrong_gradient_is_located(
     assert found["unexplained"] == 1
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_gradient_that_overflowed_in_the_baseline_excuses_no_step(bad: float) -> None:
+    config = LlamaConfig(16, 1, 2, 1, 8, 24, 60)
+    params = random_params(config, 0)
+    task = training_step.Task(config, training_step.make_batches(np.arange(16)), {}, 0.0)
+    made = training_step.gradients(task, params)
+    task = task._replace(clips=training_step.clips(made[1]))
+    exact = training_step.step_values(task, params, made, trains=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    plain = exact | {f"grad {name}": np.full_like(exact[f"grad {name}"], bad)}
+    wrong = {n: x * (1.5 if n.endswith(f"step {name}") else 1.0) for n, x in exact.items()}
+    steps = {f"{run} step {name}" for run in training_step.RUNS}
+    for theirs, expected in ((exact, set()), (wrong, steps)):
+        rows = training_step.compare_step(task, "float32", theirs, exact, plain, trains=True)
+        assert {row.name for row in rows if row.status != "ok"} == expected
+
+
 def test_a_missing_gradient_fails(ckpt: Path, run: Callable, offer: Callable) -> None:
     class Forgetful(Oracle):
         def loss_and_grads(self, *arguments: Any) -> Any:
@@ -804,7 +960,7 @@ def test_the_reports_schema(ckpt: Path, run: Callable, tmp_path: Path, offer: Ca
 
 def test_bad_input_is_one_line(ckpt: Path, run: Callable, tmp_path: Path) -> None:
     other = LlamaConfig(32, 3, 4, 2, 8, 48, 300, rope_theta=1e6)
-    save_file(load_file(ckpt), tmp_path / "other.safetensors", {"config": other.to_json()})
+    save_numpy(load_file(ckpt), tmp_path / "other.safetensors", {"config": other.to_json()})
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(ckpt.read_bytes()[:-1])
     for argv, message in (

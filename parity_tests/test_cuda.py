@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from safetensors.numpy import save_file
 
 from llama_torch.batch import Batch, generate, run
 from llama_torch.config import InputError, TrainConfig
@@ -23,7 +22,7 @@ from reference_np.config import LlamaConfig
 from tools import compare
 
 from .strategies import Case, cast, random_params, wide_cases
-from .support import torch_model
+from .support import save_numpy, torch_model
 
 GREEDY = SamplingConfig(max_new_tokens=8, temperature=0)
 WAYS: tuple[Decoding, ...] = ("graph", "kernels")
@@ -136,7 +135,7 @@ def test_guesses_change_nothing(way: Decoding, case: Case) -> None:
 def ckpt(tmp_path: Path) -> Path:
     config = LlamaConfig(256, 2, 4, 2, 64, 512, 1000, max_seq_len=4096)
     path = tmp_path / "ckpt.safetensors"
-    save_file(cast(random_params(config, 0), np.float32), path, {"config": config.to_json()})
+    save_numpy(cast(random_params(config, 0), np.float32), path, {"config": config.to_json()})
     return path
 
 

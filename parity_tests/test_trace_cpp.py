@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes
@@ -20,6 +19,7 @@ from tools import compare
 from tools.traces import AXES
 
 from .strategies import cast, random_params
+from .support import save_numpy
 
 DOCS = Path(__file__).parents[1] / "docs"
 HAS_FULL = Path("/dev/full").exists()
@@ -151,7 +151,7 @@ def test_compare_reads_the_example(
     run(example, path)
     config = LlamaConfig.from_hf(json.loads(load(path)[0]["config"]))
     weights = cast(random_params(config, 0), np.float32)
-    save_file(weights, tmp_path / "ckpt.safetensors", {"config": config.to_json()})
+    save_numpy(weights, tmp_path / "ckpt.safetensors", {"config": config.to_json()})
     arguments = [str(tmp_path / "ckpt.safetensors"), "--against", str(path), "--json", "-"]
     assert compare.main(arguments) == 1
     report = json.loads(capsys.readouterr().out)

@@ -12,10 +12,12 @@ Errors are always computed in float64, and a NaN or an infinity is an infinite e
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from . import ops
 from .ops import Array
 
 # Half the gap between 1 and the next number: the relative error of one rounding.
@@ -32,6 +34,19 @@ LOGIC = 1e-10
 # Tier 2: multiplies sqrt(n) u. The probabilistic bound of Ipsen and Zhou (arXiv 1906.10465)
 # fails with probability 2 exp(-lambda^2 / 2): at 6, once in 3e7 elements.
 LAMBDA = 6.0
+
+# Tier 2, in attention. What one exponential may err by, in roundings: torch's CPU kernels ask for
+# 20 units in the last place and no more; that is counted as LAMBDA standard deviations.
+EXP_ROUNDINGS = 40.0 / LAMBDA
+# Roundings of a weight besides its exponential's: the exponential stored, the division, the
+# weight stored, and one by which online softmax scales again what it has summed.
+WEIGHT_ROUNDINGS = 4.0
+# Roundings of each score of its own: scaled, turned to base 2, its key scaled before the product.
+SCORE_ROUNDINGS = 3.0
+# Constants that scale every score alike, each rounded: log2(e), and two square roots of the scale.
+SCORE_CONSTANTS = 3.0
+
+BOUND_CELLS = 2**24  # scores for which the bound is computed at a time: some GiB
 
 # Tier 3: an implementation may be this many times worse than the plain baseline ...
 FACTOR = 3.0
@@ -60,6 +75,65 @@ def dot_bound(abs_dot: Array, exact: Array, n: int, unit: float) -> Array:
     """
     bound: Array = LAMBDA * math.sqrt(n) * unit * abs_dot + unit * np.abs(exact)
     return bound
+
+
+def attention_bound(
+    q_BTHK: Array, k_BNSK: Array, v_BNSK: Array, mask_BTS: Array, dtype: str
+) -> Array:
+    """Bound the error of every element of attention's output [B, T, H, K] (tier 2).
+
+    An error e_j of score j multiplies its weight p_j by 1 + e_j, and as the weights are divided
+    by their sum, the output o = sum p_j v_j moves by ``sum p_j e_j (v_j - o)``: what all keys
+    share moves nothing. A score errs in proportion to ``|q|^T |k_j| / sqrt(K)``, not to itself.
+    Errors that each key has of its own (its dot product, its exponential) add up as
+    ``lambda sqrt(sum p_j^2 e_j^2 (v_j - o)^2)``. Those that hang together (the query scaled
+    before the product, a constant rounded) are held by Cauchy and Schwarz:
+    ``sqrt(sum p_j e_j^2) sqrt(sum p_j (v_j - o)^2)``. The mix is a sum in any order.
+    """
+    group = partial(ops.group_queries, n_kv_heads=k_BNSK.shape[1])
+    bound: Array = np.empty(q_BTHK.shape, q_BTHK.dtype)
+    rows = max(1, BOUND_CELLS // (mask_BTS.size // mask_BTS.shape[1] * q_BTHK.shape[2]))
+    for at in range(0, q_BTHK.shape[1], rows):  # a long prompt's scores are large arrays
+        some = slice(at, at + rows)
+        found = _mix_bound(group(q_BTHK[:, some]), k_BNSK, v_BNSK, mask_BTS[:, some], dtype)
+        bound[:, some] = ops.ungroup_queries(found)
+    return bound
+
+
+def _mix_bound(q_BNRTK: Array, k_BNSK: Array, v_BNSK: Array, mask_BTS: Array, dtype: str) -> Array:
+    """Return attention_bound of some queries [B, N, R, T, K]."""
+    unit = UNIT_ROUNDOFF[dtype]
+    sums = min(unit, UNIT_ROUNDOFF["float32"])  # products are added in float32 at least
+    mix, v_squared = ops.attention_mix, v_BNSK * v_BNSK
+    scores = ops.attention_scores(q_BNRTK, k_BNSK)
+    p = ops.masked_softmax(scores, mask_BTS)
+    out = mix(p, v_BNSK)
+    sizes = ops.attention_scores(np.abs(q_BNRTK), np.abs(k_BNSK))
+    # How far each score is below the row's top, which is subtracted from it.
+    below = -np.log(p / p.max(axis=-1, keepdims=True), out=np.zeros_like(p), where=p > 0)
+    rounded = SCORE_ROUNDINGS * sizes + below + WEIGHT_ROUNDINGS + EXP_ROUNDINGS * sums / unit
+    own = p**2 * (q_BNRTK.shape[-1] * (sums * sizes) ** 2 + (unit * rounded) ** 2)
+    own_spread = mix(own, v_squared) - 2 * out * mix(own, v_BNSK) + out**2 * _total(own)
+    scores_spread = _total(p * scores**2) - _total(p * scores) ** 2
+    shared = _root(_total(p * sizes**2)) + SCORE_CONSTANTS * _root(scores_spread)
+    spread = _root(mix(p, v_squared) - out**2)
+    # In no order is a partial sum much larger than the sum and a random walk of its terms.
+    partial_sums = 2 * np.abs(out) + _root(mix(p**2, v_squared))
+    order = np.sqrt(np.sum(p > 0, axis=-1, keepdims=True)) * sums * partial_sums
+    alone = LAMBDA * (_root(own_spread) + order)
+    bound: Array = alone + unit * (shared * spread + WEIGHT_ROUNDINGS * np.abs(out))
+    return bound
+
+
+def _total(x: Array) -> Array:
+    total: Array = np.sum(x, axis=-1, keepdims=True)
+    return total
+
+
+def _root(x: Array) -> Array:
+    """Return the square root of what cancellation may have made less than zero."""
+    root: Array = np.sqrt(np.maximum(x, 0.0))
+    return root
 
 
 class Errors(NamedTuple):
@@ -106,20 +180,49 @@ def errors(actual: Array, exact: Array) -> Errors:
     )
 
 
-def composed_bound(baseline: Errors, dtype: str, terms: int = 1) -> Errors:
-    """Return ``FACTOR * baseline + floor`` for each kind of error (tier 3).
+def errors_beside(actual: Array, exact: Array, allowed: Array) -> tuple[Errors, Errors]:
+    """Measure ``actual`` against ``exact`` where ``allowed`` bounds every element [B, T, ...].
 
-    ``terms`` is the length of a sum that may be taken in any order: it errs by sqrt(terms)
-    roundings (tier 2), of which NumPy's pairwise sum shows little.
+    Return the errors and their bounds. The worst element and token are those that take the
+    largest share of their own bound: one that may err a lot excuses no other. A bound that is
+    not finite excuses nothing.
+    """
+    difference = _difference(actual, exact)
+    if difference is None or not np.isfinite(allowed).all():
+        return errors(actual, exact), Errors(0, 0, 0)
+    over_token = tuple(range(2, exact.ndim))
+
+    def by_token(x: Array) -> Array:
+        mean: Array = np.sqrt(np.mean(x**2, axis=over_token))
+        return mean
+
+    difference, size = np.abs(difference), by_token(exact)
+    whole = math.sqrt(float(np.mean(size**2)))
+    sizes = np.maximum(size, whole * UNIT_ROUNDOFF["float32"])  # as in errors
+    element = np.argmax(_ratios(difference, allowed))
+    token = np.argmax(_ratios(by_token(difference), by_token(allowed)))
+    error, bound = (
+        Errors(
+            rms=_ratio(math.sqrt(float(np.mean(x**2))), whole),
+            worst=_ratio(float(x.flat[element]), float(np.abs(exact).max())),
+            token=_ratio(float(by_token(x).flat[token]), float(sizes.flat[token])),
+        )
+        for x in (difference, allowed)
+    )
+    return error, bound
+
+
+def composed_bound(baseline: Errors, dtype: str) -> Errors:
+    """Return ``FACTOR * baseline + floor`` for each kind of error (tier 3).
 
     ``baseline`` holds the errors of a plain implementation in the same dtype against the same
     exact values: how PyTorch's own accuracy check and FlashAttention's tests judge a kernel.
     """
-    unit, order = UNIT_ROUNDOFF[dtype], math.sqrt(terms)
+    unit = UNIT_ROUNDOFF[dtype]
     return Errors(
-        rms=FACTOR * baseline.rms + max(FLOOR_ROUNDINGS, order) * unit,
-        worst=FACTOR * baseline.worst + max(FLOOR_ROUNDINGS_WORST, order) * unit,
-        token=FACTOR * baseline.token + max(FLOOR_ROUNDINGS, order) * unit,
+        rms=FACTOR * baseline.rms + FLOOR_ROUNDINGS * unit,
+        worst=FACTOR * baseline.worst + FLOOR_ROUNDINGS_WORST * unit,
+        token=FACTOR * baseline.token + FLOOR_ROUNDINGS * unit,
     )
 
 

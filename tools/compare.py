@@ -298,7 +298,8 @@ def _report(
         expected += len(step_rows)
         what = "quantities"
     covered = sum(covers in ("activations", "logits") for covers in recording.coverage)
-    warnings = _left_out(settings, side, calls, checkpoint.config)
+    said = reports.reordered(findings.rows, calls)
+    said = f"{said} {_left_out(settings, side, calls, checkpoint.config)}".strip()
     return {
         "schema": reports.SCHEMA,
         "title": (
@@ -323,7 +324,7 @@ def _report(
         "logits": findings.logits,
         "heatmap": findings.heatmap,
         "training": training,
-        "warnings": warnings,
+        "warnings": said,
     }
 
 

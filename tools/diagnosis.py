@@ -130,7 +130,7 @@ class Look:
             if key not in self.unmoved:
                 error = errors(theirs, honest)
                 self.unmoved[key] = Effect(
-                    error.within(row.own.bound), error.rms, math.inf, moves=False
+                    error.within(row.own.loosest), error.rms, math.inf, moves=False
                 )
             return self.unmoved[key]
         error = errors(theirs, value)
@@ -142,7 +142,7 @@ class Look:
                 unlike = abs(math.log(sizes[0] / sizes[1])) / math.log(SIZE_FACTOR)
         elif alone == "nothing" and errors(value, honest).rms > row.own.bound.rms:
             unlike = abs(correlation(theirs, honest)) / UNRELATED
-        return Effect(error.within(row.own.bound), error.rms, unlike, moves=True)
+        return Effect(error.within(row.own.loosest), error.rms, unlike, moves=True)
 
 
 def _everywhere(error: Array) -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 from llama_torch.config import InputError
 from reference_np.ops import Array
 
+from .differences import REORDERED
+
 Row = Mapping[str, Any]
 Axes = Any  # matplotlib is optional
 
@@ -20,7 +22,7 @@ PARTS = ("inherited", "fresh")
 LOOKS = {"inherited": ("#3584e4", "o"), "fresh": ("#e08a1e", "D")}
 COLOURS = ("#3584e4", "#e08a1e", "#2aa876", "#9a6dd7", "#d6579b", "#7a8a99")  # on white and black
 RED = "#e01b24"
-UNMEASURED = ("missing", "not finite", "misshapen")
+UNMEASURED = ("missing", "not finite", "misshapen", REORDERED)
 STATUSES = ("diverges", *UNMEASURED, "inherits", "ok")  # the order of what to say first
 MOST_FAILED, MOST_ROWS, MOST_TOKENS = 200, 2000, 512
 

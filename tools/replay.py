@@ -6,6 +6,7 @@ is fed what another implementation computed, operation by operation: what it ret
 each operation makes of the other side's own input, and an error there is that operation's own.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,12 +19,16 @@ from reference_np.model import Ops, block, defaults, head, layer_params
 from reference_np.naming import EMBED, LAYER_AXES
 from reference_np.ops import Array
 from reference_np.plain import round_to
+from reference_np.tolerances import FACTOR, UNIT_ROUNDOFF, attention_bound
 
+from .axes import Order, as_declared, find_order
 from .traces import Call, cached
 
 # An activation: the index of its call and its name.
 Key = tuple[int, str]
 Activations = Mapping[Key, Array]
+Past = tuple[()] | tuple[Array, Array]  # a layer's cached keys and values, if any
+Used = dict[str, Array]  # the activations of a layer, as the rest of it reads them
 
 
 def stage_names(config: LlamaConfig, stage: int) -> list[str]:
@@ -48,12 +53,15 @@ def usable(value: Array | None, shape: tuple[int, ...]) -> bool:
 class Weights(Mapping[str, Array]):
     """A checkpoint's parameters rounded to the precision under test, in ``dtype``."""
 
-    def __init__(self, path: Path, precision: str, dtype: str) -> None:
+    def __init__(self, path: Path, precision: str, dtype: str, moved: int = 0) -> None:
         self.checkpoint = Checkpoint(path, "float64" if precision == "float64" else "float32")
-        self.precision, self.dtype = precision, dtype
+        self.precision, self.dtype, self.moved = precision, dtype, moved
 
     def __getitem__(self, name: str) -> Array:
         value = self.checkpoint[name]
+        if self.moved:  # by one rounding up or down, the same way at every reading
+            signs = _signs(value.shape, zlib.crc32(name.encode()), self.moved)
+            value = value * (1 + 2 * UNIT_ROUNDOFF[self.precision] * signs).astype(value.dtype)
         if self.precision in ("bfloat16", "float16"):
             value = round_to(value, self.precision)
         return value.astype(self.dtype, copy=False)
@@ -63,6 +71,13 @@ class Weights(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self.checkpoint)
+
+
+def _signs(shape: tuple[int, ...], *seed: int) -> Array:
+    """Draw 1 or -1 for every element, in float32."""
+    drawn = np.random.default_rng(seed).integers(0, 2, shape, dtype=np.int8)
+    signs: Array = 2 * drawn.astype(np.float32) - 1
+    return signs
 
 
 class _Once(dict[str, Array]):
@@ -86,8 +101,12 @@ class Replay:
         calls: Sequence[Call],
         params: Weights,
         ops: Ops = reference_ops,
+        watches: bool = False,
     ) -> None:
         self.config, self.calls, self.params, self.ops = config, calls, params, ops
+        self.watches = watches  # bounds attention's error, and finds what is in another order
+        self.allowed: dict[Key, Array] = {}  # by attention's bound, in the stage last run
+        self.orders: dict[Key, Order] = {}  # of the other side's axes
         self.streams: dict[int, Array] = {}
         self.stage = -2  # the last one run
         self.given = []
@@ -107,21 +126,34 @@ class Replay:
     def run(self, stage: int, theirs: Activations | None = None) -> dict[Key, Array]:
         """Run a stage of every call that has come this far; ``theirs`` forces it.
 
-        Return its activations.
+        Return its activations. With moved parameters attention moves too, as far as it may err.
         """
         found: dict[Key, Array] = {}
+        self.allowed.clear()
         inside = 0 <= stage < self.config.n_layers
         params = _Once(self.params)
         layer = layer_params(params, stage, self.config, self.ops) if inside else {}
         presents: dict[int, tuple[Array, Array]] = {}
         for c, call in enumerate(self.calls):
+            past = presents.get(call.after, ()) if call.after is not None else ()
+            used: dict[str, Array] = {}
 
-            def note(name: str, value: Array, c: int = c) -> None:
-                if inside:
-                    name = f"layers.{stage}.{name}"
+            def note(
+                kind: str, value: Array, c: int = c, past: Past = past, used: Used = used
+            ) -> None:
+                name = f"layers.{stage}.{kind}" if inside else kind
+                used[kind] = value
+                if kind == "attn" and (self.watches or self.params.moved):
+                    self.allowed[c, name] = self._bound(c, used, past)
+                    if self.params.moved:
+                        signs = _signs(value.shape, stage, c, self.params.moved)
+                        value += signs * self.allowed[c, name] / FACTOR
                 found[c, name] = value if theirs is None else value.copy()
                 given = None if theirs is None else theirs.get((c, name))
-                if usable(given, value.shape):
+                if given is not None and usable(given, value.shape):
+                    if self.watches and (order := find_order(given, value)):
+                        self.orders[c, name] = order
+                        given = as_declared(given, order)
                     value[...] = given
 
             begun = theirs is not None and self.begin(c, theirs.get((c, stream_before(stage))))
@@ -138,9 +170,16 @@ class Replay:
                 head(params, self.streams[c], self.config, note, self.ops)
             else:
                 tables, mask = self.given[c]
-                past = None if call.after is None else presents[call.after]
                 self.streams[c], presents[c] = block(
-                    layer, self.streams[c], self.config, tables, mask, past, note, self.ops
+                    layer, self.streams[c], self.config, tables, mask, past or None, note, self.ops
                 )
         self.stage = stage
         return found
+
+    def _bound(self, c: int, used: Used, past: Past) -> Array:
+        """Bound attention's error in a call [B, T, H, K], from what it was computed from."""
+        k_BNSK, v_BNSK = used["k_rope"].swapaxes(1, 2), used["v"].swapaxes(1, 2)
+        if past:
+            k_BNSK, v_BNSK = self.ops.extend(past[0], k_BNSK), self.ops.extend(past[1], v_BNSK)
+        mask = self.given[c][1]
+        return attention_bound(used["q_rope"], k_BNSK, v_BNSK, mask, self.params.precision)

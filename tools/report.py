@@ -16,7 +16,7 @@ from reference_np.ops import Array
 from reference_np.tolerances import Errors, kl_per_token
 
 from .diagnosis import HOW, Diagnosis, Finding
-from .differences import KL, OPERATION, Compared, Measure, Row
+from .differences import KL, OPERATION, REORDERED, Compared, Measure, Row
 from .traces import Call
 
 SCHEMA = "llama-compare/1"
@@ -136,6 +136,18 @@ def verdict(
     return entry | {"line": line}
 
 
+def reordered(rows: Sequence[Row], calls: Sequence[Call]) -> str:
+    """Say which activations hold the right numbers in another order, and why; may be empty."""
+    found = [row for row in rows if row.status == REORDERED]
+    if not found:
+        return ""
+    more = f", and so do {len(found) - 1} more" if len(found) > 1 else ""
+    return (
+        f"{_place(found[0], calls)} holds the right numbers in another order{more}: it was written "
+        "from a transposed array; write contiguous arrays (np.ascontiguousarray first)."
+    )
+
+
 def _place(row: Row, calls: Sequence[Call]) -> str:
     return f"{row.name} ({calls[row.call].name})" if row.kind in OPERATION else row.name
 
@@ -204,7 +216,7 @@ def diagnosis_entries(
 def _measure(measure: Measure | None) -> dict[str, Any] | None:
     if measure is None:
         return None
-    error, bound = ({k: _number(v) for k, v in part._asdict().items()} for part in measure)
+    error, bound = ({k: _number(v) for k, v in part._asdict().items()} for part in measure[:2])
     return {**error, "bound": bound, "share": _number(measure.share)}
 
 

@@ -20,11 +20,11 @@ from reference_np.config import InputError, LlamaConfig
 from reference_np.grad import Batch
 from reference_np.naming import parameter_shapes
 from reference_np.ops import IGNORE, Array
-from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, composed_bound, errors
+from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, errors
 from reference_np.training_mutants import TRAINING
 
 from .diagnosis import Diagnosis, Effect, Start, Suspect, cover
-from .differences import Row, bound, judge
+from .differences import Judged, Row, bound, judge
 from .replay import Key
 from .sides import Parameters, Side, ask
 
@@ -225,7 +225,7 @@ def slack(
         found[norm_name] = Errors(summed, summed, summed)
         for name in shapes:
             gradient, step = exact[f"grad {name}"], exact[f"{run} step {name}"]
-            limit = composed_bound(errors(plain[f"grad {name}"], gradient), dtype)
+            limit = bound(gradient, [plain[f"grad {name}"]], dtype)
             grown = through_adam(limit, np.abs(gradient) * factor, np.abs(step) / STEP.lr)
             found[f"{run} step {name}"] = Errors(*(handed_on + part for part in grown))
             found[f"{run} exp_avg {name}"] = Errors(*[handed_on] * 3)
@@ -270,10 +270,10 @@ def compare_step(
     more = {} if dtype == "float64" else slack(task, dtype, theirs, exact, plain)
     found = []
     for name in names(task.config, trains):
-        limit = bound(exact[name], plain[name], dtype)
+        limit = bound(exact[name], [plain[name]], dtype)
         if name in more:
             limit = Errors(*(a + b for a, b in zip(limit, more[name], strict=True)))
-        row = judge((0, name), theirs.get(name), [{(0, name): exact[name]}], [limit])
+        row = judge((0, name), theirs.get(name), [Judged(exact[name], limit)])
         found.append(row)
     return found
 
@@ -302,7 +302,7 @@ def diagnose_step(
         for key, row in judged.items():
             assert row.inherited is not None
             # What the bug makes may be worse conditioned than what is right.
-            limit = bound(made[row.name], plain[row.name], dtype)
+            limit = bound(made[row.name], [plain[row.name]], dtype)
             limit = Errors(*map(max, limit, row.inherited.bound))
             error = errors(theirs[row.name], made[row.name])
             moves = not np.array_equal(made[row.name], right[row.name])
