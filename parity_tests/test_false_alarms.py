@@ -12,12 +12,13 @@ from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.mutants import Mutant
 from reference_np.tolerances import attention_bound, errors_beside
-from tools import compare, differences, false_alarms
-from tools.false_alarms import ROUNDING, attention, draw, honest_outputs
+from tools import compare, differences
 from tools.inputs import make_calls
 from tools.replay import Replay, Weights
 from tools.traces import TraceWriter, write_trace
 
+from . import false_alarms
+from .false_alarms import ROUNDING, attention, draw, honest_outputs
 from .strategies import Array, seeds
 from .support import save_numpy
 

@@ -1,6 +1,6 @@
 """Count how often compare.py says FAIL of honest float32 code; see docs/tolerances.md.
 
-``python tools/false_alarms.py --runs 1000``. Each run draws a model with the habits of trained ones
+``python -m parity_tests.false_alarms --runs 1000``. Each run draws a model as training makes them
 (outlier channels, uneven norms, scores of standard deviation 2 to 10) and compares the whole of it,
 run with one kernel of attention, at the end of a long context. Then it judges attention over that
 many keys with every kernel, and with every known bug that is inside attention.
@@ -23,12 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from llama_torch import cli
 from llama_torch.config import InputError
-from parity_tests.support import save_numpy
 from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.mutants import FORWARD
@@ -37,7 +33,9 @@ from reference_np.ops import Array
 from reference_np.tolerances import Errors, attention_bound
 from tools import compare
 from tools.differences import Judged
-from tools.kernels import KERNELS
+
+from .honest_kernels import KERNELS
+from .support import save_numpy
 
 # What an attention in too low a precision does; all else is further off.
 ROUNDING = [b for b in FORWARD if b.name in ("softmax_low_precision", "matmul_tf32", "matmul_bf16")]
@@ -90,7 +88,13 @@ def whole_run(config: LlamaConfig, rng: np.random.Generator, against: str, folde
     """Compare a drawn model; return the largest share of a bound, above 1 exactly if it failed."""
     path, ids = folder / "model.safetensors", rng.integers(0, config.vocab_size, 24)
     save_numpy(trained(config, rng), path, {"config": config.to_json()})
-    argv = [str(path), "--against", f"tools.kernels:{against}", "--ids", *map(str, ids)]
+    argv = [
+        str(path),
+        "--against",
+        f"parity_tests.honest_kernels:{against}",
+        "--ids",
+        *map(str, ids),
+    ]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         failed = compare.main([*argv, "--no-diagnose", "--json", "-"])
     rows = json.loads(out.getvalue())["rows"]
