@@ -48,7 +48,7 @@ COMMON = {
 # The same examples on every machine: a newcomer's green is CI's. To search is to ask for it.
 settings.register_profile("quick", max_examples=5, derandomize=True, **COMMON)
 settings.register_profile("default", max_examples=50, derandomize=True, **COMMON)
-settings.register_profile("search", max_examples=50, derandomize=False, **COMMON)
+settings.register_profile("search", max_examples=15, derandomize=False, **COMMON)
 settings.register_profile("thorough", max_examples=2000, derandomize=False, **COMMON)
 drawn.ignore_constants()
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

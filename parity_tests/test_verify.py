@@ -545,6 +545,7 @@ def test_a_compiled_model_is_verified_as_it_trains() -> None:
     made.init_weights(torch.Generator().manual_seed(0))
     optimizer = make_adamw(made, OptimConfig(), torch.bfloat16)
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()  # of what was compiled before, which a reset leaves
     for layer in made.model.layers:
         layer.compile(backend="eager", fullgraph=True, dynamic=False)
     window = torch.randint(50, (6, 21), generator=torch.Generator().manual_seed(0))
