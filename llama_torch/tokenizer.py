@@ -19,7 +19,7 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
-LONG = 100_000  # blanks in a row that the pattern is given at most: it keeps each on a stack
+LONG = 100_000  # blanks in a row that the library is given before something else, at most
 BLANK = r"[^\S\x1c-\x1f]"  # Unicode's white space; Python counts four control characters more
 
 
@@ -85,7 +85,7 @@ def gpt2() -> tiktoken.Encoding:
 def gpt2_ids(text: str) -> list[int]:
     """Return the GPT-2 ids of ordinary text, however long its runs of blanks are.
 
-    Raises EncodingError where tiktoken panics: older versions do, of a run at the end.
+    Raises EncodingError where tiktoken panics.
     """
     with guarded("tiktoken", text):
         parts = [gpt2().encode_ordinary(part) for part in _cut_long_runs(text)]

@@ -101,7 +101,7 @@ def _worst(terms: Terms, factor: float) -> tuple[float, float]:
             bound += unit * exact.abs()
         for total, x in zip(squares, (found - exact, bound, exact), strict=True):
             total += x.square().sum(1)
-    error, bound, size = squares.sqrt().nan_to_num(math.inf)
+    error, bound, size = squares.sqrt().nan_to_num(math.inf, math.inf)
     share = torch.where(error > 0, error / bound, 0)  # nothing is right where nothing is due
     worst = int(share.argmax())
     if not math.isfinite(share[worst]):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -669,8 +668,7 @@ def test_what_safetensors_makes_of_a_transposed_array(
     name = "call.0.layers.0.q"
     view = np.ascontiguousarray(tensors[name].swapaxes(1, 2)).swapaxes(1, 2)
     save_file(tensors | {name: view}, path, metadata)
-    right = np.array_equal(load_file(path)[name], view)
-    assert right == (version("safetensors") != "0.8.0")
+    right = np.array_equal(load_file(path)[name], view)  # by the release that is installed
     code, out, _ = run(ckpt, "--against", path)
     assert (code, "layers.0.q (5 tokens) holds the right numbers in another order: " in out) == (
         (0, False) if right else (1, True)

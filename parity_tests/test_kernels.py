@@ -16,6 +16,7 @@ import torch
 
 from llama_torch import loss
 from llama_torch.cache import StaticCache
+from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
 from reference_np.tolerances import (
@@ -215,12 +216,9 @@ def attention_case(
     if masked:
         allowed[:, 64:96] = allowed[:, -1] = False
     seen = allowed | (np.arange(length) == length - 1)
-    by_head = [np.repeat(x, c.n_heads // c.n_kv_heads, axis=1) for x in (keys, values)]
-    scores = np.einsum("mhk,mhsk->mhs", q, by_head[0]) / np.sqrt(c.head_dim)
-    scores = np.where(seen[:, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    expected = np.einsum("mhs,mhsk->mhk", weights, by_head[1])
+    scores = ops.attention_scores(ops.group_queries(q[:, None], c.n_kv_heads), keys)
+    mixed = ops.attention_mix(ops.masked_softmax(scores, seen[:, None]), values)
+    expected = ops.ungroup_queries(mixed)[:, 0]
     hidden = ~np.broadcast_to(seen[:, None], shape[:3])
     keys[hidden] = values[hidden] = np.nan
     return SimpleNamespace(q=q, keys=keys, values=values, allowed=allowed, expected=expected)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_torch import embedding, loss, run_dir, step, train, verify
+from llama_torch import embedding, loss, run_dir, step, train, verify, verify_sums
 from llama_torch import model as torch_module
 from llama_torch.checkpoint import STATE_FILE, load_state
 from llama_torch.checkpoints import newest
@@ -31,7 +31,7 @@ from reference_np.model import forward
 from reference_np.mutants import FORWARD, Mutant
 from reference_np.ops import IGNORE
 from reference_np.plain import plain_ops, plain_vjps, round_to
-from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
+from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LAMBDA, UNIT_ROUNDOFF
 from reference_np.training_mutants import TRAINING
 
 from .backends.oracle import Oracle
@@ -314,6 +314,15 @@ def test_a_sum_that_fails_at_the_257th_occurrence_is_seen(
     assert wrong[-1].share > 3 > 2 * right[-1].share
     # What few tokens show of it is a rounding of bfloat16, which a model in it may make.
     assert all(m.holds for m in wrong[:-1]) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_terms_that_overflowed_excuse_no_finite_sum(bad: float) -> None:
+    tokens, d_out = torch.tensor([0, 1, 0]), torch.ones(3, 4)
+    d_out[1, 2] = bad
+    found = torch.full((2, 4), 2.0)
+    error, bound = verify_sums._worst(verify_sums.Terms(tokens, d_out, None, found), LAMBDA)
+    assert error == math.inf > bound
 
 
 def test_tokens_that_occur_once_have_no_error() -> None:
