@@ -408,7 +408,7 @@ class TrainConfig:
     optimizer keeps float32 weights either way, and checkpoints hold those."""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     """torch.set_float32_matmul_precision. On a CPU with AMX too, medium multiplies float32 in
-    bfloat16, all but products of a single row."""
+    bfloat16, all but products of a few rows."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """torch.compile for the blocks: auto = on a GPU."""
     recompute: Literal["auto", "none", "cheap", "all"] = "auto"

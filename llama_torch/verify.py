@@ -148,7 +148,7 @@ def observe(model: Llama, batches: Sequence[step.Batch], z_loss: float) -> Obser
 def arithmetic(device: torch.device, dtype: torch.dtype) -> str:
     """Return the precision of matrix products: float32 ones may be allowed to be tf32 or less.
 
-    Asked of a product of many rows. Some processors multiply a single row more precisely, which
+    Asked of a product of many rows. Some processors multiply a few rows more precisely, which
     the wider bound allows.
     """
     if dtype == torch.float32:

@@ -259,7 +259,8 @@ def _depth(rows: Sequence[Row], names: Sequence[str]) -> str:
         "errors of everything before it. Fresh: what its own operation adds. Root mean square, "
         "the worst of all calls. A point is out of bound if its rms, its worst element or its "
         f'worst token is.</p><ul class="legend">{legend}<li><b>●</b>out of bound</li>'
-        f'<li><b>✕</b>missing, misshapen, not finite or in another order</li></ul><div class="grid">{plots}</div>'
+        "<li><b>✕</b>missing, misshapen, not finite or in another order</li></ul>"
+        f'<div class="grid">{plots}</div>'
         f"<h3>Outside the layers</h3>{unit}{_table(worst, PARTS, names)}"
     )
 
