@@ -4,9 +4,19 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 
+# For ``find``: the first example that has a property, the same everywhere.
+SEARCH = settings(
+    max_examples=500,
+    phases=[Phase.generate],
+    database=None,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 # The labelled values of the outermost strategy that is being drawn, if one is.
 _numbers: list[dict[str, Any]] = []
 # Those of the strategy that was drawn last, for the line that tells of a failure.
@@ -79,3 +89,9 @@ def told(values: Iterable[Any], numbers: Mapping[str, Any]) -> Told:
 def listed(numbers: Mapping[str, Any]) -> str:
     """List labelled values in the order in which they were drawn."""
     return ", ".join(f"{label}={value!r}" for label, value in numbers.items())
+
+
+def described(case: Any) -> str:
+    """Describe a case by the few numbers that rebuild it, or by its config where none are kept."""
+    made_from = listed(case.numbers) if case.numbers else f"config={case.config}"
+    return f"{type(case).__name__}({made_from})"

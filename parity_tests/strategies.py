@@ -16,7 +16,7 @@ from reference_np.config import LlamaConfig
 from reference_np.model import Cache
 from reference_np.naming import parameter_shapes
 
-from .drawn import Draw, composite, listed
+from .drawn import Draw, composite, described
 
 Array = NDArray[Any]
 Params = dict[str, Array]
@@ -98,8 +98,7 @@ class Case(NamedTuple):
 
     def __repr__(self) -> str:
         """Print the few numbers that rebuild the case, in place of its arrays."""
-        made_from = listed(self.numbers) if self.numbers else f"config={self.config}"
-        return f"Case({made_from})"
+        return described(self)
 
 
 @composite

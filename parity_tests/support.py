@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from llama_torch.cache import Cache
+from llama_torch.checkpoint import save_model, write_directory_files
 from llama_torch.config import ModelConfig
 from llama_torch.model import Llama
 from reference_np.config import LlamaConfig
@@ -80,3 +81,11 @@ def torch_forward(
         trace=note,
     )
     return trace["logits"], cache, trace
+
+
+def write_model(folder: Path, config: ModelConfig, seed: int = 0) -> None:
+    """Write a model with freshly drawn weights into ``folder``, as a Hugging Face directory."""
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    write_directory_files(folder, config)
+    save_model(folder, config, model.state_dict())

@@ -9,19 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_torch import chat, load
 from llama_torch.chat_template import ChatTemplate, Llama2Template, load_chat_template
-from llama_torch.checkpoint import save_model, write_directory_files
 from llama_torch.config import InputError, ModelConfig
 from llama_torch.generation_config import ChatConfig, LoadConfig
-from llama_torch.model import Llama
 from llama_torch.text import Tokenizer, load_tokenizer
 
 from .made_tokenizers import KINDS, SPECIALS
+from .support import write_model
 
 MARKED = [*SPECIALS, "<s>", "</s>", "<|", "|>", "<", ">", "\ue000", " ", "\n", "Hi", "é🙂"]
 harmless = st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"]), max_size=9)
@@ -35,10 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = made[kind] = tmp_path_factory.mktemp(kind)
         vocab = 50257 if kind == "gpt2" else 700
         config = ModelConfig(16, 1, 2, 1, 8, 24, vocab, max_seq_len=400)
-        model = Llama(config)
-        model.init_weights(torch.Generator().manual_seed(1))
-        write_directory_files(folder, config)
-        save_model(folder, config, model.state_dict())
+        write_model(folder, config, seed=1)
         make(folder)
     return made
 

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, find, settings
+from hypothesis import find, settings
 from hypothesis import strategies as st
 
 from . import drawn
+from .drawn import SEARCH
 from .strategies import calls, cases, wide_cases
 from .training import training_cases
 
@@ -78,15 +79,6 @@ def test_a_large_example_does_not_hide_the_failure(tmp_path: Path) -> None:
     assert "AssertionError: what failed" in found.stdout
     assert "FAILED" in found.stdout
     assert "HypothesisWarning" not in found.stdout.split("short test summary")[1]
-
-
-SEARCH = settings(
-    max_examples=200,
-    phases=[Phase.generate],
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_torch import evaluate as evaluation
-from llama_torch.checkpoint import save_model, write_directory_files
 from llama_torch.config import InputError, ModelConfig
 from llama_torch.evaluate import Measurement, evaluate, spans
 from llama_torch.loss import IGNORE
@@ -25,7 +24,7 @@ from reference_np.config import LlamaConfig
 from reference_np.ops import cross_entropy_sum
 
 from .strategies import Params, random_params, seeds
-from .support import torch_model
+from .support import torch_model, write_model
 
 pytestmark = pytest.mark.numeric
 
@@ -272,11 +271,8 @@ def test_a_broken_model_says_so() -> None:
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=12)
-    model = Llama(config)
-    model.init_weights(torch.Generator().manual_seed(0))
     folder = tmp_path_factory.mktemp("model")
-    write_directory_files(folder, config)
-    save_model(folder, config, model.state_dict())
+    write_model(folder, config)
     return folder
 
 

@@ -15,16 +15,14 @@ from llama_torch.model import Llama
 from llama_torch.text_model import TextModel
 
 from .made_tokenizers import byte_level
+from .support import write_model
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     config = ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=24)
-    model = Llama(config)
-    model.init_weights(torch.Generator().manual_seed(0))
-    write_directory_files(folder, config)
-    save_model(folder, config, model.state_dict())
+    write_model(folder, config)
     return folder
 
 

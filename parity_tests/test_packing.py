@@ -17,7 +17,7 @@ from reference_np.grad import Batch, loss_and_grads
 from reference_np.ops import IGNORE
 from reference_np.tolerances import LOGIC
 
-from .drawn import Draw, composite, listed
+from .drawn import Draw, composite, described
 from .strategies import Array, Params, configs, random_params, seeds
 from .support import torch_model
 from .training import size
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
 
     def __repr__(self) -> str:
         """Print the few numbers that rebuild the case, in place of its arrays."""
-        return f"Packed({listed(self.numbers)})"
+        return described(self)
 
 
 @composite

@@ -10,22 +10,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_torch import data, documents, evaluate, generate, load, tokenizer, train
 from llama_torch.chat_template import ChatTemplate, Llama2Template
-from llama_torch.checkpoint import save_model, write_directory_files
 from llama_torch.config import DataConfig, InputError, ModelConfig, TrainConfig
 from llama_torch.data import load_corpus
-from llama_torch.model import Llama
 from llama_torch.text import load_tokenizer
 from llama_torch.tokenizer import gpt2, gpt2_ids, guarded
 from reference_np.config import LlamaConfig
 from tools.inputs import token_ids
 
 from .made_tokenizers import byte_level
+from .support import write_model
 
 BAD = "panics"
 SAYS = r"the {} library cannot encode this text \(StackOverflow\); its longest run of blanks has {}"
@@ -51,10 +49,7 @@ def panicking(monkeypatch: pytest.MonkeyPatch) -> None:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     config = ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=24)
-    model = Llama(config)
-    model.init_weights(torch.Generator().manual_seed(0))
-    write_directory_files(folder, config)
-    save_model(folder, config, model.state_dict())
+    write_model(folder, config)
     return folder
 
 

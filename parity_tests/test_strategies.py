@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, find, settings
+from hypothesis import find
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
+from .drawn import SEARCH
 from .strategies import Case, calls, cases, model_for, padded, splits, wide_cases
 from .training import TrainingCase, training_cases
 
@@ -74,15 +75,6 @@ CORNERS: dict[str, tuple[st.SearchStrategy, Callable[[Any], bool]]] = {
 
 def highest(case: Case) -> int:
     return -1 if case.positions is None else int(case.positions.max())
-
-
-SEARCH = settings(
-    max_examples=500,
-    phases=[Phase.generate],
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
 
 
 @pytest.mark.parametrize("corner", CORNERS)

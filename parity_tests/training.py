@@ -12,7 +12,7 @@ from reference_np.ops import IGNORE
 from reference_np.optim import Hyper
 
 from .backends.torch_backends import eager
-from .drawn import Draw, composite, listed
+from .drawn import Draw, composite, described
 from .strategies import Array, Params, cast, configs, random_params, seeds, seeing_itself
 
 # Ten steps feed each step's rounding to the next, through an optimizer that divides by
@@ -31,8 +31,7 @@ class TrainingCase(NamedTuple):
 
     def __repr__(self) -> str:
         """Print the few numbers that rebuild the case, in place of its arrays."""
-        made_from = listed(self.numbers) if self.numbers else f"config={self.config}"
-        return f"TrainingCase({made_from})"
+        return described(self)
 
 
 def random_batch(rng: np.random.Generator, config: LlamaConfig, custom: bool) -> Batch:
