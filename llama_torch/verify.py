@@ -32,10 +32,10 @@ from torch import Tensor
 from reference_np import grad, ops
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, Grads
+from reference_np.low_precision import plain_ops, plain_vjps
 from reference_np.model import Ops, forward
 from reference_np.naming import EMBED, LM_HEAD, parameter_shapes
 from reference_np.ops import Array
-from reference_np.plain import plain_ops, plain_vjps
 from reference_np.tolerances import (
     FLOOR_ROUNDINGS,
     LAMBDA,

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from llama_torch import dry_run, train
 from llama_torch.throughput import peak_flops
+from reference_np.backend import SHIPPED, dtypes_of, load
 from reference_np.config import InputError
 from reference_np.mutants import FORWARD
 from reference_np.training_mutants import TRAINING
@@ -66,7 +67,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         metavar="MODULE:OBJECT",
         help="test this implementation alone (repeatable; or set PARITY_BACKEND): "
-        f"package.module:object, or one of {', '.join(backends.SHIPPED)}",
+        f"package.module:object, or one of {', '.join(SHIPPED)}",
     )
     group.addoption("--mutants", action="store_true", help="run the suite against every known bug")
     group.addoption(
@@ -94,7 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--mutants and --backend exclude each other; leave one out")
     try:
         for name in chosen(config):
-            backends.load(name)
+            load(name)
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -118,7 +119,7 @@ def _parameter(name: str) -> Any:
     elif name == "transformers" and not importlib.util.find_spec("transformers"):
         reason = "transformers is not installed"
     marks = [pytest.mark.skip(reason=reason)] if reason else []
-    return pytest.param(None if reason else backends.load(name), id=name, marks=marks)
+    return pytest.param(None if reason else load(name), id=name, marks=marks)
 
 
 @pytest.hookimpl(trylast=True)  # after -k
@@ -177,7 +178,7 @@ def _lacks(item: Any) -> str:
     if not callable(getattr(backend, method, None)):
         return str(method)
     dtype = values.get("dtype")
-    dtypes = backends.dtypes_of(backend)
+    dtypes = dtypes_of(backend)
     return "" if dtype is None or dtype in dtypes else dtype
 
 

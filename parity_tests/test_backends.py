@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reference_np import backend
 from reference_np.config import InputError
 
-from . import backends
 from .ahead import Command, Job
 from .backends.oracle import Oracle
 from .judge import Judge
@@ -72,7 +72,7 @@ def test_a_wrong_backend_fails_and_says_how_to_repeat_it() -> None:
 )
 def test_a_backend_that_cannot_be_had(spec: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        backends.load(spec)
+        backend.load(spec)
 
 
 class OddPrecision(Oracle):

@@ -9,13 +9,7 @@ from hypothesis import given
 from reference_np.model import Cache, forward
 
 from .drawn import Draw, composite, told
-from .strategies import (
-    caches_equal,
-    configs,
-    params_of,
-    splits,
-    tokens_of,
-)
+from .strategies import caches_equal, configs, params_of, splits, tokens_of
 from .support import torch_forward, torch_model
 
 pytestmark = pytest.mark.numeric

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from llama_torch.checkpoint import load_model, locate, read_tensor
 from reference_np.config import LlamaConfig
+from reference_np.low_precision import round_to
 from reference_np.mutants import FORWARD
 from reference_np.naming import activation_axes, parameter_shapes
-from reference_np.plain import round_to
 from reference_np.tolerances import Errors, composed_bound, errors_beside
 from reference_np.training_mutants import TRAINING
 from tools import compare, differences, sides, training_step

@@ -1,4 +1,4 @@
-"""What any implementation of Llama must compute; see parity_tests.backends for how to be tested.
+"""What any implementation of Llama must compute; see reference_np/backend.py for how to be tested.
 
 Each test runs on every backend, in the precision named or in the backend's best. A scenario is
 a function of an implementation, so that the plain baseline of low precision goes the same way.
@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference_np import optim
+from reference_np.backend import dtypes_of
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.model import forward
 from reference_np.naming import activation_axes
 
-from .backends import dtypes_of
 from .backends.oracle import Oracle
 from .judge import JUDGE
 from .strategies import Array, Case, Params, calls, model_for, packed, padded, splits, wide_cases

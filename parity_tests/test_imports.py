@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sources(ROOT)
 IMPORTS = imports(SOURCES)
 ORACLE_ORDER = [
-    *("config", "naming", "ops", "sampling", "tolerances", "checkpoint", "model", "grad", "plain"),
-    *("optim", "mutants", "training_mutants"),
+    *("config", "naming", "ops", "sampling", "tolerances", "checkpoint", "model", "grad"),
+    *("low_precision", "optim", "mutants", "training_mutants", "backend"),
 ]
 VERIFIER = "llama_torch.verify"  # the one module of llama_torch that imports the oracle
 

@@ -13,14 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_torch.config import InputError
-from llama_torch.text import (
-    Gpt2,
-    Json,
-    SentencePiece,
-    Tokenizer,
-    end_ids,
-    load_tokenizer,
-)
+from llama_torch.text import Gpt2, Json, SentencePiece, Tokenizer, end_ids, load_tokenizer
 from llama_torch.text_stream import TextStream
 from llama_torch.tokenizer import gpt2
 

@@ -5,13 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from reference_np.tolerances import (
-    Errors,
-    composed_bound,
-    errors,
-    kl_per_token,
-    logic_error,
-)
+from reference_np.tolerances import Errors, composed_bound, errors, kl_per_token, logic_error
 
 pytestmark = pytest.mark.numeric
 

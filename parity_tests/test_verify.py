@@ -27,10 +27,10 @@ from llama_torch.verify import Measure, Observed
 from reference_np import grad, ops, optim
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
+from reference_np.low_precision import plain_ops, plain_vjps, round_to
 from reference_np.model import forward
 from reference_np.mutants import FORWARD, Mutant
 from reference_np.ops import IGNORE
-from reference_np.plain import plain_ops, plain_vjps, round_to
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LAMBDA, UNIT_ROUNDOFF
 from reference_np.training_mutants import TRAINING
 

@@ -33,7 +33,7 @@ import reference_np.config
 from llama_torch import cli
 from llama_torch.checkpoint import write_text
 from llama_torch.config import InputError
-from parity_tests import backends
+from reference_np import backend as backends
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch

@@ -14,9 +14,9 @@ import numpy as np
 
 from reference_np import ops as reference_ops
 from reference_np.config import InputError, LlamaConfig
+from reference_np.low_precision import plain_ops
 from reference_np.model import Ops
 from reference_np.ops import Array
-from reference_np.plain import plain_ops
 from reference_np.tolerances import (
     LOGIC,
     Errors,
@@ -26,11 +26,10 @@ from reference_np.tolerances import (
     kl_bound,
     kl_per_token,
 )
-
-from .axes import Order, as_declared
-from .replay import Activations, Key, Replay, Weights, stage_names, stream_before
-from .sides import Recording
-from .traces import Call
+from tools.axes import Order, as_declared
+from tools.replay import Activations, Key, Replay, Weights, stage_names, stream_before
+from tools.sides import Recording
+from tools.traces import Call
 
 # What each activation is the result of, given the traced ones before it.
 OPERATION = {

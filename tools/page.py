@@ -12,8 +12,7 @@ import numpy as np
 
 from llama_torch.config import InputError
 from reference_np.ops import Array
-
-from .differences import REORDERED
+from tools.differences import REORDERED
 
 Row = Mapping[str, Any]
 Axes = Any  # matplotlib is optional

@@ -15,14 +15,13 @@ import numpy as np
 from reference_np import ops as reference_ops
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
+from reference_np.low_precision import round_to
 from reference_np.model import Ops, block, defaults, head, layer_params
 from reference_np.naming import EMBED, LAYER_AXES
 from reference_np.ops import Array
-from reference_np.plain import round_to
 from reference_np.tolerances import FACTOR, UNIT_ROUNDOFF, attention_bound
-
-from .axes import Order, as_declared, find_order
-from .traces import Call, cached
+from tools.axes import Order, as_declared, find_order
+from tools.traces import Call, cached
 
 # An activation: the index of its call and its name.
 Key = tuple[int, str]

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from llama_torch.checkpoint import locate, read_tensor, weight_files
 from llama_torch.config import ModelConfig, parse_json, read_json
 from llama_torch.model import Llama
-from parity_tests import backends
+from reference_np import backend as backends
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError, LlamaConfig
 from reference_np.naming import EMBED, LM_HEAD, activation_axes, parameter_shapes
 from reference_np.ops import Array
-
-from .traces import FORMAT, Call, Trace, TraceWriter, write_trace
+from tools.traces import FORMAT, Call, Trace, TraceWriter, write_trace
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 STREAMED = ("torch", "cuda", "hf")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from parity_tests import backends
+from reference_np import backend as backends
 from reference_np import grad, optim
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError, LlamaConfig
@@ -22,11 +22,10 @@ from reference_np.naming import parameter_shapes
 from reference_np.ops import IGNORE, Array
 from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, errors
 from reference_np.training_mutants import TRAINING
-
-from .diagnosis import Diagnosis, Effect, Start, Suspect, cover
-from .differences import Judged, Row, bound, judge
-from .replay import Key
-from .sides import Parameters, Side, ask
+from tools.diagnosis import Diagnosis, Effect, Start, Suspect, cover
+from tools.differences import Judged, Row, bound, judge
+from tools.replay import Key
+from tools.sides import Parameters, Side, ask
 
 # The paper's settings at the peak of the schedule, where a step is largest; z-loss as in PaLM.
 STEP = optim.Hyper(warmup_steps=0, z_loss=1e-4)
@@ -153,7 +152,7 @@ def compare_training(
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(
             f"--against: loss_and_grads or train returned something else than the protocol says "
-            f"({type(error).__name__}: {error}); see parity_tests/backends"
+            f"({type(error).__name__}: {error}); see reference_np/backend.py"
         ) from None
     advance()
     trains = bool(done)

@@ -17,9 +17,9 @@ from llama_torch.decoding import Decoding, GraphStep
 from llama_torch.model import Llama
 from llama_torch.numpy_step import NumpyStep
 from llama_torch.quantize import dequantised, quantize
+from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 
-from . import Array, Params
 from .torch_backends import HALVES, Torch
 
 

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from reference_np import grad, ops, optim
+from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
+from reference_np.low_precision import plain_ops
 from reference_np.model import Cache, forward
 from reference_np.mutants import Mutant
 from reference_np.optim import Hyper
-from reference_np.plain import plain_ops
-
-from . import Array, Params
 
 IN_FORWARD = ("logits", "decode", "trace", "traced_decode")
 

@@ -2,7 +2,7 @@
 
     pytest parity_tests/ --backend your.module:YourLlama
 
-The arguments are described in parity_tests.backends.Backend; so are decode, trace,
+The arguments are described in reference_np.backend.Backend; so are decode, trace,
 loss_and_grads and train, which you can add for more coverage.
 """
 

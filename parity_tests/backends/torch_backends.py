@@ -15,12 +15,12 @@ from llama_torch.cache import Cache
 from llama_torch.config import OptimConfig
 from llama_torch.model import Llama
 from llama_torch.optim import learning_rate, make_adamw
+from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.optim import Hyper
 
 from ..support import torch_model
-from . import Array, Params
 
 HALVES = ("bfloat16", "float16")
 

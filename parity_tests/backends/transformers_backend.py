@@ -12,11 +12,11 @@ import transformers
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
+from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 
 from ..support import without_weights
-from . import Array, Params
 
 
 class LiftFloat32(torch.overrides.TorchFunctionMode):
