@@ -5,8 +5,8 @@ packing, train; then sampling, batch, decoding (numpy_step, kernels, kernel_step
 batch_step), quantize, speculative, text, chat_template, text_model, evaluate.
 """
 
-from .config import InputError
-from .generation_config import SamplingConfig
-from .text_model import Completion, TextModel, load
+from .common.errors import InputError
+from .inference.config import SamplingConfig
+from .inference.text_model import Completion, TextModel, load
 
 __all__ = ["Completion", "InputError", "SamplingConfig", "TextModel", "load"]

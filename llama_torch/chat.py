@@ -5,15 +5,33 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from . import cli
-from .batch import require_fitting
-from .chat_template import Message
-from .config import InputError
-from .generation_config import ChatConfig
-from .text_model import TextModel, load_from
+from .common import cli
+from .common.errors import InputError, check_text
+from .inference.config import DecodingConfig, LoadConfig, SamplingConfig
+from .inference.engine import require_fitting
+from .inference.text_model import TextModel, load_from
+from .tokenizer.chat_template import Message
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk with a checkpoint: /reset forgets, /exit leaves, Ctrl-C ends an answer."""
+
+    load: LoadConfig
+    system: str = ""
+    """What the model is told first; empty = nothing."""
+    template: str = ""
+    """Jinja file, or "llama2" for Llama 2's [INST] form; empty = the checkpoint's own."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=512))
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+
+    def __post_init__(self) -> None:
+        if self.system:
+            check_text("system", self.system)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

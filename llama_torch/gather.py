@@ -1,60 +1,8 @@
-"""Write a run's model from a checkpoint of any form: ``python -m llama_torch.gather runs/1``."""
+"""The command ``llama_torch.export`` by its former name, ``python -m llama_torch.gather``."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from . import checkpoints, cli, run_dir
-from .checkpoint import RUN_FILE
-from .config import InputError
-
-
-@dataclass(frozen=True)
-class GatherConfig:
-    """Write a Hugging Face model directory from a checkpoint, also of a run that went on in shards.
-
-    A run whose processes each held the model has written it already; one with --fsdp or --tp does
-    at its end. This is for the time before, and for older checkpoints.
-    """
-
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Run directory."""
-    to: str = ""
-    """Directory to write; empty = the run directory itself."""
-    step: int = 0
-    """Step of the checkpoint; 0 = the newest."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
-
-
-def _main(argv: Sequence[str]) -> int:
-    config = cli.parse(GatherConfig, argv)
-    out = Path(config.run)
-    if not (out / RUN_FILE).is_file():
-        raise InputError(f"{out}: holds no run; name the directory of one")
-    settings = run_dir.resolve_config(["--resume", "--out", config.run])
-    folder = checkpoints.final_folder(out, config.step) if config.step else checkpoints.newest(out)
-    if folder is None or not folder.is_dir():
-        there = ", ".join(map(str, checkpoints.steps(out))) or "none"
-        raise InputError(f"{out}: has no such checkpoint; there are: {there}")
-    target = Path(config.to or config.run)
-    if (target / RUN_FILE).exists() and not target.samefile(out):
-        raise InputError(f"--to {target} holds another run; choose another directory")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        run_dir.gather(target, folder, settings.model)
-    except OSError as error:
-        raise InputError(f"--to {target} cannot be written ({error}); choose another") from None
-    print(f"{target}: the model of step {folder.name}")
-    return 0
-
+from .export import main
 
 if __name__ == "__main__":
     sys.exit(main())

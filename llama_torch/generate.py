@@ -4,10 +4,33 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from . import cli
-from .generation_config import GenerateConfig
-from .text_model import Completion, TextModel, load_from
+from .common import cli
+from .common.errors import check, check_text
+from .inference.config import PREFILL_CHUNK, DecodingConfig, LoadConfig, SamplingConfig, check_chunk
+from .inference.text_model import Completion, TextModel, load_from
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Write text from a checkpoint."""
+
+    load: LoadConfig
+    prompt: tuple[str, ...]
+    """Text to continue; several are continued together."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    prefill_chunk: int = PREFILL_CHUNK
+    """Tokens of the prompts read in one forward pass: less memory, the same answer."""
+    json: bool = False
+    """One JSON object a prompt: text, token ids, why it ended, log-probabilities."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.prompt), "prompt", self.prompt, "must not be empty")
+        for prompt in self.prompt:
+            check_text("prompt", prompt)
+        check_chunk(self.prefill_chunk)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,8 +25,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_torch import dry_run, train
-from llama_torch.throughput import peak_flops
+from llama_torch.training import dry_run, loop
+from llama_torch.training.throughput import peak_flops
 from reference_np.backend import SHIPPED, dtypes_of, load
 from reference_np.config import InputError
 from reference_np.mutants import FORWARD
@@ -266,7 +266,7 @@ def _own_token_cache(
 @pytest.fixture(autouse=True)
 def _peak_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine can do is the same for every run here, and takes most of a tiny one."""
-    for module in (train, dry_run):
+    for module in (loop, dry_run):
         monkeypatch.setattr(module, "peak_flops", PEAK_FLOPS)
 
 

@@ -20,8 +20,10 @@ from unittest.mock import patch
 
 import torch
 
-from llama_torch import checkpoint, checkpoints, train
-from llama_torch.tokenizer import hf_files
+from llama_torch import train
+from llama_torch.checkpoint import hf, step_folders, training_state
+from llama_torch.tokenizer.gpt2 import hf_files
+from llama_torch.training import loop
 
 TOUCHES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
@@ -89,30 +91,30 @@ def die_at(touch: int, out: Path) -> None:
         touched()
         synced(handle)
 
-    saved, synced = checkpoint.save_file, os.fsync
-    patch.object(checkpoint, "save_file", save_file).start()
+    saved, synced = hf.save_file, os.fsync
+    patch.object(hf, "save_file", save_file).start()
     patch.object(os, "fsync", fsync).start()
     sys.addaudithook(audit)
 
 
 def kill_every_commit(out: Path) -> int:
     """Kill a commit of a third checkpoint before each of its touches; return how many there are."""
-    (out / checkpoints.FOLDER).mkdir(parents=True)
+    (out / step_folders.FOLDER).mkdir(parents=True)
     for step in (1, 2):
-        checkpoints.commit(out, step, fill)
+        step_folders.commit(out, step, fill)
     for touch in range(1, 100):
-        step = int(checkpoints.newest(out).name) + 1
+        step = int(step_folders.newest(out).name) + 1
 
         def run(step: int = step) -> int:
-            checkpoints.commit(out, step, fill)
+            step_folders.commit(out, step, fill)
             return 0
 
         died = in_child(run, out, touch) is None
-        folders = [p for p in (out / checkpoints.FOLDER).glob("*") if p.suffix != ".tmp"]
+        folders = [p for p in (out / step_folders.FOLDER).glob("*") if p.suffix != ".tmp"]
         for folder in folders:
             assert sorted(path.name for path in folder.iterdir()) == ["one", "two"], touch
         assert len(folders) >= 2
-        checkpoints.sweep(out)
+        step_folders.sweep(out)
         assert not list(out.rglob("*.tmp"))
         if not died:
             return touch - 1
@@ -127,15 +129,15 @@ def fill(folder: Path) -> None:
 
 def require_readable(out: Path) -> None:
     """Load everything that a person would take for whole."""
-    folders = [path for path in (out / checkpoints.FOLDER).glob("*") if path.suffix != ".tmp"]
+    folders = [path for path in (out / step_folders.FOLDER).glob("*") if path.suffix != ".tmp"]
     for folder in folders:
-        tensors, step, _ = checkpoint.load_state(folder)
+        tensors, step, _ = training_state.load_state(folder)
         assert tensors
         assert folder.name == str(step)
-    for directory in (out, out / checkpoints.BEST):
+    for directory in (out, out / step_folders.BEST):
         there = directory != out and directory.is_dir()
-        if there or (directory / checkpoint.MODEL_FILE).exists() or len(folders) > 1:
-            checkpoint.load_model(directory)
+        if there or (directory / hf.MODEL_FILE).exists() or len(folders) > 1:
+            hf.load_model(directory)
 
 
 def main(plan_file: str) -> None:
@@ -144,7 +146,7 @@ def main(plan_file: str) -> None:
     out = Path(plan["out"])
     torch.set_num_threads(1)
     # Measured, else, for half a second in each life.
-    patch.object(train, "peak_flops", lambda *_: 1e9).start()
+    patch.object(loop, "peak_flops", lambda *_: 1e9).start()
     hf_files()
     assert kill_every_commit(out.with_name("commits")) > 10
     flags = [*plan["flags"], "--out"]

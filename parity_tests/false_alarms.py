@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llama_torch import cli
-from llama_torch.config import InputError
+from llama_torch.common import cli
+from llama_torch.common.errors import InputError
 from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.mutants import FORWARD

@@ -8,17 +8,49 @@ from typing import NamedTuple
 
 PACKAGES = ("reference_np", "llama_torch", "tools", "parity_tests")
 
+# The parts of llama_torch that are no command's.
+LIBRARY = (
+    *("llama_torch.common", "llama_torch.kernels", "llama_torch.model", "llama_torch.tokenizer"),
+    *("llama_torch.config", "llama_torch.data", "llama_torch.checkpoint"),
+    *("llama_torch.distributed", "llama_torch.inference"),
+)
+PROGRAM = (
+    *("llama_torch", *LIBRARY, "llama_torch.training"),
+    *("llama_torch.training.verify", "llama_torch.training.oracle"),
+)
 # Part -> the parts that it may import beside itself. A module belongs to the longest name that
 # its own begins with.
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "reference_np": (),
-    "llama_torch": ("llama_torch.verify",),
-    "llama_torch.verify": ("llama_torch", "reference_np"),
-    "tools": ("llama_torch", "reference_np", "parity_tests.backends"),
-    "parity_tests.backends": ("llama_torch", "reference_np", "parity_tests"),
-    "parity_tests": (
-        *("llama_torch", "llama_torch.verify", "reference_np", "tools", "parity_tests.backends"),
+    # What every other package of llama_torch may import.
+    "llama_torch.common": (),
+    "llama_torch.kernels": (),
+    "llama_torch.model": ("llama_torch.common", "llama_torch.kernels"),
+    "llama_torch.tokenizer": ("llama_torch.common",),
+    "llama_torch.config": ("llama_torch.common", "llama_torch.model"),
+    "llama_torch.data": ("llama_torch.common", "llama_torch.tokenizer", "llama_torch.config"),
+    "llama_torch.checkpoint": (
+        *("llama_torch.common", "llama_torch.model", "llama_torch.tokenizer"),
     ),
+    "llama_torch.distributed": (
+        *("llama_torch.common", "llama_torch.model", "llama_torch.config"),
+    ),
+    "llama_torch.inference": (
+        *("llama_torch.common", "llama_torch.kernels", "llama_torch.model"),
+        *("llama_torch.tokenizer", "llama_torch.checkpoint"),
+    ),
+    "llama_torch.training": (*LIBRARY, "llama_torch.training.verify"),
+    # The only modules of llama_torch that import the oracle: --verify-every's.
+    "llama_torch.training.verify": (
+        *(*LIBRARY, "llama_torch.training", "llama_torch.training.oracle", "reference_np"),
+    ),
+    "llama_torch.training.oracle": (*LIBRARY, "llama_torch.training", "reference_np"),
+    # The commands, which nothing imports, and what outsiders import.
+    "llama_torch": (*LIBRARY, "llama_torch.training"),
+    "llama_torch.data.__main__": ("llama_torch",),
+    "tools": (*PROGRAM, "reference_np", "parity_tests.backends"),
+    "parity_tests.backends": (*PROGRAM, "reference_np", "parity_tests"),
+    "parity_tests": (*PROGRAM, "reference_np", "tools", "parity_tests.backends"),
 }
 # Part -> all the packages of others that it may import.
 OTHERS: Mapping[str, frozenset[str]] = {
@@ -27,8 +59,8 @@ OTHERS: Mapping[str, frozenset[str]] = {
 # Package of others -> the modules' prefixes that alone may import it.
 ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "triton": (
-        *("llama_torch.kernels", "llama_torch.kernel_step", "llama_torch.batch_kernels"),
-        *("llama_torch.loss_kernel", "parity_tests"),
+        *("llama_torch.kernels", "llama_torch.inference.triton_step"),
+        *("llama_torch.inference.triton_batch_step", "parity_tests"),
     ),
     "transformers": ("tools", "parity_tests"),
 }

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llama_torch.config import OptimConfig, ParallelConfig
-from llama_torch.model import Llama
-from llama_torch.optim import learning_rate, make_adamw
-from llama_torch.parallel import Parallel, job, leave
-from llama_torch.step import train_step
+from llama_torch.distributed.job import job, leave
+from llama_torch.distributed.parallel import Parallel
+from llama_torch.model.llama import Llama
+from llama_torch.training.optimizer import learning_rate, make_adamw
+from llama_torch.training.step import train_step
 
 from . import poison
 from .backends.torch_backends import optim_config, to_torch

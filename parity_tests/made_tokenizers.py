@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llama_torch import tokenizer as gpt2
+from llama_torch.tokenizer import gpt2
 
 TEXT = [topics[name] for name in sorted(topics)[:40]]
 SPECIALS = ("<|begin|>", "<|end|>", "<|head|>", "<|/head|>")

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import nn
 
-from llama_torch.cache import Cache
-from llama_torch.checkpoint import save_model, write_directory_files
-from llama_torch.config import ModelConfig
-from llama_torch.model import Llama
+from llama_torch.checkpoint.hf import save_model, write_directory_files
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.kv_cache import Cache
+from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
 
 Array = NDArray[Any]

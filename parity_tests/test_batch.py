@@ -11,11 +11,12 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from llama_torch import decoding
-from llama_torch.batch import Batch, generate, run
-from llama_torch.config import InputError, ModelConfig
-from llama_torch.generation_config import SamplingConfig
-from llama_torch.model import Llama
+from llama_torch.common.errors import InputError
+from llama_torch.inference import decoding, numpy_step
+from llama_torch.inference.config import SamplingConfig
+from llama_torch.inference.engine import Batch, generate, run
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
 from reference_np import sampling
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
@@ -224,7 +225,7 @@ def test_the_way_that_a_gpu_decodes(
     """As chosen for a GPU that is not there."""
     weight = SimpleNamespace(device=torch.device("cuda"), itemsize=dtype.itemsize)
     model: Any = SimpleNamespace(model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)))
-    monkeypatch.setattr(decoding.NumpyStep, "supports", lambda model: False)
+    monkeypatch.setattr(numpy_step.NumpyStep, "supports", lambda model: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for version, has_kernels in (("3.6.0", True), ("3.10.1+git", True), ("3.5.1", False)):
         monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))

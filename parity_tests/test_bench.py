@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_torch.config import ModelConfig
+from llama_torch.model.config import ModelConfig
 from tools import bench, bench_train
 from tools.bench_sides import Setup, Side, alternate, same_tokens
 from tools.bench_train import Result

@@ -13,10 +13,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_torch import chat, load
-from llama_torch.chat_template import ChatTemplate, Llama2Template, load_chat_template
-from llama_torch.config import InputError, ModelConfig
-from llama_torch.generation_config import ChatConfig, LoadConfig
-from llama_torch.text import Tokenizer, load_tokenizer
+from llama_torch.chat import ChatConfig
+from llama_torch.common.errors import InputError
+from llama_torch.inference.config import LoadConfig
+from llama_torch.model.config import ModelConfig
+from llama_torch.tokenizer.chat_template import ChatTemplate, Llama2Template, load_chat_template
+from llama_torch.tokenizer.loading import load_tokenizer
+from llama_torch.tokenizer.tokenizer import Tokenizer
 
 from .made_tokenizers import KINDS, SPECIALS
 from .support import write_model

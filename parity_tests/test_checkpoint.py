@@ -14,10 +14,11 @@ import torch
 from hypothesis import given
 from safetensors.numpy import load_file
 
-import llama_torch.config
+import llama_torch
 import reference_np.config
-from llama_torch.checkpoint import atomic_write, load_model
-from llama_torch.config import ModelConfig
+from llama_torch.checkpoint.hf import load_model
+from llama_torch.common.files import atomic_write
+from llama_torch.model.config import ModelConfig
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
@@ -26,7 +27,7 @@ from tools import random_checkpoint
 from .strategies import Array, Params, cast, configs, random_params
 from .support import save_numpy, torch_forward
 
-ERRORS = (llama_torch.config.InputError, reference_np.config.InputError)
+ERRORS = (llama_torch.InputError, reference_np.config.InputError)
 CONFIG = LlamaConfig(8, 2, 4, 2, 4, 12, 20)
 STORED = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 READERS = pytest.mark.parametrize("read", [Checkpoint, load_model])
@@ -250,7 +251,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     path.write_text("old")
     program = (
         "import os, signal, pathlib, sys\n"
-        "from llama_torch.checkpoint import atomic_write\n"
+        "from llama_torch.checkpoint.hf import atomic_write\n"
         "def die(temporary):\n"
         "    temporary.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

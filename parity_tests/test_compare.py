@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from llama_torch.checkpoint import load_model, locate, read_tensor
+from llama_torch.checkpoint.hf import load_model, locate, read_tensor
 from reference_np.config import LlamaConfig
 from reference_np.low_precision import round_to
 from reference_np.mutants import FORWARD
@@ -1006,6 +1006,6 @@ def test_traces_are_read_as_they_were_written(ckpt: Path, run: Callable, tmp_pat
 
 
 def _text() -> bytes:
-    from llama_torch.documents import documents
+    from llama_torch.data.documents import documents
 
     return next(iter(documents((), ""))).encode()

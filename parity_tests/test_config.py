@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-import llama_torch.config
+import llama_torch
 import reference_np.config
-from llama_torch.config import ModelConfig, TrainConfig
+from llama_torch.config import TrainConfig
+from llama_torch.model.config import ModelConfig
 from reference_np.config import LlamaConfig
 
 from .strategies import configs
 from .support import torch_config
 
-ERRORS = (llama_torch.config.InputError, reference_np.config.InputError)
+ERRORS = (llama_torch.InputError, reference_np.config.InputError)
 HF = LlamaConfig(8, 1, 2, 1, 4, 8, 10).to_hf()
 LLAMA3 = {
     "rope_type": "llama3",
@@ -127,7 +128,7 @@ def test_old_and_plain_forms_are_read(kind: Any) -> None:
 )
 def test_a_bad_setting_names_its_flag(section: str, change: dict[str, Any], flag: str) -> None:
     default = getattr(TrainConfig(), section)
-    with pytest.raises(llama_torch.config.InputError, match=f"^{flag} "):
+    with pytest.raises(llama_torch.InputError, match=f"^{flag} "):
         dataclasses.replace(default, **change)
 
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama_torch.checkpoint import load_model, locate
-from llama_torch.config import ModelConfig
+from llama_torch.checkpoint.hf import load_model, locate
+from llama_torch.model.config import ModelConfig
 from reference_np.config import LlamaConfig
 from tools import convert
 from tools.meta_params import config_from, hidden_width, params_of

@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from llama_torch.batch import Batch, generate, run
-from llama_torch.config import InputError, TrainConfig
-from llama_torch.decoding import GraphStep
-from llama_torch.generation_config import Decoding, SamplingConfig
-from llama_torch.guard import Guard
-from llama_torch.quantize import dequantised, quantize
-from llama_torch.speculative import Speculative
+from llama_torch.common.errors import InputError
+from llama_torch.config import TrainConfig
+from llama_torch.inference.config import Decoding, SamplingConfig
+from llama_torch.inference.cuda_graph import GraphStep
+from llama_torch.inference.engine import Batch, generate, run
+from llama_torch.inference.quantization import dequantised, quantize
+from llama_torch.inference.speculative import Speculative
+from llama_torch.training.bad_steps import Guard
 from reference_np.config import LlamaConfig
 from tools import compare
 

@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from llama_torch import batch as batches
-from llama_torch import decoding
-from llama_torch.batch import Batch, generate, run
-from llama_torch.config import InputError
-from llama_torch.decoding import KEPT, GraphStep
-from llama_torch.generation_config import Decoding, SamplingConfig
-from llama_torch.model import Llama
-from llama_torch.quantize import quantize
-from llama_torch.speculative import Speculative
+from llama_torch.common.errors import InputError
+from llama_torch.inference import cuda_graph, engine
+from llama_torch.inference.config import Decoding, SamplingConfig
+from llama_torch.inference.cuda_graph import KEPT, GraphStep
+from llama_torch.inference.engine import Batch, generate, run
+from llama_torch.inference.quantization import quantize
+from llama_torch.inference.speculative import Speculative
+from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
 from reference_np.tolerances import FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
@@ -32,7 +31,7 @@ from .support import torch_model
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CONFIG = LlamaConfig(16, 1, 4, 2, 8, 24, 40, max_seq_len=1024)
-ROUND = decoding.ROUND if ON_GPU else 32  # columns cost a CPU time
+ROUND = cuda_graph.ROUND if ON_GPU else 32  # columns cost a CPU time
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device here")
 ways = pytest.mark.parametrize("way", ["graph", pytest.param("kernels", marks=needs_gpu)])
@@ -80,13 +79,13 @@ def _recordings(monkeypatch: pytest.MonkeyPatch) -> None:
         return Recording.recorded.keep(step, once) if Recording.recorded else once(step)
 
     once = GraphStep._run
-    monkeypatch.setattr(decoding, "ROUND", ROUND)
+    monkeypatch.setattr(cuda_graph, "ROUND", ROUND)
     monkeypatch.setattr(GraphStep, "_run", run_or_record)
     for name, stub in (("graph", graph), ("CUDAGraph", Recording), ("Stream", stream)):
         monkeypatch.setattr(torch.cuda, name, stub)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(batches, "choose_way", lambda way, *_: way)
+    monkeypatch.setattr(engine, "choose_way", lambda way, *_: way)
     monkeypatch.setattr(Batch, "_read_ahead", lambda batch, results: results.tolist())
 
 
@@ -273,4 +272,4 @@ def test_the_store_is_the_one_that_decoding_keeps() -> None:
     """What ``steps_of`` reads."""
     model = make_model()
     greedy(model, [1], 12, "graph")
-    assert steps_of(model) == list(decoding._store(model).values())
+    assert steps_of(model) == list(cuda_graph._store(model).values())

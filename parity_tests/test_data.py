@@ -13,20 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llama_torch import documents, order, run_dir, train
-from llama_torch.config import DataConfig, InputError, TrainConfig
-from llama_torch.data import (
-    Corpus,
-    Source,
-    StepSampler,
-    describe,
-    load_corpus,
-    train_batches,
-    val_batches,
-)
-from llama_torch.documents import find_files, identify
-from llama_torch.shards import prepare
-from llama_torch.tokenizer import END_OF_TEXT_ID, gpt2
+from llama_torch import train
+from llama_torch.common.errors import InputError
+from llama_torch.config import DataConfig, TrainConfig
+from llama_torch.data import documents, order
+from llama_torch.data.corpus import Corpus, Source, describe, load_corpus
+from llama_torch.data.documents import find_files, identify
+from llama_torch.data.loader import StepSampler, train_batches, val_batches
+from llama_torch.data.shard_writer import prepare
+from llama_torch.tokenizer.gpt2 import END_OF_TEXT_ID, gpt2
+from llama_torch.training import loop, run_dir
+from llama_torch.training.step import train_step
 
 from .strategies import seeds
 
@@ -321,7 +318,7 @@ def test_a_mixed_and_packed_run_resumes_to_the_bit(
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert train.main([*flags, "--dry-run"]) == 0
     assert train.main([*flags, "--out", str(whole)]) == 0
-    real, taken = train.train_step, iter(range(3))
+    real, taken = train_step, iter(range(3))
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
         if next(taken, None) is None:
@@ -330,7 +327,7 @@ def test_a_mixed_and_packed_run_resumes_to_the_bit(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", stopped)
+        patch.setattr(loop, "train_step", stopped)
         assert train.main([*flags, "--out", str(out)]) == 130
     for more, message in (
         (["--weights", "0.6", "0.4"], "--weights is [0.7, 0.3] there and [0.6, 0.4] here"),

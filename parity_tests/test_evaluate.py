@@ -14,11 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_torch import evaluate as evaluation
-from llama_torch.config import InputError, ModelConfig
-from llama_torch.evaluate import Measurement, evaluate, spans
-from llama_torch.loss import IGNORE
-from llama_torch.model import Llama
-from llama_torch.text import Gpt2, Tokenizer
+from llama_torch.common.errors import InputError
+from llama_torch.inference import perplexity
+from llama_torch.inference.perplexity import Measurement, evaluate, spans
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from llama_torch.model.loss import IGNORE
+from llama_torch.tokenizer.tokenizer import Gpt2, Tokenizer
 from reference_np import model as oracle
 from reference_np.config import LlamaConfig
 from reference_np.ops import cross_entropy_sum
@@ -131,7 +133,7 @@ def test_each_token_is_scored_in_its_own_window(
     for start, begin, end in spans(len(ids), 1, context, stride):
         tokens, targets = torch.tensor(ids[start : end - 1]), torch.tensor(ids[start + 1 : end])
         targets[: begin - start - 1] = IGNORE
-        loss = evaluation.nll(model, tokens[None], targets[None])
+        loss = perplexity.nll(model, tokens[None], targets[None])
         assert loss == pytest.approx(math.fsum(expected[begin - 1 : end - 1]), rel=1e-10)
 
 
@@ -167,7 +169,7 @@ def test_more_windows_than_are_held_at_once() -> None:
         evaluate(model, Letters(), [text] * 2, context=8, stride=1, batch_size=size)
         for size in (1, 500)
     )
-    assert few.tokens == many.tokens == 2 * len(text) > evaluation.POOL
+    assert few.tokens == many.tokens == 2 * len(text) > perplexity.POOL
     assert few.nats == pytest.approx(many.nats, rel=1e-10)
 
 
@@ -184,9 +186,9 @@ def test_a_pass_holds_one_batch_and_the_logits_of_what_is_scored(
         positions.append(hidden.shape[:2].numel())
         return torch.zeros(())
 
-    scored_nll = evaluation.nll
-    monkeypatch.setattr(evaluation, "nll", nll)
-    monkeypatch.setattr(evaluation, "loss_sum", loss_sum)
+    scored_nll = perplexity.nll
+    monkeypatch.setattr(perplexity, "nll", nll)
+    monkeypatch.setattr(perplexity, "loss_sum", loss_sum)
     model = torch_model(CONFIG, random_params(CONFIG, 0))
     evaluate(model, Letters(), ["\x01" * 16], context=8, stride=2, batch_size=3)
     assert rows == [3, 2]  # of ids 1 to 8, then 9 and 10, 11 and 12, ...

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from llama_torch import SamplingConfig, generate, load
-from llama_torch import batch as tokens
-from llama_torch.checkpoint import load_model, save_model, write_directory_files
-from llama_torch.config import InputError, ModelConfig
-from llama_torch.model import Llama
-from llama_torch.text_model import TextModel
+from llama_torch.checkpoint.hf import load_model, save_model, write_directory_files
+from llama_torch.common.errors import InputError
+from llama_torch.inference import engine
+from llama_torch.inference.text_model import TextModel
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
 
 from .made_tokenizers import byte_level
 from .support import write_model
@@ -302,7 +303,7 @@ def test_transformers_continues_the_same(tmp_path: Path, shape: str) -> None:
         assert loaded.model.config == config
         prompt = loaded.encode("Hello world, hello")
         settings = SamplingConfig(max_new_tokens=64, temperature=0.0)
-        written = list(tokens.generate(loaded.model, prompt, settings))
+        written = list(engine.generate(loaded.model, prompt, settings))
         assert prompt + written == expected
         assert len(set(written)) > 10
 

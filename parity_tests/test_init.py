@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from llama_torch.config import ModelConfig
-from llama_torch.model import Llama
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
 from reference_np.tolerances import LAMBDA
 
 DIM, LAYERS = 128, 3

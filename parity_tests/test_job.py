@@ -13,13 +13,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_torch import gather, run_dir, sharded, train
-from llama_torch.checkpoint import MODEL_FILE
-from llama_torch.checkpoints import newest
-from llama_torch.config import InputError, ModelConfig, TrainConfig
-from llama_torch.model import Llama
-from llama_torch.parallel import Parallel
-from llama_torch.stopping import Stopped, signals
+from llama_torch import export, train
+from llama_torch.checkpoint import training_state
+from llama_torch.checkpoint.hf import MODEL_FILE
+from llama_torch.checkpoint.step_folders import newest
+from llama_torch.common.errors import InputError
+from llama_torch.config import TrainConfig
+from llama_torch.distributed.parallel import Parallel
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from llama_torch.training import run_dir
+from llama_torch.training.saver import Saver
+from llama_torch.training.signals import Stopped, signals
 
 from .ahead import Command, Job
 from .test_parallel import torchrun_command
@@ -139,13 +144,13 @@ def test_two_go_on_where_one_stopped(alone: Path, tmp_path: Path) -> None:
 
 @pytest.mark.ahead(SHARDED)
 def test_shards_are_gathered(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert gather.main([str(shards), "--step", "6", "--to", str(tmp_path / "model")]) == 0
+    assert export.main([str(shards), "--step", "6", "--to", str(tmp_path / "model")]) == 0
     weights, others = load_file(tmp_path / "model" / MODEL_FILE), load_file(shards / MODEL_FILE)
     assert all(torch.equal(weights[name], others[name]) for name in others | weights)
     assert (tmp_path / "model" / "tokenizer.json").exists()
-    assert gather.main([str(shards), "--step", "5"]) == 2
+    assert export.main([str(shards), "--step", "5"]) == 2
     assert "no such checkpoint; there are: 2, 4, 6" in capsys.readouterr().err
-    assert gather.main([str(tmp_path)]) == 2
+    assert export.main([str(tmp_path)]) == 2
     assert "holds no run; name the directory of one" in capsys.readouterr().err
 
 
@@ -239,14 +244,14 @@ def test_a_checkpoint_is_there_when_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, whose state is written while training goes on."""
-    monkeypatch.setattr(sharded, "Saving", SlowDisk)
+    monkeypatch.setattr(training_state, "Saving", SlowDisk)
     monkeypatch.setattr(Parallel, "is_sharded", True)
     monkeypatch.setattr(Parallel, "talk", lambda self: None)
     monkeypatch.setattr(Tensor, "is_cuda", True)
     config = TrainConfig(model=ModelConfig(dim=8, n_heads=2, n_kv_heads=1, n_layers=1))
     config = dataclasses.replace(config, out=str(tmp_path))
     model, parallel = Llama(config.model), Parallel()
-    saver = run_dir.Saver(config, model, torch.optim.AdamW(model.parameters()), parallel)
+    saver = Saver(config, model, torch.optim.AdamW(model.parameters()), parallel)
     assert saver.save(2, [], waits=False) == []
     assert saver.completed() == []
     assert newest(tmp_path) is None
@@ -256,7 +261,7 @@ def test_a_checkpoint_is_there_when_it_is_complete(
     assert saver.save(4, [], waits=False) == []
     assert saver.save(6, [3], waits=True) == [4, 6]
     assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "6"]
-    assert sharded.read_notes(newest(tmp_path)) == (6, [3])
+    assert training_state.read_notes(newest(tmp_path)) == (6, [3])
 
 
 @pytest.mark.parametrize(

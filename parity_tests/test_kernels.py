@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from llama_torch import loss
-from llama_torch.cache import StaticCache
+from llama_torch.model import loss
+from llama_torch.model.kv_cache import StaticCache
 from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
@@ -49,11 +49,11 @@ def _words_without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the interpreter, which has no inline assembly, the same conversion in Triton."""
     if ON_GPU:
         return
-    from llama_torch import kernels
+    from llama_torch.kernels import gemv
 
     from .interpreted import numbers
 
-    monkeypatch.setattr(kernels, "_numbers", numbers)
+    monkeypatch.setattr(gemv, "_numbers", numbers)
 
 
 def require_close(found: Array, exact: Array, plain: Array | None, dtype: str) -> None:
@@ -110,12 +110,12 @@ def test_one_sequence_is_decoded_as_the_oracle_computes_it(
     shape: str, held: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a cache whose columns that are not written yet hold something."""
-    from llama_torch import kernel_step
+    from llama_torch.inference import triton_step
 
     shapes = SHAPES
     if not ON_GPU:
         shapes = INTERPRETED_SHAPES
-        monkeypatch.setattr(kernel_step, "TILES", {"narrow": NARROW, "int8": INT8})
+        monkeypatch.setattr(triton_step, "TILES", {"narrow": NARROW, "int8": INT8})
     require_decoding(Kernels, shapes[shape], held, [3], positions_too=False)
 
 
@@ -146,9 +146,9 @@ def test_several_sequences_are_decoded_as_the_oracle_computes_them(
     shape: str, held: str, rows: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of unequal length, each at its own positions, with products in so many shares."""
-    from llama_torch import batch_step
+    from llama_torch.inference import triton_batch_step
 
-    monkeypatch.setattr(batch_step, "SPLITS", (splits,))
+    monkeypatch.setattr(triton_batch_step, "SPLITS", (splits,))
     lengths = [3, 2, *[1 + i % 3 for i in range(rows - 2)]]
     require_decoding(BatchKernels, BATCHES[shape], held, lengths, positions_too=True)
 
@@ -168,7 +168,7 @@ def test_attention_joins_its_shares_of_many_keys(
 
     One step serves all lengths: what an earlier call left behind must not be met again.
     """
-    from llama_torch.kernel_step import KEYS, KernelStep
+    from llama_torch.inference.triton_step import KEYS, KernelStep
 
     size = 9 * KEYS
     monkeypatch.setattr(KernelStep, "programs", shares * rows * config.n_heads)
@@ -232,7 +232,7 @@ def test_logits_become_their_derivative_in_one_kernel(
     vocab_size: int, padding: int, dtype: torch.dtype
 ) -> None:
     """Across the kernel's blocks of 4,096 columns; padding that holds large numbers counts not."""
-    from llama_torch.loss_kernel import differentiate
+    from llama_torch.kernels.cross_entropy import differentiate
 
     rng = np.random.default_rng(vocab_size)
     rows = 12

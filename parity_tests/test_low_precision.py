@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llama_torch import gather, master_adamw, step, train
-from llama_torch.checkpoint import MODEL_FILE, STATE_FILE, read_notes
-from llama_torch.checkpoints import newest
-from llama_torch.master_adamw import MasterAdamW, join, split
-from llama_torch.model import Llama
-from llama_torch.optim import learning_rate
+from llama_torch import export, train
+from llama_torch.checkpoint.hf import MODEL_FILE, read_notes
+from llama_torch.checkpoint.step_folders import newest
+from llama_torch.checkpoint.training_state import STATE_FILE
+from llama_torch.model.llama import Llama
+from llama_torch.training import optimizer as master_adamw
+from llama_torch.training import setup, step
+from llama_torch.training.optimizer import MasterAdamW, join, learning_rate, split
 from reference_np import optim
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, loss_and_grads
@@ -183,18 +185,18 @@ def test_a_bfloat16_run_exports_its_float32_weights(
 ) -> None:
     """model.safetensors, best/, the checkpoint and what is gathered of it, to the bit."""
     made: list[tuple[Llama, MasterAdamW]] = []
-    set_up = train.set_up
+    set_up = setup.set_up
 
     def kept(*given: Any) -> Any:
         made.append(set_up(*given))
         return made[-1]
 
-    monkeypatch.setattr(train, "set_up", kept)
+    monkeypatch.setattr(setup, "set_up", kept)
     text, out, gathered = tmp_path / "text.txt", tmp_path / "run", tmp_path / "gathered"
     text.write_text(TEXT)
     flags = [*SMALL_RUN, "--dtype", "bfloat16", "--lr", "1e-2", "--sample-every", "0"]
     assert train.main([*flags, "--data", str(text), "--out", str(out)]) == 0
-    assert gather.main([str(out), "--to", str(gathered)]) == 0
+    assert export.main([str(out), "--to", str(gathered)]) == 0
     ((model, optimizer),) = made
     masters = {name: optimizer.master(p) for name, p in model.named_parameters()}
     state = load_file(newest(out) / STATE_FILE)

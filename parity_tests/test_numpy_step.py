@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llama_torch import numpy_step
-from llama_torch.cache import StaticCache
-from llama_torch.config import ModelConfig
-from llama_torch.model import Llama
-from llama_torch.numpy_step import NumpyStep
+from llama_torch.inference import numpy_step
+from llama_torch.inference.numpy_step import NumpyStep
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.kv_cache import StaticCache
+from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
 
 from .backends.oracle import Oracle

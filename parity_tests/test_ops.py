@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, note
 from hypothesis import strategies as st
 
-from llama_torch import model as torch_ops
+from llama_torch.model import llama, rope
 from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.tolerances import (
@@ -80,7 +80,7 @@ def test_rope_tables(half: int, theta: float, scaling: dict[str, Any], data: st.
     for dtype, bound in ((np.float64, LOGIC), (np.float32, 2 * U32)):
         expected = ops.rope_tables(positions, config, dtype)
         torch_dtype = torch.float64 if dtype == np.float64 else torch.float32
-        actual = torch_ops.rope_tables(tensor, torch_config(config), torch_dtype)
+        actual = rope.rope_tables(tensor, torch_config(config), torch_dtype)
         for mine, theirs in zip(expected, actual, strict=True):
             assert mine.dtype == dtype
             assert theirs.dtype == torch_dtype
@@ -110,9 +110,9 @@ def test_apply_rope(seed: int, half: int, heads: int, data: st.DataObject) -> No
     positions = data.draw(positions_of(2, 3))
     x, config = draw_array(seed, 2, 3, heads, 2 * half), heads_of(2 * half)
     tensor = torch.from_numpy(positions)
-    tables = torch_ops.rope_tables(tensor, torch_config(config), torch.float64)
+    tables = rope.rope_tables(tensor, torch_config(config), torch.float64)
     exact = ops.apply_rope(x, *ops.rope_tables(positions, config, np.float64))
-    assert logic_error(torch_ops.apply_rope(torch.from_numpy(x), tables).numpy(), exact) <= LOGIC
+    assert logic_error(rope.apply_rope(torch.from_numpy(x), tables).numpy(), exact) <= LOGIC
     # A rotation keeps every pair's length, whatever the angle.
     lengths = np.hypot(*np.split(x, 2, axis=-1))
     np.testing.assert_allclose(np.hypot(*np.split(exact, 2, axis=-1)), lengths, rtol=1e-12)
@@ -122,7 +122,7 @@ def test_apply_rope(seed: int, half: int, heads: int, data: st.DataObject) -> No
     wide = (x32.astype(np.float64), cos.astype(np.float64), sin.astype(np.float64))
     exact, terms = ops.apply_rope(*wide), ops.apply_rope(*(np.abs(part) for part in wide))
     terms[..., :half] += 2 * np.abs(x32[..., half:]) * np.abs(sin)[:, :, None]  # abs of both terms
-    actual = torch_ops.apply_rope(
+    actual = rope.apply_rope(
         torch.from_numpy(x32),
         (torch.from_numpy(cos)[:, :, None], torch.from_numpy(sin)[:, :, None]),
     )
@@ -211,7 +211,7 @@ def attention_bound(q: Array, k: Array, v: Array, exact: Array) -> float:
 def test_causal_mask(n_queries: int, n_past: int) -> None:
     n_keys = n_past + n_queries
     mask = ops.causal_mask(n_queries, n_keys)
-    torch_mask = torch_ops.causal_mask(n_queries, n_keys, torch.device("cpu"))
+    torch_mask = llama.causal_mask(n_queries, n_keys, torch.device("cpu"))
     assert np.array_equal(torch_mask.numpy(), mask)
     for query in range(n_queries):
         assert mask[query].sum() == n_past + query + 1

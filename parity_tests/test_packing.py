@@ -9,9 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_torch import step, train
-from llama_torch.packing import pack_documents
-from llama_torch.step import split_window
+from llama_torch.training import step, validate
+from llama_torch.training.batch import pack_documents, split_window
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, loss_and_grads
 from reference_np.ops import IGNORE
@@ -88,7 +87,7 @@ def test_a_packed_row_is_its_documents_alone(case: Packed) -> None:
         scale = max(size(expected[name]), 1e-3 * largest, known)
         assert size(grads_of[parameter].numpy() - expected[name]) <= LOGIC * scale, name
     windows = [torch.from_numpy(case.window)]
-    val_loss = train.evaluate(model, windows, lambda window: pack_documents(window, case.end))
+    val_loss = validate.evaluate(model, windows, lambda window: pack_documents(window, case.end))
     assert val_loss == pytest.approx(loss, rel=LOGIC, abs=LOGIC * known)
 
 

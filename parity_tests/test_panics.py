@@ -13,12 +13,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama_torch import data, documents, evaluate, generate, load, tokenizer, train
-from llama_torch.chat_template import ChatTemplate, Llama2Template
-from llama_torch.config import DataConfig, InputError, ModelConfig, TrainConfig
-from llama_torch.data import load_corpus
-from llama_torch.text import load_tokenizer
-from llama_torch.tokenizer import gpt2, gpt2_ids, guarded
+from llama_torch import evaluate, generate, load, prepare
+from llama_torch.common.errors import InputError
+from llama_torch.config import DataConfig, TrainConfig
+from llama_torch.data import documents
+from llama_torch.data.corpus import load_corpus
+from llama_torch.inference import perplexity
+from llama_torch.model.config import ModelConfig
+from llama_torch.tokenizer import gpt2 as tokenizer
+from llama_torch.tokenizer.chat_template import ChatTemplate, Llama2Template
+from llama_torch.tokenizer.gpt2 import gpt2, gpt2_ids, guarded
+from llama_torch.tokenizer.loading import load_tokenizer
+from llama_torch.training import validate
 from reference_np.config import LlamaConfig
 from tools.inputs import token_ids
 
@@ -84,7 +90,7 @@ def test_preparation_names_the_file_and_the_place(
     (folder / "a.txt").write_text("Before.")
     (folder / name).write_text("\n".join(lines))
     flags = ["--data", str(folder), "--out", str(out), "--workers", workers]
-    said = refused(capsys, data.main(flags))
+    said = refused(capsys, prepare.main(flags))
     found = [p.start for p in documents.pieces([folder / name], "text") if BAD in str(p.content)]
     place = "line 3" if name == "b.jsonl" else f"the text from byte {found[0]} on"
     assert re.search(f"{name}: {place}: " + SAYS.format("tiktoken", "4 characters, from"), said)
@@ -98,7 +104,7 @@ def test_training_on_it_is_refused_before_it_begins(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.md: the text from byte 0 on: the tiktoken library"):
         load_corpus(config, 50257, 8)
     with pytest.raises(InputError, match="^--sample-prompt: the tiktoken library"):
-        train.sample(None, TrainConfig(sample_prompt=BAD), 0)  # type: ignore[arg-type]
+        validate.sample(None, TrainConfig(sample_prompt=BAD), 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("panicking")
@@ -121,7 +127,7 @@ def test_the_commands_on_a_model_name_the_flag_or_the_document(
         assert f"{name}: document {number}: the tiktoken library" in said
     model = load(model_dir)
     with pytest.raises(InputError, match="^--data: document 2: the tiktoken library"):
-        evaluate.evaluate(model.model, model.tokenizer, ["Hello.", BAD])
+        perplexity.evaluate(model.model, model.tokenizer, ["Hello.", BAD])
 
 
 @pytest.mark.usefixtures("panicking")
@@ -160,7 +166,7 @@ def test_a_tokenizer_that_panics_where_it_is_read(
 
     byte_level(tmp_path)
     stand_in = SimpleNamespace(Tokenizer=SimpleNamespace(from_str=panic))
-    monkeypatch.setattr("llama_torch.text._library", lambda *_: stand_in)
+    monkeypatch.setattr("llama_torch.tokenizer.tokenizer._library", lambda *_: stand_in)
     with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer .*of an unknown kind"):
         load_tokenizer(tmp_path, 700)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from llama_torch.model import Llama
-from llama_torch.parallel import global_norm, norm_of
+from llama_torch.model.llama import Llama
+from llama_torch.training.clip import global_norm, norm_of
 from reference_np.config import LlamaConfig
 from reference_np.optim import Hyper
 from reference_np.tolerances import UNIT_ROUNDOFF

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama_torch import loss
+from llama_torch.model import loss
 
 from . import poison
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_torch.config import ModelConfig
-from llama_torch.evaluate import evaluate
-from llama_torch.model import Llama
-from llama_torch.quantize import Int8Linear, dequantised, quantize
-from llama_torch.text import Gpt2
+from llama_torch.inference.perplexity import evaluate
+from llama_torch.inference.quantization import Int8Linear, dequantised, quantize
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from llama_torch.tokenizer.tokenizer import Gpt2
 
 from .strategies import Case, cast, wide_cases
 from .support import torch_model

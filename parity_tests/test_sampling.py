@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llama_torch.config import InputError
-from llama_torch.generation_config import SamplingConfig
-from llama_torch.sampling import Settings, draw, penalize, token_probabilities
+from llama_torch.common.errors import InputError
+from llama_torch.inference.config import SamplingConfig
+from llama_torch.inference.sampling import Settings, draw, penalize, token_probabilities
 from reference_np import sampling as oracle
 
 from .strategies import Array

@@ -18,12 +18,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama_torch import checkpoint, data, documents, shards
-from llama_torch.config import DataConfig, InputError
-from llama_torch.data import Corpus, Source, load_corpus, train_batches
-from llama_torch.documents import Text, find_files, identify
-from llama_torch.shards import Shards, prepare
-from llama_torch.tokenizer import END_OF_TEXT_ID, gpt2
+from llama_torch import prepare as data
+from llama_torch.common import files
+from llama_torch.common.errors import InputError
+from llama_torch.config import DataConfig
+from llama_torch.data import documents, shard_writer, shards
+from llama_torch.data.corpus import Corpus, Source, load_corpus
+from llama_torch.data.documents import Text, find_files, identify
+from llama_torch.data.loader import train_batches
+from llama_torch.data.shard_writer import prepare
+from llama_torch.data.shards import Shards
+from llama_torch.tokenizer.gpt2 import END_OF_TEXT_ID, gpt2
 
 # White space of every kind, what GPT-2's pattern treats apart, and characters of 1 to 4 bytes.
 SPACES = "   \n\n\r\t\x0b\x1c\x85\u00a0\u2003\u3000"
@@ -164,7 +169,7 @@ def killed_at(moment: int, text: Text, folder: Path, workers: int) -> int:
     """Prepare in a process that is killed when it waits for the disk the ``moment``-th time."""
 
     def work() -> None:
-        moments, real = iter(range(moment)), checkpoint.flush
+        moments, real = iter(range(moment)), files.flush
 
         def flush(path: Path) -> None:
             if next(moments, None) is None:
@@ -172,7 +177,7 @@ def killed_at(moment: int, text: Text, folder: Path, workers: int) -> int:
             real(path)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "flush", flush)
+            patch.setattr(files, "flush", flush)
             prepare(text, folder, workers, 1000)
 
     return in_child(work)
@@ -228,13 +233,13 @@ def test_two_that_prepare_one_folder_both_end_well(
         return real(piece, text_field)
 
     def second() -> None:
-        real_flock = shards.fcntl.flock
+        real_flock = shard_writer.fcntl.flock
 
         def flock(handle: int, how: int) -> None:
             started.set()  # the first may go on
             real_flock(handle, how)
 
-        monkeypatch.setattr(shards.fcntl, "flock", flock)
+        monkeypatch.setattr(shard_writer.fcntl, "flock", flock)
         found.append(prepare(text, tmp_path / "out", 1, 1000))
 
     found: list[Shards] = []
@@ -257,7 +262,7 @@ def refused(work: Callable[[], Any]) -> str:
 def test_a_full_disk_leaves_what_is_done(
     text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, real = tmp_path / "out", checkpoint.flush
+    folder, real = tmp_path / "out", files.flush
 
     def flush(path: Path) -> None:
         if path.name.startswith("00002.bin"):
@@ -265,7 +270,7 @@ def test_a_full_disk_leaves_what_is_done(
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "flush", flush)
+        patch.setattr(files, "flush", flush)
         assert "No space left" in refused(lambda: prepare(text, folder, 1, 1000))
     assert content_of(folder).keys() == {"00000.bin", "00001.bin", "progress.json", "lock"}
     assert "run the command that began it again" in refused(lambda: Shards(folder))
@@ -276,7 +281,7 @@ def test_a_full_disk_leaves_what_is_done(
 
 def stopped_at(name: str, text: Text, folder: Path, size: int) -> None:
     """Prepare until the disk is full at the shard ``name``."""
-    real = checkpoint.flush
+    real = files.flush
 
     def flush(path: Path) -> None:
         if path.name.startswith(name):
@@ -284,7 +289,7 @@ def stopped_at(name: str, text: Text, folder: Path, size: int) -> None:
         real(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "flush", flush)
+        patch.setattr(files, "flush", flush)
         assert "No space left" in refused(lambda: prepare(text, folder, 1, size))
 
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_torch.batch import generate, run
-from llama_torch.config import InputError, ModelConfig
-from llama_torch.generation_config import SamplingConfig
-from llama_torch.model import Llama
-from llama_torch.speculative import Speculative
+from llama_torch.common.errors import InputError
+from llama_torch.inference.config import SamplingConfig
+from llama_torch.inference.engine import generate, run
+from llama_torch.inference.speculative import Speculative
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
 
 from .strategies import Case, cast, random_params, wide_cases
 from .support import torch_model

@@ -14,10 +14,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_torch import loss, speedup, step, train
-from llama_torch.config import InputError, ModelConfig, TrainConfig
-from llama_torch.model import Llama
-from llama_torch.throughput import flops_per_token
+from llama_torch import train
+from llama_torch.common.errors import InputError
+from llama_torch.config import TrainConfig
+from llama_torch.model import loss
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from llama_torch.training import compile as speedup
+from llama_torch.training import step
+from llama_torch.training.throughput import flops_per_token
 from reference_np.grad import Batch
 from reference_np.ops import IGNORE
 

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from llama_torch import loss, step
-from llama_torch.config import ModelConfig
-from llama_torch.embedding import embed
-from llama_torch.loss import IGNORE
-from llama_torch.model import Llama
-from llama_torch.packing import pack_documents
+from llama_torch.model import loss
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.embedding import embed
+from llama_torch.model.llama import Llama
+from llama_torch.model.loss import IGNORE
+from llama_torch.training import step
+from llama_torch.training.batch import Batch, pack_documents, split_window
 from reference_np.naming import EMBED, LM_HEAD
 from reference_np.tolerances import FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
@@ -35,20 +36,20 @@ def skewed(generator: torch.Generator) -> Tensor:
     return drawn.view(ROWS, CONTEXT + 1)
 
 
-def padded(window: Tensor) -> step.Batch:
+def padded(window: Tensor) -> Batch:
     """Put up to half a row of padding, token 0, before each row's text; nobody sees it."""
-    tokens, targets, *_ = step.split_window(window)
+    tokens, targets, *_ = split_window(window)
     width = torch.arange(len(window))[:, None] % (CONTEXT // 2)
     place = torch.arange(CONTEXT)
     is_text = place >= width
     mask = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril() & is_text[:, None]
     mask |= torch.eye(CONTEXT, dtype=torch.bool)
     targets = targets.masked_fill(~is_text, IGNORE)
-    return step.Batch(tokens * is_text, targets, (place - width).clamp(min=0), mask)
+    return Batch(tokens * is_text, targets, (place - width).clamp(min=0), mask)
 
 
 INPUTS = {
-    "plain": step.split_window,
+    "plain": split_window,
     "packed": lambda window: pack_documents(window, END),
     "padded": padded,
 }

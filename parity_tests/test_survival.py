@@ -23,19 +23,16 @@ from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.data import get_worker_info
 
-from llama_torch import (
-    checkpoint,
-    checkpoints,
-    data,
-    generate,
-    guard,
-    packing,
-    run_dir,
-    step,
-    train,
-)
-from llama_torch.checkpoint import STATE_FILE, load_state, read_notes
-from llama_torch.config import InputError, ModelConfig, OptimConfig, TrainConfig
+from llama_torch import generate, train
+from llama_torch.checkpoint import hf, step_folders
+from llama_torch.checkpoint.hf import read_notes
+from llama_torch.checkpoint.training_state import STATE_FILE, load_state
+from llama_torch.common import files as checkpoint
+from llama_torch.common.errors import InputError
+from llama_torch.config import OptimConfig, TrainConfig
+from llama_torch.data import corpus, loader
+from llama_torch.model.config import ModelConfig
+from llama_torch.training import bad_steps, batch, loop, run_dir, setup, step
 
 from .ahead import Command, Job
 from .crashes import require_readable
@@ -75,7 +72,7 @@ def _heard() -> Iterator[None]:
 def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "peak_flops", lambda *_: 1e9)
+        patch.setattr(loop, "peak_flops", lambda *_: 1e9)
         patch.setenv("XDG_CACHE_HOME", str(out.parent))
         assert train.main([*flags, "--out", str(out)]) == 0
     return out
@@ -87,8 +84,8 @@ def resume(out: Path, *more: str) -> int:
 
 def require_same(one: Path, other: Path) -> None:
     """Two runs' losses at every step, newest checkpoints and exports are the same, to the bit."""
-    newest = checkpoints.newest(one).relative_to(one)
-    assert checkpoints.newest(other) == other / newest
+    newest = step_folders.newest(one).relative_to(one)
+    assert step_folders.newest(other) == other / newest
     for name in (newest / STATE_FILE, Path("model.safetensors"), Path("best/model.safetensors")):
         assert read_notes(one / name) == read_notes(other / name)
         mine, theirs = load_file(one / name), load_file(other / name)
@@ -148,15 +145,16 @@ def test_a_run_killed_over_and_over_is_the_uninterrupted_one() -> None:
 
 
 def before(name: str, call: int, do: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
-    """Let the ``call``-th call (from 1) of a function of train.py be preceded by ``do``."""
-    real, count = getattr(train, name), itertools.count(1)
+    """Let the ``call``-th call (from 1) of a function that training calls be preceded by ``do``."""
+    owner = next(module for module in (loop, setup) if hasattr(module, name))
+    real, count = getattr(owner, name), itertools.count(1)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if next(count) == call:
             do()
         return real(*args, **kwargs)
 
-    patch.setattr(train, name, wrapped)
+    patch.setattr(owner, name, wrapped)
 
 
 def send(number: int) -> None:
@@ -193,10 +191,10 @@ def test_a_signal_to_all_leaves_a_data_worker_at_work(
     flags: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A terminal's Ctrl-C reaches the worker too, here before it has read what is waited for."""
-    out, read, batches = tmp_path / "run", data.Windows.__getitem__, train.train_batches
+    out, read, batches = tmp_path / "run", loader.Windows.__getitem__, loader.train_batches
     sent, reads = tmp_path / "sent", itertools.count(1)
 
-    def waits(self: data.Windows, start: int) -> torch.Tensor:
+    def waits(self: loader.Windows, start: int) -> torch.Tensor:
         while get_worker_info() and next(reads) > 4 and not sent.exists():
             time.sleep(0.01)
         return read(self, start)
@@ -208,10 +206,10 @@ def test_a_signal_to_all_leaves_a_data_worker_at_work(
         yield from windows
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.Windows, "__getitem__", waits)
-        patch.setattr(train, "train_batches", lambda *a, **k: interrupted(batches(*a, **k)))
+        patch.setattr(loader.Windows, "__getitem__", waits)
+        patch.setattr(loop, "train_batches", lambda *a, **k: interrupted(batches(*a, **k)))
         assert train.main([*flags, "--num-workers", "1", "--out", str(out)]) == 130
-    assert checkpoints.newest(out).name == "3"
+    assert step_folders.newest(out).name == "3"
     assert resume(out, "--num-workers", "0") == 0
     require_same(whole, out)
 
@@ -263,7 +261,7 @@ def test_a_signal_before_the_first_step_ends_at_once(
 def test_a_second_signal_ends_at_once_and_harms_nothing(
     flags: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, saved = tmp_path / "run", checkpoint.save_file
+    out, saved = tmp_path / "run", hf.save_file
 
     def interrupted(*args: Any) -> None:
         saved(*args)
@@ -272,9 +270,9 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(
 
     with monkeypatch.context() as patch:
         before("train_step", 3, lambda: send(signal.SIGTERM), patch)
-        patch.setattr(checkpoint, "save_file", interrupted)
+        patch.setattr(hf, "save_file", interrupted)
         assert train.main([*flags, "--out", str(out)]) == 130
-    assert checkpoints.newest(out).name == "2"
+    assert step_folders.newest(out).name == "2"
     assert not left_over(out)
     require_readable(out)
     assert resume(out) == 0
@@ -316,7 +314,7 @@ def test_a_commit_is_complete_or_absent(
         fails = number in failing
 
         def write(folder: Path, step_: int = step_, fails: bool = fails) -> None:
-            assert folder == checkpoints.temporary(out / "checkpoints" / str(step_))
+            assert folder == step_folders.temporary(out / "checkpoints" / str(step_))
             (folder / "nested").mkdir()
             (folder / "nested" / "file").write_text(str(step_))
             if fails:
@@ -324,23 +322,23 @@ def test_a_commit_is_complete_or_absent(
 
         if fails:
             with pytest.raises(InputError, match=f"{step_}: cannot be written.*No space left"):
-                checkpoints.commit(out, step_, write, keep)
+                step_folders.commit(out, step_, write, keep)
         else:
-            made = checkpoints.commit(out, step_, write, keep)
+            made = step_folders.commit(out, step_, write, keep)
             assert (made / "nested" / "file").read_text() == str(step_)
             there = [*there, step_][-keep:]
         assert {path.name for path in (out / "checkpoints").iterdir()} == set(map(str, there))
-        newest = checkpoints.newest(out)
+        newest = step_folders.newest(out)
         assert newest == (out / "checkpoints" / str(there[-1]) if there else None)
     if len(there) > 1:
-        assert checkpoints.newest(out, before=there[-1]).name == str(there[-2])
+        assert step_folders.newest(out, before=there[-1]).name == str(there[-2])
 
 
 def test_no_file_of_another_is_swept(tmp_path: Path) -> None:
     for name in ("mine.tmp", "model.tmp", "sub/mine.tmp", "checkpoints/7.tmp", "best.tmp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    checkpoints.sweep(tmp_path)
+    step_folders.sweep(tmp_path)
     assert {path.name for path in left_over(tmp_path)} == {"mine.tmp", "model.tmp"}
 
 
@@ -375,7 +373,7 @@ def test_the_best_model_is_kept_and_outlives_a_resume(
 ) -> None:
     out, losses = tmp_path / "run", {0: 1.0, 2: 5.0, 4: 4.0, 6: 4.5, 8: 4.0, 10: math.nan}
     done: list[int] = []
-    monkeypatch.setattr(train, "evaluate", lambda *_: losses[done[-1] if done else 0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: losses[done[-1] if done else 0])
     real = step.train_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -384,7 +382,7 @@ def test_the_best_model_is_kept_and_outlives_a_resume(
             send(signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(loop, "train_step", counted)
     more = ["--steps", "10", "--save-every", "2", "--keep-last", "1"]
     assert train.main([*flags, *more, "--out", str(out)]) == 143
     losses[5] = 1.0  # what a resumption measures first is no candidate
@@ -429,10 +427,10 @@ def nth(real: Any, call: int) -> Any:
         (checkpoint, "_write_text", 2, None),  # config.json
         (RecordWriter, "write", 1, None),
         (RecordWriter, "write", 15, 1),
-        (checkpoint, "save_file", 1, None),
-        (checkpoint, "save_file", 3, 1),  # best/
-        (checkpoint, "save_file", 4, 1),  # the checkpoint of step 2
-        (checkpoint, "save_file", 5, 2),  # its export
+        (hf, "save_file", 1, None),
+        (hf, "save_file", 3, 1),  # best/
+        (hf, "save_file", 4, 1),  # the checkpoint of step 2
+        (hf, "save_file", 5, 2),  # its export
         (os, "fsync", 33, 1),
         (os, "fsync", 41, 2),
     ],
@@ -459,7 +457,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(
     assert error.count("\n") == 1
     assert not left_over(out)
     require_readable(out)
-    newest = checkpoints.newest(out)
+    newest = step_folders.newest(out)
     assert (newest and int(newest.name)) == steps_saved
     again = resume(out) if (out / "run.json").exists() else train.main([*flags, "--out", str(out)])
     assert again == 0
@@ -485,7 +483,7 @@ def spoil(kinds: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
         return step.train_step(*args, accept=accept, **kwargs)
 
     monkeypatch.setattr(step, "accumulate", accumulate)
-    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(loop, "train_step", train_step)
 
 
 @pytest.mark.parametrize(
@@ -508,7 +506,7 @@ def test_a_bad_step_ends_the_run_before_its_update(
     out, models = tmp_path / "run", []
     spoil({3: kind}, monkeypatch)
     monkeypatch.setattr(
-        train, "set_up", lambda *a, real=train.set_up: models.append(real(*a)) or models[-1]
+        setup, "set_up", lambda *a, real=setup.set_up: models.append(real(*a)) or models[-1]
     )
     assert train.main([*flags, "--log-every", "100", "--out", str(out)]) == 2
     error = capsys.readouterr().err
@@ -516,7 +514,7 @@ def test_a_bad_step_ends_the_run_before_its_update(
     assert named in error
     assert "training tokens " in error
     assert "(the last checkpoint stands)" in error
-    saved = load_state(checkpoints.newest(out))
+    saved = load_state(step_folders.newest(out))
     assert saved[1:] == (2, [])
     for name, parameter in models[0][0].named_parameters():
         assert torch.equal(parameter, saved[0][f"parameter.{name}"])
@@ -530,12 +528,12 @@ def test_the_windows_of_a_bad_step_are_those_it_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     read: list[torch.Tensor] = []
-    cut = packing.split_window
-    monkeypatch.setattr(packing, "split_window", lambda part: read.append(part) or cut(part))
+    cut = batch.split_window
+    monkeypatch.setattr(batch, "split_window", lambda part: read.append(part) or cut(part))
     spoil({4: "nan"}, monkeypatch)
     corpora = []
-    load = train.load_corpus
-    monkeypatch.setattr(train, "load_corpus", lambda *a: corpora.append(load(*a)) or corpora[-1])
+    load = corpus.load_corpus
+    monkeypatch.setattr(setup, "load_corpus", lambda *a: corpora.append(load(*a)) or corpora[-1])
     assert train.main([*flags, "--grad-accum", "2", "--out", str(tmp_path / "run")]) == 2
     spans = capsys.readouterr().err.partition("training tokens ")[2].partition(";")[0]
     ends = [map(int, span.split("-")) for span in spans.split(", ")]
@@ -607,7 +605,7 @@ def test_a_gpus_guard_finds_the_first_bad_step(
     """On a device that is not waited for; the same judgement as where it is."""
     config = TrainConfig(model=ModelConfig(vocab_size=vocab_size), optim=OptimConfig(z_loss=z_loss))
     cpu = torch.device("cpu")
-    later, at_once = (guard.Guard(config, cpu, lambda i: f"windows {i}", []) for _ in range(2))
+    later, at_once = (bad_steps.Guard(config, cpu, lambda i: f"windows {i}", []) for _ in range(2))
     later.waits = False
     most = 3 * math.log(vocab_size)
     most += z_loss * most**2
@@ -638,13 +636,13 @@ def test_what_a_gpu_trained_after_a_bad_step_is_not_saved(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = guard.Guard.__init__
+    made = bad_steps.Guard.__init__
 
-    def unwaited(self: guard.Guard, *args: Any, **more: Any) -> None:
+    def unwaited(self: bad_steps.Guard, *args: Any, **more: Any) -> None:
         made(self, *args, **more)
         self.waits = False
 
-    monkeypatch.setattr(guard.Guard, "__init__", unwaited)
+    monkeypatch.setattr(bad_steps.Guard, "__init__", unwaited)
     spoil({3: "gradient"}, monkeypatch)
     often = {"log": "100", "eval": "100", "save": "2"}
     for name in often:
@@ -652,7 +650,7 @@ def test_what_a_gpu_trained_after_a_bad_step_is_not_saved(
         every = [f"--{key}-every={'5' if key == name != 'save' else often[key]}" for key in often]
         assert train.main([*flags, *every, "--out", str(out)]) == 2
         assert "step 3 is bad: its loss is 10.8" in capsys.readouterr().err
-        assert checkpoints.newest(out).name == "2"
+        assert step_folders.newest(out).name == "2"
         require_readable(out)
 
 

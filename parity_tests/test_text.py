@@ -12,10 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama_torch.config import InputError
-from llama_torch.text import Gpt2, Json, SentencePiece, Tokenizer, end_ids, load_tokenizer
-from llama_torch.text_stream import TextStream
-from llama_torch.tokenizer import gpt2
+from llama_torch.common.errors import InputError
+from llama_torch.tokenizer.detokenizer import TextStream
+from llama_torch.tokenizer.gpt2 import gpt2
+from llama_torch.tokenizer.loading import end_ids, load_tokenizer
+from llama_torch.tokenizer.tokenizer import Gpt2, Json, SentencePiece, Tokenizer
 
 from .made_tokenizers import KINDS, SPECIALS
 

@@ -8,15 +8,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama_torch import tokenizer
-from llama_torch.config import InputError, ModelConfig
+from llama_torch.common.errors import InputError
+from llama_torch.model.config import ModelConfig
+from llama_torch.tokenizer import gpt2
 
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Any:
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tokenizer")
-    for name, text in tokenizer.hf_files().items():
+    for name, text in gpt2.hf_files().items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(ModelConfig().to_hf()))
     return transformers.AutoTokenizer.from_pretrained(folder)
@@ -24,7 +25,7 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_known_ids() -> None:
     """Facts of GPT-2, known from outside this project."""
-    encoding = tokenizer.gpt2()
+    encoding = gpt2.gpt2()
     assert encoding.n_vocab == 50257
     assert encoding.encode_ordinary("Hello world") == [15496, 995]
     assert encoding.encode("<|endoftext|>", allowed_special="all") == [50256]
@@ -43,7 +44,7 @@ pieces = st.one_of(
 @example(parts=["I've 'VE  \n\n  don't", " \u3000x", "\x00\x7f\x85"])
 def test_hugging_face_encodes_exactly_as_tiktoken(hugging_face: Any, parts: list[str]) -> None:
     text = "".join(parts)
-    ids = tokenizer.gpt2().encode(text, allowed_special="all")
+    ids = gpt2.gpt2().encode(text, allowed_special="all")
     assert hugging_face(text).input_ids == ids
     assert hugging_face.decode(ids) == text
 
@@ -55,6 +56,6 @@ def test_special_token_agrees(hugging_face: Any) -> None:
 
 def test_damaged_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "gpt2.tiktoken").write_bytes(b"IQ== 0\n")
-    monkeypatch.setattr(tokenizer.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(gpt2.resources, "files", lambda package: tmp_path)
     with pytest.raises(InputError, match="gpt2.tiktoken: sha256 is"):
-        tokenizer._ranks()
+        gpt2._ranks()

@@ -16,14 +16,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llama_torch import checkpoints, run_dir, step, train
-from llama_torch import loss as loss_module
-from llama_torch.checkpoint import STATE_FILE, load_model
-from llama_torch.config import InputError, ModelConfig, OptimConfig
-from llama_torch.loss import IGNORE, _pieces, backward_loss, count_valid, loss_sum
-from llama_torch.model import Llama
-from llama_torch.optim import learning_rate, make_adamw
-from llama_torch.parallel import Parallel
+from llama_torch import train
+from llama_torch.checkpoint import step_folders
+from llama_torch.checkpoint.hf import load_model
+from llama_torch.checkpoint.training_state import STATE_FILE
+from llama_torch.common.errors import InputError
+from llama_torch.config import OptimConfig
+from llama_torch.distributed.parallel import Parallel
+from llama_torch.model import loss as loss_module
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from llama_torch.model.loss import IGNORE, _pieces, backward_loss, count_valid, loss_sum
+from llama_torch.training import batch, loop, run_dir, step, validate
+from llama_torch.training.optimizer import learning_rate, make_adamw
 
 from .strategies import seeds
 
@@ -42,11 +47,11 @@ def fresh_model(seed: int = 0) -> Llama:
     return model.double()
 
 
-def random_batch(rng: np.random.Generator, rows: int, length: int) -> step.Batch:
+def random_batch(rng: np.random.Generator, rows: int, length: int) -> batch.Batch:
     tokens = torch.from_numpy(rng.integers(0, TINY.vocab_size, (rows, length)))
     targets = torch.from_numpy(rng.integers(0, TINY.vocab_size, (rows, length)))
     targets[torch.from_numpy(rng.random((rows, length)) < 0.4)] = IGNORE
-    return step.Batch(tokens, targets)
+    return batch.Batch(tokens, targets)
 
 
 @given(seed=seeds, rows=st.integers(2, 5), length=st.integers(2, 9), data=st.data())
@@ -65,7 +70,7 @@ def test_a_step_does_not_depend_on_its_split(
         loss, norm = step.train_step(
             model,
             optimizer,
-            [step.Batch(tokens[part], targets[part]) for part in parts],
+            [batch.Batch(tokens[part], targets[part]) for part in parts],
             lr=1e-2,
             grad_clip=0.5,
         )
@@ -93,10 +98,10 @@ def test_processes_share_out_an_evaluation(seed: int, n_batches: int, world: int
     windows = [torch.from_numpy(rng.integers(0, 60, (2, 6))) for _ in range(n_batches)]
     shared = [OneOf(rank, world) for rank in range(world)]
     for one in shared:
-        train.evaluate(model, windows, parallel=one)
+        validate.evaluate(model, windows, parallel=one)
     loss, n_valid = sum(one.added for one in shared).tolist()
     assert n_valid == 10 * n_batches
-    assert loss / n_valid == pytest.approx(train.evaluate(model, windows), rel=1e-12)
+    assert loss / n_valid == pytest.approx(validate.evaluate(model, windows), rel=1e-12)
 
 
 @given(n=st.integers(1, 60), vocab_size=st.integers(1, 40), n_bytes=st.integers(1, 4000))
@@ -104,7 +109,7 @@ def test_pieces_are_alike_and_their_logits_fit(n: int, vocab_size: int, n_bytes:
     """All positions in order; only the last piece is smaller, and only one row may not fit."""
     hidden, targets = torch.zeros(1, n, 2), torch.arange(n)[None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama_torch.loss.CHUNK_BYTES", n_bytes)
+        patch.setattr("llama_torch.model.loss.CHUNK_BYTES", n_bytes)
         pieces = [piece for _, piece in _pieces(hidden, vocab_size, targets)]
     assert torch.equal(torch.cat(pieces), targets[0])
     sizes = [len(piece) for piece in pieces]
@@ -144,7 +149,7 @@ def test_a_step_without_valid_targets_is_refused() -> None:
         step.train_step(
             model,
             make_adamw(model, OptimConfig()),
-            [step.Batch(tokens, torch.full_like(tokens, IGNORE))],
+            [batch.Batch(tokens, torch.full_like(tokens, IGNORE))],
             lr=1.0,
             grad_clip=1.0,
         )
@@ -227,7 +232,7 @@ def test_a_run_leaves_a_model_directory(
 
 def state_file(out: Path) -> Path:
     """Return the newest checkpoint's file, which may not exist."""
-    return (checkpoints.newest(out) or out / "none") / STATE_FILE
+    return (step_folders.newest(out) or out / "none") / STATE_FILE
 
 
 class Stopped(KeyboardInterrupt):
@@ -235,14 +240,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, taken = train.train_step, iter(range(steps))
+    real, taken = step.train_step, iter(range(steps))
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         if next(taken, None) is None:
             raise Stopped
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(loop, "train_step", counted)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_torch.optim import learning_rate
+from llama_torch.training.optimizer import learning_rate
 from reference_np import grad, ops, optim, training_mutants
 from reference_np.config import InputError, LlamaConfig
 from reference_np.grad import Batch, loss_and_grads

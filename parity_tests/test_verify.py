@@ -16,14 +16,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_torch import embedding, loss, run_dir, step, train, verify, verify_sums
-from llama_torch import model as torch_module
-from llama_torch.checkpoint import STATE_FILE, load_state
-from llama_torch.checkpoints import newest
-from llama_torch.config import InputError, ModelConfig, OptimConfig
-from llama_torch.model import Llama
-from llama_torch.optim import make_adamw
-from llama_torch.verify import Measure, Observed
+from llama_torch import train
+from llama_torch.checkpoint.step_folders import newest
+from llama_torch.checkpoint.training_state import STATE_FILE, load_state
+from llama_torch.common.errors import InputError
+from llama_torch.config import OptimConfig
+from llama_torch.model import embedding, llama, loss, rope
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from llama_torch.training import batch as batch_module
+from llama_torch.training import loop, run_dir, step, verify, verify_sums
+from llama_torch.training import oracle as oracle_module
+from llama_torch.training.optimizer import make_adamw
+from llama_torch.training.oracle import Measure, Observed
 from reference_np import grad, ops, optim
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
@@ -54,7 +59,7 @@ def flags(tmp_path: Path) -> list[str]:
     return [*SMALL_RUN, "--sample-every", "0", "--data", str(path)]
 
 
-def pack(batch: step.Batch, rng: np.random.Generator) -> step.Batch:
+def pack(batch: batch_module.Batch, rng: np.random.Generator) -> batch_module.Batch:
     """Cut every row into the same documents, whose last tokens have no target."""
     rows, length = batch.tokens.shape
     is_first = rng.random(length) < 0.1
@@ -63,7 +68,7 @@ def pack(batch: step.Batch, rng: np.random.Generator) -> step.Batch:
     targets = batch.targets.clone()
     targets[:, starts[1:-1] - 1] = IGNORE
     wide = [np.broadcast_to(x, (rows, *x.shape[1:])).copy() for x in (positions, mask)]
-    return step.Batch(batch.tokens, targets, *map(torch.from_numpy, wide))
+    return batch_module.Batch(batch.tokens, targets, *map(torch.from_numpy, wide))
 
 
 @composite
@@ -99,7 +104,7 @@ def trained(draw: Draw) -> Any:
     for _ in range(draw(st.integers(1, 3), label="steps")):
         shape = (rows * parts, config.max_seq_len + 1)
         window = torch.from_numpy(rng.integers(0, config.vocab_size, shape))
-        batches = [step.split_window(part) for part in window.split(rows)]
+        batches = [batch_module.split_window(part) for part in window.split(rows)]
         batches = [pack(batch, rng) if is_packed else batch for batch in batches]
         if any(loss.count_valid(batch.targets) for batch in batches):
             step.train_step(made, optimizer, batches, lr=lr, grad_clip=1.0, z_loss=z_loss)
@@ -108,7 +113,7 @@ def trained(draw: Draw) -> Any:
 
 @given(case=trained())
 def test_what_is_right_holds_and_stays_as_it_is(
-    case: tuple[Llama, list[step.Batch], float],
+    case: tuple[Llama, list[batch_module.Batch], float],
 ) -> None:
     made, batches, z_loss = case
     parameters = dict(made.named_parameters())
@@ -169,12 +174,12 @@ Patch = pytest.MonkeyPatch
 
 
 def other_base(patch: Patch) -> None:
-    real = torch_module.rope_frequencies
+    real = rope.rope_frequencies
 
     def frequencies(config: ModelConfig, device: Any = None) -> Tensor:
         return real(dataclasses.replace(config, rope_theta=2 * config.rope_theta), device)
 
-    patch.setattr(torch_module, "rope_frequencies", frequencies)
+    patch.setattr(rope, "rope_frequencies", frequencies)
 
 
 def no_epsilon(patch: Patch) -> None:
@@ -192,8 +197,8 @@ def sees_the_future(patch: Patch) -> None:
 
 
 def one_row_for_all(patch: Patch) -> None:
-    real = torch_module.apply_rope
-    patch.setattr(torch_module, "apply_rope", lambda x, tables: real(x[:1], tables).expand(x.shape))
+    real = rope.apply_rope
+    patch.setattr(llama, "apply_rope", lambda x, tables: real(x[:1], tables).expand(x.shape))
 
 
 def silu_gradient(patch: Patch) -> None:
@@ -217,7 +222,7 @@ def ignored_learnt(patch: Patch) -> None:
 
 
 def mean_of_means(patch: Patch) -> None:
-    real = step.backward_loss
+    real = loss.backward_loss
 
     def backward(hidden: Tensor, head: Tensor, targets: Tensor, n: int, z: float) -> Tensor:
         return real(hidden, head, targets, 2 * loss.count_valid(targets), z)
@@ -267,7 +272,7 @@ def test_a_fault_in_the_midst_of_a_run_stops_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Planted in step 3: the check after step 2 holds and the one after step 4 does not."""
-    out, real, taken = tmp_path / "run", train.train_step, []
+    out, real, taken = tmp_path / "run", step.train_step, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         taken.append(None)
@@ -275,7 +280,7 @@ def test_a_fault_in_the_midst_of_a_run_stops_it(
             fault(monkeypatch)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(loop, "train_step", counted)
     every = ["--verify-every", "2", "--save-every", "2", "--lr", "1e-2"]
     assert train.main([*flags, *every, *more, "--out", str(out)]) == 1
     captured = capsys.readouterr()
@@ -305,7 +310,7 @@ def test_a_sum_that_fails_at_the_257th_occurrence_is_seen(
     made.to(dtype)
     window = torch.randint(50, (8, 129), generator=torch.Generator().manual_seed(1))
     window[:, ::2] = 7
-    batches = [step.split_window(window)]
+    batches = [batch_module.split_window(window)]
     right = verify.check(made, batches, 0.0)
     monkeypatch.setattr(embedding, "embed", lambda ids, weight: NarrowSum.apply(weight, ids))
     wrong = verify.check(made, batches, 0.0)
@@ -328,7 +333,7 @@ def test_terms_that_overflowed_excuse_no_finite_sum(bad: float) -> None:
 def test_tokens_that_occur_once_have_no_error() -> None:
     made = Llama(ModelConfig(16, 1, 2, 1, vocab_size=50, max_seq_len=8, tie_embeddings=False))
     made.init_weights(torch.Generator().manual_seed(0))
-    *_, found = verify.check(made, [step.split_window(torch.arange(1, 10)[None])], 0.0)
+    *_, found = verify.check(made, [batch_module.split_window(torch.arange(1, 10)[None])], 0.0)
     assert (found.parameter, found.error, found.share) == ("model.embed_tokens.weight", 0.0, 0.0)
 
 
@@ -374,7 +379,7 @@ class Setting(NamedTuple):
 
     config: LlamaConfig
     weights: dict[str, Tensor]
-    batches: list[step.Batch]
+    batches: list[batch_module.Batch]
 
 
 def setting(dtype: torch.dtype, is_tied: bool) -> Setting:
@@ -382,7 +387,7 @@ def setting(dtype: torch.dtype, is_tied: bool) -> Setting:
     params = random_params(config, 1, 0.05)  # small embeddings make the norms' epsilon count
     weights = {name: torch.from_numpy(value).to(dtype) for name, value in params.items()}
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, 41))
-    batches = [step.split_window(part) for part in torch.from_numpy(ids).split(2)]
+    batches = [batch_module.split_window(part) for part in torch.from_numpy(ids).split(2)]
     return Setting(config, weights, verify.pick(batches))
 
 
@@ -391,7 +396,7 @@ def computed(given: Setting, bug: Mutant | None) -> Observed:
     parts: tuple[Any, ...] = (ops, grad.REFERENCE, optim.REFERENCE)
     oracle = Oracle(*(parts if bug is None else map(bug.apply, parts)))
     params = {name: weight.float().numpy() for name, weight in given.weights.items()}
-    sizes = zip(given.batches, verify.PARTS, strict=True)
+    sizes = zip(given.batches, oracle_module.PARTS, strict=True)
     batches = [
         Batch(*(x[:rows, :length].numpy() for x in batch[:2])) for batch, (rows, length) in sizes
     ]
@@ -403,7 +408,7 @@ def computed(given: Setting, bug: Mutant | None) -> Observed:
 
 def judged(given: Setting, observed: Observed, precision: str) -> list[Measure]:
     config = torch_config(given.config)
-    return verify.judge(config, given.weights, given.batches, observed, precision, Z_LOSS)
+    return oracle_module.judge(config, given.weights, given.batches, observed, precision, Z_LOSS)
 
 
 def share(precision: str, bug: Mutant | None) -> float:
@@ -417,7 +422,7 @@ def share(precision: str, bug: Mutant | None) -> float:
 def _references_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute what a model of ``setting`` is judged by once, and not for every bug."""
     known: dict[Any, Any] = {}
-    real = verify._compute
+    real = oracle_module._compute
 
     def compute(config: LlamaConfig, params: Any, batches: Any, z_loss: float, kind: str) -> Any:
         key = config, params.dtype, params.moved, z_loss, kind
@@ -425,7 +430,7 @@ def _references_once(monkeypatch: pytest.MonkeyPatch) -> None:
             known[key] = real(config, params, batches, z_loss, kind)
         return known[key]
 
-    monkeypatch.setattr(verify, "_compute", compute)
+    monkeypatch.setattr(oracle_module, "_compute", compute)
 
 
 @pytest.mark.usefixtures("_references_once")
@@ -504,7 +509,9 @@ def test_the_precision_of_products_is_found_out(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_tries_are_from_weights_one_rounding_away(dtype: torch.dtype) -> None:
     weights = {"a": torch.randn(50, generator=torch.Generator().manual_seed(0)).to(dtype)}
-    one, again, other = (verify._Weights(weights, torch.float32, moved) for moved in (1, 1, 2))
+    one, again, other = (
+        oracle_module._Weights(weights, torch.float32, moved) for moved in (1, 1, 2)
+    )
     value = weights["a"].float().numpy()
     moved = np.abs(one["a"] - value) / np.abs(value)
     assert np.all((moved > 0) & (moved <= 2 * torch.finfo(dtype).eps))
@@ -558,7 +565,7 @@ def test_a_compiled_model_is_verified_as_it_trains() -> None:
     for layer in made.model.layers:
         layer.compile(backend="eager", fullgraph=True, dynamic=False)
     window = torch.randint(50, (6, 21), generator=torch.Generator().manual_seed(0))
-    batches = [step.split_window(part) for part in window.split(3)]
+    batches = [batch_module.split_window(part) for part in window.split(3)]
     step.train_step(made, optimizer, batches, lr=1e-3, grad_clip=1.0)
     counts = torch._dynamo.utils.counters["stats"]
     before = dict(counts)

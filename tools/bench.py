@@ -27,9 +27,9 @@ if __name__ == "__main__":
     # should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llama_torch import cli
-from llama_torch.config import InputError
-from llama_torch.device import pick_device
+from llama_torch.common import cli
+from llama_torch.common.device import pick_device
+from llama_torch.common.errors import InputError
 from tools.bench_sides import Row, Setup
 from tools.bench_train import TrainRow
 from tools.bench_works import WORKS

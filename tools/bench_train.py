@@ -24,12 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_torch import speedup
-from llama_torch.config import ModelConfig, TrainConfig
-from llama_torch.model import Llama
-from llama_torch.optim import make_adamw
-from llama_torch.step import split_window, train_step
-from llama_torch.throughput import flops_per_token, peak_flops, peak_memory
+from llama_torch.config import TrainConfig
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from llama_torch.training import compile as speedup
+from llama_torch.training.batch import split_window
+from llama_torch.training.optimizer import make_adamw
+from llama_torch.training.step import train_step
+from llama_torch.training.throughput import flops_per_token, peak_flops, peak_memory
 from tools.bench_sides import Setup, paired
 from tools.hf_peer import peer_loss, plain_step, transformers_peer
 

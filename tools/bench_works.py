@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_torch.batch import Batch, generate, run
-from llama_torch.config import ModelConfig
-from llama_torch.generation_config import SamplingConfig
-from llama_torch.model import Llama
+from llama_torch.inference.config import SamplingConfig
+from llama_torch.inference.engine import Batch, generate, run
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
 from tools import bench_numpy, bench_train
 from tools.bench_sides import (
@@ -199,7 +199,7 @@ def batch32(setup: Setup) -> list[Row]:
 
 def int8(setup: Setup) -> list[Row]:
     """Measure one sequence with int8 weights, beside the same model as it was."""
-    from llama_torch.quantize import quantize
+    from llama_torch.inference.quantization import quantize
 
     n, plain = setup.new_tokens, model_for(setup, 2 * setup.new_tokens)
     quantised = model_for(setup, 2 * n)

@@ -30,9 +30,9 @@ if __name__ == "__main__":
     sys.path.append("")
 
 import reference_np.config
-from llama_torch import cli
-from llama_torch.checkpoint import write_text
-from llama_torch.config import InputError
+from llama_torch.common import cli
+from llama_torch.common.errors import InputError
+from llama_torch.common.files import write_text
 from reference_np import backend as backends
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig

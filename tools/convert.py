@@ -26,9 +26,11 @@ if __name__ == "__main__":
     # should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llama_torch import cli
-from llama_torch.checkpoint import INDEX_FILE, MODEL_FILE, flush, locate, read_tensor, require_match
-from llama_torch.config import InputError, ModelConfig, check, read_json
+from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE, locate, read_tensor, require_match
+from llama_torch.common import cli
+from llama_torch.common.errors import InputError, check
+from llama_torch.common.files import flush, read_json
+from llama_torch.model.config import ModelConfig
 from tools.meta_form import META_FILES, read_meta, write_meta
 from tools.meta_params import check_expressible
 from tools.weights import (

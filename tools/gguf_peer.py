@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_torch.model import Llama
+from llama_torch.model.llama import Llama
 
 MICRO_BATCH = 512  # prompt tokens that llama.cpp computes at once; its own default
 

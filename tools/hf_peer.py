@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_torch.model import Llama
-from llama_torch.step import split_window
+from llama_torch.model.llama import Llama
+from llama_torch.training.batch import split_window
 
 
 def transformers_peer(model: Llama, device: torch.device) -> Any:

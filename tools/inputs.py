@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_torch.config import InputError
-from llama_torch.documents import documents
-from llama_torch.tokenizer import VOCAB_SIZE, gpt2_ids, located
+from llama_torch.common.errors import InputError
+from llama_torch.data.documents import documents
+from llama_torch.tokenizer.gpt2 import VOCAB_SIZE, gpt2_ids, located
 from reference_np.config import LlamaConfig
 from reference_np.ops import Array
 from tools.traces import Call

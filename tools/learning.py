@@ -27,23 +27,21 @@ if __name__ == "__main__":
     # should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llama_torch import cli, speedup
-from llama_torch.checkpoint import write_text
-from llama_torch.config import (
-    DataConfig,
-    InputError,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    check,
-    check_positive,
-)
-from llama_torch.data import Corpus, describe, load_corpus, train_batches, val_batches
-from llama_torch.device import pick_device
-from llama_torch.model import Llama
-from llama_torch.optim import learning_rate, make_adamw
-from llama_torch.step import split_window, train_step
-from llama_torch.train import evaluate, set_up
+from llama_torch.common import cli
+from llama_torch.common.device import pick_device
+from llama_torch.common.errors import InputError, check, check_positive
+from llama_torch.common.files import write_text
+from llama_torch.config import DataConfig, OptimConfig, TrainConfig
+from llama_torch.data.corpus import Corpus, describe, load_corpus
+from llama_torch.data.loader import train_batches, val_batches
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from llama_torch.training import compile as speedup
+from llama_torch.training.batch import split_window
+from llama_torch.training.optimizer import learning_rate, make_adamw
+from llama_torch.training.setup import set_up
+from llama_torch.training.step import train_step
+from llama_torch.training.validate import evaluate
 from tools.hf_peer import autocast, peer_loss, plain_step, transformers_peer
 
 

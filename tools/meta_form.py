@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_torch.checkpoint import require_match
-from llama_torch.config import InputError, ModelConfig
+from llama_torch.checkpoint.hf import require_match
+from llama_torch.common.errors import InputError
+from llama_torch.model.config import ModelConfig
 from reference_np.naming import EMBED, LM_HEAD
 from tools.meta_params import config_from, is_llama3, params_of, read_params
 from tools.weights import DTYPES, Model, Weight, shapes_of, shown, stored, write_file, write_json

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_torch.config import InputError, ModelConfig, read_json
+from llama_torch.common.errors import InputError
+from llama_torch.common.files import read_json
+from llama_torch.model.config import ModelConfig
 
 # The keys of params.json that say what is computed; the harmless are settings of Meta's programs.
 PARAMS: dict[str, type] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_torch.config import InputError
+from llama_torch.common.errors import InputError
 from reference_np.ops import Array
 from tools.differences import REORDERED
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llama_torch import cli
-from llama_torch.config import InputError
+from llama_torch.common import cli
+from llama_torch.common.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
-from llama_torch import cli
-from llama_torch.checkpoint import INDEX_FILE, atomic_write, write_text
-from llama_torch.config import InputError, ModelConfig
-from llama_torch.model import Llama
+from llama_torch.checkpoint.hf import INDEX_FILE
+from llama_torch.common import cli
+from llama_torch.common.errors import InputError
+from llama_torch.common.files import atomic_write, write_text
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
 
 SHAPES = {  # Llama 2 paper, table 1, and its released configs
     "7b": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, max_seq_len=4096),

@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llama_torch.checkpoint import locate, read_tensor, weight_files
-from llama_torch.config import ModelConfig, parse_json, read_json
-from llama_torch.model import Llama
+from llama_torch.checkpoint.hf import locate, read_tensor, weight_files
+from llama_torch.common.files import parse_json, read_json
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
 from reference_np import backend as backends
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError, LlamaConfig

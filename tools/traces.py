@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from llama_torch.checkpoint import atomic_write
+from llama_torch.common.files import atomic_write
 from reference_np.checkpoint import parse_json
 from reference_np.config import InputError, LlamaConfig
 from reference_np.model import defaults

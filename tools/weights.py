@@ -12,7 +12,8 @@ from rich.progress import track
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llama_torch.config import InputError, ModelConfig
+from llama_torch.common.errors import InputError
+from llama_torch.model.config import ModelConfig
 from reference_np.config import LlamaConfig
 from reference_np.naming import parameter_shapes
 

@@ -1,4 +1,4 @@
-"""llama_torch's quick ways of decoding behind the protocol; see llama_torch/decoding.py.
+"""llama_torch's quick ways of decoding behind the protocol; see llama_torch/inference/decoding.py.
 
 What decodes one token a step is fed every call token by token, prompts too.
 """
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_torch.cache import StaticCache
-from llama_torch.decoding import Decoding, GraphStep
-from llama_torch.model import Llama
-from llama_torch.numpy_step import NumpyStep
-from llama_torch.quantize import dequantised, quantize
+from llama_torch.inference.config import Decoding
+from llama_torch.inference.cuda_graph import GraphStep
+from llama_torch.inference.numpy_step import NumpyStep
+from llama_torch.inference.quantization import dequantised, quantize
+from llama_torch.model.kv_cache import StaticCache
+from llama_torch.model.llama import Llama
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 
@@ -116,7 +117,7 @@ class Kernels(Stepwise):
     def _steps(
         self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        from llama_torch.kernel_step import KernelStep
+        from llama_torch.inference.triton_step import KernelStep
 
         rows = zip(tokens, positions, mask, strict=True)
         return torch.cat(
@@ -154,7 +155,7 @@ class BatchKernels(Kernels):
     def _steps(
         self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        from llama_torch.batch_step import BatchStep
+        from llama_torch.inference.triton_batch_step import BatchStep
 
         return self._run(BatchStep, model, room, tokens, positions, mask)
 
@@ -175,7 +176,7 @@ class Graph(Stepwise):
         behind = (columns <= columns[room.length :, None]) & (columns >= pads[:, None, None])
         if ((behind | own) != mask).any():
             raise NotImplementedError("a graph's mask is causal, with padding on the left")
-        logging.getLogger("llama_torch.decoding").setLevel(logging.ERROR)
+        logging.getLogger("llama_torch.inference.cuda_graph").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler advises other precisions
             step = GraphStep(model, len(tokens), room.size, self.way)

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llama_torch import step
-from llama_torch.cache import Cache
 from llama_torch.config import OptimConfig
-from llama_torch.model import Llama
-from llama_torch.optim import learning_rate, make_adamw
+from llama_torch.model.kv_cache import Cache
+from llama_torch.model.llama import Llama
+from llama_torch.training import batch as batch_module
+from llama_torch.training import step
+from llama_torch.training.optimizer import learning_rate, make_adamw
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
@@ -182,9 +183,11 @@ def _array(value: torch.Tensor) -> Array:
     return wide.cpu().numpy()
 
 
-def to_torch(batch: Batch) -> step.Batch:
+def to_torch(batch: Batch) -> batch_module.Batch:
     """Copy a batch to torch."""
-    return step.Batch(*(None if x is None else torch.from_numpy(np.array(x)) for x in batch))
+    return batch_module.Batch(
+        *(None if x is None else torch.from_numpy(np.array(x)) for x in batch)
+    )
 
 
 def optim_config(hyper: Hyper) -> OptimConfig:

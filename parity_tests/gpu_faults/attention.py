@@ -2,13 +2,13 @@
 
 from .fault import Fault
 
-KERNELS = "kernels.py"
+DECODE = "kernels/decode.py"
 KEYS = "attention"
 
 ATTENTION = (
     Fault(
         "a block of keys counted twice",
-        KERNELS,
+        DECODE,
         "min(length, (split + 1) * share), BLOCK)",
         "min(length, (split + 1) * share + 1), BLOCK)",
         "two shares have the block at their border",
@@ -16,7 +16,7 @@ ATTENTION = (
     ),
     Fault(
         "a key that was not written",
-        KERNELS,
+        DECODE,
         "may = column_at < length\n",
         "may = column_at <= length\n",
         "attention sees one column too many",
@@ -24,7 +24,7 @@ ATTENTION = (
     ),
     Fault(
         "values without the running maximum",
-        KERNELS,
+        DECODE,
         "mixed = mixed * decay + ",
         "mixed = mixed + ",
         "a later block's maximum does not rescale what came before",
@@ -32,7 +32,7 @@ ATTENTION = (
     ),
     Fault(
         "running maximum of the last block",
-        KERNELS,
+        DECODE,
         "new_top = tl.maximum(top, tl.max(score, 0))",
         "new_top = tl.max(score, 0)",
         "blocks before with larger scores overflow",
@@ -40,7 +40,7 @@ ATTENTION = (
     ),
     Fault(
         "joined in base 2",
-        KERNELS,
+        DECODE,
         "factor = tl.exp(part_top - tl.max(part_top, 0))",
         "factor = tl.exp2(part_top - tl.max(part_top, 0))",
         "exp2 of what is not in units of log 2",
@@ -48,7 +48,7 @@ ATTENTION = (
     ),
     Fault(
         "totals joined without their factor",
-        KERNELS,
+        DECODE,
         "tl.sum(part_total * factor, 0)",
         "tl.sum(part_total, 0)",
         "shares with smaller maxima count in full",
@@ -56,7 +56,7 @@ ATTENTION = (
     ),
     Fault(
         "no share has score zero",
-        KERNELS,
+        DECODE,
         'mask=there, other=float("-inf"), cache_modifier',
         "mask=there, other=0.0, cache_modifier",
         "a share that is not there sets the maximum",
@@ -64,7 +64,7 @@ ATTENTION = (
     ),
     Fault(
         "heads of a group interleaved",
-        KERNELS,
+        DECODE,
         "base = (head // GROUP)",
         "base = (head % GROUP)",
         "query heads attend to another group's keys",
@@ -72,7 +72,7 @@ ATTENTION = (
     ),
     Fault(
         "first row's mask for all",
-        KERNELS,
+        DECODE,
         "seen = allowed + (head // HEADS) * size + column_at",
         "seen = allowed + column_at",
         "a row's padding is another row's",
@@ -80,7 +80,7 @@ ATTENTION = (
     ),
     Fault(
         "a token that may not see itself",
-        KERNELS,
+        DECODE,
         " | (column_at == length - 1))\n",
         ")\n",
         "a row of padding attends to nothing",
@@ -88,7 +88,7 @@ ATTENTION = (
     ),
     Fault(
         "count of shares not reset",
-        KERNELS,
+        DECODE,
         "        tl.store(arrived + head, 0)\n",
         "",
         "the second token's shares are never joined",
@@ -96,7 +96,7 @@ ATTENTION = (
     ),
     Fault(
         "joined one share early",
-        KERNELS,
+        DECODE,
         "tl.atomic_add(arrived + head, 1) == SPLITS - 1",
         "tl.atomic_add(arrived + head, 1) == SPLITS - 2",
         "a share of the call before is joined",

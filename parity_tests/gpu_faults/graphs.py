@@ -2,12 +2,14 @@
 
 from .fault import Fault
 
-DECODING = "decoding.py"
+CUDA_GRAPH = "inference/cuda_graph.py"
+ENGINE = "inference/engine.py"
+KV_CACHE = "model/kv_cache.py"
 
 GRAPHS = (
     Fault(
         "a step for other weights",
-        DECODING,
+        CUDA_GRAPH,
         "tuple((w.data_ptr(), w.dtype) for w in weights)",
         "len(weights)",
         "a graph reads weights that were replaced",
@@ -15,7 +17,7 @@ GRAPHS = (
     ),
     Fault(
         "a step for another precision",
-        DECODING,
+        CUDA_GRAPH,
         "tuple((w.data_ptr(), w.dtype) for w in weights)",
         "tuple(w.data_ptr() for w in weights)",
         "a graph reads memory as what it no longer is",
@@ -23,7 +25,7 @@ GRAPHS = (
     ),
     Fault(
         "a step for less room",
-        DECODING,
+        CUDA_GRAPH,
         "key = rows, size, way,",
         "key = rows, way,",
         "a longer request runs past the cache",
@@ -31,7 +33,7 @@ GRAPHS = (
     ),
     Fault(
         "a step for fewer rows",
-        DECODING,
+        CUDA_GRAPH,
         "key = rows, size, way, n_tokens,",
         "key = size, way, n_tokens,",
         "a batch is given one row's graph",
@@ -39,7 +41,7 @@ GRAPHS = (
     ),
     Fault(
         "a step of several tokens for one",
-        DECODING,
+        CUDA_GRAPH,
         "key = rows, size, way, n_tokens,",
         "key = rows, size, way,",
         "speculation's graph continues a plain request",
@@ -47,7 +49,7 @@ GRAPHS = (
     ),
     Fault(
         "one step for two requests",
-        DECODING,
+        CUDA_GRAPH,
         "step = store.pop(key, None)",
         "step = store.get(key)",
         "two requests at a time write to one cache",
@@ -55,7 +57,7 @@ GRAPHS = (
     ),
     Fault(
         "one step too many",
-        DECODING,
+        CUDA_GRAPH,
         "while len(store) >= KEPT:",
         "while len(store) > KEPT:",
         "memory of more rooms than it says",
@@ -63,7 +65,7 @@ GRAPHS = (
     ),
     Fault(
         "the newest step dropped",
-        DECODING,
+        CUDA_GRAPH,
         "del store[next(iter(store))]",
         "store.popitem()",
         "the step that would be met again is not there",
@@ -71,7 +73,7 @@ GRAPHS = (
     ),
     Fault(
         "room rounded down",
-        DECODING,
+        CUDA_GRAPH,
         "size = -(-columns // ROUND) * ROUND",
         "size = max(1, columns // ROUND) * ROUND",
         "the last columns are past the cache",
@@ -79,7 +81,7 @@ GRAPHS = (
     ),
     Fault(
         "the room as the last request left it",
-        DECODING,
+        CUDA_GRAPH,
         "step.cache.clear()",
         "step.cache.length = 0",
         "NaN of a broken model is multiplied by zero",
@@ -87,7 +89,7 @@ GRAPHS = (
     ),
     Fault(
         "stale length",
-        "cache.py",
+        KV_CACHE,
         "        self.values.zero_()\n        self.length = 0",
         "        self.values.zero_()",
         "a request begins where the one before ended",
@@ -95,7 +97,7 @@ GRAPHS = (
     ),
     Fault(
         "stale column",
-        DECODING,
+        CUDA_GRAPH,
         "        self.column.copy_(new)\n",
         "",
         "a graph goes on at the last request's column",
@@ -103,7 +105,7 @@ GRAPHS = (
     ),
     Fault(
         "stale positions",
-        DECODING,
+        CUDA_GRAPH,
         "self.position.copy_((new - self.pads).clamp(min=0))",
         "self.position.copy_(new.expand_as(self.position))",
         "padding counts as positions",
@@ -111,7 +113,7 @@ GRAPHS = (
     ),
     Fault(
         "stale padding",
-        DECODING,
+        CUDA_GRAPH,
         "        self.pads.copy_(torch.tensor(pads)[:, None])\n",
         "        self.pads.copy_(torch.maximum(self.pads, "
         "torch.tensor(pads)[:, None].to(self.pads)))\n",
@@ -120,7 +122,7 @@ GRAPHS = (
     ),
     Fault(
         "padding is seen",
-        DECODING,
+        CUDA_GRAPH,
         " & (self.columns >= self.pads[..., None])",
         "",
         "a graph's mask is causal alone",
@@ -128,7 +130,7 @@ GRAPHS = (
     ),
     Fault(
         "first token of a padded row hidden",
-        DECODING,
+        CUDA_GRAPH,
         "torch.ge(self.columns, self.pads, out=self.allowed)",
         "torch.gt(self.columns, self.pads, out=self.allowed)",
         "the kernels' mask is off by one",
@@ -137,7 +139,7 @@ GRAPHS = (
     ),
     Fault(
         "one column for all tokens",
-        DECODING,
+        CUDA_GRAPH,
         "        self.column.add_(self.n_tokens)\n",
         "",
         "every token replaces the one before",
@@ -145,7 +147,7 @@ GRAPHS = (
     ),
     Fault(
         "a room that was never written",
-        "cache.py",
+        KV_CACHE,
         "return torch.zeros(shape, dtype=dtype, device=device)",
         "return torch.empty(shape, dtype=dtype, device=device)",
         "what memory held before is multiplied by zero",
@@ -154,7 +156,7 @@ GRAPHS = (
     ),
     Fault(
         "tokens read before they are copied",
-        "batch.py",
+        ENGINE,
         "        copied.synchronize()\n        return",
         "        return",
         "pinned memory is read before the GPU has written it",

@@ -2,8 +2,9 @@
 
 from .fault import Fault
 
-KERNELS = "kernels.py"
-STEP = "kernel_step.py"
+DECODE = "kernels/decode.py"
+GEMV = "kernels/gemv.py"
+TRITON_STEP = "inference/triton_step.py"
 TILES = "one_sequence and three and (float64 or int8)"
 WORDS = "one_sequence and three and int8"
 ONE = "one_sequence and one_tile and float64"
@@ -12,7 +13,7 @@ ROWS = "several and less and float64"
 ONE_SEQUENCE = (
     Fault(
         "last number of a row left out",
-        KERNELS,
+        GEMV,
         "inside = columns < n\n    at = plane * n",
         "inside = columns < n - 1\n    at = plane * n",
         "the mask of the input is off by one",
@@ -20,7 +21,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "next tile read too far on",
-        KERNELS,
+        GEMV,
         "            tile = _tile(w, rows, start + BLOCK, n, BLOCK, EVEN)",
         "            tile = _tile(w, rows, start + 2 * BLOCK, n, BLOCK, EVEN)",
         "the tile read ahead is not the next one",
@@ -28,7 +29,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "next tile of another matrix",
-        KERNELS,
+        GEMV,
         "tile_2 = _tile(w_2, rows_2, start + BLOCK,",
         "tile_2 = _tile(w_1, rows_2, start + BLOCK,",
         "up's next tile is gate's",
@@ -36,7 +37,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "last tile not read ahead",
-        KERNELS,
+        GEMV,
         "        if start + BLOCK < n:\n            tile = ",
         "        if start + 2 * BLOCK <= n:\n            tile = ",
         "leftover columns are multiplied by the tile before",
@@ -44,7 +45,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "mean square of one tile",
-        KERNELS,
+        GEMV,
         "        squares += more\n    y = ",
         "        squares = more\n    y = ",
         "the head's norm sees the last tile alone",
@@ -52,7 +53,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "mean over words",
-        KERNELS,
+        GEMV,
         "factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / n_in + eps)",
         "factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / n + eps)",
         "int8: a quarter of the numbers divides the squares",
@@ -60,7 +61,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "planes the other way round",
-        KERNELS,
+        GEMV,
         "return i % PLANES * (n // PLANES) + i // PLANES",
         "return i % (n // PLANES) * PLANES + i // (n // PLANES)",
         "int8: the inverse of the permutation",
@@ -68,7 +69,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "int8 without its sign",
-        KERNELS,
+        GEMV,
         "xor.b32 four, $4, 0x80808080;",
         "mov.b32 four, $4;",
         "negative weights are read as large ones",
@@ -77,7 +78,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "middle of the exponent",
-        KERNELS,
+        GEMV,
         "middle = 8388736.0",
         "middle = 8388608.0",
         "every int8 weight is 128 too large",
@@ -86,7 +87,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "third plane twice",
-        KERNELS,
+        GEMV,
         "w_d * d[None, :]",
         "w_d * c[None, :]",
         "int8: every fourth weight meets its neighbour's input",
@@ -94,7 +95,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "sine and cosine swapped in the second half",
-        KERNELS,
+        DECODE,
         "a, b = a * c - b * s, b * c + a * s",
         "a, b = a * c - b * s, b * s + a * c",
         "the rotation",
@@ -102,7 +103,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "first row's angle for all",
-        KERNELS,
+        DECODE,
         "angle = tl.load(position + row) * HALF + i",
         "angle = tl.load(position) * HALF + i",
         "a row is rotated by another row's position",
@@ -110,7 +111,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "cache slot one late",
-        KERNELS,
+        DECODE,
         "* size + tl.load(column)) * HEAD_DIM + i",
         "* size + tl.load(column) + 1) * HEAD_DIM + i",
         "keys and values go where nothing looks for them",
@@ -118,7 +119,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "all keys in one head",
-        KERNELS,
+        DECODE,
         "(head - HEADS) % KV_HEADS\n",
         "(head - HEADS) // KV_HEADS\n",
         "the head of the cache is the number of heads before",
@@ -126,7 +127,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "scale of the pair's first row",
-        KERNELS,
+        DECODE,
         "b *= tl.load(scale + rows + HALF)",
         "b *= tl.load(scale + rows)",
         "int8: the wrong row's scale",
@@ -134,7 +135,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "up's scale is gate's",
-        KERNELS,
+        DECODE,
         "up *= tl.load(scale_up + safe)",
         "up *= tl.load(scale_gate + safe)",
         "int8: the wrong matrix's scale",
@@ -142,7 +143,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "first row's token for all",
-        KERNELS,
+        DECODE,
         "tl.load(token + row).to(tl.int64)",
         "tl.load(token).to(tl.int64)",
         "a batch reads one embedding",
@@ -150,7 +151,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "stream in order, not in planes",
-        KERNELS,
+        DECODE,
         "at = stream + _place(rows, N_OUT, PLANES)",
         "at = stream + rows",
         "int8: the product is added to other numbers",
@@ -158,7 +159,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "last logit not written",
-        KERNELS,
+        DECODE,
         "tl.store(out + rows, y, mask=inside)",
         "tl.store(out + rows, y, mask=rows < N_OUT - 1)",
         "memory that was never written is a logit",
@@ -166,24 +167,24 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "leftover columns not looked up",
-        STEP,
-        "kernels.look_up[(-(-dim // block), self.rows)]",
-        "kernels.look_up[(dim // block, self.rows)]",
+        TRITON_STEP,
+        "decode.look_up[(-(-dim // block), self.rows)]",
+        "decode.look_up[(dim // block, self.rows)]",
         "the grid is rounded down",
         TILES,
         only_gpu=True,
     ),
     Fault(
         "leftover rows of the feed-forward network",
-        STEP,
-        'kernels.norm_swiglu[(-(-c.hidden_dim // tile["ROWS"]),)]',
-        'kernels.norm_swiglu[(c.hidden_dim // tile["ROWS"],)]',
+        TRITON_STEP,
+        'decode.norm_swiglu[(-(-c.hidden_dim // tile["ROWS"]),)]',
+        'decode.norm_swiglu[(c.hidden_dim // tile["ROWS"],)]',
         "the grid is rounded down",
         ONE,
     ),
     Fault(
         "norms in order, not in planes",
-        STEP,
+        TRITON_STEP,
         "in_order = weights.view(len(weights), -1, self.planes).transpose(1, 2)",
         "in_order = weights.view(len(weights), self.planes, -1)",
         "int8: a norm's weights meet other numbers",
@@ -191,7 +192,7 @@ ONE_SEQUENCE = (
     ),
     Fault(
         "norms copied once",
-        STEP,
+        TRITON_STEP,
         "        if self.planes > 1:\n            weights = ",
         "        if self.planes > 1 and not self.in_planes.any():\n            weights = ",
         "int8: norms that changed since the capture are not seen",

@@ -2,13 +2,14 @@
 
 from .fault import Fault
 
-BATCH = "batch_kernels.py"
+DECODE_BATCH = "kernels/decode_batch.py"
+TRITON_BATCH_STEP = "inference/triton_batch_step.py"
 ROWS = "several and less and float64"
 
 SEVERAL = (
     Fault(
         "a share of a product counted twice",
-        BATCH,
+        DECODE_BATCH,
         "tl.load(parts + split * stride + at,",
         "tl.load(parts + (split - 1) * stride + at,",
         "the first share is added again instead of the last",
@@ -16,7 +17,7 @@ SEVERAL = (
     ),
     Fault(
         "mean over the block",
-        BATCH,
+        DECODE_BATCH,
         "tl.sum(x * x, 0) / DIM + eps",
         "tl.sum(x * x, 0) / BLOCK + eps",
         "a norm divides by the padded width",
@@ -24,7 +25,7 @@ SEVERAL = (
     ),
     Fault(
         "shares rounded down",
-        BATCH,
+        DECODE_BATCH,
         "// SPLITS + BLOCK - 1) // BLOCK * BLOCK",
         "// SPLITS) // BLOCK * BLOCK",
         "leftover columns are nobody's",
@@ -32,7 +33,7 @@ SEVERAL = (
     ),
     Fault(
         "a share beyond the row's end",
-        BATCH,
+        DECODE_BATCH,
         "if SHARE * SPLITS == N_IN:",
         "if N_IN % BLOCK == 0:",
         "the last share reads the next row",
@@ -40,7 +41,7 @@ SEVERAL = (
     ),
     Fault(
         "third matrix's rows",
-        BATCH,
+        DECODE_BATCH,
         "first = (program - of_a - of_b) * ROWS",
         "first = (program - of_b) * ROWS",
         "values are made from rows that are not there",
@@ -48,7 +49,7 @@ SEVERAL = (
     ),
     Fault(
         "scale of the first rows",
-        BATCH,
+        DECODE_BATCH,
         "total *= tl.load(scale + rows, mask=rows < n, other=0.0)[:, None]",
         "total *= tl.load(scale + rows - first, mask=rows < n, other=0.0)[:, None]",
         "int8: every program takes the first rows' scales",
@@ -56,7 +57,7 @@ SEVERAL = (
     ),
     Fault(
         "padding rows over the next share",
-        BATCH,
+        DECODE_BATCH,
         "mask=(rows[:, None] < n) & (m[None, :] < n_rows))",
         "mask=rows[:, None] < n)",
         "rows that are not there are written over another share's",
@@ -64,7 +65,7 @@ SEVERAL = (
     ),
     Fault(
         "one product's shares for another",
-        "batch_step.py",
+        TRITON_BATCH_STEP,
         "self._norm(layer.post_attention_layernorm, splits)",
         "self._norm(layer.post_attention_layernorm, 1)",
         "attention's output is added in part",
@@ -72,7 +73,7 @@ SEVERAL = (
     ),
     Fault(
         "rows beyond the tensor cores' least",
-        "batch_step.py",
+        TRITON_BATCH_STEP,
         "self.padded = power(max(self.rows, 16))",
         "self.padded = 16",
         "rows from 16 on are not computed",

@@ -2,12 +2,13 @@
 
 from .fault import Fault
 
-LOSS = "loss_kernel.py"
+CROSS_ENTROPY = "kernels/cross_entropy.py"
+LOSS = "model/loss.py"
 
 TRAINING = (
     Fault(
         "padding has probability",
-        LOSS,
+        CROSS_ENTROPY,
         "        for start in range(0, vocab_size, BLOCK):\n"
         "            at = start + columns\n"
         "            x = tl.load(logits_ptr + at, mask=at < vocab_size,",
@@ -19,7 +20,7 @@ TRAINING = (
     ),
     Fault(
         "ignored rows keep their logits",
-        LOSS,
+        CROSS_ENTROPY,
         "tl.store(logits_ptr + at, zeros, mask=at < width)",
         "tl.store(logits_ptr + at, zeros, mask=at < 0)",
         "a target that does not count has a gradient",
@@ -27,7 +28,7 @@ TRAINING = (
     ),
     Fault(
         "ignored rows of one block",
-        LOSS,
+        CROSS_ENTROPY,
         "        for start in range(0, width, BLOCK):\n            at = start + columns\n"
         "            zeros",
         "        for start in range(0, BLOCK, BLOCK):\n            at = start + columns\n"
@@ -37,7 +38,7 @@ TRAINING = (
     ),
     Fault(
         "half of z-loss's derivative",
-        LOSS,
+        CROSS_ENTROPY,
         "factor = 1 + 2 * z_loss * log_z",
         "factor = 1 + z_loss * log_z",
         "the square's factor of two",
@@ -45,7 +46,7 @@ TRAINING = (
     ),
     Fault(
         "sum without the running maximum",
-        LOSS,
+        CROSS_ENTROPY,
         "total = total * tl.exp(most - higher) + ",
         "total = total + ",
         "a later block's maximum does not rescale the sum",
@@ -53,7 +54,7 @@ TRAINING = (
     ),
     Fault(
         "no maximum",
-        LOSS,
+        CROSS_ENTROPY,
         "higher = tl.maximum(most, x)",
         "higher = tl.maximum(most * 0.0, 0.0)",
         "exponentials of large logits overflow",
@@ -61,7 +62,7 @@ TRAINING = (
     ),
     Fault(
         "target within its block",
-        LOSS,
+        CROSS_ENTROPY,
         "tl.where(at == target, 1.0, 0.0)",
         "tl.where(at == target % BLOCK, 1.0, 0.0)",
         "a target past the first block is subtracted elsewhere",
@@ -69,7 +70,7 @@ TRAINING = (
     ),
     Fault(
         "padding not zeroed past the last block",
-        LOSS,
+        CROSS_ENTROPY,
         "        for start in range(0, width, BLOCK):\n            at = start + columns\n"
         "            x =",
         "        for start in range(0, vocab_size, BLOCK):\n            at = start + columns\n"
@@ -79,7 +80,7 @@ TRAINING = (
     ),
     Fault(
         "aligned vocabulary counted",
-        "loss.py",
+        LOSS,
         "kernel.differentiate(logits_NV, targets_N, vocab_size, scale, z_loss)",
         "kernel.differentiate(logits_NV, targets_N, logits_NV.shape[1], scale, z_loss)",
         "rows of zeros behind the head have probability",

@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face directories, and the state that training continues from."""

@@ -1,0 +1,202 @@
+"""Checkpoints: a Hugging Face model directory, written so that a kill cannot tear it."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..common.errors import InputError
+from ..common.files import atomic_write, parse_json, read_json, write_text
+from ..model.config import ModelConfig
+from ..model.llama import Llama
+from ..tokenizer.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
+
+MODEL_FILE = "model.safetensors"
+
+INDEX_FILE = "model.safetensors.index.json"
+
+# A buffer that old Hugging Face checkpoints stored although the config determines it.
+DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+STORED = ("F16", "BF16", "F32", "F64")
+
+
+def write_directory_files(directory: Path, config: ModelConfig) -> None:
+    """Write what surrounds the weights: config.json and, for GPT-2's ids, the tokenizer."""
+    hf = config.to_hf()
+    files = {}
+    if config.vocab_size >= VOCAB_SIZE:
+        hf |= {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
+        files = hf_files()
+    for name, text in {"config.json": json.dumps(hf, indent=2) + "\n", **files}.items():
+        write_text(directory / name, text)
+
+
+def save_model(
+    directory: Path,
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write model.safetensors, with the config in its metadata so that the file stands alone.
+
+    ``notes`` are further metadata.
+    """
+    metadata = {"format": "pt", "config": json.dumps(config.to_hf()), **(notes or {})}
+    _save_tensors(directory / MODEL_FILE, parameters, metadata)
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """Return a safetensors file's metadata."""
+    with _open(path) as file:
+        return file.metadata() or {}
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        atomic_write(path, lambda temporary: save_file(on_cpu, temporary, metadata))
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: cannot be written ({error}); the last checkpoint stands"
+        ) from None
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Llama:
+    """Load a model directory (single file or shards) or one .safetensors file.
+
+    Raises InputError for files that cannot be read, a config that contradicts them or is
+    unsupported, and tensors that are missing, extra or misshapen (all named at once).
+    """
+    path = Path(path)
+    config, files = locate(path)
+    with torch.device("meta"):
+        model = Llama(config)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    require_match(path, expected, {name: shape for name, (_, shape) in files.items()})
+    tensors = {name: read_tensor(file, name, dtype, device) for name, (file, _) in files.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def locate(path: Path) -> tuple[ModelConfig, dict[str, tuple[Path, tuple[int, ...]]]]:
+    """Read a checkpoint's config, and every parameter's file and shape; no data.
+
+    Raises InputError as ``load_model`` does.
+    """
+    files = weight_files(path)
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for file_path in files:
+        with _open(file_path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith(DERIVED_SUFFIX):
+                    continue
+                part = file.get_slice(name)
+                if (stored := part.get_dtype()) not in STORED:
+                    raise InputError(f"{file_path}: {name} is stored as {stored}; save it in float")
+                if name in found:
+                    raise InputError(f"{file_path}: {name} is also in another shard; keep one")
+                found[name] = file_path, tuple(part.get_shape())
+    config = read_config(path, files)
+    if config.tie_embeddings and {EMBEDDING, HEAD} <= found.keys():
+        _require_equal(found[EMBEDDING][0], found.pop(HEAD)[0])
+    return config, found
+
+
+def _require_equal(embedding: Path, head: Path) -> None:
+    """Refuse a stored head that the config ties to the embedding and that is not the same."""
+    with _open(embedding) as first, _open(head) as second:
+        if not torch.equal(first.get_tensor(EMBEDDING), second.get_tensor(HEAD)):
+            raise InputError(
+                f"{head}: {HEAD} is not the embedding although tie_word_embeddings is true; "
+                "remove it, or set that to false"
+            )
+
+
+def read_tensor(
+    path: Path, name: str, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Read one parameter; without a change of dtype or device it is the file, mapped."""
+    with _open(path) as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor.to(device, dtype)
+
+
+def require_match(
+    source: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raise InputError naming every tensor that is missing, extra or of another shape."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not a parameter of it" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(found[name])} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise InputError(f"{source}: does not fit its config: {'; '.join(problems)}")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the safetensors files of a directory, in a fixed order, or the file itself."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
+    if not path.is_dir():
+        return [path]
+    index = path / INDEX_FILE
+    if not index.is_file():
+        return [path / MODEL_FILE]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map; save the checkpoint again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{index}: {shard!r} is not the name of a file beside it; correct it")
+    return [path / name for name in sorted(set(weight_map.values()))]
+
+
+def read_config(path: Path, files: list[Path]) -> ModelConfig:
+    """Read the config beside the weights and the one inside them; they must agree."""
+    inner = None
+    for path_ in files:
+        with _open(path_) as file:
+            text = (file.metadata() or {}).get("config")
+        if text is not None and inner is None:
+            source = f"{path_} (metadata)"
+            inner = ModelConfig.from_hf(parse_json(text, source), source)
+    beside = files[0].parent / "config.json"
+    if not beside.is_file():
+        if inner is not None:
+            return inner
+        raise InputError(f"{beside}: no such file, and {path} carries no config; put it there")
+    outer = ModelConfig.from_hf(read_json(beside), str(beside))
+    if inner not in (None, outer):
+        raise InputError(f"{beside}: contradicts the config stored in {path}; keep one of them")
+    return outer
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: not a complete safetensors file ({error}); save or copy it again"
+        ) from None

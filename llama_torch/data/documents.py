@@ -1,0 +1,308 @@
+"""Text files: which are meant, what identifies them, and their text in pieces of bounded size."""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import InputError
+from ..tokenizer.gpt2 import END_OF_TEXT_ID, RANKS_SHA256, gpt2_ids, located
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+STRUCTURED = (".jsonl", ".parquet")
+# Part of every content key: change it with anything that changes the tokens of a text, or which
+# windows a run of it reads.
+CACHE_VERSION = "2"
+PIECE = 1 << 20  # bytes of text that are in memory and tokenised at a time
+ROWS = 64  # of a .parquet file that are decoded at a time
+BOM = b"\xef\xbb\xbf"  # a byte-order mark is no text
+# The last place before white space that something else follows. GPT-2's pretokeniser always begins
+# a token there (it leaves the last white space of a run to what follows), and looks at nothing
+# before it: the ids of the two parts are those of the whole. What follows is told by its first
+# byte; the first bytes left out begin white space as well.
+BORDER = re.compile(rb"(?s:.*)((?<!\r)\n|\r\n| )(?=[!-~\xc3-\xdf\xe4-\xf4]|\xe3[\x81-\xbf])")
+
+
+class Text(NamedTuple):
+    """Files and how they are read; without files, Python's help topics."""
+
+    files: tuple[Path, ...]
+    text_field: str
+    key: str  # hash of the content and of the encoding
+    stamps: tuple[tuple[int, int], ...]  # each file's size and time of change, before it was read
+
+
+class Piece(NamedTuple):
+    """Some text of one file, all that a process needs to tokenise it."""
+
+    path: Path | None
+    file: int  # which of the files
+    start: int  # where in it: bytes, or rows of a .parquet file
+    content: bytes | tuple[str, ...]  # a stretch of the file, or whole documents
+    is_last: bool  # of its file
+    n_bytes: int  # of the file that it stands for
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """Expand files, folders and globs to text files in sorted order, each once."""
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if not pattern:
+            raise InputError("--data '' names nothing; give a file, a folder or a glob")
+        if path.is_dir():
+            matches = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
+        elif path.is_file():
+            matches = [path]
+        else:
+            matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+            matches = [p for p in matches if p.is_file()]
+        if not matches:
+            raise InputError(
+                f"--data {pattern}: no file found; give a file, a folder that holds "
+                f"{' '.join(SUFFIXES)} files, or a glob"
+            )
+        found |= dict.fromkeys(matches)
+    wrong = [str(path) for path in found if path.suffix not in SUFFIXES]
+    if wrong:
+        raise InputError(
+            f"--data {wrong[0]}: not one of {' '.join(SUFFIXES)}; rename or convert it"
+        )
+    return list(found)
+
+
+def identify(files: Sequence[Path], text_field: str) -> Text:
+    """Hash what decides the tokens: every file's bytes in order, and how they are read."""
+    stamps = tuple(map(_stamp, files))
+    digest = hashlib.sha256(f"{CACHE_VERSION} {RANKS_SHA256}".encode())
+    if not files:
+        for text in _topics():
+            digest.update(hashlib.sha256(text.encode()).digest())
+    for path in files:
+        digest.update(f"{path.suffix} {text_field if path.suffix in STRUCTURED else ''}".encode())
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"--data {path}: cannot be read ({error})") from None
+    return Text(tuple(files), text_field, digest.hexdigest()[:32], stamps)
+
+
+def require_unchanged(text: Text) -> None:
+    """Check that no file was written to since it was identified."""
+    for path, stamp in zip(text.files, text.stamps, strict=True):
+        if _stamp(path) != stamp:
+            raise InputError(f"--data {path}: changed while it was read; run this again")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(f"--data {path}: cannot be read ({error})") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def documents(files: Sequence[Path], text_field: str) -> Iterator[str]:
+    """Yield the text of every document; without files, of every help topic of Python."""
+    if not files:
+        yield from _topics()
+    for path in files:
+        found = (text for piece in pieces([path], text_field) for text in texts(piece, text_field))
+        if path.suffix in STRUCTURED:
+            yield from found
+        else:
+            yield "".join(found)
+
+
+def document_place(files: Sequence[Path], text_field: str, number: int) -> str:
+    """Return where the ``number``-th of ``documents`` stands, for people; reads them again."""
+    for path in files:
+        n = 1 if path.suffix not in STRUCTURED else sum(1 for _ in documents([path], text_field))
+        if number <= n:
+            return f"--data {path}: document {number}"
+        number -= n
+    return f"--data: document {number}"
+
+
+def _topics() -> Iterator[str]:
+    """Yield Python's help topics without their indentation and runs of spaces.
+
+    GPT-2 spends a token on each space, and a model that has learnt mostly to indent has a low
+    loss and little to say.
+    """
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        lines = (" ".join(line.split()) for line in topics[name].splitlines())
+        yield "\n".join(lines)
+
+
+def pieces(
+    files: Sequence[Path], text_field: str, file: int = 0, start: int = 0
+) -> Iterator[Piece]:
+    """Yield the text from a place on where a piece began, in order; none holds much over PIECE.
+
+    A .txt or .md file is cut at BORDER, so that its ids are those of the whole file; a stretch of
+    PIECE bytes without one is cut at its end. A record of .jsonl or .parquet is never cut.
+    """
+    if not files and file == 0:
+        yield Piece(None, 0, 0, tuple(_topics()), True, 0)
+    for number, path in enumerate(files[file:], file):
+        offset = start if number == file else 0
+        try:
+            if path.suffix == ".parquet":
+                yield from _parquet_pieces(path, number, offset, text_field)
+            else:
+                yield from _file_pieces(path, number, offset)
+        except OSError as error:
+            raise InputError(f"--data {path}: cannot be read ({error})") from None
+
+
+def _file_pieces(path: Path, number: int, start: int) -> Iterator[Piece]:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if start == 0 and file.read(len(BOM)) == BOM:
+            start = len(BOM)
+        while start < size:
+            file.seek(start)
+            content = file.read(PIECE)
+            if path.suffix == ".jsonl":
+                content += file.readline()
+            elif start + len(content) < size:
+                content = content[: _border(content)]
+            if not content:
+                raise InputError(f"--data {path}: shrank while it was read; run this again")
+            end = start + len(content)
+            yield Piece(path, number, start, content, end >= size, len(content))
+            start = end
+
+
+def _border(content: bytes) -> int:
+    """Return where to cut: at the last BORDER, else before the last character."""
+    found = BORDER.match(content)
+    if found and found.start(1):
+        return found.start(1)
+    cut = len(content) - 1
+    while cut > 0 and (content[cut] & 0xC0 == 0x80 or content[cut - 1 : cut + 1] == b"\r\n"):
+        cut -= 1
+    return cut or len(content)
+
+
+def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            f"--data {path}: reading .parquet needs pyarrow; pip install 'llama-parity[parquet]'"
+        ) from None
+    try:
+        # Otherwise a row group's whole column is in memory at once, and may be all of the file.
+        table = pyarrow.parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False)
+        row_bytes = path.stat().st_size / max(1, table.metadata.num_rows)
+        done, n_characters = 0, 0
+        found: list[str] = []
+        for batch in table.iter_batches(ROWS, columns=[text_field], use_threads=False):
+            skipped = min(len(batch), max(0, start - done))
+            done += len(batch)
+            for text in filter(None, batch.column(text_field).slice(skipped).to_pylist()):
+                if not isinstance(text, str):
+                    raise KeyError(f"a value is {type(text).__name__}")
+                found.append(text)
+                n_characters += len(text)
+            if n_characters >= PIECE:
+                n_bytes = int(row_bytes * (done - start))
+                yield Piece(path, number, start, tuple(found), False, n_bytes)
+                start, found, n_characters = done, [], 0
+        yield Piece(path, number, start, tuple(found), True, int(row_bytes * max(0, done - start)))
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise InputError(
+            f"--data {path}: not a parquet file with a text column {text_field!r} "
+            f"({error}); name the column with --text-field"
+        ) from None
+
+
+def texts(piece: Piece, text_field: str) -> Iterator[str]:
+    """Yield a piece's documents, or its part of one."""
+    return (text for _, text in _numbered(piece, text_field))
+
+
+def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str]]:
+    """Yield a piece's documents, or its part of one, with what ``_place`` tells them by."""
+    if not isinstance(piece.content, bytes):
+        yield from enumerate(piece.content, 1)
+        return
+    try:
+        text = piece.content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--data {piece.path}: cannot be read as UTF-8 (byte {piece.start + error.start}: "
+            f"{error.reason}); convert it"
+        ) from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert piece.path is not None
+    if piece.path.suffix == ".jsonl":
+        yield from _records(piece, text, text_field)
+    else:
+        yield 1, text
+
+
+def _place(piece: Piece, number: int) -> str:
+    """Return where a piece's text stands, for people."""
+    if piece.path is None:
+        return f"Python's help topic {number}"
+    if piece.path.suffix == ".jsonl":
+        return f"--data {piece.path}: line {_lines_before(piece.path, piece.start) + number}"
+    if piece.path.suffix == ".parquet":
+        return f"--data {piece.path}: text {number} of the rows from {piece.start} on"
+    return f"--data {piece.path}: the text from byte {piece.start} on"
+
+
+def _records(piece: Piece, content: str, text_field: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(io.StringIO(content), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[text_field]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            assert piece.path is not None
+            raise InputError(
+                f"--data {piece.path}: line {_lines_before(piece.path, piece.start) + number} is "
+                f"not a JSON object with a text in {text_field!r}; fix the line or name the field "
+                "with --text-field"
+            )
+        yield number, text
+
+
+def _lines_before(path: Path, offset: int) -> int:
+    with path.open("rb") as file:
+        return sum(
+            file.read(min(PIECE, offset - at)).count(b"\n") for at in range(0, offset, PIECE)
+        )
+
+
+def encode(piece: Piece, text_field: str) -> NDArray[np.uint32]:
+    """Return a piece's ids; <|endoftext|> ends every document that has any.
+
+    Raises InputError for text that cannot be read or encoded, naming the file and the place.
+    """
+    found: list[int] = []
+    ends = piece.is_last or not isinstance(piece.content, bytes)
+    ends = ends or (piece.path is not None and piece.path.suffix in STRUCTURED)
+    for number, text in _numbered(piece, text_field):
+        with located(partial(_place, piece, number)):
+            ids = gpt2_ids(text)
+        found += [*ids, END_OF_TEXT_ID] if ids and ends else ids
+    return np.array(found, dtype=np.uint32)

@@ -1,0 +1,272 @@
+"""Tokenise text into shards, in parallel, going on where a killed process stopped."""
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import progress as rich_progress
+from rich.console import Console
+
+from ..common.errors import InputError
+from ..common.files import atomic_write, read_json, write_text
+from ..tokenizer.gpt2 import RANKS_SHA256, gpt2
+from . import documents
+from .documents import Piece, Text
+from .shards import (
+    DTYPES,
+    FORMAT,
+    INDEX_FILE,
+    LOCK_FILE,
+    PROGRESS_FILE,
+    VERSION,
+    Ids,
+    Index,
+    Shard,
+    Shards,
+    _require_size,
+    _shard_name,
+)
+
+SHARD_TOKENS = 1 << 26
+
+
+def prepare(text: Text, folder: Path, workers: int = 0, shard_tokens: int = SHARD_TOKENS) -> Shards:
+    """Tokenise a text into a folder, or what is not yet there of it; 0 workers = one a core.
+
+    The files are the same whatever the number of workers, and however often this was killed. Of
+    two that prepare one folder at once, the second waits for the first. Raises InputError for a
+    folder that holds another text, or that cannot be written, and text that cannot be read.
+    """
+    try:
+        if not (folder / INDEX_FILE).is_file() or (folder / PROGRESS_FILE).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder) as lock:
+                if not (folder / INDEX_FILE).is_file():
+                    _fill(folder, text, workers, shard_tokens, lock)
+                (folder / PROGRESS_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error}); choose another folder (a trainer's is below "
+            "--cache-dir), or make room and run this again"
+        ) from None
+    shards = Shards(folder)
+    if (shards.index.key, shards.index.shard_tokens) != (text.key, shard_tokens):
+        raise _another_text(folder)
+    return shards
+
+
+def _another_text(folder: Path) -> InputError:
+    return InputError(
+        f"{folder} holds the tokens of another text, or in shards of another size; choose "
+        "another folder, or delete it"
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Hold the folder's lock, which ends with the process however that ends."""
+    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that tokenises into {folder}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@dataclass
+class _Done:
+    """progress.json: the shards that are written, and where the next one begins."""
+
+    key: str
+    shard_tokens: int
+    highest: int = -1
+    file: int = 0  # and start: the piece that the next shard's first token is of
+    start: int = 0
+    skip: int = 0  # tokens of that piece that are written
+    shards: tuple[Shard, ...] = ()
+
+
+def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) -> None:
+    dtype = "uint16" if gpt2().n_vocab <= 1 << 16 else "uint32"
+    done = _resume(folder, _Done(text.key, shard_tokens), np.dtype(DTYPES[dtype]).itemsize)
+    pieces = documents.pieces(text.files, text.text_field, done.file, done.start)
+    with _progress(text) as advance, closing(_encoded(text, pieces, workers, lock, advance)) as ids:
+        advance(sum(size for size, _ in text.stamps[: done.file]) + done.start)
+        stream = _Stream(ids, done.skip)
+        while stream.more():
+            path = folder / _shard_name(len(done.shards))
+            shard, highest = _write_shard(path, stream, shard_tokens, DTYPES[dtype])
+            done.shards, done.highest = (*done.shards, shard), max(done.highest, highest)
+            done.file, done.start, done.skip = *stream.place, stream.used
+            write_text(folder / PROGRESS_FILE, json.dumps(asdict(done)))
+    try:
+        documents.require_unchanged(text)
+    except InputError:
+        (folder / PROGRESS_FILE).unlink()  # these tokens are of neither text
+        raise
+    total = sum(shard.tokens for shard in done.shards)
+    index = Index(dtype, RANKS_SHA256, text.key, shard_tokens, total, done.highest, done.shards)
+    record = {"format": FORMAT, "version": VERSION, **asdict(index)}
+    write_text(folder / INDEX_FILE, json.dumps(record, indent=1) + "\n")
+
+
+def _resume(folder: Path, fresh: _Done, width: int) -> _Done:
+    path = folder / PROGRESS_FILE
+    if not path.is_file():
+        if (folder / _shard_name(0)).exists():
+            raise InputError(
+                f"{folder} holds shards without an index; delete it, or choose another"
+            )
+        write_text(path, json.dumps(asdict(fresh)))
+        return fresh
+    try:
+        found = read_json(path)
+        done = _Done(**found | {"shards": tuple(Shard(**shard) for shard in found["shards"])})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete {folder}") from None
+    if (done.key, done.shard_tokens) != (fresh.key, fresh.shard_tokens):
+        raise _another_text(folder)
+    for shard in done.shards:
+        _require_size(folder, shard, width)
+    return done
+
+
+def _write_shard(path: Path, stream: "_Stream", n: int, dtype: str) -> tuple[Shard, int]:
+    """Write the next ``n`` ids, or all that are left; return the shard and its highest id."""
+    digest, highest, tokens = hashlib.sha256(), -1, 0
+
+    def write(temporary: Path) -> None:
+        nonlocal highest, tokens
+        with temporary.open("wb") as file:
+            for part in stream.take(n):
+                data = part.astype(dtype).tobytes()
+                file.write(data)
+                digest.update(data)
+                highest, tokens = max(highest, int(part.max())), tokens + len(part)
+
+    atomic_write(path, write)
+    return Shard(path.name, tokens, digest.hexdigest()), highest
+
+
+class _Stream:
+    """Pieces' ids as one sequence that knows which piece it is in."""
+
+    def __init__(self, encoded: Iterator[tuple[Piece, Ids]], skip: int) -> None:
+        self.encoded, self.skip = encoded, skip
+        self.rest: Ids = np.zeros(0, np.uint32)
+        self.place, self.used = (0, 0), 0
+
+    def more(self) -> bool:
+        """Return whether ids are left."""
+        while not len(self.rest):
+            found = next(self.encoded, None)
+            if found is None:
+                return False
+            piece, ids = found
+            self.place, self.used, self.skip = (piece.file, piece.start), self.skip, 0
+            self.rest = ids[self.used :]
+        return True
+
+    def take(self, n: int) -> Iterator[Ids]:
+        """Yield the next ``n`` ids, or all that are left, in parts."""
+        while n and self.more():
+            part, self.rest = self.rest[:n], self.rest[n:]
+            self.used += len(part)
+            n -= len(part)
+            yield part
+
+
+def _encoded(
+    text: Text, pieces: Iterator[Piece], workers: int, lock: int, advance: Any
+) -> Generator[tuple[Piece, Ids], None, None]:
+    """Yield every piece with its ids, in order; only a few pieces are ever in memory."""
+    n_pieces = 1 + sum(size for size, _ in text.stamps) // documents.PIECE
+    workers = min(workers or len(os.sched_getaffinity(0)), n_pieces)
+    if workers == 1:
+        for piece in pieces:
+            yield piece, documents.encode(piece, text.text_field)
+            advance(piece.n_bytes)
+        return
+    gpt2()  # before the workers part from this process, so that they share it
+    pool = ProcessPoolExecutor(
+        workers, get_context("fork"), initializer=_begin_worker, initargs=(os.getpid(), lock)
+    )
+    waiting: deque[tuple[Piece, Future[Ids]]] = deque()
+
+    def first() -> tuple[Piece, Ids]:
+        piece, future = waiting.popleft()
+        ids = future.result()
+        advance(piece.n_bytes)
+        return piece._replace(content=()), ids
+
+    try:
+        with warnings.catch_warnings():
+            # Python warns of forking beside threads; the workers use none of what these hold.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pool.submit(int)
+        for piece in pieces:
+            waiting.append((piece, pool.submit(documents.encode, piece, text.text_field)))
+            if len(waiting) > 2 * workers:
+                yield first()
+        while waiting:
+            yield first()
+    except BrokenProcessPool:
+        raise InputError(
+            "a process that tokenises was killed (out of memory?); what is done is kept: run "
+            "this again, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(parent: int, lock: int) -> None:
+    """Leave signals and the lock to the parent, and end when it does, even by SIGKILL."""
+    os.close(lock)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+@contextmanager
+def _progress(text: Text) -> Iterator[Any]:
+    """Show a bar on a terminal; yield what is to be told how many bytes are done."""
+    console = Console(stderr=True)
+    with rich_progress.Progress(
+        rich_progress.TextColumn("tokenising"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("", total=sum(size for size, _ in text.stamps))
+        yield partial(bar.advance, task)

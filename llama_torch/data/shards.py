@@ -1,0 +1,188 @@
+"""Token shards: a folder of ids in files of one size, and an index.json that describes them.
+
+A shard is plain little-endian ids, uint16 where the vocabulary fits and uint32 otherwise, without
+a header. Preparing one writes shards in order, each whole or not at all, and after each what is
+done to progress.json; index.json comes last. A preparation that was killed goes on from there.
+"""
+
+import hashlib
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import InputError
+from ..common.files import read_json
+from ..tokenizer.gpt2 import RANKS_SHA256
+
+FORMAT, VERSION = "llama_torch token shards", 1
+
+INDEX_FILE, PROGRESS_FILE, LOCK_FILE = "index.json", "progress.json", "lock"
+
+DTYPES = {"uint16": "<u2", "uint32": "<u4"}
+
+OPEN = 64  # shards that are open at a time
+
+Ids = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the folder."""
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json says."""
+
+    dtype: str
+    encoding: str  # hash of the encoding's ranks
+    key: str  # hash of the text and of the encoding
+    shard_tokens: int  # of every shard but the last, which may have fewer
+    tokens: int
+    highest: int  # id; -1 without tokens
+    shards: tuple[Shard, ...]
+
+
+class Shards:
+    """A folder's ids as one sequence, read from the disk where they are asked for.
+
+    ``shards[start:stop]`` reads with os.pread: of a mapped file that shrinks, reading would end
+    the process by SIGBUS, and here it is an InputError. Raises InputError at once where a file
+    is not as the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = folder, read_index(folder)
+        self.dtype = np.dtype(DTYPES[self.index.dtype])
+        self._open: OrderedDict[int, int] = OrderedDict()
+        for shard in self.index.shards:
+            _require_size(folder, shard, self.dtype.itemsize)
+
+    def __len__(self) -> int:
+        return self.index.tokens
+
+    def __getitem__(self, where: slice) -> Ids:
+        start, stop, _ = where.indices(len(self))
+        size, parts = self.index.shard_tokens, [np.zeros(0, self.dtype)]
+        while start < stop:
+            number, first = divmod(start, size)
+            last = min(first + stop - start, size)
+            parts.append(self._read(number, first, last))
+            start += last - first
+        return np.concatenate(parts[1:]) if len(parts) > 2 else parts[-1]
+
+    def _read(self, number: int, first: int, last: int) -> Ids:
+        shard, width = self.index.shards[number], self.dtype.itemsize
+        try:
+            data = os.pread(self._handle(number), (last - first) * width, first * width)
+        except OSError as error:
+            raise _unusable(self.folder / shard.name, f"cannot be read ({error})") from None
+        if len(data) < (last - first) * width:
+            raise _unusable(self.folder / shard.name, "was cut short while it was in use")
+        return np.frombuffer(data, self.dtype)
+
+    def _handle(self, number: int) -> int:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        if len(self._open) == OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        shard = self.index.shards[number]
+        _require_size(self.folder, shard, self.dtype.itemsize)
+        self._open[number] = os.open(self.folder / shard.name, os.O_RDONLY)
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}  # handles are of this process
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_open", {}).values():
+            os.close(handle)
+
+
+def _require_size(folder: Path, shard: Shard, width: int) -> None:
+    path, expected = folder / shard.name, shard.tokens * width
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise _unusable(path, f"cannot be read ({error.strerror})") from None
+    if found != expected:
+        raise _unusable(path, f"has {found} bytes and should have {expected}")
+
+
+def _unusable(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path}: token shard {what}; copy it back, or delete {path.parent} and tokenise again"
+    )
+
+
+def is_shards(folder: Path) -> bool:
+    """Return whether a folder holds shards, or the beginning of some; the index may be damaged."""
+    if (folder / PROGRESS_FILE).is_file() or (folder / _shard_name(0)).is_file():
+        return True
+    try:
+        return read_json(folder / INDEX_FILE).get("format") == FORMAT
+    except InputError:
+        return False
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check index.json; InputError names what is wrong with it."""
+    path = folder / INDEX_FILE
+    if not path.is_file() and (folder / PROGRESS_FILE).is_file():
+        raise InputError(
+            f"{folder}: its text is not wholly tokenised; run the command that began it again"
+        )
+    try:
+        found = read_json(path)
+        if (found.pop("format", None), found.pop("version", None)) != (FORMAT, VERSION):
+            raise InputError(f"{path}: is not of format {FORMAT!r} {VERSION}; tokenise the text")
+        index = Index(**found | {"shards": tuple(Shard(**shard) for shard in found["shards"])})
+        _require_consistent(index)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: damaged index ({error}); copy it back, or delete {folder} and tokenise again"
+        ) from None
+    if index.encoding != RANKS_SHA256:
+        raise InputError(f"{path}: holds ids of another encoding than GPT-2's; tokenise the text")
+    return index
+
+
+def _require_consistent(index: Index) -> None:
+    """Raise ValueError where an index contradicts itself."""
+    for name, kind in Index.__annotations__.items():
+        if kind in (int, str) and type(getattr(index, name)) is not kind:
+            raise ValueError(f"{name} is {getattr(index, name)!r}")
+    if index.dtype not in DTYPES or index.shard_tokens < 1:
+        raise ValueError(f"dtype {index.dtype!r}, {index.shard_tokens} tokens a shard")
+    whole, rest = divmod(index.tokens, index.shard_tokens)
+    expected = [index.shard_tokens] * whole + [rest] * (rest > 0)
+    if [shard.tokens for shard in index.shards] != expected:
+        raise ValueError(f"its shards do not add up to {index.tokens} tokens")
+    if [shard.name for shard in index.shards] != [_shard_name(i) for i in range(len(expected))]:
+        raise ValueError("its shards are not named in order")
+
+
+def _shard_name(number: int) -> str:
+    return f"{number:05d}.bin"
+
+
+def damaged_shards(shards: Shards) -> list[str]:
+    """Read every shard; return the names of those that have another checksum than the index."""
+    found = []
+    for shard in shards.index.shards:
+        with (shards.folder / shard.name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                found.append(shard.name)
+    return found

@@ -1,0 +1,238 @@
+"""Training in several processes: torchrun's, on a mesh of replicas, shards and tensor parallelism.
+
+torch's own engine does it: DistributedDataParallel where every process holds the whole model,
+else FSDP2 (``fully_shard``), on top of ``parallelize_module`` where --tp asks for it. A process
+that was not started by torchrun is alone, and nothing here changes what it does.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from ..common.errors import InputError
+from ..config import ParallelConfig
+from ..model.config import ModelConfig
+from ..model.llama import Llama
+from .job import TIMEOUT
+
+REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
+
+
+class Parallel:
+    """One process's place in the job, and what it does together with the others."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
+        # Which share of each step's windows is this process's, and of how many.
+        self.data_rank, self.data_size = 0, 1
+        self.mesh: DeviceMesh | None = None
+        self.replica: DistributedDataParallel | None = None
+        self._head_reduction: Any = None
+        self._talk: Any = None
+
+    @classmethod
+    def of(cls, config: ParallelConfig, device: torch.device) -> "Parallel":
+        """Lay the job's processes out as ``config`` says; alone, where there is no job.
+
+        What cannot be laid out so, ``require_layout`` refuses.
+        """
+        self = cls()
+        if dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.data_size = self.world // config.tp
+        fsdp = config.fsdp or self.data_size
+        if self.world > 1:
+            shape = self.data_size // fsdp, fsdp, config.tp
+            self.mesh = init_device_mesh(
+                device.type, shape, mesh_dim_names=(REPLICATE, SHARD, TENSOR)
+            )
+            self.data_rank = self.rank // config.tp  # the mesh is in row-major order
+        return self
+
+    def talk(self) -> Any:
+        """Return a gloo group of all processes in which nothing else is said, made once."""
+        if self._talk is None:
+            self._talk = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        return self._talk
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks, and writes, for all."""
+        return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.mesh is not None and max(self.mesh.shape[1:]) > 1
+
+    def reshard(self, model: Llama) -> None:
+        """Free what a forward pass without a backward pass leaves gathered."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
+    def build(self, config: ModelConfig, dtype: torch.dtype, generator: torch.Generator) -> Llama:
+        """Return the model with the weights that one process would draw, sharded as drawn.
+
+        Part by part, so that beside its share no process holds more than a block, the embedding
+        and the head.
+        The shards are float32: bfloat16 as ``dtype`` is what they are gathered and computed in,
+        and gradients are summed over processes in float32 all the same.
+        """
+        assert self.mesh is not None
+        with torch.device("meta"):
+            model = Llama(config)
+        policy = MixedPrecisionPolicy()
+        if dtype == torch.bfloat16:
+            # Of a block's inputs the rotary tables are float32, and must remain so.
+            policy = MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        # torch warns that a block's keys and values are views; nothing writes to them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        names = (REPLICATE, SHARD) if self.mesh.shape[0] > 1 else SHARD
+        for part in model.parts():
+            part.to_empty(device="cpu")
+            model.init_part(part, generator)
+            if part in set(model.model.layers):
+                if self.mesh.shape[2] > 1:
+                    parallelize_module(part, self.mesh[TENSOR], _tensor_parallel())
+                fully_shard(part, mesh=self.mesh[names], mp_policy=policy)
+        fully_shard(model, mesh=self.mesh[names], mp_policy=policy)
+        return model
+
+    def replicate(self, model: Llama) -> None:
+        """Have the gradients of this process's whole copy averaged with the other copies'."""
+        if self.data_size > 1 and not self.is_sharded:
+            self.replica = DistributedDataParallel(model.model, gradient_as_bucket_view=True)
+            if model.head_weight.dtype == torch.bfloat16:
+                self.replica.register_comm_hook(self.data_size, _mean_in_float32)
+
+    @contextmanager
+    def micro_batch(self, model: Llama, reduces: bool) -> Iterator[None]:
+        """Run a forward and backward pass; only the last of a step need reduce gradients."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(reduces)
+        waits = nullcontext() if reduces or self.replica is None else self.replica.no_sync()
+        with waits:
+            yield
+        if self._head_reduction is not None:
+            work, grad, wide = self._head_reduction
+            work.wait()
+            grad.copy_(wide)
+            self._head_reduction = None
+
+    def hidden(
+        self,
+        model: Llama,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        reduces: bool = False,
+    ) -> Tensor:
+        """Return the normed stream [B, T, D], through whatever holds the parameters."""
+        if isinstance(model, FSDPModule):
+            hidden, _ = model(tokens, positions=positions, mask=mask, project=False)
+            return hidden
+        decoder = self.replica if self.replica is not None else model.model
+        hidden, _ = decoder(tokens, positions=positions, mask=mask)
+        if reduces and self.replica is not None and not model.config.tie_embeddings:
+            # The head's gradient is complete before the blocks' backward pass begins.
+            hidden.register_hook(lambda _: self._reduce_head(model))
+        return hidden
+
+    def _reduce_head(self, model: Llama) -> None:
+        grad = model.head_weight.grad
+        assert grad is not None
+        wide = grad.float() if grad.dtype == torch.bfloat16 else grad
+        wide /= self.data_size
+        self._head_reduction = dist.all_reduce(wide, async_op=True), grad, wide
+
+    def mean(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their mean over the processes that share out the windows."""
+        if self.data_size == 1:
+            return
+        assert self.mesh is not None
+        # Processes of one tensor-parallel group hold the same values: a mean over all is theirs.
+        waiting = []
+        for tensor in tensors:
+            tensor /= self.world
+            waiting.append(dist.all_reduce(tensor, async_op=True))
+        for work in waiting:
+            work.wait()
+
+    def sums(self, *numbers: int) -> list[int]:
+        """Return sums over the processes that share out the windows; no GPU is waited for."""
+        if self.world == 1:
+            return list(numbers)
+        total = torch.tensor(numbers)
+        dist.all_reduce(total)
+        return [number // (self.world // self.data_size) for number in total.tolist()]
+
+    def most(self, number: int) -> int:
+        """Return the largest of all processes' numbers."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def agree(self, number: int) -> bool:
+        """Return whether all processes have the same number."""
+        return self.most(number) == -self.most(-number)
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        self.sums(0)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the processes that share out the windows."""
+        if self.data_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world // self.data_size
+        return tensor
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Let the first process alone say what goes wrong in all."""
+        try:
+            yield
+        except InputError:
+            if self.is_first:
+                raise
+            raise SystemExit(2) from None
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """Let the other processes in when the first is through, to what it has made."""
+        if not self.is_first:
+            self.barrier()
+        yield
+        if self.is_first:
+            self.barrier()
+
+
+def _mean_in_float32(world: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of bfloat16 gradients over processes; rounded once, when it is summed."""
+    grads = bucket.buffer()
+    wide = grads.float().div_(world)
+    summed = dist.all_reduce(wide, async_op=True).get_future()
+    return summed.then(lambda done: grads.copy_(done.value()[0]))
+
+
+def _tensor_parallel() -> dict[str, Any]:
+    """Return Megatron's split of a block (Shoeybi et al. 2019, section 3): heads, hidden units."""
+    first = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return {
+        **dict.fromkeys((*first, "mlp.gate_proj", "mlp.up_proj"), ColwiseParallel()),
+        **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel()),
+    }

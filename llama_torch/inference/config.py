@@ -1,0 +1,117 @@
+"""The settings of one request to a trained model, and of how it is loaded."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..common.errors import InputError, check, check_positive, check_text, check_types
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+Quantize = Literal["none", "int8"]
+
+Decoding = Literal["auto", "eager", "numpy", "graph", "compiled", "kernels"]
+
+PREFILL_CHUNK = 512
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raise InputError for a value that is not one of a Literal's."""
+    if value not in get_args(kind):
+        raise InputError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
+
+
+def check_chunk(size: int) -> None:
+    """Raise InputError for a size of prefill chunks that is none."""
+    check(0 < size < 2**31, "prefill_chunk", size, "must be positive and below 2^31")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one request is continued: what to draw from, how, and when to stop."""
+
+    max_new_tokens: int = 128
+    """Most tokens to write."""
+    temperature: float = 0.8
+    """Divides the logits; 0 = greedy."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0 = all."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that hold this much probability; 1 = all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this likely beside the likeliest; 0 = all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens already seen, and multiplies negative ones; 1 = none."""
+    seed: int = 0
+    """Seed of the draws; the prompts of one call have it, the next, and so on."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer and are not part of it: the first that is complete ends it."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end the answer, besides the checkpoint's own end tokens."""
+    ignore_eos: bool = False
+    """Write on after the checkpoint's own end tokens."""
+    logprobs: int = -1
+    """Report each token's log-probability, and those of this many likeliest; -1 = none."""
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_tokens"):
+            given = getattr(self, name)
+            texts = (given,) if isinstance(given, str) else given
+            are_texts = isinstance(texts, list | tuple) and all(type(t) is str for t in texts)
+            check(are_texts, name, given, "must be texts")
+            object.__setattr__(self, name, tuple(texts))
+        check_types(self)
+        check_positive(self, "max_new_tokens")
+        for name in ("max_new_tokens", "top_k", "logprobs"):
+            check(getattr(self, name) < 2**31, name, getattr(self, name), "must be below 2^31")
+        penalty = self.repetition_penalty
+        between = "must lie between 0.01 and 100"
+        check(0.01 <= penalty <= 100, "repetition_penalty", penalty, between)
+        check(
+            0 <= self.temperature < 1e300,
+            "temperature",
+            self.temperature,
+            "must be zero (greedy) or positive",
+        )
+        check(self.top_k >= 0, "top_k", self.top_k, "must be zero (all) or positive")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
+        check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be between 0 and 1")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "must lie between 0 and 2^63 - 1")
+        check(self.logprobs >= -1, "logprobs", self.logprobs, "must be -1 (none) or more")
+        for name in ("stop", "stop_tokens"):
+            for text in getattr(self, name):
+                check_text(name, text)
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Which checkpoint, and how it is held."""
+
+    ckpt: str
+    """Model directory or .safetensors file."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    dtype: Dtype = "float32"
+    """Precision of the weights in memory."""
+    quantize: Quantize = "none"
+    """Hold the matrices as int8 and a scale a row: half of bfloat16's memory."""
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, Dtype)
+        check_choice("quantize", self.quantize, Quantize)
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How tokens are computed; rounding aside, none of it changes which."""
+
+    decoding: Decoding = "auto"
+    """The way a step runs; auto = the quickest for the device and the length asked for."""
+    draft: str = ""
+    """A smaller model of the same vocabulary whose guesses are checked several at a time."""
+    guesses: int = 4
+    """Tokens that it guesses at a time."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_choice("decoding", self.decoding, Decoding)
+        check(0 < self.guesses < 256, "guesses", self.guesses, "must lie between 1 and 255")

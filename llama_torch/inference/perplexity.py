@@ -1,0 +1,151 @@
+"""Measure the loss of a model on documents, in windows with a stride."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..common.errors import InputError
+from ..model.llama import Llama
+from ..model.loss import IGNORE, count_valid, loss_sum
+from ..tokenizer.gpt2 import located
+from ..tokenizer.tokenizer import Tokenizer
+
+FIGURES = "perplexity", "bits_per_byte", "tokens_per_second"
+
+POOL = 32  # batches whose windows are sorted by length together, so that little is padding
+
+Pair = tuple[Tensor, Tensor]  # tokens and targets, both [T] (a window) or [B, T] (a batch)
+
+
+@dataclass
+class Measurement:
+    """What was scored, how, and the sums; the figures follow from them."""
+
+    context: int  # tokens that a window reads at most
+    stride: int  # tokens that each window after a document's first scores
+    before: tuple[int, ...]  # ids before each document; none: its first token is not scored
+    documents: int = 0  # that are not empty
+    bytes: int = 0  # of the documents, in UTF-8, whether their first token is scored or not
+    tokens: int = 0  # scored
+    nats: float = 0.0  # sum of -log p(token)
+    seconds: float = 0.0  # of the forward passes
+
+    @property
+    def perplexity(self) -> float:
+        """Per token, so of this tokenizer alone."""
+        return math.exp(min(self.nats / self.tokens, 700.0))  # exp overflows just above
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of text, whatever the tokenizer."""
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Scored tokens by the second of the forward passes."""
+        return self.tokens / self.seconds
+
+
+def evaluate(
+    model: Llama,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    context: int = 0,
+    stride: int = 0,
+    batch_size: int = 8,
+    place: Callable[[int], str] = "--data: document {}".format,
+) -> Measurement:
+    """Score documents. 0 stands for the model's context, and for half the window as stride.
+
+    ``place`` says, by its number, where a document that cannot be encoded stands.
+    Raises InputError for one, for a window longer than the model's context, a stride longer than
+    the window, texts without a token to score, and a loss that is not finite.
+    """
+    longest = model.config.max_seq_len
+    context = context or longest
+    stride = stride or max(1, context // 2)
+    if context > longest:
+        raise InputError(f"--context {context} is more than the model's {longest}; use less")
+    if stride > context:
+        raise InputError(f"--stride {stride} is more than the window of {context}; use less")
+    found = Measurement(context, stride, ids_before(tokenizer))
+    for tokens_BT, targets_BT in _batches(_windows(found, tokenizer, texts, place), batch_size):
+        started = time.perf_counter()
+        found.nats += nll(model, tokens_BT, targets_BT)
+        found.seconds += time.perf_counter() - started
+        found.tokens += count_valid(targets_BT)
+        if not math.isfinite(found.nats):
+            raise InputError(f"the loss is {found.nats}; check the model's weights with compare.py")
+    if found.tokens == 0:
+        raise InputError("--data: holds no token to score; give a longer text")
+    return found
+
+
+def ids_before(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return what precedes a document, unscored: the prefix, else BOS, else EOS, else nothing."""
+    name = tokenizer.bos or tokenizer.eos
+    return tokenizer.prefix or (() if name is None else (tokenizer.special[name],))
+
+
+def spans(length: int, first: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Cut ``length`` ids, of which those from ``first`` on are scored, into windows.
+
+    Yields (start, scored, end): the model reads ids[start : end - 1], which is at most
+    ``context`` of them, and its predictions of ids[scored:end] count.
+    """
+    assert 0 < stride <= context
+    scored = first
+    while scored < length:
+        end = min(context + 1 if scored <= context else scored + stride, length)
+        yield max(0, end - 1 - context), scored, end
+        scored = end
+
+
+def _windows(
+    found: Measurement, tokenizer: Tokenizer, texts: Iterable[str], place: Callable[[int], str]
+) -> Iterator[Pair]:
+    """Yield every window, and count documents and bytes on the way."""
+    for number, text in enumerate(texts, 1):
+        try:
+            n_bytes = len(text.encode())
+        except UnicodeEncodeError:  # JSON can spell half of a character
+            raise InputError(f"{place(number)} is not valid text; correct it") from None
+        if not text:
+            continue
+        found.documents += 1
+        found.bytes += n_bytes
+        with located(partial(place, number)):
+            encoded = tokenizer.encode(text)
+        ids = torch.tensor([*found.before, *encoded], dtype=torch.long)
+        first = max(1, len(found.before))
+        for start, scored, end in spans(len(ids), first, found.context, found.stride):
+            targets_T = ids[start + 1 : end].clone()
+            targets_T[: scored - start - 1] = IGNORE
+            yield ids[start : end - 1], targets_T
+
+
+def _batches(windows: Iterator[Pair], size: int) -> Iterator[Pair]:
+    """Stack windows of like length; the padding comes last, where causal attention hides it."""
+    while pool := list(islice(windows, POOL * size)):
+        pool.sort(key=lambda window: len(window[0]))
+        for i in range(0, len(pool), size):
+            tokens, targets = map(list, zip(*pool[i : i + size], strict=True))
+            yield pad_sequence(tokens, True), pad_sequence(targets, True, IGNORE)
+
+
+@torch.inference_mode()
+def nll(model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> float:
+    """Return the sum in nats of -log p(target) over the targets that are not IGNORE."""
+    weight = model.head_weight
+    hidden_BTD, _ = model.model(tokens_BT.to(weight.device))
+    targets_BT = targets_BT.to(weight.device)
+    scored = targets_BT != IGNORE  # the others' logits would cost as much
+    hidden_SD, targets_S = hidden_BTD[scored], targets_BT[scored]
+    return loss_sum(hidden_SD[None], weight, targets_S[None]).item()

@@ -1,0 +1,88 @@
+"""From logits to the next token, for every row of a batch with its own settings.
+
+The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p. The oracle is
+reference_np.sampling. Axes: B row, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import SamplingConfig
+
+
+class Settings(NamedTuple):
+    """The settings of a batch's rows, each [B, 1]."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingConfig], device: torch.device) -> "Settings":
+        """Gather them from each row's own."""
+        return cls(
+            *(
+                torch.tensor([[getattr(row, name)] for row in rows], device=device, dtype=dtype)
+                for name, dtype in (
+                    ("temperature", torch.float64),
+                    ("top_k", torch.int64),
+                    ("top_p", torch.float64),
+                    ("min_p", torch.float64),
+                    ("repetition_penalty", torch.float64),
+                )
+            )
+        )
+
+    def rows(self, keep: Tensor) -> "Settings":
+        """Return those of some rows."""
+        return Settings(*(setting[keep] for setting in self))
+
+
+def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
+    """Make tokens already seen less likely (Keskar et al. 2019, section 4.1), in float64.
+
+    A positive logit is divided by the penalty and a negative one multiplied, as every port of
+    the method does: the paper divides, which favours repetition where logits are negative.
+    """
+    logits_BV = logits_BV.double()
+    lower = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return torch.where(seen_BV, lower, logits_BV)
+
+
+def token_probabilities(logits_BV: Tensor, settings: Settings) -> Tensor:
+    """Return the distributions [B, V] to draw from, in float64.
+
+    top-k keeps the k likeliest; top-p the smallest set of likeliest tokens among those that
+    holds at least p of what they hold (Holtzman et al. 2020); min-p those at least that share
+    as likely as the likeliest (Nguyen et al. 2024). Of equals, the lower ids come first. The
+    likeliest is always kept, and alone at temperature 0.
+    """
+    # float64: in float32 the running sum of 50,257 probabilities reaches 1 before its end.
+    ordered, order = torch.sort(logits_BV.double(), dim=-1, descending=True, stable=True)
+    greedy = settings.temperature == 0
+    # The largest is 0 at any temperature, and cannot overflow.
+    ordered = (ordered - ordered[:, :1]) / torch.where(greedy, 1.0, settings.temperature)
+    rank = torch.arange(ordered.shape[-1], device=ordered.device)
+    first = torch.where(greedy, 1, settings.top_k)
+    ordered = ordered.masked_fill((first > 0) & (rank >= first), -torch.inf)
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs  # what the likelier tokens hold
+    unlikely = (settings.top_p < 1) & (before >= settings.top_p)
+    unlikely |= probs < settings.min_p * probs[:, :1]
+    probs = probs.masked_fill(unlikely, 0.0)
+    probs /= probs.sum(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, order, probs)
+
+
+def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Return the token [B] at which each row's running sum passes its uniform draw from [0, 1)."""
+    total = probs_BV.cumsum(-1)
+    whole = total[:, -1:]
+    # Rounding may make the product the whole sum, which nothing passes.
+    target = torch.minimum(uniform_B[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
+    return torch.searchsorted(total, target, right=True)[:, 0]

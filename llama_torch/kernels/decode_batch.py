@@ -1,0 +1,156 @@
+"""Triton kernels that decode one token of several sequences: nine a layer.
+
+Reading the weights is still what takes the time, so products are made for that: a program holds
+the sums of some rows of a matrix for every sequence, reads those rows once through the tensor
+cores, several tiles ahead, and where a matrix has too few rows to occupy the GPU its columns are
+shared out too. The shares are added by the kernel after the product, which has all of a sequence's
+numbers in hand anyway: a norm, the rotation, SwiGLU.
+
+Sums and the residual stream are float32 (float64 for float64 weights); what is multiplied by a
+matrix is in the model's precision. ``gdc_wait`` and int8 weights as in decode.py.
+Axes: M sequence, D dim, H query heads, N key/value heads, K head_dim, F hidden_dim.
+"""
+
+import triton
+import triton.language as tl
+
+from .decode import _turn_and_keep
+from .gemv import _begin, _wait
+
+FETCHED = tl.constexpr(8)  # lines of 128 bytes of each row
+
+
+@triton.jit
+def _joined(parts, at, inside, stride, SPLITS: tl.constexpr):
+    """Add the shares of a product, ``stride`` apart."""
+    total = tl.load(parts + at, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + split * stride + at, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def add_norm(
+    stream, parts, norm, out, n_rows, eps: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Add a product (none if SPLITS is 0) to the residual stream, in place; return its norm."""
+    _begin(PDL)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < DIM
+    scale = tl.load(norm + columns, mask=inside, other=0.0).to(sums)
+    _wait(PDL)
+    at = tl.program_id(0) * DIM + columns
+    x = tl.load(stream + at, mask=inside, other=0.0)
+    if SPLITS:
+        x += _joined(parts, at, inside, n_rows * DIM, SPLITS)
+        tl.store(stream + at, x, mask=inside)
+    y = x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / DIM + eps)) * scale
+    tl.store(out + at, y, mask=inside)
+
+
+@triton.jit
+def _fetch(at, PDL: tl.constexpr):
+    """Have lines of weights brought into the cache while the kernel before still runs."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def project(
+    x, w_a, w_b, w_c, scale_a, scale_b, scale_c, out, n_rows,
+    N_IN: tl.constexpr, N_A: tl.constexpr, N_B: tl.constexpr, N_C: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, QUANTIZED: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Multiply x [PADDED, N_IN] by up to three matrices: shares of [M, N_A + N_B + N_C].
+
+    A program has ROWS rows of one matrix and one of SPLITS shares of their columns. x has zeros in
+    the rows beyond M.
+    """
+    _begin(PDL)
+    program = tl.program_id(0)
+    of_a: tl.constexpr = (N_A + ROWS - 1) // ROWS
+    of_b: tl.constexpr = (N_B + ROWS - 1) // ROWS
+    w, scale, n, before = w_a, scale_a, N_A, 0
+    first = program * ROWS
+    if program >= of_a:
+        w, scale, n, before = w_b, scale_b, N_B, N_A
+        first = (program - of_a) * ROWS
+    if program >= of_a + of_b:
+        w, scale, n, before = w_c, scale_c, N_C, N_A + N_B
+        first = (program - of_a - of_b) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    SHARE: tl.constexpr = ((N_IN + SPLITS - 1) // SPLITS + BLOCK - 1) // BLOCK * BLOCK
+    begin = tl.program_id(1) * SHARE
+    m = tl.arange(0, PADDED)
+    columns = tl.arange(0, BLOCK)
+    safe = tl.where(rows < n, rows, 0).to(tl.int64)
+    at_w = w + safe[:, None] * N_IN + columns[None, :]
+    at_x = x + m[None, :] * N_IN + columns[:, None]
+    total = tl.zeros([ROWS, PADDED], sums)
+    LINE: tl.constexpr = 1024 // w_a.dtype.element_ty.primitive_bitwidth  # weights in 128 bytes
+    lines = begin + tl.arange(0, FETCHED) * LINE
+    _fetch(w + safe[:, None] * N_IN + tl.where(lines < N_IN, lines, 0)[None, :], PDL)
+    _wait(PDL)
+    for start in tl.range(begin, begin + SHARE, BLOCK, num_stages=STAGES):
+        if SHARE * SPLITS == N_IN:
+            tile, value = tl.load(at_w + start), tl.load(at_x + start)
+        else:
+            inside = start + columns < N_IN
+            tile = tl.load(at_w + start, mask=inside[None, :], other=0)
+            value = tl.load(at_x + start, mask=inside[:, None], other=0.0)
+        if QUANTIZED and sums == tl.float64:  # no product of Triton's takes such a pair
+            total += tl.sum(tile.to(sums)[:, :, None] * value[None, :, :], 1)
+        else:
+            tile = tile.to(value.dtype)
+            total = tl.dot(tile, value, total, input_precision="ieee", out_dtype=sums)
+    if QUANTIZED:
+        total *= tl.load(scale + rows, mask=rows < n, other=0.0)[:, None]
+    width: tl.constexpr = N_A + N_B + N_C
+    at = (tl.program_id(1) * n_rows + m[None, :]) * width + before + rows[:, None]
+    tl.store(out + at, total, mask=(rows[:, None] < n) & (m[None, :] < n_rows))
+
+
+@triton.jit
+def rope(
+    parts, cos, sin, position, column, q, keys, values, n_rows, size,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rotate one head of one sequence; keys and values go to the cache's ``column``."""
+    _begin(PDL)
+    _wait(PDL)
+    row, head = tl.program_id(0), tl.program_id(1)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    i = tl.arange(0, BLOCK)
+    inside = i < HALF
+    at = row * WIDTH + head * HEAD_DIM + i
+    a = _joined(parts, at, inside, n_rows * WIDTH, SPLITS)
+    b = _joined(parts, at + HALF, inside, n_rows * WIDTH, SPLITS)
+    _turn_and_keep(
+        a, b, i, inside, row, head, cos, sin, position, column, q, keys, values, size,
+        HEADS, KV_HEADS, HEAD_DIM, sums,
+    )  # fmt: skip
+
+
+@triton.jit
+def swiglu(
+    parts, out, n_rows, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Return ``silu(gate) * up`` [M, F] (Shazeer 2020, eq. 6) of shares of [M, 2 F]."""
+    _begin(PDL)
+    _wait(PDL)
+    row = tl.program_id(0)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < HIDDEN
+    at = row * 2 * HIDDEN + i
+    gate = _joined(parts, at, inside, n_rows * 2 * HIDDEN, SPLITS)
+    up = _joined(parts, at + HIDDEN, inside, n_rows * 2 * HIDDEN, SPLITS)
+    tl.store(out + row * HIDDEN + i, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)

@@ -1,0 +1,280 @@
+"""The LLaMA 2 architecture as torch modules whose paths are Hugging Face's parameter names.
+
+Axes: B batch, T query position (this call's tokens), S key position (cache and this call),
+D dim, H query heads, N key/value heads, K head_dim, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import ModelConfig
+from .embedding import Embedding
+from .kv_cache import Cache, Past, Room, StaticCache
+from .rope import Tables, apply_rope, rope_tables
+
+Trace = Callable[[str, Tensor], None]
+
+
+def no_trace(name: str, value: Tensor) -> None:
+    """Ignore one activation."""
+
+
+def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    """Return the causal default [T, S]: the last query lines up with the last key."""
+    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    return ones.tril(n_keys - n_queries)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; with n_kv_heads == n_heads, multi-head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        # Not read off the tensors: where their sizes are symbols, this must still be a bool.
+        self.is_grouped = config.n_heads != config.n_kv_heads
+        queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, queries, bias=False)
+        self.k_proj = nn.Linear(config.dim, keys, bias=False)
+        self.v_proj = nn.Linear(config.dim, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.dim, bias=False)
+
+    def forward(
+        self,
+        h_BTD: Tensor,
+        tables: Tables,
+        mask: Tensor | None,
+        is_causal: bool,
+        past: Past | Room | None,
+        trace: Trace = no_trace,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the output [B, T, D] and the extended keys and values [B, N, S, K].
+
+        mask [B, 1, T, S]; None with ``is_causal`` is the causal mask of a call without a
+        past (torch aligns it top-left, which is wrong for any other), and None without it
+        lets every query see every key.
+        """
+        shape = (*h_BTD.shape[:2], -1, self.head_dim)
+        q_BTHK = self.q_proj(h_BTD).view(shape)
+        k_BTNK = self.k_proj(h_BTD).view(shape)
+        v_BTNK = self.v_proj(h_BTD).view(shape)
+        trace("q", q_BTHK)
+        trace("k", k_BTNK)
+        trace("v", v_BTNK)
+        q_BTHK, k_BTNK = apply_rope(q_BTHK, tables), apply_rope(k_BTNK, tables)
+        trace("q_rope", q_BTHK)
+        trace("k_rope", k_BTNK)
+        q, k, v = q_BTHK.transpose(1, 2), k_BTNK.transpose(1, 2), v_BTNK.transpose(1, 2)
+        if past is not None:
+            k, v = past.extend(k, v)
+        mixed_BHTK = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped
+        )
+        mixed_BTHK = mixed_BHTK.transpose(1, 2)
+        trace("attn", mixed_BTHK)
+        out_BTD = self.o_proj(mixed_BTHK.flatten(2))
+        trace("attn_proj", out_BTD)
+        return out_BTD, (k, v)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``(silu(h Wg) * (h Wu)) Wd`` (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, h_BTD: Tensor, trace: Trace = no_trace) -> Tensor:
+        """Map [B, T, D] to [B, T, D]."""
+        gate_BTF, up_BTF = self.gate_proj(h_BTD), self.up_proj(h_BTD)
+        trace("gate", gate_BTF)
+        trace("up", up_BTF)
+        hidden_BTF = F.silu(gate_BTF) * up_BTF
+        trace("ffn", hidden_BTF)
+        out_BTD: Tensor = self.down_proj(hidden_BTF)
+        trace("ffn_proj", out_BTD)
+        return out_BTD
+
+
+class Block(nn.Module):
+    """One pre-norm residual block: attention, then the feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        tables: Tables,
+        mask: Tensor | None,
+        is_causal: bool,
+        past: Past | Room | None,
+        trace: Trace = no_trace,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the stream after this block and the block's keys and values."""
+        h_BTD = self.input_layernorm(x_BTD)
+        trace("attn_norm", h_BTD)
+        h_BTD, present = self.self_attn(h_BTD, tables, mask, is_causal, past, trace)
+        x_BTD = x_BTD + h_BTD
+        trace("attn_residual", x_BTD)
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        trace("ffn_norm", h_BTD)
+        x_BTD = x_BTD + self.mlp(h_BTD, trace)
+        trace("residual", x_BTD)
+        return x_BTD, present
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: everything below the vocabulary projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        # For training without compilation: how torch.utils.checkpoint is to run a block.
+        self.recompute: dict[str, Any] | None = None
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | StaticCache | None = None,
+        trace: Trace = no_trace,
+    ) -> tuple[Tensor, Cache | StaticCache]:
+        """Return the normed stream [B, T, D] and the longer cache; see Llama.forward."""
+        start = 0 if cache is None else cache.length
+        length, device = tokens_BT.shape[1], tokens_BT.device
+        if positions is None:
+            positions = torch.arange(start, start + length, device=device)[None]
+        is_causal = mask is None and start == 0
+        if mask is None and start and length > 1:  # one query after a past sees everything
+            mask = causal_mask(length, start + length, device)[None]
+        mask = None if mask is None else mask[:, None]  # the same for every head
+        x_BTD = self.embed_tokens(tokens_BT)
+        trace("embed", x_BTD)
+        tables = rope_tables(positions, self.config, x_BTD.dtype)
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            past = None if cache is None else cache.layer(i)
+            note = _prefixed(trace, f"layers.{i}.")
+            given = x_BTD, tables, mask, is_causal, past, note
+            if self.recompute is None or not torch.is_grad_enabled():
+                x_BTD, (k, v) = layer(*given)
+            else:
+                x_BTD, (k, v) = checkpoint(layer, *given, use_reentrant=False, **self.recompute)
+            keys.append(k)
+            values.append(v)
+        x_BTD = self.norm(x_BTD)
+        trace("norm", x_BTD)
+        if isinstance(cache, StaticCache):
+            cache.length += length
+            return x_BTD, cache
+        return x_BTD, Cache(tuple(keys), tuple(values))
+
+
+class Llama(nn.Module):
+    """A LLaMA 2 language model. ``state_dict()`` is the checkpoint's content, name for name."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection [V, D]: the embedding itself where the two are tied."""
+        embedding = self.model.embed_tokens.weight
+        if self.config.tie_embeddings:
+            return embedding
+        dequantised = getattr(self.lm_head, "dequantised", None)
+        return dequantised(embedding.dtype) if dequantised else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | StaticCache | None = None,
+        trace: Trace = no_trace,
+        project: bool = True,
+    ) -> tuple[Tensor, Cache | StaticCache]:
+        """Compute logits [B, T, V] and the cache that continues the sequence.
+
+        positions  int [B, T], the rotary positions; default: they follow the cache.
+        mask       bool [B, T, S], True = may attend; default: causal.
+        cache      what an earlier call returned; it is not changed, unless it is a
+                   StaticCache, which is written to.
+        trace      called with every named activation as it is computed.
+        project    False: return the normed stream [B, T, D] instead, from which the loss takes
+                   its logits piece by piece.
+        """
+        x_BTD, cache = self.model(
+            tokens_BT, positions=positions, mask=mask, cache=cache, trace=trace
+        )
+        if not project:
+            return x_BTD, cache
+        logits_BTV = self.head(x_BTD)
+        trace("logits", logits_BTV)
+        return logits_BTV, cache
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """Project the normed stream onto the vocabulary: [..., D] -> [..., V]."""
+        tied = self.config.tie_embeddings
+        logits: Tensor = F.linear(x_BTD, self.head_weight) if tied else self.lm_head(x_BTD)
+        return logits
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out captured decoding steps, which cannot be copied; see decoding.py."""
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_graph_steps"}
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw every matrix from N(0, 0.02^2); norms start at one.
+
+        The two projections that write to the residual stream are drawn smaller by
+        sqrt(2 * n_layers), so that the stream's variance does not grow with depth
+        (Radford et al. 2019, section 2.3; the Llama 2 paper states no initialisation).
+        """
+        for part in self.parts():
+            self.init_part(part, generator)
+
+    def parts(self) -> list[nn.Module]:
+        """Return the modules that hold the parameters between them, in the parameters' order."""
+        decoder = self.model
+        head = [] if self.config.tie_embeddings else [self.lm_head]
+        return [decoder.embed_tokens, *decoder.layers, decoder.norm, *head]
+
+    @torch.no_grad()
+    def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
+        """Draw the weights of one of ``parts``; in their order that is ``init_weights``."""
+        residual = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, weight in part.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(1.0)
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                weight.normal_(0.0, residual if writes else 0.02, generator=generator)
+
+
+def _prefixed(trace: Trace, prefix: str) -> Trace:
+    return trace if trace is no_trace else lambda name, value: trace(prefix + name, value)

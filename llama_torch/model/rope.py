@@ -1,0 +1,49 @@
+"""Rotary position embeddings (RoPE), in the rotate-half form of Hugging Face's weights."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+
+Tables = tuple[Tensor, Tensor]
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """Return the rotary frequencies [K / 2] in float64, scaled as ``rope_type`` says.
+
+    "linear" divides them all by the factor (Chen et al. 2023); "llama3" those that turn less
+    than ``rope_low_freq_factor`` times in the original context, and in part those up to
+    ``rope_high_freq_factor`` times (Grattafiori et al. 2024, as released with Llama 3.1).
+    """
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
+    frequencies: Tensor = config.rope_theta ** (-pairs / config.head_dim)
+    if config.rope_type == "default":
+        return frequencies
+    kept = torch.zeros_like(frequencies)
+    if config.rope_type == "llama3":
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        turns = frequencies * (config.rope_original_max_seq_len / (2 * math.pi))
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(frequencies / config.rope_factor, frequencies, kept)
+
+
+def rope_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tables:
+    """Return cos and sin of every rotation angle, each [B, T, 1, K / 2] (Su et al. 2021, eq. 15).
+
+    Computed in float64 and rounded once, to float32 unless the model itself is float64:
+    bfloat16 cannot tell position 257 from 256.
+    """
+    frequencies = rope_frequencies(config, positions_BT.device)
+    angles = positions_BT[..., None, None].double() * frequencies
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
+
+
+def apply_rope(x_BTHK: Tensor, tables: Tables) -> Tensor:
+    """Rotate each pair (i, i + K / 2) in the tables' precision: the rotate-half form."""
+    cos, sin = tables
+    first, second = x_BTHK.to(cos.dtype).chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x_BTHK.dtype)

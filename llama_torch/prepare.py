@@ -1,0 +1,70 @@
+"""Tokenise text beforehand: ``python -m llama_torch.prepare --data texts/ --out DIR``."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .common import cli
+from .common.errors import check, check_positive
+from .data.documents import find_files, identify
+from .data.shard_writer import prepare
+from .data.shards import Shards, damaged_shards
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Tokenise text into a folder of shards, which --data of llama_torch.train takes."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders or globs (.txt .md .jsonl .parquet); none = Python's own help topics."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl and .parquet records."""
+    out: str = ""
+    """Folder to write; if an earlier run of this was stopped there, it goes on."""
+    workers: int = 0
+    """Processes that tokenise; 0 = one for each CPU core."""
+    shard_tokens: int = 1 << 26
+    """Tokens in a shard."""
+    verify: str = ""
+    """Folder of shards to compare with their checksums, instead of writing one."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "shard_tokens")
+        check(self.workers >= 0, "workers", self.workers, "must not be negative")
+        needed = "is needed: name the folder to write (or one to check, with --verify)"
+        check(bool(self.out or self.verify), "out", self.out, needed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    config = cli.parse(PrepareConfig, argv)
+    if config.verify:
+        return _verify(Shards(Path(config.verify)))
+    started = time.perf_counter()
+    text = identify(find_files(config.data), config.text_field)
+    shards = prepare(text, Path(config.out), config.workers, config.shard_tokens)
+    print(
+        f"{config.out}: {len(shards):,} tokens in {len(shards.index.shards)} shards of "
+        f"{shards.index.dtype}, after {time.perf_counter() - started:.0f} s\n"
+        f"next:\n  python -m llama_torch.train --data {config.out}"
+    )
+    return 0
+
+
+def _verify(shards: Shards) -> int:
+    damaged = damaged_shards(shards)
+    for name in damaged:
+        print(f"{shards.folder / name}: is not what was written; its checksum differs")
+    n_shards = len(shards.index.shards)
+    print(f"{shards.folder}: {n_shards - len(damaged)} of {n_shards} shards are as written")
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

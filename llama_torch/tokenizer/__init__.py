@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates, and text that comes token by token."""

@@ -1,0 +1,209 @@
+"""From a conversation to token ids: the checkpoint's own Jinja template, or Llama 2's form."""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..common.errors import InputError, has_surrogates
+from ..common.files import read_json
+from .gpt2 import located
+from .tokenizer import Tokenizer
+
+Message = Mapping[str, str]  # role (system, user, assistant) and content
+
+ROLES = ("system", "user", "assistant", "tool")
+LLAMA2 = "llama2"
+LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+class Generation(jinja2.ext.Extension):
+    """The tag ``{% generation %}``, which marks for trainers what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012  (as the base class has it)
+
+    def parse(self, parser: Any) -> Any:
+        """Leave the tag out and its content in."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """Turns messages into the ids that ask for the assistant's next answer."""
+
+    def __init__(self, source: str, origin: str, tokenizer: Tokenizer) -> None:
+        self.origin, self.tokenizer = origin, tokenizer
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise InputError(f"{origin}: not a Jinja template ({_line(error)}); fix it") from None
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a conversation whose next message is the assistant's.
+
+        Special tokens are placed by the template alone: a message that spells one is text.
+        Raises InputError where the template does, or does what its sandbox forbids.
+        """
+        require_messages(messages)
+        mark = _unused_character(messages)
+        broken = [
+            {"role": m["role"], "content": self._broken(m["content"], mark)} for m in messages
+        ]
+        names = {"bos_token": self.tokenizer.bos or "", "eos_token": self.tokenizer.eos or ""}
+        try:
+            text = self.template.render(
+                messages=broken, add_generation_prompt=True, tools=None, documents=None, **names
+            )
+        except Exception as error:  # a template is a program: it fails in any way
+            raise InputError(f"{self.origin}: the template fails: {_line(error)}") from None
+        with located("the conversation"):
+            return self.tokenizer.encode_marked(text, mark)
+
+    def _broken(self, content: str, mark: str) -> str:
+        """Put marks into the special tokens that a message spells, wholly or at its ends.
+
+        Whatever else it says is left as it is: a template may look at it. At the ends (spaces
+        aside, which templates strip) a token could be completed by what comes before or after.
+        """
+        inner = content.strip() or content
+        for token in self.tokenizer.special:
+            if len(token) == 1 and token in content:
+                raise InputError(f"a message contains {token!r}, a special token; remove it")
+            cuts = {match.start() + 1 for match in re.finditer(f"(?={re.escape(token)})", content)}
+            # A mark at an end stands inside whatever the end could complete.
+            start = content.find(inner)
+            parts = range(1, len(token))
+            if (inner and inner in token) or any(inner.startswith(token[-n:]) for n in parts):
+                cuts.add(start)
+            if any(inner.endswith(token[:n]) for n in parts):
+                cuts.add(start + len(inner))
+            for cut in sorted(cuts, reverse=True):
+                content = content[:cut] + mark + content[cut:]
+            inner = content.strip() or content
+        return content
+
+
+def require_messages(messages: Sequence[Message]) -> None:
+    """Raise InputError unless every message has a known role and a text."""
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f"message {i} is {message!r}; give a role and a content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES or not isinstance(content, str) or has_surrogates(content):
+            raise InputError(
+                f"message {i} has role {role!r} and content of type {type(content).__name__}; "
+                f"give valid text, and one of {', '.join(ROLES)}"
+            )
+
+
+def _unused_character(messages: Sequence[Message]) -> str:
+    used = {character for message in messages for character in message["content"]}
+    private = (chr(code) for code in range(0xE000, 0xF900))
+    free = next((character for character in private if character not in used), None)
+    if free is None:
+        raise InputError("the conversation uses every private character; remove one")
+    return free
+
+
+class Llama2Template:
+    """Llama 2's form (paper, appendix A.3.3): each exchange between its own BOS and EOS.
+
+    ``<s>[INST] <<SYS>> system <</SYS>> user [/INST] answer </s><s>[INST] user [/INST]``, each
+    exchange tokenised as one text. Messages that contain the form's own tags are refused.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.bos is None or tokenizer.eos is None:
+            raise InputError("--template llama2 needs a tokenizer with BOS and EOS tokens")
+        self.tokenizer = tokenizer
+        self.bos, self.eos = tokenizer.special[tokenizer.bos], tokenizer.special[tokenizer.eos]
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a conversation whose next message is the assistant's."""
+        require_messages(messages)
+        said = [m["content"] for m in messages if m["role"] != "assistant"]
+        for tag in LLAMA2_TAGS:
+            if any(tag in text for text in said):
+                raise InputError(f"a message contains {tag}, which the template alone may")
+        messages = _with_system_inside(messages)
+        roles = [message["role"] for message in messages]
+        if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+            raise InputError(
+                "Llama 2's form takes user and assistant in turn, and the user last; "
+                f"the roles are {', '.join(roles)}"
+            )
+        texts = [message["content"].strip() for message in messages]
+        ids: list[int] = []
+        with located("the conversation"):
+            for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
+                exchange = self.tokenizer.encode(f"[INST] {user} [/INST] {answer} ")
+                ids += [self.bos, *exchange, self.eos]
+            return [*ids, self.bos, *self.tokenizer.encode(f"[INST] {texts[-1]} [/INST]")]
+
+
+def _with_system_inside(messages: Sequence[Message]) -> list[Message]:
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return list(messages)
+    system, first, *rest = messages
+    content = f"<<SYS>>\n{system['content']}\n<</SYS>>\n\n{first['content']}"
+    return [{**first, "content": content}, *rest]
+
+
+def load_chat_template(
+    ckpt: Path, tokenizer: Tokenizer, name: str = ""
+) -> ChatTemplate | Llama2Template:
+    """Return the named template (a Jinja file, or "llama2"), else the checkpoint's own.
+
+    Raises InputError where there is none, and for a file that is not a template.
+    """
+    if name == LLAMA2:
+        return Llama2Template(tokenizer)
+    if name:
+        return ChatTemplate(_read(Path(name)), f"--template {name}", tokenizer)
+    folder = ckpt if ckpt.is_dir() else ckpt.parent
+    own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return ChatTemplate(_read(own), str(own), tokenizer)
+    stored = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(stored, list):  # several, by name
+        items = [item for item in stored if isinstance(item, dict)]
+        stored = next((i.get("template") for i in items if i.get("name") == "default"), None)
+    if not isinstance(stored, str):
+        raise InputError(
+            f"{folder}: has no chat template; give one with --template (llama2, or a Jinja file)"
+        )
+    return ChatTemplate(stored, f"{settings} (chat_template)", tokenizer)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a Jinja file") from None
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,63 @@
+"""What makes a training step quick or small without changing it: compilation, recomputation."""
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from ..common.device import can_compile
+from ..common.errors import InputError
+from ..config import TrainConfig
+from ..model.llama import Llama
+
+# Of the activations, what "cheap" leaves to torch's partitioner to keep. It then keeps what
+# products and attention made and recomputes the rest; lower shares recompute products too.
+CHEAP = 0.7
+COSTLY = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def prepare(model: Llama, config: TrainConfig) -> bool:
+    """Set a model up to train as ``config`` says; return whether it is compiled.
+
+    One block is compiled for all of them: their parameters are its inputs.
+    """
+    device = model.model.embed_tokens.weight.device
+    wanted = config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
+    works = wanted and can_compile(device)
+    if config.compile == "yes" and not works:
+        raise InputError("--compile yes: torch.compile does not work here; leave it out")
+    recompute = config.recompute
+    if recompute == "auto":
+        recompute = "cheap" if works else "none"
+    if works:
+        torch._functorch.config.activation_memory_budget = CHEAP if recompute == "cheap" else 1.0
+        for layer in model.model.layers:
+            # The forward method, not the module: the hooks of FSDP2 around it are not to be traced.
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+    if recompute == "all":
+        model.model.recompute = {}
+    elif recompute == "cheap" and not works:
+        contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
+        model.model.recompute = {"context_fn": contexts}
+    return works
+
+
+def _keep_costly(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = operation in COSTLY
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Run without compilation: for what happens once in a while, in shapes of its own."""
+    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return context

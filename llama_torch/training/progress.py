@@ -1,0 +1,134 @@
+"""What a person sees of a training run: a live bar, log lines, and TensorBoard."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+import torch
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.markup import escape
+
+from .tensorboard import Board
+from .throughput import peak_memory
+
+
+class Progress:
+    """Reports a run of ``last`` steps on the terminal and to TensorBoard."""
+
+    def __init__(
+        self,
+        board: Board,
+        first: int,
+        last: int,
+        tokens_per_step: int,
+        device: torch.device,
+        tokens_per_second_at_peak: float,
+    ) -> None:
+        self.board, self.tokens_per_step, self.device = board, tokens_per_step, device
+        self.at_peak = tokens_per_second_at_peak
+        self.console = Console(highlight=False)
+        self.bar = rich_progress.Progress(
+            rich_progress.TextColumn("training"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[loss]}"),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("ETA"),
+            rich_progress.TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task("", total=last, completed=first, loss="")
+        self.mark, self.mark_step = time.perf_counter(), first
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(escape(text), soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Note that ``step`` steps are done."""
+        self.bar.update(self.task, completed=step)
+
+    def trained(self, step: int, loss: float, lr: float, norm: float) -> None:
+        """Report the training figures since the last report."""
+        values = {"loss": loss, "lr": lr, "grad_norm": norm}
+        line = f"step {step:>5}  loss {loss:6.3f}  lr {lr:.2e}  gradient norm {norm:6.3f}"
+        if step > self.mark_step:
+            seconds = time.perf_counter() - self.mark
+            speed = (step - self.mark_step) * self.tokens_per_step / seconds
+            memory = peak_memory(self.device) / 2**30
+            line += f"  {speed:,.0f} tokens/s  MFU {speed / self.at_peak:.1%}  {memory:.1f} GiB"
+            values |= {"tokens_per_second": speed, "mfu": speed / self.at_peak}
+            values["peak_memory_gib"] = memory
+        self.bar.update(self.task, loss=f"loss {loss:.3f}")
+        self.say(line)
+        for name, value in values.items():
+            self.board.add_scalar(f"train/{name}", value, step)
+        self._restart_clock(step)
+
+    def skipped(self, step: int, loss: float, norm: float, total: int) -> None:
+        """Report a bad step whose update was left out."""
+        self.say(f"step {step:>5}  loss {loss:.4g}  gradient norm {norm:.4g}  bad: skipped")
+        self.board.add_scalar("train/bad_steps", total, step)
+
+    def compiled(self, step: int, seconds: float) -> None:
+        """Report the first step of a compiled model; its time stays out of tokens/s."""
+        self.say(f"step {step:>5}  the first one took {seconds:.0f} s, for compilation")
+        self._restart_clock(step)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Report a validation loss."""
+        self.say(f"step {step:>5}  validation loss {loss:.3f}  perplexity {_perplexity(loss):,.1f}")
+        self.board.add_scalar("val/loss", loss, step)
+        self.board.add_scalar("val/perplexity", _perplexity(loss), step)
+        self._restart_clock(step)
+
+    def verified(self, step: int, measures: Mapping[str, tuple[float, float]]) -> None:
+        """Report errors against the oracle beside their bounds, by quantity."""
+        shares = [f"{name} {error / bound:.0%}" for name, (error, bound) in measures.items()]
+        self.say(f"step {step:>5}  verified: of the bounds of their errors, {', '.join(shares)}")
+        for name, (error, bound) in measures.items():
+            self.board.add_scalar(f"verify/{name}_error", error, step)
+            self.board.add_scalar(f"verify/{name}_bound", bound, step)
+        self._restart_clock(step)
+
+    def sampled(self, step: int, text: str) -> None:
+        """Show a sample of text."""
+        self.say(f"step {step:>5}  sample: {text!r}")
+        self.board.add_text("sample", text, step)
+        self._restart_clock(step)
+
+    def saved(self, step: int) -> None:
+        """Report a checkpoint."""
+        self.say(f"step {step:>5}  checkpoint saved")
+        self._restart_clock(step)
+
+    def _restart_clock(self, step: int) -> None:
+        # Whatever is not training (validation, samples, saving) stays out of tokens/s.
+        self.mark, self.mark_step = time.perf_counter(), step
+
+
+class Silence:
+    """The Progress of a process that does not speak: it is told everything and says nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *told: None
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # exp overflows just above

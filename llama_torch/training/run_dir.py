@@ -1,0 +1,202 @@
+"""The run directory: which one it is, what it belongs to, and who may write to it."""
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import step_folders
+from ..checkpoint.hf import MODEL_FILE, write_directory_files
+from ..checkpoint.step_folders import BEST
+from ..checkpoint.training_state import STATE_FILE
+from ..common import cli
+from ..common.errors import InputError
+from ..common.files import read_json, write_text
+from ..common.torchrun import is_launched, job_name
+from ..config import TrainConfig
+from ..distributed.parallel import Parallel
+
+RUN_FILE = "run.json"
+
+RUNS = Path("runs")
+
+LOCK_FILE = "lock"
+
+
+def resolve_config(argv: Sequence[str]) -> TrainConfig:
+    """Build the settings of this run: defaults, then TOML, then flags; ``out`` is filled in.
+
+    With --resume the run's own stored settings take the defaults' place. Raises InputError for
+    a setting that is wrong, a directory that holds another run, or one that cannot be written.
+    """
+    early = cli.early_flags(argv)
+    defaults = cli.toml_flags(early.config, TrainConfig) if early.config else []
+    early = cli.early_flags([*defaults, *argv])  # the TOML file may name --out
+    if not early.resume:
+        config = cli.parse(TrainConfig, argv, defaults)
+        config = dataclasses.replace(config, out=config.out or str(_next_run()))
+        _require_free(Path(config.out))
+        return config
+    out = Path(early.out) if early.out else _latest_run()
+    stored = _stored(out)["settings"]
+    if not is_launched():  # one process resumes what many began
+        stored.pop("parallel", None)
+    defaults = [*cli.as_flags(stored | {"out": str(out), "config": ""}), *defaults]
+    return cli.parse(TrainConfig, argv, defaults)
+
+
+def after_restart(argv: Sequence[str]) -> Sequence[str]:
+    """Return the flags with which torchrun's second attempt at a job continues the first.
+
+    That is the run which bears the job's name, or which is in the --out it was given.
+    """
+    early = cli.early_flags(argv)
+    if early.config:
+        early = cli.early_flags([*cli.toml_flags(early.config, TrainConfig), *argv])
+    outs = [Path(early.out)] if early.out else list(_runs().values())
+    began = (out for out in outs if (out / RUN_FILE).is_file())
+    found = [out for out in began if _stored(out).get("job") == job_name()]
+    if early.resume or not found:
+        return argv
+    return [*argv, "--resume", "--out", str(found[-1])]
+
+
+def require_shared(out: Path, parallel: Parallel) -> None:
+    """Raise InputError unless all processes of a job see the same run in ``out``."""
+    parallel.barrier()
+    newest = step_folders.newest(out) if (out / RUN_FILE).is_file() else None
+    seen = -1 if not (out / RUN_FILE).is_file() else int(newest.name) if newest else 0
+    with parallel.alike():
+        if not parallel.agree(seen):
+            raise InputError(
+                f"--out {out}: not every process sees what the first one wrote there; choose a "
+                "directory on a disk that all machines share"
+            )
+
+
+def _runs() -> dict[int, Path]:
+    numbered = {int(p.name): p for p in RUNS.glob("*") if p.name.isdigit()}
+    return dict(sorted(numbered.items()))
+
+
+def _next_run() -> Path:
+    return RUNS / str(max(_runs(), default=0) + 1)
+
+
+def _latest_run() -> Path:
+    runs = [path for path in _runs().values() if (path / RUN_FILE).is_file()]
+    if not runs:
+        raise InputError("--resume: no run in runs/; name its directory with --out")
+    return runs[-1]
+
+
+def _stored(out: Path) -> dict[str, Any]:
+    if not (out / RUN_FILE).is_file():
+        raise InputError(f"--resume: {out} holds no run; leave --resume out to start one there")
+    stored = read_json(out / RUN_FILE)
+    if not all(isinstance(stored.get(key), dict) for key in ("identity", "settings")):
+        raise InputError(f"{out / RUN_FILE}: is not this package's; start anew in another --out")
+    return stored
+
+
+def _require_free(out: Path) -> None:
+    try:
+        _require_free_and_writable(out)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be used ({error}); choose another") from None
+
+
+def _require_free_and_writable(out: Path) -> None:
+    if (out / RUN_FILE).exists():
+        raise InputError(
+            f"--out {out} already holds a run; add --resume to continue it, or choose another"
+        )
+    files = (MODEL_FILE, STATE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
+    for name in (*files, step_folders.FOLDER, BEST):
+        if (out / name).exists():
+            raise InputError(f"--out {out} already holds a {name}; choose another directory")
+    nearest = out
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out} cannot be written below {nearest}; choose another directory")
+
+
+def require_same(config: TrainConfig, data_key: str | None = None) -> None:
+    """Check that a resumed run's settings, and its text once its hash is known, are its own."""
+    out = Path(config.out)
+    stored = _stored(out)
+    # A setting that did not exist when the run began had its default's effect.
+    identity = _over(TrainConfig().identity(), stored["identity"])
+    differing = _differences(identity, config.identity())
+    if data_key is not None and stored.get("data_key") != data_key:
+        differing.append("the text of --data has changed")
+    if differing:
+        raise InputError(
+            f"--resume: {out} belongs to another config: {'; '.join(differing)}; drop these "
+            "flags to continue it, or start a new run with another --out"
+        )
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold a run directory, which is made if need be; InputError if another trainer does.
+
+    The lock is the open file's and dies with the process; the file stays. A file system without
+    locks holds nobody back.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK_FILE).open("w")
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error}); choose another") from None
+    with file:
+        # Data workers may outlive a killed trainer, and must not hold the run meanwhile.
+        os.register_at_fork(after_in_child=file.close)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--out {out} is in use by another trainer; wait for its end, or choose another"
+            ) from None
+        except OSError:
+            pass
+        yield
+
+
+def claim(config: TrainConfig, data_key: str) -> None:
+    """Note in a new run's directory, which is locked, what it belongs to."""
+    out = Path(config.out)
+    _require_free(out)  # another run may have come and gone while this one was prepared
+    record = {
+        "identity": config.identity(),
+        "data_key": data_key,
+        "job": job_name(),
+        "settings": dataclasses.asdict(dataclasses.replace(config, profile=False)),
+    }
+    try:
+        write_text(out / RUN_FILE, json.dumps(record, indent=2) + "\n")
+        write_directory_files(out, config.model)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error}); choose another") from None
+
+
+def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return ``defaults`` with what is given in their places."""
+    nested = {k: _over(v, given[k]) for k, v in defaults.items() if isinstance(given.get(k), dict)}
+    return {**defaults, **given, **nested}
+
+
+def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    differing = []
+    for name in sorted(stored.keys() | asked.keys()):
+        there, here = stored.get(name), asked.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            differing += _differences(there, here)
+        elif there != here:
+            differing.append(f"--{name.replace('_', '-')} is {there} there and {here} here")
+    return differing

@@ -1,0 +1,212 @@
+"""Save checkpoints of a run, the best model, and the exported weights."""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..checkpoint import step_folders
+from ..checkpoint import training_state as sharded
+from ..checkpoint.hf import MODEL_FILE, read_notes, require_match, save_model, write_directory_files
+from ..checkpoint.step_folders import BEST
+from ..checkpoint.training_state import load_state, save_state
+from ..common.errors import InputError
+from ..config import TrainConfig
+from ..distributed.parallel import Parallel
+from ..model.config import ModelConfig
+from ..model.llama import Llama
+from .optimizer import MasterAdamW
+
+
+def save(
+    out: Path,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    skipped: Sequence[int] = (),
+    keep_last: int = 2,
+) -> None:
+    """Save the state training continues from, then export the model from it.
+
+    Raises InputError, and leaves the last checkpoint, where a parameter is not finite.
+    """
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if not parameter.isfinite().all():
+            raise InputError(
+                f"{name} is not finite after step {step}; lower --lr (the last checkpoint stands)"
+            )
+    tensors = training_state(model, optimizer)
+    exported = {name: tensors[f"parameter.{name}"] for name in parameters}
+
+    def write(folder: Path) -> None:
+        save_state(folder, tensors, step, skipped)
+
+    step_folders.commit(out, step, write, keep_last)
+    save_model(out, model.config, exported)
+
+
+def save_best(
+    out: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int, val_loss: float
+) -> None:
+    """Export the model to best/, a Hugging Face model directory, with its step and loss."""
+    exported = _export(model, optimizer)
+    notes = {"step": str(step), "val_loss": repr(val_loss)}
+
+    def write(folder: Path) -> None:
+        write_directory_files(folder, model.config)
+        save_model(folder, model.config, exported, notes)
+
+    if (out / BEST).is_dir():  # the rest of it never changes
+        save_model(out / BEST, model.config, exported, notes)
+    else:
+        step_folders.make_folder(out / BEST, write)
+
+
+def best_loss(out: Path) -> float:
+    """Return the lowest validation loss so far: that of the model in best/."""
+    if not (out / BEST).is_dir():
+        return math.inf
+    try:
+        return float(read_notes(out / BEST / MODEL_FILE).get("val_loss", "inf"))
+    except InputError as error:
+        raise InputError(f"--resume: {error}; or delete {out / BEST} to go on without it") from None
+
+
+def _export(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the parameters as a checkpoint holds them: in float32 where training keeps that."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    if isinstance(optimizer, MasterAdamW):
+        return {name: optimizer.master(p).cpu() for name, p in parameters.items()}
+    return parameters
+
+
+class Saver:
+    """Saves a run's checkpoints: one process all of it, or each its shards.
+
+    Shards on a GPU are copied to the host, and written while training goes on.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Llama,
+        optimizer: torch.optim.Optimizer,
+        parallel: Parallel,
+    ) -> None:
+        self.out, self.keep_last, self.parallel = Path(config.out), config.keep_last, parallel
+        self.model, self.optimizer = model, optimizer
+        self.keeps_best = config.keep_best and parallel.is_first and not parallel.is_sharded
+        self.best = best_loss(self.out) if self.keeps_best else 0.0
+        self.pending: tuple[int, sharded.Saving] | None = None
+
+    def validated(self, step: int, val_loss: float) -> None:
+        """Keep the model if it is the best so far. No process of a sharded run holds it."""
+        if self.keeps_best and val_loss < self.best:
+            save_best(self.out, self.model, self.optimizer, step, val_loss)
+            self.best = val_loss
+
+    def save(self, step: int, skipped: Sequence[int], waits: bool) -> list[int]:
+        """Save what training continues from; return the steps whose checkpoints are complete."""
+        if not self.parallel.is_sharded:
+            if self.parallel.is_first:
+                save(self.out, self.model, self.optimizer, step, skipped, self.keep_last)
+            self.parallel.barrier()
+            return [step]
+        saved, final = self._finish(), step_folders.final_folder(self.out, step)
+        tensors = training_state(self.model, self.optimizer)
+        local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
+        good = torch.stack([tensor.isfinite().all() for tensor in local]).all()
+        bad = self.parallel.most(int(not good))
+        with self.parallel.alike():
+            if bad:
+                raise InputError(
+                    f"a parameter or moment is not finite after step {step}; lower --lr (the last "
+                    "checkpoint stands)"
+                )
+        with step_folders.writing(final):
+            if self.parallel.is_first:
+                sharded.write_notes(step_folders.begin(final), step, skipped)
+        self.parallel.barrier()
+        folder = step_folders.temporary(final)
+        if next(iter(tensors.values())).is_cuda:
+            self.pending = step, sharded.Saving(folder, tensors, self.parallel.talk())
+            return saved + (self._finish() if waits else [])
+        with self._clearing(folder):
+            sharded.save(folder, tensors)
+        return [*saved, self._commit(step)]
+
+    def export(self) -> None:
+        """Write the newest checkpoint's model beside it, where training has not done so already."""
+        if self.parallel.is_sharded and self.parallel.is_first:
+            folder = step_folders.newest(self.out)
+            assert folder is not None
+            gather(self.out, folder, self.model.config)
+        self.parallel.barrier()
+
+    def completed(self) -> list[int]:
+        """Return the steps whose checkpoints have been completed since the last call."""
+        if self.pending and not self.parallel.most(int(not self.pending[1].is_done())):
+            return self._finish()
+        return []
+
+    def _finish(self) -> list[int]:
+        if self.pending is None:
+            return []
+        step, saving = self.pending
+        with self._clearing(saving.folder):
+            saving.wait()
+        self.pending = None
+        return [self._commit(step)]
+
+    @contextmanager
+    def _clearing(self, folder: Path) -> Iterator[None]:
+        """Leave nothing of what could not be written."""
+        try:
+            yield
+        except InputError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _commit(self, step: int) -> int:
+        self.parallel.barrier()
+        if self.parallel.is_first:
+            final = step_folders.final_folder(self.out, step)
+            with step_folders.writing(final):
+                step_folders.finish(final)
+            step_folders.prune(self.out, self.keep_last)
+        self.parallel.barrier()
+        return step
+
+
+def training_state(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return parameters and moments by the names that a checkpoint gives them."""
+    exported, tensors = _export(model, optimizer), {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        tensors[f"parameter.{name}"] = exported[name].detach()
+        for kind in ("exp_avg", "exp_avg_sq"):  # which the first update makes
+            moment = state[kind] if state else torch.zeros_like(parameter, requires_grad=False)
+            tensors[f"{kind}.{name}"] = moment
+    return tensors
+
+
+def gather(out: Path, folder: Path, config: ModelConfig) -> None:
+    """Write the Hugging Face directory ``out`` from a checkpoint, as one process."""
+    prefix = "parameter."
+    if sharded.holds(folder):
+        names = [name for name in sharded.shapes(folder) if name.startswith(prefix)]
+        tensors = sharded.load_whole(folder, names)
+    else:
+        tensors, _, _ = load_state(folder)
+    parameters = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    with torch.device("meta"):
+        expected = {n: tuple(p.shape) for n, p in Llama(config).named_parameters()}
+    require_match(folder, expected, {n: tuple(t.shape) for n, t in parameters.items()})
+    write_directory_files(out, config)
+    save_model(out, config, parameters)

@@ -1,0 +1,50 @@
+"""How fast training could be, and what it takes: operations, the device's peak, memory."""
+
+import resource
+import sys
+import time
+
+import torch
+
+from ..model.config import ModelConfig
+
+# bfloat16 tensor-core operations per second, dense, from NVIDIA's data sheets.
+PEAK_BFLOAT16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
+    """Return the operations of a training step for each token (Chowdhery et al. 2022, app. B).
+
+    Six for each weight that multiplies, and attention over the whole context, masked or not;
+    an embedding that is only looked up multiplies nothing. Recomputation does not count.
+    """
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    queries = config.n_heads * config.head_dim
+    attention = 12 * config.n_layers * queries * config.max_seq_len
+    return 6.0 * (n_parameters - looked_up) + attention
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations per second to measure against: a known GPU's, or a product's here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, flops in PEAK_BFLOAT16.items():
+            if part in name:
+                return flops
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    seconds: list[float] = []
+    # A CPU that emulates a format takes seconds for each; the first also loads the kernels.
+    while len(seconds) < 2 or (len(seconds) < 12 and sum(seconds) < 1):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(seconds)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes used so far: of tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,134 @@
+"""A training run held to the NumPy oracle as it goes: ``--verify-every``.
+
+This module and its oracle.py import the oracle, and nothing else of the package does; the trainer
+imports it when asked to.
+
+What is verified is what trains. The live model, compiled or not, takes whole micro-batches of the
+step just done, in which all but a few targets are ignored. Attention is causal, so that what is
+left (the loss, its gradients, the logits of the positions that count) depends on a few short rows
+alone, and those are all that the oracle computes. What leaks in from elsewhere shows.
+
+What goes wrong in long sums alone does not show there. The embedding's gradient adds up as many
+terms as a token occurs, which may be half of a micro-batch: with every target it is held to the
+sum of the terms that it was made of.
+
+``observe`` runs a model; ``judge`` compares what a model computed, however it is spread over
+devices, given whole tensors on the CPU.
+"""
+
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reference_np.naming import EMBED, parameter_shapes
+from reference_np.tolerances import (
+    LAMBDA,
+)
+
+from ..checkpoint.hf import MODEL_FILE
+from ..common.errors import InputError
+from ..model.config import ModelConfig
+from ..model.llama import Llama
+from ..model.loss import IGNORE, count_valid
+from . import batch as batch_module
+from . import step
+from .oracle import PARTS, Measure, Observed, _oracles, judge, nearest
+from .verify_sums import embedding_error, gradients_aside
+
+# Of host memory for each parameter: gradients in float64 and twice in float32, and one matrix.
+BYTES_PER_PARAMETER = 18
+
+
+def require_memory(config: ModelConfig) -> None:
+    """Raise InputError where this machine cannot hold what a check needs."""
+    shapes = parameter_shapes(_oracles(config))
+    needed = BYTES_PER_PARAMETER * sum(map(math.prod, shapes.values()))
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"--verify-every needs some {needed / 2**30:.0f} GiB of host memory for a model of "
+            f"this size, and this machine has {there / 2**30:.0f}; leave it out"
+        )
+
+
+def check(model: Llama, batches: Sequence[batch_module.Batch], z_loss: float) -> list[Measure]:
+    """Compare a model with the oracle on part of a step's micro-batches; nothing is changed."""
+    picked = pick(batches)
+    weight = model.head_weight
+    found = judge(
+        model.config,
+        dict(model.named_parameters()),
+        picked,
+        observe(model, picked, z_loss),
+        arithmetic(weight.device, weight.dtype),
+        z_loss,
+    )
+    error, bound = embedding_error(model, batches[0], z_loss, LAMBDA)
+    return [*found, Measure("gradients", error, bound, EMBED)]
+
+
+def pick(batches: Sequence[batch_module.Batch]) -> list[batch_module.Batch]:
+    """Return a step's first micro-batches, with no targets but those that PARTS keeps."""
+    picked = []
+    for batch, (rows, length) in zip(batches, PARTS, strict=False):
+        targets = torch.full_like(batch.targets, IGNORE)
+        targets[:rows, :length] = batch.targets[:rows, :length]
+        if not count_valid(targets):  # any others will do
+            targets[:rows, :length] = batch.tokens[:rows, :length]
+        picked.append(batch._replace(targets=targets))
+    return picked
+
+
+def observe(model: Llama, batches: Sequence[batch_module.Batch], z_loss: float) -> Observed:
+    """Run what a training step runs, up to its gradients; nothing of the model is changed."""
+    hidden: list[Tensor] = []
+    hook = model.model.register_forward_hook(lambda *call: hidden.append(call[2][0].detach()))
+    try:
+        with gradients_aside(model):
+            loss, grads = step.accumulate(model, batches, z_loss)
+            named = {name: grads[p].cpu() for name, p in model.named_parameters() if p in grads}
+            with torch.no_grad():
+                parts = zip(hidden, PARTS, strict=False)
+                logits = [model.head(x_BTD[:rows, :n]).cpu() for x_BTD, (rows, n) in parts]
+    finally:
+        hook.remove()
+    return Observed(logits, loss.item(), named)
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the precision of matrix products: float32 ones may be allowed to be tf32 or less.
+
+    Asked of a product of many rows. Some processors multiply a few rows more precisely, which
+    the wider bound allows.
+    """
+    if dtype == torch.float32:
+        one = torch.eye(256, device=device)
+        for name, small in {"float32": 2.0**-20, "tf32": 2.0**-9}.items():
+            matrix = torch.full_like(one, 1 + small)
+            if torch.equal(matrix @ one, matrix):
+                return name
+    return "bfloat16"
+
+
+def complaint(measures: Sequence[Measure], out: Path, done: int) -> str:
+    """Say on one line what does not hold after ``done`` steps, and where to look."""
+    broken = [measure for measure in measures if not measure.holds]
+    parts = []
+    for quantity, worst in nearest(broken).items():
+        n = sum(measure.quantity == quantity for measure in broken)
+        name = f"{n} gradients, worst of {worst.parameter}" if worst.parameter else quantity
+        parts.append(f"{name}: error {worst.error:.1e}, bound {worst.bound:.1e}")
+    where = "no checkpoint was saved yet"
+    if (out / MODEL_FILE).exists():
+        flags = "" if any(measure.quantity == "logits" for measure in broken) else " --grads"
+        model = shlex.quote(str(out / MODEL_FILE))
+        where = f"try the last checkpoint with: python tools/compare.py {model}{flags}"
+    return (
+        f"step {done}: the model does not compute what the oracle does ({'; '.join(parts)}); "
+        f"this step was not saved; {where}"
+    )
