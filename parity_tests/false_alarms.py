@@ -32,7 +32,7 @@ from reference_np.naming import parameter_shapes
 from reference_np.ops import Array
 from reference_np.tolerances import Errors, attention_bound
 from tools import compare
-from tools.differences import Judged
+from tools.comparison.differences import Judged
 
 from .honest_kernels import KERNELS
 from .support import save_numpy

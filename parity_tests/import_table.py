@@ -18,6 +18,7 @@ PROGRAM = (
     *("llama_torch", *LIBRARY, "llama_torch.training"),
     *("llama_torch.training.verify", "llama_torch.training.oracle"),
 )
+PARTS_OF_TOOLS = ("tools.comparison", "tools.benchmarks", "tools.conversion", "tools.shapes")
 # Part -> the parts that it may import beside itself. A module belongs to the longest name that
 # its own begins with.
 ALLOWED: Mapping[str, tuple[str, ...]] = {
@@ -48,9 +49,14 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     # The commands, which nothing imports, and what outsiders import.
     "llama_torch": (*LIBRARY, "llama_torch.training"),
     "llama_torch.data.__main__": ("llama_torch",),
-    "tools": (*PROGRAM, "reference_np", "parity_tests.backends"),
-    "parity_tests.backends": (*PROGRAM, "reference_np", "parity_tests"),
-    "parity_tests": (*PROGRAM, "reference_np", "tools", "parity_tests.backends"),
+    # The commands of tools, and what they are made of.
+    "tools": (*PROGRAM, "reference_np", *PARTS_OF_TOOLS),
+    "tools.comparison": (*PROGRAM, "reference_np"),
+    "tools.benchmarks": (*PROGRAM, "reference_np", "tools.shapes"),
+    "tools.conversion": (*PROGRAM, "reference_np"),
+    "tools.shapes": ("llama_torch.model",),
+    "parity_tests.backends": (*PROGRAM, "reference_np", "parity_tests", "tools.comparison"),
+    "parity_tests": (*PROGRAM, "reference_np", "tools", *PARTS_OF_TOOLS, "parity_tests.backends"),
 }
 # Part -> all the packages of others that it may import.
 OTHERS: Mapping[str, frozenset[str]] = {

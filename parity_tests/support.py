@@ -1,23 +1,21 @@
 """The torch side of a comparison: the same config and weights, NumPy in and NumPy out."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from torch import nn
 
 from llama_torch.checkpoint.hf import save_model, write_directory_files
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.kv_cache import Cache
 from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
+from tools.comparison.empty_weights import without_weights
 
 Array = NDArray[Any]
 
@@ -32,16 +30,6 @@ def save_numpy(
 ) -> None:
     """Write a safetensors file; safetensors 0.8.0 by itself misorders what is not contiguous."""
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path, metadata)
-
-
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Make modules on the meta device, where drawing no weights takes as long as half a model."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.device("meta"))
-        for kind in (nn.Linear, nn.Embedding):
-            stack.enter_context(patch.object(kind, "reset_parameters", lambda module: None))
-        yield
 
 
 def torch_model(config: LlamaConfig, params: Mapping[str, Array]) -> Llama:

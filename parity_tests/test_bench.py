@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from llama_torch.model.config import ModelConfig
-from tools import bench, bench_train
-from tools.bench_sides import Setup, Side, alternate, same_tokens
-from tools.bench_train import Result
+from tools import bench
+from tools.benchmarks import training
+from tools.benchmarks.timing import Setup, Side, alternate, same_tokens
+from tools.benchmarks.training import Result
 
 from .ahead import Job
 
@@ -55,10 +56,12 @@ SMALL = """
 import sys
 from unittest.mock import patch
 from llama_torch.config import ModelConfig
-from tools import bench, bench_train, bench_works
-bench_works.SHAPES["default"] = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16)
+from tools import bench
+from tools.benchmarks import training
+from tools.shapes import SHAPES
+SHAPES["default"] = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16)
 sides = ("ours", "transformers", "plain loop", "missing")
-patch.object(bench_train, "ON_CPU", sides).start()
+patch.object(training, "ON_CPU", sides).start()
 sys.exit(bench.main(sys.argv[1:]))
 """
 TRAINING = Job(lambda _: ("-c", SMALL, *TINY, "--works", "train"))
@@ -86,19 +89,19 @@ def test_training_tables_without_ours() -> None:
     turns = [Result([], 1, 5.0, 1e9), Result([0.5], 1, 5.0, 1e9), Result([0.25], 2, 5.0, 1e9)]
     config = ModelConfig()
     with_ours = {"ours": turns, "plain loop": [turn._replace(peak_bytes=7) for turn in turns]}
-    row = bench_train.rows(setup, config, 4, "float32", with_ours)[1]
+    row = training.rows(setup, config, 4, "float32", with_ours)[1]
     assert row[3:] == (3072, row.mfu, 2, "plain loop", 3072, 7, 1)
-    [row] = bench_train.rows(setup, config, 4, "float32", {"plain loop": turns})[1:2]
+    [row] = training.rows(setup, config, 4, "float32", {"plain loop": turns})[1:2]
     assert row[3:] == (None, None, None, "plain loop", 3072, 2, None)
 
 
 def test_training_losses_that_differ_are_refused() -> None:
-    bench_train.same_losses({"ours": 10.0, "peer": 10.0005}, "float32")
-    bench_train.same_losses({"ours": 10.0, "peer": 10.05}, "bfloat16")
-    bench_train.same_losses({"peer": 10.0, "another": 5.0}, "float32")
+    training.same_losses({"ours": 10.0, "peer": 10.0005}, "float32")
+    training.same_losses({"ours": 10.0, "peer": 10.05}, "bfloat16")
+    training.same_losses({"peer": 10.0, "another": 5.0}, "float32")
     for loss, dtype in ((10.002, "float32"), (10.2, "bfloat16"), (float("nan"), "float32")):
         with pytest.raises(RuntimeError, match="the first loss of peer"):
-            bench_train.same_losses({"ours": 10.0, "peer": loss}, dtype)
+            training.same_losses({"ours": 10.0, "peer": loss}, dtype)
 
 
 def test_sides_that_differ_are_not_timed() -> None:

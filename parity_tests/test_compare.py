@@ -21,9 +21,10 @@ from reference_np.mutants import FORWARD
 from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.tolerances import Errors, composed_bound, errors_beside
 from reference_np.training_mutants import TRAINING
-from tools import compare, differences, sides, training_step
-from tools.inputs import make_calls
-from tools.traces import Trace, cached
+from tools import compare
+from tools.comparison import differences, torch_side, training_step, training_task
+from tools.comparison.inputs import make_calls
+from tools.comparison.trace_file import Trace, cached
 
 from .backends.oracle import Oracle
 from .planted import BUGS, Planted
@@ -738,13 +739,15 @@ def test_a_streamed_model_computes_as_a_loaded_one(
     ckpt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And holds no parameter before or after: one module's are read while it runs."""
-    real, streamed = sides.stream_weights, []
+    real, streamed = torch_side.stream_weights, []
     monkeypatch.setattr(
-        sides, "stream_weights", lambda model, *rest: (streamed.append(model), real(model, *rest))
+        torch_side,
+        "stream_weights",
+        lambda model, *rest: (streamed.append(model), real(model, *rest)),
     )
     config, files = locate(ckpt)
     cpu = torch.device("cpu")
-    forward = sides._ours(config, lambda n: read_tensor(files[n][0], n, torch.float32), cpu)
+    forward = torch_side._ours(config, lambda n: read_tensor(files[n][0], n, torch.float32), cpu)
     found: dict[str, torch.Tensor] = {}
     call = make_calls(np.arange(6), CONFIG, (6,), 0)[0]
     with torch.inference_mode():
@@ -839,14 +842,14 @@ def test_a_wrong_gradient_is_located(
 def test_a_gradient_that_overflowed_in_the_baseline_excuses_no_step(bad: float) -> None:
     config = LlamaConfig(16, 1, 2, 1, 8, 24, 60)
     params = random_params(config, 0)
-    task = training_step.Task(config, training_step.make_batches(np.arange(16)), {}, 0.0)
+    task = training_task.Task(config, training_task.make_batches(np.arange(16)), {}, 0.0)
     made = training_step.gradients(task, params)
-    task = task._replace(clips=training_step.clips(made[1]))
+    task = task._replace(clips=training_task.clips(made[1]))
     exact = training_step.step_values(task, params, made, trains=True)
     name = "model.layers.0.mlp.up_proj.weight"
     plain = exact | {f"grad {name}": np.full_like(exact[f"grad {name}"], bad)}
     wrong = {n: x * (1.5 if n.endswith(f"step {name}") else 1.0) for n, x in exact.items()}
-    steps = {f"{run} step {name}" for run in training_step.RUNS}
+    steps = {f"{run} step {name}" for run in training_task.RUNS}
     for theirs, expected in ((exact, set()), (wrong, steps)):
         rows = training_step.compare_step(task, "float32", theirs, exact, plain, trains=True)
         assert {row.name for row in rows if row.status != "ok"} == expected

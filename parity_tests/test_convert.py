@@ -21,7 +21,7 @@ from llama_torch.checkpoint.hf import load_model, locate
 from llama_torch.model.config import ModelConfig
 from reference_np.config import LlamaConfig
 from tools import convert
-from tools.meta_params import config_from, hidden_width, params_of
+from tools.conversion.meta_params import config_from, hidden_width, params_of
 
 from .strategies import random_params, seeds
 

@@ -12,10 +12,11 @@ from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.mutants import Mutant
 from reference_np.tolerances import attention_bound, errors_beside
-from tools import compare, differences
-from tools.inputs import make_calls
-from tools.replay import Replay, Weights
-from tools.traces import TraceWriter, write_trace
+from tools import compare
+from tools.comparison import differences
+from tools.comparison.inputs import make_calls
+from tools.comparison.replay import Replay, Weights
+from tools.comparison.trace_file import TraceWriter, write_trace
 
 from . import false_alarms
 from .false_alarms import ROUNDING, attention, draw, honest_outputs

@@ -26,9 +26,9 @@ from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, loss_and_grads
 from reference_np.optim import Hyper
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
+from tools.comparison.transformers_model import config_from, empty_model
 
 from .backends.torch_backends import optim_config, to_torch
-from .backends.transformers_backend import config_from, empty_model
 from .strategies import Case, Params, seeds, wide_cases
 from .support import torch_model
 from .test_train import SMALL_RUN, TEXT

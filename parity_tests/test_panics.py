@@ -26,7 +26,7 @@ from llama_torch.tokenizer.gpt2 import gpt2, gpt2_ids, guarded
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.training import validate
 from reference_np.config import LlamaConfig
-from tools.inputs import token_ids
+from tools.comparison.inputs import token_ids
 
 from .made_tokenizers import byte_level
 from .support import write_model

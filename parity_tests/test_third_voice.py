@@ -7,8 +7,8 @@ import transformers
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
 from reference_np.tolerances import LOGIC, logic_error
+from tools.comparison.transformers_model import config_from
 
-from .backends.transformers_backend import config_from
 from .strategies import random_params
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes
 from tools import compare
-from tools.traces import AXES
+from tools.comparison.trace_file import AXES
 
 from .strategies import cast, random_params
 from .support import save_numpy

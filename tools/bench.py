@@ -3,7 +3,7 @@
 All sides get the same shape, weights, dtype, threads and tokens, and are called in turn. A speed
 is the median of several repeats, and a ratio the median of the ratios of neighbouring repeats,
 so that a machine whose speed drifts still gives a fair one. Training has processes of its own
-(bench_train.py), and a table with what each side needs of memory, and ours of the processor. The
+(training.py), and a table with what each side needs of memory, and ours of the processor. The
 other table's last column is ours beside what the machine was measured to give in the same run:
 the memory's speed for decoding (the bytes of the matrices read for each token, from the first
 new token to the last, beside a plain matrix-vector product), the same matrix products alone for
@@ -30,9 +30,9 @@ if __name__ == "__main__":
 from llama_torch.common import cli
 from llama_torch.common.device import pick_device
 from llama_torch.common.errors import InputError
-from tools.bench_sides import Row, Setup
-from tools.bench_train import TrainRow
-from tools.bench_works import WORKS
+from tools.benchmarks.timing import Row, Setup
+from tools.benchmarks.training import TrainRow
+from tools.benchmarks.works import WORKS
 
 ON_CPU = ("train", "decode", "prefill", "numpy-prefill", "numpy-decode")
 ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")

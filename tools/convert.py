@@ -1,52 +1,43 @@
 """Convert a Llama between Hugging Face's form and Meta's: ``python tools/convert.py SRC DST``.
 
-Meta's form is described in meta_form.py.
+Meta's form is described in meta_checkpoint.py.
 """
 
-import json
 import math
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 if __name__ == "__main__":
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
     # should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE, locate, read_tensor, require_match
+from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check
 from llama_torch.common.files import flush, read_json
 from llama_torch.model.config import ModelConfig
-from tools.meta_form import META_FILES, read_meta, write_meta
-from tools.meta_params import check_expressible
-from tools.weights import (
-    DTYPES,
-    Model,
-    Weight,
-    label,
-    shapes_of,
-    shown,
-    stored,
-    write_file,
+from tools.conversion.hf_checkpoint import read_hf, write_hf
+from tools.conversion.lazy_weights import (
     write_json,
 )
+from tools.conversion.meta_checkpoint import META_FILES, read_meta, write_meta
+from tools.conversion.meta_params import check_expressible
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 GENERATION_FILE = "generation_config.json"
+
 AROUND = (
     "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
     f"added_tokens.json chat_template.jinja {GENERATION_FILE}"
@@ -82,74 +73,6 @@ class ConvertConfig:
             ("rope_scaling_factor", 0 <= self.rope_scaling_factor < math.inf, "must be positive"),
         ):
             check(valid, name, getattr(self, name), requirement)
-
-
-def read_hf(path: Path) -> Model:
-    """Open a model directory or a .safetensors file; InputError as ``load_model`` raises it."""
-    config, files = locate(path)
-    expected = shapes_of(config)
-    require_match(path, expected, {name: shape for name, (_, shape) in files.items()})
-    dtypes: dict[str, torch.dtype] = {}
-    for file in {file for file, _ in files.values()}:
-        with safe_open(file, framework="pt") as opened:
-            names = expected.keys() & set(opened.keys())
-            dtypes |= {name: DTYPES[opened.get_slice(name).get_dtype()] for name in names}
-    weights = {}
-    for name, shape in expected.items():
-        read = partial(read_tensor, files[name][0], name, dtypes[name])
-        weights[name] = Weight(shape, dtypes[name], read)
-    return Model(config, weights)
-
-
-def write_hf(
-    folder: Path,
-    model: Model,
-    dtype: torch.dtype | None,
-    max_shard_gb: float,
-    ids: Mapping[str, Any],
-) -> None:
-    """Write config.json and the safetensors files, with an index where they are several."""
-    kept = reduce(torch.promote_types, [weight.dtype for weight in model.weights.values()])
-    hf = model.config.to_hf() | {"dtype": label(dtype or kept), **ids}
-    metadata = {"format": "pt", "config": json.dumps(hf)}
-    sizes = {
-        name: math.prod(weight.shape) * (dtype or weight.dtype).itemsize
-        for name, weight in model.weights.items()
-    }
-    groups = grouped(sizes, max_shard_gb * 1e9)
-    weight_map: dict[str, str] = {}
-    for i, group in enumerate(groups, 1):
-        file = f"model-{i:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else MODEL_FILE
-        _write_group(folder / file, model, group, dtype, metadata)
-        weight_map |= dict.fromkeys(group, file)
-    if len(groups) > 1:
-        total = {"total_size": sum(sizes.values())}
-        write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
-    write_json(folder / "config.json", hf)
-
-
-def _write_group(
-    path: Path,
-    model: Model,
-    names: Sequence[str],
-    dtype: torch.dtype | None,
-    metadata: dict[str, str],
-) -> None:
-    tensors = {name: stored(name, model.weights[name], dtype) for name in shown(names, path.name)}
-    write_file(path, partial(save_file, tensors, metadata=metadata))
-
-
-def grouped(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
-    """Cut names, in order, into runs whose sizes sum to at most ``limit``, or that are one name."""
-    groups: list[list[str]] = []
-    room = 0.0
-    for name, size in sizes.items():
-        if not groups or size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
-    return groups
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from llama_torch.training.optimizer import learning_rate, make_adamw
 from llama_torch.training.setup import set_up
 from llama_torch.training.step import train_step
 from llama_torch.training.validate import evaluate
-from tools.hf_peer import autocast, peer_loss, plain_step, transformers_peer
+from tools.benchmarks.transformers_peer import autocast, peer_loss, plain_step, transformers_peer
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,7 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..common.files import read_json
-from .gpt2 import (
-    END_OF_TEXT,
-    END_OF_TEXT_ID,
-    VOCAB_SIZE,
-    hf_files,
-)
+from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .tokenizer import Gpt2, Json, SentencePiece, Tokenizer
 
 

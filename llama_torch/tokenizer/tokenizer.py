@@ -12,15 +12,7 @@ from typing import Any
 import tiktoken
 
 from ..common.errors import InputError
-from .gpt2 import (
-    END_OF_TEXT,
-    END_OF_TEXT_ID,
-    VOCAB_SIZE,
-    gpt2,
-    gpt2_ids,
-    guarded,
-    located,
-)
+from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, gpt2, gpt2_ids, guarded, located
 
 MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 

@@ -26,9 +26,7 @@ import torch
 from torch import Tensor
 
 from reference_np.naming import EMBED, parameter_shapes
-from reference_np.tolerances import (
-    LAMBDA,
-)
+from reference_np.tolerances import LAMBDA
 
 from ..checkpoint.hf import MODEL_FILE
 from ..common.errors import InputError

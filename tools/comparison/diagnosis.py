@@ -17,9 +17,10 @@ from reference_np.model import Ops
 from reference_np.mutants import FORWARD, Mutant
 from reference_np.ops import Array
 from reference_np.tolerances import errors
-from tools.differences import KL, Problem, Row
-from tools.replay import Key, Replay
-from tools.traces import chain
+
+from .differences import KL, Problem, Row
+from .replay import Key, Replay
+from .trace_file import chain
 
 # Two ways of rounding one thing err alike within this, typically: a port may round a sum that the
 # catalogue's bug keeps. TF32 and bfloat16 differ by 8: of several, the closest is named.

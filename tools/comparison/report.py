@@ -14,9 +14,10 @@ from rich.table import Table
 
 from reference_np.ops import Array
 from reference_np.tolerances import Errors, kl_per_token
-from tools.diagnosis import HOW, Diagnosis, Finding
-from tools.differences import KL, OPERATION, REORDERED, Compared, Measure, Row
-from tools.traces import Call
+
+from .diagnosis import HOW, Diagnosis, Finding
+from .differences import KL, OPERATION, REORDERED, Compared, Measure, Row
+from .trace_file import Call
 
 SCHEMA = "llama-compare/1"
 SHOWN = 16  # rows of a table unless all are asked for

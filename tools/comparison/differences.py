@@ -26,10 +26,11 @@ from reference_np.tolerances import (
     kl_bound,
     kl_per_token,
 )
-from tools.axes import Order, as_declared
-from tools.replay import Activations, Key, Replay, Weights, stage_names, stream_before
-from tools.sides import Recording
-from tools.traces import Call
+
+from .axes import Order, as_declared
+from .replay import Activations, Key, Replay, Weights, stage_names, stream_before
+from .sides import Recording
+from .trace_file import Call
 
 # What each activation is the result of, given the traced ones before it.
 OPERATION = {

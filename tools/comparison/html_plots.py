@@ -1,4 +1,4 @@
-"""Draw a comparison's report as one HTML page that loads nothing else (extra: plot)."""
+"""The drawings of a comparison's HTML page, as SVG."""
 
 import math
 import re
@@ -10,22 +10,34 @@ from typing import Any
 
 import numpy as np
 
-from llama_torch.common.errors import InputError
 from reference_np.ops import Array
-from tools.differences import REORDERED
 
-Row = Mapping[str, Any]
+from .html_tables import (
+    MOST_TOKENS,
+    PARTS,
+    STATUSES,
+    Row,
+    _call,
+    _count,
+    _css,
+    _grouped,
+    _is_out,
+    _number,
+    _rms,
+    _table,
+    _worst,
+)
+
 Axes = Any  # matplotlib is optional
 
-PARTS = ("inherited", "fresh")
 LOOKS = {"inherited": ("#3584e4", "o"), "fresh": ("#e08a1e", "D")}
+
 COLOURS = ("#3584e4", "#e08a1e", "#2aa876", "#9a6dd7", "#d6579b", "#7a8a99")  # on white and black
+
 RED = "#e01b24"
-UNMEASURED = ("missing", "not finite", "misshapen", REORDERED)
-STATUSES = ("diverges", *UNMEASURED, "inherits", "ok")  # the order of what to say first
-MOST_FAILED, MOST_ROWS, MOST_TOKENS = 200, 2000, 512
 
 INK = "#010203"  # stands for the page's text colour, light or dark
+
 RC: dict[Any, Any] = {
     "svg.hashsalt": "llama",  # the same report is the same page
     "svg.fonttype": "none",
@@ -37,123 +49,6 @@ RC: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
-
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --soft: #63636b; --line: #dcdce0;
-  --card: #f6f6f8; --good: #1a7f37; --bad: #c01c28; --warn: #8f5300; }
-@media (prefers-color-scheme: dark) { :root { --back: #17181b; --ink: #e8e8ea; --soft: #a0a0a8;
-  --line: #37383d; --card: #202125; --good: #57c475; --bad: #ff7b7b; --warn: #e5a54b; } }
-* { box-sizing: border-box; }
-body, svg text { font-family: system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif
-  !important; }
-body { margin: 0; background: var(--back); color: var(--ink); line-height: 1.5;
-  overflow-wrap: anywhere; }
-h1, main { max-width: 1200px; margin: 0 auto; padding: 1.1rem 1rem; }
-header { color: #fff; } .pass { background: #1a7f37; } .fail { background: #b31d28; }
-h1 { font-size: clamp(1.2rem, 2.4vw, 1.75rem); line-height: 1.3; }
-h2 { font-size: 1.25rem; margin: 2rem 0 .3rem; padding-top: 1rem;
-  border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
-p, ul { margin: .4rem 0; }
-code { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font-size: .92em; }
-.soft { color: var(--soft); font-size: .9rem; } p.soft { max-width: 54rem; }
-.bug { margin: 0 0 .8rem; padding: .7rem 1rem; background: var(--card); border-radius: 4px;
-  border-left: 4px solid var(--bad); font-size: clamp(1rem, 1.8vw, 1.1rem); font-weight: 600; }
-.grid { display: grid; gap: 1rem 1.5rem; margin-top: .8rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
-.pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
-.pair svg { max-width: 520px; margin-top: .8rem; }
-figure, section { margin: 0; min-width: 0; }
-figcaption { display: flex; justify-content: space-between; gap: .6rem; align-items: baseline; }
-svg { display: block; width: 100%; height: auto; }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; padding: 0; list-style: none;
-  font-size: .9rem; }
-.legend i { display: inline-block; width: 1.5em; margin-right: .4em; vertical-align: .25em;
-  border-top: 2px solid; }
-.legend b { margin-right: .4em; color: #e01b24; }
-.scroll { overflow: auto; max-height: 34rem; margin: .6rem 0; border: 1px solid var(--line);
-  border-radius: 4px; }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .84rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-tr :is(:first-child, .l) { text-align: left; } tbody tr:last-child td { border-bottom: 0; }
-thead { position: sticky; top: 0; } th { background: var(--card); }
-th[colspan] { text-align: center !important; } thead tr + tr th { text-align: right !important; }
-td.call { max-width: 16em; overflow: hidden; text-overflow: ellipsis; }
-.ok { color: var(--good); } .inherits { color: var(--warn); }
-.diverges, .unmeasured { color: var(--bad); font-weight: 600; }
-summary { cursor: pointer; margin: .8rem 0; }
-"""
-
-
-def page(report: Mapping[str, Any]) -> str:
-    """Return the report (schema llama-compare/1) as one HTML page."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise InputError("--html needs matplotlib; pip install 'llama-parity[plot]'") from None
-    line, names = escape(report["verdict"]["line"]), [call["name"] for call in report["calls"]]
-    with mpl.rc_context(RC):
-        body = (
-            f"{_findings(report, names)}{_depth(report['rows'], names)}"
-            f'<div class="grid pair">{_predictions(report)}{_heatmap(report["heatmap"], names)}'
-            f"</div><h2>Activations</h2>{_rows(report['rows'], PARTS, names)}"
-        )
-    if report["training"] is not None:
-        rows = _rows(report["training"]["rows"], PARTS[:1], ())
-        body += f"<h2>Training step</h2>{rows}"
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,"><title>{line}</title><style>{STYLE}</style></head>
-<body><header class="{"pass" if report["verdict"]["holds"] else "fail"}"><h1>{line}</h1></header>
-<main>{body}</main></body></html>
-"""
-
-
-def _findings(report: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return what is wrong in words, and what was compared."""
-    training = report["training"] or {"diagnosis": [], "unexplained": 0, "notes": []}
-    text = _diagnosis(report, "") + _diagnosis(training, "Training step: ")
-    if (first := report["first_divergence"]) is not None:
-        where = [part for part in (first["operation"], first["where"]) if part]
-        text += f"<p><b>First divergence:</b> <code>{escape(first['name'])}</code>, "
-        text += f"{escape(', '.join(where))} ({escape(_call(first, names))})</p>"
-    for name, covers in zip(names, report["coverage"], strict=True):
-        if covers == "logits":
-            text += _note(f"{name}: only the logits are offered")
-        elif covers != "activations":
-            text += _note(f"{name}: {covers}")
-    notes = (report["warnings"], *training["notes"])
-    text += "".join(_note(note) for note in notes if note)
-    (begin, end), n_layers = report["layers"], report["n_layers"]
-    layers = _count(n_layers, "layer")
-    if (begin, end) != (0, n_layers):
-        layers = f"layers {begin} to {end - 1} of {n_layers}"
-    tokens = sum(len(row) for call in report["calls"] for row in call["tokens"])
-    return (
-        f'{text}<p class="soft"><code>{escape(report["checkpoint"])}</code>: oracle against '
-        f"<code>{escape(report['against'])}</code>, {escape(report['dtype'])}, {layers}, "
-        f"{_count(len(names), 'call')}, {_count(tokens, 'token')}. "
-        "Errors are relative to the exact value.</p>"
-    )
-
-
-def _note(text: str) -> str:
-    return f'<p class="inherits">{escape(text)}</p>'
-
-
-def _diagnosis(part: Mapping[str, Any], where: str) -> str:
-    """Return the known bugs that explain what diverges, and how much none explains."""
-    said = [found["sentence"] for found in part["diagnosis"]]
-    if part["unexplained"]:
-        rows = _count(part["unexplained"], "diverging row")
-        said.append(f"None of the known bugs explains {rows}.")
-    return "".join(f'<p class="bug">{where}{escape(sentence)}</p>' for sentence in said)
 
 
 # --- Plots ---
@@ -347,101 +242,3 @@ def _heatmap(found: Mapping[str, Any] | None, names: Sequence[str]) -> str:
         f"{cell if max(per_cell, step) > 1 else ''}{red}</p>"
         f"{_svg(axes, 'heat', 'errors by token and channel')}</section>"
     )
-
-
-# --- Tables ---
-
-
-def _rows(rows: Sequence[Row], parts: Sequence[str], names: Sequence[str]) -> str:
-    """Return the rows that went wrong by themselves, and all of them folded away."""
-    counts = Counter(row["status"] for row in rows)
-    said = ", ".join(f"{status}: {counts[status]}" for status in STATUSES if counts[status])
-    said = said or "nothing compared"
-    failed = [row for row in rows if row["status"] not in ("ok", "inherits")]
-    return (
-        f'<p class="soft">{said}. Errors and bounds are root mean squares; "of bound" is the '
-        "largest of the rms, worst-element and worst-token errors as a share of its own bound."
-        f"</p>{_table(failed, parts, names, MOST_FAILED)}<details><summary>All "
-        f"{_count(len(rows), 'row')}</summary>{_table(rows, parts, names, MOST_ROWS)}</details>"
-    )
-
-
-def _table(
-    rows: Sequence[Row], parts: Sequence[str], names: Sequence[str], most: int = MOST_ROWS
-) -> str:
-    """Return every error beside its bound; calls only where there are names of them."""
-    if not rows:
-        return ""
-    text = '<div class="scroll"><table><thead><tr><th rowspan="2">name</th>'
-    text += '<th rowspan="2" class="l">status</th>'
-    text += "".join(f'<th colspan="3">{part}</th>' for part in parts)
-    text += '<th rowspan="2" class="l">call</th></tr><tr>' if names else "</tr><tr>"
-    text += "<th>rms</th><th>bound</th><th>of bound</th>" * len(parts) + "</tr></thead><tbody>"
-    for row in rows[:most]:
-        name = row["name"].replace(" model.", " ").removesuffix(".weight")
-        text += f"<tr><td><code>{escape(name)}</code></td>"
-        text += f'<td class="l {_css(row["status"])}">{escape(row["status"])}</td>'
-        for part in parts:
-            if (error := row[part]) is None:
-                text += "<td>&ndash;</td>" * 3
-                continue
-            text += f"<td>{_show(error['rms'])}</td><td>{_show(error['bound']['rms'])}</td>"
-            text += "<td class=diverges>" if _is_out(row, part) else "<td>"
-            text += f"{_show(error['share'], '.2g')}</td>"
-        text += f'<td class="l call">{escape(_call(row, names))}</td>' if names else ""
-        text += "</tr>"
-    left = len(rows) - most
-    left_out = f'<p class="soft">{left} more left out.</p>' if left > 0 else ""
-    return f"{text}</tbody></table></div>{left_out}"
-
-
-def _number(value: float | None) -> float:
-    """Return the value; infinity where it is not finite, which the report writes as null."""
-    return value if value is not None and math.isfinite(value) else math.inf
-
-
-def _rms(error: Mapping[str, Any] | None) -> float:
-    return math.nan if error is None else _number(error["rms"])
-
-
-def _show(value: float | None, style: str = ".1e") -> str:
-    return f"{value:{style}}" if _number(value) < math.inf else "not finite"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
-def _call(row: Row, names: Sequence[str]) -> str:
-    return f"call {row['call']}, {names[row['call']]}"
-
-
-def _css(status: str) -> str:
-    return "unmeasured" if status in UNMEASURED else escape(status)
-
-
-def _is_out(row: Row, part: str) -> bool:
-    """Return whether this error is out of bound, or the row has none to measure."""
-    if row["status"] == "ok":
-        return False
-    if row[part] is None:
-        return part != "fresh" and row["status"] in UNMEASURED
-    return _number(row[part]["share"]) > 1
-
-
-def _worst(rows: Sequence[Row], parts: Sequence[str]) -> Row:
-    """Return the call to show: out of bound before within, then the largest rms."""
-
-    def badness(row: Row) -> tuple[int, float]:
-        rms = [_rms(row[part]) for part in parts if row[part]]
-        return sum(_is_out(row, part) for part in parts), max(rms, default=-1.0)
-
-    return max(rows, key=badness)
-
-
-def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
-    """Group by a column, or by a function of the row."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row) if callable(key) else row[key], []).append(row)
-    return groups

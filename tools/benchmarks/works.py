@@ -19,8 +19,11 @@ from llama_torch.inference.engine import Batch, generate, run
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
-from tools import bench_numpy, bench_train
-from tools.bench_sides import (
+
+from ..shapes import SHAPES
+from . import numpy_oracle, training
+from .llama_cpp_peer import llama_cpp_peer
+from .timing import (
     Row,
     Setup,
     Side,
@@ -33,21 +36,15 @@ from tools.bench_sides import (
     same_numbers,
     same_tokens,
 )
-from tools.bench_train import TrainRow
-from tools.gguf_peer import llama_cpp_peer
-from tools.hf_peer import transformers_peer
+from .training import TrainRow
+from .transformers_peer import transformers_peer
 
-SHAPES = {
-    "default": ModelConfig(),
-    "15m": ModelConfig(288, 6, 6, 6, 48, 768, 32000),
-    "124m": ModelConfig(768, 12, 12, 12, 64, 2048, 50304, 1024, tie_embeddings=False),
-    "135m": ModelConfig(576, 30, 9, 3, 64, 1536, 49152),
-    "1.1b": ModelConfig(2048, 22, 32, 4, 64, 5632, 32000, 2048, tie_embeddings=False),
-    "7b": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, 4096, tie_embeddings=False),
-}
 BATCHES = {"124m": 32, "1.1b": 8, "7b": 1}  # windows in a training step; 4 of other shapes
+
 PREFILL = 512  # tokens, in one forward pass
+
 ROWS = 32  # of batch32
+
 NUMPY_SHAPE, NUMPY_PREFILL, NUMPY_STEPS = "15m", 256, 64
 
 
@@ -97,7 +94,7 @@ def llama_cpp(
 def train(setup: Setup) -> list[TrainRow]:
     """Measure optimizer steps of the asked-for shape."""
     batch_size = setup.batch_size or BATCHES.get(setup.shape, 4)
-    return bench_train.measure(setup, SHAPES[setup.shape], batch_size)
+    return training.measure(setup, SHAPES[setup.shape], batch_size)
 
 
 # Greedy decoding, from a prompt as long as the answer. Its limit is the memory's speed.
@@ -264,7 +261,7 @@ def products(model: Llama, length: int) -> Callable[[], None]:
 
 
 def oracle(
-    work: str, tokens: int, make: Callable[[LlamaConfig], bench_numpy.Trio], setup: Setup
+    work: str, tokens: int, make: Callable[[LlamaConfig], numpy_oracle.Trio], setup: Setup
 ) -> list[Row]:
     """Measure the oracle, a plain NumPy Llama and the oracle's products, on the CPU."""
     trio = make(LlamaConfig.from_hf(SHAPES[NUMPY_SHAPE].to_hf()))
@@ -285,12 +282,12 @@ WORKS: dict[str, Callable[[Setup], Sequence[Row | TrainRow]]] = {
         oracle,
         "numpy-prefill",
         NUMPY_PREFILL,
-        lambda config: bench_numpy.prefill(config, NUMPY_PREFILL, seed=0),
+        lambda config: numpy_oracle.prefill(config, NUMPY_PREFILL, seed=0),
     ),
     "numpy-decode": partial(
         oracle,
         "numpy-decode",
         NUMPY_STEPS,
-        lambda config: bench_numpy.decode(config, NUMPY_PREFILL, NUMPY_STEPS, seed=0),
+        lambda config: numpy_oracle.decode(config, NUMPY_PREFILL, NUMPY_STEPS, seed=0),
     ),
 }

@@ -13,7 +13,8 @@ from llama_torch.data.documents import documents
 from llama_torch.tokenizer.gpt2 import VOCAB_SIZE, gpt2_ids, located
 from reference_np.config import LlamaConfig
 from reference_np.ops import Array
-from tools.traces import Call
+
+from .trace_file import Call
 
 CHUNK = 2  # tokens of the second, longer-than-one call on a cache
 PADDED, FAR = 16, 8  # the most tokens of the two runs that test masks and large positions

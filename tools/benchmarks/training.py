@@ -1,8 +1,8 @@
 """Training beside other loops: the work "train" of bench.py, each side in a process of its own.
 
 Memory once used and code once compiled stay with a process, so a side that shared one would be
-measured with another's. ``python -m tools.bench_train JOB`` is such a process: it takes a few
-steps to warm up; then, for each number read, it times so many and prints a line of JSON.
+measured with another's. ``python -m tools.benchmarks.training JOB`` is such a process: it takes a
+few steps to warm up; then, for each number read, it times so many and prints a line of JSON.
 """
 
 import json
@@ -32,10 +32,11 @@ from llama_torch.training.batch import split_window
 from llama_torch.training.optimizer import make_adamw
 from llama_torch.training.step import train_step
 from llama_torch.training.throughput import flops_per_token, peak_flops, peak_memory
-from tools.bench_sides import Setup, paired
-from tools.hf_peer import peer_loss, plain_step, transformers_peer
 
-ROOT = Path(__file__).resolve().parent.parent
+from .timing import Setup, paired
+from .transformers_peer import peer_loss, plain_step, transformers_peer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 WARM_UP = 3  # steps that compile, and allocate the optimizer's state
 FACTOR_CUDA = 3  # as many steps are timed on a GPU, whose steps are short
 # Parameters from which float32 weights, gradients and moments (16 bytes each) leave a GPU no
@@ -121,7 +122,7 @@ def take_turns(asks: Mapping[str, Ask], turns: Sequence[int]) -> dict[str, Found
 def worker(job: Job) -> Iterator[Ask]:
     """Start a side's process; yield what has it take some steps, None where it failed."""
     text = json.dumps(job._asdict() | {"model": asdict(job.model)})
-    command = [sys.executable, "-m", "tools.bench_train", text]
+    command = [sys.executable, "-m", "tools.benchmarks.training", text]
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryFile() as errors,

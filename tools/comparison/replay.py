@@ -20,8 +20,9 @@ from reference_np.model import Ops, block, defaults, head, layer_params
 from reference_np.naming import EMBED, LAYER_AXES
 from reference_np.ops import Array
 from reference_np.tolerances import FACTOR, UNIT_ROUNDOFF, attention_bound
-from tools.axes import Order, as_declared, find_order
-from tools.traces import Call, cached
+
+from .axes import Order, as_declared, find_order
+from .trace_file import Call, cached
 
 # An activation: the index of its call and its name.
 Key = tuple[int, str]

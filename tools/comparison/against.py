@@ -1,0 +1,63 @@
+"""Find the other side of a comparison that ``--against`` names."""
+
+import dataclasses
+from pathlib import Path
+
+from safetensors import safe_open
+
+from reference_np import backend as backends
+from reference_np.checkpoint import Checkpoint
+from reference_np.config import InputError, LlamaConfig
+
+from .backend_side import _backend
+from .sides import Side
+from .torch_side import _streamed
+from .trace_file import FORMAT, Trace
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+STREAMED = ("torch", "cuda", "hf")
+
+
+def find_side(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
+    """Understand ``--against``; ``dtype`` may be empty. Raises InputError for what is neither."""
+    kind, _, suffix = spec.partition(":")
+    if kind in STREAMED and suffix in ("", *DTYPES):
+        if suffix and dtype not in ("", suffix):
+            raise InputError(f"--against {spec} and --dtype {dtype} disagree; drop one")
+        return _streamed(kind, suffix or dtype or "float32", checkpoint.path, spec)
+    path = Path(spec)
+    if spec and path.exists():
+        if path.is_file() and _is_trace(path):
+            trace = Trace(path)
+            _require_same(trace.config, checkpoint, spec)
+            if dtype not in ("", trace.dtype):
+                raise InputError(f"--dtype {dtype}: {spec} was computed in {trace.dtype}; drop it")
+            return Side(f"the trace {spec}", trace.dtype, None, trace)
+        _require_same(Checkpoint(path).config, checkpoint, spec)
+        side = _streamed("torch", dtype or "float32", path, spec)
+        return side._replace(title=f"torch with the weights of {spec}", weights=path)
+    if spec in backends.SHIPPED or ":" in spec:
+        return _backend(spec, dtype, checkpoint)
+    raise InputError(
+        f"--against {spec}: no such file; give a checkpoint, a trace, package.module:object, or "
+        f"one of {', '.join(dict.fromkeys([*STREAMED, *backends.SHIPPED]))}"
+    )
+
+
+def _is_trace(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except Exception:  # whatever is wrong with it, the checkpoint's reader will say
+        return False
+
+
+def _require_same(config: LlamaConfig, checkpoint: Checkpoint, spec: str) -> None:
+    if config != checkpoint.config:
+        ours, theirs = (dataclasses.asdict(c) for c in (checkpoint.config, config))
+        wrong = [f"{k} {theirs[k]} for {ours[k]}" for k in ours if ours[k] != theirs[k]]
+        raise InputError(
+            f"--against {spec}: another architecture than {checkpoint.path} ({', '.join(wrong)}); "
+            "give one of the same config"
+        )

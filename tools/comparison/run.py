@@ -1,0 +1,219 @@
+"""One comparison from its settings to its report."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich import progress as rich_progress
+from rich.console import Console
+
+from llama_torch.common.errors import InputError
+from reference_np import backend as backends
+from reference_np.checkpoint import Checkpoint
+from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
+
+from . import report as reports
+from . import training_step
+from .diagnosis import Diagnosis, Start, diagnose
+from .differences import Problem, compare, make_problem
+from .replay import Replay
+from .sides import Side, record
+from .trace_file import Call, TraceWriter, write_trace
+
+LENGTH = 48  # of the prompt, unless another is asked for
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare a checkpoint's computation with the NumPy oracle's, and name the bug if any."""
+
+    ckpt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """A .safetensors file or a model directory."""
+    against: str = "torch"
+    """What is tested: torch, cuda or hf, each with :float64, :float32, :bfloat16 or :float16; a
+    trace file; another checkpoint; a backend by its name or as package.module:object."""
+    dtype: Literal["", "float64", "float32", "bfloat16", "float16"] = ""
+    """Precision under test; empty = float32, or the trace's. float64 leaves rounding nowhere to
+    hide a bug."""
+    prompt: str = ""
+    """Text to run; empty = the start of Python's help topics."""
+    file: str = ""
+    """File with text to run."""
+    ids: tuple[int, ...] = ()
+    """Token ids to run."""
+    tokens: tuple[int, ...] = ()
+    """Lengths of the prompts, each a run of its own; empty = 48, or all of what is given."""
+    steps: int = 2
+    """Tokens decoded one by one with the cache, after each prompt."""
+    layers: str = ""
+    """A range like 3:5 (layers 3 and 4): compare these alone, on the other side's input to them."""
+    grads: bool = False
+    """Compare a training step as well: loss, every gradient, and what AdamW makes of them."""
+    all: bool = False
+    """Show what holds, too."""
+    json: str = ""
+    """File for the report as JSON; - = standard output, instead of the table."""
+    html: str = ""
+    """File for the report as a page (needs matplotlib)."""
+    trace: str = ""
+    """File for the oracle's own trace of the same calls, in the dtype under test."""
+    diagnose: bool = True
+    """Look for the known bugs that explain a divergence."""
+
+    def __post_init__(self) -> None:
+        if self.tokens and min(self.tokens) < 1:
+            raise InputError(f"--tokens must be positive, got {min(self.tokens)}")
+        if self.steps < 0:
+            raise InputError(f"--steps must not be negative, got {self.steps}")
+
+
+def layer_range(text: str, n_layers: int) -> tuple[int, int]:
+    """Return the first layer and the one after the last."""
+    if not text:
+        return 0, n_layers
+    first, colon, last = text.partition(":")
+    try:
+        start = int(first or 0)
+        stop = (int(last) if last else n_layers) if colon else start + 1
+    except ValueError:
+        raise InputError(f"--layers {text}: give a range like 3:5, or one layer") from None
+    if not 0 <= start < stop <= n_layers:
+        raise InputError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
+    return start, stop
+
+
+@contextmanager
+def progress() -> Iterator[Start]:
+    """Show bars with their ETA on a terminal; yields (what, steps) -> function for a step done."""
+    console = Console(stderr=True)
+    bars = rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("ETA"),
+        rich_progress.TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+    def start(what: str, steps: int) -> Callable[[], None]:
+        task = bars.add_task(what, total=steps)
+        return lambda: bars.advance(task)
+
+    with bars:
+        yield start
+
+
+def check_trains(side: Side) -> None:
+    """Raise InputError where --grads cannot be compared at all."""
+    if side.backend is None:
+        raise InputError(f"--grads: {side.title} cannot be trained; give a backend or a checkpoint")
+    if side.dtype not in ("float64", "float32"):
+        raise InputError("--grads compares in float32 or float64; leave the precision out")
+    backend = backends.load(side.backend, "--against")
+    if not callable(getattr(backend, "loss_and_grads", None)):
+        raise InputError(f"--grads: {side.title} offers no loss_and_grads; leave the flag out")
+
+
+def write_oracle_trace(path: Path, problem: Problem, config: LlamaConfig) -> None:
+    """Write the oracle's own activations of the calls, in the dtype under test."""
+
+    def fill(writer: TraceWriter) -> None:
+        oracle = Replay(config, problem.calls, problem.low, problem.plain)
+        for stage in range(-1, config.n_layers + 1):
+            for (c, name), value in oracle.run(stage).items():
+                writer.add(c, name, value)
+
+    write_trace(path, config, problem.calls, problem.dtype, fill)
+
+
+def _left_out(
+    settings: CompareConfig, side: Side, calls: Sequence[Call], config: LlamaConfig
+) -> str:
+    """Say what was asked for, or offered, and not compared."""
+    said = []
+    if side.trace is not None:
+        unknown = side.trace.unknown
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        if unknown:
+            said.append(f"Not in the format and ignored: {', '.join(unknown[:8])}{more}.")
+    else:
+        decoded = any(call.after is not None and call.positions is None for call in calls)
+        if settings.steps and not decoded:
+            said.append(f"No decoding: a context of {config.max_seq_len} has no room for it.")
+        if settings.tokens and calls[0].tokens.shape[1] < settings.tokens[0]:
+            said.append(f"The prompts are cut to what a context of {config.max_seq_len} holds.")
+    return " ".join(said)
+
+
+def _report(
+    settings: CompareConfig,
+    checkpoint: Checkpoint,
+    side: Side,
+    calls: Sequence[Call],
+    batches: list[Batch] | None,
+    layers: tuple[int, int],
+    start: Start,
+    folder: Path,
+) -> dict[str, Any]:
+    """Run everything; return the report."""
+    config = dataclasses.replace(checkpoint.config, n_layers=layers[1])
+    recording = record(side, calls, config, folder, start(side.title, len(calls) * config.n_layers))
+    problem = make_problem(checkpoint.path, config, calls, side.dtype, recording, layers[0])
+    if settings.trace:
+        write_oracle_trace(Path(settings.trace).resolve(), problem, checkpoint.config)
+    findings = reports.Findings(calls)
+    for stage in compare(problem, start("oracle", len(problem.stages()))):
+        findings.add(stage)
+    found = diagnose(problem, findings.rows, start) if settings.diagnose else Diagnosis([], [])
+    n_tokens = sum(call.tokens.size for call in calls)
+    expected, what = len(problem.expected()), "activations"
+    rows, training = findings.rows, None
+    if batches is not None:
+        step_rows, step_diagnosis, notes = training_step.compare_training(
+            side, checkpoint, batches, start, settings.diagnose
+        )
+        training = {
+            "rows": [reports.row_entry(row) for row in step_rows],
+            "notes": notes,
+            **reports.diagnosis_entries(step_diagnosis, step_rows, calls),
+        }
+        rows = rows + step_rows
+        expected += len(step_rows)
+        what = "quantities"
+    covered = sum(covers in ("activations", "logits") for covers in recording.coverage)
+    said = reports.reordered(findings.rows, calls)
+    said = f"{said} {_left_out(settings, side, calls, checkpoint.config)}".strip()
+    return {
+        "schema": reports.SCHEMA,
+        "title": (
+            f"{settings.ckpt}: oracle against {side.title}, {side.dtype}, {n_tokens} tokens in "
+            f"{len(calls)} calls"
+            + (f", layers {layers[0]} to {layers[1] - 1}" if settings.layers else "")
+        ),
+        "checkpoint": settings.ckpt,
+        "against": settings.against,
+        "dtype": side.dtype,
+        "n_layers": checkpoint.config.n_layers,
+        "layers": list(layers),
+        "calls": [
+            {"name": call.name, "after": call.after, "tokens": call.tokens.tolist()}
+            for call in calls
+        ],
+        "coverage": recording.coverage,
+        "verdict": reports.verdict(rows, expected, calls, what, covered),
+        "rows": [reports.row_entry(row) for row in findings.rows],
+        "first_divergence": findings.first,
+        **reports.diagnosis_entries(found, findings.rows, calls),
+        "logits": findings.logits,
+        "heatmap": findings.heatmap,
+        "training": training,
+        "warnings": said,
+    }

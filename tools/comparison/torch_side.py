@@ -1,0 +1,143 @@
+"""Record what llama_torch or transformers compute, their weights read layer by layer."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llama_torch.checkpoint.hf import locate, read_tensor, weight_files
+from llama_torch.common.files import parse_json, read_json
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from reference_np.config import InputError, LlamaConfig
+from reference_np.naming import EMBED, LM_HEAD
+
+from .sides import Advance, Side
+from .trace_file import Call, TraceWriter
+
+# Torch modules, ours and Hugging Face's: both carry Hugging Face's names.
+
+
+def stream_weights(
+    model: nn.Module, read: Callable[[str], Tensor], keep: Sequence[str] = ()
+) -> None:
+    """Let every module of a meta model read its own parameters for the time it runs."""
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if not names:
+            continue
+
+        def load(module: nn.Module, _: Any, path: str = path, names: Sequence[str] = names) -> None:
+            for name in names:
+                value = read(f"{path}.{name}")
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+        def drop(module: nn.Module, *_: Any, names: Sequence[str] = names) -> None:
+            for name in names:
+                value = module.get_parameter(name).to("meta")
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+        if path in keep:
+            load(module, None)
+        else:
+            module.register_forward_pre_hook(load)
+            module.register_forward_hook(drop)
+
+
+def _streamed(kind: str, dtype: str, path: Path, spec: str) -> Side:
+    """Run torch or transformers; each reads config and files by its own means."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--against {spec}: torch sees no CUDA device here; use torch instead")
+    device = torch.device("cuda" if kind == "cuda" else "cpu")
+    torch_dtype = getattr(torch, dtype)
+    if kind == "hf" and importlib.util.find_spec("transformers") is None:
+        raise InputError(f"--against {spec}: needs transformers; pip install transformers")
+    own, files = locate(path)
+
+    def read(name: str) -> Tensor:
+        if own.tie_embeddings and name == LM_HEAD:
+            name = EMBED
+        return read_tensor(files[name][0], name, torch_dtype, device)
+
+    def write(
+        writer: TraceWriter, calls: Sequence[Call], config: LlamaConfig, advance: Advance
+    ) -> list[str]:
+        if kind == "hf":
+            forward = _hugging_face(path, config.n_layers, read, torch_dtype, spec)
+        else:
+            forward = _ours(dataclasses.replace(own, n_layers=config.n_layers), read, device)
+        index = 0
+
+        def note(name: str, value: Tensor) -> None:
+            wide = value if value.dtype == torch.float64 else value.float()
+            writer.add(index, name, wide.cpu().numpy())
+            if name.endswith(".residual"):
+                advance()
+
+        caches: list[Any] = []
+        with torch.inference_mode():
+            for index, call in enumerate(calls):  # noqa: B007  (note reads it)
+                cache = None if call.after is None else caches[call.after]
+                caches.append(forward(call, cache, note))
+        return ["activations"] * len(calls)
+
+    title, shipped = {
+        "torch": ("torch", "torch"),
+        "cuda": ("torch on the GPU", "cuda"),
+        "hf": ("transformers", "transformers"),
+    }[kind]
+    return Side(f"{title}, the same weights", dtype, write, backend=shipped)
+
+
+Forward = Callable[[Call, Any, Callable[[str, Tensor], None]], Any]
+
+
+def _ours(config: ModelConfig, read: Callable[[str], Tensor], device: torch.device) -> Forward:
+    with torch.device("meta"):
+        model = Llama(config).eval()
+    # A tied embedding serves as the head too, after its own module has run.
+    stream_weights(model, read, ["model.embed_tokens"] if config.tie_embeddings else [])
+
+    def forward(call: Call, cache: Any, note: Callable[[str, Tensor], None]) -> Any:
+        tokens, positions, mask = (
+            None if x is None else torch.from_numpy(np.array(x)).to(device)
+            for x in (call.tokens, call.positions, call.mask)
+        )
+        return model(tokens, positions=positions, mask=mask, cache=cache, trace=note)[1]
+
+    return forward
+
+
+def _hugging_face(
+    path: Path, n_layers: int, read: Callable[[str], Tensor], dtype: torch.dtype, spec: str
+) -> Forward:
+    from . import transformers_model
+
+    try:
+        model = transformers_model.empty_model(
+            transformers_model.config_from(_raw_config(path), n_layers), dtype
+        )
+    except NotImplementedError as error:
+        raise InputError(f"--against {spec}: cannot run this config: {error}") from None
+    stream_weights(model, read)
+
+    def forward(call: Call, cache: Any, note: Callable[[str, Tensor], None]) -> Any:
+        with transformers_model.tracing(model, note):
+            return transformers_model.call(model, call.tokens, call.positions, call.mask, cache)[1]
+
+    return forward
+
+
+def _raw_config(path: Path) -> dict[str, Any]:
+    """Return config.json as it is written, from beside the weights or from inside them."""
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    if beside.is_file():
+        return read_json(beside)
+    with safe_open(weight_files(path)[0], framework="pt") as file:
+        return parse_json(file.metadata()["config"], str(path))

@@ -1,0 +1,155 @@
+"""Run Hugging Face's Llama, in float64 throughout where asked to, and read its activations."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import DynamicCache
+from transformers.models.llama import modeling_llama
+
+from reference_np.backend import Array
+
+from .empty_weights import without_weights
+
+
+class LiftFloat32(torch.overrides.TorchFunctionMode):
+    """Turn every cast to float32 into one to float64.
+
+    Hugging Face's Llama computes its norms and rotary tables in float32 whatever the model's
+    dtype, which would limit the comparison to some 1e-7: too coarse to see a wrong epsilon.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.view:  # not a cast: how files are read
+            return func(*args, **kwargs)
+        if func is torch.Tensor.float:
+            return args[0].to(torch.float64)
+        lift = {torch.float32: torch.float64}
+        args = tuple(lift.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+        kwargs = {k: lift.get(v, v) if isinstance(v, torch.dtype) else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def config_from(hf: Mapping[str, Any], n_layers: int) -> Any:
+    """Their config from a config.json's content.
+
+    Without the special tokens, that a small vocabulary has no room for.
+    """
+    if hf["hidden_size"] % hf["num_attention_heads"]:
+        raise NotImplementedError("dim is not a multiple of n_heads")
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    given = {**hf, **tokens, "num_hidden_layers": n_layers}
+    return transformers.LlamaConfig(**given | {"attn_implementation": "eager"})
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """Build the model of their config with parameters on the meta device."""
+    with without_weights():
+        model: Any = transformers.LlamaForCausalLM(config)
+        model = model.to(dtype).eval()
+    # Frequencies are no parameter: real, and not rounded with the rest.
+    with LiftFloat32() if dtype == torch.float64 else nullcontext():
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return model
+
+
+def call(
+    model: Any,
+    tokens: Array,
+    positions: Array | None,
+    mask: Array | None,
+    cache: DynamicCache | None = None,
+) -> tuple[torch.Tensor, DynamicCache]:
+    """Return logits [B, T, V] and the longer cache; ``cache`` itself is not changed."""
+    dtype = model.dtype
+    cache = DynamicCache() if cache is None else copy.deepcopy(cache)
+    start = cache.get_seq_length()
+    batch, length = tokens.shape
+    if mask is None:  # left out, it would have them read jumps in positions as borders
+        mask = np.tril(np.ones((1, length, start + length), bool), start)
+    mask = np.broadcast_to(mask, (batch, *mask.shape[1:]))
+    added = torch.zeros(mask.shape, dtype=dtype)
+    added[torch.from_numpy(~mask)] = torch.finfo(dtype).min
+    extra = {} if positions is None else {"position_ids": torch.from_numpy(np.array(positions))}
+    with LiftFloat32() if dtype == torch.float64 else nullcontext():
+        out = model(
+            torch.from_numpy(np.array(tokens)),
+            attention_mask=added[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
+    return out.logits, cache
+
+
+@contextmanager
+def tracing(model: Any, note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Give ``note`` every activation of a call under its name here, read off their modules."""
+    width, prefix = model.config.head_dim, ""
+    handles = []
+
+    def heads(value: torch.Tensor) -> torch.Tensor:
+        return value.unflatten(-1, (-1, width))
+
+    def same(value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def enter(index: int) -> None:
+        nonlocal prefix
+        prefix = f"layers.{index}."
+
+    def on(module: Any, name: str, view: Any = same, of_input: bool = False) -> None:
+        if of_input:
+            hook = module.register_forward_pre_hook(lambda _, x: note(prefix + name, view(x[0])))
+        else:
+            hook = module.register_forward_hook(lambda _, x, y: note(prefix + name, view(y)))
+        handles.append(hook)
+
+    def rotary(q: torch.Tensor, k: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        q, k = real_rotary(q, k, *rest, **more)
+        note(prefix + "q_rope", q.transpose(1, 2))
+        note(prefix + "k_rope", k.transpose(1, 2))
+        return q, k
+
+    def leave(*_: Any) -> None:
+        nonlocal prefix
+        prefix = ""
+
+    inner = model.model
+    on(inner.embed_tokens, "embed")
+    for i, layer in enumerate(inner.layers):
+        handles.append(layer.register_forward_pre_hook(lambda _, x, i=i: enter(i)))
+        on(layer.input_layernorm, "attn_norm")
+        for short in "qkv":
+            on(getattr(layer.self_attn, f"{short}_proj"), short, heads)
+        on(layer.self_attn.o_proj, "attn", heads, of_input=True)
+        on(layer.self_attn.o_proj, "attn_proj")
+        on(layer.post_attention_layernorm, "attn_residual", of_input=True)
+        on(layer.post_attention_layernorm, "ffn_norm")
+        on(layer.mlp.gate_proj, "gate")
+        on(layer.mlp.up_proj, "up")
+        on(layer.mlp.down_proj, "ffn", of_input=True)
+        on(layer.mlp.down_proj, "ffn_proj")
+        on(layer, "residual")
+        handles.append(layer.register_forward_hook(leave))
+    on(inner.norm, "norm")
+    on(model.lm_head, "logits")
+    real_rotary = modeling_llama.apply_rotary_pos_emb
+    modeling_llama.apply_rotary_pos_emb = rotary
+    try:
+        yield
+    finally:
+        modeling_llama.apply_rotary_pos_emb = real_rotary
+        for handle in handles:
+            handle.remove()

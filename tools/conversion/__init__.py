@@ -1,0 +1,1 @@
+"""What convert.py is made of."""

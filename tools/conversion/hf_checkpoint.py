@@ -1,0 +1,94 @@
+"""Read and write a Hugging Face model directory, one tensor at a time."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE, locate, read_tensor, require_match
+
+from .lazy_weights import (
+    DTYPES,
+    Model,
+    Weight,
+    label,
+    shapes_of,
+    shown,
+    stored,
+    write_file,
+    write_json,
+)
+
+
+def read_hf(path: Path) -> Model:
+    """Open a model directory or a .safetensors file; InputError as ``load_model`` raises it."""
+    config, files = locate(path)
+    expected = shapes_of(config)
+    require_match(path, expected, {name: shape for name, (_, shape) in files.items()})
+    dtypes: dict[str, torch.dtype] = {}
+    for file in {file for file, _ in files.values()}:
+        with safe_open(file, framework="pt") as opened:
+            names = expected.keys() & set(opened.keys())
+            dtypes |= {name: DTYPES[opened.get_slice(name).get_dtype()] for name in names}
+    weights = {}
+    for name, shape in expected.items():
+        read = partial(read_tensor, files[name][0], name, dtypes[name])
+        weights[name] = Weight(shape, dtypes[name], read)
+    return Model(config, weights)
+
+
+def write_hf(
+    folder: Path,
+    model: Model,
+    dtype: torch.dtype | None,
+    max_shard_gb: float,
+    ids: Mapping[str, Any],
+) -> None:
+    """Write config.json and the safetensors files, with an index where they are several."""
+    kept = reduce(torch.promote_types, [weight.dtype for weight in model.weights.values()])
+    hf = model.config.to_hf() | {"dtype": label(dtype or kept), **ids}
+    metadata = {"format": "pt", "config": json.dumps(hf)}
+    sizes = {
+        name: math.prod(weight.shape) * (dtype or weight.dtype).itemsize
+        for name, weight in model.weights.items()
+    }
+    groups = grouped(sizes, max_shard_gb * 1e9)
+    weight_map: dict[str, str] = {}
+    for i, group in enumerate(groups, 1):
+        file = f"model-{i:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else MODEL_FILE
+        _write_group(folder / file, model, group, dtype, metadata)
+        weight_map |= dict.fromkeys(group, file)
+    if len(groups) > 1:
+        total = {"total_size": sum(sizes.values())}
+        write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
+    write_json(folder / "config.json", hf)
+
+
+def _write_group(
+    path: Path,
+    model: Model,
+    names: Sequence[str],
+    dtype: torch.dtype | None,
+    metadata: dict[str, str],
+) -> None:
+    tensors = {name: stored(name, model.weights[name], dtype) for name in shown(names, path.name)}
+    write_file(path, partial(save_file, tensors, metadata=metadata))
+
+
+def grouped(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
+    """Cut names, in order, into runs whose sizes sum to at most ``limit``, or that are one name."""
+    groups: list[list[str]] = []
+    room = 0.0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
