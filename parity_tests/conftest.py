@@ -32,10 +32,12 @@ from reference_np.config import InputError
 from reference_np.mutants import FORWARD
 from reference_np.training_mutants import TRAINING
 
-from . import backends, drawn, poison, processors, report
-from .ahead import QUEUE
-from .backends.oracle import WithBug
-from .judge import JUDGE
+from . import backends
+from .conformance import drawn
+from .conformance.judge import JUDGE
+from .conformance.oracle import WithBug
+from .support import poison, processors, summary_tables
+from .support.background_jobs import QUEUE
 
 # Models here are too small for a second thread, and threads that wait for each other cost more
 # than they bring wherever something else runs.
@@ -237,9 +239,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(processors.describe())
     if JUDGE.entries:
         lines = (
-            report.mutation_table(JUDGE.entries, MUTANTS, HONEST)
+            summary_tables.mutation_table(JUDGE.entries, MUTANTS, HONEST)
             if JUDGE.only_record
-            else report.backend_table(JUDGE.entries, in_full=bool(chosen(config)))
+            else summary_tables.backend_table(JUDGE.entries, in_full=bool(chosen(config)))
         )
         terminalreporter.section("parity")
         for line in lines:
@@ -250,7 +252,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A mutant that survives the whole suite fails the run."""
     whole = JUDGE.only_record and exitstatus == 0 and not session.config.getoption("keyword")
-    if whole and report.survivors(JUDGE.entries, MUTANTS):
+    if whole and summary_tables.survivors(JUDGE.entries, MUTANTS):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -34,8 +34,8 @@ from reference_np.tolerances import Errors, attention_bound
 from tools import compare
 from tools.comparison.differences import Judged
 
-from .honest_kernels import KERNELS
-from .support import save_numpy
+from .backends.torch_model import save_numpy
+from .planted.honest_kernels import KERNELS
 
 # What an attention in too low a precision does; all else is further off.
 ROUNDING = [b for b in FORWARD if b.name in ("softmax_low_precision", "matmul_tf32", "matmul_bf16")]
@@ -91,7 +91,7 @@ def whole_run(config: LlamaConfig, rng: np.random.Generator, against: str, folde
     argv = [
         str(path),
         "--against",
-        f"parity_tests.honest_kernels:{against}",
+        f"parity_tests.planted.honest_kernels:{against}",
         "--ids",
         *map(str, ids),
     ]

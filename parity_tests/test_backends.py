@@ -8,9 +8,9 @@ import pytest
 from reference_np import backend
 from reference_np.config import InputError
 
-from .ahead import Command, Job
-from .backends.oracle import Oracle
-from .judge import Judge
+from .conformance.judge import Judge
+from .conformance.oracle import Oracle
+from .support.background_jobs import Command, Job
 
 
 def suite(*arguments: str) -> Job:
@@ -43,7 +43,7 @@ class Wrong(Oracle):
 
 
 CHOSEN = "--backend", "parity_tests.test_backends:Wrong", "-k", "test_logits and not in"
-WRONG = suite("parity_tests/test_conformance.py", *CHOSEN)
+WRONG = suite("parity_tests/conformance/test_conformance.py", *CHOSEN)
 
 
 @pytest.mark.ahead(WRONG)
@@ -53,7 +53,9 @@ def test_a_wrong_backend_fails_and_says_how_to_repeat_it() -> None:
     assert "times its tolerance" in done.stdout
     line = next(line for line in done.stdout.splitlines() if "--reproduce" in line)
     blob = line.split("--reproduce ")[1].split()[0]
-    reproducing = suite("parity_tests/test_conformance.py", *CHOSEN, "--reproduce", blob)
+    reproducing = suite(
+        "parity_tests/conformance/test_conformance.py", *CHOSEN, "--reproduce", blob
+    )
     again = reproducing.done()
     reproducing.end()
     assert again.returncode == 1

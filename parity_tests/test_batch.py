@@ -21,9 +21,9 @@ from reference_np import sampling
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
 
-from .drawn import Draw, composite, told
-from .strategies import Array, cast, configs, random_params, seeds
-from .support import torch_model
+from .backends.torch_model import torch_model
+from .conformance.drawn import Draw, composite, told
+from .conformance.strategies import Array, cast, configs, random_params, seeds
 
 pytestmark = pytest.mark.numeric
 

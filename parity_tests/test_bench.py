@@ -12,7 +12,7 @@ from tools.benchmarks import training
 from tools.benchmarks.timing import Setup, Side, alternate, same_tokens
 from tools.benchmarks.training import Result
 
-from .ahead import Job
+from .support.background_jobs import Job
 
 ROOT = Path(bench.__file__).resolve().parent.parent
 HEADINGS = "work shape dtype ours peer peer's ratio of limit"

@@ -8,9 +8,9 @@ from hypothesis import given
 
 from reference_np.model import Cache, forward
 
-from .drawn import Draw, composite, told
-from .strategies import caches_equal, configs, params_of, splits, tokens_of
-from .support import torch_forward, torch_model
+from .backends.torch_model import torch_forward, torch_model
+from .conformance.drawn import Draw, composite, told
+from .conformance.strategies import caches_equal, configs, params_of, splits, tokens_of
 
 pytestmark = pytest.mark.numeric
 

@@ -21,8 +21,8 @@ from llama_torch.tokenizer.chat_template import ChatTemplate, Llama2Template, lo
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.tokenizer import Tokenizer
 
-from .made_tokenizers import KINDS, SPECIALS
-from .support import write_model
+from .backends.torch_model import write_model
+from .support.tokenizers import KINDS, SPECIALS
 
 MARKED = [*SPECIALS, "<s>", "</s>", "<|", "|>", "<", ">", "\ue000", " ", "\n", "Hi", "é🙂"]
 harmless = st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"]), max_size=9)

@@ -24,8 +24,8 @@ from reference_np.config import LlamaConfig
 from reference_np.model import forward
 from tools import random_checkpoint
 
-from .strategies import Array, Params, cast, configs, random_params
-from .support import save_numpy, torch_forward
+from .backends.torch_model import save_numpy, torch_forward
+from .conformance.strategies import Array, Params, cast, configs, random_params
 
 ERRORS = (llama_torch.InputError, reference_np.config.InputError)
 CONFIG = LlamaConfig(8, 2, 4, 2, 4, 12, 20)

@@ -26,11 +26,12 @@ from tools.comparison import differences, torch_side, training_step, training_ta
 from tools.comparison.inputs import make_calls
 from tools.comparison.trace_file import Trace, cached
 
-from .backends.oracle import Oracle
-from .planted import BUGS, Planted
-from .planted_training import PlantedTrainer
-from .strategies import cast, random_params
-from .support import save_numpy
+from .backends.torch_model import save_numpy
+from .conformance.oracle import Oracle
+from .conformance.strategies import cast, random_params
+from .planted.bugs import BUGS
+from .planted.port import Planted
+from .planted.training import PlantedTrainer
 
 CONFIG = LlamaConfig(32, 3, 4, 2, 8, 48, 300, max_seq_len=2048, rope_theta=5e5)
 NAMES = list(activation_axes(CONFIG))

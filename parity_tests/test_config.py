@@ -12,8 +12,8 @@ from llama_torch.config import TrainConfig
 from llama_torch.model.config import ModelConfig
 from reference_np.config import LlamaConfig
 
-from .strategies import configs
-from .support import torch_config
+from .backends.torch_model import torch_config
+from .conformance.strategies import configs
 
 ERRORS = (llama_torch.InputError, reference_np.config.InputError)
 HF = LlamaConfig(8, 1, 2, 1, 4, 8, 10).to_hf()

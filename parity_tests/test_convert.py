@@ -23,7 +23,7 @@ from reference_np.config import LlamaConfig
 from tools import convert
 from tools.conversion.meta_params import config_from, hidden_width, params_of
 
-from .strategies import random_params, seeds
+from .conformance.strategies import random_params, seeds
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {t: getattr(torch, t) for t in ("float64", "float32", "bfloat16", "float16")}

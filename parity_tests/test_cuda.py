@@ -22,8 +22,8 @@ from llama_torch.training.bad_steps import Guard
 from reference_np.config import LlamaConfig
 from tools import compare
 
-from .strategies import Case, cast, random_params, wide_cases
-from .support import save_numpy, torch_model
+from .backends.torch_model import save_numpy, torch_model
+from .conformance.strategies import Case, cast, random_params, wide_cases
 
 GREEDY = SamplingConfig(max_new_tokens=8, temperature=0)
 WAYS: tuple[Decoding, ...] = ("graph", "kernels")

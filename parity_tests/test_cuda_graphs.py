@@ -25,8 +25,8 @@ from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
 from reference_np.tolerances import FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
-from .strategies import cast, random_params
-from .support import torch_model
+from .backends.torch_model import torch_model
+from .conformance.strategies import cast, random_params
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -25,7 +25,7 @@ from llama_torch.tokenizer.gpt2 import END_OF_TEXT_ID, gpt2
 from llama_torch.training import loop, run_dir
 from llama_torch.training.step import train_step
 
-from .strategies import seeds
+from .conformance.strategies import seeds
 
 WORDS = "the quick brown fox jumps over the lazy dog " * 20
 

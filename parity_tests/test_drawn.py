@@ -8,10 +8,10 @@ import pytest
 from hypothesis import find, settings
 from hypothesis import strategies as st
 
-from . import drawn
-from .drawn import SEARCH
-from .strategies import calls, cases, wide_cases
-from .training import training_cases
+from .conformance import drawn
+from .conformance.drawn import SEARCH
+from .conformance.strategies import calls, cases, wide_cases
+from .conformance.training_cases import training_cases
 
 ROOT = Path(__file__).parent.parent
 # Prints what a derandomised test draws; its constants are far from any that chance would draw.
@@ -20,9 +20,9 @@ import sys
 sys.path[:0] = [{root!r}, {folder!r}]
 import hypothesis
 from hypothesis import strategies as st
-import parity_tests.drawn
+import parity_tests.conformance.drawn
 if {ignores}:
-    parity_tests.drawn.ignore_constants()
+    parity_tests.conformance.drawn.ignore_constants()
 {imports}
 found = []
 @hypothesis.settings(derandomize=True, max_examples=400, database=None)

@@ -25,8 +25,8 @@ from reference_np import model as oracle
 from reference_np.config import LlamaConfig
 from reference_np.ops import cross_entropy_sum
 
-from .strategies import Params, random_params, seeds
-from .support import torch_model, write_model
+from .backends.torch_model import torch_model, write_model
+from .conformance.strategies import Params, random_params, seeds
 
 pytestmark = pytest.mark.numeric
 

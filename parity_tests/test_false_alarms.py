@@ -19,9 +19,9 @@ from tools.comparison.replay import Replay, Weights
 from tools.comparison.trace_file import TraceWriter, write_trace
 
 from . import false_alarms
+from .backends.torch_model import save_numpy
+from .conformance.strategies import Array, seeds
 from .false_alarms import ROUNDING, attention, draw, honest_outputs
-from .strategies import Array, seeds
-from .support import save_numpy
 
 CONFIG = LlamaConfig(96, 2, 3, 1, 32, 192, 300, max_seq_len=8192, rope_theta=1e5)
 

@@ -15,8 +15,8 @@ from llama_torch.inference.text_model import TextModel
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 
-from .made_tokenizers import byte_level
-from .support import write_model
+from .backends.torch_model import write_model
+from .support.tokenizers import byte_level
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from . import import_table
-from .ahead import Job
-from .import_table import ALLOWED, circles, imports, part_of, sources, violations
+from .support import import_table
+from .support.background_jobs import Job
+from .support.import_table import ALLOWED, circles, imports, part_of, sources, violations
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sources(ROOT)
@@ -59,7 +59,7 @@ def test_sub_packages_are_walked() -> None:
 PLANTED = {
     "reference_np.inner": "def f():\n    import torch",
     "llama_torch.inner.one": "from reference_np import ops",
-    "llama_torch.inner.two": "import parity_tests.strategies",
+    "llama_torch.inner.two": "import parity_tests.conformance.strategies",
     "llama_torch.inner.three": "def f():\n    from tools.comparison.trace_file import Call",
     "llama_torch.model.inner": "def f():\n    from ..data import corpus",
     "llama_torch.data.inner": "from ..checkpoint.hf import load_model",
@@ -68,7 +68,9 @@ PLANTED = {
     "llama_torch.training.other": "from reference_np.ops import linear",
     "llama_torch.four": "import triton.language as tl",
     "llama_torch.five": "from transformers import LlamaForCausalLM",
-    "tools.inner": "from parity_tests import strategies",
+    "tools.inner": "from parity_tests import conformance",
+    "parity_tests.conformance.inner": "def f():\n    import torch",
+    "parity_tests.conformance.other": "from llama_torch import load",
 }
 HARMLESS = {
     "llama_torch.training.inner": (
@@ -98,6 +100,21 @@ def test_what_is_allowed_is_not_called_wrong() -> None:
 def test_circles_are_found() -> None:
     arrows = [("a", "b"), ("b", "c"), ("c", "a"), ("c", "d"), ("e", "e"), ("d", "f")]
     assert circles(arrows) == [{"a", "b", "c"}]
+
+
+def test_parts_import_each_other_in_no_circle() -> None:
+    arrows = {(room(one.importer), room(one.imported)) for one in IMPORTS if is_ours(one.imported)}
+    assert len(arrows) > 40
+    assert not circles(arrows)
+
+
+def room(module: str) -> str:
+    """Return a module's part; what only --verify-every imports is in training's."""
+    return next((p for p in ["llama_torch.training"] if module.startswith(p)), part_of(module))
+
+
+def is_ours(module: str) -> bool:
+    return module.partition(".")[0] in import_table.PACKAGES
 
 
 # Inside the oracle
@@ -155,7 +172,7 @@ def test_the_oracle_imports_numpy_alone_and_its_checkpoint_two_more() -> None:
 
 
 # Kernels too: a wrong import in them would be seen on a GPU alone.
-STUB = "import torch; from parity_tests import triton_stub; triton_stub.install()"
+STUB = "import torch; from parity_tests.support import triton_stub; triton_stub.install()"
 PROGRAM = [n for n in SOURCES if n.startswith("llama_torch") and n not in VERIFIERS]
 WITHOUT = importing(", ".join(PROGRAM), STUB)
 WITH = importing(VERIFIER)
@@ -172,6 +189,18 @@ def test_the_torch_package_imports_the_oracle_in_one_module_alone() -> None:
     found = imported(WITH)
     assert found >= {"llama_torch", "reference_np", "torch"}
     assert not found & {"parity_tests", "tools", "transformers"}
+
+
+CONFORMANCE = importing(
+    ", ".join(name for name in SOURCES if part_of(name) == "parity_tests.conformance")
+)
+
+
+@pytest.mark.ahead(CONFORMANCE)
+def test_the_conformance_suite_stands_on_the_specification_alone() -> None:
+    found = imported(CONFORMANCE)
+    assert found >= {"hypothesis", "numpy", "parity_tests", "pytest", "reference_np"}
+    assert not found & {"llama_torch", "safetensors", "tools", "torch", "transformers"}
 
 
 FORBIDDEN = importing("reference_np.model, safetensors")

@@ -26,7 +26,7 @@ from llama_torch.training import run_dir
 from llama_torch.training.saver import Saver
 from llama_torch.training.signals import Stopped, signals
 
-from .ahead import Command, Job
+from .support.background_jobs import Command, Job
 from .test_parallel import torchrun_command
 from .test_train import TEXT, scalars
 
@@ -57,12 +57,14 @@ def sharded_run(folder: Path) -> Command:
 def run_that_loses_a_process(folder: Path) -> Command:
     """Without a word of where: a job without --out has its run in runs/1."""
     killed = int(signal.SIGKILL), 4, *flags_of(folder), "--fsdp", "2"
-    return torchrun_command(2, "parity_tests.signalled_worker", *killed, more=RESTARTS)
+    return torchrun_command(2, "parity_tests.workers.signalled_trainer", *killed, more=RESTARTS)
 
 
 def run_that_is_stopped(folder: Path) -> Command:
     flags = [*flags_of(folder), "--verify-every", "2", "--out", folder / "run"]
-    return torchrun_command(2, "parity_tests.signalled_worker", int(signal.SIGTERM), 3, *flags)
+    return torchrun_command(
+        2, "parity_tests.workers.signalled_trainer", int(signal.SIGTERM), 3, *flags
+    )
 
 
 def run_that_is_refused(folder: Path) -> Command:

@@ -29,9 +29,9 @@ from reference_np.tolerances import (
 )
 
 from .backends.decoding_backends import BatchKernels, Kernels
-from .backends.oracle import Plain
-from .strategies import Array, padded, random_params
-from .support import torch_model
+from .backends.torch_model import torch_model
+from .conformance.oracle import Plain
+from .conformance.strategies import Array, padded, random_params
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -51,7 +51,7 @@ def _words_without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from llama_torch.kernels import gemv
 
-    from .interpreted import numbers
+    from .support.interpreted import numbers
 
     monkeypatch.setattr(gemv, "_numbers", numbers)
 

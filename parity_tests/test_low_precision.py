@@ -29,8 +29,8 @@ from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 from tools.comparison.transformers_model import config_from, empty_model
 
 from .backends.torch_backends import optim_config, to_torch
-from .strategies import Case, Params, seeds, wide_cases
-from .support import torch_model
+from .backends.torch_model import torch_model
+from .conformance.strategies import Case, Params, seeds, wide_cases
 from .test_train import SMALL_RUN, TEXT
 
 pytestmark = pytest.mark.numeric

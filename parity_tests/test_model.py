@@ -11,8 +11,8 @@ from reference_np.mutants import FORWARD, Mutant
 from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.tolerances import LOGIC, composed_bound, errors, kl_per_token, logic_error
 
-from .strategies import Array, Case, cases, cast, random_params, wide_cases
-from .support import torch_forward, torch_model
+from .backends.torch_model import torch_forward, torch_model
+from .conformance.strategies import Array, Case, cases, cast, random_params, wide_cases
 
 pytestmark = pytest.mark.numeric
 

@@ -17,10 +17,10 @@ from llama_torch.model.kv_cache import StaticCache
 from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
 
-from .backends.oracle import Oracle
-from .judge import Judge, Outputs
-from .strategies import Array, Params, cast, model_for
-from .support import torch_config, torch_model
+from .backends.torch_model import torch_config, torch_model
+from .conformance.judge import Judge, Outputs
+from .conformance.oracle import Oracle
+from .conformance.strategies import Array, Params, cast, model_for
 
 pytestmark = pytest.mark.numeric
 

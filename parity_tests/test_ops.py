@@ -22,8 +22,8 @@ from reference_np.tolerances import (
     logic_error,
 )
 
-from .strategies import Array, masks, positions_of, scalings, seeds
-from .support import torch_config
+from .backends.torch_model import torch_config
+from .conformance.strategies import Array, masks, positions_of, scalings, seeds
 
 pytestmark = pytest.mark.numeric
 

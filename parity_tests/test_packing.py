@@ -16,10 +16,10 @@ from reference_np.grad import Batch, loss_and_grads
 from reference_np.ops import IGNORE
 from reference_np.tolerances import LOGIC
 
-from .drawn import Draw, composite, described
-from .strategies import Array, Params, configs, random_params, seeds
-from .support import torch_model
-from .training import size
+from .backends.torch_model import torch_model
+from .conformance.drawn import Draw, composite, described
+from .conformance.strategies import Array, Params, configs, random_params, seeds
+from .conformance.training_cases import size
 
 pytestmark = pytest.mark.numeric
 

@@ -28,8 +28,8 @@ from llama_torch.training import validate
 from reference_np.config import LlamaConfig
 from tools.comparison.inputs import token_ids
 
-from .made_tokenizers import byte_level
-from .support import write_model
+from .backends.torch_model import write_model
+from .support.tokenizers import byte_level
 
 BAD = "panics"
 SAYS = r"the {} library cannot encode this text \(StackOverflow\); its longest run of blanks has {}"

@@ -16,12 +16,13 @@ from reference_np.config import LlamaConfig
 from reference_np.optim import Hyper
 from reference_np.tolerances import UNIT_ROUNDOFF
 
-from .ahead import Command, Job
-from .job_worker import STEPS, Layout, train
-from .strategies import random_params
+from .conformance.strategies import random_params
+from .conformance.training_cases import STEPS_LOGIC, TrainingCase, random_batch
+from .support.background_jobs import Command, Job
+from .support.torch_training import Trained
 from .test_low_precision import on_every_device
 from .test_training import distances, oracle_train
-from .training import STEPS_LOGIC, Trained, TrainingCase, random_batch
+from .workers.distributed_steps import STEPS, Layout, train
 
 pytestmark = pytest.mark.numeric
 
@@ -58,7 +59,7 @@ def make_job(world: int) -> Job:
     def make(folder: Path) -> Command:
         jobs = [(layout, cases()[i]) for layout, i in trained_in(world)]
         (folder / "in").write_bytes(pickle.dumps(jobs))
-        worker = "parity_tests.job_worker"
+        worker = "parity_tests.workers.distributed_steps"
         return torchrun_command(world, worker, folder / "in", folder / "out")
 
     return Job(make)

@@ -10,7 +10,7 @@ import torch
 
 from llama_torch.model import loss
 
-from . import poison
+from .support import poison
 
 pytestmark = pytest.mark.numeric
 

@@ -12,8 +12,8 @@ from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from llama_torch.tokenizer.tokenizer import Gpt2
 
-from .strategies import Case, cast, wide_cases
-from .support import torch_model
+from .backends.torch_model import torch_model
+from .conformance.strategies import Case, cast, wide_cases
 
 pytestmark = pytest.mark.numeric
 

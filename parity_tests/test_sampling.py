@@ -14,7 +14,7 @@ from llama_torch.inference.config import SamplingConfig
 from llama_torch.inference.sampling import Settings, draw, penalize, token_probabilities
 from reference_np import sampling as oracle
 
-from .strategies import Array
+from .conformance.strategies import Array
 
 pytestmark = pytest.mark.numeric
 

@@ -15,8 +15,8 @@ from llama_torch.inference.speculative import Speculative
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 
-from .strategies import Case, cast, random_params, wide_cases
-from .support import torch_model
+from .backends.torch_model import torch_model
+from .conformance.strategies import Case, cast, random_params, wide_cases
 
 pytestmark = pytest.mark.numeric
 

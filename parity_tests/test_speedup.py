@@ -27,8 +27,8 @@ from reference_np.grad import Batch
 from reference_np.ops import IGNORE
 
 from .backends.torch_backends import to_torch
-from .strategies import Case, cast, seeds, wide_cases
-from .support import torch_model
+from .backends.torch_model import torch_model
+from .conformance.strategies import Case, cast, seeds, wide_cases
 
 EAGER = TrainConfig(compile="no")
 CPU = ["--device", "cpu", "--dtype", "float32", "--n-layers", "1", "--dim", "16", "--n-heads", "2"]

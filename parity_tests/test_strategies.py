@@ -9,9 +9,9 @@ from hypothesis import find
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
-from .drawn import SEARCH
-from .strategies import Case, calls, cases, model_for, padded, splits, wide_cases
-from .training import TrainingCase, training_cases
+from .conformance.drawn import SEARCH
+from .conformance.strategies import Case, calls, cases, model_for, padded, splits, wide_cases
+from .conformance.training_cases import TrainingCase, training_cases
 
 
 def embedding_sizes(case: Case) -> Any:

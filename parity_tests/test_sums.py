@@ -20,7 +20,7 @@ from llama_torch.training.batch import Batch, pack_documents, split_window
 from reference_np.naming import EMBED, LM_HEAD
 from reference_np.tolerances import FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
-from .strategies import seeds
+from .conformance.strategies import seeds
 from .test_low_precision import on_every_device
 
 ROWS, CONTEXT, VOCAB_SIZE = 128, 128, 61

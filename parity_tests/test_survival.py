@@ -34,9 +34,9 @@ from llama_torch.data import corpus, loader
 from llama_torch.model.config import ModelConfig
 from llama_torch.training import bad_steps, batch, loop, run_dir, setup, step
 
-from .ahead import Command, Job
-from .crashes import require_readable
+from .support.background_jobs import Command, Job
 from .test_train import TEXT, refused, scalars
+from .workers.killed_trainer import require_readable
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -121,7 +121,7 @@ def run_that_is_killed(folder: Path) -> Command:
         "lives": lives,
     }
     (folder / "plan.json").write_text(json.dumps(plan))
-    return "-m", "parity_tests.crashes", folder / "plan.json"
+    return "-m", "parity_tests.workers.killed_trainer", folder / "plan.json"
 
 
 KILLED = Job(run_that_is_killed)

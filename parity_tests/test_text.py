@@ -18,7 +18,7 @@ from llama_torch.tokenizer.gpt2 import gpt2
 from llama_torch.tokenizer.loading import end_ids, load_tokenizer
 from llama_torch.tokenizer.tokenizer import Gpt2, Json, SentencePiece, Tokenizer
 
-from .made_tokenizers import KINDS, SPECIALS
+from .support.tokenizers import KINDS, SPECIALS
 
 VOCAB = 50257
 SPELLED = [*SPECIALS, "<s>", "</s>", "<unk>", "<|endoftext|>"]

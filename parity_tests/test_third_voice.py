@@ -9,7 +9,7 @@ from reference_np.model import forward
 from reference_np.tolerances import LOGIC, logic_error
 from tools.comparison.transformers_model import config_from
 
-from .strategies import random_params
+from .conformance.strategies import random_params
 
 
 def test_without_the_lift_the_comparison_is_coarse() -> None:

@@ -18,8 +18,8 @@ from reference_np.naming import activation_axes
 from tools import compare
 from tools.comparison.trace_file import AXES
 
-from .strategies import cast, random_params
-from .support import save_numpy
+from .backends.torch_model import save_numpy
+from .conformance.strategies import cast, random_params
 
 DOCS = Path(__file__).parents[1] / "docs"
 HAS_FULL = Path("/dev/full").exists()

@@ -30,7 +30,7 @@ from llama_torch.model.loss import IGNORE, _pieces, backward_loss, count_valid, 
 from llama_torch.training import batch, loop, run_dir, step, validate
 from llama_torch.training.optimizer import learning_rate, make_adamw
 
-from .strategies import seeds
+from .conformance.strategies import seeds
 
 TINY = ModelConfig(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=60)
 SMALL_RUN = [

@@ -20,18 +20,10 @@ from reference_np.optim import Hyper
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LOGIC, UNIT_ROUNDOFF
 
 from .backends.torch_backends import optim_config
-from .planted import scaled
-from .strategies import Array, Params, cast, random_params, seeds, wide_cases
-from .training import (
-    STEPS_LOGIC,
-    Trained,
-    TrainingCase,
-    fixed_cases,
-    size,
-    torch_grads,
-    torch_train,
-    training_cases,
-)
+from .conformance.strategies import Array, Params, cast, random_params, seeds, wide_cases
+from .conformance.training_cases import STEPS_LOGIC, TrainingCase, fixed_cases, size, training_cases
+from .planted.operations import scaled
+from .support.torch_training import Trained, torch_grads, torch_train
 
 pytestmark = pytest.mark.numeric
 

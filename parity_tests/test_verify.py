@@ -39,12 +39,12 @@ from reference_np.ops import IGNORE
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LAMBDA, UNIT_ROUNDOFF
 from reference_np.training_mutants import TRAINING
 
-from .backends.oracle import Oracle
 from .backends.torch_backends import to_torch
-from .drawn import Draw, composite, told
-from .planted_training import NarrowSum, gradient_of
-from .strategies import Array, Case, cast, packed, random_params, seeds, wide_cases
-from .support import torch_config, torch_model
+from .backends.torch_model import torch_config, torch_model
+from .conformance.drawn import Draw, composite, told
+from .conformance.oracle import Oracle
+from .conformance.strategies import Array, Case, cast, packed, random_params, seeds, wide_cases
+from .planted.training import NarrowSum, gradient_of
 from .test_train import SMALL_RUN, TEXT, scalars, stop_after
 
 pytestmark = pytest.mark.numeric

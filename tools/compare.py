@@ -66,7 +66,7 @@ def _main(argv: Sequence[str]) -> int:
     ):
         report = _report(settings, checkpoint, side, calls, batches, layers, start, Path(folder))
     if settings.html:
-        from .comparison.html_report import page
+        from tools.comparison.html_report import page
 
         write_text(Path(settings.html).resolve(), page(report))
     if settings.json:

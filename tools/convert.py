@@ -28,9 +28,7 @@ from llama_torch.common.errors import InputError, check
 from llama_torch.common.files import flush, read_json
 from llama_torch.model.config import ModelConfig
 from tools.conversion.hf_checkpoint import read_hf, write_hf
-from tools.conversion.lazy_weights import (
-    write_json,
-)
+from tools.conversion.lazy_weights import write_json
 from tools.conversion.meta_checkpoint import META_FILES, read_meta, write_meta
 from tools.conversion.meta_params import check_expressible
 

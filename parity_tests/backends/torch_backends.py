@@ -21,7 +21,7 @@ from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.optim import Hyper
 
-from ..support import torch_model
+from .torch_model import torch_model
 
 HALVES = ("bfloat16", "float16")
 

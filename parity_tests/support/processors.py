@@ -1,7 +1,7 @@
 """Which processor computes, and the numeric tests as other processors would compute them.
 
-``python -m parity_tests.processors`` runs the numeric tests once for each group of settings that
-make PyTorch and NumPy choose the kernels of another processor, and prints what was seen. Exit
+``python -m parity_tests.support.processors`` runs the numeric tests once for each group of settings
+that make PyTorch and NumPy choose the kernels of another processor, and prints what was seen. Exit
 code 0: all green, 1: not. A newer processor's kernels run on no older one; those are named.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 import threadpoolctl
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # What decides the kernels of products and loops, from the oldest to the newest.
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve")
 # How many threads torch and NumPy get in the tests; see conftest.py.

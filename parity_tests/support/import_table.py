@@ -19,6 +19,11 @@ PROGRAM = (
     *("llama_torch.training.verify", "llama_torch.training.oracle"),
 )
 PARTS_OF_TOOLS = ("tools.comparison", "tools.benchmarks", "tools.conversion", "tools.shapes")
+PARTS_OF_TESTS = (
+    *("parity_tests.backends", "parity_tests.conformance"),
+    *("parity_tests.planted", "parity_tests.support"),
+    *("parity_tests.workers", "parity_tests.gpu_faults"),
+)
 # Part -> the parts that it may import beside itself. A module belongs to the longest name that
 # its own begins with.
 ALLOWED: Mapping[str, tuple[str, ...]] = {
@@ -55,12 +60,24 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "tools.benchmarks": (*PROGRAM, "reference_np", "tools.shapes"),
     "tools.conversion": (*PROGRAM, "reference_np"),
     "tools.shapes": ("llama_torch.model",),
-    "parity_tests.backends": (*PROGRAM, "reference_np", "parity_tests", "tools.comparison"),
-    "parity_tests": (*PROGRAM, "reference_np", "tools", *PARTS_OF_TOOLS, "parity_tests.backends"),
+    # The suite that outsiders run stands on the specification alone.
+    "parity_tests.conformance": ("reference_np",),
+    "parity_tests.backends": (*PROGRAM, "reference_np", "tools.comparison"),
+    "parity_tests.planted": ("reference_np", "parity_tests.conformance"),
+    "parity_tests.gpu_faults": (),
+    "parity_tests.support": (
+        *(*PROGRAM, "reference_np", "parity_tests.conformance", "parity_tests.backends"),
+    ),
+    "parity_tests.workers": (
+        *(*PROGRAM, "reference_np", "parity_tests.conformance", "parity_tests.backends"),
+        "parity_tests.support",
+    ),
+    "parity_tests": (*PROGRAM, "reference_np", "tools", *PARTS_OF_TOOLS, *PARTS_OF_TESTS),
 }
 # Part -> all the packages of others that it may import.
 OTHERS: Mapping[str, frozenset[str]] = {
     "reference_np": frozenset({"numpy", "ml_dtypes", "safetensors"}),
+    "parity_tests.conformance": frozenset({"numpy", "ml_dtypes", "hypothesis", "pytest"}),
 }
 # Package of others -> the modules' prefixes that alone may import it.
 ONLY_IN: Mapping[str, tuple[str, ...]] = {

@@ -23,7 +23,7 @@ from reference_np.tolerances import (
 )
 
 from . import drawn
-from .backends.oracle import Plain
+from .oracle import Plain
 from .strategies import Array
 
 Outputs = Mapping[str, Array]

@@ -1,8 +1,8 @@
 """Honest float32 kernels of attention, each another way of taking the same sums.
 
 Every one maps q [B, H, T, K], k and v [B, H, S, K] and mask [B, T, S] to [B, H, T, K]; every query
-may attend to some key. ``parity_tests.honest_kernels:flash`` and so on are whole models, for
-compare.py's --against.
+may attend to some key. ``parity_tests.planted.honest_kernels:flash`` and so on are whole models,
+for compare.py's --against.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .planted import Planted
+from .port import Planted
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

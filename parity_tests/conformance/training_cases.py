@@ -1,4 +1,4 @@
-"""Training cases, and the torch trainer's own functions run on them."""
+"""Hypothesis strategies for training steps."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,9 +11,8 @@ from reference_np.grad import Batch
 from reference_np.ops import IGNORE
 from reference_np.optim import Hyper
 
-from .backends.torch_backends import eager
 from .drawn import Draw, composite, described
-from .strategies import Array, Params, cast, configs, random_params, seeds, seeing_itself
+from .strategies import Array, Params, configs, random_params, seeds, seeing_itself
 
 # Ten steps feed each step's rounding to the next, through an optimizer that divides by
 # sqrt(v) + 1e-5: some 1e-16 * 1e5 * 10 at most.
@@ -69,31 +68,6 @@ def training_cases(draw: Draw, conditioned: bool = False) -> TrainingCase:
     )
     params = random_params(config, draw(seeds, label="weights seed"))
     return TrainingCase(config, params, batches, hyper, draw.numbers)
-
-
-def torch_grads(case: TrainingCase, dtype: Any) -> tuple[float, Params]:
-    """Loss and gradients from the trainer's own accumulation."""
-    params, hyper = cast(case.params, dtype), case.hyper
-    loss, grads = eager.loss_and_grads(case.config, params, case.batches, hyper.z_loss)
-    return loss, dict(grads)
-
-
-class Trained(NamedTuple):
-    """What k steps leave behind."""
-
-    losses: list[float]
-    norms: list[float]
-    params: Params
-    exp_avg: Params
-    exp_avg_sq: Params
-
-
-def torch_train(case: TrainingCase, steps: int, dtype: Any) -> Trained:
-    """Take ``steps`` steps with the functions that ``python -m llama_torch.train`` runs."""
-    params = cast(case.params, dtype)
-    found = eager.train(case.config, params, case.batches, case.hyper, steps)
-    kinds = ("loss", "grad_norm", "params", "exp_avg", "exp_avg_sq")
-    return Trained(*(found[kind] for kind in kinds))
 
 
 def fixed_cases() -> list[TrainingCase]:

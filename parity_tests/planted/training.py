@@ -18,8 +18,9 @@ from reference_np.grad import Batch
 from reference_np.naming import EMBED, LM_HEAD
 from reference_np.optim import Hyper
 
-from . import planted
-from .planted import Array, Operation, Params, Planted
+from . import operations as planted
+from .operations import Array, Operation, Params
+from .port import Planted
 
 Tensors = dict[str, Tensor]
 

@@ -1,8 +1,8 @@
 """One of the processes that test_parallel.py has torchrun start.
 
-``torchrun ... -m parity_tests.job_worker IN OUT``: IN pickles a list of (Layout, TrainingCase);
-each is trained for its layout's steps, its batches shared out, and the first process pickles
-what came of it.
+``torchrun ... -m parity_tests.workers.distributed_steps IN OUT``: IN pickles a list of (Layout,
+TrainingCase); each is trained for its layout's steps, its batches shared out, and the first process
+pickles what came of it.
 """
 
 import pickle
@@ -22,10 +22,11 @@ from llama_torch.model.llama import Llama
 from llama_torch.training.optimizer import learning_rate, make_adamw
 from llama_torch.training.step import train_step
 
-from . import poison
-from .backends.torch_backends import optim_config, to_torch
-from .support import torch_config
-from .training import Trained, TrainingCase
+from ..backends.torch_backends import optim_config, to_torch
+from ..backends.torch_model import torch_config
+from ..conformance.training_cases import TrainingCase
+from ..support import poison
+from ..support.torch_training import Trained
 
 STEPS = 3
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from reference_np.mutants import Mutant
 
-from .judge import Entry
+from ..conformance.judge import Entry
 
 Entries = Mapping[tuple[str, str], Entry]
 GOAL = 10.0  # how far over a float64 tolerance every mutant should be

@@ -22,10 +22,10 @@ from reference_np.grad import Batch
 from reference_np.model import forward
 from reference_np.naming import activation_axes
 
-from .backends.oracle import Oracle
 from .judge import JUDGE
+from .oracle import Oracle
 from .strategies import Array, Case, Params, calls, model_for, packed, padded, splits, wide_cases
-from .training import STEPS_LOGIC, TrainingCase, training_cases
+from .training_cases import STEPS_LOGIC, TrainingCase, training_cases
 
 pytestmark = pytest.mark.numeric
 

@@ -1,0 +1,205 @@
+"""The operations of a compact Llama in torch, each of which can be replaced."""
+
+import math
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reference_np.config import LlamaConfig
+from reference_np.naming import EMBED, LM_HEAD, NORM
+
+Array = NDArray[Any]
+
+Params = Mapping[str, Array]
+
+Tables = tuple[Tensor, Tensor]
+
+Cache = list[tuple[Tensor, Tensor]]  # each layer's rotated keys and values [B, N, S, K]
+
+Note = Callable[[str, Tensor], None]
+
+Operation = Callable[..., Any]
+
+
+# The honest operations.
+
+
+def read(params: Params, name: str, config: LlamaConfig) -> Tensor:
+    """Read one parameter by its Hugging Face name; a tied head is the embedding itself."""
+    if name == LM_HEAD and config.tie_embeddings:
+        name = EMBED
+    return torch.from_numpy(np.array(params[name]))  # a copy: torch warns of read-only arrays
+
+
+def embed(weight_VD: Tensor, tokens_BT: Tensor) -> Tensor:
+    return F.embedding(tokens_BT, weight_VD)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def mean_square(x: Tensor) -> Tensor:
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return weight_D * (x * torch.rsqrt(mean_square(x) + eps))
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """theta^(-2i/K) in float64, scaled as the config says: [K / 2]."""
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
+    return scaled(config.rope_theta ** -(pairs / config.head_dim), config)
+
+
+def scaled(frequencies: Tensor, config: LlamaConfig) -> Tensor:
+    if config.rope_type == "default":
+        return frequencies
+    slow = frequencies / config.rope_factor
+    if config.rope_type == "linear":
+        return slow
+    wave = 2 * math.pi / frequencies
+    longest = config.rope_original_max_seq_len / config.rope_low_freq_factor
+    shortest = config.rope_original_max_seq_len / config.rope_high_freq_factor
+    # Between the two, the share kept falls linearly with 1 / wave.
+    share = (1 / wave - 1 / longest) / (1 / shortest - 1 / longest)
+    mixed = torch.where(wave > longest, slow, share * frequencies + (1 - share) * slow)
+    return torch.where(wave < shortest, frequencies, mixed)
+
+
+def cos_sin(positions_BT: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tables:
+    """Both tables [B, T, 1, K / 2], computed in the frequencies' precision and rounded once."""
+    angles = positions_BT[..., None, None].to(frequencies.dtype) * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rope_tables(positions_BT: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    return cos_sin(positions_BT, rope_frequencies(config), dtype)
+
+
+def apply_rope(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotate-half form: pairs (i, i + K / 2)."""
+    first, second = x_BTHK.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def repeat_kv(x_BNSK: Tensor, n_rep: int) -> Tensor:
+    """One key/value head for every query head, h // n_rep for head h: [B, H, S, K]."""
+    return x_BNSK.repeat_interleave(n_rep, dim=1)
+
+
+def attention_scores(q_BHTK: Tensor, k_BHSK: Tensor) -> Tensor:
+    return q_BHTK @ k_BHSK.transpose(-1, -2) / math.sqrt(q_BHTK.shape[-1])
+
+
+def masked_softmax(scores_BHTS: Tensor, mask_BTS: Tensor) -> Tensor:
+    """Attention weights [B, H, T, S]; a query that may attend to nothing gets zeros."""
+    mask = mask_BTS[:, None]
+    weights = scores_BHTS.masked_fill(~mask, -math.inf).softmax(-1)
+    return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def attention_mix(weights_BHTS: Tensor, v_BHSK: Tensor) -> Tensor:
+    return weights_BHTS @ v_BHSK
+
+
+def merge_heads(x_BTHK: Tensor) -> Tensor:
+    return x_BTHK.flatten(2)
+
+
+def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    return F.silu(gate_BTF) * up_BTF
+
+
+def add(x_BTD: Tensor, h_BTD: Tensor) -> Tensor:
+    """The residual stream plus a sublayer's output."""
+    return x_BTD + h_BTD
+
+
+def extend(past_BNSK: Tensor, new_BNTK: Tensor) -> Tensor:
+    """Append this call's keys or values to the cached ones."""
+    return torch.cat([past_BNSK, new_BNTK], dim=2)
+
+
+def next_positions(length: int, start: int) -> Tensor:
+    """Positions [T] of ``length`` tokens that follow ``start`` cached ones."""
+    return torch.arange(start, start + length)
+
+
+def causal_mask(n_queries: int, n_keys: int) -> Tensor:
+    """The causal default [T, S]: the last query lines up with the last key."""
+    return torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+
+
+OPERATIONS: dict[str, Operation] = {
+    operation.__name__: operation
+    for operation in (
+        *(read, embed, linear, rms_norm, rope_tables, apply_rope, repeat_kv, attention_scores),
+        *(masked_softmax, attention_mix, merge_heads, swiglu, add, extend),
+        *(next_positions, causal_mask),
+    )
+}
+
+
+def forward(
+    config: LlamaConfig,
+    params: Params,
+    tokens_BT: Tensor,
+    positions: Tensor | None,
+    mask: Tensor | None,
+    cache: Cache | None,
+    note: Note,
+    ops: SimpleNamespace,
+) -> tuple[Tensor, Cache]:
+    """Logits [B, T, V] and the longer cache; positions [B, T] and mask [B, T, S] have defaults."""
+    length, start = tokens_BT.shape[1], cache[0][0].shape[2] if cache else 0
+    if positions is None:
+        positions = ops.next_positions(length, start)[None]
+    if mask is None:
+        mask = ops.causal_mask(length, start + length)[None]
+    x = ops.embed(ops.read(params, EMBED, config), tokens_BT)
+    note("embed", x)
+    tables = ops.rope_tables(positions, config, x.dtype)
+    heads, presents = (-1, config.head_dim), []
+    for i in range(config.n_layers):
+
+        def weight(name: str, i: int = i) -> Tensor:
+            return ops.read(params, f"model.layers.{i}.{name}.weight", config)
+
+        def say(name: str, value: Tensor, i: int = i) -> Tensor:
+            note(f"layers.{i}.{name}", value)
+            return value
+
+        h = say("attn_norm", ops.rms_norm(x, weight("input_layernorm"), config.norm_eps))
+        q_BTHK, k_BTNK, v_BTNK = (
+            say(n, ops.linear(h, weight(f"self_attn.{n}_proj")).unflatten(-1, heads)) for n in "qkv"
+        )
+        q = say("q_rope", ops.apply_rope(q_BTHK, *tables)).transpose(1, 2)
+        k = say("k_rope", ops.apply_rope(k_BTNK, *tables)).transpose(1, 2)
+        v = v_BTNK.transpose(1, 2)
+        if cache:
+            k, v = ops.extend(cache[i][0], k), ops.extend(cache[i][1], v)
+        presents.append((k, v))
+        scores = ops.attention_scores(q, ops.repeat_kv(k, config.n_rep))
+        weights = ops.masked_softmax(scores, mask)
+        mixed_BHTK = ops.attention_mix(weights, ops.repeat_kv(v, config.n_rep))
+        mixed_BTHK = say("attn", mixed_BHTK.transpose(1, 2))
+        h = ops.linear(ops.merge_heads(mixed_BTHK), weight("self_attn.o_proj"))
+        x = say("attn_residual", ops.add(x, say("attn_proj", h)))
+        h = say("ffn_norm", ops.rms_norm(x, weight("post_attention_layernorm"), config.norm_eps))
+        gate = say("gate", ops.linear(h, weight("mlp.gate_proj")))
+        up = say("up", ops.linear(h, weight("mlp.up_proj")))
+        h = ops.linear(say("ffn", ops.swiglu(gate, up)), weight("mlp.down_proj"))
+        x = say("residual", ops.add(x, say("ffn_proj", h)))
+    x = ops.rms_norm(x, ops.read(params, NORM, config), config.norm_eps)
+    note("norm", x)
+    logits = ops.linear(x, ops.read(params, LM_HEAD, config))
+    note("logits", logits)
+    return logits, presents

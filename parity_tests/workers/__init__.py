@@ -1,0 +1,1 @@
+"""Processes that tests start, to kill them or to train together."""
