@@ -8,6 +8,7 @@ import os
 
 # Before NumPy is imported; for the reason why torch gets one thread below.
 THREADS = os.environ.get("PARITY_THREADS", "1")
+WORKERS = 8  # processes at most; more would wait for each other's imports
 os.environ.setdefault("OPENBLAS_NUM_THREADS", THREADS)
 
 import functools
@@ -37,7 +38,6 @@ from .conformance import drawn
 from .conformance.judge import JUDGE
 from .conformance.oracle import WithBug
 from .support import poison, processors, summary_tables
-from .support.background_jobs import QUEUE
 
 # Models here are too small for a second thread, and threads that wait for each other cost more
 # than they bring wherever something else runs.
@@ -80,6 +80,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share a whole suite among processes, one a core, where pytest-xdist is installed.
+
+    A single file or test is run at once: every process imports torch for some seconds.
+    """
+    option = config.option
+    whole = all(Path(arg).is_dir() for arg in config.args) and not option.keyword
+    if hasattr(config, "workerinput") or option.collectonly or option.usepdb:
+        return
+    if getattr(option, "numprocesses", 0) is None and whole:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(WORKERS, (cores or 1) // int(THREADS))
+        if workers > 1:
+            option.numprocesses, option.dist = workers, "worksteal"
+
+
 def chosen(config: pytest.Config) -> list[str]:
     """Return the names of the backends asked for; empty = the default ones."""
     named = config.getoption("backend") or []
@@ -87,7 +104,6 @@ def chosen(config: pytest.Config) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "ahead(job): what runs beside the tests before this one")
     config.addinivalue_line("markers", "needs(method): what a backend must offer for this test")
     config.addinivalue_line("markers", "numeric: its numbers depend on the processor's kernels")
     if config.getoption("poison"):
@@ -141,23 +157,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"--reproduce needs one test, {len(items)} are selected")
         reproduce = hypothesis.reproduce_failure(hypothesis.__version__, blob.encode())
         items[0].obj = reproduce(items[0].obj)
-    items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()  # torch's and transformers' half a million objects are not looked through again
-    if not session.config.option.collectonly:
-        marks = (mark for item in session.items for mark in item.iter_markers("ahead"))
-        QUEUE.fill(job for mark in marks for job in mark.args)
-
-
-def pytest_runtest_logfinish() -> None:
-    QUEUE.go_on()
-
-
-def pytest_unconfigure() -> None:
-    QUEUE.end()
 
 
 def _is_conformance(item: pytest.Item) -> bool:
@@ -248,9 +252,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(line)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over the record of a process that ends (a hook of pytest-xdist's)."""
+    JUDGE.add(getattr(node, "workeroutput", {}).get("judged", []))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A mutant that survives the whole suite fails the run."""
+    """Fail a run of the whole suite that a mutant survives; hand on what a process recorded."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["judged"] = JUDGE.records()
+        return
     whole = JUDGE.only_record and exitstatus == 0 and not session.config.getoption("keyword")
     if whole and summary_tables.survivors(JUDGE.entries, MUTANTS):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -12,7 +12,7 @@ from tools.benchmarks import training
 from tools.benchmarks.timing import Setup, Side, alternate, same_tokens
 from tools.benchmarks.training import Result
 
-from .support.background_jobs import Job
+from .support.jobs import Job
 
 ROOT = Path(bench.__file__).resolve().parent.parent
 HEADINGS = "work shape dtype ours peer peer's ratio of limit"
@@ -22,7 +22,6 @@ TINY = ["--device", "cpu", "--repeats", "1", "--new-tokens", "4", "--shape", "de
 TABLE = Job(lambda _: ("tools/bench.py", *TINY, "--works", "decode", "prefill"))
 
 
-@pytest.mark.ahead(TABLE)
 def test_the_command_prints_a_table() -> None:
     """As a user runs it: a process of its own, from the repository root."""
     done = TABLE.done()
@@ -67,7 +66,6 @@ sys.exit(bench.main(sys.argv[1:]))
 TRAINING = Job(lambda _: ("-c", SMALL, *TINY, "--works", "train"))
 
 
-@pytest.mark.ahead(TRAINING)
 def test_training_is_measured_and_a_side_that_fails_is_one_line() -> None:
     done = TRAINING.done()
     assert done.returncode == 0, done.stderr

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from .support import import_table
-from .support.background_jobs import Job
 from .support.import_table import ALLOWED, circles, imports, part_of, sources, violations
+from .support.jobs import Job
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sources(ROOT)
@@ -164,8 +164,6 @@ THE_ORACLE = importing(
 CHECKPOINT = importing("reference_np.checkpoint")
 
 
-@pytest.mark.ahead(THE_ORACLE)
-@pytest.mark.ahead(CHECKPOINT)
 def test_the_oracle_imports_numpy_alone_and_its_checkpoint_two_more() -> None:
     assert imported(THE_ORACLE) == {"reference_np", "numpy"}
     assert imported(CHECKPOINT) == {"reference_np", "numpy", "safetensors", "ml_dtypes"}
@@ -178,8 +176,6 @@ WITHOUT = importing(", ".join(PROGRAM), STUB)
 WITH = importing(VERIFIER)
 
 
-@pytest.mark.ahead(WITHOUT)
-@pytest.mark.ahead(WITH)
 def test_the_torch_package_imports_the_oracle_in_one_module_alone() -> None:
     """The trainer works without it, until it is asked to verify."""
     found = imported(WITHOUT)
@@ -196,7 +192,6 @@ CONFORMANCE = importing(
 )
 
 
-@pytest.mark.ahead(CONFORMANCE)
 def test_the_conformance_suite_stands_on_the_specification_alone() -> None:
     found = imported(CONFORMANCE)
     assert found >= {"hypothesis", "numpy", "parity_tests", "pytest", "reference_np"}
@@ -207,8 +202,6 @@ FORBIDDEN = importing("reference_np.model, safetensors")
 FORBIDDEN_TOO = importing("llama_torch.config, reference_np.config", STUB)
 
 
-@pytest.mark.ahead(FORBIDDEN)
-@pytest.mark.ahead(FORBIDDEN_TOO)
 def test_a_forbidden_import_would_be_seen() -> None:
     assert "safetensors" in imported(FORBIDDEN)
     assert "reference_np" in imported(FORBIDDEN_TOO)
@@ -224,7 +217,6 @@ HALF_A_TRITON = Job(
 )
 
 
-@pytest.mark.ahead(HALF_A_TRITON)
 def test_a_kernels_import_that_fails_is_an_error() -> None:
     done = HALF_A_TRITON.done()
     assert done.returncode == 1

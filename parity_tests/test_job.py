@@ -26,7 +26,7 @@ from llama_torch.training import run_dir
 from llama_torch.training.saver import Saver
 from llama_torch.training.signals import Stopped, signals
 
-from .support.background_jobs import Command, Job
+from .support.jobs import Command, Job
 from .test_parallel import torchrun_command
 from .test_train import TEXT, scalars
 
@@ -120,13 +120,11 @@ def back_to(step: int, run: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.ahead(SHARDED)
 def test_shards_train_as_one(alone: Path, shards: Path) -> None:
     require_same_run(shards, alone)
     assert not list(newest(shards).glob("*.safetensors"))
 
 
-@pytest.mark.ahead(SHARDED)
 def test_one_process_goes_on_where_two_stopped(alone: Path, shards: Path, tmp_path: Path) -> None:
     out = back_to(4, shards, tmp_path / "run")
     assert train.main(["--resume", "--out", str(out)]) == 0
@@ -138,13 +136,11 @@ def test_two_go_on_where_one_stopped(alone: Path, tmp_path: Path) -> None:
     resumed = "--resume", "--out", out, "--tp", "2"
     job = Job(lambda _: torchrun_command(2, "llama_torch.train", *resumed))
     done = job.done()
-    job.end()
     assert done.returncode == 0, done.stderr
     require_same_run(out, alone, first=5)
     assert not list(out.rglob("*.tmp"))
 
 
-@pytest.mark.ahead(SHARDED)
 def test_shards_are_gathered(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert export.main([str(shards), "--step", "6", "--to", str(tmp_path / "model")]) == 0
     weights, others = load_file(tmp_path / "model" / MODEL_FILE), load_file(shards / MODEL_FILE)
@@ -156,7 +152,6 @@ def test_shards_are_gathered(shards: Path, tmp_path: Path, capsys: pytest.Captur
     assert "holds no run; name the directory of one" in capsys.readouterr().err
 
 
-@pytest.mark.ahead(LOSES_A_PROCESS)
 def test_a_process_that_dies_ends_the_job_and_a_restart_resumes_it(alone: Path) -> None:
     done = LOSES_A_PROCESS.done()
     assert done.returncode == 0, done.stderr
@@ -182,7 +177,6 @@ def test_a_restart_leaves_other_runs_alone(
         assert run_dir.after_restart(other) == other
 
 
-@pytest.mark.ahead(STOPPED)
 def test_a_signal_to_one_process_stops_all_after_the_same_step(alone: Path) -> None:
     done, out = STOPPED.done(), STOPPED.folder / "run"
     assert done.returncode != 0
@@ -292,7 +286,6 @@ def test_what_cannot_be_shared_out(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.ahead(REFUSED)
 def test_one_process_of_a_job_says_what_is_wrong() -> None:
     """And the others end with it."""
     done = REFUSED.done()

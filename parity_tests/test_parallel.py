@@ -18,7 +18,7 @@ from reference_np.tolerances import UNIT_ROUNDOFF
 
 from .conformance.strategies import random_params
 from .conformance.training_cases import STEPS_LOGIC, TrainingCase, random_batch
-from .support.background_jobs import Command, Job
+from .support.jobs import Command, Job
 from .support.torch_training import Trained
 from .test_low_precision import on_every_device
 from .test_training import distances, oracle_train
@@ -70,7 +70,6 @@ NAMED = [
     pytest.param(
         world,
         layout,
-        marks=pytest.mark.ahead(JOBS[world]),
         id=f"{world // (layout.fsdp or world) // layout.tp} replicas x "
         f"{layout.fsdp or world} shards x {layout.tp} tensor-parallel",
     )
@@ -145,7 +144,6 @@ def test_each_holds_its_share(trained, world: int, layout: Layout) -> None:
     assert sum(held) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.ahead(JOBS[2])
 def test_bfloat16_shards_compute_what_a_bfloat16_model_computes(
     trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,9 +159,9 @@ def test_bfloat16_shards_compute_what_a_bfloat16_model_computes(
 @pytest.mark.parametrize(
     ("world", "layout", "roundings"),
     [
-        pytest.param(2, BFLOAT16[2][1], 0.0, marks=pytest.mark.ahead(JOBS[2]), id="shards"),
-        pytest.param(4, BFLOAT16[4][0], 0.0, marks=pytest.mark.ahead(JOBS[4]), id="both"),
-        pytest.param(4, BFLOAT16[4][1], 0.5, marks=pytest.mark.ahead(JOBS[4]), id="replicas"),
+        pytest.param(2, BFLOAT16[2][1], 0.0, id="shards"),
+        pytest.param(4, BFLOAT16[4][0], 0.0, id="both"),
+        pytest.param(4, BFLOAT16[4][1], 0.5, id="replicas"),
     ],
 )
 def test_bfloat16_gradients_are_added_up_in_float32(

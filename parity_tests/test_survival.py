@@ -34,7 +34,7 @@ from llama_torch.data import corpus, loader
 from llama_torch.model.config import ModelConfig
 from llama_torch.training import bad_steps, batch, loop, run_dir, setup, step
 
-from .support.background_jobs import Command, Job
+from .support.jobs import Command, Job
 from .test_train import TEXT, refused, scalars
 from .workers.killed_trainer import require_readable
 
@@ -131,7 +131,6 @@ def n_kills() -> int:
     return min(200, 2 * settings.default.max_examples // 7)
 
 
-@pytest.mark.ahead(KILLED)
 def test_a_run_killed_over_and_over_is_the_uninterrupted_one() -> None:
     done = KILLED.done()
     assert done.returncode == 0, done.stderr[-3000:]

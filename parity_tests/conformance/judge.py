@@ -7,8 +7,8 @@ implementation in the same precision, and its error sets the bound.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,18 @@ class Judge:
     @property
     def entry(self) -> Entry:
         return self.entries.setdefault(self.current, Entry())
+
+    def records(self) -> list[tuple[tuple[str, str], dict[str, Any]]]:
+        """Return the entries as built-in types, for another process."""
+        fields = [(key, asdict(entry)) for key, entry in self.entries.items()]
+        return [(key, f | {"not_covered": dict(f["not_covered"])}) for key, f in fields]
+
+    def add(self, records: Iterable[tuple[tuple[str, str], dict[str, Any]]]) -> None:
+        """Take over the entries of another process, which ran other tests than this one."""
+        for key, fields in records:
+            counted = Counter(fields["not_covered"])
+            self.entries[key] = Entry(**fields | {"not_covered": counted})
+        self.entries = dict(sorted(self.entries.items()))
 
     def compare(
         self,
