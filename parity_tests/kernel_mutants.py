@@ -26,7 +26,7 @@ from .gpu_faults import FAULTS, Fault
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llama_torch"
 COPIED = ("llama_torch", "reference_np", "parity_tests", "tools", "pyproject.toml")
-FILES = ("parity_tests/test_kernels.py", "parity_tests/test_cuda_graphs.py")
+FILES = ("parity_tests/model/test_kernels.py", "parity_tests/inference/test_cuda_graphs.py")
 # The tests, in parts that run side by side; between them they are all.
 PARTS = (
     "one_sequence and (one_tile or whole)",

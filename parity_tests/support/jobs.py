@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+
 Command = Sequence[object]  # what follows ``python``
+
+
+def torchrun_command(
+    world: int, *arguments: object, more: Sequence[str] = ()
+) -> tuple[object, ...]:
+    """Return what follows ``python``."""
+    how = "-m", "torch.distributed.run", "--standalone", *more, "--nproc-per-node", world, "-m"
+    return *how, *arguments
 
 
 class Job:

@@ -1,0 +1,296 @@
+"""A run on several processes: the same run on any number of them, and what ends it."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llama_torch import export, train
+from llama_torch.checkpoint import training_state
+from llama_torch.checkpoint.hf import MODEL_FILE
+from llama_torch.checkpoint.step_folders import newest
+from llama_torch.common.errors import InputError
+from llama_torch.config import TrainConfig
+from llama_torch.distributed.parallel import Parallel
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+from llama_torch.training import run_dir
+from llama_torch.training.saver import Saver
+from llama_torch.training.signals import Stopped, signals
+
+from ..support.jobs import Command, Job, torchrun_command
+from ..support.trainer_runs import TEXT, scalars
+
+RUN = [
+    *("--dim", "16", "--n-layers", "2", "--n-heads", "4", "--n-kv-heads", "2", "--seed", "3"),
+    *("--max-seq-len", "16", "--batch-size", "4", "--steps", "6", "--warmup-steps", "2"),
+    *("--log-every", "1", "--eval-every", "3", "--eval-batches", "3", "--sample-every", "3"),
+    *("--save-every", "2", "--keep-last", "9", "--device", "cpu", "--dtype", "float32"),
+    *("--lr", "1e-3"),
+]
+RESTARTS = ["--max-restarts", "1"]
+# Six float32 steps whose sums are taken in another order. Measured: 2e-7.
+ROUNDING = 2e-5
+
+
+def flags_of(folder: Path) -> list[str]:
+    """Return the flags of the run, whose text is written into ``folder``."""
+    path = folder / "text.txt"
+    path.write_text(TEXT)
+    return [*RUN, "--data", str(path), "--cache-dir", str(folder / "cache")]
+
+
+def sharded_run(folder: Path) -> Command:
+    flags = [*flags_of(folder), "--fsdp", "2", "--out", folder / "run"]
+    return torchrun_command(2, "llama_torch.train", *flags)
+
+
+def run_that_loses_a_process(folder: Path) -> Command:
+    """Without a word of where: a job without --out has its run in runs/1."""
+    killed = int(signal.SIGKILL), 4, *flags_of(folder), "--fsdp", "2"
+    return torchrun_command(2, "parity_tests.workers.signalled_trainer", *killed, more=RESTARTS)
+
+
+def run_that_is_stopped(folder: Path) -> Command:
+    flags = [*flags_of(folder), "--verify-every", "2", "--out", folder / "run"]
+    return torchrun_command(
+        2, "parity_tests.workers.signalled_trainer", int(signal.SIGTERM), 3, *flags
+    )
+
+
+def run_that_is_refused(folder: Path) -> Command:
+    flags = [*flags_of(folder), "--tp", "4", "--out", folder / "run"]
+    return torchrun_command(2, "llama_torch.train", *flags, more=RESTARTS)
+
+
+SHARDED = Job(sharded_run)
+LOSES_A_PROCESS = Job(run_that_loses_a_process, in_folder=True)
+STOPPED = Job(run_that_is_stopped)
+REFUSED = Job(run_that_is_refused)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return flags_of(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert train.main([*flags, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards() -> Path:
+    """The same run on two processes, each with half of the model."""
+    done = SHARDED.done()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 4  # one process speaks, and tells the end
+    return SHARDED.folder / "run"
+
+
+def require_same_run(found: Path, expected: Path, first: int = 1) -> None:
+    mine, theirs = scalars(found), scalars(expected)
+    for tag in ("train/loss", "train/grad_norm", "val/loss"):
+        steps = {step: value for step, value in theirs[tag] if step >= first}
+        values = {step: value for step, value in mine[tag] if step >= first}
+        assert values == pytest.approx(steps, rel=ROUNDING)
+    weights, others = load_file(found / MODEL_FILE), load_file(expected / MODEL_FILE)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert (weight - others[name]).norm() <= ROUNDING * others[name].norm(), name
+
+
+def back_to(step: int, run: Path, out: Path) -> Path:
+    """Copy a run as it was after ``step``, by the remedy that the README names."""
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns(MODEL_FILE, "tensorboard", "best"))
+    for folder in (out / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    return out
+
+
+def test_shards_train_as_one(alone: Path, shards: Path) -> None:
+    require_same_run(shards, alone)
+    assert not list(newest(shards).glob("*.safetensors"))
+
+
+def test_one_process_goes_on_where_two_stopped(alone: Path, shards: Path, tmp_path: Path) -> None:
+    out = back_to(4, shards, tmp_path / "run")
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    require_same_run(out, alone, first=5)
+
+
+def test_two_go_on_where_one_stopped(alone: Path, tmp_path: Path) -> None:
+    out = back_to(4, alone, tmp_path / "run")
+    resumed = "--resume", "--out", out, "--tp", "2"
+    job = Job(lambda _: torchrun_command(2, "llama_torch.train", *resumed))
+    done = job.done()
+    assert done.returncode == 0, done.stderr
+    require_same_run(out, alone, first=5)
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_shards_are_gathered(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert export.main([str(shards), "--step", "6", "--to", str(tmp_path / "model")]) == 0
+    weights, others = load_file(tmp_path / "model" / MODEL_FILE), load_file(shards / MODEL_FILE)
+    assert all(torch.equal(weights[name], others[name]) for name in others | weights)
+    assert (tmp_path / "model" / "tokenizer.json").exists()
+    assert export.main([str(shards), "--step", "5"]) == 2
+    assert "no such checkpoint; there are: 2, 4, 6" in capsys.readouterr().err
+    assert export.main([str(tmp_path)]) == 2
+    assert "holds no run; name the directory of one" in capsys.readouterr().err
+
+
+def test_a_process_that_dies_ends_the_job_and_a_restart_resumes_it(alone: Path) -> None:
+    done = LOSES_A_PROCESS.done()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("another process of this job ended") == 1
+    assert "continuing after step 2" in done.stdout
+    require_same_run(LOSES_A_PROCESS.folder / "runs" / "1", alone)
+
+
+def test_a_restart_leaves_other_runs_alone(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "runs" / "1"
+    for out, job in (mine, "one"), (tmp_path / "runs" / "2", "another"):
+        out.mkdir(parents=True)
+        record = json.loads((alone / "run.json").read_text()) | {"job": job}
+        (out / "run.json").write_text(json.dumps(record))
+    resumed = ["--resume", "--out", str(Path("runs") / "1")]
+    assert run_dir.after_restart([]) == resumed
+    assert run_dir.after_restart(["--out", str(mine)])[-3:] == ["--resume", "--out", str(mine)]
+    for other in (["--out", "runs/2"], ["--out", "new"], ["--resume"]):
+        assert run_dir.after_restart(other) == other
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(alone: Path) -> None:
+    done, out = STOPPED.done(), STOPPED.folder / "run"
+    assert done.returncode != 0
+    assert "stopped by SIGTERM; continue after step 3" in done.stderr
+    assert done.stdout.count("verified") == 1
+    assert newest(out).name == "3"
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    require_same_run(out, alone)
+
+
+def test_a_signal_may_come_twice_to_a_process_of_a_job() -> None:
+    """From its group, and from torchrun, which passes it on."""
+    with signals(hears_twice=True) as stop:
+        with pytest.raises(Stopped):  # there is no step in hand
+            signal.raise_signal(signal.SIGTERM)
+        stop.asked, stop.deferred = 0, True
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == signal.SIGTERM
+
+
+class Lonely(Parallel):
+    """The second of two processes, to which the first says what it sees in the directory."""
+
+    def __init__(self, first_sees: int) -> None:
+        super().__init__()
+        self.rank, self.world, self.first_sees = 1, 2, first_sees
+
+    def most(self, number: int) -> int:
+        return max(number, self.first_sees if number >= 0 else -self.first_sees)
+
+    def sums(self, *numbers: int) -> list[int]:
+        return list(numbers)
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize(("first_sees", "agrees"), [(6, True), (4, False), (0, False)])
+def test_a_directory_that_is_not_shared(first_sees: int, agrees: bool, alone: Path) -> None:
+    """Of another machine's disk, or of a listing that is out of date."""
+    with nullcontext() if agrees else pytest.raises(InputError, match="not every process sees"):
+        run_dir.require_shared(alone, Lonely(first_sees))
+
+
+class SlowDisk:
+    """A state on its way to a disk that takes it when it is told to."""
+
+    def __init__(self, folder: Path, tensors: dict[str, Tensor], group: object) -> None:
+        self.folder, self.done = folder, False
+
+    def is_done(self) -> bool:
+        return self.done
+
+    def wait(self) -> None:
+        (self.folder / "shard").write_text("all of it")
+
+
+def test_a_checkpoint_is_there_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose state is written while training goes on."""
+    monkeypatch.setattr(training_state, "Saving", SlowDisk)
+    monkeypatch.setattr(Parallel, "is_sharded", True)
+    monkeypatch.setattr(Parallel, "talk", lambda self: None)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    config = TrainConfig(model=ModelConfig(dim=8, n_heads=2, n_kv_heads=1, n_layers=1))
+    config = dataclasses.replace(config, out=str(tmp_path))
+    model, parallel = Llama(config.model), Parallel()
+    saver = Saver(config, model, torch.optim.AdamW(model.parameters()), parallel)
+    assert saver.save(2, [], waits=False) == []
+    assert saver.completed() == []
+    assert newest(tmp_path) is None
+    saver.pending[1].done = True
+    assert saver.completed() == [2]
+    assert newest(tmp_path).name == "2"
+    assert saver.save(4, [], waits=False) == []
+    assert saver.save(6, [3], waits=True) == [4, 6]
+    assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "6"]
+    assert training_state.read_notes(newest(tmp_path)) == (6, [3])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tp", "3"], "--tp 3: 2 processes cannot be shared out so"),
+        (["--fsdp", "2", "--tp", "2"], "--fsdp 2: --tp 2 leaves 1 of 2 processes"),
+        (["--tp", "2", "--n-kv-heads", "1"], "--tp 2 does not divide --n-kv-heads 1"),
+        (["--batch-size", "3"], "is 3, which 2 processes cannot share equally"),
+        (["--dry-run"], "--dry-run measures one process"),
+        (["--verify-every", "2", "--fsdp", "2"], "--verify-every compares whole models"),
+    ],
+)
+def test_what_cannot_be_shared_out(
+    more: list[str],
+    message: str,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """As the first of two processes would say before any of them waits for another."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(train, "job", nullcontext)
+    assert train.main([*flags, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_process_of_a_job_says_what_is_wrong() -> None:
+    """And the others end with it."""
+    done = REFUSED.done()
+    assert done.returncode != 0
+    assert done.stderr.count("error: --tp 4: 2 processes") == 2  # in each attempt
+    assert "Traceback" not in done.stderr.replace(
+        'Traceback (most recent call last):\n  File "<frozen', ""
+    )
+    assert not (REFUSED.folder / "run").exists()

@@ -1,0 +1,69 @@
+"""A draft's guesses, right or wrong, never change what is written."""
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_torch.common.errors import InputError
+from llama_torch.inference.config import SamplingConfig
+from llama_torch.inference.engine import generate, run
+from llama_torch.inference.speculative import Speculative
+from llama_torch.model.config import ModelConfig
+from llama_torch.model.llama import Llama
+
+from ..backends.torch_model import torch_model
+from ..conformance.strategies import Case, cast, random_params, wide_cases
+
+pytestmark = pytest.mark.numeric
+
+
+def written(batch: Speculative) -> list[int]:
+    return [token.id for token in run(batch, lambda token: False)]
+
+
+@given(
+    case=wide_cases(),
+    kind=st.sampled_from(["the model", "another", "nearly the model"]),
+    n_guesses=st.integers(1, 6),
+    temperature=st.sampled_from([0.0, 0.9]),
+    penalty=st.sampled_from([1.0, 1.3]),
+)
+def test_the_tokens_are_the_plain_ones(
+    case: Case, kind: str, n_guesses: int, temperature: float, penalty: float
+) -> None:
+    params = cast(case.params, np.float64)
+    model = torch_model(case.config, params)
+    other = cast(random_params(case.config, 5), np.float64)
+    share = {"the model": 0.0, "another": 1.0, "nearly the model": 0.1}[kind]
+    mixed = {name: (1 - share) * params[name] + share * other[name] for name in params}
+    draft = torch_model(case.config, mixed)
+    prompt = case.tokens[0, :3].tolist()
+    settings = SamplingConfig(12, temperature, repetition_penalty=penalty, seed=3)
+    plain = list(generate(model, prompt, settings))
+    assert written(Speculative(model, draft, prompt, settings, n_guesses=n_guesses)) == plain
+
+
+@given(case=wide_cases(), n_guesses=st.integers(1, 6))
+def test_right_guesses_save_passes(case: Case, n_guesses: int) -> None:
+    """A draft that is the model itself is always right: a pass for every n + 1 tokens."""
+    params = cast(case.params, np.float64)
+    model, draft = (torch_model(case.config, params) for _ in range(2))
+    settings = SamplingConfig(12, temperature=0)
+    batch = Speculative(model, draft, case.tokens[0, :3].tolist(), settings, n_guesses=n_guesses)
+    with patch.object(model.model, "forward", wraps=model.model.forward) as passes:
+        tokens = written(batch)
+    # The first token needs none: the prompt's own pass chose it.
+    assert passes.call_count == -(-(len(tokens) - 1) // (n_guesses + 1))
+
+
+def test_a_draft_of_another_vocabulary_is_refused() -> None:
+    small = ModelConfig(8, 1, 2, 1, hidden_dim=12, vocab_size=50)
+    model, draft = Llama(small), Llama(replace(small, vocab_size=60))
+    with pytest.raises(InputError, match="vocabulary has 60 tokens and the model's 50"):
+        Speculative(model, draft, [1], SamplingConfig(4))
+    with pytest.raises(InputError, match="numpy checks no guesses"):
+        Speculative(model, model, [1], SamplingConfig(4), decoding="numpy")

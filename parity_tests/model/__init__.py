@@ -1,0 +1,1 @@
+"""Tests of llama_torch/model and llama_torch/kernels."""

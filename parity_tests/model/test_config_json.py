@@ -1,0 +1,139 @@
+"""config.json in both packages: the same reading, the same refusals."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+import llama_torch
+import reference_np.config
+from llama_torch.config import TrainConfig
+from llama_torch.model.config import ModelConfig
+from reference_np.config import LlamaConfig
+
+from ..backends.torch_model import torch_config
+from ..conformance.strategies import configs
+
+ERRORS = (llama_torch.InputError, reference_np.config.InputError)
+HF = LlamaConfig(8, 1, 2, 1, 4, 8, 10).to_hf()
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+BOTH = pytest.mark.parametrize("kind", [LlamaConfig, ModelConfig])
+
+
+@given(config=configs())
+def test_both_read_what_either_writes(config: LlamaConfig) -> None:
+    other = torch_config(config)
+    for hf in (config.to_hf(), other.to_hf()):
+        assert LlamaConfig.from_hf(hf) == config
+        assert ModelConfig.from_hf(hf) == other
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling.*missing low_freq",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.*missing factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 1}}, "beta_fast"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}},
+            "rope_scaling",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "original_max"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8.5}}, "original_max"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "contradicts"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"model_type": "mistral"}, "model_type"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "contradictory"),
+        ({"rope_theta": "1e4", "rope_parameters": {"rope_theta": 1e4}}, "contradictory"),
+        ({"rope_theta": [1e4]}, "rope_theta"),
+        ({"rope_scaling": [1, 2]}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": ["default"]}}, "rope_parameters"),
+        ({"rope_scaling": "default"}, "rope_scaling"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"hidden_size": 9, "head_dim": None}, "hidden_size"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"hidden_size": None}, "missing hidden_size"),
+        ({"rms_norm_eps": None}, "missing rms_norm_eps"),
+        ({"hidden_size": -8}, "hidden_size"),
+        ({"hidden_size": 8.0}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 3}, "even"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_theta": "large"}, "rope.theta"),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name(
+    kind: Any, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ERRORS, match=f"^config.json: .*{named}"):
+        kind.from_hf(HF | change)
+
+
+@BOTH
+def test_old_and_plain_forms_are_read(kind: Any) -> None:
+    old = dict(HF)
+    for key in ("head_dim", "rope_theta", "tie_word_embeddings", "num_key_value_heads"):
+        del old[key]
+    config = kind.from_hf(old)
+    assert (config.head_dim, config.rope_theta, config.tie_embeddings) == (4, 10000.0, False)
+    assert config.n_kv_heads == config.n_heads
+    new = {key: value for key, value in HF.items() if key != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    assert kind.from_hf(new).rope_theta == 5e5
+    assert kind.from_hf(HF | {"rope_scaling": None, "use_cache": True}) == kind.from_hf(HF)
+    scaled = kind.from_hf(HF | {"rope_scaling": {"type": "linear", "factor": 2}})
+    assert (scaled.rope_type, scaled.rope_factor) == ("linear", 2)
+    both = {"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 1e4}}
+    assert kind.from_hf(HF | both).rope_original_max_seq_len == 8192
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "flag"),
+    [
+        ("model", {"dim": 250, "head_dim": 0}, "--dim"),
+        ("model", {"head_dim": 31}, "--head-dim"),
+        ("model", {"n_heads": 6, "n_kv_heads": 4, "head_dim": 8}, "--n-heads"),
+        ("model", {"vocab_size": 0}, "--vocab-size"),
+        ("data", {"val_fraction": 1.0}, "--val-fraction"),
+        ("optim", {"lr": float("inf")}, "--lr"),
+        ("optim", {"beta2": 1.0}, "--beta2"),
+        ("optim", {"grad_clip": 0.0}, "--grad-clip"),
+    ],
+)
+def test_a_bad_setting_names_its_flag(section: str, change: dict[str, Any], flag: str) -> None:
+    default = getattr(TrainConfig(), section)
+    with pytest.raises(llama_torch.InputError, match=f"^{flag} "):
+        dataclasses.replace(default, **change)
+
+
+def test_widths_follow_the_dimension() -> None:
+    config = ModelConfig(dim=4096, n_heads=32, n_kv_heads=32)
+    assert config.head_dim == 128
+    # The paper's own 7B is int(8 * 4096 / 3) = 10922 rounded up to 256: 11008; ours rounds to 32.
+    assert config.hidden_dim == 10944

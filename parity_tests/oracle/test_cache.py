@@ -1,0 +1,42 @@
+"""The cache is a value, to the bit: the same call gives the same answer."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from reference_np.model import Cache, forward
+
+from ..backends.torch_model import torch_forward, torch_model
+from ..conformance.drawn import Draw, composite, told
+from ..conformance.strategies import caches_equal, configs, params_of, splits, tokens_of
+
+pytestmark = pytest.mark.numeric
+
+
+@composite
+def split_runs(draw: Draw) -> Any:
+    config = draw(configs())
+    tokens = draw(tokens_of(config, min_length=2))
+    values = config, draw(params_of(config)), tokens, draw(splits(tokens.shape[1]))
+    return told(values, draw.numbers)
+
+
+@given(run=split_runs())
+def test_the_same_call_gives_the_same_answer(run: tuple) -> None:
+    config, params, tokens, _ = run
+    _, cache = forward(params, tokens[:, :-1], config)
+    before = Cache(tuple(k.copy() for k in cache.keys), tuple(v.copy() for v in cache.values))
+    first, longer = forward(params, tokens[:, -1:], config, cache=cache)
+    forward(params, tokens[:, :1], config, cache=longer)
+    second, _ = forward(params, tokens[:, -1:], config, cache=cache)
+    assert np.array_equal(first, second)
+    assert caches_equal(cache, before)
+
+    model = torch_model(config, params)
+    _, torch_cache, _ = torch_forward(model, tokens[:, :-1])
+    first, longer_torch, _ = torch_forward(model, tokens[:, -1:], cache=torch_cache)
+    torch_forward(model, tokens[:, :1], cache=longer_torch)
+    second, _, _ = torch_forward(model, tokens[:, -1:], cache=torch_cache)
+    assert np.array_equal(first, second)

@@ -1,0 +1,1 @@
+"""Tests of the suite itself: its imports, examples and command line."""

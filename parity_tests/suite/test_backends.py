@@ -1,0 +1,92 @@
+"""The suite's own command line: what is not computed is never a pass, and errors are one line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reference_np import backend
+from reference_np.config import InputError
+
+from ..conformance.judge import Judge
+from ..conformance.oracle import Oracle
+from ..support.jobs import Command, Job
+
+
+def suite(*arguments: str) -> Job:
+    """Return a run of the suite itself."""
+
+    def make(_: Path) -> Command:
+        quick = ["--hypothesis-profile", "quick", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        return "-m", "pytest", *quick, *arguments
+
+    return Job(make)
+
+
+TEMPLATE = suite("parity_tests/", "--backend", "parity_tests.backends.template:YourLlama")
+
+
+def test_the_template_fails_until_it_computes_something() -> None:
+    done = TEMPLATE.done()
+    assert done.returncode == 1
+    assert "logits are required, and none were computed" in done.stdout
+    assert "0 compared" in done.stdout
+    assert "not covered: decode is not offered" in done.stdout
+
+
+class Wrong(Oracle):
+    """The oracle's logits, a millionth too large."""
+
+    def logits(self, *arguments):
+        return super().logits(*arguments) * (1 + 1e-6)
+
+
+CHOSEN = "--backend", "parity_tests.suite.test_backends:Wrong", "-k", "test_logits and not in"
+WRONG = suite("parity_tests/conformance/test_conformance.py", *CHOSEN)
+
+
+def test_a_wrong_backend_fails_and_says_how_to_repeat_it() -> None:
+    done = WRONG.done()
+    assert done.returncode == 1
+    assert "times its tolerance" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if "--reproduce" in line)
+    blob = line.split("--reproduce ")[1].split()[0]
+    reproducing = suite(
+        "parity_tests/conformance/test_conformance.py", *CHOSEN, "--reproduce", blob
+    )
+    again = reproducing.done()
+    assert again.returncode == 1
+    assert "times its tolerance" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere:object", "cannot be imported"),
+        ("parity_tests.backends:nothing", "cannot be imported"),
+        ("", "cannot be imported"),
+        ("parity_tests.backends:DEFAULT", "has no method logits"),
+        ("parity_tests.suite.test_backends:OddPrecision", "must be among"),
+    ],
+)
+def test_a_backend_that_cannot_be_had(spec: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        backend.load(spec)
+
+
+class OddPrecision(Oracle):
+    """Says that it computes in something that the suite does not know."""
+
+    dtypes = ("float8",)
+
+
+def test_a_missing_output_fails() -> None:
+    one = np.ones((1, 1, 1))
+    with pytest.raises(AssertionError, match="missing: b"):
+        Judge().compare(None, "float64", lambda it: {"a": one}, {"a": one, "b": one})
+
+
+def test_not_a_number_fails() -> None:
+    one = np.ones((1, 1, 1))
+    with pytest.raises(AssertionError, match="times its tolerance"):
+        Judge().compare(None, "float64", lambda it: {"a": one * np.nan}, {"a": one})

@@ -1,0 +1,223 @@
+"""Who may import whom: read from the sources, held in fresh interpreters, and shown to fail."""
+
+from pathlib import Path
+
+import pytest
+
+from ..support import import_table
+from ..support.import_table import ALLOWED, circles, imports, part_of, sources, violations
+from ..support.jobs import Job
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCES = sources(ROOT)
+IMPORTS = imports(SOURCES)
+ORACLE_ORDER = [
+    *("config", "naming", "ops", "sampling", "tolerances", "checkpoint", "model", "grad"),
+    *("low_precision", "optim", "mutants", "training_mutants", "backend"),
+]
+VERIFIER = "llama_torch.training.verify"
+# The modules of llama_torch that import the oracle.
+VERIFIERS = ("llama_torch.training.oracle", VERIFIER)
+
+
+def importing(modules: str, first: str = "") -> Job:
+    """Return a fresh interpreter's import of modules; it prints the packages that came with them.
+
+    ``first`` is run before; what it imports does not count.
+    """
+    program = (
+        f"import sys\n{first}\nbefore = set(sys.modules)\nimport {modules}\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(new - set(sys.stdlib_module_names)))"
+    )
+    return Job(lambda _: ("-c", program))
+
+
+def imported(job: Job) -> set[str]:
+    """Return the third-party packages that a statement brought in."""
+    done = job.done()
+    assert done.returncode == 0, done.stderr
+    return {name for name in done.stdout.split() if not name.startswith(("_", "mtrand"))}
+
+
+# The table
+
+
+def test_every_import_is_allowed() -> None:
+    assert not violations(IMPORTS)
+
+
+def test_every_module_has_a_part_and_every_part_a_module() -> None:
+    assert {part_of(module) for module in SOURCES} == set(ALLOWED)
+    assert {name for allowed in ALLOWED.values() for name in allowed} <= set(ALLOWED)
+
+
+def test_sub_packages_are_walked() -> None:
+    assert {"parity_tests.backends", "parity_tests.backends.template"} <= set(SOURCES)
+
+
+PLANTED = {
+    "reference_np.inner": "def f():\n    import torch",
+    "llama_torch.inner.one": "from reference_np import ops",
+    "llama_torch.inner.two": "import parity_tests.conformance.strategies",
+    "llama_torch.inner.three": "def f():\n    from tools.comparison.trace_file import Call",
+    "llama_torch.model.inner": "def f():\n    from ..data import corpus",
+    "llama_torch.data.inner": "from ..checkpoint.hf import load_model",
+    "llama_torch.inference.inner": "from ..training.step import train_step",
+    "llama_torch.training.inner": "from ..train import main",
+    "llama_torch.training.other": "from reference_np.ops import linear",
+    "llama_torch.four": "import triton.language as tl",
+    "llama_torch.five": "from transformers import LlamaForCausalLM",
+    "tools.inner": "from parity_tests import conformance",
+    "parity_tests.conformance.inner": "def f():\n    import torch",
+    "parity_tests.conformance.other": "from llama_torch import load",
+}
+HARMLESS = {
+    "llama_torch.training.inner": (
+        "import os, torch\nfrom ... import model\nfrom ...model.loss import loss_sum"
+    ),
+    "llama_torch.training.inner.one": "from . import two\nfrom ....reference import np",
+    "reference_np.inner": "import numpy as np\nfrom .ops import linear\nfrom . import ops",
+}
+
+
+@pytest.mark.parametrize(("module", "source"), PLANTED.items())
+def test_a_planted_import_is_seen(module: str, source: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{module.replace('.', '/')}.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    [found] = violations(imports(SOURCES | sources(tmp_path)))
+    assert found.startswith(f"{module}:")
+
+
+def test_what_is_allowed_is_not_called_wrong() -> None:
+    found = imports(HARMLESS | {"llama_torch.training.inner.two": ""} | SOURCES)
+    assert not violations(found)
+    assert ("llama_torch.training.inner", "llama_torch.model.loss", 3) in found
+    assert ("llama_torch.training.inner.one", "llama_torch.training.inner.two", 1) in found
+
+
+def test_circles_are_found() -> None:
+    arrows = [("a", "b"), ("b", "c"), ("c", "a"), ("c", "d"), ("e", "e"), ("d", "f")]
+    assert circles(arrows) == [{"a", "b", "c"}]
+
+
+def test_parts_import_each_other_in_no_circle() -> None:
+    arrows = {(room(one.importer), room(one.imported)) for one in IMPORTS if is_ours(one.imported)}
+    assert len(arrows) > 40
+    assert not circles(arrows)
+
+
+def room(module: str) -> str:
+    """Return a module's part; what only --verify-every imports is in training's."""
+    return next((p for p in ["llama_torch.training"] if module.startswith(p)), part_of(module))
+
+
+def is_ours(module: str) -> bool:
+    return module.partition(".")[0] in import_table.PACKAGES
+
+
+# Inside the oracle
+
+
+def oracle_imports(found: list[import_table.Import], module: str) -> set[str]:
+    prefix = "reference_np."
+    return {
+        imported.removeprefix(prefix)
+        for importer, imported, _ in found
+        if importer == prefix + module and imported.startswith(prefix)
+    }
+
+
+@pytest.mark.parametrize("name", ORACLE_ORDER)
+def test_the_oracle_is_layered(name: str) -> None:
+    assert oracle_imports(IMPORTS, name) <= set(ORACLE_ORDER[: ORACLE_ORDER.index(name)])
+
+
+def test_the_order_names_every_module() -> None:
+    modules = {name for name in SOURCES if name.startswith("reference_np.")}
+    assert modules == {f"reference_np.{name}" for name in ORACLE_ORDER}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from .model import forward",
+        "from . import model",
+        "import reference_np.model",
+        "from reference_np import model",
+        "from reference_np.model import forward",
+        "def f():\n    from .model import forward",
+    ],
+)
+def test_a_wrong_layer_would_be_seen(source: str) -> None:
+    found = imports(SOURCES | {"reference_np.ops": source})
+    assert oracle_imports(found, "ops") == {"model"}
+
+
+# In fresh interpreters
+
+
+THE_ORACLE = importing(
+    ", ".join(f"reference_np.{name}" for name in ORACLE_ORDER if name != "checkpoint")
+)
+CHECKPOINT = importing("reference_np.checkpoint")
+
+
+def test_the_oracle_imports_numpy_alone_and_its_checkpoint_two_more() -> None:
+    assert imported(THE_ORACLE) == {"reference_np", "numpy"}
+    assert imported(CHECKPOINT) == {"reference_np", "numpy", "safetensors", "ml_dtypes"}
+
+
+# Kernels too: a wrong import in them would be seen on a GPU alone.
+STUB = "import torch; from parity_tests.support import triton_stub; triton_stub.install()"
+PROGRAM = [n for n in SOURCES if n.startswith("llama_torch") and n not in VERIFIERS]
+WITHOUT = importing(", ".join(PROGRAM), STUB)
+WITH = importing(VERIFIER)
+
+
+def test_the_torch_package_imports_the_oracle_in_one_module_alone() -> None:
+    """The trainer works without it, until it is asked to verify."""
+    found = imported(WITHOUT)
+    assert "llama_torch" in found
+    assert not found & {"reference_np", "parity_tests", "tools", "transformers"}
+    assert not found & {"tokenizers", "sentencepiece"}  # extras, for checkpoints that need them
+    found = imported(WITH)
+    assert found >= {"llama_torch", "reference_np", "torch"}
+    assert not found & {"parity_tests", "tools", "transformers"}
+
+
+CONFORMANCE = importing(
+    ", ".join(name for name in SOURCES if part_of(name) == "parity_tests.conformance")
+)
+
+
+def test_the_conformance_suite_stands_on_the_specification_alone() -> None:
+    found = imported(CONFORMANCE)
+    assert found >= {"hypothesis", "numpy", "parity_tests", "pytest", "reference_np"}
+    assert not found & {"llama_torch", "safetensors", "tools", "torch", "transformers"}
+
+
+FORBIDDEN = importing("reference_np.model, safetensors")
+FORBIDDEN_TOO = importing("llama_torch.config, reference_np.config", STUB)
+
+
+def test_a_forbidden_import_would_be_seen() -> None:
+    assert "safetensors" in imported(FORBIDDEN)
+    assert "reference_np" in imported(FORBIDDEN_TOO)
+
+
+# Kernels that are not used because their import failed would be slow, and no test's failure.
+HALF_A_TRITON = Job(
+    lambda _: (
+        "-c",
+        "import sys, types\nfrom llama_torch.model import loss\n"
+        "sys.modules['triton'] = types.ModuleType('triton')\nloss._kernel()",
+    )
+)
+
+
+def test_a_kernels_import_that_fails_is_an_error() -> None:
+    done = HALF_A_TRITON.done()
+    assert done.returncode == 1
+    assert "'triton' is not a package" in done.stderr.splitlines()[-1]

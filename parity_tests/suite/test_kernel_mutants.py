@@ -1,0 +1,19 @@
+"""The catalogue of faults for the GPU's code fits the code; kernel_mutants.py runs it on a GPU."""
+
+import ast
+
+import pytest
+
+from ..gpu_faults import FAULTS, Fault
+from ..kernel_mutants import PACKAGE, mutated
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_changes_one_place_and_leaves_a_program(fault: Fault) -> None:
+    before = (PACKAGE / fault.file).read_text()
+    assert before.count(fault.old) == 1
+    assert ast.dump(ast.parse(mutated(fault, before))) != ast.dump(ast.parse(before))
+
+
+def test_every_fault_has_a_name_of_its_own() -> None:
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)

@@ -1,0 +1,53 @@
+"""Run the trainer's command on a small model, and read what it wrote."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llama_torch import train
+from llama_torch.training import loop, step
+
+SMALL_RUN = [
+    *("--dim", "8", "--n-layers", "1", "--n-heads", "2", "--n-kv-heads", "1"),
+    *("--max-seq-len", "16", "--batch-size", "2", "--steps", "6", "--warmup-steps", "2"),
+    *("--log-every", "1", "--eval-every", "3", "--eval-batches", "1", "--sample-every", "3"),
+    *("--save-every", "2", "--device", "cpu", "--dtype", "float32"),
+]
+
+TEXT = "A llama walks over the hill and the hill walks under it. " * 60
+
+
+def scalars(out: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+class Stopped(KeyboardInterrupt):
+    """What Ctrl-C does, at a chosen step."""
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, taken = step.train_step, iter(range(steps))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(taken, None) is None:
+            raise Stopped
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err

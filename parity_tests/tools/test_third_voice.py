@@ -1,0 +1,25 @@
+"""How Hugging Face's Llama is asked for float64; test_conformance holds both to each other."""
+
+import numpy as np
+import torch
+import transformers
+
+from reference_np.config import LlamaConfig
+from reference_np.model import forward
+from reference_np.tolerances import LOGIC, logic_error
+from tools.comparison.transformers_model import config_from
+
+from ..conformance.strategies import random_params
+
+
+def test_without_the_lift_the_comparison_is_coarse() -> None:
+    """The lift matters: as it stands, Hugging Face's float64 is float32 inside."""
+    config = LlamaConfig(16, 2, 4, 2, 4, 40, 30)
+    params = random_params(config, 0)
+    tokens = np.arange(10)[None]
+    ours, _ = forward(params, tokens, config)
+    hf = transformers.LlamaForCausalLM(config_from(config.to_hf(), config.n_layers)).double()
+    hf.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
+    with torch.no_grad():
+        theirs = hf(torch.from_numpy(tokens)).logits.numpy()
+    assert LOGIC < logic_error(ours, theirs) < 1e-5

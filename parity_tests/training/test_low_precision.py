@@ -1,0 +1,210 @@
+"""Training in bfloat16: gradients no worse than a peer's, float32 weights that lose nothing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from llama_torch import export, train
+from llama_torch.checkpoint.hf import MODEL_FILE, read_notes
+from llama_torch.checkpoint.step_folders import newest
+from llama_torch.checkpoint.training_state import STATE_FILE
+from llama_torch.model.llama import Llama
+from llama_torch.training import optimizer as master_adamw
+from llama_torch.training import setup, step
+from llama_torch.training.optimizer import MasterAdamW, join, learning_rate, split
+from reference_np import optim
+from reference_np.config import LlamaConfig
+from reference_np.grad import Batch, loss_and_grads
+from reference_np.optim import Hyper
+from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
+from tools.comparison.transformers_model import config_from, empty_model
+
+from ..backends.torch_backends import optim_config, to_torch
+from ..backends.torch_model import torch_model
+from ..conformance.strategies import Case, Params, seeds, wide_cases
+from ..support.devices import on_every_device
+from ..support.trainer_runs import SMALL_RUN, TEXT
+
+pytestmark = pytest.mark.numeric
+
+TINY = LlamaConfig(4, 1, 1, 1, 4, 4, 4)
+
+
+def peer(case: Case, params: Params, dtype: torch.dtype) -> Any:
+    model = empty_model(config_from(case.config.to_hf(), case.config.n_layers), dtype)
+    tensors = {name: torch.from_numpy(value).to(dtype) for name, value in params.items()}
+    if case.config.tie_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()  # assigning made two parameters of a tied one
+    # Rounding a model to bfloat16 would round these too, and excuse what rounds them.
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    return model.requires_grad_(True)
+
+
+def peer_arguments(case: Case) -> dict[str, torch.Tensor]:
+    extra = {"attention_mask": torch.ones(case.tokens.shape, dtype=torch.long)}
+    if case.positions is not None:
+        extra["position_ids"] = torch.from_numpy(case.positions)
+    return extra
+
+
+@on_every_device
+@given(case=wide_cases(for_transformers=True))
+@settings(max_examples=-(-settings.default.max_examples // 5))
+def test_gradients_in_bfloat16(device: str, case: Case) -> None:
+    """The trainer's default where the hardware has it; rms over all gradients together."""
+    params = {n: v.astype(ml_dtypes.bfloat16).astype(np.float64) for n, v in case.params.items()}
+    targets = np.roll(case.tokens, -1, axis=1)
+    batch = Batch(case.tokens, targets, case.positions)
+    _, exact = loss_and_grads(params, batch, case.config)
+
+    single = {n: v.astype(np.float32) for n, v in params.items()}
+    model = torch_model(case.config, single).to(device, torch.bfloat16).requires_grad_(True)
+    _, grads = step.accumulate(model, [to_torch(batch)])
+
+    theirs = peer(case, params, torch.bfloat16)
+    logits = theirs(torch.from_numpy(case.tokens), **peer_arguments(case)).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), torch.from_numpy(targets).flatten()
+    )
+    loss.backward()
+
+    def error(found: Mapping[str, torch.Tensor | None]) -> float:
+        named = {
+            name: grad.double().cpu().numpy() for name, grad in found.items() if grad is not None
+        }
+        wrong = sum(np.sum((named[name] - value) ** 2) for name, value in exact.items())
+        return float(np.sqrt(wrong / sum(np.sum(value**2) for value in exact.values())))
+
+    floor = FLOOR_ROUNDINGS * UNIT_ROUNDOFF["bfloat16"]
+    mine = error({name: grads[p] for name, p in model.named_parameters()})
+    plain = error({name: p.grad for name, p in theirs.named_parameters()})
+    assert 0 < mine <= FACTOR * plain + floor, f"{mine}, plain {plain}"
+    assert mine < 0.1  # and small in itself: a lost term would be of the gradient's own size
+
+
+@on_every_device
+@given(case=wide_cases())
+@settings(max_examples=-(-settings.default.max_examples // 5))
+def test_micro_batches_in_bfloat16_lose_nothing_to_their_sum(device: str, case: Case) -> None:
+    """Gradients of many micro-batches are summed in float32: 64 alike are as one.
+
+    Half a rounding leaves room for kernels that are not the same twice; a sum in bfloat16 errs by
+    two on average.
+    """
+    single = {n: v.astype(np.float32) for n, v in case.params.items()}
+    model = torch_model(case.config, single).to(device, torch.bfloat16).requires_grad_(True)
+    batch = to_torch(Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions))
+    _, one = step.accumulate(model, [batch])
+    one = {p: grad.clone() for p, grad in one.items()}
+    model.zero_grad()
+    _, many = step.accumulate(model, [batch] * 64)
+    wrong = sum((many[p] - one[p].float()).square().sum() for p in one)
+    size = sum(one[p].float().square().sum() for p in one)
+    # Each part is rounded as the whole is: to divide by 64 times as many targets is exact.
+    assert many[next(iter(many))].dtype == torch.float32
+    assert (wrong / size).sqrt() < UNIT_ROUNDOFF["bfloat16"] / 2
+
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(values=st.lists(finite, min_size=1, max_size=20))
+def test_a_weight_and_its_lower_half_are_the_float32(values: list[float]) -> None:
+    master = torch.tensor(values)
+    weight, low = split(master)
+    assert torch.equal(join(weight, low).view(torch.int32), master.view(torch.int32))
+    nearest = master.to(torch.bfloat16)
+    far = (weight.double() - master.double()).abs()
+    assert (far <= (nearest.double() - master.double()).abs()).logical_or(nearest.isinf()).all()
+
+
+@on_every_device
+@given(
+    seed=seeds,
+    decay=st.sampled_from([0.0, 0.3]),
+    clip=st.sampled_from([0.1, 100.0]),
+    block=st.sampled_from([7, 8, 35, 1 << 16]),
+)
+def test_ten_steps_on_bfloat16_weights_are_the_oracles_in_float32(
+    device: str, seed: int, decay: float, clip: float, block: int
+) -> None:
+    """The same gradients to both; the weights' low halves and the moments included.
+
+    A tensor's step is taken in blocks: of one size, with a smaller last one, or in one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(master_adamw, "BLOCK", block)
+        take_ten_steps(device, seed, decay, clip)
+
+
+def take_ten_steps(device: str, seed: int, decay: float, clip: float) -> None:
+    rng = np.random.default_rng(seed)
+    shapes = {"matrix": (5, 7), "norm.weight": (7,)}
+    params = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    hyper = Hyper(lr=1e-2, weight_decay=decay, grad_clip=clip, warmup_steps=3, steps=12)
+    tensors = {n: torch.tensor(v, device=device) for n, v in params.items()}
+    given_params = {n: torch.nn.Parameter(tensor) for n, tensor in tensors.items()}
+    matrix, norm = given_params.values()
+    groups = [{"params": [matrix], "weight_decay": decay}, {"params": [norm]}]
+    optimizer = MasterAdamW(groups, lr=1.0, betas=(hyper.beta1, hyper.beta2), eps=hyper.eps)
+    exact, state = {n: v.astype(np.float64) for n, v in params.items()}, None
+    for i in range(10):
+        grads = {n: torch.from_numpy(rng.standard_normal(s)).bfloat16() for n, s in shapes.items()}
+        by_parameter = {given_params[n]: grad.to(device) for n, grad in grads.items()}
+        lr = learning_rate(i, hyper.steps, optim_config(hyper))
+        norm_found = step.update(None, optimizer, by_parameter, lr=lr, grad_clip=clip)
+        state = state or optim.init_state(exact)
+        made = 0.0, {n: grad.double().numpy() for n, grad in grads.items()}
+        rules = SimpleNamespace(**vars(optim.REFERENCE))
+        rules.accumulate = lambda *_, made=made: made
+        exact, state, metrics = optim.train_step(exact, state, [], TINY, hyper, rules=rules)
+        assert norm_found.item() == pytest.approx(metrics.grad_norm, rel=1e-6)
+    for name, parameter in given_params.items():
+        assert parameter.dtype == torch.bfloat16
+        master = optimizer.master(parameter).cpu()
+        np.testing.assert_allclose(master, exact[name], rtol=1e-5, atol=1e-6)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            found = optimizer.state[parameter][kind].cpu()
+            np.testing.assert_allclose(found, getattr(state, kind)[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_bfloat16_run_exports_its_float32_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """model.safetensors, best/, the checkpoint and what is gathered of it, to the bit."""
+    made: list[tuple[Llama, MasterAdamW]] = []
+    set_up = setup.set_up
+
+    def kept(*given: Any) -> Any:
+        made.append(set_up(*given))
+        return made[-1]
+
+    monkeypatch.setattr(setup, "set_up", kept)
+    text, out, gathered = tmp_path / "text.txt", tmp_path / "run", tmp_path / "gathered"
+    text.write_text(TEXT)
+    flags = [*SMALL_RUN, "--dtype", "bfloat16", "--lr", "1e-2", "--sample-every", "0"]
+    assert train.main([*flags, "--data", str(text), "--out", str(out)]) == 0
+    assert export.main([str(out), "--to", str(gathered)]) == 0
+    ((model, optimizer),) = made
+    masters = {name: optimizer.master(p) for name, p in model.named_parameters()}
+    state = load_file(newest(out) / STATE_FILE)
+    found = {folder: load_file(folder / MODEL_FILE) for folder in (out, out / "best", gathered)}
+    assert read_notes(out / "best" / MODEL_FILE)["step"] == "6"  # the last is the best
+    for name, master in masters.items():
+        assert master.dtype == torch.float32
+        assert not torch.equal(master, master.bfloat16().float()), name  # more than the model's
+        assert torch.equal(state[f"parameter.{name}"], master)
+        for folder, tensors in found.items():
+            assert tensors[name].dtype == torch.float32
+            assert torch.equal(tensors[name], master), f"{folder.name}: {name}"
