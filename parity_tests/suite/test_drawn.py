@@ -12,6 +12,7 @@ from ..conformance import drawn
 from ..conformance.drawn import SEARCH
 from ..conformance.strategies import calls, cases, wide_cases
 from ..conformance.training_cases import training_cases
+from ..support.jobs import environment
 
 ROOT = Path(__file__).parent.parent.parent
 # Prints what a derandomised test draws; its constants are far from any that chance would draw.
@@ -74,7 +75,7 @@ def test_a_large_example_does_not_hide_the_failure(tmp_path: Path) -> None:
         "    assert not case, 'what failed'\n"
     )
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), str(test)]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
     assert found.returncode == 1
     assert "AssertionError: what failed" in found.stdout
     assert "FAILED" in found.stdout

@@ -1,9 +1,11 @@
 """Commands that several tests ask about, run once in a process of their own."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,33 +22,40 @@ def torchrun_command(
     return *how, *arguments
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Return this process's environment without what pytest and its plug-ins put there."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    return kept | more
+
+
 class Job:
     """One command; ``make`` writes what it needs into its folder, and returns it."""
 
     def __init__(self, make: Callable[[Path], Command], in_folder: bool = False) -> None:
         self._make, self._in_folder = make, in_folder
         self._done: subprocess.CompletedProcess[str] | None = None
-        self._kept: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
 
     @property
     def folder(self) -> Path:
-        """Return the folder of its files, which is removed as Python ends."""
-        self._kept = self._kept or tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        return Path(self._kept.name)
+        """Return the folder of its files, which is removed when the job goes."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp())
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder
 
     def done(self) -> subprocess.CompletedProcess[str]:
         """Return what the command said, after running it if nobody has."""
         if self._done is None:
             places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-            own = {
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(places),
-                "XDG_CACHE_HOME": str(self.folder / "cache"),
-            }
             self._done = subprocess.run(
                 [sys.executable, *map(str, self._make(self.folder))],
                 cwd=self.folder if self._in_folder else ROOT,
-                env=os.environ | own,
+                env=environment(
+                    OMP_NUM_THREADS="1",
+                    PYTHONPATH=os.pathsep.join(places),
+                    XDG_CACHE_HOME=str(self.folder / "cache"),
+                ),
                 capture_output=True,
                 text=True,
                 check=False,
