@@ -26,7 +26,7 @@ from llama_torch.training import run_dir
 from llama_torch.training.saver import Saver
 from llama_torch.training.signals import Stopped, signals
 
-from ..support.jobs import Command, Job, torchrun_command
+from ..support.jobs import Command, Job, launch_command, torchrun_command
 from ..support.trainer_runs import TEXT, scalars
 
 RUN = [
@@ -50,7 +50,7 @@ def flags_of(folder: Path) -> list[str]:
 
 def sharded_run(folder: Path) -> Command:
     flags = [*flags_of(folder), "--fsdp", "2", "--out", folder / "run"]
-    return torchrun_command(2, "llama_torch.train", *flags)
+    return launch_command(2, "llama_torch.train", *flags)
 
 
 def run_that_loses_a_process(folder: Path) -> Command:
@@ -133,7 +133,7 @@ def test_one_process_goes_on_where_two_stopped(alone: Path, shards: Path, tmp_pa
 def test_two_go_on_where_one_stopped(alone: Path, tmp_path: Path) -> None:
     out = back_to(4, alone, tmp_path / "run")
     resumed = "--resume", "--out", out, "--tp", "2"
-    job = Job(lambda _: torchrun_command(2, "llama_torch.train", *resumed))
+    job = Job(lambda _: launch_command(2, "llama_torch.train", *resumed))
     done = job.done()
     assert done.returncode == 0, done.stderr
     require_same_run(out, alone, first=5)

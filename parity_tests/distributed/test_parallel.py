@@ -18,7 +18,7 @@ from reference_np.tolerances import UNIT_ROUNDOFF
 from ..conformance.strategies import random_params
 from ..conformance.training_cases import STEPS_LOGIC, TrainingCase, random_batch
 from ..support.devices import on_every_device
-from ..support.jobs import Command, Job, torchrun_command
+from ..support.jobs import Command, Job, launch_command
 from ..support.torch_training import Trained, distances, oracle_train
 from ..workers.distributed_steps import STEPS, Layout, train
 
@@ -52,7 +52,7 @@ def make_job(world: int) -> Job:
         jobs = [(layout, cases()[i]) for layout, i in trained_in(world)]
         (folder / "in").write_bytes(pickle.dumps(jobs))
         worker = "parity_tests.workers.distributed_steps"
-        return torchrun_command(world, worker, folder / "in", folder / "out")
+        return launch_command(world, worker, folder / "in", folder / "out")
 
     return Job(make)
 
