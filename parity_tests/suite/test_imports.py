@@ -1,16 +1,16 @@
 """Who may import whom: read from the sources, held in fresh interpreters, and shown to fail."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from ..support import import_table
-from ..support.import_table import ALLOWED, circles, imports, part_of, sources, violations
+from ..support.import_table import ALLOWED, Import, circles, imports, part_of, sources, violations
 from ..support.jobs import Job
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = sources(ROOT)
-IMPORTS = imports(SOURCES)
 ORACLE_ORDER = [
     *("config", "naming", "ops", "sampling", "tolerances", "checkpoint", "model", "grad"),
     *("low_precision", "optim", "mutants", "training_mutants", "backend"),
@@ -18,6 +18,12 @@ ORACLE_ORDER = [
 VERIFIER = "llama_torch.training.verify"
 # The modules of llama_torch that import the oracle.
 VERIFIERS = ("llama_torch.training.oracle", VERIFIER)
+
+
+@cache
+def all_imports() -> list[Import]:
+    """List every import of ours; late, as reading all sources takes a second."""
+    return imports(SOURCES)
 
 
 def importing(modules: str, first: str = "") -> Job:
@@ -44,7 +50,7 @@ def imported(job: Job) -> set[str]:
 
 
 def test_every_import_is_allowed() -> None:
-    assert not violations(IMPORTS)
+    assert not violations(all_imports())
 
 
 def test_every_module_has_a_part_and_every_part_a_module() -> None:
@@ -103,9 +109,70 @@ def test_circles_are_found() -> None:
 
 
 def test_parts_import_each_other_in_no_circle() -> None:
-    arrows = {(room(one.importer), room(one.imported)) for one in IMPORTS if is_ours(one.imported)}
+    arrows = {
+        (room(one.importer), room(one.imported)) for one in all_imports() if is_ours(one.imported)
+    }
     assert len(arrows) > 40
     assert not circles(arrows)
+
+
+def test_no_test_imports_another() -> None:
+    assert len([name for name in SOURCES if is_test(name)]) > 40
+    assert not imports_of_tests(all_imports())
+
+
+def test_nothing_but_tests_and_workers_imports_a_command() -> None:
+    """Those call a command's ``main`` in their own process."""
+    assert set(COMMANDS) <= set(SOURCES)
+    assert not imports_of_commands(all_imports())
+
+
+def test_an_import_of_a_test_or_a_command_would_be_seen() -> None:
+    planted = {
+        "parity_tests.tools.test_one": "from ..data.test_data import TEXT",
+        "llama_torch.training.inner": "def f():\n    from ..train import main",
+        "tools.comparison.inner": "from .. import compare",
+    }
+    found = imports(SOURCES | planted)
+    [of_test] = imports_of_tests(found)
+    assert of_test.importer == "parity_tests.tools.test_one"
+    of_commands = {one.importer for one in imports_of_commands(found)}
+    assert of_commands == {"llama_torch.training.inner", "tools.comparison.inner"}
+
+
+COMMANDS = [
+    *(f"llama_torch.{name}" for name in ("train", "generate", "chat", "evaluate", "prepare")),
+    *("llama_torch.export", "llama_torch.gather", "llama_torch.data.__main__"),
+    *(f"tools.{name}" for name in ("bench", "compare", "convert", "learning", "plot")),
+    "tools.random_checkpoint",
+]
+# Old names of commands, two lines each.
+ALIASES = ("llama_torch.gather", "llama_torch.data.__main__")
+# What runs a command as a user does, and so may import one.
+CALLERS = (
+    "parity_tests.workers.",
+    "parity_tests.support.trainer_runs",
+    "parity_tests.false_alarms",
+)
+
+
+def is_test(module: str) -> bool:
+    return module.rpartition(".")[2].startswith("test_")
+
+
+def imports_of_tests(found: list[Import]) -> list[Import]:
+    return [one for one in found if is_test(one.imported)]
+
+
+def imports_of_commands(found: list[Import]) -> list[Import]:
+    return [
+        one
+        for one in found
+        if one.imported in COMMANDS
+        and not is_test(one.importer)
+        and not one.importer.startswith(CALLERS)
+        and one.importer not in ALIASES
+    ]
 
 
 def room(module: str) -> str:
@@ -120,7 +187,7 @@ def is_ours(module: str) -> bool:
 # Inside the oracle
 
 
-def oracle_imports(found: list[import_table.Import], module: str) -> set[str]:
+def oracle_imports(found: list[Import], module: str) -> set[str]:
     prefix = "reference_np."
     return {
         imported.removeprefix(prefix)
@@ -131,7 +198,7 @@ def oracle_imports(found: list[import_table.Import], module: str) -> set[str]:
 
 @pytest.mark.parametrize("name", ORACLE_ORDER)
 def test_the_oracle_is_layered(name: str) -> None:
-    assert oracle_imports(IMPORTS, name) <= set(ORACLE_ORDER[: ORACLE_ORDER.index(name)])
+    assert oracle_imports(all_imports(), name) <= set(ORACLE_ORDER[: ORACLE_ORDER.index(name)])
 
 
 def test_the_order_names_every_module() -> None:

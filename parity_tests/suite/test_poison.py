@@ -11,13 +11,14 @@ import torch
 from llama_torch.model import loss
 
 from ..support import poison
+from ..support.process_state import POISONED
 
 pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(poison.VARIABLE, os.environ.get(poison.VARIABLE, ""))
+    monkeypatch.setenv(POISONED, os.environ.get(POISONED, ""))
     poison.install(monkeypatch.setattr)
 
 

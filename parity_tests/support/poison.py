@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Set for the processes that a test starts.
-VARIABLE = "PARITY_POISON"
+from .process_state import POISONED
+
 FACTORIES = [
     *((torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")),
     *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
@@ -68,7 +68,7 @@ def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Poison every allocation of this process from now on, and of those that it starts."""
     if hasattr(torch.empty, "__wrapped__"):
         return
-    os.environ[VARIABLE] = "1"
+    os.environ[POISONED] = "1"
     for factories, fill in ((FACTORIES, fill_tensor), (ARRAY_FACTORIES, fill_array)):
         for place, name in factories:
             patch(place, name, _filling(getattr(place, name), fill))
@@ -76,7 +76,7 @@ def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
 
 def install_if_asked() -> None:
     """Poison this process where the one that started it was poisoned."""
-    if os.environ.get(VARIABLE):
+    if os.environ.get(POISONED):
         install()
 
 
@@ -122,7 +122,7 @@ class WatchedProducts(TorchDispatchMode):
 def watched(item: pytest.Item) -> Iterator[None]:
     """Watch the products of a test; neither torch.compile nor a CUDA graph can record a watch."""
     unwatched = "compile" in item.name or "cuda" in item.nodeid
-    if unwatched or not os.environ.get(VARIABLE):
+    if unwatched or not os.environ.get(POISONED):
         yield
         return
     with WatchedProducts():

@@ -5,6 +5,7 @@ that make PyTorch and NumPy choose the kernels of another processor, and prints 
 code 0: all green, 1: not. A newer processor's kernels run on no older one; those are named.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -15,13 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import threadpoolctl
-import torch
 
 ROOT = Path(__file__).parent.parent.parent
 # What decides the kernels of products and loops, from the oldest to the newest.
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve")
-# How many threads torch and NumPy get in the tests; see conftest.py.
+# How many threads torch and NumPy get in the tests; see process_state.py.
 THREADS = "PARITY_THREADS"
 
 
@@ -83,22 +82,33 @@ def features() -> list[str]:
 
 
 def describe() -> str:
-    """Describe on one line what computes here: processor, its features, torch and NumPy's BLAS."""
+    """Describe on one line what computes here: processor, its features, torch and NumPy's BLAS.
+
+    Torch is named where it is imported.
+    """
     model = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)
     name = model[1] if model else platform.processor() or platform.machine()
-    blas = [
+    set_here = [f"{key}={os.environ[key]}" for key in sorted(_settings()) if key in os.environ]
+    torch = sys.modules.get("torch")
+    parts = [f"{name} ({' '.join(features()) or 'no feature known'})"]
+    if torch:
+        kernels, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        parts.append(f"torch {torch.__version__} ({kernels}, {threads} threads)")
+    parts.append(f"NumPy {np.__version__} ({', '.join(_blas()) or 'BLAS unknown'})")
+    return "; ".join(parts + set_here)
+
+
+def _blas() -> list[str]:
+    """Return the libraries through which NumPy multiplies matrices, where they can be asked."""
+    if not importlib.util.find_spec("threadpoolctl"):
+        return []
+    import threadpoolctl
+
+    return [
         f"{pool['internal_api']} {pool.get('version')} {pool.get('architecture', '')}".strip()
         for pool in threadpoolctl.threadpool_info()
         if pool["user_api"] == "blas" and "numpy" in pool["filepath"]
     ]
-    torch_kernels = torch.backends.cpu.get_cpu_capability()
-    set_here = [f"{key}={os.environ[key]}" for key in sorted(_settings()) if key in os.environ]
-    parts = [
-        f"{name} ({' '.join(features()) or 'no feature known'})",
-        f"torch {torch.__version__} ({torch_kernels}, {torch.get_num_threads()} threads)",
-        f"NumPy {np.__version__} ({', '.join(blas) or 'BLAS unknown'})",
-    ]
-    return "; ".join(parts + set_here)
 
 
 def _settings() -> set[str]:
@@ -123,6 +133,7 @@ def run(processor: Processor, arguments: Sequence[str]) -> tuple[bool, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run every processor's tests; pass what follows on the command line to pytest."""
+    importlib.import_module("torch")  # for the line that describes this machine
     green = True
     print(describe())
     for processor in PROCESSORS:

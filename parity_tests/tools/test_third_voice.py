@@ -2,18 +2,20 @@
 
 import numpy as np
 import torch
-import transformers
 
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
 from reference_np.tolerances import LOGIC, logic_error
-from tools.comparison.transformers_model import config_from
 
 from ..conformance.strategies import random_params
 
 
 def test_without_the_lift_the_comparison_is_coarse() -> None:
     """The lift matters: as it stands, Hugging Face's float64 is float32 inside."""
+    import transformers  # late: it takes seconds
+
+    from tools.comparison.transformers_model import config_from
+
     config = LlamaConfig(16, 2, 4, 2, 4, 40, 30)
     params = random_params(config, 0)
     tokens = np.arange(10)[None]

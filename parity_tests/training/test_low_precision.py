@@ -26,7 +26,6 @@ from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, loss_and_grads
 from reference_np.optim import Hyper
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
-from tools.comparison.transformers_model import config_from, empty_model
 
 from ..backends.torch_backends import optim_config, to_torch
 from ..backends.torch_model import torch_model
@@ -40,6 +39,9 @@ TINY = LlamaConfig(4, 1, 1, 1, 4, 4, 4)
 
 
 def peer(case: Case, params: Params, dtype: torch.dtype) -> Any:
+    # Late: it imports transformers, for seconds.
+    from tools.comparison.transformers_model import config_from, empty_model
+
     model = empty_model(config_from(case.config.to_hf(), case.config.n_layers), dtype)
     tensors = {name: torch.from_numpy(value).to(dtype) for name, value in params.items()}
     if case.config.tie_embeddings:

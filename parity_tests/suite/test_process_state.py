@@ -1,0 +1,34 @@
+"""What the suite sets for each test is set."""
+
+import os
+
+import pytest
+import torch
+
+from llama_torch.training import dry_run, loop
+
+from ..support import process_state
+from ..support.cores import THREADS
+
+
+def test_the_machine_is_measured_once() -> None:
+    assert {loop.__name__, dry_run.__name__} == set(process_state.MEASURING)
+    assert loop.peak_flops is dry_run.peak_flops
+    assert hasattr(loop.peak_flops, "cache_info")
+
+
+def test_torch_has_the_suites_threads() -> None:
+    assert torch.get_num_threads() == THREADS
+    assert os.environ["OPENBLAS_NUM_THREADS"] == str(THREADS)
+
+
+def test_tokens_are_cached_in_the_runs_own_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    assert os.environ["XDG_CACHE_HOME"].startswith(str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_precision_is_undone(attempt: int) -> None:
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision("high")

@@ -1,0 +1,33 @@
+"""Share a run of whole folders among processes, one a core, where pytest-xdist is installed."""
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+THREADS = int(os.environ.get("PARITY_THREADS", "1"))  # of torch and NumPy, in each process
+WORKERS = 8  # processes at most; more would wait for each other's imports
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Choose the number of processes.
+
+    A single file or test is run at once: every process imports torch for some seconds.
+    """
+    option = config.option
+    whole = all(Path(arg).is_dir() for arg in config.args) and not option.keyword
+    if hasattr(config, "workerinput") or option.collectonly or option.usepdb:
+        return
+    if getattr(option, "numprocesses", 0) is None and whole:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(WORKERS, (cores or 1) // THREADS)
+        if workers > 1:
+            option.numprocesses, option.dist = workers, "worksteal"
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the half a million objects of imported libraries from garbage collection."""
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,61 @@
+"""Which examples Hypothesis draws: the profiles, and ``--reproduce`` for one failing example."""
+
+import os
+import re
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, settings
+
+from ..conformance import drawn
+from .backend_option import chosen
+
+COMMON = {
+    "deadline": None,  # the first example pays for torch's warm-up
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    "print_blob": True,
+}
+# The same examples on every machine: a newcomer's green is CI's. To search is to ask for it.
+settings.register_profile("quick", max_examples=5, derandomize=True, **COMMON)
+settings.register_profile("default", max_examples=50, derandomize=True, **COMMON)
+settings.register_profile("search", max_examples=15, derandomize=False, **COMMON)
+settings.register_profile("thorough", max_examples=2000, derandomize=False, **COMMON)
+drawn.ignore_constants()
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("parity").addoption(
+        "--reproduce", metavar="BLOB", help="run one failing example again, as its report says"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -k and --backend
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse to reproduce an example of more than one test."""
+    items = session.items
+    if session.config.getoption("reproduce") and len(items) != 1:
+        raise pytest.UsageError(f"--reproduce needs one test, {len(items)} are selected")
+
+
+@pytest.hookimpl(trylast=True)  # after the backend's number of examples is set
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the test run the example asked for alone."""
+    blob = item.config.getoption("reproduce")
+    if blob:
+        reproduce = hypothesis.reproduce_failure(hypothesis.__version__, blob.encode())
+        item.obj = reproduce(item.obj)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """End a failing example's report with one line that runs it again."""
+    found = yield
+    notes = " ".join(getattr(call.excinfo.value, "__notes__", ())) if call.excinfo else ""
+    blob = re.search(r"@reproduce_failure\('[^']*', b'([^']*)'\)", notes)
+    if blob:
+        line = f"pytest '{item.nodeid}' --reproduce {blob[1]}"
+        line += "".join(f" --backend {name}" for name in chosen(item.config))
+        found.sections.append(("run this example again", line))
+    return found
