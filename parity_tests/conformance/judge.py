@@ -8,7 +8,7 @@ implementation in the same precision, and its error sets the bound.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass
 class Judge:
-    """The record of a run: (test, backend) -> Entry; conftest says which test is running."""
+    """The record of a run: (test, backend) -> Entry; parity_report.py says which test runs."""
 
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
     current: tuple[str, str] = ("", "")
@@ -54,8 +54,10 @@ class Judge:
 
     def records(self) -> list[tuple[tuple[str, str], dict[str, Any]]]:
         """Return the entries as built-in types, for another process."""
-        fields = [(key, asdict(entry)) for key, entry in self.entries.items()]
-        return [(key, f | {"not_covered": dict(f["not_covered"])}) for key, f in fields]
+        return [
+            (key, vars(entry) | {"not_covered": dict(entry.not_covered)})
+            for key, entry in self.entries.items()
+        ]
 
     def add(self, records: Iterable[tuple[tuple[str, str], dict[str, Any]]]) -> None:
         """Take over the entries of another process, which ran other tests than this one."""

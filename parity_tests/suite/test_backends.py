@@ -90,3 +90,12 @@ def test_not_a_number_fails() -> None:
     one = np.ones((1, 1, 1))
     with pytest.raises(AssertionError, match="times its tolerance"):
         Judge().compare(None, "float64", lambda it: {"a": one * np.nan}, {"a": one})
+
+
+def test_what_a_process_recorded_arrives_whole() -> None:
+    there, here = Judge(), Judge()
+    there.current = ("logits", "mine")
+    there.entry.not_covered["no masks"] += 2
+    there.note("logits", 0.5, "float64")
+    here.add(there.records())
+    assert here.entries == there.entries
