@@ -25,7 +25,7 @@ if __name__ == "__main__":
 from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check
-from llama_torch.common.files import flush, read_json
+from llama_torch.common.files import finish, read_json
 from llama_torch.model.config import ModelConfig
 from tools.conversion.hf_checkpoint import read_hf, write_hf
 from tools.conversion.lazy_weights import write_json
@@ -85,7 +85,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
-            flush(file)
+            finish(file)
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,31 @@ from .errors import InputError
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file, flush it to disk, then rename it to ``path``.
 
-    A kill at any moment leaves the old file or the new one, and at worst a ``.tmp`` beside
-    it, which the next write of the same file removes. The name carries the process, so that
-    two processes that fill one cache do not meet in it.
+    The file stands in a temporary folder, since the writer of safetensors makes another one
+    beside it, which a kill would leave. A kill at any moment leaves the old file or the new one,
+    and at worst a ``.tmp`` folder, which the next write of the same file removes. Its name
+    carries the process, so that two processes that fill one cache do not meet in it.
     """
     for left_over in path.parent.glob(f"{path.name}.*.tmp"):
         if not _alive(left_over.name.split(".")[-2]):
-            left_over.unlink(missing_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            _remove(left_over)
+    folder = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        folder.mkdir()
+        temporary = folder / path.name
         write(temporary)
-        flush(temporary)
+        finish(temporary)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        _remove(folder)
     flush(path.parent)
+
+
+def _remove(left_over: Path) -> None:
+    if left_over.is_dir() and not left_over.is_symlink():
+        shutil.rmtree(left_over, ignore_errors=True)
+    else:
+        left_over.unlink(missing_ok=True)  # as earlier versions left them
 
 
 def _alive(pid: str) -> bool:
@@ -38,6 +48,15 @@ def _alive(pid: str) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def finish(path: Path) -> None:
+    """Flush a file in a folder of ours to disk, with the permissions that the user's mask gives.
+
+    Libraries make files for the owner alone.
+    """
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    flush(path)
 
 
 def flush(path: Path) -> None:

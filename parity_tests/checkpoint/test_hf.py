@@ -254,6 +254,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
         "from llama_torch.checkpoint.hf import atomic_write\n"
         "def die(temporary):\n"
         "    temporary.write_text('half')\n"
+        "    temporary.with_name('.tmp' + 'a1b2c3').write_text('a quarter')  # as libraries do\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "atomic_write(pathlib.Path(sys.argv[1]), die)\n"
     )
@@ -263,6 +264,12 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     atomic_write(path, lambda temporary: temporary.write_text("new") and None)
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_model_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+    random_checkpoint.write(tmp_path, ModelConfig(16, 1, 4, 2, 4, 24, 60), torch.float32, seed=0)
+    (tmp_path / "other").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_a_random_checkpoint_is_one_that_both_sides_read(tmp_path: Path) -> None:

@@ -301,6 +301,7 @@ def test_from_meta_and_back(
     params, tensors = meta_params(config), meta_tensors(cut)
     write_meta(folder / "a", params, tensors, cut.shards, axis)
     run(folder / "a", folder / "b", "--max-seq-len", config.max_seq_len)
+    assert len({path.stat().st_mode for path in (folder / "b").iterdir()}) == 1
     model = load_model(folder / "b", dtype=torch.float64)
     assert model.config == ModelConfig(**vars(config))
     generator = torch.Generator().manual_seed(tokens_seed)
