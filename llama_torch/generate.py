@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from .common import cli
 from .common.errors import check, check_text
+from .inference.completion import Completion
 from .inference.config import PREFILL_CHUNK, DecodingConfig, LoadConfig, SamplingConfig, check_chunk
-from .inference.text_model import Completion, TextModel, load_from
+from .inference.text_model import TextModel, load_from
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def _write_all(model: TextModel, config: GenerateConfig) -> None:
             continue
         print(prompt + completion.text)
         for token in completion.tokens if config.sampling.logprobs >= 0 else ():
-            likeliest = ", ".join(f"{_show(model, i)} {p:.3f}" for i, p in token.likeliest)
-            print(f"{token.logprob:9.3f}  {_show(model, token.id)}  [{likeliest}]")
+            top = ", ".join(f"{_show(model, i)} {p:.3f}" for i, p in token.top_logprobs)
+            print(f"{token.logprob:9.3f}  {_show(model, token.id)}  [{top}]")
         print()
 
 
@@ -84,7 +85,7 @@ def _record(prompt: str, completion: Completion) -> dict[str, object]:
         "finish_reason": completion.finish_reason,
         "token_ids": [token.id for token in completion.tokens],
         "logprobs": [token.logprob for token in completion.tokens],
-        "likeliest": [list(token.likeliest) for token in completion.tokens],
+        "likeliest": [list(token.top_logprobs) for token in completion.tokens],
     }
 
 

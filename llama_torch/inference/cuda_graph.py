@@ -1,51 +1,60 @@
-"""Decoding steps captured as CUDA graphs, and the store that keeps them."""
+"""Decoding steps captured as CUDA graphs, and the store that keeps them between requests.
+
+Suffixes: B row, T token of this step, D dim, V vocabulary.
+"""
 
 import gc
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..model.kv_cache import Room, StaticCache
+from ..model.kv_cache import StaticCache, StaticLayerCache
 from ..model.llama import Block, Llama
 from ..model.rope import rope_tables
 from .config import Decoding
+from .step_inputs import StepInputs
 
-KEPT = 2  # captured steps kept for later requests, each with its room
+KEPT = 2  # captured steps kept for later requests, each with its cache
 
-ROUND = 256  # room is taken in multiples of this many columns, so that graphs are met again
+ROUND = 256  # caches have a multiple of this many columns, so that graphs are met again
 
 _log = logging.getLogger(__name__)
 
 
-class GraphStep:
-    """``n_tokens`` tokens a row, captured in a CUDA graph on a StaticCache; see the module.
+class Forward(Protocol):
+    """The work of a step, as a graph captures it: reads StepInputs, writes the cache."""
 
-    Position, column and mask are advanced inside the graph. The logits [B, T, V] that a call
-    returns are overwritten by the next one.
+    def refresh(self) -> None:
+        """Copy what may have changed since the last request and is not read in place."""
+
+    def launch(self) -> Tensor:
+        """Launch the work; return the logits [B, T, V]."""
+
+
+class GraphStep:
+    """A step of ``n_tokens`` tokens a row, captured in a CUDA graph: a DecodeStep.
+
+    Position, column and mask are advanced inside the graph. The logits that a call returns are
+    overwritten by the next one.
     """
 
-    key: Hashable = None  # in its model's store
+    is_captured = True
 
     def __init__(
-        self, model: Llama, rows: int, size: int, way: Decoding, n_tokens: int = 1
+        self, model: Llama, rows: int, size: int, mode: Decoding, n_tokens: int = 1
     ) -> None:
         weight = model.model.embed_tokens.weight
-        self.model, self.way, self.n_tokens = model, way, n_tokens
+        self.model, self.n_tokens = model, n_tokens
+        self.key: Hashable = None  # in the store that it was taken from
+        self.store: GraphStore | None = None  # while it is taken
         self.cache = StaticCache(model.config, rows, size, weight.dtype, weight.device)
-        shape = rows, n_tokens
-        self.token = torch.zeros(shape, dtype=torch.int64, device=weight.device)
-        self.position = torch.zeros_like(self.token)
-        self.column = torch.arange(n_tokens, device=weight.device)
-        self.columns = torch.arange(size, device=weight.device)
-        self.pads = self.token[:, :1].clone()
-        self.allowed = torch.ones(rows, size, dtype=torch.bool, device=weight.device)
-        self.refresh: Callable[[], None] = lambda: None
+        self.inputs = StepInputs(rows, size, n_tokens, weight.device)
         start = time.perf_counter()
-        self._forward = self._kernels() if way == "kernels" else self._torch(way == "compiled")
+        self.forward = make_forward(model, self.cache, self.inputs, mode)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # a capture must not be the first run
@@ -57,106 +66,119 @@ class GraphStep:
         gc.disable()
         try:
             with torch.cuda.graph(self.graph):
-                self.logits = self._run()
+                self.logits_BTV = self._run()
         finally:
             gc.enable()
         seconds = time.perf_counter() - start
         if seconds > 1:
-            _log.warning("prepared the decoding step in %.1f s (%s)", seconds, way)
+            _log.warning("prepared the decoding step in %.1f s (%s)", seconds, mode)
 
-    def begin(self, pads: Sequence[int]) -> None:
-        """Continue from the cache's length; the first columns of a row are padding."""
-        self.refresh()
-        self.pads.copy_(torch.tensor(pads)[:, None])
-        torch.ge(self.columns, self.pads, out=self.allowed)
-        new = self.cache.length + torch.arange(self.n_tokens, device=self.column.device)
-        self.column.copy_(new)
-        self.position.copy_((new - self.pads).clamp(min=0))
+    def begin(self, padding: Sequence[int]) -> None:
+        """Continue from the cache's length; see DecodeStep."""
+        self.forward.refresh()
+        self.inputs.begin(self.cache.length, padding)
 
-    def __call__(self, tokens_BT: Tensor) -> Tensor:
-        """Return the logits after each token."""
-        self.token.copy_(tokens_BT)
+    def decode(self, tokens_B: Tensor) -> Tensor:
+        """Return the logits [B, V] after one token a row, where the step has one."""
+        return self.replay(tokens_B[:, None])[:, -1]
+
+    def replay(self, tokens_BT: Tensor) -> Tensor:
+        """Return the logits [B, T, V] after each token, T being the step's own number."""
+        self.inputs.token.copy_(tokens_BT)
         self.graph.replay()
         self.cache.length += self.n_tokens
-        return self.logits
+        return self.logits_BTV
+
+    def decode_row(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits [T, V] after each of a single row's tokens, at most ``n_tokens``."""
+        spare = self.n_tokens - len(tokens)
+        self.begin([0])
+        row_BT = torch.tensor([[*tokens, *[0] * spare]], device=self.inputs.token.device)
+        return self.replay(row_BT)[0, : len(tokens)].clone()
+
+    def close(self) -> None:
+        """Give the step back to the store that it was taken from."""
+        if self.store:
+            store, self.store = self.store, None
+            store.give_back(self)
 
     def _run(self) -> Tensor:
-        logits = self._forward()
-        self.position.add_(self.n_tokens)
-        self.column.add_(self.n_tokens)
-        return logits
+        logits_BTV = self.forward.launch()
+        self.inputs.advance()
+        return logits_BTV
 
-    def _torch(self, compiled: bool) -> Callable[[], Tensor]:
-        decoder, cache = self.model.model, self.cache
+
+def make_forward(model: Llama, cache: StaticCache, inputs: StepInputs, mode: Decoding) -> Forward:
+    """Return the work that a graph of this mode captures."""
+    if mode != "kernels":
+        return TorchForward(model, cache, inputs, mode == "compiled")
+    from .triton_batch_step import TritonBatchStep  # triton comes with torch's CUDA builds alone
+    from .triton_step import TritonStep
+
+    if len(inputs.token) == 1:  # never padded
+        return TritonStep(model, cache, inputs)
+    return TritonBatchStep(model, cache, inputs, allowed=inputs.allowed)
+
+
+class TorchForward:
+    """The model on every column of the cache, its blocks compiled or not: a Forward."""
+
+    def __init__(
+        self, model: Llama, cache: StaticCache, inputs: StepInputs, compiled: bool
+    ) -> None:
+        self.model, self.cache, self.inputs = model, cache, inputs
         # One compiled graph serves all blocks: their parameters are its inputs.
-        block: Any = Block.forward
+        self.block: Any = Block.forward
         if compiled:
             # What was compiled for other shapes is dropped: past a limit torch compiles no more.
             # The graphs that were captured do not need it.
             torch.compiler.reset()
-            block = torch.compile(block, fullgraph=True)
+            self.block = torch.compile(Block.forward, fullgraph=True)
 
-        def forward() -> Tensor:
-            x_BTD = decoder.embed_tokens(self.token)
-            tables = rope_tables(self.position, self.model.config, x_BTD.dtype)
-            # What is behind a token in the cache, its row's padding left out, but not itself.
-            seen = (self.columns <= self.column[:, None]) & (self.columns >= self.pads[..., None])
-            mask = (seen | (self.columns == self.column[:, None]))[:, None]
-            for i, layer in enumerate(decoder.layers):
-                room = Room(cache.keys[i], cache.values[i], self.column)
-                x_BTD, _ = block(layer, x_BTD, tables, mask, False, room)
-            return self.model.head(decoder.norm(x_BTD))
+    def refresh(self) -> None:
+        """Copy nothing: the model's weights are read where they are."""
 
-        return forward
+    def launch(self) -> Tensor:
+        """Launch the model on the step's tokens; return the logits [B, T, V]."""
+        decoder, inputs = self.model.model, self.inputs
+        x_BTD = decoder.embed_tokens(inputs.token)
+        tables = rope_tables(inputs.position, self.model.config, x_BTD.dtype)
+        mask = inputs.mask()[:, None]
+        for i, layer in enumerate(decoder.layers):
+            layer_cache = StaticLayerCache(self.cache.keys[i], self.cache.values[i], inputs.column)
+            x_BTD, _ = self.block(layer, x_BTD, tables, mask, False, layer_cache)
+        return self.model.head(decoder.norm(x_BTD))
 
-    def _kernels(self) -> Callable[[], Tensor]:
-        from .triton_batch_step import BatchStep
-        from .triton_step import KernelStep
 
-        step: KernelStep
-        if len(self.token) == 1:  # never padded
-            step = KernelStep(self.model, self.cache)
+class GraphStore:
+    """Captured steps of one model, kept for later requests; the least recent goes first."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.steps: dict[Hashable, GraphStep] = {}
+
+    def take(self, rows: int, columns: int, mode: Decoding, n_tokens: int = 1) -> GraphStep:
+        """Take a step for so many rows and columns out of the store, or capture it.
+
+        ``close`` puts it back, for the next request of that size: two requests at a time never
+        share one.
+        """
+        model, store = self.model, self.steps
+        size = -(-columns // ROUND) * ROUND
+        weights = (*model.parameters(), *model.buffers())
+        # A graph reads the weights where they were, and as what they were, when it was captured.
+        key = rows, size, mode, n_tokens, tuple((w.data_ptr(), w.dtype) for w in weights)
+        step = store.pop(key, None)
+        if step is None:
+            while len(store) >= KEPT:
+                del store[next(iter(store))]
+            step = GraphStep(model, rows, size, mode, n_tokens)
+            step.key = key
         else:
-            step = BatchStep(self.model, self.cache, allowed=self.allowed)
-        step.token, step.position, step.column = self.token, self.position, self.column
-        self.refresh = step.begin
+            step.cache.clear()  # a model whose weights were broken leaves NaN, which no mask hides
+        step.store = self
+        return step
 
-        def forward() -> Tensor:
-            step.run()
-            return step.logits[:, None]
-
-        return forward
-
-
-def graph_step(
-    model: Llama, rows: int, columns: int, way: Decoding, n_tokens: int = 1
-) -> GraphStep:
-    """Take a model's step for so many rows and columns out of its store, or make it.
-
-    ``give_back`` puts it into the store, for the next request of that size: two requests at a
-    time never share one.
-    """
-    size = -(-columns // ROUND) * ROUND
-    weights = (*model.parameters(), *model.buffers())
-    # A graph reads the weights where they were, and as what they were, when it was captured.
-    key = rows, size, way, n_tokens, tuple((w.data_ptr(), w.dtype) for w in weights)
-    store = _store(model)
-    step = store.pop(key, None)
-    if step is None:
-        while len(store) >= KEPT:
-            del store[next(iter(store))]
-        step = GraphStep(model, rows, size, way, n_tokens)
-        step.key = key
-    else:
-        step.cache.clear()  # a model whose weights were broken leaves NaN, which no mask hides
-    return step
-
-
-def give_back(step: GraphStep) -> None:
-    """Keep a step for the next request."""
-    _store(step.model)[step.key] = step
-
-
-def _store(model: Llama) -> dict[Hashable, GraphStep]:
-    store: dict[Hashable, GraphStep] = model.__dict__.setdefault("_graph_steps", {})
-    return store
+    def give_back(self, step: GraphStep) -> None:
+        """Keep a step for the next request."""
+        self.steps[step.key] = step

@@ -1,22 +1,31 @@
-"""What runs between a token and the next one's logits, and how that is chosen.
+"""Ways to compute the next token's logits: one protocol, and the choice between its modes.
 
-Five ways, all on a StaticCache:
+mode      step                    computes a token by
+eager     EagerStep               calling the model. Any device, any batch.
+numpy     NumpyStep               NumPy, whose products of one row are quicker: one row, CPU.
+graph     GraphStep(TorchForward) the model on every column, captured in a CUDA graph.
+compiled  GraphStep(TorchForward) the same after torch.compile: seconds, cached on disk.
+kernels   GraphStep(TritonStep, or TritonBatchStep for up to 64 rows): Triton, captured likewise.
 
-eager     the model as it stands, on the columns written so far. Any device, any batch.
-numpy     one sequence on the CPU through NumPy, whose products of one row are quicker.
-graph     the model on the whole room, captured once in a CUDA graph and replayed.
-compiled  the same, its blocks compiled by torch.compile first: seconds, cached on disk.
-kernels   up to 64 sequences on a GPU as the project's own Triton kernels, captured likewise.
+(Guesses of a draft model are a step too: speculative.py.)
 """
 
 import importlib
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ..common.errors import InputError
+from ..model.kv_cache import StaticCache
 from ..model.llama import Llama
 from .config import Decoding
+from .cuda_graph import GraphStore
+from .eager_step import EagerStep
 from .numpy_step import NumpyStep
+
+CAPTURED = ("graph", "compiled", "kernels")  # modes that a CUDA graph replays
 
 SHORT = 32  # tokens that are not worth the preparation of a graph
 
@@ -25,8 +34,57 @@ TRITON = (3, 6)  # the oldest that compiles the kernels; torch 2.11 has it
 MOST_ROWS = 64  # of the kernels: the products of more are not bound by reading the weights
 
 
-def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
-    """Return how to continue ``rows`` sequences by ``n_tokens`` tokens; InputError if it cannot."""
+class DecodeStep(Protocol):
+    """Computes the logits after one more token of every row, on a cache that it writes."""
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the rows are fixed, and a step may be launched before its tokens are read."""
+
+    @property
+    def cache(self) -> StaticCache:
+        """The rows' keys and values. Prefill writes them, then each step the next column."""
+
+    def begin(self, padding: Sequence[int]) -> None:
+        """Continue after the cache's last column, each row after so many columns of padding."""
+
+    def decode(self, tokens_B: Tensor) -> Tensor:
+        """Return the logits [B, V] after int64 tokens [B]."""
+
+    def close(self) -> None:
+        """Give back what a later request can use. No step may be taken after that."""
+
+
+def make_step(
+    model: Llama,
+    rows: int,
+    columns: int,
+    n_tokens: int,
+    decoding: Decoding = "auto",
+    graphs: GraphStore | None = None,
+    at_a_time: int = 1,
+) -> DecodeStep:
+    """Return the step that continues ``rows`` sequences by ``n_tokens``, with its cache.
+
+    ``columns`` is the number that the prompts and those tokens take. Captured steps come from
+    ``graphs`` and run ``at_a_time`` tokens of a row. Raises InputError where the mode asked for
+    cannot run, or memory does not suffice.
+    """
+    mode = choose_mode(decoding, model, rows, n_tokens)
+    if mode in CAPTURED:
+        # The last token written is not run on; only a step of several goes past it.
+        columns += at_a_time - 1
+        return (graphs or GraphStore(model)).take(rows, columns, mode, at_a_time)
+    weight = model.model.embed_tokens.weight
+    cache = StaticCache(model.config, rows, columns, weight.dtype, weight.device)
+    return NumpyStep(model, cache) if mode == "numpy" else EagerStep(model, cache)
+
+
+def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
+    """Return the mode that continues ``rows`` sequences by ``n_tokens`` tokens; never "auto".
+
+    Raises InputError where the mode asked for cannot run.
+    """
     weight = model.model.embed_tokens.weight
     on_gpu = weight.device.type == "cuda"
     has_kernels = on_gpu and rows <= MOST_ROWS and _has_kernels()
@@ -35,25 +93,25 @@ def choose(way: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
         weight.itemsize == 2 and on_gpu and torch.cuda.get_device_capability(weight.device) >= (8,)
     )
     has_numpy = rows == 1 and NumpyStep.supports(model)
-    if way == "auto":
+    if decoding == "auto":
         if not on_gpu:
             # NumPy's products are one thread's: with more, torch's are quicker.
             return "numpy" if has_numpy and torch.get_num_threads() <= 2 else "eager"
         if n_tokens < SHORT:
             return "eager"
         return "kernels" if has_kernels and (rows == 1 or has_cores) else "graph"
-    if way in ("graph", "compiled", "kernels") and not on_gpu:
-        raise InputError(f"--decoding {way} needs a GPU; leave the flag out")
-    if way == "kernels" and not has_kernels:
+    if decoding in CAPTURED and not on_gpu:
+        raise InputError(f"--decoding {decoding} needs a GPU; leave the flag out")
+    if decoding == "kernels" and not has_kernels:
         raise InputError(
             f"--decoding kernels is for at most {MOST_ROWS} prompts and needs an NVIDIA GPU and "
             f"triton {'.'.join(map(str, TRITON))}; use graph"
         )
-    if way == "numpy" and not has_numpy:
+    if decoding == "numpy" and not has_numpy:
         raise InputError(
             "--decoding numpy is for one prompt on the CPU in float32 or float64; use eager"
         )
-    return way
+    return decoding
 
 
 def _has_kernels() -> bool:

@@ -1,24 +1,27 @@
-"""Continuing several prompts at once: padding, the cache, and rows that end when they like.
+"""Generation: prefill the prompts, then sample a token a row and decode it, in turn.
 
-Prompts of unequal length are padded on the left. The padding has no part in the answer: a
-row's positions count its own tokens, and its mask hides every column before them.
-Axes: B row, T query position, S key position (column), V vocabulary.
+Prompts of unequal length are continued together, padded on the left. The padding has no part in
+the answer: a row's positions count its own tokens and its mask hides the padding
+(model/masks.py). How a token is decoded is decoding.py's; when a row ends, ``finish_reason``'s.
+Suffixes: B row, T position, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..model.kv_cache import StaticCache
-from ..model.llama import Llama, causal_mask
+from ..model.llama import Llama
 from .config import PREFILL_CHUNK, Decoding, SamplingConfig, check_chunk
-from .cuda_graph import GraphStep, give_back, graph_step
-from .decoding import choose as choose_way
-from .numpy_step import NumpyStep
+from .cuda_graph import GraphStore
+from .decoding import DecodeStep, make_step
+from .eager_step import EagerStep
 from .sampling import Settings, draw, penalize, token_probabilities
+
+FinishReason = Literal["stop", "length"]
 
 
 class Token(NamedTuple):
@@ -28,15 +31,46 @@ class Token(NamedTuple):
     id: int
     last: bool  # by the row's max_new_tokens, or because the context is full
     logprob: float | None  # under the model itself: before penalty, temperature and cuts
-    likeliest: tuple[tuple[int, float], ...]  # the model's first choices and theirs
+    top_logprobs: tuple[tuple[int, float], ...]  # (id, log-probability) of the likeliest tokens
+
+    @property
+    def likeliest(self) -> tuple[tuple[int, float], ...]:
+        """The former name of ``top_logprobs``."""
+        return self.top_logprobs
 
 
-class Batch:
-    """Rows that are continued together; each as if it were alone.
+def finish_reason(
+    token: Token, stop_ids: Collection[int] = (), has_stop_text: bool = False
+) -> FinishReason | None:
+    """Return why generation stops after a token, or None: it goes on.
 
-    ``choose`` returns one token a row that is not finished; ``advance`` says which rows are
-    finished and runs the model on the rest. ``decoding`` is how it runs, see decoding.py, and
-    ``n_tokens`` how many tokens a captured step has (one, but for Speculative).
+    "stop": the token is an end token, or completes one of the stop texts. "length": the row has
+    ``max_new_tokens`` tokens, or fills the context. At the last token allowed, "stop" wins.
+    """
+    if token.id in stop_ids or has_stop_text:
+        return "stop"
+    return "length" if token.last else None
+
+
+@dataclass
+class Row:
+    """One sequence of a batch."""
+
+    prompt: int  # its prompt's index
+    settings: SamplingConfig
+    generator: torch.Generator
+    remaining: int  # tokens still to write
+    padding: int  # columns before its first token
+    is_finished: bool = False
+
+
+class DecodeBatch:
+    """Sequences that are continued together; each as if it were alone.
+
+    ``prefill`` reads the prompts, once. After it ``sample`` returns one token a row that is not
+    finished, and ``decode_one_token`` is told which rows are finished and runs the model on the
+    rest. ``decoding`` is the mode, see decoding.py; ``step`` a step of the caller's own instead.
+    Captured steps come from ``graphs`` and return there (None: they are not kept).
     Raises InputError for an empty prompt, one that fills the context, and ids outside the
     vocabulary.
     """
@@ -49,196 +83,170 @@ class Batch:
         settings: Sequence[SamplingConfig],
         prefill_chunk: int = PREFILL_CHUNK,
         decoding: Decoding = "auto",
-        n_tokens: int = 1,
+        graphs: GraphStore | None = None,
+        step: DecodeStep | None = None,
     ) -> None:
         check_chunk(prefill_chunk)
         for prompt in prompts:
             require_fitting(model, prompt)
-        weight = model.model.embed_tokens.weight
-        self.model, self.device = model, weight.device
-        # What follows has an entry for every row computed: all that are not finished, and in a
-        # graph, whose shapes are fixed, the finished ones too.
-        self.prompts = list(range(len(prompts)))  # the prompt's index
-        self.settings = list(settings)
-        self.tensors = Settings.of(settings, self.device)
-        self.draws = [torch.Generator().manual_seed(s.seed) for s in settings]
-        self.left = [
-            min(s.max_new_tokens, model.config.max_seq_len - len(prompt))
-            for s, prompt in zip(settings, prompts, strict=True)
-        ]  # tokens still to write
+        self.model, self.prompts, self.prefill_chunk = model, prompts, prefill_chunk
+        self.device = model.model.embed_tokens.weight.device
         longest = max(map(len, prompts))
-        self.pads = [longest - len(prompt) for prompt in prompts]
-        self.finished: set[int] = set()
-        self.is_ahead = False  # whether the model has run on the tokens chosen last
-        self.seen = self._seen(prompts)
-        columns = longest + max(self.left)
-        way = choose_way(decoding, model, len(prompts), max(self.left))
-        self.graph: GraphStep | None = None
-        if way in ("graph", "compiled", "kernels"):
-            # The last token written is not run on; only a step of several goes past it.
-            room = columns + n_tokens - 1
-            self.graph = graph_step(model, len(prompts), room, way, n_tokens)
-            self.cache = self.graph.cache
-        else:
-            rows = len(prompts)
-            self.cache = StaticCache(model.config, rows, columns, weight.dtype, self.device)
-        tokens = [[0] * pad + list(p) for pad, p in zip(self.pads, prompts, strict=True)]
-        for part in torch.tensor(tokens, device=self.device).split(prefill_chunk, dim=1):
-            self._run_eager(part)
-        self.numpy = NumpyStep(model, self.cache) if way == "numpy" else None
-        if self.graph:
-            self.graph.begin(self.pads)
+        # All rows that are computed: the unfinished, and in a captured step, whose shapes are
+        # fixed, the finished ones too.
+        self.rows = [
+            Row(
+                prompt=i,
+                settings=each,
+                generator=torch.Generator().manual_seed(each.seed),
+                remaining=most_new_tokens(model, prompt, each),
+                padding=longest - len(prompt),
+            )
+            for i, (prompt, each) in enumerate(zip(prompts, settings, strict=True))
+        ]
+        self.sampling = Settings.of(settings, self.device)
+        self.seen_BV = self._seen()
+        self.is_ahead = False  # whether the model has run on the tokens sampled last
+        n_tokens = max(row.remaining for row in self.rows)
+        self.step = step or make_step(
+            model, len(prompts), longest + n_tokens, n_tokens, decoding, graphs
+        )
 
     @property
-    def rows(self) -> list[int]:
-        """The prompts, by index, that are not finished."""
-        return [prompt for prompt in self.prompts if prompt not in self.finished]
-
-    @property
-    def length(self) -> int:
-        """Columns that the cache holds."""
-        return self.cache.length
+    def unfinished(self) -> list[int]:
+        """The prompts, by index, whose rows are not finished."""
+        return [row.prompt for row in self.rows if not row.is_finished]
 
     @torch.inference_mode()
-    def choose(self) -> list[Token]:
+    def prefill(self) -> None:
+        """Run the model on the prompts, ``prefill_chunk`` columns at a time."""
+        padding = [row.padding for row in self.rows]
+        columns = zip(padding, self.prompts, strict=True)
+        tokens_BT = torch.tensor([[0] * n + list(p) for n, p in columns], device=self.device)
+        eager = EagerStep(self.model, self.step.cache)
+        eager.begin(padding)
+        # With padding on the left the last column is every row's last token.
+        self.logits_BV = eager.prefill(tokens_BT, self.prefill_chunk)
+        self.step.begin(padding)
+
+    @torch.inference_mode()
+    def sample(self) -> list[Token]:
         """Choose the next token of every row that is not finished."""
-        logits = self.logits_BV
-        is_finite = logits.isfinite().all()
-        if self.seen is not None:
-            logits = penalize(logits, self.seen, self.tensors.repetition_penalty)
-        if all(settings.temperature == 0 for settings in self.settings):
-            ids = logits.argmax(-1)
+        logits_BV = self.logits_BV
+        is_finite = logits_BV.isfinite().all()
+        if self.seen_BV is not None:
+            logits_BV = penalize(logits_BV, self.seen_BV, self.sampling.repetition_penalty)
+        if all(row.settings.temperature == 0 for row in self.rows):
+            ids_B = logits_BV.argmax(-1)
         else:
             # Drawn on the CPU, so that they do not depend on the device.
-            uniform = [torch.rand((), dtype=torch.float64, generator=g) for g in self.draws]
-            probs = token_probabilities(logits, self.tensors)
-            ids = draw(probs, torch.stack(uniform).to(self.device))
+            uniform = [
+                torch.rand((), dtype=torch.float64, generator=row.generator) for row in self.rows
+            ]
+            probs_BV = token_probabilities(logits_BV, self.sampling)
+            ids_B = draw(probs_BV, torch.stack(uniform).to(self.device))
         # A draw from NaN lies outside the vocabulary, and is refused only further down.
-        self.ids = ids = ids.clamp(max=logits.shape[-1] - 1)
-        if self.seen is not None:
-            self.seen.scatter_(1, ids[:, None], True)
-        self.left = [left - 1 for left in self.left]
-        results = torch.cat([ids, is_finite[None]])
-        if self.graph is None or max(s.logprobs for s in self.settings) >= 0:
-            read = results.tolist()
+        self.ids_B = ids_B = ids_B.clamp(max=logits_BV.shape[-1] - 1)
+        if self.seen_BV is not None:
+            self.seen_BV.scatter_(1, ids_B[:, None], True)
+        for row in self.rows:
+            row.remaining -= 1
+        results = torch.cat([ids_B, is_finite[None]])
+        if self.step.is_captured and not self._wants_logprobs():
+            ids = self._read_ahead(results)
         else:
-            read = self._read_ahead(results)
-        if not read.pop():
+            ids = results.tolist()
+        if not ids.pop():
             raise InputError("the model's logits are not finite; check its weights with compare.py")
-        return self._described(read)
+        return self._tokens(ids)
 
     @torch.inference_mode()
-    def advance(self, finished: Collection[int] = ()) -> None:
-        """Leave finished rows out, and run the model on the tokens chosen for the others."""
-        self.finished.update(finished)
-        if not self.rows:
+    def decode_one_token(self, finished: Collection[int] = ()) -> None:
+        """Leave out the finished rows (prompts' indices) and run the model on the others' tokens.
+
+        A captured step computes the finished rows too, and they are not reported.
+        """
+        for row in self.rows:
+            row.is_finished |= row.prompt in finished
+        if not self.unfinished:
             return
-        if finished and self.graph is None:
-            self._keep([i for i, row in enumerate(self.prompts) if row not in finished])
+        if finished and not self.step.is_captured:
+            self._select_rows([i for i, row in enumerate(self.rows) if not row.is_finished])
         if not self.is_ahead:
-            self._run(self.ids)
+            self.logits_BV = self.step.decode(self.ids_B)
         self.is_ahead = False
 
     def close(self) -> None:
-        """Keep what was captured for the next request. Nothing can be chosen after that."""
-        if self.graph:
-            give_back(self.graph)
-            self.graph = None
+        """Keep a captured step for the next request. Nothing can be decoded after that."""
+        self.step.close()
 
     def _read_ahead(self, results: Tensor) -> list[int]:
-        """Read what was chosen while the GPU is already at the next step."""
+        """Return the results as numbers, read while the GPU is already at the next step."""
         host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
         host.copy_(results, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        if max(self.left) > 0:
-            self._run(self.ids)
+        if max(row.remaining for row in self.rows) > 0:
+            self.logits_BV = self.step.decode(self.ids_B)
             self.is_ahead = True
         copied.synchronize()
         return host.tolist()
 
-    def _seen(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
-        """Mark the prompts' tokens [B, V]; None where no row asks for a penalty."""
-        if all(settings.repetition_penalty == 1 for settings in self.settings):
+    def _seen(self) -> Tensor | None:
+        """Return the prompts' tokens as a mask [B, V]; None where no row asks for a penalty."""
+        if all(row.settings.repetition_penalty == 1 for row in self.rows):
             return None
-        shape = len(prompts), self.model.config.vocab_size
-        seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        for i, prompt in enumerate(prompts):
-            seen[i, list(prompt)] = True
-        return seen
+        shape = len(self.prompts), self.model.config.vocab_size
+        seen_BV = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        for i, prompt in enumerate(self.prompts):
+            seen_BV[i, list(prompt)] = True
+        return seen_BV
 
-    def _run(self, ids_B: Tensor) -> None:
-        if self.graph:
-            self.logits_BV = self.graph(ids_B[:, None])[:, -1]
-        elif self.numpy:
-            self.logits_BV = self.numpy(int(ids_B))
-        else:
-            self._run_eager(ids_B[:, None])
+    def _select_rows(self, indices: list[int]) -> None:
+        """Go on with some of the rows, without the columns that are padding in all of them."""
+        self.rows = [self.rows[i] for i in indices]
+        index = torch.tensor(indices, device=self.device)
+        self.sampling, self.ids_B = self.sampling.select_rows(index), self.ids_B[index]
+        self.seen_BV = None if self.seen_BV is None else self.seen_BV[index]
+        spare = min(row.padding for row in self.rows)
+        for row in self.rows:
+            row.padding -= spare
+        self.step.cache.select_rows(index, spare)
+        self.step.begin([row.padding for row in self.rows])
 
-    def _run_eager(self, tokens_BT: Tensor) -> None:
-        positions, mask = self._placed(tokens_BT.shape[1])
-        hidden, _ = self.model.model(tokens_BT, positions=positions, mask=mask, cache=self.cache)
-        # Only the last position is needed, and with padding on the left it is the last column.
-        self.logits_BV = self.model.head(hidden[:, -1])
-
-    def _placed(self, length: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return positions [B, T] and mask [B, T, S] of the next columns; None: the defaults."""
-        if not any(self.pads):
-            return None, None
-        start = self.length
-        pads = torch.tensor(self.pads, device=self.device)[:, None]
-        columns = torch.arange(start + length, device=self.device)
-        positions = (columns[start:] - pads).clamp(min=0)
-        mask = causal_mask(length, start + length, self.device) & (columns >= pads)[:, None]
-        # Padding sees itself: attention over nothing has no value.
-        return positions, mask | (columns == columns[start:, None])
-
-    def _keep(self, keep: list[int]) -> None:
-        self.prompts = [self.prompts[i] for i in keep]
-        self.settings = [self.settings[i] for i in keep]
-        self.draws = [self.draws[i] for i in keep]
-        self.pads = [self.pads[i] for i in keep]
-        self.left = [self.left[i] for i in keep]
-        index = torch.tensor(keep, device=self.device)
-        self.tensors, self.ids = self.tensors.rows(index), self.ids[index]
-        self.seen = None if self.seen is None else self.seen[index]
-        spare = min(self.pads)  # columns that are padding in every row left
-        self.pads = [pad - spare for pad in self.pads]
-        self.cache.keep(index, spare)
-
-    def _described(self, ids: list[int]) -> list[Token]:
+    def _tokens(self, ids: list[int]) -> list[Token]:
         """Return the tokens of the rows that are not finished, with what they ask for."""
         tokens = []
-        logprobs = self._logprobs()
-        columns = zip(self.prompts, ids, self.left, self.settings, strict=True)
-        for i, (prompt, id_, left, settings) in enumerate(columns):
-            if prompt in self.finished:
+        logprobs_BV = self.logits_BV.double().log_softmax(-1) if self._wants_logprobs() else None
+        for i, (row, id_) in enumerate(zip(self.rows, ids, strict=True)):
+            if row.is_finished:
                 continue
-            token = Token(prompt, id_, left == 0, None, ())
-            if settings.logprobs >= 0:
-                values, likeliest = logprobs[i].topk(min(settings.logprobs, logprobs.shape[1]))
-                pairs = tuple(zip(likeliest.tolist(), values.tolist(), strict=True))
-                token = token._replace(logprob=logprobs[i, id_].item(), likeliest=pairs)
+            token = Token(row.prompt, id_, row.remaining == 0, None, ())
+            if logprobs_BV is not None and row.settings.logprobs >= 0:
+                logprobs_V = logprobs_BV[i]
+                values, top = logprobs_V.topk(min(row.settings.logprobs, len(logprobs_V)))
+                pairs = tuple(zip(top.tolist(), values.tolist(), strict=True))
+                token = token._replace(logprob=logprobs_V[id_].item(), top_logprobs=pairs)
             tokens.append(token)
         return tokens
 
-    def _logprobs(self) -> Tensor:
-        """Return the model's log-probabilities [B, V]; nothing where no row asks for them."""
-        if max(settings.logprobs for settings in self.settings) < 0:
-            return torch.empty(0)
-        return self.logits_BV.double().log_softmax(-1)
+    def _wants_logprobs(self) -> bool:
+        return any(row.settings.logprobs >= 0 for row in self.rows)
 
 
-def run(batch: Batch, ended: Callable[[Token], bool]) -> Iterator[Token]:
-    """Yield every row's tokens, rows mixed, until all have ended: as ``ended`` says, or full."""
+def run(
+    batch: DecodeBatch, finish: Callable[[Token], FinishReason | None] = finish_reason
+) -> Iterator[Token]:
+    """Yield every row's tokens, rows mixed, until ``finish`` has named a reason for each row."""
     try:
-        while batch.rows:
+        batch.prefill()
+        while batch.unfinished:
             finished = set()
-            for token in batch.choose():
-                if ended(token) or token.last:
+            for token in batch.sample():
+                if finish(token):
                     finished.add(token.row)
                 yield token
-            batch.advance(finished)
+            batch.decode_one_token(finished)
     finally:
         batch.close()
 
@@ -249,15 +257,22 @@ def generate(
     settings: SamplingConfig,
     stop: Collection[int] = (),
     decoding: Decoding = "auto",
+    graphs: GraphStore | None = None,
 ) -> Iterator[int]:
     """Yield the token ids after one prompt until a token of ``stop`` (not yielded) or a limit.
 
-    The limits are ``max_new_tokens`` and the model's context. Raises InputError as Batch does.
+    The limits are ``max_new_tokens`` and the model's context. Raises InputError as DecodeBatch
+    does.
     """
-    batch = Batch(model, [prompt], [settings], decoding=decoding)
-    for token in run(batch, lambda token: token.id in stop):
+    batch = DecodeBatch(model, [prompt], [settings], decoding=decoding, graphs=graphs)
+    for token in run(batch, lambda token: finish_reason(token, stop)):
         if token.id not in stop:
             yield token.id
+
+
+def most_new_tokens(model: Llama, prompt: Sequence[int], settings: SamplingConfig) -> int:
+    """Return how many tokens may follow a prompt: ``max_new_tokens``, or what the context holds."""
+    return min(settings.max_new_tokens, model.config.max_seq_len - len(prompt))
 
 
 def require_fitting(model: Llama, prompt: Sequence[int]) -> None:

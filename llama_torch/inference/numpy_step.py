@@ -1,14 +1,15 @@
-"""One decoding step of one sequence on the CPU, in NumPy: a product per matrix at memory speed.
+"""The decoding step of one sequence on the CPU, in NumPy: a product per matrix at memory speed.
 
 One row of activations against a matrix is bound by the memory that holds the matrix. There one
 ``np.vecdot`` (a BLAS dot product a row) reads about twice as fast as torch's ``F.linear``, and
 NumPy's calls begin sooner than torch's, of which a step needs hundreds.
-Axes: D dim, H query heads, N key/value heads, R query heads a key/value head, K head_dim,
-F hidden_dim, S key position, V vocabulary.
+Suffixes and shapes: D dim, H query heads, N key/value heads, R query heads a key/value head,
+K head_dim, F hidden_dim, S key position, V vocabulary.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +30,7 @@ SPLIT_FROM = 16 << 20
 
 
 class _Layer(NamedTuple):
-    """A block's weights and its part of the cache, all of them views."""
+    """A block's weights and its layer of the cache, all of them views."""
 
     attn_norm: Array  # [D]
     q: Array  # [H, K, D]
@@ -45,11 +46,13 @@ class _Layer(NamedTuple):
 
 
 class NumpyStep:
-    """One decoding step of one sequence: ``step(token)`` returns the logits [1, V].
+    """The step of one sequence: a DecodeStep, see decoding.py.
 
     It reads the model's weights and writes the cache where they are, without a copy: neither
     may be replaced while this is in use.
     """
+
+    is_captured = False
 
     def __init__(self, model: Llama, cache: StaticCache) -> None:
         config, head_dim = model.config, model.config.head_dim
@@ -90,9 +93,16 @@ class NumpyStep:
             and all(w.device.type == "cpu" and w.is_contiguous() for w in weights)
         )
 
-    def __call__(self, token: int) -> Tensor:
-        """Return the logits [1, V] after ``token``; its keys and values go to the cache."""
-        x = self.embed[token].copy()
+    def begin(self, padding: Sequence[int]) -> None:
+        """Continue from the cache's length; one sequence has no padding."""
+        assert not any(padding)
+
+    def close(self) -> None:
+        """Keep nothing."""
+
+    def decode(self, tokens_B: Tensor) -> Tensor:
+        """Return the logits [1, V] after one token; its keys and values go to the cache."""
+        x = self.embed[int(tokens_B)].copy()
         with np.errstate(over="ignore"):  # exp(-gate) may be infinite, and the result is right
             for layer in self.layers:
                 self._attend(layer, x)
@@ -103,7 +113,7 @@ class NumpyStep:
         return torch.from_numpy(logits)
 
     def _attend(self, layer: _Layer, x: Array) -> None:
-        """Add to ``x`` [D] what its token attends to."""
+        """Add attention's output to the residual stream ``x`` [D]."""
         at = self.cache.length
         h, n_heads = self._normed(x, layer.attn_norm), len(layer.q)
         self._product(layer.q, h, self.qk[:n_heads])
@@ -127,7 +137,7 @@ class NumpyStep:
         x += self.out
 
     def _feed_forward(self, layer: _Layer, x: Array) -> None:
-        """Add to ``x`` [D] its SwiGLU: ``(g / (1 + exp(-g)) * u) Wd``."""
+        """Add SwiGLU's output ``(g / (1 + exp(-g)) * u) Wd`` to the residual stream ``x`` [D]."""
         h, gate, up = self._normed(x, layer.ffn_norm), self.gate, self.up
         self._product(layer.gate, h, gate)
         self._product(layer.up, h, up)

@@ -1,7 +1,7 @@
 """From logits to the next token, for every row of a batch with its own settings.
 
 The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p. The oracle is
-reference_np.sampling. Axes: B row, V vocabulary.
+reference_np.sampling. Suffixes: B row, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[SamplingConfig], device: torch.device) -> "Settings":
-        """Gather them from each row's own."""
+        """Stack the settings of each row, in the rows' order."""
         return cls(
             *(
                 torch.tensor([[getattr(row, name)] for row in rows], device=device, dtype=dtype)
@@ -38,9 +38,9 @@ class Settings(NamedTuple):
             )
         )
 
-    def rows(self, keep: Tensor) -> "Settings":
-        """Return those of some rows."""
-        return Settings(*(setting[keep] for setting in self))
+    def select_rows(self, rows: Tensor) -> "Settings":
+        """Return the settings of the rows of index int64 [n]."""
+        return Settings(*(setting[rows] for setting in self))
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Speculative decoding: a smaller model guesses, the model checks several guesses at a time.
 
-Checking costs about what one token does, since the weights are read once (Leviathan et al. 2022).
-Here a guess is right if it is the very token that the model itself chooses: what is written is
-what it would be without guesses, greedy or drawn, since a draw is a function of the seed. (Up to
+Checking costs about as much as decoding one token, since the weights are read once (Leviathan et
+al. 2022). A guess is right if it is the very token that the model itself chooses: the text is the
+same with and without guesses, greedy or drawn, since a draw is a function of the seed. (Up to
 rounding: products of several rows round unlike those of one. In float32 that is hardly ever seen;
 in half precision a draw may well fall otherwise, as often as between any two programs.)
+Suffixes: B row, T position, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -16,89 +17,125 @@ from ..common.errors import InputError
 from ..model.kv_cache import StaticCache
 from ..model.llama import Llama
 from .config import PREFILL_CHUNK, Decoding, SamplingConfig
-from .decoding import choose as choose_way
-from .engine import Batch
+from .cuda_graph import GraphStep, GraphStore
+from .decoding import choose_mode, make_step
+from .eager_step import EagerStep
+from .engine import DecodeBatch, most_new_tokens, require_fitting
 from .numpy_step import NumpyStep
 
 
-class Speculative(Batch):
-    """One sequence continued with guesses; see Batch. Guesses are the draft's likeliest tokens."""
+@torch.inference_mode()
+def speculative_batch(
+    model: Llama,
+    draft: Llama,
+    prompt: Sequence[int],
+    settings: SamplingConfig,
+    prefill_chunk: int = PREFILL_CHUNK,
+    decoding: Decoding = "auto",
+    n_guesses: int = 4,
+    graphs: GraphStore | None = None,
+) -> DecodeBatch:
+    """Return a batch of one sequence that is continued with a draft model's guesses.
+
+    Raises InputError for a draft of another vocabulary and a mode that cannot check guesses.
+    """
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"the draft's vocabulary has {draft.config.vocab_size} tokens and the model's "
+            f"{model.config.vocab_size}; give a draft with the model's tokenizer"
+        )
+    require_fitting(model, prompt)
+    n_tokens = most_new_tokens(model, prompt, settings)
+    # Only the model itself checks several tokens: kernels and NumPy decode one at a time.
+    if decoding in ("kernels", "numpy"):
+        raise InputError(f"--decoding {decoding} checks no guesses; leave it or --draft out")
+    if decoding == "auto":
+        mode = choose_mode("auto", model, 1, settings.max_new_tokens)
+        decoding = "graph" if mode in ("kernels", "graph") else "eager"
+    columns = len(prompt) + n_tokens
+    checker = make_step(model, 1, columns, n_tokens, decoding, graphs, n_guesses + 1)
+    assert isinstance(checker, EagerStep | GraphStep)
+    guesser = Draft(draft, checker.cache.size, prefill_chunk)
+    step = SpeculativeStep(checker, guesser, prompt, n_tokens, n_guesses)
+    return DecodeBatch(model, [prompt], [settings], prefill_chunk, step=step)
+
+
+class SpeculativeStep:
+    """One sequence's step, which checks guesses on the way: a DecodeStep, see decoding.py."""
+
+    is_captured = False  # which tokens are run next depends on the one that is read
 
     def __init__(
         self,
-        model: Llama,
-        draft: Llama,
+        checker: EagerStep | GraphStep,
+        draft: "Draft",
         prompt: Sequence[int],
-        settings: SamplingConfig,
-        prefill_chunk: int = PREFILL_CHUNK,
-        decoding: Decoding = "auto",
-        n_guesses: int = 4,
+        n_tokens: int,
+        n_guesses: int,
     ) -> None:
-        if draft.config.vocab_size != model.config.vocab_size:
-            raise InputError(
-                f"the draft's vocabulary has {draft.config.vocab_size} tokens and the model's "
-                f"{model.config.vocab_size}; give a draft with the model's tokenizer"
-            )
-        # What checks several tokens at once is the model itself; kernels and NumPy have one.
-        if decoding in ("kernels", "numpy"):
-            raise InputError(f"--decoding {decoding} checks no guesses; leave it or --draft out")
-        if decoding == "auto":
-            way = choose_way("auto", model, 1, settings.max_new_tokens)
-            decoding = "graph" if way in ("kernels", "graph") else "eager"
-        self.draft, self.n_guesses, self.text = draft, n_guesses, list(prompt)
-        self.chunk = prefill_chunk
-        self.guesses: list[int] = []
-        self.checked = torch.empty(0)  # logits after the last token and after each guess left
-        super().__init__(model, [prompt], [settings], prefill_chunk, decoding, n_guesses + 1)
-        weight, size = draft.model.embed_tokens.weight, self.cache.size
-        self.draft_cache = StaticCache(draft.config, 1, size, weight.dtype, weight.device)
-        is_quick = choose_way("auto", draft, 1, 1) == "numpy"
-        self.quick = NumpyStep(draft, self.draft_cache) if is_quick else None
+        self.checker, self.draft, self.n_guesses = checker, draft, n_guesses
+        self.text = list(prompt)  # and the tokens chosen after it
+        self.longest = len(prompt) + n_tokens
+        self.guesses: list[int] = []  # checked, and not yet chosen
+        self.checked_TV = torch.empty(0)  # logits after the last token and after each guess
 
-    def _read_ahead(self, results: Tensor) -> list[int]:
-        read: list[int] = results.tolist()  # what is run next depends on it
-        return read
+    @property
+    def cache(self) -> StaticCache:
+        """The model's cache."""
+        return self.checker.cache
 
-    def _run(self, ids_B: Tensor) -> None:
-        token = int(ids_B)
+    def begin(self, padding: Sequence[int]) -> None:
+        """Continue from the cache's length; one sequence has no padding."""
+        self.checker.begin(padding)
+
+    def decode(self, tokens_B: Tensor) -> Tensor:
+        """Return the logits [1, V] after one token: at once, if it was guessed."""
+        token = int(tokens_B)
         self.text.append(token)
         if self.guesses and self.guesses[0] == token:
             del self.guesses[0]
-            self.checked = self.checked[1:]
+            self.checked_TV = self.checked_TV[1:]
         else:
             self.cache.length = len(self.text) - 1  # forgets what was guessed wrong
-            self.guesses = self._guess(min(self.n_guesses, self.left[0] - 1))
-            self.checked = self._check([token, *self.guesses])
-        self.logits_BV = self.checked[:1]
+            remaining = self.longest - len(self.text)
+            self.guesses = self.draft.guess(self.text, min(self.n_guesses, remaining - 1))
+            self.checked_TV = self.checker.decode_row([token, *self.guesses])
+        return self.checked_TV[:1]
 
-    def _check(self, tokens: list[int]) -> Tensor:
-        """Return the logits [T, V] after each token."""
-        if self.graph:
-            spare = self.n_guesses + 1 - len(tokens)
-            self.graph.begin(self.pads)
-            row = torch.tensor([tokens + [0] * spare], device=self.device)
-            return self.graph(row)[0, : len(tokens)].clone()
-        row = torch.tensor([tokens], device=self.device)
-        hidden, _ = self.model.model(row, cache=self.cache)
-        return self.model.head(hidden[0])
+    def close(self) -> None:
+        """Give back the step that checks."""
+        self.checker.close()
 
-    def _guess(self, count: int) -> list[int]:
-        """Continue the text by the draft's likeliest tokens, as far as its context goes."""
-        room = self.draft.config.max_seq_len - len(self.text)
+
+class Draft:
+    """A smaller model that continues a text by its likeliest tokens, with a cache of its own."""
+
+    def __init__(self, model: Llama, size: int, prefill_chunk: int) -> None:
+        weight = model.model.embed_tokens.weight
+        self.model, self.prefill_chunk = model, prefill_chunk
+        self.cache = StaticCache(model.config, 1, size, weight.dtype, weight.device)
+        self.eager = EagerStep(model, self.cache)
+        is_quick = choose_mode("auto", model, 1, 1) == "numpy"
+        self.quick = NumpyStep(model, self.cache) if is_quick else None
+
+    def guess(self, text: Sequence[int], count: int) -> list[int]:
+        """Return the next ``count`` tokens after a text, or as many as the draft's context holds.
+
+        ``text`` is the last call's, perhaps shortened, with new tokens after it.
+        """
+        fitting = self.model.config.max_seq_len - len(text)
         guesses: list[int] = []
-        # All of the text but its newest token is known to be what the draft has read, if as long.
-        self.draft_cache.length = min(self.draft_cache.length, len(self.text) - 1)
-        tokens = self.text[self.draft_cache.length :]
-        while len(guesses) < min(count, room):
-            guesses.append(int(self._draft_logits(tokens).argmax()))
+        # All of the text but its newest token is what the draft has read, if as long.
+        self.cache.length = min(self.cache.length, len(text) - 1)
+        tokens = text[self.cache.length :]
+        while len(guesses) < min(count, fitting):
+            guesses.append(int(self._logits(tokens).argmax()))
             tokens = guesses[-1:]
         return guesses
 
-    def _draft_logits(self, tokens: list[int]) -> Tensor:
-        """Return the draft's logits [V] after these tokens, the next of its cache."""
+    def _logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits [V] after tokens, the next of the cache."""
+        row_BT = torch.tensor([tokens], device=self.cache.keys.device)
         if self.quick and len(tokens) == 1:
-            return self.quick(tokens[0])[0]
-        row = torch.tensor([tokens], device=self.draft_cache.keys.device)
-        for part in row.split(self.chunk, dim=1):
-            hidden, _ = self.draft.model(part, cache=self.draft_cache)
-        return self.draft.head(hidden[0, -1])
+            return self.quick.decode(row_BT[0])[0]
+        return self.eager.prefill(row_BT, self.prefill_chunk)[0]

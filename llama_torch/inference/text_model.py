@@ -8,10 +8,10 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -20,10 +20,10 @@ from ..common.device import pick_device
 from ..common.errors import InputError, has_surrogates
 from ..model.llama import Llama
 from ..tokenizer.chat_template import ChatTemplate, Llama2Template, Message, load_chat_template
-from ..tokenizer.detokenizer import TextStream
 from ..tokenizer.gpt2 import located
 from ..tokenizer.loading import end_ids, load_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
+from .completion import Completion, Writer
 from .config import (
     PREFILL_CHUNK,
     Decoding,
@@ -33,25 +33,18 @@ from .config import (
     Quantize,
     SamplingConfig,
 )
-from .engine import Batch, Token, run
+from .cuda_graph import GraphStore
+from .engine import DecodeBatch, run
 from .quantization import quantize as quantize_model
-from .speculative import Speculative
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was written after one prompt."""
-
-    text: str  # without the prompt, end tokens and stop texts
-    tokens: tuple[Token, ...]  # all drawn, with their log-probabilities where asked for
-    finish_reason: Literal["stop", "length"]
+from .speculative import speculative_batch
 
 
 class TextModel:
-    """A language model that takes and gives text. Made by ``load``.
+    """A language model with its tokenizer and chat template. Made by ``load``.
 
-    Every method takes the fields of SamplingConfig as keyword arguments, and raises InputError
-    for settings and prompts that cannot be honoured.
+    The keyword arguments of ``generate``, ``stream``, ``chat`` and ``stream_chat`` are the fields
+    of SamplingConfig, which documents them. All methods raise InputError for settings and prompts
+    that cannot be honoured.
     """
 
     def __init__(
@@ -65,11 +58,12 @@ class TextModel:
     ) -> None:
         self.ckpt, self.model, self.tokenizer, self._template = ckpt, model, tokenizer, template
         self.decoding, self.draft = decoding or DecodingConfig(), draft
+        self.graphs = GraphStore(model)
         self.end_ids = end_ids(ckpt, tokenizer, model.config.vocab_size)
 
     @cached_property
     def chat_template(self) -> ChatTemplate | Llama2Template:
-        """What turns a conversation into ids; InputError where the checkpoint has none."""
+        """The template that encodes a conversation; InputError where the checkpoint has none."""
         return load_chat_template(self.ckpt, self.tokenizer, self._template)
 
     def encode(self, prompt: str) -> list[int]:
@@ -79,9 +73,28 @@ class TextModel:
         with located(f"--prompt {prompt[:20]!r}"):
             return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
 
-    def generate(self, prompt: str, **settings: Any) -> Completion:
-        """Continue one prompt."""
-        return self._complete([self.encode(prompt)], [SamplingConfig(**settings)])[0]
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: tuple[str, ...] = (),
+        stop_tokens: tuple[str, ...] = (),
+        ignore_eos: bool = False,
+        logprobs: int = -1,
+    ) -> Completion:
+        """Return the continuation of one prompt."""
+        settings = SamplingConfig(
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
+            stop_tokens, ignore_eos, logprobs,
+        )  # fmt: skip
+        return self._complete([self.encode(prompt)], [settings])[0]
 
     def generate_batch(
         self,
@@ -101,24 +114,80 @@ class TextModel:
             raise InputError(f"{len(prompts)} prompts and {len(settings)} settings; give as many")
         return self._complete([self.encode(prompt) for prompt in prompts], settings, prefill_chunk)
 
-    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: tuple[str, ...] = (),
+        stop_tokens: tuple[str, ...] = (),
+        ignore_eos: bool = False,
+        logprobs: int = -1,
+    ) -> Iterator[str]:
         """Yield the continuation of one prompt as it is written, in whole characters."""
-        return self.stream_ids(self.encode(prompt), SamplingConfig(**settings))
+        settings = SamplingConfig(
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
+            stop_tokens, ignore_eos, logprobs,
+        )  # fmt: skip
+        return self.stream_ids(self.encode(prompt), settings)
 
-    def chat(self, messages: Sequence[Message], **settings: Any) -> Completion:
-        """Answer a conversation: ``[{"role": "user", "content": "Hello"}]``."""
-        ids = self.chat_template.encode(messages)
-        return self._complete([ids], [SamplingConfig(**settings)])[0]
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: tuple[str, ...] = (),
+        stop_tokens: tuple[str, ...] = (),
+        ignore_eos: bool = False,
+        logprobs: int = -1,
+    ) -> Completion:
+        """Return the answer to a conversation: ``[{"role": "user", "content": "Hello"}]``."""
+        settings = SamplingConfig(
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
+            stop_tokens, ignore_eos, logprobs,
+        )  # fmt: skip
+        return self._complete([self.chat_template.encode(messages)], [settings])[0]
 
-    def stream_chat(self, messages: Sequence[Message], **settings: Any) -> Iterator[str]:
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: tuple[str, ...] = (),
+        stop_tokens: tuple[str, ...] = (),
+        ignore_eos: bool = False,
+        logprobs: int = -1,
+    ) -> Iterator[str]:
         """Yield the answer to a conversation as it is written."""
-        return self.stream_ids(self.chat_template.encode(messages), SamplingConfig(**settings))
+        settings = SamplingConfig(
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
+            stop_tokens, ignore_eos, logprobs,
+        )  # fmt: skip
+        return self.stream_ids(self.chat_template.encode(messages), settings)
 
     def stream_ids(
         self, ids: Sequence[int], settings: SamplingConfig, prefill_chunk: int = PREFILL_CHUNK
     ) -> Iterator[str]:
         """Yield the text that continues token ids."""
-        return self._written([ids], [Writer(self, ids, settings)], prefill_chunk)
+        return self._written([ids], [self._writer(ids, settings)], prefill_chunk)
 
     def _complete(
         self,
@@ -126,60 +195,33 @@ class TextModel:
         settings: Sequence[SamplingConfig],
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> list[Completion]:
-        writers = [Writer(self, row, s) for row, s in zip(rows, settings, strict=True)]
+        writers = [self._writer(row, s) for row, s in zip(rows, settings, strict=True)]
         for _ in self._written(rows, writers, prefill_chunk):
             pass
         return [writer.completion() for writer in writers]
 
     def _written(
-        self, rows: Sequence[Sequence[int]], writers: Sequence["Writer"], prefill_chunk: int
+        self, rows: Sequence[Sequence[int]], writers: Sequence[Writer], prefill_chunk: int
     ) -> Iterator[str]:
         """Continue all rows to their ends; yield the new text of each token, rows mixed."""
         if not rows:
             return
-        settings, way = [writer.settings for writer in writers], self.decoding.decoding
+        settings, decoding = [writer.settings for writer in writers], self.decoding.decoding
         if self.draft is None:
-            batch = Batch(self.model, rows, settings, prefill_chunk, way)
+            batch = DecodeBatch(self.model, rows, settings, prefill_chunk, decoding, self.graphs)
         elif len(rows) > 1:
             raise InputError("--draft is for one prompt at a time; give one, or leave it out")
         else:
-            batch = Speculative(
-                self.model, self.draft, rows[0], settings[0], prefill_chunk, way,
-                self.decoding.guesses,
+            batch = speculative_batch(
+                self.model, self.draft, rows[0], settings[0], prefill_chunk, decoding,
+                self.decoding.guesses, self.graphs,
             )  # fmt: skip
         for token in run(batch, lambda token: writers[token.row].take(token)):
             if piece := writers[token.row].pieces[-1]:
                 yield piece
 
-
-class Writer:
-    """One row's text so far, and whether it has ended."""
-
-    def __init__(self, model: TextModel, ids: Sequence[int], settings: SamplingConfig) -> None:
-        self.settings = settings
-        self.stream = TextStream(model.tokenizer, ids, settings.stop)
-        self.stops = set() if settings.ignore_eos else set(model.end_ids)
-        self.stops |= {model.tokenizer.token_id(t, "--stop-tokens") for t in settings.stop_tokens}
-        self.pieces: list[str] = []
-        self.tokens: list[Token] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
-
-    def take(self, token: Token) -> bool:
-        """Add a token and its text; return whether it is one that ends the row."""
-        self.tokens.append(token)
-        piece = "" if token.id in self.stops else self.stream.push(token.id)
-        ended = token.id in self.stops or self.stream.stopped
-        if ended or token.last:
-            piece += "" if self.stream.stopped else self.stream.finish()
-            # What was held back may have held a stop text.
-            self.finish_reason = "stop" if ended or self.stream.stopped else "length"
-        self.pieces.append(piece)
-        return ended
-
-    def completion(self) -> Completion:
-        """Return the whole."""
-        assert self.finish_reason is not None
-        return Completion("".join(self.pieces), tuple(self.tokens), self.finish_reason)
+    def _writer(self, ids: Sequence[int], settings: SamplingConfig) -> Writer:
+        return Writer(self.tokenizer, self.end_ids, ids, settings)
 
 
 def load(

@@ -1,4 +1,8 @@
-"""Keys and values of the tokens so far: a value that grows, or room that is written in place."""
+"""Key/value caches: one that is a value and grows, one allocated once and written in place.
+
+Axes: L layer, B batch, N key/value heads, S key position (column), T this call's tokens,
+K head_dim.
+"""
 
 import math
 from typing import NamedTuple
@@ -11,23 +15,23 @@ from ..common.errors import InputError
 from .config import ModelConfig
 
 
-class Past(NamedTuple):
+class LayerCache(NamedTuple):
     """One layer's rotated keys and values [B, N, S, K]. Never written to."""
 
     keys: Tensor
     values: Tensor
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all keys and values, these [B, N, T, K] the last."""
+        """Return all keys and values [B, N, S + T, K], with k and v [B, N, T, K] the last."""
         return torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
 
 
-class Room(NamedTuple):
-    """One layer's share of a StaticCache, and the column where new keys and values go.
+class StaticLayerCache(NamedTuple):
+    """One layer of a StaticCache, [B, N, S, K], and the column of the next keys and values.
 
-    Where ``start`` is a tensor (int64 [T], a column for each token), the whole room is returned,
-    so that no shape depends on it and the call can be captured in a CUDA graph: the mask must
-    hide the columns not written yet.
+    Where ``start`` is a tensor (int64 [T], a column for each token), ``extend`` returns every
+    column, written or not, so that no shape depends on it and a CUDA graph can capture the call:
+    the mask must hide the columns not written yet.
     """
 
     keys: Tensor
@@ -57,16 +61,17 @@ class Cache(NamedTuple):
         """Key positions held, padding included."""
         return self.keys[0].shape[2]
 
-    def layer(self, i: int) -> Past:
-        """Return layer ``i``'s part."""
-        return Past(self.keys[i], self.values[i])
+    def layer(self, i: int) -> LayerCache:
+        """Return layer ``i``'s keys and values."""
+        return LayerCache(self.keys[i], self.values[i])
 
 
 class StaticCache:
-    """Room for ``size`` columns of every layer, allocated once: keys and values [L, B, N, S, K].
+    """Cache of ``size`` columns, allocated once: keys and values [L, B, N, S, K].
 
     A forward pass writes its keys and values here and returns the cache itself. Columns from
-    ``length`` on are free; making ``length`` smaller forgets the newest.
+    ``length`` on are free; making ``length`` smaller forgets the newest. Raises InputError where
+    there is no memory for it.
     """
 
     def __init__(
@@ -78,40 +83,42 @@ class StaticCache:
         device: torch.device | None = None,
     ) -> None:
         shape = (config.n_layers, rows, config.n_kv_heads, size, config.head_dim)
-        self.keys, self.values = (_room(shape, dtype, device) for _ in range(2))
+        self.keys, self.values = (allocate(shape, dtype, device) for _ in range(2))
         self.length = 0
 
     @property
     def size(self) -> int:
-        """Columns that there is room for."""
+        """Number of columns allocated."""
         return self.keys.shape[3]
 
-    def layer(self, i: int) -> Room:
-        """Return layer ``i``'s part."""
-        return Room(self.keys[i], self.values[i], self.length)
+    def layer(self, i: int) -> StaticLayerCache:
+        """Return layer ``i``'s keys and values, to be continued at column ``length``."""
+        return StaticLayerCache(self.keys[i], self.values[i], self.length)
 
     def clear(self) -> None:
-        """Forget all columns. Zeros again, as when it was made: see ``_room``."""
+        """Forget all columns and zero them, as ``allocate`` did."""
         self.keys.zero_()
         self.values.zero_()
         self.length = 0
 
-    def keep(self, rows: Tensor, drop: int) -> None:
-        """Keep some rows, without their first ``drop`` columns."""
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            layers, _, groups, size, width = old.shape
-            kept = _room((layers, len(rows), groups, size - drop, width), old.dtype, old.device)
-            kept[..., : self.length - drop, :] = old[:, rows, :, drop : self.length]
-            setattr(self, name, kept)
+    def select_rows(self, rows: Tensor, drop: int) -> None:
+        """Keep the rows of index int64 [n], without their first ``drop`` columns, in new memory."""
+        self.keys = self._selected(self.keys, rows, drop)  # one after the other: less memory
+        self.values = self._selected(self.values, rows, drop)
         self.length -= drop
 
+    def _selected(self, old: Tensor, rows: Tensor, drop: int) -> Tensor:
+        layers, _, groups, size, width = old.shape
+        new = allocate((layers, len(rows), groups, size - drop, width), old.dtype, old.device)
+        new[..., : self.length - drop, :] = old[:, rows, :, drop : self.length]
+        return new
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Return zeros: attention multiplies what a mask hides by zero, and zero times NaN is NaN.
 
-    On the CPU NumPy's, whose pages take no memory until they are written. Raises InputError
-    where there is no memory for them.
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Return zeros: attention multiplies masked values by zero, and zero times NaN is NaN.
+
+    On the CPU NumPy allocates them: its pages take no memory until they are written. Raises
+    InputError where there is no memory for them.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
     try:

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig
 from .embedding import Embedding
-from .kv_cache import Cache, Past, Room, StaticCache
+from .int8_linear import Int8Linear
+from .kv_cache import Cache, LayerCache, StaticCache, StaticLayerCache
+from .masks import default_mask
 from .rope import Tables, apply_rope, rope_tables
 
 Trace = Callable[[str, Tensor], None]
@@ -23,12 +25,6 @@ Trace = Callable[[str, Tensor], None]
 
 def no_trace(name: str, value: Tensor) -> None:
     """Ignore one activation."""
-
-
-def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    """Return the causal default [T, S]: the last query lines up with the last key."""
-    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-    return ones.tril(n_keys - n_queries)
 
 
 class Attention(nn.Module):
@@ -51,14 +47,13 @@ class Attention(nn.Module):
         tables: Tables,
         mask: Tensor | None,
         is_causal: bool,
-        past: Past | Room | None,
+        past: LayerCache | StaticLayerCache | None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the output [B, T, D] and the extended keys and values [B, N, S, K].
 
-        mask [B, 1, T, S]; None with ``is_causal`` is the causal mask of a call without a
-        past (torch aligns it top-left, which is wrong for any other), and None without it
-        lets every query see every key.
+        mask is bool [B, 1, T, S]; None with ``is_causal`` is the causal mask of a call without
+        a cache, and None without it lets every query attend to every key. See masks.py.
         """
         shape = (*h_BTD.shape[:2], -1, self.head_dim)
         q_BTHK = self.q_proj(h_BTD).view(shape)
@@ -120,7 +115,7 @@ class Block(nn.Module):
         tables: Tables,
         mask: Tensor | None,
         is_causal: bool,
-        past: Past | Room | None,
+        past: LayerCache | StaticLayerCache | None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the stream after this block and the block's keys and values."""
@@ -162,9 +157,9 @@ class Decoder(nn.Module):
         length, device = tokens_BT.shape[1], tokens_BT.device
         if positions is None:
             positions = torch.arange(start, start + length, device=device)[None]
-        is_causal = mask is None and start == 0
-        if mask is None and start and length > 1:  # one query after a past sees everything
-            mask = causal_mask(length, start + length, device)[None]
+        is_causal = False
+        if mask is None:
+            mask, is_causal = default_mask(length, start, device)
         mask = None if mask is None else mask[:, None]  # the same for every head
         x_BTD = self.embed_tokens(tokens_BT)
         trace("embed", x_BTD)
@@ -204,8 +199,9 @@ class Llama(nn.Module):
         embedding = self.model.embed_tokens.weight
         if self.config.tie_embeddings:
             return embedding
-        dequantised = getattr(self.lm_head, "dequantised", None)
-        return dequantised(embedding.dtype) if dequantised else self.lm_head.weight
+        if isinstance(self.lm_head, Int8Linear):
+            return self.lm_head.dequantised(embedding.dtype)
+        return self.lm_head.weight
 
     def forward(
         self,
@@ -241,11 +237,6 @@ class Llama(nn.Module):
         tied = self.config.tie_embeddings
         logits: Tensor = F.linear(x_BTD, self.head_weight) if tied else self.lm_head(x_BTD)
         return logits
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out captured decoding steps, which cannot be copied; see decoding.py."""
-        state: dict[str, Any] = super().__getstate__()
-        return {name: value for name, value in state.items() if name != "_graph_steps"}
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

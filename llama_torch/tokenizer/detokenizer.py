@@ -7,7 +7,7 @@ from .tokenizer import Tokenizer
 UNFINISHED = "\ufffd"  # how decoders show the bytes of a character that is not complete
 
 
-class TextStream:
+class Detokenizer:
     """Text as it becomes complete, one token at a time.
 
     A character is never split between two pieces, and neither is a stop text: what may become

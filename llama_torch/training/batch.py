@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..model.loss import IGNORE
+from ..model.masks import document_mask
 from ..tokenizer.gpt2 import END_OF_TEXT_ID
 
 
@@ -52,7 +53,5 @@ def pack_documents(window: Tensor, end: int = END_OF_TEXT_ID) -> Batch:
     begins = torch.ones_like(is_end)
     begins[:, 1:] = is_end[:, :-1]
     first_BT = (place_T * begins).cummax(1).values
-    same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
-    mask_BTS = same_BTS & (place_T[:, None] >= place_T)
     targets_BT = targets_BT.masked_fill(is_end, IGNORE)
-    return Batch(tokens_BT, targets_BT, place_T - first_BT, mask_BTS)
+    return Batch(tokens_BT, targets_BT, place_T - first_BT, document_mask(document_BT))

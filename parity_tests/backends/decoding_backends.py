@@ -16,6 +16,7 @@ from llama_torch.inference.config import Decoding
 from llama_torch.inference.cuda_graph import GraphStep
 from llama_torch.inference.numpy_step import NumpyStep
 from llama_torch.inference.quantization import dequantised, quantize
+from llama_torch.inference.step_inputs import StepInputs
 from llama_torch.model.kv_cache import StaticCache
 from llama_torch.model.llama import Llama
 from reference_np.backend import Array, Params
@@ -107,7 +108,7 @@ class Numpy(Stepwise):
         rows = []
         for i, row in enumerate(tokens):
             step = NumpyStep(model, _row(room, i))
-            rows.append(torch.cat([step(token) for token in row.tolist()]))
+            rows.append(torch.cat([step.decode(token) for token in torch.from_numpy(row).split(1)]))
         return torch.stack(rows)
 
 
@@ -117,12 +118,12 @@ class Kernels(Stepwise):
     def _steps(
         self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        from llama_torch.inference.triton_step import KernelStep
+        from llama_torch.inference.triton_step import TritonStep
 
         rows = zip(tokens, positions, mask, strict=True)
         return torch.cat(
             [
-                self._run(KernelStep, model, _row(room, i), *(part[None] for part in row))
+                self._run(TritonStep, model, _row(room, i), *(part[None] for part in row))
                 for i, row in enumerate(rows)
             ]
         )
@@ -130,23 +131,23 @@ class Kernels(Stepwise):
     def _run(
         self, kind: Any, model: Llama, room: Any, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        """Take the steps of a KernelStep, or a BatchStep, on all rows of ``room``."""
+        """Take the steps of a TritonStep, or a TritonBatchStep, on all rows of ``room``."""
 
         def put(array: Array) -> torch.Tensor:
             return torch.from_numpy(np.array(array)).to(self.device)
 
-        allowed = torch.zeros(len(tokens), room.size, dtype=torch.bool, device=self.device)
-        step = kind(model, room, int(positions.max()) + 1, allowed)
-        step.begin()
+        inputs = StepInputs(len(tokens), room.size, 1, self.device)
+        inputs.allowed.fill_(False)
+        step = kind(model, room, inputs, inputs.allowed, int(positions.max()) + 1)
+        step.refresh()
         found = []
         for t in range(tokens.shape[1]):
-            step.token.copy_(put(tokens[:, t]))
-            step.position.copy_(put(positions[:, t]))
-            step.column.fill_(room.length + t)
-            allowed[:, : mask.shape[2]] = put(mask[:, t])
-            step.run()
-            found.append(step.logits.clone())
-        return torch.stack(found, dim=1)
+            inputs.token.copy_(put(tokens[:, t : t + 1]))
+            inputs.position.copy_(put(positions[:, t : t + 1]))
+            inputs.column.fill_(room.length + t)
+            inputs.allowed[:, : mask.shape[2]] = put(mask[:, t])
+            found.append(step.launch().clone())
+        return torch.cat(found, dim=1)
 
 
 class BatchKernels(Kernels):
@@ -155,17 +156,17 @@ class BatchKernels(Kernels):
     def _steps(
         self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        from llama_torch.inference.triton_batch_step import BatchStep
+        from llama_torch.inference.triton_batch_step import TritonBatchStep
 
-        return self._run(BatchStep, model, room, tokens, positions, mask)
+        return self._run(TritonBatchStep, model, room, tokens, positions, mask)
 
 
 class Graph(Stepwise):
     """Captured in a CUDA graph."""
 
-    def __init__(self, way: Decoding, **settings: Any) -> None:
+    def __init__(self, mode: Decoding, **settings: Any) -> None:
         super().__init__("cuda", **settings)
-        self.way = way
+        self.mode = mode
 
     def _steps(
         self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
@@ -179,15 +180,17 @@ class Graph(Stepwise):
         logging.getLogger("llama_torch.inference.cuda_graph").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler advises other precisions
-            step = GraphStep(model, len(tokens), room.size, self.way)
+            step = GraphStep(model, len(tokens), room.size, self.mode)
         step.cache.keys.copy_(room.keys)
         step.cache.values.copy_(room.values)
         step.cache.length = room.length
         step.begin(pads.tolist())
         found = []
         for t in range(tokens.shape[1]):
-            step.position.copy_(torch.from_numpy(positions[:, t : t + 1].copy()))
-            found.append(step(torch.from_numpy(tokens[:, t : t + 1]).to(self.device)).clone())
+            step.inputs.position.copy_(torch.from_numpy(positions[:, t : t + 1].copy()))
+            found.append(
+                step.replay(torch.from_numpy(tokens[:, t : t + 1]).to(self.device)).clone()
+            )
         room.keys, room.values = step.cache.keys, step.cache.values
         return torch.cat(found, dim=1)
 

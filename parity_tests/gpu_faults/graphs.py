@@ -3,8 +3,10 @@
 from .fault import Fault
 
 CUDA_GRAPH = "inference/cuda_graph.py"
+STEP_INPUTS = "inference/step_inputs.py"
 ENGINE = "inference/engine.py"
 KV_CACHE = "model/kv_cache.py"
+MASKS = "model/masks.py"
 
 GRAPHS = (
     Fault(
@@ -26,24 +28,24 @@ GRAPHS = (
     Fault(
         "a step for less room",
         CUDA_GRAPH,
-        "key = rows, size, way,",
-        "key = rows, way,",
+        "key = rows, size, mode,",
+        "key = rows, mode,",
         "a longer request runs past the cache",
         "room_grows",
     ),
     Fault(
         "a step for fewer rows",
         CUDA_GRAPH,
-        "key = rows, size, way, n_tokens,",
-        "key = size, way, n_tokens,",
+        "key = rows, size, mode, n_tokens,",
+        "key = size, mode, n_tokens,",
         "a batch is given one row's graph",
         "fewer_rows",
     ),
     Fault(
         "a step of several tokens for one",
         CUDA_GRAPH,
-        "key = rows, size, way, n_tokens,",
-        "key = rows, size, way,",
+        "key = rows, size, mode, n_tokens,",
+        "key = rows, size, mode,",
         "speculation's graph continues a plain request",
         "several_tokens",
     ),
@@ -97,7 +99,7 @@ GRAPHS = (
     ),
     Fault(
         "stale column",
-        CUDA_GRAPH,
+        STEP_INPUTS,
         "        self.column.copy_(new)\n",
         "",
         "a graph goes on at the last request's column",
@@ -105,41 +107,41 @@ GRAPHS = (
     ),
     Fault(
         "stale positions",
-        CUDA_GRAPH,
-        "self.position.copy_((new - self.pads).clamp(min=0))",
+        STEP_INPUTS,
+        "self.position.copy_((new - self.padding).clamp(min=0))",
         "self.position.copy_(new.expand_as(self.position))",
         "padding counts as positions",
         "padding",
     ),
     Fault(
         "stale padding",
-        CUDA_GRAPH,
-        "        self.pads.copy_(torch.tensor(pads)[:, None])\n",
-        "        self.pads.copy_(torch.maximum(self.pads, "
-        "torch.tensor(pads)[:, None].to(self.pads)))\n",
+        STEP_INPUTS,
+        "        self.padding.copy_(torch.tensor(padding)[:, None])\n",
+        "        self.padding.copy_(torch.maximum(self.padding, "
+        "torch.tensor(padding)[:, None].to(self.padding)))\n",
         "the request before hides columns of this one",
         "padding",
     ),
     Fault(
         "padding is seen",
-        CUDA_GRAPH,
-        " & (self.columns >= self.pads[..., None])",
+        MASKS,
+        " & (columns_S >= padding_B1[..., None])",
         "",
-        "a graph's mask is causal alone",
+        "the mask is causal alone",
         "padding and graph",
     ),
     Fault(
         "first token of a padded row hidden",
-        CUDA_GRAPH,
-        "torch.ge(self.columns, self.pads, out=self.allowed)",
-        "torch.gt(self.columns, self.pads, out=self.allowed)",
+        STEP_INPUTS,
+        "torch.ge(self.columns, self.padding, out=self.allowed)",
+        "torch.gt(self.columns, self.padding, out=self.allowed)",
         "the kernels' mask is off by one",
         "padding and kernels",
         only_gpu=True,
     ),
     Fault(
         "one column for all tokens",
-        CUDA_GRAPH,
+        STEP_INPUTS,
         "        self.column.add_(self.n_tokens)\n",
         "",
         "every token replaces the one before",

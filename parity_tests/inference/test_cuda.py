@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from llama_torch.common.errors import InputError
 from llama_torch.config import TrainConfig
 from llama_torch.inference.config import Decoding, SamplingConfig
-from llama_torch.inference.cuda_graph import GraphStep
-from llama_torch.inference.engine import Batch, generate, run
+from llama_torch.inference.cuda_graph import GraphStep, GraphStore
+from llama_torch.inference.engine import DecodeBatch, generate, run
 from llama_torch.inference.quantization import dequantised, quantize
-from llama_torch.inference.speculative import Speculative
+from llama_torch.inference.speculative import speculative_batch
 from llama_torch.training.bad_steps import Guard
 from reference_np.config import LlamaConfig
 from tools import compare
@@ -26,7 +26,7 @@ from ..backends.torch_model import save_numpy, torch_model
 from ..conformance.strategies import Case, cast, random_params, wide_cases
 
 GREEDY = SamplingConfig(max_new_tokens=8, temperature=0)
-WAYS: tuple[Decoding, ...] = ("graph", "kernels")
+MODES: tuple[Decoding, ...] = ("graph", "kernels")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -63,40 +63,41 @@ def test_a_batch_equals_the_cpus_single_runs(temperature: float, case: Case) -> 
     prompts = [case.tokens[0].tolist(), case.tokens[0, :3].tolist()]
     each = [SamplingConfig(8, temperature, repetition_penalty=1.2, seed=i) for i in range(2)]
     alone = [list(generate(model, *row)) for row in zip(prompts, each, strict=True)]
-    batch, found = Batch(model.cuda(), prompts, each, prefill_chunk=5), ([], [])
+    batch, found = DecodeBatch(model.cuda(), prompts, each, prefill_chunk=5), ([], [])
+    batch.prefill()
     for _ in range(8):
-        for token in batch.choose():
+        for token in batch.sample():
             found[token.row].append(token.id)
-        batch.advance()
+        batch.decode_one_token()
     assert list(found) == alone
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("way", ["graph", "kernels", "compiled"])
+@pytest.mark.parametrize("mode", ["graph", "kernels", "compiled"])
 @given(case=wide_cases())
 @settings(max_examples=3)
-def test_every_way_writes_the_same(way: Decoding, int8: bool, case: Case) -> None:
+def test_every_mode_writes_the_same(mode: Decoding, int8: bool, case: Case) -> None:
     """A second request takes the captured step again, with another prompt and length."""
     model = torch_model(case.config, cast(case.params, np.float64)).cuda()
     model = quantize(model) if int8 else model
-    text = case.tokens[0].tolist()
+    text, graphs = case.tokens[0].tolist(), GraphStore(model)
     for prompt, n_new in ((text, 12), (text[:3], 40), (text[2:], 5)):
         one = SamplingConfig(n_new, temperature=0.9, seed=n_new)
         expected = list(generate(model, prompt, one, decoding="eager"))
-        assert list(generate(model, prompt, one, decoding=way)) == expected
-    assert len(model.__dict__["_graph_steps"]) == 1
+        assert list(generate(model, prompt, one, decoding=mode, graphs=graphs)) == expected
+    assert len(graphs.steps) == 1
 
 
-@pytest.mark.parametrize("way", ["graph", "kernels", "compiled"])
+@pytest.mark.parametrize("mode", ["graph", "kernels", "compiled"])
 @given(case=wide_cases())
 @settings(max_examples=3)
-def test_rows_in_a_graph_end_when_they_like(way: Decoding, case: Case) -> None:
+def test_rows_in_a_graph_end_when_they_like(mode: Decoding, case: Case) -> None:
     model = torch_model(case.config, cast(case.params, np.float64)).cuda()
     prompts = [case.tokens[0].tolist(), case.tokens[0, :3].tolist(), [5, 4]]
     each = [SamplingConfig(n, temperature=0) for n in (3, 12, 7)]
     alone = [list(generate(model, *row)) for row in zip(prompts, each, strict=True)]
     found: tuple[list[int], ...] = ([], [], [])
-    for token in run(Batch(model, prompts, each, decoding=way), lambda token: False):
+    for token in run(DecodeBatch(model, prompts, each, decoding=mode)):
         found[token.row].append(token.id)
     assert list(found) == alone
 
@@ -110,25 +111,25 @@ def test_int8_rows_on_tensor_cores(case: Case) -> None:
     tokens = torch.from_numpy(np.stack([np.roll(case.tokens[0], i) for i in range(3)])).cuda()
     exact = torch_model(case.config, weights)(tokens.cpu())[0].cuda()
     errors = {}
-    for way in WAYS:
-        step = GraphStep(model, len(tokens), tokens.shape[1], way)
+    for mode in MODES:
+        step = GraphStep(model, len(tokens), tokens.shape[1], mode)
         step.begin([0] * len(tokens))
-        logits = [step(column).double().clone() for column in tokens.split(1, dim=1)]
-        errors[way] = (torch.cat(logits, dim=1) - exact).norm() / exact.norm()
+        logits = [step.replay(column).double().clone() for column in tokens.split(1, dim=1)]
+        errors[mode] = (torch.cat(logits, dim=1) - exact).norm() / exact.norm()
     assert 0 < errors["kernels"] <= 1.5 * errors["graph"]
 
 
-@pytest.mark.parametrize("way", ["auto", "eager"])
+@pytest.mark.parametrize("mode", ["auto", "eager"])
 @given(case=wide_cases())
 @settings(max_examples=3)
-def test_guesses_change_nothing(way: Decoding, case: Case) -> None:
+def test_guesses_change_nothing(mode: Decoding, case: Case) -> None:
     params = cast(case.params, np.float64)
     model, draft = (torch_model(case.config, params).cuda() for _ in range(2))
     with torch.no_grad():
         draft.model.norm.weight.mul_(torch.linspace(0.5, 1.5, case.config.dim).cuda())
     prompt, settings = case.tokens[0, :3].tolist(), SamplingConfig(40, temperature=0)
-    batch = Speculative(model, draft, prompt, settings, decoding=way)
-    found = [token.id for token in run(batch, lambda token: False)]
+    batch = speculative_batch(model, draft, prompt, settings, decoding=mode)
+    found = [token.id for token in run(batch)]
     assert found == list(generate(model, prompt, settings, decoding="eager"))
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from llama_torch.common.errors import InputError
 from llama_torch.inference import decoding, numpy_step
 from llama_torch.inference.config import SamplingConfig
-from llama_torch.inference.engine import Batch, generate, run
+from llama_torch.inference.eager_step import EagerStep
+from llama_torch.inference.engine import DecodeBatch, generate, run
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from reference_np import sampling
@@ -35,7 +36,7 @@ def together(
 ) -> list[list[int]]:
     """Continue rows in one batch; each ends after its own number of tokens."""
     found = [[] for _ in prompts]
-    for token in run(Batch(model, prompts, each, chunk), lambda token: False):
+    for token in run(DecodeBatch(model, prompts, each, chunk)):
         found[token.row].append(token.id)
     return found
 
@@ -140,7 +141,7 @@ def test_limits(small: Llama) -> None:
     long = dataclasses.replace(GREEDY, max_new_tokens=100)
     assert len(list(generate(small, [1] * 9, long))) == 3  # the context holds 12
     assert len(list(generate(small, [1] * 11, long))) == 1
-    filled = [t.last for t in run(Batch(small, [[1] * 9], [SamplingConfig(3)]), lambda _: False)]
+    filled = [t.last for t in run(DecodeBatch(small, [[1] * 9], [SamplingConfig(3)]))]
     assert filled == [False, False, True]
     assert len(list(generate(small, [1], dataclasses.replace(GREEDY, max_new_tokens=2)))) == 2
     (first, *_) = generate(small, [1], GREEDY)
@@ -156,7 +157,7 @@ def test_limits(small: Llama) -> None:
         ([50], "outside the vocabulary"),
     ):
         with pytest.raises(InputError, match=message):
-            Batch(small, [[1], prompt], [GREEDY, GREEDY])
+            DecodeBatch(small, [[1], prompt], [GREEDY, GREEDY])
 
 
 def test_the_seed_decides(small: Llama) -> None:
@@ -172,16 +173,17 @@ def test_log_probabilities_are_the_models_own(small: Llama) -> None:
     settings = SamplingConfig(
         temperature=0.3, top_k=3, repetition_penalty=1.5, logprobs=2, max_new_tokens=4
     )
-    batch, text = Batch(small, [[3, 4], [5]], [settings, GREEDY]), [3, 4]
+    batch, text = DecodeBatch(small, [[3, 4], [5]], [settings, GREEDY]), [3, 4]
+    batch.prefill()
     for _ in range(4):
-        mine, other = batch.choose()
+        mine, other = batch.sample()
         logits, _ = small(torch.tensor([text]))
         right = logits[0, -1].double().log_softmax(-1)
         assert mine.logprob == pytest.approx(right[mine.id].item(), abs=1e-5)
-        assert [i for i, _ in mine.likeliest] == right.topk(2).indices.tolist()
-        assert (other.logprob, other.likeliest) == (None, ())
+        assert [i for i, _ in mine.top_logprobs] == right.topk(2).indices.tolist()
+        assert (other.logprob, other.top_logprobs) == (None, ())
         text.append(mine.id)
-        batch.advance()
+        batch.decode_one_token()
 
 
 def test_a_broken_model_says_so(small: Llama) -> None:
@@ -195,9 +197,10 @@ def test_a_broken_model_says_so(small: Llama) -> None:
 
 def test_positions_count_a_rows_own_tokens(small: Llama) -> None:
     """Rotations are relative, so that no output would show a row's positions shifted."""
-    batch = Batch(small, [[1, 2, 3], [4]], [GREEDY, GREEDY])
-    batch.choose()
-    positions, mask = batch._placed(2)
+    batch = DecodeBatch(small, [[1, 2, 3], [4]], [GREEDY, GREEDY])
+    batch.prefill()
+    assert isinstance(batch.step, EagerStep)
+    positions, mask = batch.step._positions_and_mask(2)
     assert positions is not None
     assert mask is not None
     assert positions.tolist() == [[3, 4], [1, 2]]
@@ -205,7 +208,7 @@ def test_positions_count_a_rows_own_tokens(small: Llama) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "capability", "way"),
+    ("rows", "dtype", "capability", "mode"),
     [
         (1, torch.float32, (7, 5), "kernels"),
         (2, torch.bfloat16, (9, 0), "kernels"),
@@ -215,11 +218,11 @@ def test_positions_count_a_rows_own_tokens(small: Llama) -> None:
         (2, torch.float32, (9, 0), "graph"),
     ],
 )
-def test_the_way_that_a_gpu_decodes(
+def test_the_mode_that_a_gpu_decodes_in(
     rows: int,
     dtype: torch.dtype,
     capability: tuple[int, int],
-    way: str,
+    mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As chosen for a GPU that is not there."""
@@ -229,8 +232,8 @@ def test_the_way_that_a_gpu_decodes(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for version, has_kernels in (("3.6.0", True), ("3.10.1+git", True), ("3.5.1", False)):
         monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
-        found = decoding.choose("auto", model, rows, 100)
-        assert found == (way if has_kernels else "graph")
-    assert decoding.choose("auto", model, rows, 8) == "eager"
+        found = decoding.choose_mode("auto", model, rows, 100)
+        assert found == (mode if has_kernels else "graph")
+    assert decoding.choose_mode("auto", model, rows, 8) == "eager"
     with pytest.raises(InputError, match=r"needs an NVIDIA GPU and triton 3\.6"):
-        decoding.choose("kernels", model, rows, 100)
+        decoding.choose_mode("kernels", model, rows, 100)

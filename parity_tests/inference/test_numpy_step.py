@@ -46,7 +46,7 @@ class Steps:
             logits, cache = model(torch.from_numpy(tokens), cache=cache)
             return logits.numpy(), cache
         assert NumpyStep.supports(model)
-        return NumpyStep(model, cache)(tokens.item())[None].numpy(), cache
+        return NumpyStep(model, cache).decode(torch.from_numpy(tokens[0]))[None].numpy(), cache
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -90,15 +90,15 @@ def test_a_step_returns_new_logits_and_writes_nothing_but_its_column() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cache = StaticCache(config, 1, 3)
     step = NumpyStep(model, cache)
-    first = step(4)
+    first = step.decode(torch.tensor([4]))
     kept, keys = first.clone(), cache.keys[..., :1, :].clone()
-    second = step(5)
+    second = step.decode(torch.tensor([5]))
     assert first.shape == (1, 9)
     assert torch.equal(first, kept)
     assert not torch.equal(first, second)
     assert torch.equal(cache.keys[..., :1, :], keys)
     cache.length = 1  # forget the newest
-    assert torch.equal(step(5), second)
+    assert torch.equal(step.decode(torch.tensor([5])), second)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

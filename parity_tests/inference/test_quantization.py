@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_torch.inference.perplexity import evaluate
-from llama_torch.inference.quantization import Int8Linear, dequantised, quantize
+from llama_torch.inference.quantization import dequantised, quantize
 from llama_torch.model.config import ModelConfig
+from llama_torch.model.int8_linear import Int8Linear
 from llama_torch.model.llama import Llama
 from llama_torch.tokenizer.tokenizer import Gpt2
 

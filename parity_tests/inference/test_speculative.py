@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from llama_torch.common.errors import InputError
 from llama_torch.inference.config import SamplingConfig
-from llama_torch.inference.engine import generate, run
-from llama_torch.inference.speculative import Speculative
+from llama_torch.inference.engine import DecodeBatch, generate, run
+from llama_torch.inference.speculative import speculative_batch
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 
@@ -21,8 +21,8 @@ from ..conformance.strategies import Case, cast, random_params, wide_cases
 pytestmark = pytest.mark.numeric
 
 
-def written(batch: Speculative) -> list[int]:
-    return [token.id for token in run(batch, lambda token: False)]
+def written(batch: DecodeBatch) -> list[int]:
+    return [token.id for token in run(batch)]
 
 
 @given(
@@ -44,7 +44,7 @@ def test_the_tokens_are_the_plain_ones(
     prompt = case.tokens[0, :3].tolist()
     settings = SamplingConfig(12, temperature, repetition_penalty=penalty, seed=3)
     plain = list(generate(model, prompt, settings))
-    assert written(Speculative(model, draft, prompt, settings, n_guesses=n_guesses)) == plain
+    assert written(speculative_batch(model, draft, prompt, settings, n_guesses=n_guesses)) == plain
 
 
 @given(case=wide_cases(), n_guesses=st.integers(1, 6))
@@ -53,17 +53,19 @@ def test_right_guesses_save_passes(case: Case, n_guesses: int) -> None:
     params = cast(case.params, np.float64)
     model, draft = (torch_model(case.config, params) for _ in range(2))
     settings = SamplingConfig(12, temperature=0)
-    batch = Speculative(model, draft, case.tokens[0, :3].tolist(), settings, n_guesses=n_guesses)
+    batch = speculative_batch(
+        model, draft, case.tokens[0, :3].tolist(), settings, n_guesses=n_guesses
+    )
     with patch.object(model.model, "forward", wraps=model.model.forward) as passes:
         tokens = written(batch)
-    # The first token needs none: the prompt's own pass chose it.
-    assert passes.call_count == -(-(len(tokens) - 1) // (n_guesses + 1))
+    # The first token needs none but the prompt's own pass.
+    assert passes.call_count == 1 + -(-(len(tokens) - 1) // (n_guesses + 1))
 
 
 def test_a_draft_of_another_vocabulary_is_refused() -> None:
     small = ModelConfig(8, 1, 2, 1, hidden_dim=12, vocab_size=50)
     model, draft = Llama(small), Llama(replace(small, vocab_size=60))
     with pytest.raises(InputError, match="vocabulary has 60 tokens and the model's 50"):
-        Speculative(model, draft, [1], SamplingConfig(4))
+        speculative_batch(model, draft, [1], SamplingConfig(4))
     with pytest.raises(InputError, match="numpy checks no guesses"):
-        Speculative(model, model, [1], SamplingConfig(4), decoding="numpy")
+        speculative_batch(model, model, [1], SamplingConfig(4), decoding="numpy")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from llama_torch.inference.step_inputs import StepInputs
 from llama_torch.model import loss
 from llama_torch.model.kv_cache import StaticCache
 from reference_np import ops
@@ -162,22 +163,22 @@ def test_several_sequences_are_decoded_as_the_oracle_computes_them(
     ],
 )
 def test_attention_joins_its_shares_of_many_keys(
-    shares: int, rows: int, masked: bool, config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+    shares: int, rows: int, masked: bool, config: LlamaConfig
 ) -> None:
     """Scores near one, of thousands, and all of them far below zero; what may not be seen is NaN.
 
     One step serves all lengths: what an earlier call left behind must not be met again.
     """
-    from llama_torch.inference.triton_step import KEYS, KernelStep
+    from llama_torch.inference.triton_step import KEYS, TritonBuffers
 
     size = 9 * KEYS
-    monkeypatch.setattr(KernelStep, "programs", shares * rows * config.n_heads)
     model = torch_model(config, random_params(config, 0)).to(DEVICE)
     cache = StaticCache(model.config, rows, size, torch.float64, DEVICE)
-    allowed = torch.zeros(rows, size, dtype=torch.bool, device=DEVICE)
-    step = KernelStep(model, cache, allowed=allowed if masked else None)
-    step.mixed = torch.zeros_like(step.q)
-    assert step.shares == shares
+    inputs = StepInputs(rows, size, 1, DEVICE)
+    allowed, programs = inputs.allowed, shares * rows * config.n_heads
+    buffers = TritonBuffers(model, cache, inputs, allowed if masked else None, 0, programs)
+    mixed = torch.zeros_like(buffers.q)
+    assert buffers.shares == shares
     rng = np.random.default_rng(3)
     for length in (1, KEYS, KEYS + 1, 5 * KEYS - 1, size - 1, size):
         for scale, offset in ((1.0, 0.0), (3000.0, 0.0), (1.0, -1e4)):
@@ -187,10 +188,10 @@ def test_attention_joins_its_shares_of_many_keys(
                 room[0, :, :, :length] = torch.from_numpy(values)
             allowed.zero_()
             allowed[:, :length] = torch.from_numpy(case.allowed)
-            step.q.copy_(torch.from_numpy(case.q).flatten(1))
-            step.column.fill_(length - 1)
-            step._attend(0)
-            found = step.mixed.view(case.expected.shape).cpu().numpy()
+            buffers.q.copy_(torch.from_numpy(case.q).flatten(1))
+            inputs.column.fill_(length - 1)
+            buffers.attend(0, mixed)
+            found = mixed.view(case.expected.shape).cpu().numpy()
             assert logic_error(found, case.expected) <= LOGIC, (length, scale, offset)
 
 

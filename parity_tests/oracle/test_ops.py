@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, note
 from hypothesis import strategies as st
 
-from llama_torch.model import llama, rope
+from llama_torch.model import masks as torch_masks
+from llama_torch.model import rope
 from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.tolerances import (
@@ -211,7 +212,7 @@ def attention_bound(q: Array, k: Array, v: Array, exact: Array) -> float:
 def test_causal_mask(n_queries: int, n_past: int) -> None:
     n_keys = n_past + n_queries
     mask = ops.causal_mask(n_queries, n_keys)
-    torch_mask = llama.causal_mask(n_queries, n_keys, torch.device("cpu"))
+    torch_mask = torch_masks.causal_mask(n_queries, n_keys, torch.device("cpu"))
     assert np.array_equal(torch_mask.numpy(), mask)
     for query in range(n_queries):
         assert mask[query].sum() == n_past + query + 1

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_torch.common.errors import InputError
-from llama_torch.tokenizer.detokenizer import TextStream
+from llama_torch.tokenizer.detokenizer import Detokenizer
 from llama_torch.tokenizer.gpt2 import gpt2
 from llama_torch.tokenizer.loading import end_ids, load_tokenizer
 from llama_torch.tokenizer.tokenizer import Gpt2, Json, SentencePiece, Tokenizer
@@ -93,7 +93,7 @@ def test_streamed_pieces_are_whole_and_make_the_text(
     tokenizer = tokenizers[kind]
     start = [*tokenizer.prefix, *tokenizer.encode(before)]
     ids = tokenizer.encode(text)
-    stream = TextStream(tokenizer, start)
+    stream = Detokenizer(tokenizer, start)
     shown = [stream.push(id_) for id_ in ids]
     assert all("\ufffd" not in piece for piece in shown) or "\ufffd" in text
     whole = tokenizer.decode([*start, *ids])
@@ -104,7 +104,7 @@ def test_streamed_pieces_are_whole_and_make_the_text(
 @example(text="🙂漢é")
 def test_a_piece_comes_with_its_last_byte(text: str) -> None:
     encoding, ids = gpt2(), gpt2().encode_ordinary(text)
-    stream, shown, raw = TextStream(Gpt2(), []), "", b""
+    stream, shown, raw = Detokenizer(Gpt2(), []), "", b""
     for id_ in ids:
         raw += encoding.decode_single_token_bytes(id_)
         shown += stream.push(id_)
@@ -123,15 +123,15 @@ def test_a_character_after_characters_in_bytes(
     tokenizer = tokenizers["spaced"]
     start, ids = tokenizer.encode(before), tokenizer.encode(before + "🙂")
     assert ids[: len(start)] == start
-    stream = TextStream(tokenizer, start)
+    stream = Detokenizer(tokenizer, start)
     assert [stream.push(id_) for id_ in ids[len(start) :]] == ["", "", "", "🙂"]
 
 
 def test_half_a_character_at_the_end_is_marked() -> None:
     ids = gpt2().encode_ordinary("🙂")
-    stream = TextStream(Gpt2(), [])
+    stream = Detokenizer(Gpt2(), [])
     assert (stream.push(ids[0]), stream.finish()) == ("", "\ufffd")
-    assert TextStream(Gpt2(), []).push(50300) == ""  # a padded vocabulary's id
+    assert Detokenizer(Gpt2(), []).push(50300) == ""  # a padded vocabulary's id
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +143,7 @@ def test_nothing_of_a_stop_text_is_shown(
     tokenizers: dict[str, Tokenizer], kind: str, text: str, stop: list[str]
 ) -> None:
     tokenizer = tokenizers[kind]
-    stream, shown = TextStream(tokenizer, tokenizer.encode("a"), stop), ""
+    stream, shown = Detokenizer(tokenizer, tokenizer.encode("a"), stop), ""
     for id_ in tokenizer.encode("a" + text)[len(tokenizer.encode("a")) :]:
         shown += stream.push(id_)
         if stream.stopped:
@@ -210,7 +210,7 @@ def test_of_stop_texts_in_one_another_the_first_complete_one_ends_the_text(
     cut = len(text)
     if ends:
         cut = ends[0] - max(len(stop) for stop in stops if text[: ends[0]].endswith(stop))
-    stream, shown, read = TextStream(Words(parts), [], stops), "", ""
+    stream, shown, read = Detokenizer(Words(parts), [], stops), "", ""
     for id_, part in enumerate(parts):
         shown, read = shown + stream.push(id_), read + part
         assert stream.stopped == (bool(ends) and len(read) >= ends[0])
@@ -230,7 +230,7 @@ def any_begins(stops: Sequence[str], end: str) -> bool:
 
 
 def test_a_stop_text_may_be_what_marks_half_a_character() -> None:
-    stream = TextStream(Gpt2(), [], ["\ufffd"])
+    stream = Detokenizer(Gpt2(), [], ["\ufffd"])
     assert (stream.push(gpt2().encode_ordinary("🙂")[0]), stream.stopped) == ("", False)
     assert (stream.finish(), stream.stopped) == ("", True)
 
@@ -322,14 +322,14 @@ def test_what_stands_for_no_text_leaves_its_neighbours_alone(
     """A decoder drops the space of what it takes for the beginning."""
     tokenizer = tokenizers["spaced"]
     start = tokenizer.encode("one")
-    stream = TextStream(tokenizer, start)
+    stream = Detokenizer(tokenizer, start)
     ids = [2, *tokenizer.encode("two"), 49_999]
     pieces = "".join(stream.push(id_) for id_ in ids) + stream.finish()
     assert pieces == tokenizer.decode([*start, *ids])[len("one") :] == " two"
 
 
 def test_bytes_that_are_no_character_come_out_in_time(tokenizers: dict[str, Tokenizer]) -> None:
-    stream = TextStream(tokenizers["spaced"], [])
+    stream = Detokenizer(tokenizers["spaced"], [])
     byte = tokenizers["spaced"].encode("\ufffd")[-1]
     shown = [stream.push(byte) for _ in range(400)]
     assert len("".join(shown)) > 380

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_torch.inference.config import SamplingConfig
-from llama_torch.inference.engine import Batch, generate, run
+from llama_torch.inference.cuda_graph import GraphStore
+from llama_torch.inference.engine import DecodeBatch, generate, run
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
@@ -106,6 +107,7 @@ class Decoding:
     def __init__(self, model: Llama, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         self.model, self.prompts, self.new_tokens = model, prompts, new_tokens
         self.settings = SamplingConfig(new_tokens, temperature=0)
+        self.graphs = GraphStore(model)
         self.steps_per_second: list[float] = []
         # A step reads every matrix once; the embedding is looked up, unless it is the head too.
         read = [t.nbytes for t in model.state_dict().values() if t.ndim > 1]
@@ -123,9 +125,10 @@ class Decoding:
 
     def _tokens(self) -> Iterator[int]:
         if len(self.prompts) == 1:
-            return generate(self.model, self.prompts[0], self.settings)
-        batch = Batch(self.model, self.prompts, [self.settings] * len(self.prompts))
-        return (token.id for token in run(batch, lambda token: False))
+            return generate(self.model, self.prompts[0], self.settings, graphs=self.graphs)
+        settings = [self.settings] * len(self.prompts)
+        batch = DecodeBatch(self.model, self.prompts, settings, graphs=self.graphs)
+        return (token.id for token in run(batch))
 
     def side(self) -> Side:
         """Return it as a side."""

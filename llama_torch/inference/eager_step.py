@@ -1,0 +1,62 @@
+"""Prefill, and the decoding step that calls the model as it stands.
+
+Suffixes: B row, T query position, S key position (cache column), D dim, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..model.kv_cache import StaticCache
+from ..model.llama import Llama
+from ..model.masks import padded_mask
+
+
+class EagerStep:
+    """The model on the columns written so far: a DecodeStep for any device and any batch."""
+
+    is_captured = False
+
+    def __init__(self, model: Llama, cache: StaticCache) -> None:
+        self.model, self.cache = model, cache
+        self.padding: Sequence[int] = ()
+
+    def begin(self, padding: Sequence[int]) -> None:
+        """Take each row's number of padding columns; see DecodeStep."""
+        self.padding = padding
+
+    def prefill(self, tokens_BT: Tensor, chunk: int) -> Tensor:
+        """Return the logits [B, V] after the last of the tokens, read ``chunk`` at a time."""
+        for part_BT in tokens_BT.split(chunk, dim=1):
+            logits_BV = self.model.head(self._hidden(part_BT)[:, -1])
+        return logits_BV
+
+    def decode(self, tokens_B: Tensor) -> Tensor:
+        """Return the logits [B, V] after one more token a row."""
+        return self.prefill(tokens_B[:, None], 1)
+
+    def decode_row(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits [T, V] after each of a single row's tokens."""
+        row_BT = torch.tensor([tokens], device=self.cache.keys.device)
+        return self.model.head(self._hidden(row_BT)[0])
+
+    def close(self) -> None:
+        """Keep nothing."""
+
+    def _hidden(self, tokens_BT: Tensor) -> Tensor:
+        positions_BT, mask_BTS = self._positions_and_mask(tokens_BT.shape[1])
+        hidden_BTD, _ = self.model.model(
+            tokens_BT, positions=positions_BT, mask=mask_BTS, cache=self.cache
+        )
+        return hidden_BTD
+
+    def _positions_and_mask(self, n_tokens: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return positions [B, T] and mask [B, T, S] of the next columns; None: the defaults."""
+        if not any(self.padding):
+            return None, None
+        device, start = self.cache.keys.device, self.cache.length
+        padding_B1 = torch.tensor(self.padding, device=device)[:, None]
+        columns_S = torch.arange(start + n_tokens, device=device)
+        positions_BT = (columns_S[start:] - padding_B1).clamp(min=0)
+        return positions_BT, padded_mask(columns_S, columns_S[start:], padding_B1)

@@ -1,0 +1,43 @@
+"""Attention masks: causal, with padding on the left, and one document at a time.
+
+A mask is a bool tensor, True where a query may attend to a key. (The Triton kernel ``attend`` of
+kernels/decode.py applies ``padded_mask`` by itself.)
+Suffixes: B batch, T query position, S key position (cache column).
+"""
+
+import torch
+from torch import Tensor
+
+
+def default_mask(n_queries: int, n_cached: int, device: torch.device) -> tuple[Tensor | None, bool]:
+    """Return the mask [1, T, S] of a call without one, or None, and torch's ``is_causal`` flag.
+
+    Without a cache torch masks by the flag; a single query after a cache attends to every key;
+    several need the causal mask, since torch aligns its own top-left.
+    """
+    needs_mask = n_cached > 0 and n_queries > 1
+    mask = causal_mask(n_queries, n_cached + n_queries, device)[None] if needs_mask else None
+    return mask, n_cached == 0
+
+
+def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    """Return the causal mask [T, S] in which the last query lines up with the last key."""
+    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    return ones.tril(n_keys - n_queries)
+
+
+def padded_mask(columns_S: Tensor, queries_T: Tensor, padding_B1: Tensor) -> Tensor:
+    """Return the causal mask [B, T, S] of rows whose first ``padding`` columns are padding.
+
+    ``columns_S`` counts the cache's columns, ``queries_T`` are the queries' own. A query that is
+    padding attends to itself: a softmax over no key has no value.
+    """
+    is_visible = (columns_S <= queries_T[:, None]) & (columns_S >= padding_B1[..., None])
+    return is_visible | (columns_S == queries_T[:, None])
+
+
+def document_mask(document_BT: Tensor) -> Tensor:
+    """Return the causal mask [B, T, T] within documents, given each token's document number."""
+    place_T = torch.arange(document_BT.shape[1], device=document_BT.device)
+    is_same_BTS = document_BT[:, :, None] == document_BT[:, None, :]
+    return is_same_BTS & (place_T[:, None] >= place_T)
