@@ -166,18 +166,23 @@ def errors(actual: Array, exact: Array) -> Errors:
     if difference is None:
         return Errors(math.inf, math.inf, math.inf)
     exact = exact.astype(np.float64, copy=False)
-    over_token = tuple(range(2, exact.ndim))
-    size = np.sqrt(np.mean(exact**2, axis=over_token))
-    error = np.sqrt(np.mean(difference**2, axis=over_token))
-    whole = math.sqrt(float(np.mean(size**2)))
+    size2, error2 = _mean_square(exact), _mean_square(difference)
+    whole = math.sqrt(float(size2.mean()))
     # A token far smaller than the others (an attention output of exactly zero for padding) is
     # measured against the tensor's own rounding instead of against nothing.
-    least = whole * UNIT_ROUNDOFF["float32"]
+    size = np.maximum(np.sqrt(size2), whole * UNIT_ROUNDOFF["float32"])
     return Errors(
-        rms=_ratio(math.sqrt(float(np.mean(error**2))), whole),
+        rms=_ratio(math.sqrt(float(error2.mean())), whole),
         worst=_ratio(float(np.abs(difference).max()), float(np.abs(exact).max())),
-        token=float(np.max(_ratios(error, np.maximum(size, least)))),
+        token=float(_ratios(np.sqrt(error2), size).max()),
     )
+
+
+def _mean_square(x: Array) -> Array:
+    """Return the mean of the squares of every token [B, T] of [B, T, ...]."""
+    rows = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+    mean: Array = np.einsum("bti,bti->bt", rows, rows) / rows.shape[-1]
+    return mean
 
 
 def errors_beside(actual: Array, exact: Array, allowed: Array) -> tuple[Errors, Errors]:
@@ -257,9 +262,11 @@ def _difference(actual: Array, expected: Array) -> Array | None:
     """Return actual - expected in float64, or None where that says nothing."""
     if actual.shape != expected.shape:
         return None
-    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+    with np.errstate(invalid="ignore"):
+        difference: Array = actual.astype(np.float64) - expected.astype(np.float64, copy=False)
+    # What is not finite on either side is not finite here, nor is what overflows.
+    if not np.isfinite(difference).all():
         return None
-    difference: Array = actual.astype(np.float64) - expected.astype(np.float64)
     return difference
 
 
@@ -268,5 +275,7 @@ def _ratio(error: float, size: float) -> float:
 
 
 def _ratios(error: Array, size: Array) -> Array:
+    if (size > 0).all():
+        return error / size
     ratios = np.divide(error, size, out=np.zeros_like(error), where=size > 0)
     return np.where((size == 0) & (error > 0), math.inf, ratios)

@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from reference_np.model import Ops
 from reference_np.mutants import FORWARD, Mutant
 from reference_np.ops import Array
-from reference_np.tolerances import errors
+from reference_np.tolerances import Errors, errors
 
 from .differences import KL, Problem, Row
 from .replay import Key, Replay
@@ -30,6 +30,7 @@ SIZE_FACTOR = 10.0
 TOUCHED = 0.1
 # Logits of a random head have about this correlation with the right ones, or less.
 UNRELATED = 0.2
+KEPT = 1 << 30  # bytes of the weights of the stages looked at
 FIRST = 2  # stages on which every bug is tried, and the last one: what it explains, on all
 
 Bugs = tuple[Mutant, ...]
@@ -50,6 +51,9 @@ class Effect(NamedTuple):
     unlike: float
     moves: bool  # it changes this activation at all
 
+
+# Of most bugs on most activations: no error is asked for where a suspect does not fit.
+ELSEWHERE = Effect(fits=False, error=math.inf, unlike=math.inf, moves=True)
 
 Suspect = tuple[Bugs, Mapping[Key, Effect]]
 
@@ -73,6 +77,19 @@ class Diagnosis(NamedTuple):
     unexplained: list[Row]
 
 
+class Watched(SimpleNamespace):
+    """Operations that note which of them are looked up."""
+
+    def __init__(self, ops: Ops, seen: set[str]) -> None:
+        super().__init__(**vars(ops))
+        self.__dict__[""] = seen  # a name that no operation has
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            vars(self)[""].add(name)
+        return super().__getattribute__(name)
+
+
 def with_bugs(bugs: Iterable[Mutant], ops: Ops) -> Ops:
     """Return the operations with every one of ``bugs`` in them."""
     namespace = SimpleNamespace(**vars(ops))
@@ -92,6 +109,12 @@ class Look:
         found = [r for r in rows if r.name != KL and r.own and problem.stage(r) in stages]
         self.forced = any(row.fresh for row in found)
         self.rows = {(row.call, row.name): row for row in found if bool(row.fresh) == self.forced}
+        # Every bug reads the same weights, and is forced by the same activations.
+        self.low = problem.low.keeping(KEPT)
+        self.forcing = {k: v for k, v in self.theirs.items() if np.isfinite(v).all()}
+        self.honest: dict[Key, Array] = {}
+        self.used: dict[int, set[str]] = {}  # the operations of each stage
+        self.stage_keys: dict[int, list[Key]] = {}  # and what it makes
         # What cannot be done again, for want of the stream that enters it, is not looked at.
         self.honest = self.replay(())
         self.rows = {key: row for key, row in self.rows.items() if key in self.honest}
@@ -108,13 +131,29 @@ class Look:
             call._replace(after=None if call.after is None else place[call.after])
             for call in (problem.calls[c] for c in calls)
         ]
-        theirs = {(place[c], name): v for (c, name), v in self.theirs.items() if c in place}
-        oracle = Replay(problem.config, chosen, problem.low, with_bugs(bugs, problem.plain))
+        theirs = {(place[c], name): v for (c, name), v in self.forcing.items() if c in place}
+        ops = with_bugs(bugs, problem.plain)
+        replaced = {
+            name for name, op in vars(ops).items() if op is not getattr(problem.plain, name)
+        }
+        seen: set[str] = set()
+        if not bugs:
+            ops = Watched(ops, seen)
+        oracle = Replay(problem.config, chosen, self.low, ops, trusts=True)
+        tables = set(seen)
         found: dict[Key, Array] = {}
         for stage in self.stages if self.forced else problem.stages():
+            if bugs and self.forced and not replaced & self.used[stage]:
+                same = self.stage_keys[stage]
+                found |= {key: self.honest[key] for key in same if key[0] in place}
+                continue
+            seen.clear()
             made = oracle.run(stage, theirs if self.forced else None)
             keys = {(calls[index], name): value for (index, name), value in made.items()}
-            found |= {key: value for key, value in keys.items() if key in self.rows}
+            kept = {key: value for key, value in keys.items() if key in self.rows}
+            if not bugs:
+                self.used[stage], self.stage_keys[stage] = seen | tables, list(kept)
+            found |= kept
         return found
 
     def effects(self, bugs: Bugs, call: int | None = None) -> dict[Key, Effect]:
@@ -126,14 +165,13 @@ class Look:
     def _effect(self, key: Key, value: Array, bugs: Bugs) -> Effect:
         row, theirs, honest = self.rows[key], self.theirs[key], self.honest[key]
         assert row.own is not None
-        if np.array_equal(value, honest):  # as of most: a bug touches its own operation's alone
+        bound = row.own.loosest
+        # As of most: a bug touches its own operation's alone.
+        if value is honest or (value.shape == honest.shape and bool((value == honest).all())):
             if key not in self.unmoved:
                 error = errors(theirs, honest)
-                self.unmoved[key] = Effect(
-                    error.within(row.own.loosest), error.rms, math.inf, moves=False
-                )
+                self.unmoved[key] = Effect(error.within(bound), error.rms, math.inf, moves=False)
             return self.unmoved[key]
-        error = errors(theirs, value)
         unlike = math.inf
         alone = bugs[0].known_by if len(bugs) == 1 and row.status == "diverges" else "value"
         if alone == "size" and _everywhere(theirs - honest):
@@ -142,7 +180,19 @@ class Look:
                 unlike = abs(math.log(sizes[0] / sizes[1])) / math.log(SIZE_FACTOR)
         elif alone == "nothing" and errors(value, honest).rms > row.own.bound.rms:
             unlike = abs(correlation(theirs, honest)) / UNRELATED
-        return Effect(error.within(row.own.loosest), error.rms, unlike, moves=True)
+        if unlike == math.inf and _is_out(theirs, value, bound):
+            return ELSEWHERE
+        error = errors(theirs, value)
+        return Effect(error.within(bound), error.rms, unlike, moves=True)
+
+
+def _is_out(theirs: Array, value: Array, bound: Errors) -> bool:
+    """Return whether the worst element alone is over the bound: most are, and this is quick."""
+    if theirs.shape != value.shape:
+        return True
+    with np.errstate(invalid="ignore"):
+        worst = np.abs(theirs - value).max()
+    return not worst <= bound.worst * np.abs(value).max()
 
 
 def _everywhere(error: Array) -> bool:
