@@ -5,10 +5,7 @@ insists on the very memory that it was recorded with, which is all that a graph 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -27,6 +24,7 @@ from reference_np.tolerances import FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
 from ..backends.torch_model import torch_model
 from ..conformance.strategies import cast, random_params
+from ..support import recorded_graphs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -37,54 +35,13 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device here")
 modes = pytest.mark.parametrize("mode", ["graph", pytest.param("kernels", marks=needs_gpu)])
 
 
-class Recording:
-    """Stands in for torch.cuda.CUDAGraph."""
-
-    recorded: "Recording | None" = None  # the one that is being captured
-
-    def keep(self, step: GraphStep, run: Callable[[GraphStep], torch.Tensor]) -> torch.Tensor:
-        """Remember what to run and the memory that it read and wrote."""
-        self.step, self.run, self.memory = step, run, memory_of(step)
-        return run(step).clone()
-
-    def replay(self) -> None:
-        """Run it again, on the same memory."""
-        assert memory_of(self.step) == self.memory, "a graph is replayed on other memory"
-        self.step.logits_BTV.copy_(self.run(self.step))
-
-
-def memory_of(step: GraphStep) -> list[tuple[int, torch.dtype, torch.Size]]:
-    model, cache, own = step.model, step.cache, step.inputs
-    own = own.token, own.position, own.column, own.columns, own.padding, own.allowed
-    tensors = (*model.parameters(), *model.buffers(), cache.keys, cache.values, *own)
-    return [(x.data_ptr(), x.dtype, x.shape) for x in tensors]
-
-
 @pytest.fixture(autouse=True)
 def _recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, record steps where one would capture them."""
     if ON_GPU:
         return
-
-    @contextmanager
-    def graph(recording: Recording) -> Iterator[None]:
-        Recording.recorded = recording
-        yield
-        Recording.recorded = None
-
-    def stream() -> Any:
-        return SimpleNamespace(wait_stream=lambda other: None)
-
-    def run_or_record(step: GraphStep) -> torch.Tensor:
-        return Recording.recorded.keep(step, once) if Recording.recorded else once(step)
-
-    once = GraphStep._run
+    recorded_graphs.install(monkeypatch)
     monkeypatch.setattr(cuda_graph, "ROUND", ROUND)
-    monkeypatch.setattr(GraphStep, "_run", run_or_record)
-    for name, stub in (("graph", graph), ("CUDAGraph", Recording), ("Stream", stream)):
-        monkeypatch.setattr(torch.cuda, name, stub)
-    monkeypatch.setattr(torch.cuda, "current_stream", stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(decoding, "choose_mode", lambda mode, *_: mode)
     monkeypatch.setattr(DecodeBatch, "_read_ahead", lambda batch, results: results.tolist())
 

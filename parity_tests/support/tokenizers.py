@@ -8,12 +8,19 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
+from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from llama_torch.tokenizer import gpt2
 
 TEXT = [topics[name] for name in sorted(topics)[:40]]
 SPECIALS = ("<|begin|>", "<|end|>", "<|head|>", "<|/head|>")
+SPELLED = [*SPECIALS, "<s>", "</s>", "<unk>", "<|endoftext|>"]
+pieces = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from([" ", "  ", "\n\n", "the ", "1234", "é漢字", "🙂\u200d🙂", "don't", *SPELLED]),
+)
+texts = st.lists(pieces, max_size=6).map("".join)  # which spell special tokens, too
 
 # Written for these tests, in the manner of the published ones.
 HEADED = """{{ bos_token }}{% for message in messages %}\
@@ -34,6 +41,13 @@ BRACKETED = """{% if messages[0]['role'] == 'system' %}
 {{ ' ' + content.strip() + ' ' + eos_token }}
 {% endif %}
 {% endfor %}"""
+
+
+def turns(texts: list[str], system: str | None = None) -> list[dict[str, str]]:
+    """Return a conversation: user and assistant in turn, after a system text if there is one."""
+    roles = ["user", "assistant"] * len(texts)
+    messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
 def write_settings(folder: Path, **settings: Any) -> None:

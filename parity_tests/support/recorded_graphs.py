@@ -1,0 +1,62 @@
+"""Recordings that stand in for CUDA graphs on a machine without a GPU.
+
+A recording runs the step again, and insists on the very memory that it was recorded with, which is
+all that a graph knows.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llama_torch.inference.cuda_graph import GraphStep
+
+
+class Recording:
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    recorded: "Recording | None" = None  # the one that is being captured
+
+    def keep(self, step: GraphStep, run: Callable[[GraphStep], torch.Tensor]) -> torch.Tensor:
+        """Remember what to run and the memory that it read and wrote."""
+        self.step, self.run, self.memory = step, run, memory_of(step)
+        return run(step).clone()
+
+    def replay(self) -> None:
+        """Run it again, on the same memory."""
+        assert memory_of(self.step) == self.memory, "a graph is replayed on other memory"
+        self.step.logits_BTV.copy_(self.run(self.step))
+
+
+def memory_of(step: GraphStep) -> list[tuple[int, torch.dtype, torch.Size]]:
+    """Return address, dtype and shape of every tensor that a step reads or writes."""
+    model, cache, own = step.model, step.cache, step.inputs
+    inputs = own.token, own.position, own.column, own.columns, own.padding, own.allowed
+    tensors = (*model.parameters(), *model.buffers(), cache.keys, cache.values, *inputs)
+    return [(x.data_ptr(), x.dtype, x.shape) for x in tensors]
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record steps where a GPU would capture them."""
+
+    @contextmanager
+    def graph(recording: Recording) -> Iterator[None]:
+        Recording.recorded = recording
+        yield
+        Recording.recorded = None
+
+    def stream() -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def run_or_record(step: GraphStep) -> torch.Tensor:
+        return Recording.recorded.keep(step, once) if Recording.recorded else once(step)
+
+    once = GraphStep._run
+    monkeypatch.setattr(GraphStep, "_run", run_or_record)
+    for name, stub in (("graph", graph), ("CUDAGraph", Recording), ("Stream", stream)):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
