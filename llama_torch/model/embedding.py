@@ -15,6 +15,11 @@ FEW_CUDA = 3072  # tokens, up to which torch's CUDA kernel is the one that adds 
 class Embedding(nn.Embedding):
     """``nn.Embedding`` with a gradient that loses nothing where a token occurs often."""
 
+    def reset_parameters(self) -> None:
+        """Draw the weights, where there is memory: on the meta device it imports for seconds."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Look up the rows [B, T, D] of tokens."""
         return embed(tokens_BT, self.weight)

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from llama_torch.model.config import ModelConfig
+from llama_torch.model.embedding import Embedding
 from llama_torch.model.llama import Llama
 from reference_np.tolerances import LAMBDA
 
@@ -70,3 +72,16 @@ def test_the_seed_alone_decides() -> None:
     for name, weight in one.items():
         assert torch.equal(weight, again[name])
         assert (weight.ndim == 1) == torch.equal(weight, other[name]), name
+
+
+def test_nothing_is_drawn_where_there_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device torch imports its compiler to draw: seconds of every load."""
+
+    def refuse(_: Any) -> None:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(torch.nn.Embedding, "reset_parameters", refuse)
+    with torch.device("meta"):
+        assert Embedding(3, 2).weight.is_meta
+    with pytest.raises(AssertionError, match="drawn"):
+        Embedding(3, 2)
