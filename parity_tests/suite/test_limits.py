@@ -1,0 +1,92 @@
+"""No file over 300 lines and no function over 50, anywhere; and one that is would be seen."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from ..support.import_table import PACKAGES
+
+ROOT = Path(__file__).parent.parent.parent
+MOST_LINES, MOST_IN_A_FUNCTION = 300, 50
+# Catalogues of bugs, read entry by entry.
+LONG_FILES = ("reference_np/mutants.py", "reference_np/training_mutants.py")
+# Triton kernels are one function each: what they call is compiled into them.
+LONG_FUNCTIONS = "llama_torch/kernels/"
+# To be shortened; each goes from here when it is.
+STILL_LONG = {
+    "llama_torch/data/documents.py",
+    "llama_torch/tokenizer/gpt2.py: hf_files",
+    "llama_torch/training/dry_run.py: report",
+    "llama_torch/training/loop.py: _train",
+    "parity_tests/conformance/test_conformance.py",
+    "parity_tests/data/test_data.py",
+    "parity_tests/data/test_shards.py",
+    "parity_tests/inference/test_chat.py",
+    "parity_tests/inference/test_evaluate.py",
+    "parity_tests/inference/test_generate.py",
+    "parity_tests/oracle/test_gradients_and_steps.py",
+    "parity_tests/planted/operations.py: forward",
+    "parity_tests/tokenizer/test_tokenizers.py",
+    "parity_tests/tools/test_compare.py",
+    "parity_tests/tools/test_convert.py",
+    "parity_tests/training/test_survival.py",
+    "parity_tests/training/test_train.py",
+    "parity_tests/training/test_verify.py",
+    "tools/benchmarks/training.py",
+    "tools/comparison/diagnosis.py: cover",
+    "tools/comparison/differences.py",
+    "tools/comparison/replay.py: run",
+    "tools/comparison/report.py",
+    "tools/comparison/run.py: _report",
+    "tools/comparison/training_step.py: compare_training",
+    "tools/comparison/transformers_model.py: tracing",
+}
+
+
+def sources() -> dict[str, str]:
+    """Read every Python file of the project by its path."""
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in paths}
+
+
+def too_long(files: Mapping[str, str]) -> Iterator[str]:
+    """Yield the files and functions beyond the limits."""
+    for path, text in files.items():
+        if text.count("\n") > MOST_LINES and path not in LONG_FILES:
+            yield path
+        if path.startswith(LONG_FUNCTIONS):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                if node.end_lineno - node.lineno >= MOST_IN_A_FUNCTION:
+                    yield f"{path}: {node.name}"
+
+
+def test_files_and_functions_are_short() -> None:
+    files = sources()
+    assert len(files) > 200
+    assert set(too_long(files)) <= STILL_LONG
+
+
+def function(lines: int) -> str:
+    return "def f():\n" + "    x = 1\n" * (lines - 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "found"),
+    [
+        ("tools/a.py", "x = 1\n" * 300, []),
+        ("tools/a.py", "x = 1\n" * 301, ["tools/a.py"]),
+        ("reference_np/mutants.py", "x = 1\n" * 301, []),
+        ("tools/a.py", function(50), []),
+        ("tools/a.py", function(51), ["tools/a.py: f"]),
+        ("tools/a.py", "async " + function(51), ["tools/a.py: f"]),
+        ("reference_np/mutants.py", function(51), ["reference_np/mutants.py: f"]),
+        ("llama_torch/kernels/a.py", function(51), []),
+    ],
+)
+def test_what_is_too_long_would_be_seen(path: str, text: str, found: list[str]) -> None:
+    assert list(too_long({path: text})) == found
