@@ -21,6 +21,7 @@ from ..support.documents import (
     blocks,
     links,
     pages,
+    prose,
     spans,
 )
 from ..support.import_table import PACKAGES, sources
@@ -136,6 +137,27 @@ def unknown_names(text: str) -> list[str]:
         if re.fullmatch(r"\w+(\.\w+)+", span) and span.split(".")[0] in PACKAGES:
             wrong += [] if is_name(span) else [span]
     return wrong
+
+
+def misplaced(page: str, text: str) -> list[str]:
+    """Return what "`name` in [`file`](path)" says of a file that does not define the name."""
+    wrong = []
+    for name, path in re.findall(r"`(\w+)`\s+in\s+\[`[^`]+`\]\(([^)]+\.py)\)", prose(text)):
+        code = ((ROOT / page).parent / path).read_text(encoding="utf-8")
+        if not re.search(rf"\b(def|class) {name}\b|^{name}\b", code, re.MULTILINE):
+            wrong.append(f"{name} in {path}")
+    return wrong
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_define_what_the_text_says(page: str) -> None:
+    assert not misplaced(page, TEXTS[page])
+
+
+def test_a_name_in_the_wrong_file_would_be_seen() -> None:
+    path = "[`model`](reference_np/model.py)"
+    text = f"`forward` in {path}, `backward` in\n{path}"
+    assert misplaced("README.md", text) == ["backward in reference_np/model.py"]
 
 
 def is_name(dotted: str) -> bool:
