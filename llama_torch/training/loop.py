@@ -24,7 +24,7 @@ from .bad_steps import Guard
 from .batch import Batch, splitter
 from .optimizer import learning_rate
 from .progress import Progress, Silence
-from .saver import Saver
+from .saver import make_saver
 from .setup import pick_dtype, prepare
 from .signals import Stop, Stopped, signals
 from .step import train_step
@@ -78,7 +78,9 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
     guard = Guard(config, device, sampler.describe, skipped)
     # All processes judge alike; the first says why they end.
     accept, look = parallel.alike()(guard.accept), parallel.alike()(guard.look)
-    saver = Saver(config, model, optimizer, parallel)
+    saver = make_saver(
+        Path(config.out), model, optimizer, parallel, config.keep_last, config.keep_best
+    )
     progress: Progress | Silence = Silence()
     with ExitStack() as shown:
         if parallel.is_first:

@@ -4,56 +4,34 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from ..checkpoint import step_folders
-from ..checkpoint import training_state as sharded
 from ..checkpoint.hf import MODEL_FILE, read_notes, require_match, save_model, write_directory_files
 from ..checkpoint.step_folders import BEST
-from ..checkpoint.training_state import load_state, save_state
+from ..checkpoint.training_state import (
+    PARAMETER,
+    OneFile,
+    Shards,
+    ShardsOnTheirWay,
+    TrainingState,
+    stored_in,
+)
 from ..common.errors import InputError
-from ..config import TrainConfig
 from ..distributed.parallel import Parallel
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from .optimizer import MasterAdamW
 
 
-def save(
-    out: Path,
-    model: Llama,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    skipped: Sequence[int] = (),
-    keep_last: int = 2,
-) -> None:
-    """Save the state training continues from, then export the model from it.
-
-    Raises InputError, and leaves the last checkpoint, where a parameter is not finite.
-    """
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if not parameter.isfinite().all():
-            raise InputError(
-                f"{name} is not finite after step {step}; lower --lr (the last checkpoint stands)"
-            )
-    tensors = training_state(model, optimizer)
-    exported = {name: tensors[f"parameter.{name}"] for name in parameters}
-
-    def write(folder: Path) -> None:
-        save_state(folder, tensors, step, skipped)
-
-    step_folders.commit(out, step, write, keep_last)
-    save_model(out, model.config, exported)
-
-
-def save_best(
-    out: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int, val_loss: float
-) -> None:
+def save_best(out: Path, model: Llama, optimizer: Optimizer, step: int, val_loss: float) -> None:
     """Export the model to best/, a Hugging Face model directory, with its step and loss."""
     exported = _export(model, optimizer)
     notes = {"step": str(step), "val_loss": repr(val_loss)}
@@ -78,7 +56,7 @@ def best_loss(out: Path) -> float:
         raise InputError(f"--resume: {error}; or delete {out / BEST} to go on without it") from None
 
 
-def _export(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _export(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the parameters as a checkpoint holds them: in float32 where training keeps that."""
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if isinstance(optimizer, MasterAdamW):
@@ -86,38 +64,121 @@ def _export(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
     return parameters
 
 
-class Saver:
-    """Saves a run's checkpoints: one process all of it, or each its shards.
+class Saver(Protocol):
+    """Saves a run's checkpoints, its best model and its exports; every process calls it."""
 
-    Shards on a GPU are copied to the host, and written while training goes on.
-    """
+    keeps_best: bool  # in this process
+
+    def validated(self, step: int, val_loss: float) -> None:
+        """Keep the model if it is the best so far."""
+        ...
+
+    def save(self, step: int, skipped: Sequence[int], waits: bool) -> list[int]:
+        """Save what training continues from; return the steps whose checkpoints are complete.
+
+        Raises InputError, and leaves the last checkpoint, where a tensor is not finite.
+        """
+        ...
+
+    def completed(self) -> list[int]:
+        """Return the steps whose checkpoints have been completed since the last call."""
+        ...
+
+    def export(self) -> None:
+        """Write the newest checkpoint's model beside it, where training has not done so already."""
+        ...
+
+
+def make_saver(
+    out: Path,
+    model: Llama,
+    optimizer: Optimizer,
+    parallel: Parallel,
+    keep_last: int = 2,
+    keep_best: bool = False,
+) -> Saver:
+    """Return what saves a run into ``out``: one process all of it, or each its shards."""
+    if parallel.is_sharded:
+        return ShardSaver(out, model, optimizer, parallel, keep_last)
+    return FileSaver(out, model, optimizer, parallel, keep_last, keep_best)
+
+
+class FileSaver:
+    """Saves from the first process, which holds all that every process holds."""
 
     def __init__(
         self,
-        config: TrainConfig,
+        out: Path,
         model: Llama,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         parallel: Parallel,
+        keep_last: int,
+        keep_best: bool,
     ) -> None:
-        self.out, self.keep_last, self.parallel = Path(config.out), config.keep_last, parallel
-        self.model, self.optimizer = model, optimizer
-        self.keeps_best = config.keep_best and parallel.is_first and not parallel.is_sharded
-        self.best = best_loss(self.out) if self.keeps_best else 0.0
-        self.pending: tuple[int, sharded.Saving] | None = None
+        self.out, self.model, self.optimizer = out, model, optimizer
+        self.parallel, self.keep_last = parallel, keep_last
+        self.keeps_best = keep_best and parallel.is_first
+        self.best = best_loss(out) if self.keeps_best else 0.0
 
     def validated(self, step: int, val_loss: float) -> None:
-        """Keep the model if it is the best so far. No process of a sharded run holds it."""
+        """Keep the model if it is the best so far."""
         if self.keeps_best and val_loss < self.best:
             save_best(self.out, self.model, self.optimizer, step, val_loss)
             self.best = val_loss
 
     def save(self, step: int, skipped: Sequence[int], waits: bool) -> list[int]:
-        """Save what training continues from; return the steps whose checkpoints are complete."""
-        if not self.parallel.is_sharded:
-            if self.parallel.is_first:
-                save(self.out, self.model, self.optimizer, step, skipped, self.keep_last)
-            self.parallel.barrier()
-            return [step]
+        """Save the state as one file, then export the model from it."""
+        if self.parallel.is_first:
+            self._save(step, skipped)
+        self.parallel.barrier()
+        return [step]
+
+    def completed(self) -> list[int]:
+        """Return no steps: each checkpoint is complete when it is saved."""
+        return []
+
+    def export(self) -> None:
+        """Do nothing: each checkpoint was exported when it was saved."""
+
+    def _save(self, step: int, skipped: Sequence[int]) -> None:
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
+            if not parameter.isfinite().all():
+                raise InputError(
+                    f"{name} is not finite after step {step}; lower --lr (the last checkpoint "
+                    "stands)"
+                )
+        state = TrainingState(training_state(self.model, self.optimizer), step, skipped)
+        write = partial(_write_one_file, state)
+        step_folders.commit(self.out, step, write, self.keep_last)
+        exported = {name: state.tensors[PARAMETER + name] for name in parameters}
+        save_model(self.out, self.model.config, exported)
+
+
+def _write_one_file(state: TrainingState, folder: Path) -> None:
+    OneFile(folder).write(state)
+
+
+class ShardSaver(Saver):
+    """Saves from every process, each its shards.
+
+    Shards on a GPU are copied to the host, and written while training goes on.
+    """
+
+    keeps_best = False  # no process holds the whole model
+
+    def __init__(
+        self, out: Path, model: Llama, optimizer: Optimizer, parallel: Parallel, keep_last: int
+    ) -> None:
+        self.out, self.model, self.optimizer = out, model, optimizer
+        self.parallel, self.keep_last = parallel, keep_last
+        self.pending: tuple[int, ShardsOnTheirWay] | None = None
+
+    def validated(self, step: int, val_loss: float) -> None:
+        """Keep no best model."""
+
+    def save(self, step: int, skipped: Sequence[int], waits: bool) -> list[int]:
+        """Save the state as shards; of a GPU's, only ``waits`` returns when they are written."""
         saved, final = self._finish(), step_folders.final_folder(self.out, step)
         tensors = training_state(self.model, self.optimizer)
         local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
@@ -129,21 +190,22 @@ class Saver:
                     f"a parameter or moment is not finite after step {step}; lower --lr (the last "
                     "checkpoint stands)"
                 )
+        shards = Shards(step_folders.temporary(final))
         with step_folders.writing(final):
             if self.parallel.is_first:
-                sharded.write_notes(step_folders.begin(final), step, skipped)
+                step_folders.begin(final)
+                shards.write_notes(step, skipped)
         self.parallel.barrier()
-        folder = step_folders.temporary(final)
         if next(iter(tensors.values())).is_cuda:
-            self.pending = step, sharded.Saving(folder, tensors, self.parallel.talk())
+            self.pending = step, ShardsOnTheirWay(shards.folder, tensors, self.parallel.talk())
             return saved + (self._finish() if waits else [])
-        with self._clearing(folder):
-            sharded.save(folder, tensors)
+        with self._clearing(shards.folder):
+            shards.write(tensors)
         return [*saved, self._commit(step)]
 
     def export(self) -> None:
-        """Write the newest checkpoint's model beside it, where training has not done so already."""
-        if self.parallel.is_sharded and self.parallel.is_first:
+        """Write the newest checkpoint's model beside it: training has not done so."""
+        if self.parallel.is_first:
             folder = step_folders.newest(self.out)
             assert folder is not None
             gather(self.out, folder, self.model.config)
@@ -184,12 +246,12 @@ class Saver:
         return step
 
 
-def training_state(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def training_state(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return parameters and moments by the names that a checkpoint gives them."""
     exported, tensors = _export(model, optimizer), {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
-        tensors[f"parameter.{name}"] = exported[name].detach()
+        tensors[PARAMETER + name] = exported[name].detach()
         for kind in ("exp_avg", "exp_avg_sq"):  # which the first update makes
             moment = state[kind] if state else torch.zeros_like(parameter, requires_grad=False)
             tensors[f"{kind}.{name}"] = moment
@@ -198,13 +260,9 @@ def training_state(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 def gather(out: Path, folder: Path, config: ModelConfig) -> None:
     """Write the Hugging Face directory ``out`` from a checkpoint, as one process."""
-    prefix = "parameter."
-    if sharded.holds(folder):
-        names = [name for name in sharded.shapes(folder) if name.startswith(prefix)]
-        tensors = sharded.load_whole(folder, names)
-    else:
-        tensors, _, _ = load_state(folder)
-    parameters = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    stored = stored_in(folder)
+    tensors = stored.read_whole(name for name in stored.shapes() if name.startswith(PARAMETER))
+    parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
     with torch.device("meta"):
         expected = {n: tuple(p.shape) for n, p in Llama(config).named_parameters()}
     require_match(folder, expected, {n: tuple(t.shape) for n, t in parameters.items()})

@@ -1,6 +1,5 @@
 """A run on several processes: the same run on any number of them, and what ends it."""
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -14,16 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_torch import export, train
-from llama_torch.checkpoint import training_state
 from llama_torch.checkpoint.hf import MODEL_FILE
 from llama_torch.checkpoint.step_folders import newest
+from llama_torch.checkpoint.training_state import Shards
 from llama_torch.common.errors import InputError
-from llama_torch.config import TrainConfig
 from llama_torch.distributed.parallel import Parallel
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
-from llama_torch.training import run_dir
-from llama_torch.training.saver import Saver
+from llama_torch.training import run_dir, saver
+from llama_torch.training.saver import make_saver
 from llama_torch.training.signals import Stopped, signals
 
 from ..support.jobs import Command, Job, launch_command, torchrun_command
@@ -239,24 +237,22 @@ def test_a_checkpoint_is_there_when_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, whose state is written while training goes on."""
-    monkeypatch.setattr(training_state, "Saving", SlowDisk)
+    monkeypatch.setattr(saver, "ShardsOnTheirWay", SlowDisk)
     monkeypatch.setattr(Parallel, "is_sharded", True)
     monkeypatch.setattr(Parallel, "talk", lambda self: None)
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    config = TrainConfig(model=ModelConfig(dim=8, n_heads=2, n_kv_heads=1, n_layers=1))
-    config = dataclasses.replace(config, out=str(tmp_path))
-    model, parallel = Llama(config.model), Parallel()
-    saver = Saver(config, model, torch.optim.AdamW(model.parameters()), parallel)
-    assert saver.save(2, [], waits=False) == []
-    assert saver.completed() == []
+    model = Llama(ModelConfig(dim=8, n_heads=2, n_kv_heads=1, n_layers=1))
+    it = make_saver(tmp_path, model, torch.optim.AdamW(model.parameters()), Parallel())
+    assert it.save(2, [], waits=False) == []
+    assert it.completed() == []
     assert newest(tmp_path) is None
-    saver.pending[1].done = True
-    assert saver.completed() == [2]
+    it.pending[1].done = True
+    assert it.completed() == [2]
     assert newest(tmp_path).name == "2"
-    assert saver.save(4, [], waits=False) == []
-    assert saver.save(6, [3], waits=True) == [4, 6]
+    assert it.save(4, [], waits=False) == []
+    assert it.save(6, [3], waits=True) == [4, 6]
     assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "6"]
-    assert training_state.read_notes(newest(tmp_path)) == (6, [3])
+    assert Shards(newest(tmp_path)).notes() == (6, [3])
 
 
 @pytest.mark.parametrize(
