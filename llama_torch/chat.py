@@ -1,4 +1,4 @@
-"""Talking with a checkpoint in a terminal: ``python -m llama_torch.chat --ckpt DIR``."""
+"""Talk with a checkpoint in a terminal: ``python -m llama_torch.chat --ckpt DIR``."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 class Conversation:
-    """The messages so far, and a loop that adds to them."""
+    """A conversation in the terminal: its messages, and the loop that continues it."""
 
     def __init__(self, model: TextModel, config: ChatConfig) -> None:
         self.model, self.config = model, config
@@ -82,7 +82,7 @@ class Conversation:
                 self._exchange(said)
 
     def _exchange(self, said: str) -> None:
-        """Answer; a refused message is forgotten, an interrupted answer is kept as it is."""
+        """Print the answer; forget a refused message, keep an interrupted answer as it is."""
         answer = ""
         try:
             messages, ids = self._fitting([*self.messages, {"role": "user", "content": said}])

@@ -1,16 +1,14 @@
-"""Measuring a checkpoint: ``python -m llama_torch.evaluate --ckpt DIR --data FILE [FILE ...]``.
+"""Measure a checkpoint: ``python -m llama_torch.evaluate --ckpt DIR --data FILE [FILE ...]``.
 
 Every document is scored on its own, and every token of it once (the first only where there is a
-BOS or EOS to stand before it), by windows that read ``context``
-tokens at most. The first scores all that it predicts, each later one the next ``stride``; the
-last is as full as the others and ends with the document.
+BOS or EOS to stand before it), by windows that read ``context`` tokens at most. The first window
+scores all that it predicts, each later one the next ``stride`` tokens; the last is as full as the
+others and ends with the document.
 
 With the stride as long as the window, these are the windows of EleutherAI's
 lm-evaluation-harness (model ``hf``, tasks of the type ``loglikelihood_rolling``), and so is the
 result. Where its tokenizer puts a BOS before the text, it scores that too, unless told
 ``--model_args add_bos_token=False``.
-
-Axes: B window, T position, D dim, S scored token of all the batch.
 """
 
 import dataclasses
@@ -54,7 +52,7 @@ class EvaluateConfig:
 
 
 def describe(found: Measurement, tokenizer: Tokenizer) -> str:
-    """Return the figures, and what they are of, for people."""
+    """Return the figures as text, with counts, window and stride."""
     before = " ".join(ascii(tokenizer.names.get(id_, id_)) for id_ in found.before)
     unscored = f"after {before}" if before else "without its first token, whose bytes count"
     return (

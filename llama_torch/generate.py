@@ -1,4 +1,4 @@
-"""Writing text: ``python -m llama_torch.generate --ckpt DIR --prompt TEXT [TEXT ...]``."""
+"""Write text: ``python -m llama_torch.generate --ckpt DIR --prompt TEXT [TEXT ...]``."""
 
 import io
 import json

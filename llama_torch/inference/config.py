@@ -1,4 +1,4 @@
-"""The settings of one request to a trained model, and of how it is loaded."""
+"""Settings: of one request, of loading a model, of how its tokens are computed."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,19 +15,19 @@ PREFILL_CHUNK = 512
 
 
 def check_choice(name: str, value: object, kind: Any) -> None:
-    """Raise InputError for a value that is not one of a Literal's."""
+    """Raise InputError for a value that is not one of a Literal's values."""
     if value not in get_args(kind):
         raise InputError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
 
 
 def check_chunk(size: int) -> None:
-    """Raise InputError for a size of prefill chunks that is none."""
+    """Raise InputError unless a prefill chunk's size is positive and below 2^31."""
     check(0 < size < 2**31, "prefill_chunk", size, "must be positive and below 2^31")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How one request is continued: what to draw from, how, and when to stop."""
+    """Settings of one request: the distribution to draw from, the seed, when to stop."""
 
     max_new_tokens: int = 128
     """Most tokens to write."""
@@ -84,7 +84,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """Which checkpoint, and how it is held."""
+    """Settings of loading: the checkpoint, its device and its precision."""
 
     ckpt: str
     """Model directory or .safetensors file."""
@@ -102,10 +102,10 @@ class LoadConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How tokens are computed; rounding aside, none of it changes which."""
+    """Settings of decoding: rounding aside, none of them changes which tokens are written."""
 
     decoding: Decoding = "auto"
-    """The way a step runs; auto = the quickest for the device and the length asked for."""
+    """How a step runs; auto = the quickest mode for the device and the length asked for."""
     draft: str = ""
     """A smaller model of the same vocabulary whose guesses are checked several at a time."""
     guesses: int = 4

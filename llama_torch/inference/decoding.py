@@ -7,7 +7,7 @@ graph     GraphStep(TorchForward) the model on every column, captured in a CUDA 
 compiled  GraphStep(TorchForward) the same after torch.compile: seconds, cached on disk.
 kernels   GraphStep(TritonStep, or TritonBatchStep for up to 64 rows): Triton, captured likewise.
 
-(Guesses of a draft model are a step too: speculative.py.)
+(Guesses of a draft model are a step too: speculative.py.) Suffixes: B row, V vocabulary.
 """
 
 import importlib
@@ -70,6 +70,7 @@ def make_step(
     ``graphs`` and run ``at_a_time`` tokens of a row. Raises InputError where the mode asked for
     cannot run, or memory does not suffice.
     """
+    assert graphs is None or graphs.model is model
     mode = choose_mode(decoding, model, rows, n_tokens)
     if mode in CAPTURED:
         # The last token written is not run on; only a step of several goes past it.

@@ -1,4 +1,7 @@
-"""Measure the loss of a model on documents, in windows with a stride."""
+"""Loss of a model on documents, measured in windows with a stride.
+
+Suffixes: B window, T position, D dim, S scored token of all the batch.
+"""
 
 import math
 import time
@@ -26,7 +29,7 @@ Pair = tuple[Tensor, Tensor]  # tokens and targets, both [T] (a window) or [B, T
 
 @dataclass
 class Measurement:
-    """What was scored, how, and the sums; the figures follow from them."""
+    """Settings, counts and summed loss of one evaluation; the figures follow from them."""
 
     context: int  # tokens that a window reads at most
     stride: int  # tokens that each window after a document's first scores
@@ -39,17 +42,17 @@ class Measurement:
 
     @property
     def perplexity(self) -> float:
-        """Per token, so of this tokenizer alone."""
+        """Exponential of the mean loss per token: comparable within one tokenizer."""
         return math.exp(min(self.nats / self.tokens, 700.0))  # exp overflows just above
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for a byte of text, whatever the tokenizer."""
+        """Loss in bits per byte of text: comparable whatever the tokenizer."""
         return self.nats / math.log(2) / self.bytes
 
     @property
     def tokens_per_second(self) -> float:
-        """Scored tokens by the second of the forward passes."""
+        """Scored tokens per second of the forward passes."""
         return self.tokens / self.seconds
 
 
@@ -62,9 +65,10 @@ def evaluate(
     batch_size: int = 8,
     place: Callable[[int], str] = "--data: document {}".format,
 ) -> Measurement:
-    """Score documents. 0 stands for the model's context, and for half the window as stride.
+    """Return the summed loss over documents, with counts and times.
 
-    ``place`` says, by its number, where a document that cannot be encoded stands.
+    ``context`` 0 is the model's, ``stride`` 0 half the window. ``place`` returns, for a document's
+    number, where it stands, for errors.
     Raises InputError for one, for a window longer than the model's context, a stride longer than
     the window, texts without a token to score, and a loss that is not finite.
     """
@@ -89,7 +93,7 @@ def evaluate(
 
 
 def ids_before(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return what precedes a document, unscored: the prefix, else BOS, else EOS, else nothing."""
+    """Return the ids before a document, unscored: the prefix, else BOS, else EOS, else none."""
     name = tokenizer.bos or tokenizer.eos
     return tokenizer.prefix or (() if name is None else (tokenizer.special[name],))
 
@@ -111,7 +115,7 @@ def spans(length: int, first: int, context: int, stride: int) -> Iterator[tuple[
 def _windows(
     found: Measurement, tokenizer: Tokenizer, texts: Iterable[str], place: Callable[[int], str]
 ) -> Iterator[Pair]:
-    """Yield every window, and count documents and bytes on the way."""
+    """Yield the windows of all documents; count documents and bytes in ``found``."""
     for number, text in enumerate(texts, 1):
         try:
             n_bytes = len(text.encode())
@@ -132,7 +136,7 @@ def _windows(
 
 
 def _batches(windows: Iterator[Pair], size: int) -> Iterator[Pair]:
-    """Stack windows of like length; the padding comes last, where causal attention hides it."""
+    """Yield windows stacked by length; padding comes last, where causal attention hides it."""
     while pool := list(islice(windows, POOL * size)):
         pool.sort(key=lambda window: len(window[0]))
         for i in range(0, len(pool), size):

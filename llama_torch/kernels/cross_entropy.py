@@ -1,4 +1,7 @@
-"""The derivative of cross-entropy in one Triton kernel, in place: logits in, d_logits out."""
+"""Triton kernel that replaces logits by the derivative of their cross-entropy, in place.
+
+Suffixes: N position, V vocabulary.
+"""
 
 import torch
 import triton
@@ -20,7 +23,7 @@ def _row(
     IGNORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: log Z while reading it, then softmax minus one-hot, times ``scale``, over it."""
+    """Compute log Z of one row, then overwrite it with softmax minus one-hot, times ``scale``."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * width
     target = tl.load(targets_ptr + row)
@@ -57,13 +60,14 @@ def _row(
 def differentiate(
     logits_NV: Tensor, targets_N: Tensor, vocab_size: int, scale: float, z_loss: float
 ) -> Tensor:
-    """Replace contiguous logits by the derivative of ``scale`` times their loss; return that.
+    """Replace contiguous logits [N, V] by the derivative of ``scale`` times their loss.
 
-    As loss.py's own, on a GPU, in float32 or less.
+    Returns that loss, float64. As ``_differentiate`` of model/loss.py, on a GPU, computed in
+    float32; logits are float32 or narrower.
     """
     n_rows, width = logits_NV.shape
     losses = torch.empty(n_rows, dtype=torch.float32, device=logits_NV.device)
-    # IGNORE is loss.py's; it imports this module.
+    # loss.IGNORE, which cannot be imported here: loss.py imports this module.
     _row[(n_rows,)](
         logits_NV,
         targets_N.contiguous(),

@@ -2,18 +2,18 @@
 
 (``look_up`` and ``attend`` take several, and serve decode_batch.py too.)
 
-One row of activations against a matrix is bound by the memory that holds the matrix. What keeps
-such a kernel from the memory's speed is mostly its beginning and end, so all work between two
-matrices is folded into them (the norm before, the rotation, SwiGLU or residual after), and each
-kernel starts to read its weights before the one before it has finished (programmatic dependent
-launch, CUDA Programming Guide, on GPUs that have it): ``gdc_wait`` stands after the first read.
+A product of one row and a matrix is bound by the memory that holds the matrix. A kernel of it
+loses most time at its beginning and end, so all work between two matrices is folded into their
+kernels (the norm before, the rotation, SwiGLU or residual after), and each kernel starts to read
+its weights before its predecessor has finished (programmatic dependent launch, CUDA Programming
+Guide, on GPUs that have it): ``gdc_wait`` stands after the first read.
 
 Sums are float32 (float64 for float64 weights) and the residual stream stays in that precision.
-int8 weights come with one float32 scale a row, multiplied into the finished sum. They are read
-as words of four, and what words are multiplied by stands in four PLANES, numbers 0, 4, 8, ..., then
-1, 5, 9, ...: a thread that reads 16 bytes of weights and of each plane has what belongs together,
-where numbers in order would have to pass through shared memory.
-Axes: D dim, H query heads, N key/value heads, K head_dim, F hidden_dim, S key position.
+int8 weights have one float32 scale a row, multiplied into the finished sum. They are read as words
+of four, and their input is stored in four PLANES, numbers 0, 4, 8, ..., then 1, 5, 9, ...: a thread
+that reads 16 bytes of weights and of each plane holds matching numbers, which in plain order would
+have to pass through shared memory.
+Names: D dim, H query heads, N key/value heads, K head_dim, F hidden_dim, S key position.
 """
 
 import triton
@@ -39,11 +39,11 @@ def look_up(
 
 
 @triton.jit
-def _turn_and_keep(
+def _rotate_and_store(
     a, b, i, inside, row, head, cos, sin, position, column, q, keys, values, size,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
-    """Rotate pairs (a, b) at ``i`` and ``i + K / 2`` of one head of q or k; keep them, or v.
+    """Rotate pairs (a, b) at ``i`` and ``i + K / 2`` of one head of q or k; store them, or v.
 
     q goes to ``q``, k and v to the cache's ``column``. Heads are counted through q, k and v.
     """
@@ -78,9 +78,9 @@ def norm_qkv_rope(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm, project to q, k and v, rotate q and k; k and v go to the cache's ``column``.
+    """Norm, project to q, k and v, rotate q and k; store k and v in the cache's ``column``.
 
-    A program has ROWS pairs (i, i + K / 2) of one head: what a rotation turns together.
+    A program has ROWS pairs (i, i + K / 2) of one head, which a rotation turns together.
     """
     _begin(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -97,7 +97,7 @@ def norm_qkv_rope(
     if QUANTIZED:
         a *= tl.load(scale + rows)
         b *= tl.load(scale + rows + HALF)
-    _turn_and_keep(
+    _rotate_and_store(
         a, b, i, None, 0, head, cos, sin, position, column, q, keys, values, size,
         HEADS, KV_HEADS, HEAD_DIM, sums,
     )  # fmt: skip
@@ -115,8 +115,8 @@ def attend(
 
     Softmax in parts (Milakov and Gimelshein 2018), the keys in SPLITS shares so that few heads
     still fill the GPU (Dao et al. 2023, flash-decoding). ``arrived`` counts the shares done. A
-    head is one of the HEADS of one sequence, which has a row of ``allowed``; the token itself
-    always is.
+    head is one of the HEADS of one sequence, which has a row of ``allowed``. The mask is
+    ``padded_mask`` of model/masks.py: a token always attends to itself.
     """
     _begin(PDL)
     _wait(PDL)
@@ -179,7 +179,7 @@ def project_add(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Project and add to the residual stream, in place."""
+    """Project, and add the product [D] to the residual stream, in place."""
     _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N_OUT
@@ -197,7 +197,7 @@ def norm_swiglu(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm, project to gate and up, and return ``silu(gate) * up`` (Shazeer 2020, eq. 6)."""
+    """Norm, project to gate and up, and store ``silu(gate) * up`` [F] (Shazeer 2020, eq. 6)."""
     _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < HIDDEN
@@ -217,7 +217,7 @@ def norm_project(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm and project onto the vocabulary."""
+    """Norm, and project onto the vocabulary: logits [V]."""
     _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N_OUT

@@ -1,20 +1,20 @@
 """Triton kernels that decode one token of several sequences: nine a layer.
 
-Reading the weights is still what takes the time, so products are made for that: a program holds
+Reading the weights still takes most of the time, and products are laid out for it: a program holds
 the sums of some rows of a matrix for every sequence, reads those rows once through the tensor
 cores, several tiles ahead, and where a matrix has too few rows to occupy the GPU its columns are
-shared out too. The shares are added by the kernel after the product, which has all of a sequence's
-numbers in hand anyway: a norm, the rotation, SwiGLU.
+shared out too. The shares are added by the kernel after the product (a norm, the rotation, SwiGLU),
+which reads all of a sequence's numbers anyway.
 
-Sums and the residual stream are float32 (float64 for float64 weights); what is multiplied by a
-matrix is in the model's precision. ``gdc_wait`` and int8 weights as in decode.py.
-Axes: M sequence, D dim, H query heads, N key/value heads, K head_dim, F hidden_dim.
+Sums and the residual stream are float32 (float64 for float64 weights); a matrix's input is in the
+model's precision. ``gdc_wait`` and int8 weights as in decode.py.
+Names: M sequence, D dim, H query heads, N key/value heads, K head_dim, F hidden_dim.
 """
 
 import triton
 import triton.language as tl
 
-from .decode import _turn_and_keep
+from .decode import _rotate_and_store
 from .gemv import _begin, _wait
 
 FETCHED = tl.constexpr(8)  # lines of 128 bytes of each row
@@ -22,7 +22,7 @@ FETCHED = tl.constexpr(8)  # lines of 128 bytes of each row
 
 @triton.jit
 def _joined(parts, at, inside, stride, SPLITS: tl.constexpr):
-    """Add the shares of a product, ``stride`` apart."""
+    """Return the sum of a product's shares, ``stride`` apart."""
     total = tl.load(parts + at, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(parts + split * stride + at, mask=inside, other=0.0)
@@ -35,7 +35,7 @@ def add_norm(
     DIM: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add a product (none if SPLITS is 0) to the residual stream, in place; return its norm."""
+    """Add a product (none if SPLITS is 0) to the residual stream, in place; store its norm."""
     _begin(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
@@ -52,7 +52,7 @@ def add_norm(
 
 @triton.jit
 def _fetch(at, PDL: tl.constexpr):
-    """Have lines of weights brought into the cache while the kernel before still runs."""
+    """Prefetch lines of weights into the cache while the preceding kernel still runs."""
     if PDL:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)],
@@ -67,7 +67,7 @@ def project(
     PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, QUANTIZED: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Multiply x [PADDED, N_IN] by up to three matrices: shares of [M, N_A + N_B + N_C].
+    """Multiply x [PADDED, N_IN] by up to three matrices; store shares of [M, N_A + N_B + N_C].
 
     A program has ROWS rows of one matrix and one of SPLITS shares of their columns. x has zeros in
     the rows beyond M.
@@ -122,7 +122,7 @@ def rope(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rotate one head of one sequence; keys and values go to the cache's ``column``."""
+    """Rotate one head of one sequence; store keys and values in the cache's ``column``."""
     _begin(PDL)
     _wait(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
@@ -133,7 +133,7 @@ def rope(
     at = row * WIDTH + head * HEAD_DIM + i
     a = _joined(parts, at, inside, n_rows * WIDTH, SPLITS)
     b = _joined(parts, at + HALF, inside, n_rows * WIDTH, SPLITS)
-    _turn_and_keep(
+    _rotate_and_store(
         a, b, i, inside, row, head, cos, sin, position, column, q, keys, values, size,
         HEADS, KV_HEADS, HEAD_DIM, sums,
     )  # fmt: skip
@@ -144,7 +144,7 @@ def swiglu(
     parts, out, n_rows, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Return ``silu(gate) * up`` [M, F] (Shazeer 2020, eq. 6) of shares of [M, 2 F]."""
+    """Store ``silu(gate) * up`` [M, F] (Shazeer 2020, eq. 6) of shares of [M, 2 F]."""
     _begin(PDL)
     _wait(PDL)
     row = tl.program_id(0)

@@ -13,14 +13,14 @@ def _begin(PDL: tl.constexpr):
 
 @triton.jit
 def _wait(PDL: tl.constexpr):
-    """Wait for the kernel before: nothing it writes may be read, or overwritten, until then."""
+    """Wait for the preceding kernel: until then nothing it writes may be read or overwritten."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def _tile(w, rows, start, n_in: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """Read weights [rows, BLOCK] from column ``start`` on; zeros outside the matrix."""
+    """Return weights [rows, BLOCK] from column ``start`` on; zeros outside the matrix."""
     columns = start + tl.arange(0, BLOCK)
     at = w + rows[:, None].to(tl.int64) * n_in + columns[None, :]
     if EVEN:
@@ -30,7 +30,7 @@ def _tile(w, rows, start, n_in: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.cons
 
 @triton.jit
 def _place(i, n: tl.constexpr, PLANES: tl.constexpr):
-    """Where number ``i`` of an array of ``n`` stands; see the module."""
+    """Return where number ``i`` of an array of ``n`` is stored: in PLANES, see decode.py."""
     if PLANES == 1:
         return i
     return i % PLANES * (n // PLANES) + i // PLANES
@@ -41,7 +41,7 @@ def _plane(
     x, norm, start, plane: tl.constexpr,
     n: tl.constexpr, BLOCK: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
-    """Read part of the input [BLOCK], times the norm's weight if there is one; and its squares."""
+    """Return part of the input [BLOCK], times the norm's weight if any, and its squares."""
     columns = start + tl.arange(0, BLOCK)
     inside = columns < n
     at = plane * n + _place(columns, n, PLANES)
@@ -57,7 +57,7 @@ def _input(
     x, norm, start, n_in: tl.constexpr, BLOCK: tl.constexpr,
     WORDS: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
-    """Read what a tile is multiplied by: where its weights are WORDS, one of each plane."""
+    """Return a tile's input [BLOCK]: where its weights are WORDS, one of each plane."""
     if WORDS:
         n: tl.constexpr = n_in // 4
         a, squares_a = _plane(x, norm, start, 0, n, BLOCK, 1, sums)
@@ -73,7 +73,7 @@ def _input(
 
 @triton.jit
 def _numbers(words, sums: tl.constexpr):
-    """Turn words of four int8 weights into four numbers.
+    """Return the four int8 weights of each word as numbers.
 
     The GPU's own conversion from int8 has a quarter of the other operations' rate. Behind a
     float's exponent of 2^23 an integer is its own mantissa: four are made unsigned at once, each
@@ -93,9 +93,9 @@ def _numbers(words, sums: tl.constexpr):
 
 @triton.jit
 def _products(tile, a, b, c, d, sums: tl.constexpr, TOGETHER: tl.constexpr):
-    """Multiply a tile by the input and add what one thread has together: [ROWS, BLOCK / TOGETHER].
+    """Return a tile times the input, summed within each thread: [ROWS, BLOCK / TOGETHER].
 
-    A sum for each weight would take the registers that keep more reads under way.
+    A sum for each weight would take registers that are needed for reads under way.
     """
     if tile.dtype == tl.int32:
         w_a, w_b, w_c, w_d = _numbers(tile, sums)

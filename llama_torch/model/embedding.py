@@ -1,6 +1,6 @@
 """Token embeddings whose gradient is summed in float32 or wider on every device.
 
-Axes: B batch, T position, N positions of all rows, V vocabulary, D dim.
+Suffixes: B batch, T position, N positions of all rows, V vocabulary, D dim.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ FEW_CUDA = 3072  # tokens, up to which torch's CUDA kernel is the one that adds 
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` with a gradient that loses nothing where a token occurs often."""
+    """``nn.Embedding`` whose gradient is summed in float32 or wider."""
 
     def reset_parameters(self) -> None:
         """Draw the weights, where there is memory: on the meta device it imports for seconds."""
@@ -26,11 +26,11 @@ class Embedding(nn.Embedding):
 
 
 def embed(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
-    """Look up the rows [B, T, D] of tokens.
+    """Look up the rows [B, T, D] of tokens; the gradient is summed in float32 or wider.
 
-    torch's CPU kernel adds the gradients of a token's occurrences in the weight's own precision,
-    and in bfloat16 ones stop adding up at 256. So does its CUDA kernel for few tokens with the
-    sums of every 32; that for many adds in float32.
+    torch's CPU kernel adds the gradients of a token's occurrences in the weight's own precision:
+    in bfloat16 a sum of ones stops at 256. Its CUDA kernel for few tokens does the same with the
+    sums of every 32; its kernel for many adds in float32.
     """
     is_narrow = weight_VD.dtype in (torch.bfloat16, torch.float16)
     is_wide_there = weight_VD.is_cuda and tokens_BT.numel() > FEW_CUDA
@@ -41,7 +41,7 @@ def embed(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 class _Wide(torch.autograd.Function):
-    """Looks up rows; the gradient is a float32 sum, rounded once."""
+    """Embedding lookup whose gradient is a float32 sum, rounded once."""
 
     @staticmethod
     def forward(ctx: Any, tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:

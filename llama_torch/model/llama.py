@@ -1,7 +1,7 @@
 """The LLaMA 2 architecture as torch modules whose paths are Hugging Face's parameter names.
 
-Axes: B batch, T query position (this call's tokens), S key position (cache and this call),
-D dim, H query heads, N key/value heads, K head_dim, V vocabulary.
+Suffixes: B batch, T query position (this call's tokens), S key position (cache and this call),
+D dim, F hidden_dim, H query heads, N key/value heads, K head_dim, V vocabulary.
 """
 
 import math
@@ -33,7 +33,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        # Not read off the tensors: where their sizes are symbols, this must still be a bool.
+        # From the config, since a compiler that makes sizes symbols would make this one too.
         self.is_grouped = config.n_heads != config.n_kv_heads
         queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, queries, bias=False)
@@ -118,7 +118,7 @@ class Block(nn.Module):
         past: LayerCache | StaticLayerCache | None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the stream after this block and the block's keys and values."""
+        """Return the residual stream [B, T, D] after this block, and its keys and values."""
         h_BTD = self.input_layernorm(x_BTD)
         trace("attn_norm", h_BTD)
         h_BTD, present = self.self_attn(h_BTD, tables, mask, is_causal, past, trace)
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # For training without compilation: how torch.utils.checkpoint is to run a block.
+        # Arguments of torch.utils.checkpoint, for training that recomputes without compilation.
         self.recompute: dict[str, Any] | None = None
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         cache: Cache | StaticCache | None = None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, Cache | StaticCache]:
-        """Return the normed stream [B, T, D] and the longer cache; see Llama.forward."""
+        """Return the normed stream [B, T, D] and the extended cache; see Llama.forward."""
         start = 0 if cache is None else cache.length
         length, device = tokens_BT.shape[1], tokens_BT.device
         if positions is None:
@@ -213,12 +213,12 @@ class Llama(nn.Module):
         trace: Trace = no_trace,
         project: bool = True,
     ) -> tuple[Tensor, Cache | StaticCache]:
-        """Compute logits [B, T, V] and the cache that continues the sequence.
+        """Return the logits [B, T, V] and the cache that continues the sequence.
 
         positions  int [B, T], the rotary positions; default: they follow the cache.
-        mask       bool [B, T, S], True = may attend; default: causal.
-        cache      what an earlier call returned; it is not changed, unless it is a
-                   StaticCache, which is written to.
+        mask       bool [B, T, S], True = may attend; default: causal. See masks.py.
+        cache      the cache that an earlier call returned; it is not changed, unless it is
+                   a StaticCache, which is written to.
         trace      called with every named activation as it is computed.
         project    False: return the normed stream [B, T, D] instead, from which the loss takes
                    its logits piece by piece.
@@ -250,14 +250,14 @@ class Llama(nn.Module):
             self.init_part(part, generator)
 
     def parts(self) -> list[nn.Module]:
-        """Return the modules that hold the parameters between them, in the parameters' order."""
+        """Return the modules that together hold every parameter, in the parameters' order."""
         decoder = self.model
         head = [] if self.config.tie_embeddings else [self.lm_head]
         return [decoder.embed_tokens, *decoder.layers, decoder.norm, *head]
 
     @torch.no_grad()
     def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
-        """Draw the weights of one of ``parts``; in their order that is ``init_weights``."""
+        """Draw the weights of one of ``parts``; all in their order are ``init_weights``."""
         residual = 0.02 / math.sqrt(2 * self.config.n_layers)
         for name, weight in part.named_parameters():
             if weight.ndim == 1:

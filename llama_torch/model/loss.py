@@ -1,6 +1,6 @@
-"""Next-token cross-entropy without ever holding all the logits.
+"""Next-token cross-entropy, computed in pieces: all the logits are never in memory at once.
 
-Axes: B batch, T position, N positions of a piece, D dim, V vocabulary.
+Suffixes: B batch, T position, N positions of a piece, D dim, V vocabulary.
 """
 
 import functools
@@ -26,7 +26,7 @@ ALIGNED = 64
 def _pieces(
     hidden_BTD: Tensor, vocab_size: int, targets_BT: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield groups of positions, all but the last of one size, whose logits fit the chunk."""
+    """Yield hidden [N, D] and targets [N] in pieces of one size whose logits fit CHUNK_BYTES."""
     hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     n_bytes = CHUNK_BYTES_CUDA if hidden.is_cuda else CHUNK_BYTES
     n_pieces = -(-len(targets) // max(1, n_bytes // (vocab_size * hidden.itemsize)))
@@ -102,11 +102,11 @@ def _logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
         return hidden_ND @ weight_VD.T
     n_rows, vocab_size = len(hidden_ND), len(weight_VD)
     width = vocab_size + -vocab_size % ALIGNED
-    room = _room(n_rows * width, hidden_ND.dtype).view(n_rows, width)
+    padded = _buffer(n_rows * width, hidden_ND.dtype).view(n_rows, width)
     # oneDNN's bfloat16 product on a CPU with AMX reads these columns too, and multiplies them by
     # zero, which makes NaN of the NaN or infinity that memory never written may hold.
-    room[:, vocab_size:] = 0
-    return torch.mm(hidden_ND, weight_VD.T, out=room[:, :vocab_size])
+    padded[:, vocab_size:] = 0
+    return torch.mm(hidden_ND, weight_VD.T, out=padded[:, :vocab_size])
 
 
 @functools.lru_cache(maxsize=1)
@@ -114,13 +114,13 @@ def _kept(power_of_two: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(power_of_two, dtype=dtype)
 
 
-def _room(elements: int, dtype: torch.dtype) -> Tensor:
-    """Return memory that is kept between steps: new memory costs a page fault for each page."""
+def _buffer(elements: int, dtype: torch.dtype) -> Tensor:
+    """Return a buffer that is kept between steps: new memory costs a page fault for each page."""
     return _kept(1 << (elements - 1).bit_length(), dtype)[:elements]
 
 
 def _add_product(total: Tensor | None, d_logits_NV: Tensor, hidden_ND: Tensor) -> Tensor:
-    """Add d_logits^T hidden; the sum of several pieces is float32 or wider."""
+    """Return total + d_logits^T hidden [V, D]; a sum of several pieces is float32 or wider."""
     if total is None:
         return d_logits_NV.T @ hidden_ND
     if d_logits_NV.dtype == torch.bfloat16:

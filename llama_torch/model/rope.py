@@ -1,4 +1,7 @@
-"""Rotary position embeddings (RoPE), in the rotate-half form of Hugging Face's weights."""
+"""Rotary position embeddings (RoPE), in the rotate-half form of Hugging Face's weights.
+
+Suffixes: B batch, T position, H heads, K head_dim.
+"""
 
 import math
 
@@ -42,7 +45,7 @@ def rope_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -
 
 
 def apply_rope(x_BTHK: Tensor, tables: Tables) -> Tensor:
-    """Rotate each pair (i, i + K / 2) in the tables' precision: the rotate-half form."""
+    """Return ``x`` [B, T, H, K] with each pair (i, i + K / 2) rotated, in the tables' precision."""
     cos, sin = tables
     first, second = x_BTHK.to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,1 +1,1 @@
-"""Tokenizers, chat templates, and text that comes token by token."""
+"""Tokenizers, chat templates, and the incremental detokenizer."""

@@ -1,4 +1,4 @@
-"""From a conversation to token ids: the checkpoint's own Jinja template, or Llama 2's form."""
+"""Chat templates, which encode a conversation: the checkpoint's own Jinja, or Llama 2's form."""
 
 import datetime
 import json
@@ -24,7 +24,7 @@ LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 class Generation(jinja2.ext.Extension):
-    """The tag ``{% generation %}``, which marks for trainers what the assistant says."""
+    """The tag ``{% generation %}``, by which templates mark the assistant's words for trainers."""
 
     tags = {"generation"}  # noqa: RUF012  (as the base class has it)
 
@@ -35,7 +35,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """Turns messages into the ids that ask for the assistant's next answer."""
+    """A checkpoint's Jinja template, rendered in a sandbox and tokenised."""
 
     def __init__(self, source: str, origin: str, tokenizer: Tokenizer) -> None:
         self.origin, self.tokenizer = origin, tokenizer
@@ -71,10 +71,10 @@ class ChatTemplate:
             return self.tokenizer.encode_marked(text, mark)
 
     def _broken(self, content: str, mark: str) -> str:
-        """Put marks into the special tokens that a message spells, wholly or at its ends.
+        """Return a message with a mark inside each special token that it spells, in whole or part.
 
-        Whatever else it says is left as it is: a template may look at it. At the ends (spaces
-        aside, which templates strip) a token could be completed by what comes before or after.
+        The rest of the message stays as it is: a template may look at it. At the ends (spaces
+        aside, which templates strip) a token could be completed by the text before or after.
         """
         inner = content.strip() or content
         for token in self.tokenizer.special:

@@ -1,4 +1,4 @@
-"""Text that comes token by token, shown in whole characters and without its stop texts."""
+"""Incremental detokenizer: text in whole characters, without its stop texts."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ UNFINISHED = "\ufffd"  # how decoders show the bytes of a character that is not 
 
 
 class Detokenizer:
-    """Text as it becomes complete, one token at a time.
+    """The text of tokens as it becomes complete, one token at a time.
 
-    A character is never split between two pieces, and neither is a stop text: what may become
+    A character is never split between two pieces, and neither is a stop text: text that may become
     one is held back. The text ends with the first character that completes a stop text, whatever
     tokens divide it, and is cut where that begins: of "b" and "abc" it is "b" that ends "abcd",
     since to wait for the longer could mean to write on after the shorter. Of two that one
@@ -31,14 +31,14 @@ class Detokenizer:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Add a token; return the text that is now certain."""
+        """Add a token; return the text that no later token can change or stop."""
         if not self.tokenizer.is_text(token):
             return ""
         self.window.append(token)
         return self._release(self._grown())
 
     def finish(self) -> str:
-        """Return what was held back, with the bytes of an unfinished character marked."""
+        """Return the text held back, with the bytes of an unfinished character marked."""
         text, self.held = self.held + self.decode(self.window)[self.shown :], ""
         cut = self._cut(text)
         self.stopped |= cut is not None
@@ -80,6 +80,6 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how much of the text's end may be the beginning of a stop text."""
+    """Return how many of the text's last characters may be the beginning of a stop text."""
     most = min(len(text), len(stop) - 1)
     return next((n for n in range(most, 0, -1) if stop.startswith(text[-n:])), 0)

@@ -31,7 +31,7 @@ class EncodingError(InputError):
 def guarded(library: str, text: str) -> Iterator[None]:
     """Raise EncodingError where a library written in Rust panics on a text.
 
-    What it raises then has no public name, and is no Exception: nothing else would report it.
+    The panic has no public name and is no Exception: nothing else would report it.
     """
     try:
         yield
@@ -49,7 +49,7 @@ def guarded(library: str, text: str) -> Iterator[None]:
 
 @contextmanager
 def located(place: str | Callable[[], str]) -> Iterator[None]:
-    """Put before an EncodingError's message where the text stands, or what says so."""
+    """Raise InputError for an EncodingError, with the text's place (or its function) in front."""
     try:
         yield
     except EncodingError as error:
@@ -58,7 +58,7 @@ def located(place: str | Callable[[], str]) -> Iterator[None]:
 
 
 def _ranks() -> dict[bytes, int]:
-    """Read the merge ranks; refuse a damaged file, which would shift every id after it."""
+    """Return the merge ranks; refuse a damaged file, which would shift every id after it."""
     raw = (resources.files("llama_torch.assets") / "gpt2.tiktoken").read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     if digest != RANKS_SHA256:
@@ -121,14 +121,7 @@ def hf_files() -> dict[str, str]:
     }
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     byte_level |= {"use_regex": True}
-    ranks = _ranks()
-    spell = _byte_spelling()
-    vocab = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
-    merges = [
-        ["".join(spell[b] for b in part) for part in _last_merge(token, ranks)]
-        for token in ranks
-        if len(token) > 1
-    ]
+    vocab, merges = _vocab_and_merges()
     tokenizer = {
         "version": "1.0",
         "added_tokens": [special],
@@ -159,6 +152,18 @@ def hf_files() -> dict[str, str]:
         "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(settings, indent=2),
     }
+
+
+def _vocab_and_merges() -> tuple[dict[str, int], list[list[str]]]:
+    """Return the ids of tokens, and the pair that each is merged of, in printable characters."""
+    ranks, spell = _ranks(), _byte_spelling()
+    vocab = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
+    merges = [
+        ["".join(spell[b] for b in part) for part in _last_merge(token, ranks)]
+        for token in ranks
+        if len(token) > 1
+    ]
+    return vocab, merges
 
 
 def _byte_spelling() -> list[str]:

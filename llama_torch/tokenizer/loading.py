@@ -33,7 +33,7 @@ def load_tokenizer(ckpt: Path, vocab_size: int) -> Tokenizer:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Read what the files beside a tokenizer say of it: BOS and EOS by name, tokens added."""
+    """Return BOS and EOS by name, and tokens added, from the files beside a tokenizer."""
     found: dict[str, Any] = {"added": {}}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
         if not (folder / file).is_file():
@@ -103,7 +103,7 @@ def _is_gpt2(content: dict[str, Any]) -> bool:
 
 
 def _apply_settings(tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> None:
-    """Give BOS and EOS their names. Where BOS goes first, a tokenizer.json says itself."""
+    """Set BOS and EOS by name. A tokenizer.json itself says whether BOS goes first."""
     for role in ("bos", "eos"):
         name = settings.get(f"{role}_token")
         if name is not None and name not in tokenizer.special:

@@ -18,7 +18,7 @@ MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back.
+    """Encodes text to token ids, and decodes them.
 
     special  the tokens that only a chat template can place: their spelling and id.
     hidden   the ids that stand for no text; those of the special tokens, unless said.
@@ -113,8 +113,8 @@ class Json(Tokenizer):
 
     Its special tokens, and what is marked like one (``<|im_start|>`` is not always called
     special), are renamed with a random word in front that nobody can guess, so that no text
-    spells one by accident or on purpose; a template's are renamed likewise. ``named`` are special
-    too: tokens that other files call BOS or EOS.
+    spells one by accident or on purpose; a template's are renamed in the same way. ``named`` are
+    special too: tokens that other files call BOS or EOS.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], named: Collection[str]) -> None:
@@ -157,7 +157,7 @@ class Json(Tokenizer):
 
 
 def _renamed(content: dict[str, Any], special: Collection[str], word: str) -> dict[str, Any]:
-    """Put ``word`` before the name of every special token, wherever the file defines it."""
+    """Return the file's content with ``word`` before every special token's name."""
 
     def new(name: str) -> str:
         return word + name if name in special else name

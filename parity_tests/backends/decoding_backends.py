@@ -1,6 +1,6 @@
-"""llama_torch's quick ways of decoding behind the protocol; see llama_torch/inference/decoding.py.
+"""llama_torch's decoding steps behind the protocol; see llama_torch/inference/decoding.py.
 
-What decodes one token a step is fed every call token by token, prompts too.
+A step of one token is fed every call token by token, prompts too.
 """
 
 import logging
@@ -50,14 +50,14 @@ class Static(Torch):
         weight, length = model.model.embed_tokens.weight, 0 if cache is None else cache.length
         rows, new = tokens.shape
         # A column more than needed: what is not written yet must not be seen.
-        room = StaticCache(model.config, rows, length + new + 1, weight.dtype, weight.device)
-        room.keys.fill_(9.0)
-        room.values.fill_(9.0)
+        own_cache = StaticCache(model.config, rows, length + new + 1, weight.dtype, weight.device)
+        own_cache.keys.fill_(9.0)
+        own_cache.values.fill_(9.0)
         if cache is not None:
-            room.keys[..., :length, :] = cache.keys[..., :length, :]
-            room.values[..., :length, :] = cache.values[..., :length, :]
-            room.length = length
-        return room
+            own_cache.keys[..., :length, :] = cache.keys[..., :length, :]
+            own_cache.values[..., :length, :] = cache.values[..., :length, :]
+            own_cache.length = length
+        return own_cache
 
 
 class Stepwise(Static):
@@ -75,8 +75,8 @@ class Stepwise(Static):
         cache: StaticCache | None,
     ) -> tuple[Array, StaticCache]:
         model = self._model(config, params)
-        room = self._before(model, tokens, cache)
-        start, (rows, new) = room.length, tokens.shape
+        own_cache = self._before(model, tokens, cache)
+        start, (rows, new) = own_cache.length, tokens.shape
         columns = np.arange(start, start + new)
         if positions is None:
             positions = np.broadcast_to(columns, tokens.shape)
@@ -87,14 +87,14 @@ class Stepwise(Static):
         if (mask & (np.arange(start + new) > columns[:, None])).any():
             raise NotImplementedError("a step sees no later tokens")
         with torch.inference_mode():
-            logits = self._steps(model, room, tokens, positions, mask)
-        room.length = start + new
-        return logits.double().cpu().numpy(), room
+            logits = self._steps(model, own_cache, tokens, positions, mask)
+        own_cache.length = start + new
+        return logits.double().cpu().numpy(), own_cache
 
     def _steps(
-        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+        self, model: Llama, own_cache: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        """Return logits [B, T, V], having written the room's next columns."""
+        """Return logits [B, T, V], having written the cache's next columns."""
         raise NotImplementedError
 
 
@@ -102,12 +102,12 @@ class Numpy(Stepwise):
     """Through NumPy: no positions of its own and no mask."""
 
     def _steps(
-        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+        self, model: Llama, own_cache: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        _only_plain(room, tokens, positions, mask)
+        _only_plain(own_cache, tokens, positions, mask)
         rows = []
         for i, row in enumerate(tokens):
-            step = NumpyStep(model, _row(room, i))
+            step = NumpyStep(model, _row(own_cache, i))
             rows.append(torch.cat([step.decode(token) for token in torch.from_numpy(row).split(1)]))
         return torch.stack(rows)
 
@@ -116,35 +116,35 @@ class Kernels(Stepwise):
     """Through the Triton kernels, with any positions and mask that a step can see."""
 
     def _steps(
-        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+        self, model: Llama, own_cache: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
         from llama_torch.inference.triton_step import TritonStep
 
         rows = zip(tokens, positions, mask, strict=True)
         return torch.cat(
             [
-                self._run(TritonStep, model, _row(room, i), *(part[None] for part in row))
+                self._run(TritonStep, model, _row(own_cache, i), *(part[None] for part in row))
                 for i, row in enumerate(rows)
             ]
         )
 
     def _run(
-        self, kind: Any, model: Llama, room: Any, tokens: Array, positions: Array, mask: Array
+        self, kind: Any, model: Llama, own_cache: Any, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        """Take the steps of a TritonStep, or a TritonBatchStep, on all rows of ``room``."""
+        """Take the steps of a TritonStep, or a TritonBatchStep, on all rows of a cache."""
 
         def put(array: Array) -> torch.Tensor:
             return torch.from_numpy(np.array(array)).to(self.device)
 
-        inputs = StepInputs(len(tokens), room.size, 1, self.device)
+        inputs = StepInputs(len(tokens), own_cache.size, 1, self.device)
         inputs.allowed.fill_(False)
-        step = kind(model, room, inputs, inputs.allowed, int(positions.max()) + 1)
+        step = kind(model, own_cache, inputs, inputs.allowed, int(positions.max()) + 1)
         step.refresh()
         found = []
         for t in range(tokens.shape[1]):
             inputs.token.copy_(put(tokens[:, t : t + 1]))
             inputs.position.copy_(put(positions[:, t : t + 1]))
-            inputs.column.fill_(room.length + t)
+            inputs.column.fill_(own_cache.length + t)
             inputs.allowed[:, : mask.shape[2]] = put(mask[:, t])
             found.append(step.launch().clone())
         return torch.cat(found, dim=1)
@@ -154,11 +154,11 @@ class BatchKernels(Kernels):
     """Through those for several sequences."""
 
     def _steps(
-        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+        self, model: Llama, own_cache: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
         from llama_torch.inference.triton_batch_step import TritonBatchStep
 
-        return self._run(TritonBatchStep, model, room, tokens, positions, mask)
+        return self._run(TritonBatchStep, model, own_cache, tokens, positions, mask)
 
 
 class Graph(Stepwise):
@@ -169,21 +169,21 @@ class Graph(Stepwise):
         self.mode = mode
 
     def _steps(
-        self, model: Llama, room: StaticCache, tokens: Array, positions: Array, mask: Array
+        self, model: Llama, own_cache: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
         columns = np.arange(mask.shape[2])
-        own = columns == columns[room.length :, None]
+        own = columns == columns[own_cache.length :, None]
         pads = (mask | own).argmax(2).min(1)  # the first column that any query sees
-        behind = (columns <= columns[room.length :, None]) & (columns >= pads[:, None, None])
+        behind = (columns <= columns[own_cache.length :, None]) & (columns >= pads[:, None, None])
         if ((behind | own) != mask).any():
             raise NotImplementedError("a graph's mask is causal, with padding on the left")
         logging.getLogger("llama_torch.inference.cuda_graph").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler advises other precisions
-            step = GraphStep(model, len(tokens), room.size, self.mode)
-        step.cache.keys.copy_(room.keys)
-        step.cache.values.copy_(room.values)
-        step.cache.length = room.length
+            step = GraphStep(model, len(tokens), own_cache.size, self.mode)
+        step.cache.keys.copy_(own_cache.keys)
+        step.cache.values.copy_(own_cache.values)
+        step.cache.length = own_cache.length
         step.begin(pads.tolist())
         found = []
         for t in range(tokens.shape[1]):
@@ -191,20 +191,20 @@ class Graph(Stepwise):
             found.append(
                 step.replay(torch.from_numpy(tokens[:, t : t + 1]).to(self.device)).clone()
             )
-        room.keys, room.values = step.cache.keys, step.cache.values
+        own_cache.keys, own_cache.values = step.cache.keys, step.cache.values
         return torch.cat(found, dim=1)
 
 
-def _row(room: StaticCache, i: int) -> Any:
+def _row(own_cache: StaticCache, i: int) -> Any:
     """Return one row's part of a cache, as a view."""
-    keys, values = room.keys[:, i : i + 1], room.values[:, i : i + 1]
-    return SimpleNamespace(keys=keys, values=values, size=room.size, length=room.length)
+    keys, values = own_cache.keys[:, i : i + 1], own_cache.values[:, i : i + 1]
+    return SimpleNamespace(keys=keys, values=values, size=own_cache.size, length=own_cache.length)
 
 
-def _only_plain(room: StaticCache, tokens: Array, positions: Array, mask: Array) -> None:
+def _only_plain(own_cache: StaticCache, tokens: Array, positions: Array, mask: Array) -> None:
     columns = np.arange(mask.shape[2])
-    if (positions != columns[room.length :]).any() or (
-        mask != (columns <= columns[room.length :, None])
+    if (positions != columns[own_cache.length :]).any() or (
+        mask != (columns <= columns[own_cache.length :, None])
     ).any():
         raise NotImplementedError("it takes neither positions nor a mask")
 
