@@ -42,7 +42,7 @@ class Writer:
         piece = "" if token.id in self.stop_ids else self.detokenizer.push(token.id)
         if self._finish_reason(token):
             piece += "" if self.detokenizer.stopped else self.detokenizer.finish()
-            # The text held back may have held a stop text: asked again.
+            # The text that finish() released may hold a stop text: asked again.
             self.finish_reason = self._finish_reason(token)
         self.pieces.append(piece)
         return self.finish_reason

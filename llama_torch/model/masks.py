@@ -12,8 +12,8 @@ from torch import Tensor
 def default_mask(n_queries: int, n_cached: int, device: torch.device) -> tuple[Tensor | None, bool]:
     """Return the mask [1, T, S] of a call without one, or None, and torch's ``is_causal`` flag.
 
-    Without a cache torch masks by the flag; a single query after a cache attends to every key;
-    several need the causal mask, since torch aligns its own top-left.
+    Three cases: without a cache torch masks by the flag; a single query after a cache attends to
+    every key; several queries after one need the causal mask, since torch aligns its own top-left.
     """
     needs_mask = n_cached > 0 and n_queries > 1
     mask = causal_mask(n_queries, n_cached + n_queries, device)[None] if needs_mask else None
