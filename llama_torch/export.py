@@ -16,7 +16,7 @@ from .training.run_dir import RUN_FILE
 
 
 @dataclass(frozen=True)
-class GatherConfig:
+class ExportConfig:
     """Write a Hugging Face model directory from a checkpoint, also of a run that went on in shards.
 
     A run whose processes each held the model has written it already; one with --fsdp or --tp does
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    config = cli.parse(GatherConfig, argv)
+    config = cli.parse(ExportConfig, argv)
     out = Path(config.run)
     if not (out / RUN_FILE).is_file():
         raise InputError(f"{out}: holds no run; name the directory of one")
@@ -53,7 +53,7 @@ def _main(argv: Sequence[str]) -> int:
         raise InputError(f"--to {target} holds another run; choose another directory")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        saver.gather(target, folder, settings.model)
+        saver.export_model(target, folder, settings.model)
     except OSError as error:
         raise InputError(f"--to {target} cannot be written ({error}); choose another") from None
     print(f"{target}: the model of step {folder.name}")

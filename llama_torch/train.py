@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .common import cli
-from .common.torchrun import is_launched, is_restarted, is_speaker
+from .common.torchrun import is_launched, is_main_process, is_restarted
 from .config import TrainConfig
-from .distributed.job import PeerLostError, first_says, job, leave
+from .distributed.job import PeerLostError, broadcast_object, exit_process, job
 from .training import dry_run, run_dir
 from .training.loop import train
 from .training.run_dir import RUN_FILE
@@ -29,7 +29,7 @@ def _main(argv: Sequence[str]) -> int:
         with job():
             return _in_job(argv)
     except PeerLostError as error:
-        if is_speaker():
+        if is_main_process():
             print(
                 f"error: another process of this job ended ({error}); it or torchrun says why. "
                 "Continue with --resume, as torchrun does by itself given --max-restarts",
@@ -44,7 +44,7 @@ def _in_job(argv: Sequence[str]) -> int:
         require_layout(config)
         return config
 
-    config = first_says(settle)
+    config = broadcast_object(settle)
     if config.dry_run:
         return dry_run.report(config)
     started = time.perf_counter()
@@ -52,10 +52,10 @@ def _in_job(argv: Sequence[str]) -> int:
         val_loss = train(config)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        if is_speaker():
+        if is_main_process():
             print(_farewell(stopped, config.out), file=sys.stderr)
         return 128 + stopped.signum
-    if not is_speaker():
+    if not is_main_process():
         return 0
     print(
         f"finished in {time.perf_counter() - started:.0f} s: validation loss {val_loss:.3f}, "
@@ -79,4 +79,4 @@ def _farewell(stopped: Stopped, out: str) -> str:
 
 
 if __name__ == "__main__":
-    leave(main)
+    exit_process(main)

@@ -19,7 +19,7 @@ def is_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def is_speaker() -> bool:
+def is_main_process() -> bool:
     """Return whether this process speaks for all, before there is a Parallel to ask."""
     return os.environ.get("RANK", "0") == "0" or not is_launched()
 

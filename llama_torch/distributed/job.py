@@ -31,9 +31,9 @@ class PeerLostError(Exception):
 def job() -> Iterator[None]:
     """Join torchrun's other processes.
 
-    gloo carries what the hosts tell each other, so that no GPU is waited for; NCCL the tensors.
-    Raises PeerLostError when another process ends while this one waits for it. The process is to
-    end with ``leave``.
+    Host-side messages go through gloo, so that no GPU is waited for, and CUDA tensors through
+    NCCL. Raises PeerLostError when another process ends while this one waits for it. The process
+    must end with ``exit_process``.
     """
     if not is_launched():
         yield
@@ -57,11 +57,11 @@ def job() -> Iterator[None]:
         raise PeerLostError(str(error).strip().splitlines()[0]) from None
 
 
-def leave(main: Callable[[], int]) -> NoReturn:
+def exit_process(main: Callable[[], int]) -> NoReturn:
     """Call ``main`` and end this process with what it returns.
 
-    In a job without what torch and Python do at their end: threads there may abort the process,
-    and the end of a group waits for those who are gone.
+    A process of a job skips the exit handlers of torch and Python: their threads may abort the
+    process, and closing a process group waits for processes that have ended.
     """
     if not is_launched():
         sys.exit(main())
@@ -77,24 +77,25 @@ def leave(main: Callable[[], int]) -> NoReturn:
     os._exit(code if isinstance(code, int) else 1)
 
 
-def first_says(make: Callable[[], T]) -> T:
-    """Return on every process of the job what ``make`` returns on the first.
+def broadcast_object(make: Callable[[], T]) -> T:
+    """Call ``make`` on the main process and broadcast the picklable object it returns.
 
-    What is raised there ends the others without a word of their own.
+    An InputError, OSError or SystemExit raised there ends the other processes silently, with
+    the same exit code.
     """
     if not dist.is_initialized():
         return make()
-    said: list[Any] = [None, None]
+    message: list[Any] = [None, None]
     failure: BaseException | None = None
     if dist.get_rank() == 0:
         try:
-            said[0] = make()
+            message[0] = make()
         except (InputError, OSError, SystemExit) as error:
-            failure, said[1] = error, (error.code or 0) if isinstance(error, SystemExit) else 2
-    dist.broadcast_object_list(said, 0, device=torch.device("cpu"))
+            failure, message[1] = error, (error.code or 0) if isinstance(error, SystemExit) else 2
+    dist.broadcast_object_list(message, 0, device=torch.device("cpu"))
     if failure is not None:
         raise failure
-    if said[1] is not None:
-        raise SystemExit(said[1])
-    made: T = said[0]
+    if message[1] is not None:
+        raise SystemExit(message[1])
+    made: T = message[0]
     return made

@@ -28,7 +28,7 @@ REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 
 
 class Parallel:
-    """One process's place in the job, and what it does together with the others."""
+    """A process's rank and mesh in the job, and its collective operations."""
 
     def __init__(self) -> None:
         self.rank, self.world = 0, 1
@@ -37,7 +37,7 @@ class Parallel:
         self.mesh: DeviceMesh | None = None
         self.replica: DistributedDataParallel | None = None
         self._head_reduction: Any = None
-        self._talk: Any = None
+        self._control_group: Any = None
 
     @classmethod
     def of(cls, config: ParallelConfig, device: torch.device) -> "Parallel":
@@ -58,15 +58,15 @@ class Parallel:
             self.data_rank = self.rank // config.tp  # the mesh is in row-major order
         return self
 
-    def talk(self) -> Any:
-        """Return a gloo group of all processes in which nothing else is said, made once."""
-        if self._talk is None:
-            self._talk = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        return self._talk
+    def control_group(self) -> Any:
+        """Return the gloo group of all processes for asynchronous saves, made at the first call."""
+        if self._control_group is None:
+            self._control_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        return self._control_group
 
     @property
-    def is_first(self) -> bool:
-        """Whether this process speaks, and writes, for all."""
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0, which prints and writes for the job."""
         return self.rank == 0
 
     @property
@@ -158,7 +158,7 @@ class Parallel:
         self._head_reduction = dist.all_reduce(wide, async_op=True), grad, wide
 
     def mean(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors by their mean over the processes that share out the windows."""
+        """Replace each tensor, in place, by its mean over the data-parallel ranks."""
         if self.data_size == 1:
             return
         assert self.mesh is not None
@@ -170,54 +170,54 @@ class Parallel:
         for work in waiting:
             work.wait()
 
-    def sums(self, *numbers: int) -> list[int]:
-        """Return sums over the processes that share out the windows; no GPU is waited for."""
+    def all_reduce_sum(self, *numbers: int) -> list[int]:
+        """Return each number's sum over the data-parallel ranks; no GPU is waited for."""
         if self.world == 1:
             return list(numbers)
         total = torch.tensor(numbers)
         dist.all_reduce(total)
         return [number // (self.world // self.data_size) for number in total.tolist()]
 
-    def most(self, number: int) -> int:
-        """Return the largest of all processes' numbers."""
+    def all_reduce_max(self, number: int) -> int:
+        """Return the maximum of a number over all processes."""
         if self.world == 1:
             return number
         found = torch.tensor(number)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
-    def agree(self, number: int) -> bool:
+    def all_equal(self, number: int) -> bool:
         """Return whether all processes have the same number."""
-        return self.most(number) == -self.most(-number)
+        return self.all_reduce_max(number) == -self.all_reduce_max(-number)
 
     def barrier(self) -> None:
         """Wait for every process."""
-        self.sums(0)
+        self.all_reduce_sum(0)
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the processes that share out the windows."""
+        """Return a tensor's sum over the data-parallel ranks, in place, of the same shape."""
         if self.data_size > 1:
             dist.all_reduce(tensor)
             tensor /= self.world // self.data_size
         return tensor
 
     @contextmanager
-    def alike(self) -> Iterator[None]:
-        """Let the first process alone say what goes wrong in all."""
+    def errors_on_main_only(self) -> Iterator[None]:
+        """Raise an InputError that every process meets on the main one; the others exit with 2."""
         try:
             yield
         except InputError:
-            if self.is_first:
+            if self.is_main_process:
                 raise
             raise SystemExit(2) from None
 
     @contextmanager
-    def first_goes_first(self) -> Iterator[None]:
-        """Let the other processes in when the first is through, to what it has made."""
-        if not self.is_first:
+    def main_process_first(self) -> Iterator[None]:
+        """Run the body on the main process, then on the others, which find the files it wrote."""
+        if not self.is_main_process:
             self.barrier()
         yield
-        if self.is_first:
+        if self.is_main_process:
             self.barrier()
 
 

@@ -77,13 +77,16 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
     sampler = StepSampler(corpus, context, config.seed, rows, start, config.steps)
     guard = Guard(config, device, sampler.describe, skipped)
     # All processes judge alike; the first says why they end.
-    accept, look = parallel.alike()(guard.accept), parallel.alike()(guard.look)
+    accept, look = (
+        parallel.errors_on_main_only()(guard.accept),
+        parallel.errors_on_main_only()(guard.look),
+    )
     saver = make_saver(
         Path(config.out), model, optimizer, parallel, config.keep_last, config.keep_best
     )
     progress: Progress | Silence = Silence()
     with ExitStack() as shown:
-        if parallel.is_first:
+        if parallel.is_main_process:
             board = shown.enter_context(Board(out / "tensorboard", start + 1 if start else 0))
             speed = rows * context, device, at_peak
             progress = shown.enter_context(Progress(board, start, config.steps, *speed))
@@ -116,7 +119,7 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
                 accept=partial(accept, done),
                 parallel=parallel,
             )
-            asked = parallel.most(stop.asked)
+            asked = parallel.all_reduce_max(stop.asked)
             last = done == config.steps
             progress.advance(done)
             traced()
@@ -132,7 +135,7 @@ def _train(config: TrainConfig, held: ExitStack, stop: Stop) -> float:
                 progress.trained(done, loss.item(), lr, norm.item())
             if (
                 config.verify_every
-                and parallel.is_first
+                and parallel.is_main_process
                 and (last or done % config.verify_every == 0)
             ):
                 look()

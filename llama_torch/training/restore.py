@@ -28,7 +28,7 @@ def restore(
     or many wrote the checkpoint, any number can read it.
     """
     parallel = parallel or Parallel()
-    if parallel.is_first:
+    if parallel.is_main_process:
         step_folders.sweep(out)
     parallel.barrier()
     folder = step_folders.newest(out)
@@ -38,7 +38,7 @@ def restore(
                 f"--resume: {out} has a model but no checkpoint in {step_folders.FOLDER}/ to "
                 "continue from; put it back, or start a new run with another --out"
             )
-        if parallel.is_first:
+        if parallel.is_main_process:
             write_directory_files(out, model.config)
         return 0, []
     try:
@@ -58,7 +58,7 @@ def restore(
             remedy = f"delete {folder} to continue from step {older.name}"
         raise InputError(f"--resume: {error}; or {remedy}") from None
     _assign(tensors, model, optimizer, step - len(skipped))
-    if parallel.is_first and not parallel.is_sharded:  # who holds the model whole
+    if parallel.is_main_process and not parallel.is_sharded:  # who holds the model whole
         names = (name for name, _ in model.named_parameters())
         save_model(out, model.config, {n: tensors[PARAMETER + n] for n in names})
     return step, skipped

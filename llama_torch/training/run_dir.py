@@ -70,8 +70,8 @@ def require_shared(out: Path, parallel: Parallel) -> None:
     parallel.barrier()
     newest = step_folders.newest(out) if (out / RUN_FILE).is_file() else None
     seen = -1 if not (out / RUN_FILE).is_file() else int(newest.name) if newest else 0
-    with parallel.alike():
-        if not parallel.agree(seen):
+    with parallel.errors_on_main_only():
+        if not parallel.all_equal(seen):
             raise InputError(
                 f"--out {out}: not every process sees what the first one wrote there; choose a "
                 "directory on a disk that all machines share"

@@ -117,7 +117,7 @@ class FileSaver:
     ) -> None:
         self.out, self.model, self.optimizer = out, model, optimizer
         self.parallel, self.keep_last = parallel, keep_last
-        self.keeps_best = keep_best and parallel.is_first
+        self.keeps_best = keep_best and parallel.is_main_process
         self.best = best_loss(out) if self.keeps_best else 0.0
 
     def validated(self, step: int, val_loss: float) -> None:
@@ -128,7 +128,7 @@ class FileSaver:
 
     def save(self, step: int, skipped: Sequence[int], waits: bool) -> list[int]:
         """Save the state as one file, then export the model from it."""
-        if self.parallel.is_first:
+        if self.parallel.is_main_process:
             self._save(step, skipped)
         self.parallel.barrier()
         return [step]
@@ -183,8 +183,8 @@ class ShardSaver(Saver):
         tensors = training_state(self.model, self.optimizer)
         local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
         good = torch.stack([tensor.isfinite().all() for tensor in local]).all()
-        bad = self.parallel.most(int(not good))
-        with self.parallel.alike():
+        bad = self.parallel.all_reduce_max(int(not good))
+        with self.parallel.errors_on_main_only():
             if bad:
                 raise InputError(
                     f"a parameter or moment is not finite after step {step}; lower --lr (the last "
@@ -192,12 +192,15 @@ class ShardSaver(Saver):
                 )
         shards = Shards(step_folders.temporary(final))
         with step_folders.writing(final):
-            if self.parallel.is_first:
+            if self.parallel.is_main_process:
                 step_folders.begin(final)
                 shards.write_notes(step, skipped)
         self.parallel.barrier()
         if next(iter(tensors.values())).is_cuda:
-            self.pending = step, ShardsOnTheirWay(shards.folder, tensors, self.parallel.talk())
+            self.pending = (
+                step,
+                ShardsOnTheirWay(shards.folder, tensors, self.parallel.control_group()),
+            )
             return saved + (self._finish() if waits else [])
         with self._clearing(shards.folder):
             shards.write(tensors)
@@ -205,15 +208,15 @@ class ShardSaver(Saver):
 
     def export(self) -> None:
         """Write the newest checkpoint's model beside it: training has not done so."""
-        if self.parallel.is_first:
+        if self.parallel.is_main_process:
             folder = step_folders.newest(self.out)
             assert folder is not None
-            gather(self.out, folder, self.model.config)
+            export_model(self.out, folder, self.model.config)
         self.parallel.barrier()
 
     def completed(self) -> list[int]:
         """Return the steps whose checkpoints have been completed since the last call."""
-        if self.pending and not self.parallel.most(int(not self.pending[1].is_done())):
+        if self.pending and not self.parallel.all_reduce_max(int(not self.pending[1].is_done())):
             return self._finish()
         return []
 
@@ -237,7 +240,7 @@ class ShardSaver(Saver):
 
     def _commit(self, step: int) -> int:
         self.parallel.barrier()
-        if self.parallel.is_first:
+        if self.parallel.is_main_process:
             final = step_folders.final_folder(self.out, step)
             with step_folders.writing(final):
                 step_folders.finish(final)
@@ -258,7 +261,7 @@ def training_state(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def gather(out: Path, folder: Path, config: ModelConfig) -> None:
+def export_model(out: Path, folder: Path, config: ModelConfig) -> None:
     """Write the Hugging Face directory ``out`` from a checkpoint, as one process."""
     stored = stored_in(folder)
     tensors = stored.read_whole(name for name in stored.shapes() if name.startswith(PARAMETER))

@@ -86,21 +86,21 @@ def prepare(
     before the work that it would waste. In a job the first process speaks to the disk.
     """
     out = Path(config.out)
-    if config.resume and parallel.is_first:
+    if config.resume and parallel.is_main_process:
         run_dir.require_same(config)
         held.enter_context(run_dir.lock(out))
-    with parallel.first_goes_first():
+    with parallel.main_process_first():
         corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
-    if config.resume and parallel.is_first:
+    if config.resume and parallel.is_main_process:
         run_dir.require_same(config, corpus.key)
     model, optimizer = set_up(config, device, parallel)
     start, skipped = 0, list[int]()
-    if not config.resume and parallel.is_first:
+    if not config.resume and parallel.is_main_process:
         held.enter_context(run_dir.lock(out))
         run_dir.claim(config, corpus.key)
     run_dir.require_shared(out, parallel)
     if config.resume:
-        with parallel.alike():
+        with parallel.errors_on_main_only():
             start, skipped = restore.restore(out, model, optimizer, parallel)
     parallel.replicate(model)
     return corpus, model, optimizer, start, skipped

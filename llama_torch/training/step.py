@@ -29,7 +29,7 @@ def accumulate(
     several batches are summed in float32 or wider. Raises InputError where no target is valid.
     """
     parallel = parallel or Parallel()
-    (n_valid,) = parallel.sums(sum(count_valid(batch.targets) for batch in batches))
+    (n_valid,) = parallel.all_reduce_sum(sum(count_valid(batch.targets) for batch in batches))
     if n_valid == 0:
         raise InputError("a training step without a single valid target has no loss")
     parameters: list[Tensor] = list(model.parameters())

@@ -51,7 +51,7 @@ def sample(model: Llama, config: TrainConfig, step: int, parallel: Parallel | No
     """Write 40 tokens after the sample prompt; the draw is a function of (seed, step)."""
     if parallel and parallel.is_sharded:
         return "(no sample: no process holds the whole model)"
-    if parallel and not parallel.is_first:
+    if parallel and not parallel.is_main_process:
         return ""
     if config.model.vocab_size < VOCAB_SIZE:
         return "(no sample: the vocabulary is smaller than the encoding's)"

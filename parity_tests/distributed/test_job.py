@@ -202,14 +202,14 @@ class Lonely(Parallel):
         super().__init__()
         self.rank, self.world, self.first_sees = 1, 2, first_sees
 
-    def most(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         return max(number, self.first_sees if number >= 0 else -self.first_sees)
 
-    def sums(self, *numbers: int) -> list[int]:
+    def all_reduce_sum(self, *numbers: int) -> list[int]:
         return list(numbers)
 
     @contextmanager
-    def alike(self) -> Iterator[None]:
+    def errors_on_main_only(self) -> Iterator[None]:
         yield
 
 
@@ -239,7 +239,7 @@ def test_a_checkpoint_is_there_when_it_is_complete(
     """As on a GPU, whose state is written while training goes on."""
     monkeypatch.setattr(saver, "ShardsOnTheirWay", SlowDisk)
     monkeypatch.setattr(Parallel, "is_sharded", True)
-    monkeypatch.setattr(Parallel, "talk", lambda self: None)
+    monkeypatch.setattr(Parallel, "control_group", lambda self: None)
     monkeypatch.setattr(Tensor, "is_cuda", True)
     model = Llama(ModelConfig(dim=8, n_heads=2, n_kv_heads=1, n_layers=1))
     it = make_saver(tmp_path, model, torch.optim.AdamW(model.parameters()), Parallel())

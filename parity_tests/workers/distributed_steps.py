@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llama_torch.config import OptimConfig, ParallelConfig
-from llama_torch.distributed.job import job, leave
+from llama_torch.distributed.job import exit_process, job
 from llama_torch.distributed.parallel import Parallel
 from llama_torch.model.llama import Llama
 from llama_torch.training.optimizer import learning_rate, make_adamw
@@ -113,4 +113,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main)
+    exit_process(main)

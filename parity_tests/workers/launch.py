@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable
 
-from llama_torch.distributed.job import leave
+from llama_torch.distributed.job import exit_process
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def fork(rank: int, program: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        leave(program)
+        exit_process(program)
     return child
 
 

@@ -32,4 +32,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    job.leave(main)
+    job.exit_process(main)
