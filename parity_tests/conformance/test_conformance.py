@@ -4,7 +4,6 @@ Each test runs on every backend, in the precision named or in the backend's best
 a function of an implementation, so that the plain baseline of low precision goes the same way.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -18,14 +17,13 @@ from hypothesis import strategies as st
 from reference_np import optim
 from reference_np.backend import dtypes_of
 from reference_np.config import LlamaConfig
-from reference_np.grad import Batch
 from reference_np.model import forward
 from reference_np.naming import activation_axes
 
 from .judge import JUDGE
 from .oracle import Oracle
-from .strategies import Array, Case, Params, calls, model_for, packed, padded, splits, wide_cases
-from .training_cases import STEPS_LOGIC, TrainingCase, training_cases
+from .strategies import Array, Case, Params, calls, model_for, packed, padded, splits
+from .training_cases import STEPS_LOGIC, TrainingCase, training_for
 
 pytestmark = pytest.mark.numeric
 
@@ -280,20 +278,6 @@ def trains_in(backend: Any) -> str:
     if dtype not in ("float64", "float32"):
         pytest.skip("not covered: training needs float32 or float64")
     return dtype
-
-
-def training_for(dtype: str, conditioned: bool = False) -> st.SearchStrategy[TrainingCase]:
-    if dtype == "float64":
-        return training_cases(conditioned)
-    return wide_cases().map(
-        lambda case: TrainingCase(
-            case.config,
-            case.params,
-            [Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions)],
-            dataclasses.replace(optim.Hyper(), lr=1e-3, warmup_steps=3, steps=12),
-            case.numbers,
-        )
-    )
 
 
 def flat(values: Mapping[str, Array], names: list[str]) -> Array:

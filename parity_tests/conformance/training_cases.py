@@ -1,5 +1,6 @@
 """Hypothesis strategies for training steps."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from reference_np.ops import IGNORE
 from reference_np.optim import Hyper
 
 from .drawn import Draw, composite, described
-from .strategies import Array, Params, configs, random_params, seeds, seeing_itself
+from .strategies import Array, Params, configs, random_params, seeds, seeing_itself, wide_cases
 
 # Ten steps feed each step's rounding to the next, through an optimizer that divides by
 # sqrt(v) + 1e-5: some 1e-16 * 1e5 * 10 at most.
@@ -68,6 +69,21 @@ def training_cases(draw: Draw, conditioned: bool = False) -> TrainingCase:
     )
     params = random_params(config, draw(seeds, label="weights seed"))
     return TrainingCase(config, params, batches, hyper, draw.numbers)
+
+
+def training_for(dtype: str, conditioned: bool = False) -> st.SearchStrategy[TrainingCase]:
+    """Return the strategy of training cases for a precision, float64 or float32."""
+    if dtype == "float64":
+        return training_cases(conditioned)
+    return wide_cases().map(
+        lambda case: TrainingCase(
+            case.config,
+            case.params,
+            [Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions)],
+            dataclasses.replace(Hyper(), lr=1e-3, warmup_steps=3, steps=12),
+            case.numbers,
+        )
+    )
 
 
 def fixed_cases() -> list[TrainingCase]:

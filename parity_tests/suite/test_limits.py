@@ -19,7 +19,6 @@ STILL_LONG = {
     "llama_torch/data/documents.py",
     "llama_torch/training/dry_run.py: report",
     "llama_torch/training/loop.py: _train",
-    "parity_tests/conformance/test_conformance.py",
     "parity_tests/data/test_data.py",
     "parity_tests/data/test_shards.py",
     "parity_tests/oracle/test_gradients_and_steps.py",
