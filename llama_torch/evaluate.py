@@ -20,7 +20,8 @@ from functools import partial
 
 from .common import cli
 from .common.errors import check, check_positive
-from .data.documents import document_place, documents, find_files
+from .data.documents import document_place, documents
+from .data.text_files import find_files
 from .inference.config import LoadConfig
 from .inference.perplexity import FIGURES, Measurement, evaluate
 from .inference.text_model import load_from

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from .common import cli
 from .common.errors import check, check_positive
-from .data.documents import find_files, identify
 from .data.shard_writer import prepare
 from .data.shards import Shards, damaged_shards
+from .data.text_files import find_files, identify
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from ..common.errors import InputError
 from ..config import DataConfig
 from ..tokenizer.gpt2 import VOCAB_SIZE
 from . import order
-from .documents import find_files, identify
 from .shard_writer import prepare
 from .shards import Shards, is_shards
+from .text_files import find_files, identify
 
 HELP_TOPICS = "Python's help topics (built in)"
 

@@ -1,7 +1,5 @@
-"""Text files: which are meant, what identifies them, and their text in pieces of bounded size."""
+"""Read text files as documents, and as pieces of bounded size to tokenise."""
 
-import glob
-import hashlib
 import io
 import json
 import os
@@ -15,13 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import InputError
-from ..tokenizer.gpt2 import END_OF_TEXT_ID, RANKS_SHA256, gpt2_ids, located
+from ..tokenizer.gpt2 import END_OF_TEXT_ID, gpt2_ids, located
+from .text_files import STRUCTURED, help_topics
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-STRUCTURED = (".jsonl", ".parquet")
-# Part of every content key: change it with anything that changes the tokens of a text, or which
-# windows a run of it reads.
-CACHE_VERSION = "2"
 PIECE = 1 << 20  # bytes of text that are in memory and tokenised at a time
 ROWS = 64  # of a .parquet file that are decoded at a time
 BOM = b"\xef\xbb\xbf"  # a byte-order mark is no text
@@ -30,15 +24,6 @@ BOM = b"\xef\xbb\xbf"  # a byte-order mark is no text
 # before it: the ids of the two parts are those of the whole. What follows is told by its first
 # byte; the first bytes left out begin white space as well.
 BORDER = re.compile(rb"(?s:.*)((?<!\r)\n|\r\n| )(?=[!-~\xc3-\xdf\xe4-\xf4]|\xe3[\x81-\xbf])")
-
-
-class Text(NamedTuple):
-    """Files and how they are read; without files, Python's help topics."""
-
-    files: tuple[Path, ...]
-    text_field: str
-    key: str  # hash of the content and of the encoding
-    stamps: tuple[tuple[int, int], ...]  # each file's size and time of change, before it was read
 
 
 class Piece(NamedTuple):
@@ -52,70 +37,10 @@ class Piece(NamedTuple):
     n_bytes: int  # of the file that it stands for
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Expand files, folders and globs to text files in sorted order, each once."""
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if not pattern:
-            raise InputError("--data '' names nothing; give a file, a folder or a glob")
-        if path.is_dir():
-            matches = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
-        elif path.is_file():
-            matches = [path]
-        else:
-            matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-            matches = [p for p in matches if p.is_file()]
-        if not matches:
-            raise InputError(
-                f"--data {pattern}: no file found; give a file, a folder that holds "
-                f"{' '.join(SUFFIXES)} files, or a glob"
-            )
-        found |= dict.fromkeys(matches)
-    wrong = [str(path) for path in found if path.suffix not in SUFFIXES]
-    if wrong:
-        raise InputError(
-            f"--data {wrong[0]}: not one of {' '.join(SUFFIXES)}; rename or convert it"
-        )
-    return list(found)
-
-
-def identify(files: Sequence[Path], text_field: str) -> Text:
-    """Hash what decides the tokens: every file's bytes in order, and how they are read."""
-    stamps = tuple(map(_stamp, files))
-    digest = hashlib.sha256(f"{CACHE_VERSION} {RANKS_SHA256}".encode())
-    if not files:
-        for text in _topics():
-            digest.update(hashlib.sha256(text.encode()).digest())
-    for path in files:
-        digest.update(f"{path.suffix} {text_field if path.suffix in STRUCTURED else ''}".encode())
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise InputError(f"--data {path}: cannot be read ({error})") from None
-    return Text(tuple(files), text_field, digest.hexdigest()[:32], stamps)
-
-
-def require_unchanged(text: Text) -> None:
-    """Check that no file was written to since it was identified."""
-    for path, stamp in zip(text.files, text.stamps, strict=True):
-        if _stamp(path) != stamp:
-            raise InputError(f"--data {path}: changed while it was read; run this again")
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise InputError(f"--data {path}: cannot be read ({error})") from None
-    return found.st_size, found.st_mtime_ns
-
-
 def documents(files: Sequence[Path], text_field: str) -> Iterator[str]:
     """Yield the text of every document; without files, of every help topic of Python."""
     if not files:
-        yield from _topics()
+        yield from help_topics()
     for path in files:
         found = (text for piece in pieces([path], text_field) for text in texts(piece, text_field))
         if path.suffix in STRUCTURED:
@@ -134,19 +59,6 @@ def document_place(files: Sequence[Path], text_field: str, number: int) -> str:
     return f"--data: document {number}"
 
 
-def _topics() -> Iterator[str]:
-    """Yield Python's help topics without their indentation and runs of spaces.
-
-    GPT-2 spends a token on each space, and a model that has learnt mostly to indent has a low
-    loss and little to say.
-    """
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        lines = (" ".join(line.split()) for line in topics[name].splitlines())
-        yield "\n".join(lines)
-
-
 def pieces(
     files: Sequence[Path], text_field: str, file: int = 0, start: int = 0
 ) -> Iterator[Piece]:
@@ -156,7 +68,7 @@ def pieces(
     PIECE bytes without one is cut at its end. A record of .jsonl or .parquet is never cut.
     """
     if not files and file == 0:
-        yield Piece(None, 0, 0, tuple(_topics()), True, 0)
+        yield Piece(None, 0, 0, tuple(help_topics()), True, 0)
     for number, path in enumerate(files[file:], file):
         offset = start if number == file else 0
         try:

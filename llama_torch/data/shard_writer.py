@@ -28,7 +28,7 @@ from ..common.errors import InputError
 from ..common.files import atomic_write, read_json, write_text
 from ..tokenizer.gpt2 import RANKS_SHA256, gpt2
 from . import documents
-from .documents import Piece, Text
+from .documents import Piece
 from .shards import (
     DTYPES,
     FORMAT,
@@ -43,6 +43,7 @@ from .shards import (
     _require_size,
     _shard_name,
 )
+from .text_files import Text, require_unchanged
 
 SHARD_TOKENS = 1 << 26
 
@@ -121,7 +122,7 @@ def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) 
             done.file, done.start, done.skip = *stream.place, stream.used
             write_text(folder / PROGRESS_FILE, json.dumps(asdict(done)))
     try:
-        documents.require_unchanged(text)
+        require_unchanged(text)
     except InputError:
         (folder / PROGRESS_FILE).unlink()  # these tokens are of neither text
         raise

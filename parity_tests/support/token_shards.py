@@ -1,0 +1,89 @@
+"""Preparations of token shards that are killed or refused, and what they leave."""
+
+import errno
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_torch.common import files
+from llama_torch.common.errors import InputError
+from llama_torch.data.shard_writer import prepare
+from llama_torch.data.text_files import Text
+
+LINES = [f"Line {i} tells of {i * i} llamas, and a hill.\n" for i in range(60)]
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Run ``work`` in a process of its own that shares all that is imported; return its end."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on fork beside threads
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at(moment: int, text: Text, folder: Path, workers: int) -> int:
+    """Prepare in a process that is killed when it waits for the disk the ``moment``-th time."""
+
+    def work() -> None:
+        moments, real = iter(range(moment)), files.flush
+
+        def flush(path: Path) -> None:
+            if next(moments, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "flush", flush)
+            prepare(text, folder, workers, 1000)
+
+    return in_child(work)
+
+
+def refused(work: Callable[[], Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        work()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def stopped_at(name: str, text: Text, folder: Path, size: int) -> None:
+    """Prepare until the disk is full at the shard ``name``."""
+    real = files.flush
+
+    def flush(path: Path) -> None:
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "flush", flush)
+        assert "No space left" in refused(lambda: prepare(text, folder, 1, size))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def work(path: Path) -> None:
+        index = path.parent / "index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+
+    return work
