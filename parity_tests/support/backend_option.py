@@ -61,10 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Import no other test of ours where an implementation or the mutants are asked for."""
-    folder = collection_path.parent
-    ours = collection_path.name.startswith("test_") and CONFORMANCE.parent in folder.parents
     asked_for = chosen(config) or config.getoption("mutants")
-    return True if asked_for and ours and folder != CONFORMANCE else None
+    ours = CONFORMANCE.parent in collection_path.parents
+    inside = collection_path.is_relative_to(CONFORMANCE)
+    return True if asked_for and ours and not inside else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
