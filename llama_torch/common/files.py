@@ -1,5 +1,6 @@
 """Read JSON, and write files so that a kill leaves the old one or the new one."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -66,6 +67,19 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def try_lock(handle: int) -> bool:
+    """Lock an open file, without waiting; return whether no other open file of it holds the lock.
+
+    The lock is released when the last copy of the descriptor is closed, and so when the process
+    ends, however it ends. Raises OSError where the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -25,7 +25,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from ..common.errors import InputError
-from ..common.files import atomic_write, read_json, write_text
+from ..common.files import atomic_write, read_json, try_lock, write_text
 from ..tokenizer.gpt2 import RANKS_SHA256, gpt2
 from . import documents
 from .documents import Piece
@@ -49,7 +49,7 @@ SHARD_TOKENS = 1 << 26
 
 
 def prepare(text: Text, folder: Path, workers: int = 0, shard_tokens: int = SHARD_TOKENS) -> Shards:
-    """Tokenise a text into a folder, or what is not yet there of it; 0 workers = one a core.
+    """Tokenise a text into a folder's shards, or its remaining part; 0 workers = one a core.
 
     The files are the same whatever the number of workers, and however often this was killed. Of
     two that prepare one folder at once, the second waits for the first. Raises InputError for a
@@ -82,12 +82,10 @@ def _another_text(folder: Path) -> InputError:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Hold the folder's lock, which ends with the process however that ends."""
+    """Hold the folder's lock, waiting for another process's; yield its file descriptor."""
     handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(handle):
             print(f"waiting for another process that tokenises into {folder}", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle
@@ -171,7 +169,7 @@ def _write_shard(path: Path, stream: "_Stream", n: int, dtype: str) -> tuple[Sha
 
 
 class _Stream:
-    """Pieces' ids as one sequence that knows which piece it is in."""
+    """Concatenated ids of pieces, with the position in the current piece."""
 
     def __init__(self, encoded: Iterator[tuple[Piece, Ids]], skip: int) -> None:
         self.encoded, self.skip = encoded, skip
@@ -257,7 +255,7 @@ def _end_with(parent: int) -> None:
 
 @contextmanager
 def _progress(text: Text) -> Iterator[Any]:
-    """Show a bar on a terminal; yield what is to be told how many bytes are done."""
+    """Show a progress bar on a terminal; yield the function that advances it by n bytes."""
     console = Console(stderr=True)
     with rich_progress.Progress(
         rich_progress.TextColumn("tokenising"),

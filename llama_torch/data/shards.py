@@ -41,7 +41,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What index.json says."""
+    """The fields of index.json; counts are in tokens."""
 
     dtype: str
     encoding: str  # hash of the encoding's ranks
@@ -53,7 +53,7 @@ class Index:
 
 
 class Shards:
-    """A folder's ids as one sequence, read from the disk where they are asked for.
+    """A folder's token ids as one sequence [N] of uint16 or uint32, read from disk by slice.
 
     ``shards[start:stop]`` reads with os.pread: of a mapped file that shrinks, reading would end
     the process by SIGBUS, and here it is an InputError. Raises InputError at once where a file

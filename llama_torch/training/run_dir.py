@@ -1,11 +1,10 @@
 """The run directory: which one it is, what it belongs to, and who may write to it."""
 
 import dataclasses
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..checkpoint.step_folders import BEST
 from ..checkpoint.training_state import STATE_FILE
 from ..common import cli
 from ..common.errors import InputError
-from ..common.files import read_json, write_text
+from ..common.files import read_json, try_lock, write_text
 from ..common.torchrun import is_launched, job_name
 from ..config import TrainConfig
 from ..distributed.parallel import Parallel
@@ -144,7 +143,7 @@ def require_same(config: TrainConfig, data_key: str | None = None) -> None:
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Hold a run directory, which is made if need be; InputError if another trainer does.
+    """Lock a run directory, made if need be; InputError if another trainer holds its lock.
 
     The lock is the open file's and dies with the process; the file stays. A file system without
     locks holds nobody back.
@@ -157,14 +156,13 @@ def lock(out: Path) -> Iterator[None]:
     with file:
         # Data workers may outlive a killed trainer, and must not hold the run meanwhile.
         os.register_at_fork(after_in_child=file.close)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        is_free = True
+        with suppress(OSError):
+            is_free = try_lock(file.fileno())
+        if not is_free:
             raise InputError(
                 f"--out {out} is in use by another trainer; wait for its end, or choose another"
-            ) from None
-        except OSError:
-            pass
+            )
         yield
 
 
