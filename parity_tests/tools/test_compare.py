@@ -22,7 +22,7 @@ from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.tolerances import Errors, composed_bound, errors_beside
 from reference_np.training_mutants import TRAINING
 from tools import compare
-from tools.comparison import differences, torch_side, training_step, training_task
+from tools.comparison import judging, torch_side, training_step, training_task
 from tools.comparison.inputs import make_calls
 from tools.comparison.trace_file import Trace, cached
 
@@ -358,9 +358,9 @@ def test_a_baseline_that_overflowed_excuses_nothing() -> None:
     none = composed_bound(Errors(0, 0, 0), "float32")
     for bad in (np.inf, -np.inf, np.nan):
         over[1, 2, 3] = bad
-        assert differences.bound(exact, [over], "float32") == none
-        both = differences.bound(exact, [over, close], "float32")
-        assert both == differences.bound(exact, [close], "float32")
+        assert judging.bound(exact, [over], "float32") == none
+        both = judging.bound(exact, [over, close], "float32")
+        assert both == judging.bound(exact, [close], "float32")
         assert both.rms > none.rms
         allowed = np.full_like(exact, bad)
         error, limit = errors_beside(exact * 1.5, exact, allowed)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .differences import REORDERED
+from .judging import REORDERED
 
 Row = Mapping[str, Any]
 

@@ -16,7 +16,7 @@ from reference_np import ops as reference_ops
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.low_precision import round_to
-from reference_np.model import Ops, block, defaults, head, layer_params
+from reference_np.model import Ops, Trace, block, defaults, head, layer_params
 from reference_np.naming import EMBED, LAYER_AXES
 from reference_np.ops import Array
 from reference_np.tolerances import FACTOR, UNIT_ROUNDOFF, attention_bound
@@ -28,6 +28,7 @@ from .trace_file import Call, cached
 Key = tuple[int, str]
 Activations = Mapping[Key, Array]
 Past = tuple[()] | tuple[Array, Array]  # a layer's cached keys and values, if any
+Inputs = tuple[tuple[Array, Array], Array]  # a call's RoPE tables [B, T, K / 2] and mask [B, T, S]
 Used = dict[str, Array]  # the activations of a layer, as the rest of it reads them
 
 
@@ -45,39 +46,29 @@ def stream_before(stage: int) -> str:
     return "" if stage == -1 else "embed" if stage == 0 else f"layers.{stage - 1}.residual"
 
 
-def usable(value: Array | None, shape: tuple[int, ...]) -> bool:
-    """Return whether an activation of the other side can be computed with."""
-    return value is not None and value.shape == shape and bool(np.isfinite(value).all())
+def finite(theirs: Activations) -> dict[Key, Array]:
+    """Return the activations that can be computed with: those without a NaN or an infinity."""
+    return {key: value for key, value in theirs.items() if np.isfinite(value).all()}
+
+
+def inputs(config: LlamaConfig, calls: Sequence[Call], dtype: str, ops: Ops) -> list[Inputs]:
+    """Compute every call's RoPE tables and its mask, from which all layers read."""
+    found = []
+    for c, call in enumerate(calls):
+        start = cached(calls, c)
+        positions, mask = defaults(call.tokens, call.positions, call.mask, start, config, ops)
+        found.append((ops.rope_tables(positions, config, dtype), mask))
+    return found
 
 
 class Weights(Mapping[str, Array]):
-    """A checkpoint's parameters rounded to the precision under test, in ``dtype``.
+    """A checkpoint's parameters rounded to the precision under test, in ``dtype``."""
 
-    The first that are asked for are kept, up to ``keep`` bytes of them.
-    """
-
-    def __init__(
-        self, path: Path, precision: str, dtype: str, moved: int = 0, keep: int = 0
-    ) -> None:
+    def __init__(self, path: Path, precision: str, dtype: str, moved: int = 0) -> None:
         self.checkpoint = Checkpoint(path, "float64" if precision == "float64" else "float32")
         self.precision, self.dtype, self.moved = precision, dtype, moved
-        self._kept: dict[str, Array] = {}
-        self._room = keep
 
     def __getitem__(self, name: str) -> Array:
-        if name in self._kept:
-            return self._kept[name]
-        value = self._read(name)
-        if value.nbytes <= self._room:
-            self._kept[name] = value
-            self._room -= value.nbytes
-        return value
-
-    def keeping(self, n_bytes: int) -> "Weights":
-        """Return the same parameters, of which so many bytes are read once."""
-        return Weights(self.checkpoint.path, self.precision, self.dtype, self.moved, n_bytes)
-
-    def _read(self, name: str) -> Array:
         value = self.checkpoint[name]
         if self.moved:  # by one rounding up or down, the same way at every reading
             signs = _signs(value.shape, zlib.crc32(name.encode()), self.moved)
@@ -100,7 +91,7 @@ def _signs(shape: tuple[int, ...], *seed: int) -> Array:
     return signs
 
 
-class _Once(dict[str, Array]):
+class Once(dict[str, Array]):
     """Parameters read when first asked for, and then kept: for the time that a stage runs."""
 
     def __init__(self, params: Mapping[str, Array]) -> None:
@@ -113,7 +104,10 @@ class _Once(dict[str, Array]):
 
 
 class Replay:
-    """One variant of the oracle: its operations, its dtype, and where each call stands."""
+    """One variant of the oracle: its operations, its dtype, and where each call stands.
+
+    ``given`` holds what ``inputs`` computes, where that was done before.
+    """
 
     def __init__(
         self,
@@ -122,73 +116,54 @@ class Replay:
         params: Weights,
         ops: Ops = reference_ops,
         watches: bool = False,
-        trusts: bool = False,
+        given: Sequence[Inputs] | None = None,
     ) -> None:
         self.config, self.calls, self.params, self.ops = config, calls, params, ops
-        self.trusts = trusts  # the other side's activations are known to be finite
         self.watches = watches  # bounds attention's error, and finds what is in another order
         self.allowed: dict[Key, Array] = {}  # by attention's bound, in the stage last run
         self.orders: dict[Key, Order] = {}  # of the other side's axes
         self.streams: dict[int, Array] = {}
         self.stage = -2  # the last one run
-        self.given = []
-        for c, call in enumerate(calls):
-            start = cached(calls, c)
-            positions, mask = defaults(call.tokens, call.positions, call.mask, start, config, ops)
-            tables = ops.rope_tables(positions, config, params.dtype)
-            self.given.append((tables, mask))
-
-    def _is_usable(self, value: Array | None, shape: tuple[int, ...]) -> bool:
-        if self.trusts:
-            return value is not None and value.shape == shape
-        return usable(value, shape)
+        self.given = inputs(config, calls, params.dtype, ops) if given is None else given
 
     def begin(self, call: int, stream: Array | None) -> bool:
-        """Let a call continue from a residual stream, if that can be computed with."""
-        fits = self._is_usable(stream, (*self.calls[call].tokens.shape, self.config.dim))
-        if stream is not None and fits:
-            self.streams[call] = stream.astype(self.params.dtype)
-        return fits
+        """Let a call continue from a finite residual stream, if it has the right shape."""
+        shape = (*self.calls[call].tokens.shape, self.config.dim)
+        if stream is None or stream.shape != shape:
+            return False
+        self.streams[call] = stream.astype(self.params.dtype)
+        return True
 
-    def run(self, stage: int, theirs: Activations | None = None) -> dict[Key, Array]:
-        """Run a stage of every call that has come this far; ``theirs`` forces it.
+    def follow(self, other: "Replay") -> None:
+        """Stand where another replay of the same calls stands."""
+        self.streams, self.stage = dict(other.streams), other.stage
+
+    def run(
+        self,
+        stage: int,
+        theirs: Activations | None = None,
+        params: Mapping[str, Array] | None = None,
+    ) -> dict[Key, Array]:
+        """Run a stage of every call that has come this far; ``theirs``, all finite, forces it.
 
         Return its activations. With moved parameters attention moves too, as far as it may err.
+        ``params`` are the stage's parameters where they were read before.
         """
         found: dict[Key, Array] = {}
         self.allowed.clear()
         inside = 0 <= stage < self.config.n_layers
-        params = _Once(self.params)
+        params = Once(self.params) if params is None else params
         layer = layer_params(params, stage, self.config, self.ops) if inside else {}
         presents: dict[int, tuple[Array, Array]] = {}
         for c, call in enumerate(self.calls):
-            past = presents.get(call.after, ()) if call.after is not None else ()
-            used: dict[str, Array] = {}
-
-            def note(
-                kind: str, value: Array, c: int = c, past: Past = past, used: Used = used
-            ) -> None:
-                name = f"layers.{stage}.{kind}" if inside else kind
-                used[kind] = value
-                if kind == "attn" and (self.watches or self.params.moved):
-                    self.allowed[c, name] = self._bound(c, used, past)
-                    if self.params.moved:
-                        signs = _signs(value.shape, stage, c, self.params.moved)
-                        value += signs * self.allowed[c, name] / FACTOR
-                found[c, name] = value if theirs is None else value.copy()
-                given = None if theirs is None else theirs.get((c, name))
-                if given is not None and self._is_usable(given, value.shape):
-                    if self.watches and (order := find_order(given, value)):
-                        self.orders[c, name] = order
-                        given = as_declared(given, order)
-                    value[...] = given
-
             begun = theirs is not None and self.begin(c, theirs.get((c, stream_before(stage))))
             if not begun and self.stage not in (-2, stage - 1):
                 self.streams.pop(c, None)  # what is there is of some earlier stage
             ready = call.after is None or call.after in presents or not inside
             if stage >= 0 and not (c in self.streams and ready):
                 continue
+            past = presents.get(call.after, ()) if call.after is not None else ()
+            note = self._noting(stage, c, past, theirs, found)
             if stage == -1:
                 weight = self.ops.read(params, EMBED, self.config)
                 self.streams[c] = self.ops.embed(weight, call.tokens)
@@ -202,6 +177,35 @@ class Replay:
                 )
         self.stage = stage
         return found
+
+    def _noting(
+        self, stage: int, c: int, past: Past, theirs: Activations | None, found: dict[Key, Array]
+    ) -> Trace:
+        """Return what puts a call's activations of a stage into ``found`` and forces them."""
+        prefix = f"layers.{stage}." if 0 <= stage < self.config.n_layers else ""
+        bounds = self.watches or self.params.moved
+        used: Used = {}
+
+        def note(kind: str, value: Array) -> None:
+            key = (c, prefix + kind)
+            used[kind] = value
+            if kind == "attn" and bounds:
+                self.allowed[key] = self._bound(c, used, past)
+                if self.params.moved:
+                    signs = _signs(value.shape, stage, c, self.params.moved)
+                    value += signs * self.allowed[key] / FACTOR
+            if theirs is None:
+                found[key] = value
+                return
+            found[key] = value.copy()
+            given = theirs.get(key)
+            if given is not None and given.shape == value.shape:
+                if self.watches and (order := find_order(given, value)):
+                    self.orders[key] = order
+                    given = as_declared(given, order)
+                value[...] = given
+
+        return note
 
     def _bound(self, c: int, used: Used, past: Past) -> Array:
         """Bound attention's error in a call [B, T, H, K], from what it was computed from."""

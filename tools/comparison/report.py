@@ -16,7 +16,8 @@ from reference_np.ops import Array
 from reference_np.tolerances import Errors, kl_per_token
 
 from .diagnosis import HOW, Diagnosis, Finding
-from .differences import KL, OPERATION, REORDERED, Compared, Measure, Row
+from .differences import Compared
+from .judging import KL, OPERATION, REORDERED, Measure, Row
 from .trace_file import Call
 
 SCHEMA = "llama-compare/1"

@@ -20,7 +20,8 @@ from reference_np.grad import Batch
 from . import report as reports
 from . import training_step
 from .diagnosis import Diagnosis, Start, diagnose
-from .differences import Problem, compare, make_problem
+from .differences import compare
+from .problem import Problem, make_problem
 from .replay import Replay
 from .sides import Side, record
 from .trace_file import Call, TraceWriter, write_trace

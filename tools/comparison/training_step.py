@@ -23,11 +23,12 @@ from reference_np.tolerances import Errors, errors
 from reference_np.training_mutants import TRAINING
 
 from .backend_side import Parameters, ask
-from .diagnosis import Diagnosis, Effect, Start, Suspect, cover
-from .differences import Judged, Row, bound, judge
+from .diagnosis import Diagnosis, Start, cover
+from .judging import Judged, Row, bound, judge
 from .replay import Key
 from .sides import Side
 from .training_task import RUNS, STEP, Task, clips, names, slack
+from .trials import Effect, Suspect
 
 
 def gradients(

@@ -13,7 +13,7 @@ from reference_np.naming import parameter_shapes
 from reference_np.ops import IGNORE, Array
 from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, errors
 
-from .differences import bound
+from .judging import bound
 
 # The paper's settings at the peak of the schedule, where a step is largest; z-loss as in PaLM.
 STEP = optim.Hyper(warmup_steps=0, z_loss=1e-4)
