@@ -18,17 +18,23 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
+if __name__ == "__main__":
+    # The tools are not installed. Run as a script, their folder is on the path, where its parent
+    # should be.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from llama_torch.checkpoint.hf import INDEX_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError
 from llama_torch.common.files import atomic_write, write_text
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
+from tools.shapes import SHAPES
 
-SHAPES = {  # Llama 2 paper, table 1, and its released configs
-    "7b": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000, max_seq_len=4096),
-    "13b": ModelConfig(5120, 40, 40, 40, 128, 13824, 32000, max_seq_len=4096),
-    "70b": ModelConfig(8192, 80, 64, 8, 128, 28672, 32000, max_seq_len=4096),
+LLAMA_2 = {  # Llama 2 paper, table 1, and its released configs: none ties its head
+    "7b": SHAPES["7b"],
+    "13b": ModelConfig(5120, 40, 40, 40, 128, 13824, 32000, 4096, tie_embeddings=False),
+    "70b": ModelConfig(8192, 80, 64, 8, 128, 28672, 32000, 4096, tie_embeddings=False),
 }
 
 
@@ -79,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(ShapeConfig, argv)
-    config = SHAPES[settings.shape]
+    config = LLAMA_2[settings.shape]
     if settings.n_layers:
         config = dataclasses.replace(config, n_layers=settings.n_layers)
     out = Path(settings.out)
