@@ -36,12 +36,12 @@ from llama_torch.data.corpus import Corpus, describe, load_corpus
 from llama_torch.data.loader import train_batches, val_batches
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
-from llama_torch.training import compile as speedup
-from llama_torch.training.batch import split_window
+from llama_torch.training.batch import to_batch
+from llama_torch.training.compile import compile_blocks
 from llama_torch.training.optimizer import learning_rate, make_adamw
-from llama_torch.training.setup import set_up
+from llama_torch.training.setup import build
 from llama_torch.training.step import train_step
-from llama_torch.training.validate import evaluate
+from llama_torch.training.validate import validation_loss
 from tools.benchmarks.transformers_peer import autocast, peer_loss, plain_step, transformers_peer
 
 
@@ -112,13 +112,14 @@ def run_seed(config: TrainConfig, corpus: Corpus, device: torch.device) -> Run:
     dtype: torch.dtype = getattr(torch, config.dtype)
     peer = make_peer(config, device)
     peer_optimizer = make_adamw(peer, config.optim)
-    model, optimizer = set_up(config, device)
-    speedup.prepare(model, config)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    model, optimizer = build(config.model, config.optim, config.seed, dtype, device)
+    compile_blocks(model, config.compile, config.recompute)
     clip = config.optim.grad_clip
     logged: dict[int, tuple[Tensor, Tensor]] = {}  # on the device: nothing waits for them
     for step, window in enumerate(windows(config, corpus)):
         lr = learning_rate(step, config.steps, config.optim)
-        ours, _ = train_step(model, optimizer, [split_window(window)], lr=lr, grad_clip=clip)
+        ours, _ = train_step(model, optimizer, [to_batch(window)], lr=lr, grad_clip=clip)
         theirs = plain_step(
             partial(peer_loss, peer), peer_optimizer, window, lr=lr, grad_clip=clip, dtype=dtype
         )
@@ -130,7 +131,7 @@ def run_seed(config: TrainConfig, corpus: Corpus, device: torch.device) -> Run:
         list(logged),
         [ours.item() for ours, _ in logged.values()],
         [theirs.item() for _, theirs in logged.values()],
-        evaluate(model, held_out),
+        validation_loss(model, held_out),
         evaluate_peer(peer, held_out, device, dtype),
     )
 
@@ -165,7 +166,7 @@ def evaluate_peer(
     """Return the mean loss in nats per token over ``windows``, as evaluate does of ours."""
     total, n_valid = torch.zeros((), dtype=torch.float64, device=device), 0
     for window in windows:
-        tokens, targets, *_ = split_window(window).to(device)
+        tokens, targets, *_ = to_batch(window).to(device)
         with autocast(device, torch.float32, dtype):
             logits = peer(tokens, use_cache=False).logits
         logits = logits.float().flatten(0, 1)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from .errors import Breach, InputError
+from .errors import InputError, VerificationError
 
 C = TypeVar("C")
 
@@ -93,10 +93,10 @@ def early_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(main: Callable[[], int]) -> int:
-    """Call ``main``; an InputError becomes one line on stderr and exit code 2, a Breach 1.
+    """Call ``main``; an InputError becomes one line on stderr and exit code 2.
 
-    What the operating system refuses (a full disk, a name too long) is 2 as well. Ctrl-C is 130,
-    and a reader of the output that went away 141, as shells count them.
+    A VerificationError is 1. What the operating system refuses (a full disk, a name too long) is
+    2 as well. Ctrl-C is 130, and a reader of the output that went away 141, as shells count them.
     """
     try:
         return main()
@@ -106,9 +106,9 @@ def run(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (Breach, InputError, OSError) as error:
+    except (VerificationError, InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Breach) else 2
+        return 1 if isinstance(error, VerificationError) else 2
 
 
 def _one_line(box: str) -> str:

@@ -7,8 +7,8 @@ class InputError(ValueError):
     """Something a user supplied is wrong; the message names it and the remedy."""
 
 
-class Breach(Exception):  # noqa: N818
-    """What must hold does not; the message says what, and by how much."""
+class VerificationError(Exception):
+    """A model in training differs from the oracle; the message names quantity, error and bound."""
 
 
 def check(valid: bool, flag: str, value: object, requirement: str) -> None:

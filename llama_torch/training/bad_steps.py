@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..config import TrainConfig
+from ..distributed.parallel import Parallel
 
 # A loss above this many times ln(vocabulary) has exploded. ln(vocabulary) is what a uniform guess
 # costs and where training begins; only a model that is sure of what is wrong costs thrice that.
@@ -16,8 +16,14 @@ EXPLODED = 3.0
 IN_A_ROW = 10
 
 
-class Guard:
-    """Judges every step before its update.
+def largest_loss(vocab_size: int, z_loss: float) -> float:
+    """Return the largest loss, in nats per token, of a step that has not exploded."""
+    most = EXPLODED * math.log(vocab_size)
+    return most + z_loss * most**2
+
+
+class BadSteps:
+    """Looks at the loss and the gradient norm of every step before its update.
 
     Where that waits for nothing (on a CPU) or was asked for (--skip-bad-steps), a bad step is
     not taken. Else, on a GPU, the first bad step is noted there and found by the next ``look``:
@@ -26,19 +32,27 @@ class Guard:
 
     def __init__(
         self,
-        config: TrainConfig,
+        most: float,
         device: torch.device,
         windows: Callable[[int], str],
         skipped: list[int],
+        *,
+        skips: bool = False,
+        parallel: Parallel | None = None,
     ) -> None:
-        self.most = EXPLODED * math.log(config.model.vocab_size)
-        self.most += config.optim.z_loss * self.most**2
-        self.skips, self.waits = config.skip_bad_steps, device.type == "cpu"
-        self.windows, self.skipped = windows, skipped
+        self.most, self.windows, self.skipped, self.skips = most, windows, skipped, skips
+        self.waits, self.parallel = device.type == "cpu", parallel or Parallel()
         self.noted = torch.zeros(3, dtype=torch.float64, device=device)  # step, loss, norm
 
     def accept(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """Return whether step ``step`` (from 1) may be taken; raise InputError to end the run."""
+        """Return whether step ``step`` (from 1) may be taken; raise InputError to end the run.
+
+        All processes come to the same; the first one's error says why they end.
+        """
+        with self.parallel.errors_on_main_only():
+            return self._accept(step, loss, norm)
+
+    def _accept(self, step: int, loss: Tensor, norm: Tensor) -> bool:
         good = loss.isfinite() & norm.isfinite() & (loss <= self.most)
         if not (self.skips or self.waits):
             now = torch.stack([loss.new_full((), step), loss, norm.double()])
@@ -60,8 +74,9 @@ class Guard:
     def look(self) -> None:
         """Raise InputError if a step since the start was bad and has been taken."""
         step, loss, norm = self.noted.tolist() if not self.waits else (0, 0.0, 0.0)
-        if step:
-            raise self._error(int(step), loss, norm)
+        with self.parallel.errors_on_main_only():
+            if step:
+                raise self._error(int(step), loss, norm)
 
     def _error(self, step: int, loss: float, norm: float) -> InputError:
         return InputError(

@@ -1,12 +1,10 @@
 """Split windows into batches of tokens and targets, documents packed or not."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
 from ..model.loss import IGNORE
 from ..model.masks import document_mask
 from ..tokenizer.gpt2 import END_OF_TEXT_ID
@@ -28,14 +26,9 @@ class Batch(NamedTuple):
         return Batch(*(x if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
 
-def split_window(window: Tensor) -> Batch:
-    """Cut [B, T + 1] into tokens [B, T] and the tokens that follow them."""
+def to_batch(window: Tensor) -> Batch:
+    """Cut windows [B, T + 1] into tokens [B, T] and the tokens that follow them."""
     return Batch(window[:, :-1], window[:, 1:])
-
-
-def splitter(config: TrainConfig) -> Callable[[Tensor], Batch]:
-    """Return how windows [B, T + 1] become tokens and targets: --pack-documents, or plainly."""
-    return pack_documents if config.data.pack_documents else split_window
 
 
 def pack_documents(window: Tensor, end: int = END_OF_TEXT_ID) -> Batch:

@@ -9,7 +9,6 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from ..common.device import can_compile
 from ..common.errors import InputError
-from ..config import TrainConfig
 from ..model.llama import Llama
 
 # Of the activations, what "cheap" leaves to torch's partitioner to keep. It then keeps what
@@ -26,17 +25,18 @@ COSTLY = {
 }
 
 
-def prepare(model: Llama, config: TrainConfig) -> bool:
-    """Set a model up to train as ``config`` says; return whether it is compiled.
+def compile_blocks(model: Llama, mode: str, recompute: str) -> bool:
+    """Compile and set up recomputation in a model's blocks, in place; return whether compiled.
 
-    One block is compiled for all of them: their parameters are its inputs.
+    ``mode`` and ``recompute`` are TrainConfig's ``compile`` and ``recompute``. One block is
+    compiled for all of them: their parameters are its inputs. Raises InputError where ``mode`` is
+    "yes" and torch.compile does not work.
     """
     device = model.model.embed_tokens.weight.device
-    wanted = config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
+    wanted = mode == "yes" or (mode == "auto" and device.type == "cuda")
     works = wanted and can_compile(device)
-    if config.compile == "yes" and not works:
+    if mode == "yes" and not works:
         raise InputError("--compile yes: torch.compile does not work here; leave it out")
-    recompute = config.recompute
     if recompute == "auto":
         recompute = "cheap" if works else "none"
     if works:

@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -10,8 +12,9 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.markup import escape
 
-from .tensorboard import Board
-from .throughput import peak_memory
+from .setup import Run
+from .tensorboard import EventWriter
+from .throughput import peak_memory, peak_tokens_per_second
 
 
 class Progress:
@@ -19,14 +22,14 @@ class Progress:
 
     def __init__(
         self,
-        board: Board,
+        writer: EventWriter,
         first: int,
         last: int,
         tokens_per_step: int,
         device: torch.device,
         tokens_per_second_at_peak: float,
     ) -> None:
-        self.board, self.tokens_per_step, self.device = board, tokens_per_step, device
+        self.writer, self.tokens_per_step, self.device = writer, tokens_per_step, device
         self.at_peak = tokens_per_second_at_peak
         self.console = Console(highlight=False)
         self.bar = rich_progress.Progress(
@@ -78,13 +81,13 @@ class Progress:
         self.bar.update(self.task, loss=f"loss {loss:.3f}")
         self.say(line)
         for name, value in values.items():
-            self.board.add_scalar(f"train/{name}", value, step)
+            self.writer.add_scalar(f"train/{name}", value, step)
         self._restart_clock(step)
 
     def skipped(self, step: int, loss: float, norm: float, total: int) -> None:
         """Report a bad step whose update was left out."""
         self.say(f"step {step:>5}  loss {loss:.4g}  gradient norm {norm:.4g}  bad: skipped")
-        self.board.add_scalar("train/bad_steps", total, step)
+        self.writer.add_scalar("train/bad_steps", total, step)
 
     def compiled(self, step: int, seconds: float) -> None:
         """Report the first step of a compiled model; its time stays out of tokens/s."""
@@ -94,8 +97,8 @@ class Progress:
     def validated(self, step: int, loss: float) -> None:
         """Report a validation loss."""
         self.say(f"step {step:>5}  validation loss {loss:.3f}  perplexity {_perplexity(loss):,.1f}")
-        self.board.add_scalar("val/loss", loss, step)
-        self.board.add_scalar("val/perplexity", _perplexity(loss), step)
+        self.writer.add_scalar("val/loss", loss, step)
+        self.writer.add_scalar("val/perplexity", _perplexity(loss), step)
         self._restart_clock(step)
 
     def verified(self, step: int, measures: Mapping[str, tuple[float, float]]) -> None:
@@ -103,14 +106,14 @@ class Progress:
         shares = [f"{name} {error / bound:.0%}" for name, (error, bound) in measures.items()]
         self.say(f"step {step:>5}  verified: of the bounds of their errors, {', '.join(shares)}")
         for name, (error, bound) in measures.items():
-            self.board.add_scalar(f"verify/{name}_error", error, step)
-            self.board.add_scalar(f"verify/{name}_bound", bound, step)
+            self.writer.add_scalar(f"verify/{name}_error", error, step)
+            self.writer.add_scalar(f"verify/{name}_bound", bound, step)
         self._restart_clock(step)
 
     def sampled(self, step: int, text: str) -> None:
         """Show a sample of text."""
         self.say(f"step {step:>5}  sample: {text!r}")
-        self.board.add_text("sample", text, step)
+        self.writer.add_text("sample", text, step)
         self._restart_clock(step)
 
     def saved(self, step: int) -> None:
@@ -123,11 +126,31 @@ class Progress:
         self.mark, self.mark_step = time.perf_counter(), step
 
 
-class Silence:
+class NullProgress:
     """The Progress of a process that does not speak: it is told everything and says nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *told: None
+
+
+def open_progress(run: Run, held: ExitStack) -> Progress | NullProgress:
+    """Show a run on the terminal and to TensorBoard until ``held`` is closed: the first process."""
+    config, dtype = run.config, getattr(torch, run.config.dtype)
+    at_peak = peak_tokens_per_second(config.model, run.n_parameters, run.device, dtype)
+    if not run.parallel.is_main_process:
+        return NullProgress()
+    folder = Path(config.out) / "tensorboard"
+    writer = held.enter_context(EventWriter(folder, run.first_step + 1 if run.first_step else 0))
+    return held.enter_context(
+        Progress(
+            writer,
+            run.first_step,
+            config.steps,
+            run.tokens_per_step,
+            run.device,
+            run.parallel.world * at_peak,
+        )
+    )
 
 
 def _perplexity(loss: float) -> float:

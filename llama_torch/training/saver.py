@@ -159,7 +159,7 @@ def _write_one_file(state: TrainingState, folder: Path) -> None:
     OneFile(folder).write(state)
 
 
-class ShardSaver(Saver):
+class ShardSaver:
     """Saves from every process, each its shards.
 
     Shards on a GPU are copied to the host, and written while training goes on.

@@ -1,21 +1,33 @@
 """Build the model, the optimizer and the run that a config asks for."""
 
+import dataclasses
 import os
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ..common.device import computes_bfloat16
+from ..common.device import computes_bfloat16, pick_device
 from ..common.errors import InputError
 from ..common.torchrun import _processes
-from ..config import TrainConfig
+from ..config import OptimConfig, TrainConfig
 from ..data.corpus import Corpus, load_corpus
+from ..data.loader import StepSampler, train_batches, val_batches
 from ..distributed.parallel import Parallel
+from ..model.config import ModelConfig
 from ..model.llama import Llama
-from . import restore, run_dir
+from . import run_dir
+from .bad_steps import BadSteps, largest_loss
+from .batch import Batch, pack_documents, to_batch
+from .compile import compile_blocks
 from .optimizer import make_adamw
+from .restore import restore
+from .validate import Validation
 
 
 def require_layout(config: TrainConfig) -> None:
@@ -55,52 +67,174 @@ def require_layout(config: TrainConfig) -> None:
         raise InputError("--verify-every compares whole models; leave it out, or --fsdp and --tp")
 
 
-def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Return the precision of weights and activations."""
-    automatic = "bfloat16" if computes_bfloat16(device) else "float32"
-    found: torch.dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
-    return found
+@dataclass(frozen=True)
+class Run:
+    """All that the steps of a run need."""
+
+    config: TrainConfig  # with the precision that was chosen
+    device: torch.device
+    parallel: Parallel
+    corpus: Corpus
+    model: Llama
+    optimizer: Optimizer
+    to_batch: Callable[[Tensor], Batch]  # windows int64 [B, T + 1] to tokens and targets [B, T]
+    is_compiled: bool
+    first_step: int  # the number of steps done before
+    skipped: list[int]  # steps, from 1, whose update was left out; grows as the run goes on
+
+    @property
+    def n_parameters(self) -> int:
+        """The number of the model's parameters, a tied one once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def rows(self) -> int:
+        """The number of windows in a step, of all processes."""
+        return self.config.batch_size * self.config.grad_accum
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The number of tokens in a step, of all processes."""
+        return self.rows * self.config.model.max_seq_len
+
+    @property
+    def compiling_step(self) -> int:
+        """The step, from 1, that waits for compilation; 0 = none."""
+        return self.first_step + 1 if self.is_compiled else 0
+
+    @property
+    def summary(self) -> str:
+        """The model, its precision, device and step size, for people."""
+        return (
+            f"{self.n_parameters:,} parameters, {self.config.dtype} on {self.device}, "
+            f"{self.tokens_per_step:,} tokens a step"
+        )
+
+    def train_windows(self) -> Generator[Tensor, None, None]:
+        """Yield this process's training windows, int64 [rows, T + 1], of each remaining step."""
+        return train_batches(
+            self.corpus,
+            self.config.model.max_seq_len,
+            seed=self.config.seed,
+            rows=self.rows,
+            first=self.first_step,
+            last=self.config.steps,
+            workers=self.config.data.num_workers,
+            rank=self.parallel.data_rank,
+            world=self.parallel.data_size,
+        )
+
+    def bad_steps(self) -> BadSteps:
+        """Return what looks at the loss and the gradient norm of every step."""
+        config = self.config
+        context, rows = config.model.max_seq_len, self.rows
+        sampler = StepSampler(
+            self.corpus, context, config.seed, rows, self.first_step, config.steps
+        )
+        most = largest_loss(config.model.vocab_size, config.optim.z_loss)
+        skips, parallel = config.skip_bad_steps, self.parallel
+        return BadSteps(
+            most, self.device, sampler.describe, self.skipped, skips=skips, parallel=parallel
+        )
+
+    def validation(self) -> Validation:
+        """Return what measures the loss on the text that is held out."""
+        config = self.config
+        context, rows = config.model.max_seq_len, config.batch_size
+        windows = val_batches(self.corpus, context, rows, config.eval_batches)
+        return Validation(self.model, windows, self.to_batch, self.parallel)
 
 
-def set_up(
-    config: TrainConfig, device: torch.device, parallel: Parallel | None = None
-) -> tuple[Llama, Optimizer]:
-    """Build the model with its seeded initial weights, and its optimizer."""
-    torch.set_float32_matmul_precision(config.matmul_precision)
-    generator, dtype = torch.Generator().manual_seed(config.seed), pick_dtype(config, device)
-    if parallel and parallel.is_sharded:
-        model = parallel.build(config.model, dtype, generator)
-        return model, make_adamw(model, config.optim)
-    model = Llama(config.model)
-    model.init_weights(generator)
-    model.to(device)
-    return model, make_adamw(model, config.optim, dtype)
+def setup(config: TrainConfig, held: ExitStack) -> Run:
+    """Build all that a run's steps need; ``held`` keeps the lock of its directory.
 
-
-def prepare(
-    config: TrainConfig, device: torch.device, parallel: Parallel, held: ExitStack
-) -> tuple[Corpus, Llama, Optimizer, int, list[int]]:
-    """Load text, model and optimizer, and claim or restore the run, whose lock ``held`` keeps.
-
-    Returns the number of steps done and those skipped too. What can be refused is refused
-    before the work that it would waste. In a job the first process speaks to the disk.
+    The directory is claimed, or restored from with --resume; a dry run leaves it alone. Raises
+    InputError for what cannot be run, before the work that it would waste. In a job the first
+    process reads and writes the disk.
     """
-    out = Path(config.out)
-    if config.resume and parallel.is_main_process:
+    device = pick_device(config.device)
+    parallel = Parallel.of(config.parallel, device)
+    # A run keeps the precision it began with, wherever it is resumed.
+    config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
+    if config.verify_every:
+        from .verify import require_memory  # imports the oracle
+
+        require_memory(config.model)
+    resumes = config.resume and not config.dry_run
+    if resumes and parallel.is_main_process:
         run_dir.require_same(config)
-        held.enter_context(run_dir.lock(out))
+        held.enter_context(run_dir.lock(Path(config.out)))
     with parallel.main_process_first():
         corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
-    if config.resume and parallel.is_main_process:
+    if resumes and parallel.is_main_process:
         run_dir.require_same(config, corpus.key)
-    model, optimizer = set_up(config, device, parallel)
-    start, skipped = 0, list[int]()
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    model, optimizer = build(config.model, config.optim, config.seed, dtype, device, parallel)
+    first_step, skipped = 0, list[int]()
+    if not config.dry_run:
+        first_step, skipped = claim_or_restore(config, corpus.key, model, optimizer, parallel, held)
+    parallel.replicate(model)
+    return Run(
+        config=config,
+        device=device,
+        parallel=parallel,
+        corpus=corpus,
+        model=model,
+        optimizer=optimizer,
+        to_batch=pack_documents if config.data.pack_documents else to_batch,
+        is_compiled=compile_blocks(model, config.compile, config.recompute),
+        first_step=first_step,
+        skipped=skipped,
+    )
+
+
+def pick_dtype(
+    asked: Literal["auto", "float32", "bfloat16"], device: torch.device
+) -> Literal["float32", "bfloat16"]:
+    """Return the precision of weights and activations; auto: bfloat16 where it is computed."""
+    if asked == "auto":
+        return "bfloat16" if computes_bfloat16(device) else "float32"
+    return asked
+
+
+def build(
+    config: ModelConfig,
+    optim: OptimConfig,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    parallel: Parallel | None = None,
+) -> tuple[Llama, Optimizer]:
+    """Build the model with its seeded initial weights, and its optimizer."""
+    generator = torch.Generator().manual_seed(seed)
+    if parallel and parallel.is_sharded:
+        model = parallel.build(config, dtype, generator)
+        return model, make_adamw(model, optim)
+    model = Llama(config)
+    model.init_weights(generator)
+    model.to(device)
+    return model, make_adamw(model, optim, dtype)
+
+
+def claim_or_restore(
+    config: TrainConfig,
+    data_key: str,
+    model: Llama,
+    optimizer: Optimizer,
+    parallel: Parallel,
+    held: ExitStack,
+) -> tuple[int, list[int]]:
+    """Claim a new run's directory, or restore the run in it.
+
+    Returns the number of steps done, and those of them that were skipped. ``held`` keeps the lock.
+    """
+    out = Path(config.out)
     if not config.resume and parallel.is_main_process:
         held.enter_context(run_dir.lock(out))
-        run_dir.claim(config, corpus.key)
+        run_dir.claim(config, data_key)
     run_dir.require_shared(out, parallel)
-    if config.resume:
-        with parallel.errors_on_main_only():
-            start, skipped = restore.restore(out, model, optimizer, parallel)
-    parallel.replicate(model)
-    return corpus, model, optimizer, start, skipped
+    if not config.resume:
+        return 0, []
+    with parallel.errors_on_main_only():
+        return restore(out, model, optimizer, parallel)

@@ -14,7 +14,7 @@ from ..common.errors import InputError
 NAME = "events.out.tfevents."
 
 
-class Board:
+class EventWriter:
     """A new event file in ``folder``; from step ``first`` on it replaces those before it.
 
     Readers take files in the order of their names, where torch's SummaryWriter puts the time of
@@ -31,7 +31,7 @@ class Board:
             raise self._error(error) from None
         self.records, self.first = RecordWriter(self.file), first
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "EventWriter":
         try:
             self._write(Event(file_version="brain.Event:2"))
             start = SessionLog(status=SessionLog.START)

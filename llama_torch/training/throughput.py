@@ -42,6 +42,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / min(seconds)
 
 
+def peak_tokens_per_second(
+    config: ModelConfig, n_parameters: int, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Return the tokens per second of training at the device's peak: 100% MFU."""
+    return peak_flops(device, dtype) / flops_per_token(config, n_parameters)
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes used so far: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 
 from llama_torch.common.errors import InputError
-from llama_torch.config import TrainConfig
 from llama_torch.inference.config import Decoding, SamplingConfig
 from llama_torch.inference.cuda_graph import GraphStep, GraphStore
 from llama_torch.inference.engine import DecodeBatch, generate, run
 from llama_torch.inference.quantization import dequantised, quantize
 from llama_torch.inference.speculative import speculative_batch
-from llama_torch.training.bad_steps import Guard
+from llama_torch.model.config import ModelConfig
+from llama_torch.training.bad_steps import BadSteps, largest_loss
 from reference_np.config import LlamaConfig
 from tools import compare
 
@@ -33,7 +33,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it has gaps
 def test_a_guard_does_not_wait_for_the_gpu() -> None:
     device = torch.device("cuda")
-    guard = Guard(TrainConfig(), device, lambda step: f"the windows of {step}", [])
+    most = largest_loss(ModelConfig().vocab_size, 0.0)
+    guard = BadSteps(most, device, lambda step: f"the windows of {step}", [])
     norm = torch.ones((), device=device)
     losses = torch.tensor([10.0, math.nan, 40.0], dtype=torch.float64, device=device)
     torch.cuda.set_sync_debug_mode("error")

@@ -16,7 +16,7 @@ from llama_torch.model.embedding import embed
 from llama_torch.model.llama import Llama
 from llama_torch.model.loss import IGNORE
 from llama_torch.training import step
-from llama_torch.training.batch import Batch, pack_documents, split_window
+from llama_torch.training.batch import Batch, pack_documents, to_batch
 from reference_np.naming import EMBED, LM_HEAD
 from reference_np.tolerances import FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
@@ -38,7 +38,7 @@ def skewed(generator: torch.Generator) -> Tensor:
 
 def padded(window: Tensor) -> Batch:
     """Put up to half a row of padding, token 0, before each row's text; nobody sees it."""
-    tokens, targets, *_ = split_window(window)
+    tokens, targets, *_ = to_batch(window)
     width = torch.arange(len(window))[:, None] % (CONTEXT // 2)
     place = torch.arange(CONTEXT)
     is_text = place >= width
@@ -49,7 +49,7 @@ def padded(window: Tensor) -> Batch:
 
 
 INPUTS = {
-    "plain": split_window,
+    "plain": to_batch,
     "packed": lambda window: pack_documents(window, END),
     "padded": padded,
 }

@@ -17,8 +17,8 @@ from .cores import THREADS
 
 # Set where memory without content holds NaN; processes that a test starts inherit it.
 POISONED = "PARITY_POISON"
-# Modules whose ``peak_flops`` measures this machine, for most of a tiny run's time.
-MEASURING = ("llama_torch.training.loop", "llama_torch.training.dry_run")
+# The module whose ``peak_flops`` measures this machine, for most of a tiny run's time.
+MEASURING = "llama_torch.training.throughput"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,10 +78,9 @@ def measured_once(peak_flops: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _peak_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine can do is the same for every run here."""
-    for name in MEASURING:
-        if name in sys.modules:
-            module = sys.modules[name]
-            monkeypatch.setattr(module, "peak_flops", measured_once(module.peak_flops))
+    if MEASURING in sys.modules:
+        module = sys.modules[MEASURING]
+        monkeypatch.setattr(module, "peak_flops", measured_once(module.peak_flops))
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llama_torch import evaluate, generate, load, prepare
 from llama_torch.common.errors import InputError
-from llama_torch.config import DataConfig, TrainConfig
+from llama_torch.config import DataConfig
 from llama_torch.data import documents
 from llama_torch.data.corpus import load_corpus
 from llama_torch.inference import perplexity
@@ -104,7 +104,7 @@ def test_training_on_it_is_refused_before_it_begins(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.md: the text from byte 0 on: the tiktoken library"):
         load_corpus(config, 50257, 8)
     with pytest.raises(InputError, match="^--sample-prompt: the tiktoken library"):
-        validate.sample(None, TrainConfig(sample_prompt=BAD), 0)  # type: ignore[arg-type]
+        validate.sample_text(SimpleNamespace(config=ModelConfig()), BAD, seed=0, step=0)
 
 
 @pytest.mark.usefixtures("panicking")

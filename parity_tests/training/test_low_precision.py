@@ -186,13 +186,13 @@ def test_a_bfloat16_run_exports_its_float32_weights(
 ) -> None:
     """model.safetensors, best/, the checkpoint and what is gathered of it, to the bit."""
     made: list[tuple[Llama, MasterAdamW]] = []
-    set_up = setup.set_up
+    build = setup.build
 
     def kept(*given: Any) -> Any:
-        made.append(set_up(*given))
+        made.append(build(*given))
         return made[-1]
 
-    monkeypatch.setattr(setup, "set_up", kept)
+    monkeypatch.setattr(setup, "build", kept)
     text, out, gathered = tmp_path / "text.txt", tmp_path / "run", tmp_path / "gathered"
     text.write_text(TEXT)
     flags = [*SMALL_RUN, "--dtype", "bfloat16", "--lr", "1e-2", "--sample-every", "0"]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_torch.training import step, validate
-from llama_torch.training.batch import pack_documents, split_window
+from llama_torch.training.batch import pack_documents, to_batch
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, loss_and_grads
 from reference_np.ops import IGNORE
@@ -87,7 +87,9 @@ def test_a_packed_row_is_its_documents_alone(case: Packed) -> None:
         scale = max(size(expected[name]), 1e-3 * largest, known)
         assert size(grads_of[parameter].numpy() - expected[name]) <= LOGIC * scale, name
     windows = [torch.from_numpy(case.window)]
-    val_loss = validate.evaluate(model, windows, lambda window: pack_documents(window, case.end))
+    val_loss = validate.validation_loss(
+        model, windows, lambda window: pack_documents(window, case.end)
+    )
     assert val_loss == pytest.approx(loss, rel=LOGIC, abs=LOGIC * known)
 
 
@@ -103,7 +105,7 @@ def test_what_is_packed() -> None:
 
 def test_without_an_end_packing_is_the_plain_batch() -> None:
     window = torch.arange(20).view(2, 10)
-    plain, packed = split_window(window), pack_documents(window)
+    plain, packed = to_batch(window), pack_documents(window)
     assert torch.equal(plain.tokens, packed.tokens)
     assert torch.equal(plain.targets, packed.targets)
     assert packed.positions.tolist() == [list(range(9))] * 2

@@ -1,6 +1,5 @@
 """What makes a step quick or small must not change it; --profile and --dry-run."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,12 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llama_torch import train
 from llama_torch.common.errors import InputError
-from llama_torch.config import TrainConfig
 from llama_torch.model import loss
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
-from llama_torch.training import compile as speedup
 from llama_torch.training import step
+from llama_torch.training.compile import compile_blocks
 from llama_torch.training.throughput import flops_per_token
 from reference_np.grad import Batch
 from reference_np.ops import IGNORE
@@ -30,7 +28,6 @@ from ..backends.torch_backends import to_torch
 from ..backends.torch_model import torch_model
 from ..conformance.strategies import Case, cast, seeds, wide_cases
 
-EAGER = TrainConfig(compile="no")
 CPU = ["--device", "cpu", "--dtype", "float32", "--n-layers", "1", "--dim", "16", "--n-heads", "2"]
 CPU += ["--n-kv-heads", "1", "--max-seq-len", "16", "--steps", "6", "--sample-every", "0"]
 
@@ -55,7 +52,7 @@ def test_recomputing_activations_changes_no_gradient(case: Case) -> None:
     found, counts = {}, {}
     for recompute in ("none", "cheap", "all"):
         model = torch_model(case.config, cast(case.params, np.float64)).requires_grad_(True)
-        assert not speedup.prepare(model, dataclasses.replace(EAGER, recompute=recompute))
+        assert not compile_blocks(model, "no", recompute)
         with Counter() as counter:
             total, grads = step.accumulate(model, [batch])
         found[recompute] = [total, *(grads[p] for p in model.parameters())]
@@ -71,10 +68,10 @@ def test_recomputing_activations_changes_no_gradient(case: Case) -> None:
 
 
 def test_compilation_that_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speedup, "can_compile", lambda device: False)
+    monkeypatch.setattr("llama_torch.training.compile.can_compile", lambda device: False)
     model = Llama(ModelConfig(16, 1, 2, 1, vocab_size=9))
     with pytest.raises(InputError, match="--compile yes: torch.compile does not work here"):
-        speedup.prepare(model, dataclasses.replace(EAGER, compile="yes"))
+        compile_blocks(model, "yes", "auto")
 
 
 @given(

@@ -29,10 +29,8 @@ from llama_torch.checkpoint.hf import read_notes
 from llama_torch.checkpoint.training_state import STATE_FILE, load_state
 from llama_torch.common import files as checkpoint
 from llama_torch.common.errors import InputError
-from llama_torch.config import OptimConfig, TrainConfig
 from llama_torch.data import corpus, loader
-from llama_torch.model.config import ModelConfig
-from llama_torch.training import bad_steps, batch, loop, run_dir, setup, step
+from llama_torch.training import bad_steps, batch, loop, run_dir, setup, step, throughput, validate
 
 from ..support.jobs import Command, Job
 from ..support.trainer_runs import TEXT, refused, scalars
@@ -72,7 +70,7 @@ def _heard() -> Iterator[None]:
 def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda *_: 1e9)
+        patch.setattr(throughput, "peak_flops", lambda *_: 1e9)
         patch.setenv("XDG_CACHE_HOME", str(out.parent))
         assert train.main([*flags, "--out", str(out)]) == 0
     return out
@@ -145,7 +143,7 @@ def test_a_run_killed_over_and_over_is_the_uninterrupted_one() -> None:
 
 def before(name: str, call: int, do: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
     """Let the ``call``-th call (from 1) of a function that training calls be preceded by ``do``."""
-    owner = next(module for module in (loop, setup) if hasattr(module, name))
+    owner = next(module for module in (loop, setup, validate) if hasattr(module, name))
     real, count = getattr(owner, name), itertools.count(1)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -206,7 +204,7 @@ def test_a_signal_to_all_leaves_a_data_worker_at_work(
 
     with monkeypatch.context() as patch:
         patch.setattr(loader.Windows, "__getitem__", waits)
-        patch.setattr(loop, "train_batches", lambda *a, **k: interrupted(batches(*a, **k)))
+        patch.setattr(setup, "train_batches", lambda *a, **k: interrupted(batches(*a, **k)))
         assert train.main([*flags, "--num-workers", "1", "--out", str(out)]) == 130
     assert step_folders.newest(out).name == "3"
     assert resume(out, "--num-workers", "0") == 0
@@ -225,7 +223,10 @@ def test_a_signal_in_the_last_step_finishes_the_run(
     ("where", "message"),
     [
         ("load_corpus", "before the run began; nothing was written\n"),
-        ("evaluate", "continue at the last checkpoint with: python -m llama_torch.train --resume"),
+        (
+            "validation_loss",
+            "continue at the last checkpoint with: python -m llama_torch.train --resume",
+        ),
     ],
 )
 def test_a_signal_before_the_first_step_ends_at_once(
@@ -244,7 +245,7 @@ def test_a_signal_before_the_first_step_ends_at_once(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert out.exists() == (where == "evaluate")
+    assert out.exists() == (where == "validation_loss")
     assert not (out / "checkpoints").exists()
     assert (
         train.main(
@@ -372,7 +373,7 @@ def test_the_best_model_is_kept_and_outlives_a_resume(
 ) -> None:
     out, losses = tmp_path / "run", {0: 1.0, 2: 5.0, 4: 4.0, 6: 4.5, 8: 4.0, 10: math.nan}
     done: list[int] = []
-    monkeypatch.setattr(loop, "evaluate", lambda *_: losses[done[-1] if done else 0])
+    monkeypatch.setattr(validate, "validation_loss", lambda *_: losses[done[-1] if done else 0])
     real = step.train_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -507,7 +508,7 @@ def test_a_bad_step_ends_the_run_before_its_update(
     out, models = tmp_path / "run", []
     spoil({3: kind}, monkeypatch)
     monkeypatch.setattr(
-        setup, "set_up", lambda *a, real=setup.set_up: models.append(real(*a)) or models[-1]
+        setup, "build", lambda *a, real=setup.build: models.append(real(*a)) or models[-1]
     )
     assert train.main([*flags, "--log-every", "100", "--out", str(out)]) == 2
     error = capsys.readouterr().err
@@ -529,8 +530,8 @@ def test_the_windows_of_a_bad_step_are_those_it_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     read: list[torch.Tensor] = []
-    cut = batch.split_window
-    monkeypatch.setattr(batch, "split_window", lambda part: read.append(part) or cut(part))
+    cut = batch.to_batch
+    monkeypatch.setattr(setup, "to_batch", lambda part: read.append(part) or cut(part))
     spoil({4: "nan"}, monkeypatch)
     corpora = []
     load = corpus.load_corpus
@@ -604,9 +605,10 @@ def test_a_gpus_guard_finds_the_first_bad_step(
     steps: list[tuple[float, float]], vocab_size: int, z_loss: float
 ) -> None:
     """On a device that is not waited for; the same judgement as where it is."""
-    config = TrainConfig(model=ModelConfig(vocab_size=vocab_size), optim=OptimConfig(z_loss=z_loss))
-    cpu = torch.device("cpu")
-    later, at_once = (bad_steps.Guard(config, cpu, lambda i: f"windows {i}", []) for _ in range(2))
+    largest, cpu = bad_steps.largest_loss(vocab_size, z_loss), torch.device("cpu")
+    later, at_once = (
+        bad_steps.BadSteps(largest, cpu, lambda i: f"windows {i}", []) for _ in range(2)
+    )
     later.waits = False
     most = 3 * math.log(vocab_size)
     most += z_loss * most**2
@@ -637,13 +639,13 @@ def test_what_a_gpu_trained_after_a_bad_step_is_not_saved(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = bad_steps.Guard.__init__
+    made = bad_steps.BadSteps.__init__
 
-    def unwaited(self: bad_steps.Guard, *args: Any, **more: Any) -> None:
+    def unwaited(self: bad_steps.BadSteps, *args: Any, **more: Any) -> None:
         made(self, *args, **more)
         self.waits = False
 
-    monkeypatch.setattr(bad_steps.Guard, "__init__", unwaited)
+    monkeypatch.setattr(bad_steps.BadSteps, "__init__", unwaited)
     spoil({3: "gradient"}, monkeypatch)
     often = {"log": "100", "eval": "100", "save": "2"}
     for name in often:
@@ -681,7 +683,7 @@ def test_of_two_new_runs_with_one_number_the_second_is_refused(
     other = run_dir.lock(Path("runs/1"))
     with monkeypatch.context() as patch:
         start = (lambda: train.main(flags)) if first_ends else other.__enter__
-        before("set_up", 1, start, patch)
+        before("build", 1, start, patch)
         assert train.main(flags) == 2
     message = "already holds a run; add --resume" if first_ends else "is in use by another trainer"
     assert f"error: --out runs/1 {message}" in capsys.readouterr().err

@@ -91,10 +91,10 @@ def test_processes_share_out_an_evaluation(seed: int, n_batches: int, world: int
     windows = [torch.from_numpy(rng.integers(0, 60, (2, 6))) for _ in range(n_batches)]
     shared = [OneOf(rank, world) for rank in range(world)]
     for one in shared:
-        validate.evaluate(model, windows, parallel=one)
+        validate.validation_loss(model, windows, parallel=one)
     loss, n_valid = sum(one.added for one in shared).tolist()
     assert n_valid == 10 * n_batches
-    assert loss / n_valid == pytest.approx(validate.evaluate(model, windows), rel=1e-12)
+    assert loss / n_valid == pytest.approx(validate.validation_loss(model, windows), rel=1e-12)
 
 
 @given(n=st.integers(1, 60), vocab_size=st.integers(1, 40), n_bytes=st.integers(1, 4000))

@@ -104,7 +104,7 @@ def trained(draw: Draw) -> Any:
     for _ in range(draw(st.integers(1, 3), label="steps")):
         shape = (rows * parts, config.max_seq_len + 1)
         window = torch.from_numpy(rng.integers(0, config.vocab_size, shape))
-        batches = [batch_module.split_window(part) for part in window.split(rows)]
+        batches = [batch_module.to_batch(part) for part in window.split(rows)]
         batches = [pack(batch, rng) if is_packed else batch for batch in batches]
         if any(loss.count_valid(batch.targets) for batch in batches):
             step.train_step(made, optimizer, batches, lr=lr, grad_clip=1.0, z_loss=z_loss)
@@ -310,7 +310,7 @@ def test_a_sum_that_fails_at_the_257th_occurrence_is_seen(
     made.to(dtype)
     window = torch.randint(50, (8, 129), generator=torch.Generator().manual_seed(1))
     window[:, ::2] = 7
-    batches = [batch_module.split_window(window)]
+    batches = [batch_module.to_batch(window)]
     right = verify.check(made, batches, 0.0)
     monkeypatch.setattr(embedding, "embed", lambda ids, weight: NarrowSum.apply(weight, ids))
     wrong = verify.check(made, batches, 0.0)
@@ -333,7 +333,7 @@ def test_terms_that_overflowed_excuse_no_finite_sum(bad: float) -> None:
 def test_tokens_that_occur_once_have_no_error() -> None:
     made = Llama(ModelConfig(16, 1, 2, 1, vocab_size=50, max_seq_len=8, tie_embeddings=False))
     made.init_weights(torch.Generator().manual_seed(0))
-    *_, found = verify.check(made, [batch_module.split_window(torch.arange(1, 10)[None])], 0.0)
+    *_, found = verify.check(made, [batch_module.to_batch(torch.arange(1, 10)[None])], 0.0)
     assert (found.parameter, found.error, found.share) == ("model.embed_tokens.weight", 0.0, 0.0)
 
 
@@ -387,7 +387,7 @@ def setting(dtype: torch.dtype, is_tied: bool) -> Setting:
     params = random_params(config, 1, 0.05)  # small embeddings make the norms' epsilon count
     weights = {name: torch.from_numpy(value).to(dtype) for name, value in params.items()}
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, 41))
-    batches = [batch_module.split_window(part) for part in torch.from_numpy(ids).split(2)]
+    batches = [batch_module.to_batch(part) for part in torch.from_numpy(ids).split(2)]
     return Setting(config, weights, verify.pick(batches))
 
 
@@ -565,7 +565,7 @@ def test_a_compiled_model_is_verified_as_it_trains() -> None:
     for layer in made.model.layers:
         layer.compile(backend="eager", fullgraph=True, dynamic=False)
     window = torch.randint(50, (6, 21), generator=torch.Generator().manual_seed(0))
-    batches = [batch_module.split_window(part) for part in window.split(3)]
+    batches = [batch_module.to_batch(part) for part in window.split(3)]
     step.train_step(made, optimizer, batches, lr=1e-3, grad_clip=1.0)
     counts = torch._dynamo.utils.counters["stats"]
     before = dict(counts)

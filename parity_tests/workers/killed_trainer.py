@@ -25,7 +25,7 @@ import torch
 from llama_torch import train
 from llama_torch.checkpoint import hf, step_folders, training_state
 from llama_torch.tokenizer.gpt2 import hf_files
-from llama_torch.training import loop
+from llama_torch.training import throughput
 
 TOUCHES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
@@ -148,7 +148,7 @@ def main(plan_file: str) -> None:
     out = Path(plan["out"])
     torch.set_num_threads(1)
     # Measured, else, for half a second in each life.
-    patch.object(loop, "peak_flops", lambda *_: 1e9).start()
+    patch.object(throughput, "peak_flops", lambda *_: 1e9).start()
     hf_files()
     assert kill_every_commit(out.with_name("commits")) > 10
     flags = [*plan["flags"], "--out"]

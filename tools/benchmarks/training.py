@@ -27,8 +27,8 @@ from torch import Tensor
 from llama_torch.config import TrainConfig
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
-from llama_torch.training import compile as speedup
-from llama_torch.training.batch import split_window
+from llama_torch.training.batch import to_batch
+from llama_torch.training.compile import compile_blocks
 from llama_torch.training.optimizer import make_adamw
 from llama_torch.training.step import train_step
 from llama_torch.training.throughput import flops_per_token, peak_flops, peak_memory
@@ -235,8 +235,8 @@ def times(step: Step, n: int, device: torch.device) -> list[float]:
 def ours(model: Llama, window: Tensor, config: TrainConfig) -> Step:
     """Return our step, set up as the trainer does."""
     optimizer = make_adamw(model, config.optim, getattr(torch, config.dtype))
-    speedup.prepare(model, config)
-    batches, optim = [split_window(window)], config.optim
+    compile_blocks(model, config.compile, config.recompute)
+    batches, optim = [to_batch(window)], config.optim
     return lambda: train_step(model, optimizer, batches, lr=optim.lr, grad_clip=optim.grad_clip)[0]
 
 

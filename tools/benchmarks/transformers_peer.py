@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_torch.model.llama import Llama
-from llama_torch.training.batch import split_window
+from llama_torch.training.batch import to_batch
 
 
 def transformers_peer(model: Llama, device: torch.device) -> Any:
@@ -51,7 +51,7 @@ def plain_step(
     device = parameters[0].device
     for group in optimizer.param_groups:
         group["lr"] = lr
-    tokens, targets, *_ = split_window(window).to(device)
+    tokens, targets, *_ = to_batch(window).to(device)
     with autocast(device, parameters[0].dtype, dtype):
         loss = loss_of(tokens, targets)
     loss.backward()

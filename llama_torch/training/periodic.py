@@ -1,0 +1,123 @@
+"""What is done after every so many steps: log, verify, validate, sample, save."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..common.errors import VerificationError
+from ..distributed.parallel import Parallel
+from ..model.llama import Llama
+from .batch import Batch
+from .progress import NullProgress, Progress
+from .saver import Saver
+from .validate import Validation, sample_text
+
+Reporter = Progress | NullProgress
+
+
+class StepResult(NamedTuple):
+    """One optimizer step that was taken or skipped."""
+
+    step: int  # from 1
+    batches: Sequence[Batch]
+    lr: float
+    loss: Tensor  # float64 scalar, of all processes
+    norm: Tensor  # scalar, of the gradients before clipping
+    began: float  # by time.perf_counter
+    signum: int  # of a signal that any process received meanwhile; 0 = none
+    is_last: bool
+
+
+class Periodic(NamedTuple):
+    """An action that is due after every ``every``-th step and after the last; 0 = never."""
+
+    every: int
+    run: Callable[[StepResult], None]
+    at_signal: bool = False  # due as well where a signal ends the run
+
+    def is_due(self, done: StepResult) -> bool:
+        """Return whether the action is due after this step."""
+        stopped = self.at_signal and done.signum > 0
+        return done.is_last or stopped or done.step % self.every == 0
+
+
+def report(
+    progress: Reporter, skipped: Sequence[int], compiling_step: int, done: StepResult
+) -> None:
+    """Move the bar on; report the step that compiled the model, and a bad one."""
+    progress.advance(done.step)
+    if done.step == compiling_step:
+        done.loss.item()  # waits
+        progress.compiled(done.step, time.perf_counter() - done.began)
+    if skipped and skipped[-1] == done.step:
+        progress.skipped(done.step, done.loss.item(), done.norm.item(), len(skipped))
+
+
+def log(progress: Reporter, saver: Saver, look: Callable[[], None], done: StepResult) -> None:
+    """Report the checkpoints that were completed meanwhile, and the step's figures."""
+    for saved in saver.completed():
+        progress.saved(saved)
+    look()
+    progress.trained(done.step, done.loss.item(), done.lr, done.norm.item())
+
+
+def verify(
+    model: Llama,
+    z_loss: float,
+    out: Path,
+    progress: Reporter,
+    look: Callable[[], None],
+    done: StepResult,
+) -> None:
+    """Compare the model with the oracle; raise VerificationError where it differs."""
+    from .oracle import nearest  # imports NumPy's oracle: for --verify-every alone
+    from .verify import check, complaint
+
+    look()
+    checked = check(model, done.batches, z_loss)
+    worst = nearest(checked)
+    progress.verified(done.step, {name: (one.error, one.bound) for name, one in worst.items()})
+    if not all(one.holds for one in checked):
+        raise VerificationError(complaint(checked, out, done.step))
+
+
+def validate(
+    validation: Validation,
+    saver: Saver,
+    progress: Reporter,
+    look: Callable[[], None],
+    done: StepResult,
+) -> None:
+    """Measure the validation loss, and keep the model if it is the best so far."""
+    look()
+    validation.measure()
+    progress.validated(done.step, validation.loss)
+    saver.validated(done.step, validation.loss)
+
+
+def sample(
+    model: Llama,
+    prompt: str,
+    seed: int,
+    parallel: Parallel,
+    progress: Reporter,
+    done: StepResult,
+) -> None:
+    """Show a sample of text."""
+    progress.sampled(done.step, sample_text(model, prompt, seed, done.step, parallel))
+
+
+def save(
+    saver: Saver,
+    skipped: Sequence[int],
+    progress: Reporter,
+    look: Callable[[], None],
+    done: StepResult,
+) -> None:
+    """Save a checkpoint; wait for it where the run ends with it."""
+    look()
+    for saved in saver.save(done.step, skipped, waits=done.is_last or done.signum > 0):
+        progress.saved(saved)

@@ -1,0 +1,30 @@
+"""``--profile``: a trace of a few steps."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.profiler import profile, schedule
+
+TRACE_FILE = "trace.json"
+
+TRACED_STEPS = 3
+
+
+@contextmanager
+def tracing(
+    out: Path, steps: int, say: Callable[[str], None]
+) -> Iterator[Callable[[object], None]]:
+    """Write ``out``/trace.json of some of ``steps`` steps; yield what to call after each."""
+    path = out / TRACE_FILE
+
+    def save(profiler: profile) -> None:
+        profiler.export_chrome_trace(str(path))
+        say(f"trace of {TRACED_STEPS} steps in {path}; ui.perfetto.dev opens it")
+
+    # The first steps compile and allocate.
+    wait = max(0, min(5, steps - TRACED_STEPS - 1))
+    when = schedule(wait=wait, warmup=1, active=TRACED_STEPS, repeat=1)
+    # One cycle, so that acc_events changes nothing but a warning that events are not added up.
+    with profile(schedule=when, on_trace_ready=save, acc_events=True) as profiler:
+        yield lambda done: profiler.step()
