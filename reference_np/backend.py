@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .config import InputError, LlamaConfig
 from .grad import Batch
-from .optim import Hyper
+from .optim import Hyperparameters
 
 Array = NDArray[Any]
 
@@ -123,7 +123,7 @@ class Backend:
         config: LlamaConfig,
         params: Params,
         batches: Sequence[Batch],
-        hyper: Hyper,
+        hyper: Hyperparameters,
         steps: int,
     ) -> Mapping[str, Any]:
         """Take ``steps`` AdamW steps, each over all ``batches``; hyper is reference_np.optim's.

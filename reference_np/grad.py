@@ -17,7 +17,7 @@ import numpy as np
 
 from . import ops
 from .config import LlamaConfig
-from .model import forward, layer_params
+from .model import Ops, forward, layer_params
 from .naming import EMBED, LAYER_AXES, LM_HEAD, NORM
 from .ops import IGNORE, Array
 
@@ -151,12 +151,14 @@ def loss_and_grads(
     n_valid: int | None = None,
     z_loss: float = 0.0,
     vjps: Vjps = REFERENCE,
+    ops: Ops = ops,
 ) -> tuple[float, Grads]:
     """Return the batch's share of the loss and its gradient for every parameter.
 
     The loss is the sum over valid targets divided by ``n_valid``: the count of the whole
     step, so that micro-batches add up; default: this batch's own count. It includes
     ``z_loss * (log Z)^2`` (PaLM, section 5), which keeps the softmax's normaliser near one.
+    ``ops`` computes the forward pass, ``vjps`` the backward pass.
     """
     count = int(np.sum(batch.targets != IGNORE)) if n_valid is None else n_valid
     trace: dict[str, Array] = {}
@@ -167,6 +169,7 @@ def loss_and_grads(
         positions=batch.positions,
         mask=batch.mask,
         trace=trace.__setitem__,
+        ops=ops,
     )
     loss = ops.cross_entropy_sum(logits, batch.targets, z_loss) / count
     d_logits = vjps.cross_entropy_vjp(logits, batch.targets, count, z_loss)

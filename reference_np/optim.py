@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import grad
+from . import grad, ops
 from .config import InputError, LlamaConfig
 from .grad import Batch, Grads
+from .model import Ops
 from .ops import IGNORE, Array
 
 Params = dict[str, Array]
@@ -20,13 +21,13 @@ CLIP_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Hyper:
-    """Hyperparameters of a run (Llama 2 paper, section 2.2)."""
+class Hyperparameters:
+    """Hyperparameters of a run (Llama 2 paper, section 2.2); the trainer's flags' names."""
 
     lr: float = 3e-4
     beta1: float = 0.9
     beta2: float = 0.95
-    eps: float = 1e-5
+    adam_eps: float = 1e-5
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     warmup_steps: int = 20
@@ -58,7 +59,7 @@ def init_state(params: Mapping[str, Array]) -> OptState:
     return OptState(0, *zeros)
 
 
-def learning_rate(step: int, hyper: Hyper) -> float:
+def learning_rate(step: int, hyper: Hyperparameters) -> float:
     """Return the rate of step ``step`` (from 0): linear warmup, then cosine to the final rate."""
     warmup = min(hyper.warmup_steps, hyper.steps)
     if step < warmup:
@@ -89,7 +90,14 @@ def decays(value: Array) -> bool:
 
 
 def adamw(
-    value: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
+    value: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    step: int,
+    lr: float,
+    decay: float,
+    hyper: Hyperparameters,
 ) -> tuple[Array, Array, Array]:
     """Update one parameter at step ``step`` (from 1); return it and its moments.
 
@@ -101,7 +109,7 @@ def adamw(
     v = hyper.beta2 * v + (1.0 - hyper.beta2) * (g * g)
     m_hat = m / (1.0 - hyper.beta1**step)
     v_hat = v / (1.0 - hyper.beta2**step)
-    updated: Array = value * (1.0 - lr * decay) - lr * m_hat / (np.sqrt(v_hat) + hyper.eps)
+    updated: Array = value * (1.0 - lr * decay) - lr * m_hat / (np.sqrt(v_hat) + hyper.adam_eps)
     return updated, m, v
 
 
@@ -109,13 +117,15 @@ def accumulate(
     params: Mapping[str, Array],
     batches: Sequence[Batch],
     config: LlamaConfig,
-    hyper: Hyper,
+    hyper: Hyperparameters,
     vjps: grad.Vjps = grad.REFERENCE,
+    ops: Ops = ops,
 ) -> tuple[float, Grads]:
     """Return the mean loss over every valid target of every batch, and its gradient.
 
     One divisor for the whole step: the mean of the batches' means weighs a token by how many
-    others share its batch. Raises InputError where nothing is valid.
+    others share its batch. ``ops`` and ``vjps`` compute the forward and the backward pass. Raises
+    InputError where nothing is valid.
     """
     n_valid = int(sum(np.sum(batch.targets != IGNORE) for batch in batches))
     if n_valid == 0:
@@ -124,7 +134,7 @@ def accumulate(
     total: Grads = {}
     for batch in batches:
         part, grads = grad.loss_and_grads(
-            params, batch, config, n_valid=n_valid, z_loss=hyper.z_loss, vjps=vjps
+            params, batch, config, n_valid=n_valid, z_loss=hyper.z_loss, vjps=vjps, ops=ops
         )
         loss += part
         total = {name: total[name] + g if total else g for name, g in grads.items()}
@@ -140,7 +150,7 @@ def train_step(
     state: OptState,
     batches: Sequence[Batch],
     config: LlamaConfig,
-    hyper: Hyper,
+    hyper: Hyperparameters,
     *,
     rules: ModuleType | SimpleNamespace = REFERENCE,
     vjps: grad.Vjps = grad.REFERENCE,

@@ -14,7 +14,7 @@ from .config import LlamaConfig
 from .grad import Batch, Grads
 from .mutants import SLIP, Mutant, round_bits
 from .ops import IGNORE, Array
-from .optim import Hyper
+from .optim import Hyperparameters
 
 
 def _norm_without_mean(x: Array, w: Array, eps: float, d: Array) -> tuple[Array, Array]:
@@ -107,7 +107,7 @@ def _mean_of_means(
     params: Mapping[str, Array],
     batches: Sequence[Batch],
     config: LlamaConfig,
-    hyper: Hyper,
+    hyper: Hyperparameters,
     vjps: grad.Vjps,
 ) -> tuple[float, Grads]:
     parts = [optim.accumulate(params, [batch], config, hyper, vjps) for batch in batches]
@@ -131,7 +131,7 @@ def _clip_by_value(grads: Grads, max_norm: float) -> tuple[Grads, float]:
     return clipped, optim.global_norm(grads)
 
 
-def _moments(g: Array, m: Array, v: Array, hyper: Hyper) -> tuple[Array, Array]:
+def _moments(g: Array, m: Array, v: Array, hyper: Hyperparameters) -> tuple[Array, Array]:
     return (
         hyper.beta1 * m + (1.0 - hyper.beta1) * g,
         hyper.beta2 * v + (1.0 - hyper.beta2) * g * g,
@@ -139,34 +139,69 @@ def _moments(g: Array, m: Array, v: Array, hyper: Hyper) -> tuple[Array, Array]:
 
 
 def _adam_uncorrected(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    step: int,
+    lr: float,
+    decay: float,
+    hyper: Hyperparameters,
 ) -> tuple[Array, Array, Array]:
     m, v = _moments(g, m, v, hyper)
-    return p * (1.0 - lr * decay) - lr * m / (np.sqrt(v) + hyper.eps), m, v
+    return p * (1.0 - lr * decay) - lr * m / (np.sqrt(v) + hyper.adam_eps), m, v
 
 
 def _adam_eps_inside(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    step: int,
+    lr: float,
+    decay: float,
+    hyper: Hyperparameters,
 ) -> tuple[Array, Array, Array]:
     m, v = _moments(g, m, v, hyper)
     m_hat, v_hat = m / (1.0 - hyper.beta1**step), v / (1.0 - hyper.beta2**step)
-    return p * (1.0 - lr * decay) - lr * m_hat / np.sqrt(v_hat + hyper.eps), m, v
+    return p * (1.0 - lr * decay) - lr * m_hat / np.sqrt(v_hat + hyper.adam_eps), m, v
 
 
 def _decay_in_gradient(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    step: int,
+    lr: float,
+    decay: float,
+    hyper: Hyperparameters,
 ) -> tuple[Array, Array, Array]:
     return optim.adamw(p, g + decay * p, m, v, step, lr, 0.0, hyper)
 
 
 def _decay_without_rate(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    step: int,
+    lr: float,
+    decay: float,
+    hyper: Hyperparameters,
 ) -> tuple[Array, Array, Array]:
     return optim.adamw(p, g, m, v, step, lr, decay / lr, hyper)
 
 
 def _step_one_too_many(
-    p: Array, g: Array, m: Array, v: Array, step: int, lr: float, decay: float, hyper: Hyper
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    step: int,
+    lr: float,
+    decay: float,
+    hyper: Hyperparameters,
 ) -> tuple[Array, Array, Array]:
     return optim.adamw(p, g, m, v, step + 1, lr, decay, hyper)
 

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference_np import grad, ops
+from reference_np import grad, ops, optim
 from reference_np.config import LlamaConfig
-from reference_np.grad import Batch, Grads
 from reference_np.low_precision import plain_ops, plain_vjps
-from reference_np.model import Ops, forward
 from reference_np.naming import LM_HEAD
 from reference_np.ops import Array
+from reference_np.optim import Hyperparameters
 from reference_np.tolerances import (
     FLOOR_ROUNDINGS,
     LAMBDA,
@@ -29,8 +29,7 @@ from reference_np.tolerances import (
 
 from ..common.errors import InputError
 from ..model.config import ModelConfig
-from ..model.loss import IGNORE
-from . import batch as batch_module
+from .batch import Batch
 
 # Rows and leading positions that count in a step's first and second micro-batch: few, since the
 # oracle runs on the host, and not as many in both, since their gradients make one mean.
@@ -49,7 +48,7 @@ class Observed(NamedTuple):
     grads: Mapping[str, Tensor]  # by parameter name
 
 
-class Measure(NamedTuple):
+class BoundedError(NamedTuple):
     """The error of one quantity and its bound; of several kinds of error, the nearest to it."""
 
     quantity: str  # logits, loss or gradients
@@ -68,14 +67,14 @@ class Measure(NamedTuple):
         return self.share <= 1
 
 
-def judge(
+def bound_errors(
     config: ModelConfig,
     params: Mapping[str, Tensor],
-    batches: Sequence[batch_module.Batch],
+    batches: Sequence[Batch],
     observed: Observed,
     precision: str,
     z_loss: float,
-) -> list[Measure]:
+) -> list[BoundedError]:
     """Return the error and bound of the logits, the loss and every parameter's gradient.
 
     ``params`` and the gradients are whole; ``precision`` is that of matrix products. The bounds
@@ -87,7 +86,7 @@ def judge(
     def compute(dtype: torch.dtype, precision: str, moved: int = 0) -> _Computed:
         weights = _Weights(params, dtype, moved)
         with np.errstate(all="ignore"):  # what overflows is refused below
-            found = _compute(_oracles(config), weights, parts, z_loss, precision)
+            found = _compute(oracle_config(config), weights, parts, z_loss, precision)
         values = (found.logits, np.array(found.loss), *found.grads.values())
         if not all(np.isfinite(value).all() for value in values):
             raise InputError(
@@ -104,9 +103,9 @@ def judge(
     return found
 
 
-def nearest(measures: Sequence[Measure]) -> dict[str, Measure]:
-    """Return of each quantity the measure that is nearest to its bound, or furthest over it."""
-    found: dict[str, Measure] = {}
+def worst_of_each(measures: Sequence[BoundedError]) -> dict[str, BoundedError]:
+    """Return of each quantity the error that is nearest to its bound, or furthest over it."""
+    found: dict[str, BoundedError] = {}
     for measure in measures:
         if measure.quantity not in found or measure.share > found[measure.quantity].share:
             found[measure.quantity] = measure
@@ -140,7 +139,7 @@ class _Computed(NamedTuple):
 
     logits: Array  # [1, N, V], of all positions that count
     loss: float
-    grads: Grads
+    grads: grad.Grads
     # How many times smaller than its terms a sum is: each layer's gradient of scores, which is
     # p_i (d_o . v_i - sum_j p_j d_o . v_j), and the one over the vocabulary that every gradient
     # comes from.
@@ -148,15 +147,16 @@ class _Computed(NamedTuple):
     cancelled_in_head: float
 
 
-def _oracles(config: ModelConfig) -> LlamaConfig:
+def oracle_config(config: ModelConfig) -> LlamaConfig:
+    """Return a model's config as the oracle's."""
     return LlamaConfig(**dataclasses.asdict(config))
 
 
-def _cut(batch: batch_module.Batch, rows: int, length: int) -> Batch:
+def _cut(batch: Batch, rows: int, length: int) -> grad.Batch:
     tokens, targets, positions, mask = (None if x is None else x.cpu().numpy() for x in batch)
     assert tokens is not None
     assert targets is not None
-    return Batch(
+    return grad.Batch(
         tokens[:rows, :length],
         targets[:rows, :length],
         None if positions is None else positions[:rows, :length],
@@ -165,51 +165,68 @@ def _cut(batch: batch_module.Batch, rows: int, length: int) -> Batch:
 
 
 def _compute(
-    config: LlamaConfig, params: _Weights, batches: Sequence[Batch], z_loss: float, precision: str
+    config: LlamaConfig,
+    params: _Weights,
+    batches: Sequence[grad.Batch],
+    z_loss: float,
+    precision: str,
 ) -> _Computed:
     """Take the oracle through the batches: its own arithmetic, or that of a lower precision."""
     is_own = precision in ("float64", "float32")
-    forward_ops: Ops = ops if is_own else plain_ops(precision)
-    vjps = SimpleNamespace(**vars(grad.REFERENCE if is_own else plain_vjps(precision)))
-    mix_vjp, softmax_vjp = vjps.attention_mix_vjp, vjps.masked_softmax_vjp
-    terms, left, head_sizes = [], [], []
+    forward_ops = SimpleNamespace(**vars(ops if is_own else plain_ops(precision)))
+    # The mean over the targets is taken in float64.
+    forward_ops.cross_entropy_sum = lambda *given: np.float64(ops.cross_entropy_sum(*given))
+    head = partial(ops.read, params, LM_HEAD, config)
+    recorder = _Recorder(grad.REFERENCE if is_own else plain_vjps(precision), head)
+    hyper = Hyperparameters(z_loss=z_loss)
+    loss, grads = optim.accumulate(params, batches, config, hyper, recorder.vjps, forward_ops)
+    logits = np.concatenate([x.reshape(1, -1, config.vocab_size) for x in recorder.logits], axis=1)
+    by_layer = recorder.softmax_sizes(len(batches), config.n_layers)
+    in_head = float(_cancelled(np.array(recorder.head_sizes)))
+    return _Computed(logits, loss, grads, _cancelled(by_layer), in_head)
 
-    def mix(weights: Array, v_BNSK: Array, d_out: Array) -> tuple[Array, Array]:
+
+class _Recorder:
+    """Backward operations that record the logits, and the sizes of sums and of their terms."""
+
+    def __init__(self, vjps: SimpleNamespace, head: Callable[[], Array]) -> None:
+        self.real, self.head = vjps, head  # [V, D], read when it is used
+        self.logits: list[Array] = []
+        self.mix_sizes: list[float] = []
+        self.score_sizes: list[float] = []
+        self.head_sizes: list[tuple[float, float]] = []
+        self.vjps = SimpleNamespace(**vars(vjps))
+        self.vjps.attention_mix_vjp = self.attention_mix_vjp
+        self.vjps.masked_softmax_vjp = self.masked_softmax_vjp
+        self.vjps.cross_entropy_vjp = self.cross_entropy_vjp
+
+    def attention_mix_vjp(self, weights: Array, v_BNSK: Array, d_out: Array) -> tuple[Array, Array]:
+        """Record the size of the terms of the scores' gradient."""
         size = grad.attention_mix_vjp(weights, np.abs(v_BNSK), np.abs(d_out))[0] * weights
-        terms.append(_norm(size + weights * size.sum(axis=-1, keepdims=True)))
-        found: tuple[Array, Array] = mix_vjp(weights, v_BNSK, d_out)
+        self.mix_sizes.append(_norm(size + weights * size.sum(axis=-1, keepdims=True)))
+        found: tuple[Array, Array] = self.real.attention_mix_vjp(weights, v_BNSK, d_out)
         return found
 
-    def softmax(weights: Array, d_out: Array) -> Array:
-        d_scores: Array = softmax_vjp(weights, d_out)
-        left.append(_norm(d_scores))
+    def masked_softmax_vjp(self, weights: Array, d_out: Array) -> Array:
+        """Record the size of the scores' gradient."""
+        d_scores: Array = self.real.masked_softmax_vjp(weights, d_out)
+        self.score_sizes.append(_norm(d_scores))
         return d_scores
 
-    vjps.attention_mix_vjp, vjps.masked_softmax_vjp = mix, softmax
-    n_valid = sum(int(np.sum(batch.targets != IGNORE)) for batch in batches)
-    logits, loss, total = [], 0.0, Grads()
-    for batch in batches:
-        trace: dict[str, Array] = {}
-        logits_BTV, _ = forward(
-            params,
-            batch.tokens,
-            config,
-            positions=batch.positions,
-            mask=batch.mask,
-            trace=trace.__setitem__,
-            ops=forward_ops,
-        )
-        loss += float(ops.cross_entropy_sum(logits_BTV, batch.targets, z_loss)) / n_valid
-        d_logits = vjps.cross_entropy_vjp(logits_BTV, batch.targets, n_valid, z_loss)
-        head_sizes.append(_head_sizes(d_logits, ops.read(params, LM_HEAD, config)))
-        grads = grad.backward(params, batch, trace, d_logits, config, vjps)
-        total = {name: total[name] + g if total else g for name, g in grads.items()}
-        logits.append(logits_BTV.reshape(1, -1, config.vocab_size))
-    # The backward pass begins at the last layer.
-    sizes = np.array([*zip(terms, left, strict=True)])
-    by_layer = sizes.reshape(len(batches), config.n_layers, 2)[:, ::-1]
-    cancelled, in_head = _cancelled(by_layer), float(_cancelled(np.array(head_sizes)))
-    return _Computed(np.concatenate(logits, axis=1), loss, total, cancelled, in_head)
+    def cross_entropy_vjp(
+        self, logits_BTV: Array, targets_BT: Array, n_valid: int, z_loss: float
+    ) -> Array:
+        """Record the logits, and the sizes of the head's product in the backward pass."""
+        d_logits: Array = self.real.cross_entropy_vjp(logits_BTV, targets_BT, n_valid, z_loss)
+        self.logits.append(logits_BTV)
+        self.head_sizes.append(_head_sizes(d_logits, self.head()))
+        return d_logits
+
+    def softmax_sizes(self, n_batches: int, n_layers: int) -> Array:
+        """Return the sizes of terms and sums of the scores' gradients: [batch, layer, 2]."""
+        # The backward pass begins at the last layer.
+        sizes = np.array([*zip(self.mix_sizes, self.score_sizes, strict=True)])
+        return sizes.reshape(n_batches, n_layers, 2)[:, ::-1]
 
 
 def _head_sizes(d_logits_BTV: Array, head_VD: Array) -> tuple[float, float]:
@@ -227,7 +244,7 @@ def _cancelled(sizes: Array) -> Array:
 
 def _measure(
     observed: Observed, exact: _Computed, plain: Sequence[_Computed], precision: str
-) -> list[Measure]:
+) -> list[BoundedError]:
     """Judge the logits by every kind of error, loss and gradients by their average alone."""
     unit = "float16" if precision == "tf32" else precision  # tf32 keeps as many bits
     logits = [x.float().numpy().reshape(1, -1, x.shape[-1]) for x in observed.logits]
@@ -236,10 +253,10 @@ def _measure(
     bound = composed_bound(Errors(*map(max, zip(*tries, strict=True))), unit)
     shares = error.shares(bound)
     kind = shares.index(max(shares))
-    found = [Measure("logits", error[kind], bound[kind])]
+    found = [BoundedError("logits", error[kind], bound[kind])]
 
     losses = [observed.loss, exact.loss, *(p.loss for p in plain)]
-    found.append(Measure("loss", *_average([*map(np.array, losses)], unit)))
+    found.append(BoundedError("loss", *_average([*map(np.array, losses)], unit)))
     # Tier 2, for the sum over the vocabulary: NumPy's own order errs far less than others may.
     summed = LAMBDA * math.sqrt(exact.logits.shape[-1]) * UNIT_ROUNDOFF["float32"]
     for name, right in exact.grads.items():
@@ -251,7 +268,7 @@ def _measure(
             more += FLOOR_ROUNDINGS * UNIT_ROUNDOFF[unit] * in_softmax
         mine = observed.grads.get(name, torch.tensor(math.nan))  # none at all is infinitely wrong
         grads = [mine.float().numpy(), right, *(p.grads[name] for p in plain)]
-        found.append(Measure("gradients", *_average(grads, unit, more), name))
+        found.append(BoundedError("gradients", *_average(grads, unit, more), name))
     return found
 
 

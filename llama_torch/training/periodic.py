@@ -73,12 +73,13 @@ def verify(
     done: StepResult,
 ) -> None:
     """Compare the model with the oracle; raise VerificationError where it differs."""
-    from .oracle import nearest  # imports NumPy's oracle: for --verify-every alone
+    # Both import NumPy's oracle: for --verify-every alone.
+    from .oracle import worst_of_each
     from .verify import check, complaint
 
     look()
     checked = check(model, done.batches, z_loss)
-    worst = nearest(checked)
+    worst = worst_of_each(checked)
     progress.verified(done.step, {name: (one.error, one.bound) for name, one in worst.items()})
     if not all(one.holds for one in checked):
         raise VerificationError(complaint(checked, out, done.step))

@@ -12,7 +12,7 @@ What goes wrong in long sums alone does not show there. The embedding's gradient
 terms as a token occurs, which may be half of a micro-batch: with every target it is held to the
 sum of the terms that it was made of.
 
-``observe`` runs a model; ``judge`` compares what a model computed, however it is spread over
+``observe`` runs a model; ``bound_errors`` compares what a model computed, however it is spread over
 devices, given whole tensors on the CPU.
 """
 
@@ -33,9 +33,9 @@ from ..common.errors import InputError
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..model.loss import IGNORE, count_valid
-from . import batch as batch_module
 from . import step
-from .oracle import PARTS, Measure, Observed, _oracles, judge, nearest
+from .batch import Batch
+from .oracle import PARTS, BoundedError, Observed, bound_errors, oracle_config, worst_of_each
 from .verify_sums import embedding_error, gradients_aside
 
 # Of host memory for each parameter: gradients in float64 and twice in float32, and one matrix.
@@ -44,7 +44,7 @@ BYTES_PER_PARAMETER = 18
 
 def require_memory(config: ModelConfig) -> None:
     """Raise InputError where this machine cannot hold what a check needs."""
-    shapes = parameter_shapes(_oracles(config))
+    shapes = parameter_shapes(oracle_config(config))
     needed = BYTES_PER_PARAMETER * sum(map(math.prod, shapes.values()))
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
@@ -54,11 +54,11 @@ def require_memory(config: ModelConfig) -> None:
         )
 
 
-def check(model: Llama, batches: Sequence[batch_module.Batch], z_loss: float) -> list[Measure]:
+def check(model: Llama, batches: Sequence[Batch], z_loss: float) -> list[BoundedError]:
     """Compare a model with the oracle on part of a step's micro-batches; nothing is changed."""
     picked = pick(batches)
     weight = model.head_weight
-    found = judge(
+    found = bound_errors(
         model.config,
         dict(model.named_parameters()),
         picked,
@@ -67,10 +67,10 @@ def check(model: Llama, batches: Sequence[batch_module.Batch], z_loss: float) ->
         z_loss,
     )
     error, bound = embedding_error(model, batches[0], z_loss, LAMBDA)
-    return [*found, Measure("gradients", error, bound, EMBED)]
+    return [*found, BoundedError("gradients", error, bound, EMBED)]
 
 
-def pick(batches: Sequence[batch_module.Batch]) -> list[batch_module.Batch]:
+def pick(batches: Sequence[Batch]) -> list[Batch]:
     """Return a step's first micro-batches, with no targets but those that PARTS keeps."""
     picked = []
     for batch, (rows, length) in zip(batches, PARTS, strict=False):
@@ -82,7 +82,7 @@ def pick(batches: Sequence[batch_module.Batch]) -> list[batch_module.Batch]:
     return picked
 
 
-def observe(model: Llama, batches: Sequence[batch_module.Batch], z_loss: float) -> Observed:
+def observe(model: Llama, batches: Sequence[Batch], z_loss: float) -> Observed:
     """Run what a training step runs, up to its gradients; nothing of the model is changed."""
     hidden: list[Tensor] = []
     hook = model.model.register_forward_hook(lambda *call: hidden.append(call[2][0].detach()))
@@ -113,11 +113,11 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> str:
     return "bfloat16"
 
 
-def complaint(measures: Sequence[Measure], out: Path, done: int) -> str:
+def complaint(measures: Sequence[BoundedError], out: Path, done: int) -> str:
     """Say on one line what does not hold after ``done`` steps, and where to look."""
     broken = [measure for measure in measures if not measure.holds]
     parts = []
-    for quantity, worst in nearest(broken).items():
+    for quantity, worst in worst_of_each(broken).items():
         n = sum(measure.quantity == quantity for measure in broken)
         name = f"{n} gradients, worst of {worst.parameter}" if worst.parameter else quantity
         parts.append(f"{name}: error {worst.error:.1e}, bound {worst.bound:.1e}")

@@ -19,7 +19,7 @@ from llama_torch.training.optimizer import learning_rate, make_adamw
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
-from reference_np.optim import Hyper
+from reference_np.optim import Hyperparameters
 
 from .torch_model import torch_model
 
@@ -98,7 +98,7 @@ class Torch:
         config: LlamaConfig,
         params: Params,
         batches: Sequence[Batch],
-        hyper: Hyper,
+        hyper: Hyperparameters,
         steps: int,
     ) -> Mapping[str, Any]:
         model = self._trainable(config, params)
@@ -190,10 +190,9 @@ def to_torch(batch: Batch) -> batch_module.Batch:
     )
 
 
-def optim_config(hyper: Hyper) -> OptimConfig:
+def optim_config(hyper: Hyperparameters) -> OptimConfig:
     """The trainer's settings for the oracle's hyperparameters."""
-    values = {k: getattr(hyper, k) for k in vars(hyper) if k not in ("steps", "eps")}
-    return OptimConfig(adam_eps=hyper.eps, **values)
+    return OptimConfig(**{name: value for name, value in vars(hyper).items() if name != "steps"})
 
 
 _SOME = {"share": 0.3}

@@ -13,7 +13,7 @@ from reference_np.grad import Batch
 from reference_np.low_precision import plain_ops
 from reference_np.model import Cache, forward
 from reference_np.mutants import Mutant
-from reference_np.optim import Hyper
+from reference_np.optim import Hyperparameters
 
 IN_FORWARD = ("logits", "decode", "trace", "traced_decode")
 
@@ -68,14 +68,16 @@ class Oracle:
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
     ) -> tuple[float, Mapping[str, Array]]:
-        return self.rules.accumulate(params, batches, config, Hyper(z_loss=z_loss), self.vjps)
+        return self.rules.accumulate(
+            params, batches, config, Hyperparameters(z_loss=z_loss), self.vjps
+        )
 
     def train(
         self,
         config: LlamaConfig,
         params: Params,
         batches: Sequence[Batch],
-        hyper: Hyper,
+        hyper: Hyperparameters,
         steps: int,
     ) -> Mapping[str, Any]:
         params = dict(params)

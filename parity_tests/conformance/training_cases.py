@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.ops import IGNORE
-from reference_np.optim import Hyper
+from reference_np.optim import Hyperparameters
 
 from .drawn import Draw, composite, described
 from .strategies import Array, Params, configs, random_params, seeds, seeing_itself, wide_cases
@@ -26,7 +26,7 @@ class TrainingCase(NamedTuple):
     config: LlamaConfig
     params: Params  # float64
     batches: list[Batch]
-    hyper: Hyper
+    hyper: Hyperparameters
     numbers: Mapping[str, Any] | None = None  # what it was made from
 
     def __repr__(self) -> str:
@@ -60,7 +60,7 @@ def training_cases(draw: Draw, conditioned: bool = False) -> TrainingCase:
         random_batch(rng, config, custom)
         for custom in draw(st.lists(st.booleans(), min_size=1, max_size=3), label="custom masks")
     ]
-    hyper = Hyper(
+    hyper = Hyperparameters(
         lr=draw(st.sampled_from([1e-3 if conditioned else 1e-2, 3e-4]), label="lr"),
         grad_clip=draw(st.sampled_from([0.05, 1e3]), label="grad_clip"),
         z_loss=draw(st.sampled_from([0.0, 1e-2]), label="z_loss"),
@@ -80,7 +80,7 @@ def training_for(dtype: str, conditioned: bool = False) -> st.SearchStrategy[Tra
             case.config,
             case.params,
             [Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions)],
-            dataclasses.replace(Hyper(), lr=1e-3, warmup_steps=3, steps=12),
+            dataclasses.replace(Hyperparameters(), lr=1e-3, warmup_steps=3, steps=12),
             case.numbers,
         )
     )
@@ -95,7 +95,7 @@ def fixed_cases() -> list[TrainingCase]:
         rng = np.random.default_rng(seed)
         config = LlamaConfig(12, 2, 6, 2, 6, 20, 17, tie_embeddings=tied)
         batches = [random_batch(rng, config, custom) for custom in (False, True, False)]
-        hyper = Hyper(lr=1e-2, grad_clip=clip, z_loss=z_loss, warmup_steps=3, steps=12)
+        hyper = Hyperparameters(lr=1e-2, grad_clip=clip, z_loss=z_loss, warmup_steps=3, steps=12)
         found.append(TrainingCase(config, random_params(config, seed), batches, hyper))
     return found
 

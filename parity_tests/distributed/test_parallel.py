@@ -12,7 +12,7 @@ import torch
 from llama_torch.model.llama import Llama
 from llama_torch.training.clip import global_norm, norm_of
 from reference_np.config import LlamaConfig
-from reference_np.optim import Hyper
+from reference_np.optim import Hyperparameters
 from reference_np.tolerances import UNIT_ROUNDOFF
 
 from ..conformance.strategies import random_params
@@ -78,7 +78,7 @@ def cases() -> list[TrainingCase]:
         rng = np.random.default_rng(seed)
         config = LlamaConfig(16, 2, 8, 4, 6, 20, 19, tie_embeddings=tied)
         batches = [random_batch(rng, config, custom) for custom in (False, True, True, False)]
-        hyper = Hyper(lr=1e-2, grad_clip=clip, z_loss=z_loss, warmup_steps=3, steps=12)
+        hyper = Hyperparameters(lr=1e-2, grad_clip=clip, z_loss=z_loss, warmup_steps=3, steps=12)
         found.append(TrainingCase(config, random_params(config, seed), batches, hyper))
     return found
 

@@ -16,7 +16,7 @@ from reference_np.config import InputError, LlamaConfig
 from reference_np.grad import Batch, loss_and_grads
 from reference_np.mutants import Mutant
 from reference_np.ops import IGNORE
-from reference_np.optim import Hyper
+from reference_np.optim import Hyperparameters
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LOGIC, UNIT_ROUNDOFF
 
 from ..backends.torch_backends import optim_config
@@ -223,7 +223,7 @@ def test_whole_steps_in_float32(case: Any, z_loss: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, case.config.vocab_size, case.tokens.shape)
     params = cast(cast(case.params, np.float32), np.float64)
-    hyper = Hyper(lr=1e-3, z_loss=z_loss, warmup_steps=3, steps=12)
+    hyper = Hyperparameters(lr=1e-3, z_loss=z_loss, warmup_steps=3, steps=12)
     batches = [Batch(case.tokens, targets, case.positions)]
     training = TrainingCase(case.config, params, batches, hyper)
     exact = oracle_train(training, 3, np.float64)
@@ -283,7 +283,7 @@ def test_training_mutants_are_killed(mutant: Mutant) -> None:
 
 @given(steps=st.integers(1, 40), warmup=st.integers(0, 50), ratio=st.sampled_from([0.0, 0.1, 1.0]))
 def test_schedules_agree(steps: int, warmup: int, ratio: float) -> None:
-    hyper = Hyper(steps=steps, warmup_steps=warmup, final_lr_ratio=ratio)
+    hyper = Hyperparameters(steps=steps, warmup_steps=warmup, final_lr_ratio=ratio)
     for step in range(steps + 2):
         theirs = learning_rate(step, steps, optim_config(hyper))
         assert theirs == pytest.approx(optim.learning_rate(step, hyper), rel=1e-14)
@@ -307,7 +307,7 @@ def test_the_oracle_learns() -> None:
     batch = Batch(*rng.integers(0, 30, (2, 4, 8)))
     params = random_params(config, 0)
     state = optim.init_state(params)
-    hyper = Hyper(lr=3e-2, steps=30, warmup_steps=3)
+    hyper = Hyperparameters(lr=3e-2, steps=30, warmup_steps=3)
     losses = []
     for _ in range(30):
         params, state, metrics = optim.train_step(params, state, [batch], config, hyper)
@@ -320,4 +320,4 @@ def test_a_step_without_valid_targets_is_refused() -> None:
     tokens = np.zeros((1, 3), int)
     batch = Batch(tokens, np.full_like(tokens, IGNORE))
     with pytest.raises(InputError, match="valid target"):
-        optim.accumulate(random_params(config, 0), [batch], config, Hyper())
+        optim.accumulate(random_params(config, 0), [batch], config, Hyperparameters())

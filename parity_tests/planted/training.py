@@ -16,7 +16,7 @@ from torch import Tensor
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.naming import EMBED, LM_HEAD
-from reference_np.optim import Hyper
+from reference_np.optim import Hyperparameters
 
 from . import operations as planted
 from .operations import Array, Operation, Params
@@ -142,7 +142,7 @@ class PlantedTrainer(Planted):
         config: LlamaConfig,
         params: Params,
         batches: Sequence[Batch],
-        hyper: Hyper,
+        hyper: Hyperparameters,
         steps: int,
     ) -> Mapping[str, Any]:
         assert (steps, hyper.warmup_steps) == (1, 0)
@@ -202,7 +202,7 @@ class PlantedTrainer(Planted):
         factor = limit / (norm + 1e-6)
         return g * (factor if self.bug == "clip_always" else min(1.0, factor))
 
-    def _adam(self, p: Tensor, g: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+    def _adam(self, p: Tensor, g: Tensor, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
         decays = p.ndim > 1 or self.bug == "decay_on_norms"
         decay = hyper.weight_decay if decays else 0.0
         if self.bug == "decay_in_gradient":
@@ -213,9 +213,9 @@ class PlantedTrainer(Planted):
         m_hat, v_hat = m / (1 - hyper.beta1**step), v / (1 - hyper.beta2**step)
         if self.bug == "adam_uncorrected":
             m_hat, v_hat = m, v
-        down = v_hat.sqrt() + hyper.eps
+        down = v_hat.sqrt() + hyper.adam_eps
         if self.bug == "adam_eps_inside":
-            down = (v_hat + hyper.eps).sqrt()
+            down = (v_hat + hyper.adam_eps).sqrt()
         return p - rate * decay * p - hyper.lr * m_hat / down, m
 
 

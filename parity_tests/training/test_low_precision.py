@@ -24,7 +24,7 @@ from llama_torch.training.optimizer import MasterAdamW, join, learning_rate, spl
 from reference_np import optim
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, loss_and_grads
-from reference_np.optim import Hyper
+from reference_np.optim import Hyperparameters
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
 from ..backends.torch_backends import optim_config, to_torch
@@ -154,12 +154,12 @@ def take_ten_steps(device: str, seed: int, decay: float, clip: float) -> None:
     rng = np.random.default_rng(seed)
     shapes = {"matrix": (5, 7), "norm.weight": (7,)}
     params = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-    hyper = Hyper(lr=1e-2, weight_decay=decay, grad_clip=clip, warmup_steps=3, steps=12)
+    hyper = Hyperparameters(lr=1e-2, weight_decay=decay, grad_clip=clip, warmup_steps=3, steps=12)
     tensors = {n: torch.tensor(v, device=device) for n, v in params.items()}
     given_params = {n: torch.nn.Parameter(tensor) for n, tensor in tensors.items()}
     matrix, norm = given_params.values()
     groups = [{"params": [matrix], "weight_decay": decay}, {"params": [norm]}]
-    optimizer = MasterAdamW(groups, lr=1.0, betas=(hyper.beta1, hyper.beta2), eps=hyper.eps)
+    optimizer = MasterAdamW(groups, lr=1.0, betas=(hyper.beta1, hyper.beta2), eps=hyper.adam_eps)
     exact, state = {n: v.astype(np.float64) for n, v in params.items()}, None
     for i in range(10):
         grads = {n: torch.from_numpy(rng.standard_normal(s)).bfloat16() for n, s in shapes.items()}

@@ -24,16 +24,13 @@ from llama_torch.config import OptimConfig
 from llama_torch.model import embedding, llama, loss, rope
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
-from llama_torch.training import batch as batch_module
-from llama_torch.training import loop, run_dir, step, verify, verify_sums
-from llama_torch.training import oracle as oracle_module
+from llama_torch.training import loop, oracle, run_dir, step, verify, verify_sums
+from llama_torch.training.batch import Batch, to_batch
 from llama_torch.training.optimizer import make_adamw
-from llama_torch.training.oracle import Measure, Observed
+from llama_torch.training.oracle import BoundedError, Observed
 from reference_np import grad, ops, optim
 from reference_np.config import LlamaConfig
-from reference_np.grad import Batch
 from reference_np.low_precision import plain_ops, plain_vjps, round_to
-from reference_np.model import forward
 from reference_np.mutants import FORWARD, Mutant
 from reference_np.ops import IGNORE
 from reference_np.tolerances import FACTOR, FLOOR_ROUNDINGS, LAMBDA, UNIT_ROUNDOFF
@@ -59,7 +56,7 @@ def flags(tmp_path: Path) -> list[str]:
     return [*SMALL_RUN, "--sample-every", "0", "--data", str(path)]
 
 
-def pack(batch: batch_module.Batch, rng: np.random.Generator) -> batch_module.Batch:
+def pack(batch: Batch, rng: np.random.Generator) -> Batch:
     """Cut every row into the same documents, whose last tokens have no target."""
     rows, length = batch.tokens.shape
     is_first = rng.random(length) < 0.1
@@ -68,7 +65,7 @@ def pack(batch: batch_module.Batch, rng: np.random.Generator) -> batch_module.Ba
     targets = batch.targets.clone()
     targets[:, starts[1:-1] - 1] = IGNORE
     wide = [np.broadcast_to(x, (rows, *x.shape[1:])).copy() for x in (positions, mask)]
-    return batch_module.Batch(batch.tokens, targets, *map(torch.from_numpy, wide))
+    return Batch(batch.tokens, targets, *map(torch.from_numpy, wide))
 
 
 @composite
@@ -104,7 +101,7 @@ def trained(draw: Draw) -> Any:
     for _ in range(draw(st.integers(1, 3), label="steps")):
         shape = (rows * parts, config.max_seq_len + 1)
         window = torch.from_numpy(rng.integers(0, config.vocab_size, shape))
-        batches = [batch_module.to_batch(part) for part in window.split(rows)]
+        batches = [to_batch(part) for part in window.split(rows)]
         batches = [pack(batch, rng) if is_packed else batch for batch in batches]
         if any(loss.count_valid(batch.targets) for batch in batches):
             step.train_step(made, optimizer, batches, lr=lr, grad_clip=1.0, z_loss=z_loss)
@@ -113,7 +110,7 @@ def trained(draw: Draw) -> Any:
 
 @given(case=trained())
 def test_what_is_right_holds_and_stays_as_it_is(
-    case: tuple[Llama, list[batch_module.Batch], float],
+    case: tuple[Llama, list[Batch], float],
 ) -> None:
     made, batches, z_loss = case
     parameters = dict(made.named_parameters())
@@ -310,7 +307,7 @@ def test_a_sum_that_fails_at_the_257th_occurrence_is_seen(
     made.to(dtype)
     window = torch.randint(50, (8, 129), generator=torch.Generator().manual_seed(1))
     window[:, ::2] = 7
-    batches = [batch_module.to_batch(window)]
+    batches = [to_batch(window)]
     right = verify.check(made, batches, 0.0)
     monkeypatch.setattr(embedding, "embed", lambda ids, weight: NarrowSum.apply(weight, ids))
     wrong = verify.check(made, batches, 0.0)
@@ -333,7 +330,7 @@ def test_terms_that_overflowed_excuse_no_finite_sum(bad: float) -> None:
 def test_tokens_that_occur_once_have_no_error() -> None:
     made = Llama(ModelConfig(16, 1, 2, 1, vocab_size=50, max_seq_len=8, tie_embeddings=False))
     made.init_weights(torch.Generator().manual_seed(0))
-    *_, found = verify.check(made, [batch_module.to_batch(torch.arange(1, 10)[None])], 0.0)
+    *_, found = verify.check(made, [to_batch(torch.arange(1, 10)[None])], 0.0)
     assert (found.parameter, found.error, found.share) == ("model.embed_tokens.weight", 0.0, 0.0)
 
 
@@ -379,7 +376,7 @@ class Setting(NamedTuple):
 
     config: LlamaConfig
     weights: dict[str, Tensor]
-    batches: list[batch_module.Batch]
+    batches: list[Batch]
 
 
 def setting(dtype: torch.dtype, is_tied: bool) -> Setting:
@@ -387,28 +384,29 @@ def setting(dtype: torch.dtype, is_tied: bool) -> Setting:
     params = random_params(config, 1, 0.05)  # small embeddings make the norms' epsilon count
     weights = {name: torch.from_numpy(value).to(dtype) for name, value in params.items()}
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, 41))
-    batches = [batch_module.to_batch(part) for part in torch.from_numpy(ids).split(2)]
+    batches = [to_batch(part) for part in torch.from_numpy(ids).split(2)]
     return Setting(config, weights, verify.pick(batches))
 
 
 def computed(given: Setting, bug: Mutant | None) -> Observed:
     """What the oracle computes in float32, with one bug or none."""
     parts: tuple[Any, ...] = (ops, grad.REFERENCE, optim.REFERENCE)
-    oracle = Oracle(*(parts if bug is None else map(bug.apply, parts)))
+    spec = Oracle(*(parts if bug is None else map(bug.apply, parts)))
     params = {name: weight.float().numpy() for name, weight in given.weights.items()}
-    sizes = zip(given.batches, oracle_module.PARTS, strict=True)
+    sizes = zip(given.batches, oracle.PARTS, strict=True)
     batches = [
-        Batch(*(x[:rows, :length].numpy() for x in batch[:2])) for batch, (rows, length) in sizes
+        grad.Batch(*(x[:rows, :length].numpy() for x in batch[:2]))
+        for batch, (rows, length) in sizes
     ]
-    logits = [oracle.logits(given.config, params, b.tokens, None, None) for b in batches]
-    found, grads = oracle.loss_and_grads(given.config, params, batches, Z_LOSS)
+    logits = [spec.logits(given.config, params, b.tokens, None, None) for b in batches]
+    found, grads = spec.loss_and_grads(given.config, params, batches, Z_LOSS)
     tensors = {name: torch.from_numpy(np.array(g)) for name, g in grads.items()}
     return Observed([torch.from_numpy(np.array(x)) for x in logits], found, tensors)
 
 
-def judged(given: Setting, observed: Observed, precision: str) -> list[Measure]:
+def judged(given: Setting, observed: Observed, precision: str) -> list[BoundedError]:
     config = torch_config(given.config)
-    return oracle_module.judge(config, given.weights, given.batches, observed, precision, Z_LOSS)
+    return oracle.bound_errors(config, given.weights, given.batches, observed, precision, Z_LOSS)
 
 
 def share(precision: str, bug: Mutant | None) -> float:
@@ -422,7 +420,7 @@ def share(precision: str, bug: Mutant | None) -> float:
 def _references_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute what a model of ``setting`` is judged by once, and not for every bug."""
     known: dict[Any, Any] = {}
-    real = oracle_module._compute
+    real = oracle._compute
 
     def compute(config: LlamaConfig, params: Any, batches: Any, z_loss: float, kind: str) -> Any:
         key = config, params.dtype, params.moved, z_loss, kind
@@ -430,7 +428,7 @@ def _references_once(monkeypatch: pytest.MonkeyPatch) -> None:
             known[key] = real(config, params, batches, z_loss, kind)
         return known[key]
 
-    monkeypatch.setattr(oracle_module, "_compute", compute)
+    monkeypatch.setattr(oracle, "_compute", compute)
 
 
 @pytest.mark.usefixtures("_references_once")
@@ -451,14 +449,10 @@ def test_plain_gradients_in_bfloat16_excuse_nothing(case: Case) -> None:
     """The baseline errs no more than torch does, as torch errs no more than it."""
     weights = {name: torch.from_numpy(v).bfloat16() for name, v in case.params.items()}
     single = {name: weight.float().numpy() for name, weight in weights.items()}
-    batch = Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions)
+    batch = grad.Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions)
     _, exact = grad.loss_and_grads(cast(single, np.float64), batch, case.config)
-    trace: dict[str, Array] = {}
-    found = {"positions": case.positions, "ops": plain_ops("bfloat16")}
-    logits, _ = forward(single, case.tokens, case.config, **found, trace=trace.__setitem__)
-    vjps = plain_vjps("bfloat16")
-    d_logits = vjps.cross_entropy_vjp(logits, batch.targets, batch.targets.size)
-    plain = grad.backward(single, batch, trace, d_logits, case.config, vjps)
+    low = {"ops": plain_ops("bfloat16"), "vjps": plain_vjps("bfloat16")}
+    _, plain = grad.loss_and_grads(single, batch, case.config, **low)
     trained = torch_model(case.config, single).bfloat16().requires_grad_(True)
     _, theirs = step.accumulate(trained, [to_torch(batch)])
     torchs = {name: theirs[p].float().numpy() for name, p in trained.named_parameters()}
@@ -509,9 +503,7 @@ def test_the_precision_of_products_is_found_out(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_tries_are_from_weights_one_rounding_away(dtype: torch.dtype) -> None:
     weights = {"a": torch.randn(50, generator=torch.Generator().manual_seed(0)).to(dtype)}
-    one, again, other = (
-        oracle_module._Weights(weights, torch.float32, moved) for moved in (1, 1, 2)
-    )
+    one, again, other = (oracle._Weights(weights, torch.float32, moved) for moved in (1, 1, 2))
     value = weights["a"].float().numpy()
     moved = np.abs(one["a"] - value) / np.abs(value)
     assert np.all((moved > 0) & (moved <= 2 * torch.finfo(dtype).eps))
@@ -565,7 +557,7 @@ def test_a_compiled_model_is_verified_as_it_trains() -> None:
     for layer in made.model.layers:
         layer.compile(backend="eager", fullgraph=True, dynamic=False)
     window = torch.randint(50, (6, 21), generator=torch.Generator().manual_seed(0))
-    batches = [batch_module.to_batch(part) for part in window.split(3)]
+    batches = [to_batch(part) for part in window.split(3)]
     step.train_step(made, optimizer, batches, lr=1e-3, grad_clip=1.0)
     counts = torch._dynamo.utils.counters["stats"]
     before = dict(counts)

@@ -16,7 +16,7 @@ from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, errors
 from .judging import bound
 
 # The paper's settings at the peak of the schedule, where a step is largest; z-loss as in PaLM.
-STEP = optim.Hyper(warmup_steps=0, z_loss=1e-4)
+STEP = optim.Hyperparameters(warmup_steps=0, z_loss=1e-4)
 
 RUNS = ("clipped", "whole")  # under a limit that some single tensor exceeds, and one above all
 
@@ -106,7 +106,7 @@ def through_adam(limit: Errors, gradient: Array, step: Array) -> Errors:
     """
 
     def moved(d: Any) -> Array:
-        moved: Array = d * STEP.eps / (np.maximum(gradient - d, 0.0) + STEP.eps) ** 2
+        moved: Array = d * STEP.adam_eps / (np.maximum(gradient - d, 0.0) + STEP.adam_eps) ** 2
         return moved
 
     def rms(x: Array, axis: int | None = None) -> Array:
