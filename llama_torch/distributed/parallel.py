@@ -8,14 +8,11 @@ that was not started by torchrun is alone, and nothing here changes what it does
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import InputError
@@ -23,6 +20,10 @@ from ..config import ParallelConfig
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from .job import TIMEOUT
+
+if TYPE_CHECKING:  # torch's modules for shards take 1 s, and are imported where there are shards
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 
@@ -51,6 +52,8 @@ class Parallel:
         self.data_size = self.world // config.tp
         fsdp = config.fsdp or self.data_size
         if self.world > 1:
+            from torch.distributed.device_mesh import init_device_mesh
+
             shape = self.data_size // fsdp, fsdp, config.tp
             self.mesh = init_device_mesh(
                 device.type, shape, mesh_dim_names=(REPLICATE, SHARD, TENSOR)
@@ -76,8 +79,8 @@ class Parallel:
 
     def reshard(self, model: Llama) -> None:
         """Free what a forward pass without a backward pass leaves gathered."""
-        if isinstance(model, FSDPModule):
-            model.reshard()
+        if self.is_sharded:
+            _as_sharded(model).reshard()
 
     def build(self, config: ModelConfig, dtype: torch.dtype, generator: torch.Generator) -> Llama:
         """Return the model with the weights that one process would draw, sharded as drawn.
@@ -87,6 +90,9 @@ class Parallel:
         The shards are float32: bfloat16 as ``dtype`` is what they are gathered and computed in,
         and gradients are summed over processes in float32 all the same.
         """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.tensor.parallel import parallelize_module
+
         assert self.mesh is not None
         with torch.device("meta"):
             model = Llama(config)
@@ -119,8 +125,8 @@ class Parallel:
     @contextmanager
     def micro_batch(self, model: Llama, reduces: bool) -> Iterator[None]:
         """Run a forward and backward pass; only the last of a step need reduce gradients."""
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(reduces)
+        if self.is_sharded:
+            _as_sharded(model).set_requires_gradient_sync(reduces)
         waits = nullcontext() if reduces or self.replica is None else self.replica.no_sync()
         with waits:
             yield
@@ -140,7 +146,7 @@ class Parallel:
         reduces: bool = False,
     ) -> Tensor:
         """Return the normed stream [B, T, D], through whatever holds the parameters."""
-        if isinstance(model, FSDPModule):
+        if self.is_sharded:
             hidden, _ = model(tokens, positions=positions, mask=mask, project=False)
             return hidden
         decoder = self.replica if self.replica is not None else model.model
@@ -229,8 +235,18 @@ def _mean_in_float32(world: int, bucket: dist.GradBucket) -> torch.futures.Futur
     return summed.then(lambda done: grads.copy_(done.value()[0]))
 
 
+def _as_sharded(model: Llama) -> "FSDPModule":
+    """Return a model that ``Parallel.build`` has sharded, as the FSDPModule that it is."""
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(model, FSDPModule)
+    return model
+
+
 def _tensor_parallel() -> dict[str, Any]:
     """Return Megatron's split of a block (Shoeybi et al. 2019, section 3): heads, hidden units."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
     first = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return {
         **dict.fromkeys((*first, "mlp.gate_proj", "mlp.up_proj"), ColwiseParallel()),

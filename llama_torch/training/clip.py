@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from ..common.sharded_tensor import is_sharded, local_part
 
 STRETCH = 1024  # elements
 
@@ -17,7 +18,7 @@ def global_norm(grads: Iterable[Tensor]) -> Tensor:
     for grad in grads:
         mesh: Any = None
         axes: tuple[int, ...] = ()
-        if isinstance(grad, DTensor):
+        if is_sharded(grad):
             mesh = grad.device_mesh
             axes = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
             grad = grad.to_local()
@@ -54,5 +55,4 @@ def _stretches(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def scale_(grads: Iterable[Tensor], factor: Tensor) -> None:
     """Multiply gradients, sharded or not, by a scalar, in place."""
-    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    torch._foreach_mul_(local, factor)
+    torch._foreach_mul_([local_part(grad) for grad in grads], factor)

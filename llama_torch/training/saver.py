@@ -1,16 +1,13 @@
 """Save checkpoints of a run, the best model, and the exported weights."""
 
 import math
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..checkpoint import step_folders
@@ -19,8 +16,6 @@ from ..checkpoint.step_folders import BEST
 from ..checkpoint.training_state import (
     PARAMETER,
     OneFile,
-    Shards,
-    ShardsOnTheirWay,
     TrainingState,
     stored_in,
 )
@@ -99,6 +94,8 @@ def make_saver(
 ) -> Saver:
     """Return what saves a run into ``out``: one process all of it, or each its shards."""
     if parallel.is_sharded:
+        from .shard_saver import ShardSaver  # imports what a run of one process never needs
+
         return ShardSaver(out, model, optimizer, parallel, keep_last)
     return FileSaver(out, model, optimizer, parallel, keep_last, keep_best)
 
@@ -157,96 +154,6 @@ class FileSaver:
 
 def _write_one_file(state: TrainingState, folder: Path) -> None:
     OneFile(folder).write(state)
-
-
-class ShardSaver:
-    """Saves from every process, each its shards.
-
-    Shards on a GPU are copied to the host, and written while training goes on.
-    """
-
-    keeps_best = False  # no process holds the whole model
-
-    def __init__(
-        self, out: Path, model: Llama, optimizer: Optimizer, parallel: Parallel, keep_last: int
-    ) -> None:
-        self.out, self.model, self.optimizer = out, model, optimizer
-        self.parallel, self.keep_last = parallel, keep_last
-        self.pending: tuple[int, ShardsOnTheirWay] | None = None
-
-    def validated(self, step: int, val_loss: float) -> None:
-        """Keep no best model."""
-
-    def save(self, step: int, skipped: Sequence[int], waits: bool) -> list[int]:
-        """Save the state as shards; of a GPU's, only ``waits`` returns when they are written."""
-        saved, final = self._finish(), step_folders.final_folder(self.out, step)
-        tensors = training_state(self.model, self.optimizer)
-        local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
-        good = torch.stack([tensor.isfinite().all() for tensor in local]).all()
-        bad = self.parallel.all_reduce_max(int(not good))
-        with self.parallel.errors_on_main_only():
-            if bad:
-                raise InputError(
-                    f"a parameter or moment is not finite after step {step}; lower --lr (the last "
-                    "checkpoint stands)"
-                )
-        shards = Shards(step_folders.temporary(final))
-        with step_folders.writing(final):
-            if self.parallel.is_main_process:
-                step_folders.begin(final)
-                shards.write_notes(step, skipped)
-        self.parallel.barrier()
-        if next(iter(tensors.values())).is_cuda:
-            self.pending = (
-                step,
-                ShardsOnTheirWay(shards.folder, tensors, self.parallel.control_group()),
-            )
-            return saved + (self._finish() if waits else [])
-        with self._clearing(shards.folder):
-            shards.write(tensors)
-        return [*saved, self._commit(step)]
-
-    def export(self) -> None:
-        """Write the newest checkpoint's model beside it: training has not done so."""
-        if self.parallel.is_main_process:
-            folder = step_folders.newest(self.out)
-            assert folder is not None
-            export_model(self.out, folder, self.model.config)
-        self.parallel.barrier()
-
-    def completed(self) -> list[int]:
-        """Return the steps whose checkpoints have been completed since the last call."""
-        if self.pending and not self.parallel.all_reduce_max(int(not self.pending[1].is_done())):
-            return self._finish()
-        return []
-
-    def _finish(self) -> list[int]:
-        if self.pending is None:
-            return []
-        step, saving = self.pending
-        with self._clearing(saving.folder):
-            saving.wait()
-        self.pending = None
-        return [self._commit(step)]
-
-    @contextmanager
-    def _clearing(self, folder: Path) -> Iterator[None]:
-        """Leave nothing of what could not be written."""
-        try:
-            yield
-        except InputError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def _commit(self, step: int) -> int:
-        self.parallel.barrier()
-        if self.parallel.is_main_process:
-            final = step_folders.final_folder(self.out, step)
-            with step_folders.writing(final):
-                step_folders.finish(final)
-            step_folders.prune(self.out, self.keep_last)
-        self.parallel.barrier()
-        return step
 
 
 def training_state(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:

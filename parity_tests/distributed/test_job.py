@@ -14,13 +14,13 @@ from torch import Tensor
 
 from llama_torch import export, train
 from llama_torch.checkpoint.hf import MODEL_FILE
+from llama_torch.checkpoint.shards import Shards
 from llama_torch.checkpoint.step_folders import newest
-from llama_torch.checkpoint.training_state import Shards
 from llama_torch.common.errors import InputError
 from llama_torch.distributed.parallel import Parallel
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
-from llama_torch.training import run_dir, saver
+from llama_torch.training import run_dir, shard_saver
 from llama_torch.training.saver import make_saver
 from llama_torch.training.signals import Stopped, signals
 
@@ -237,7 +237,7 @@ def test_a_checkpoint_is_there_when_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, whose state is written while training goes on."""
-    monkeypatch.setattr(saver, "ShardsOnTheirWay", SlowDisk)
+    monkeypatch.setattr(shard_saver, "ShardsOnTheirWay", SlowDisk)
     monkeypatch.setattr(Parallel, "is_sharded", True)
     monkeypatch.setattr(Parallel, "control_group", lambda self: None)
     monkeypatch.setattr(Tensor, "is_cuda", True)

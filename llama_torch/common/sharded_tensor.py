@@ -1,0 +1,23 @@
+"""Tell tensors whose shards processes share from whole ones."""
+
+from typing import TYPE_CHECKING, TypeGuard
+
+from torch import Tensor
+from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Return whether a tensor is a DTensor; only then is torch's module for them imported."""
+    if type(tensor) in (Tensor, Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: its shard, or all of it."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
