@@ -73,14 +73,11 @@ def verify(
     done: StepResult,
 ) -> None:
     """Compare the model with the oracle; raise VerificationError where it differs."""
-    # Both import NumPy's oracle: for --verify-every alone.
-    from .oracle import worst_of_each
-    from .verify import check, complaint
+    from .verify import check, complaint, worst_errors  # imports the oracle, for this alone
 
     look()
     checked = check(model, done.batches, z_loss)
-    worst = worst_of_each(checked)
-    progress.verified(done.step, {name: (one.error, one.bound) for name, one in worst.items()})
+    progress.verified(done.step, worst_errors(checked))
     if not all(one.holds for one in checked):
         raise VerificationError(complaint(checked, out, done.step))
 

@@ -14,7 +14,7 @@ from ..common.errors import InputError
 from ..common.sharded_tensor import local_part
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
-from .saver import training_state
+from .saver import export_model, training_state
 
 
 class ShardSaver:

@@ -113,6 +113,11 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> str:
     return "bfloat16"
 
 
+def worst_errors(checked: Sequence[BoundedError]) -> dict[str, tuple[float, float]]:
+    """Return of each kind the error nearest to its bound, and that bound."""
+    return {name: (one.error, one.bound) for name, one in worst_of_each(checked).items()}
+
+
 def complaint(measures: Sequence[BoundedError], out: Path, done: int) -> str:
     """Say on one line what does not hold after ``done`` steps, and where to look."""
     broken = [measure for measure in measures if not measure.holds]
