@@ -55,6 +55,10 @@ FACTOR = 3.0
 # element outgrows the others (a product of gate and up) its plain twin can be right by chance.
 FLOOR_ROUNDINGS = 8.0
 FLOOR_ROUNDINGS_WORST = 24.0
+# A loop that adds n products one after the other errs by this many sqrt(n) roundings of the sum,
+# root mean square: its partial sums grow with sqrt(k), and a number is rounded by 0.42 u on
+# average. A BLAS library adds blocks apart, so that a plain baseline shows several times less.
+ONE_BY_ONE = 0.3
 
 
 def logic_error(actual: Array, expected: Array) -> float:
@@ -215,6 +219,14 @@ def errors_beside(actual: Array, exact: Array, allowed: Array) -> tuple[Errors, 
         for x in (difference, allowed)
     )
     return error, bound
+
+
+def one_by_one(n_terms: int, dtype: str) -> float:
+    """Return the relative error, root mean square, of sums of ``n_terms`` added in a plain loop.
+
+    0 for no terms. Whatever the dtype, sums are taken in float32 at least.
+    """
+    return ONE_BY_ONE * math.sqrt(n_terms) * min(UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF["float32"])
 
 
 def composed_bound(baseline: Errors, dtype: str) -> Errors:

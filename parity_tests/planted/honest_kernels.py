@@ -1,8 +1,9 @@
-"""Honest float32 kernels of attention, each another way of taking the same sums.
+"""Honest float32 kernels, each another way of taking the same sums.
 
-Every one maps q [B, H, T, K], k and v [B, H, S, K] and mask [B, T, S] to [B, H, T, K]; every query
-may attend to some key. ``parity_tests.planted.honest_kernels:flash`` and so on are whole models,
-for compare.py's --against.
+Every kernel of attention maps q [B, H, T, K], k and v [B, H, S, K] and mask [B, T, S] to
+[B, H, T, K]; every query may attend to some key.
+``parity_tests.planted.honest_kernels:flash`` and so on are whole models, for compare.py's
+--against; so is ``loops``, all of whose other sums are taken term by term.
 """
 
 import math
@@ -71,6 +72,21 @@ def planted(kernel: Kernel) -> Planted:
     return model
 
 
+def looped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Add a product's terms one after the other, as a plain loop in C does."""
+    rows, columns = x.flatten(0, -2).numpy(), weight.numpy()
+    total = np.zeros((len(rows), len(columns)), rows.dtype)
+    for k in range(rows.shape[1]):
+        total += rows[:, k, None] * columns[:, k]
+    return torch.from_numpy(total).view(*x.shape[:-1], -1)
+
+
+def looped_mean_square(x: Tensor) -> Tensor:
+    """Add a mean's terms one after the other."""
+    sums = np.cumsum(x.numpy() ** 2, axis=-1)[..., -1:]
+    return torch.from_numpy(sums / np.array(x.shape[-1], sums.dtype))
+
+
 KERNELS = {
     "flash": fused(SDPBackend.FLASH_ATTENTION),
     "unfused": fused(SDPBackend.MATH),
@@ -79,3 +95,5 @@ KERNELS = {
     "backwards": one_by_one(True),
 }
 flash, unfused, online, forwards, backwards = map(planted, KERNELS.values())
+loops = planted(KERNELS["forwards"])
+loops.ops.linear, loops.ops.mean_square = looped_linear, looped_mean_square

@@ -75,6 +75,15 @@ def test_peaked_attention_is_no_false_alarm(seed: int, tmp_path: Path) -> None:
     assert false_alarms.whole_run(CONFIG, rng, against, tmp_path) <= 1
 
 
+@pytest.mark.parametrize("widths", [(64, 11008), (4096, 64)], ids=["hidden", "dim"])
+def test_sums_taken_term_by_term_are_no_false_alarm(
+    widths: tuple[int, int], tmp_path: Path
+) -> None:
+    """As the loops of a port in C take them, at the widths of Llama 2 7B."""
+    config = LlamaConfig(widths[0], 1, 2, 1, 32, widths[1], 300, max_seq_len=64)
+    assert false_alarms.whole_run(config, np.random.default_rng(0), "loops", tmp_path) <= 1
+
+
 def test_what_rounding_may_do_is_tried_before_anything_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from reference_np.ops import Array
 
 from .judging import KL, REORDERED, Judged, Row, bound, judge, judge_kl
 from .problem import Problem
-from .replay import Activations, Key, Replay, Weights, finite, stream_before
+from .replay import Activations, Key, Replay, Weights, finite, n_terms, stream_before
 
 TRIES = 4  # plain runs at most that the other side's is held to
 
@@ -122,7 +122,8 @@ def _rows(
         found = [Judged(free[key], bound(free[key], [x[key] for x in low], problem.dtype))]
         if problem.recording.coverage[c] == "activations":
             exact = forced.exact[key]
-            limit = bound(exact, [forced.low[key]], problem.dtype)
+            n = n_terms(problem.config, name.rpartition(".")[2])
+            limit = bound(exact, [forced.low[key]], problem.dtype, n)
             found.append(Judged(exact, limit, forced.allowed.get(key)))
         rows.append(judge(key, theirs.get(key), found))
     return rows

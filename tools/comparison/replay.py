@@ -19,7 +19,7 @@ from reference_np.low_precision import round_to
 from reference_np.model import Ops, Trace, block, defaults, head, layer_params
 from reference_np.naming import EMBED, LAYER_AXES
 from reference_np.ops import Array
-from reference_np.tolerances import FACTOR, UNIT_ROUNDOFF, attention_bound
+from reference_np.tolerances import FACTOR, UNIT_ROUNDOFF, attention_bound, one_by_one
 
 from .axes import Order, as_declared, find_order
 from .trace_file import Call, cached
@@ -44,6 +44,17 @@ def stage_names(config: LlamaConfig, stage: int) -> list[str]:
 def stream_before(stage: int) -> str:
     """Name the residual stream that enters a stage; the embedding has none."""
     return "" if stage == -1 else "embed" if stage == 0 else f"layers.{stage - 1}.residual"
+
+
+def n_terms(config: LlamaConfig, kind: str) -> int:
+    """Return how many terms each element of an activation is a sum of; 0 where it is none.
+
+    Attention's sums have a bound of their own, ``attention_bound``.
+    """
+    if kind in ("attn_norm", "ffn_norm", "norm", "q", "k", "v", "gate", "up", "logits"):
+        return config.dim
+    widths = {"attn_proj": config.n_heads * config.head_dim, "ffn_proj": config.hidden_dim}
+    return widths.get(kind, 0)
 
 
 def finite(theirs: Activations) -> dict[Key, Array]:
@@ -194,6 +205,10 @@ class Replay:
                 if self.params.moved:
                     signs = _signs(value.shape, stage, c, self.params.moved)
                     value += signs * self.allowed[key] / FACTOR
+            elif self.params.moved and (n := n_terms(self.config, kind)):
+                signs = _signs(value.shape, zlib.crc32(key[1].encode()), c, self.params.moved)
+                size = np.sqrt(np.mean(value**2, axis=-1, keepdims=True))
+                value += signs * (one_by_one(n, self.params.precision) * size)
             if theirs is None:
                 found[key] = value
                 return
