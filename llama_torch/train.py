@@ -1,6 +1,5 @@
 """Train a Llama on text: ``python -m llama_torch.train``, no arguments needed."""
 
-import math
 import shlex
 import signal
 import sys
@@ -14,6 +13,7 @@ from .config import TrainConfig
 from .distributed.job import PeerLostError, broadcast_object, exit_process, job
 from .training import dry_run, run_dir
 from .training.loop import train
+from .training.progress import perplexity
 from .training.run_dir import RUN_FILE
 from .training.setup import require_layout
 from .training.signals import Stopped
@@ -59,7 +59,7 @@ def _in_job(argv: Sequence[str]) -> int:
         return 0
     print(
         f"finished in {time.perf_counter() - started:.0f} s: validation loss {val_loss:.3f}, "
-        f"perplexity {math.exp(val_loss):.1f}, checkpoint in {config.out}\n"
+        f"perplexity {perplexity(val_loss):.1f}, checkpoint in {config.out}\n"
         "next:\n"
         f"  python tools/compare.py {shlex.quote(config.out + '/model.safetensors')}\n"
         f"  python -m llama_torch.generate --ckpt {shlex.quote(config.out)} "

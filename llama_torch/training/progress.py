@@ -96,9 +96,9 @@ class Progress:
 
     def validated(self, step: int, loss: float) -> None:
         """Report a validation loss."""
-        self.say(f"step {step:>5}  validation loss {loss:.3f}  perplexity {_perplexity(loss):,.1f}")
+        self.say(f"step {step:>5}  validation loss {loss:.3f}  perplexity {perplexity(loss):,.1f}")
         self.writer.add_scalar("val/loss", loss, step)
-        self.writer.add_scalar("val/perplexity", _perplexity(loss), step)
+        self.writer.add_scalar("val/perplexity", perplexity(loss), step)
         self._restart_clock(step)
 
     def verified(self, step: int, measures: Mapping[str, tuple[float, float]]) -> None:
@@ -153,5 +153,6 @@ def open_progress(run: Run, held: ExitStack) -> Progress | NullProgress:
     )
 
 
-def _perplexity(loss: float) -> float:
+def perplexity(loss: float) -> float:
+    """Return exp of a loss in nats a token, or of 700 where it is more."""
     return math.exp(min(loss, 700.0))  # exp overflows just above
