@@ -94,7 +94,7 @@ class Conversation:
                 print(piece, end="", flush=True)
                 answer += piece
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            cli.complain(error)
             return
         except KeyboardInterrupt:
             print(" (interrupted)", end="")

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
     except reference_np.config.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        cli.complain(error)
         return 2
 
 

@@ -84,12 +84,15 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 
 def early_flags(argv: Sequence[str]) -> argparse.Namespace:
     """Read --config, --out and --resume first: the other flags' defaults depend on them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--config", "--out"):
         # A forgotten value is left for tyro to report.
         parser.add_argument(name, nargs="?", default="", const="")
     parser.add_argument("--resume", action="store_true")
-    return parser.parse_known_args(list(argv))[0]
+    try:
+        return parser.parse_known_args(list(argv))[0]
+    except argparse.ArgumentError as error:
+        raise InputError(f"{str(error).removeprefix('argument ')}; see --help") from None
 
 
 def run(main: Callable[[], int]) -> int:
@@ -107,8 +110,13 @@ def run(main: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (VerificationError, InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 1 if isinstance(error, VerificationError) else 2
+
+
+def complain(error: Exception) -> None:
+    """Print an error on one line of stderr, whatever the names in it hold."""
+    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
 
 
 def _one_line(box: str) -> str:

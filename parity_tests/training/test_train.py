@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llama_torch import train
+from llama_torch import generate, train
 from llama_torch.checkpoint import step_folders
 from llama_torch.checkpoint.hf import load_model
 from llama_torch.checkpoint.training_state import STATE_FILE
@@ -27,6 +28,7 @@ from llama_torch.model.llama import Llama
 from llama_torch.model.loss import IGNORE, _pieces, backward_loss, count_valid, loss_sum
 from llama_torch.training import batch, run_dir, step, validate
 from llama_torch.training.optimizer import learning_rate, make_adamw
+from tools import compare
 
 from ..conformance.strategies import seeds
 from ..support.trainer_runs import SMALL_RUN, TEXT, refused, scalars, stop_after
@@ -405,3 +407,29 @@ def test_a_run_that_explodes_stops(
     assert "lower --lr" in error
     saved = out / "model.safetensors"
     assert not saved.exists() or all(t.isfinite().all() for t in load_file(saved).values())
+
+
+def test_a_loss_beyond_all_bounds_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "train", lambda config: 800.0)
+    assert train.main(["--out", str(tmp_path / "run")]) == 0
+    assert "validation loss 800.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags", [["--data", "no\nfile"], ["--resume=x"], ["--resume", "--out=a\nb"]]
+)
+def test_whatever_a_flag_holds_the_error_is_one_line(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(flags, capsys)
+
+
+@pytest.mark.parametrize("command", [generate, compare])
+def test_a_name_of_two_lines_is_an_error_of_one(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--ckpt", "no\nfile", "--prompt", "a"] if command is generate else ["no\nfile"]
+    assert command.main(given) == 2
+    assert capsys.readouterr().err.count("\n") == 1
