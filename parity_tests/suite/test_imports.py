@@ -151,7 +151,9 @@ ALIASES = ("llama_torch.gather", "llama_torch.data.__main__")
 # What runs a command as a user does, and so may import one.
 CALLERS = (
     "parity_tests.workers.",
+    "parity_tests.support.survival",
     "parity_tests.support.trainer_runs",
+    "parity_tests.training.conftest",
     "parity_tests.false_alarms",
 )
 

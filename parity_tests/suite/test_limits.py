@@ -20,7 +20,6 @@ STILL_LONG = {
     "parity_tests/planted/operations.py: forward",
     "parity_tests/tools/test_compare.py",
     "parity_tests/tools/test_convert.py",
-    "parity_tests/training/test_survival.py",
     "parity_tests/training/test_train.py",
     "parity_tests/training/test_verify.py",
     "tools/benchmarks/training.py",

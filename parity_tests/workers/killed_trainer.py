@@ -1,6 +1,6 @@
 """Kill trainers: ``python -m parity_tests.workers.killed_trainer PLAN.json``.
 
-For test_survival.py.
+For test_kills.py.
 
 Imports torch once; each life of the run is a fork, which is killed with SIGKILL after so many
 seconds, or by itself just before its so manieth touch of the run directory (of a write of

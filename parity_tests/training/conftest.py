@@ -1,0 +1,43 @@
+"""Small runs that the tests of accidents share."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llama_torch import train
+from llama_torch.training import throughput
+
+from ..support.survival import SHAPE, STEPS
+from ..support.trainer_runs import TEXT
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def flags(text: str) -> list[str]:
+    return [*SHAPE, "--data", text, "--steps", str(STEPS), "--save-every", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """A shell's background jobs, and what they start, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput, "peak_flops", lambda *_: 1e9)
+        patch.setenv("XDG_CACHE_HOME", str(out.parent))
+        assert train.main([*flags, "--out", str(out)]) == 0
+    return out
