@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,12 +114,21 @@ def imports(modules: Mapping[str, str]) -> list[Import]:
     packages = {name.rpartition(".")[0] for name in modules}
     found = []
     for name, source in modules.items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                package = name if name in packages else name.rpartition(".")[0]
-                targets = {_target(full, modules) for full in _named(node, package)}
-                found += [Import(name, target, node.lineno) for target in sorted(targets)]
+        package = name if name in packages else name.rpartition(".")[0]
+        for line, names in _statements(source, package):
+            targets = {_target(full, modules) for full in names}
+            found += [Import(name, target, line) for target in sorted(targets)]
     return [one for one in found if one.imported not in sys.stdlib_module_names]
+
+
+@cache  # the tests ask again for all sources beside one of theirs
+def _statements(source: str, package: str) -> tuple[tuple[int, list[str]], ...]:
+    """Return each import statement's line and the dotted names that it asks for."""
+    return tuple(
+        (node.lineno, _named(node, package))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    )
 
 
 def _named(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
