@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import find
+from hypothesis import find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
@@ -83,15 +83,19 @@ def test_corners_are_reached(corner: str) -> None:
     find(strategy, reached, settings=SEARCH)
 
 
-def test_a_corner_out_of_reach_would_be_seen() -> None:
+@pytest.mark.parametrize(
+    ("strategy", "out_of_reach"),
+    [
+        (model_for("float64"), lambda c: c.config.n_kv_heads > 4),
+        (training_cases(), lambda c: isinstance(c, TrainingCase) and not c.batches),
+    ],
+    ids=["cases", "training cases"],
+)
+def test_a_corner_out_of_reach_would_be_seen(
+    strategy: st.SearchStrategy, out_of_reach: Callable[[Any], bool]
+) -> None:
     with pytest.raises(NoSuchExample):
-        find(model_for("float64"), lambda c: c.config.n_kv_heads > 4, settings=SEARCH)
-    with pytest.raises(NoSuchExample):
-        find(
-            training_cases(),
-            lambda c: isinstance(c, TrainingCase) and not c.batches,
-            settings=SEARCH,
-        )
+        find(strategy, out_of_reach, settings=settings(SEARCH, max_examples=100))
 
 
 @pytest.mark.parametrize("left", [True, False])
