@@ -19,7 +19,8 @@ def main() -> int:
     """Fork the processes; return 0, or the exit code of the first one that failed."""
     world, module, *arguments = sys.argv[1:]
     program = importlib.import_module(module)
-    importlib.import_module("torch.distributed.fsdp")
+    for shared in ("torch.distributed.fsdp", "torch._dynamo"):  # an optimizer imports the second
+        importlib.import_module(shared)
     sys.argv[1:] = arguments
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
