@@ -154,6 +154,8 @@ CALLERS = (
     "parity_tests.support.survival",
     "parity_tests.support.trainer_runs",
     "parity_tests.training.conftest",
+    "parity_tests.tools.conftest",
+    "parity_tests.tools.commands",
     "parity_tests.false_alarms",
 )
 

@@ -18,8 +18,6 @@ LONG_FUNCTIONS = "llama_torch/kernels/"
 STILL_LONG = {
     "parity_tests/oracle/test_gradients_and_steps.py",
     "parity_tests/planted/operations.py: forward",
-    "parity_tests/tools/test_compare.py",
-    "parity_tests/tools/test_convert.py",
     "parity_tests/training/test_train.py",
     "parity_tests/training/test_verify.py",
     "tools/benchmarks/training.py",

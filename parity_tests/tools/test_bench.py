@@ -1,7 +1,11 @@
 """bench.py: a table from a tiny run, and one line for what it cannot measure."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from tools import bench
 from tools.benchmarks import training
 from tools.benchmarks.timing import Setup, Side, alternate, same_tokens
 from tools.benchmarks.training import Result
+from tools.shapes import SHAPES
 
 from ..support.jobs import Job
 
@@ -50,26 +55,36 @@ def test_rows_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert json.loads(capsys.readouterr().out) == [row._asdict(), other._asdict()]
 
 
-# The command with a smaller shape, and a side that there is none of.
-SMALL = """
-import sys
-from unittest.mock import patch
-from llama_torch.config import ModelConfig
-from tools import bench
-from tools.benchmarks import training
-from tools.shapes import SHAPES
-SHAPES["default"] = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16)
-sides = ("ours", "transformers", "plain loop", "missing")
-patch.object(training, "ON_CPU", sides).start()
-sys.exit(bench.main(sys.argv[1:]))
-"""
-TRAINING = Job(lambda _: ("-c", SMALL, *TINY, "--works", "train"))
+@contextmanager
+def worker_here(job: training.Job) -> Iterator[training.Ask]:
+    """Take a side's steps in this process, where its own would only cost the time to start."""
+    asked: list[int] = []
+    results = training.run(job)
+
+    def ask(steps: int) -> Result:
+        asked.append(steps)
+        with patch.object(sys, "stdin", iter(asked.pop, None)):
+            return next(results)
+
+    yield ask
 
 
-def test_training_is_measured_and_a_side_that_fails_is_one_line() -> None:
-    done = TRAINING.done()
-    assert done.returncode == 0, done.stderr
-    out, err = done.stdout, done.stderr
+def test_training_is_measured_and_a_side_that_fails_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a smaller shape, and a side that there is none of; it and ours have a process each."""
+    own = training.worker
+
+    def worker(job: training.Job) -> AbstractContextManager[training.Ask]:
+        return own(job) if job.side in ("ours", "missing") else worker_here(job)
+
+    small = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(SHAPES, "default", small)
+    monkeypatch.setattr(training, "worker", worker)
+    monkeypatch.setattr(training, "ON_CPU", ("ours", "transformers", "plain loop", "missing"))
+    assert bench.main([*TINY, "--works", "train"]) == 0
+    out, err = capsys.readouterr()
     assert err == "train: missing: KeyError: 'missing'\n"
     rows = [line.split("│") for line in out.splitlines() if line.startswith("│ train")]
     assert [row[7].strip() for row in rows] == ["transformers", "plain loop", "missing"], out

@@ -1,0 +1,57 @@
+"""What the tests of compare.py share: a small model, and copies of it that go wrong."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reference_np.config import LlamaConfig
+from reference_np.naming import activation_axes
+
+from ..backends.torch_model import save_numpy
+from ..conformance.strategies import cast, random_params
+from ..planted.port import Planted
+
+CONFIG = LlamaConfig(32, 2, 4, 2, 8, 48, 300, max_seq_len=2048, rope_theta=5e5)
+NAMES = list(activation_axes(CONFIG))
+CALLS = 7  # of the default input
+# Shorter, and without decoding after the prompt: the padded run still decodes on its cache.
+QUICK = ("--tokens", 8, "--steps", 0)
+QUICK_CALLS = 4
+
+
+def write(path: Path, config: LlamaConfig) -> Path:
+    save_numpy(cast(random_params(config, 0), np.float32), path, {"config": config.to_json()})
+    return path
+
+
+def named(found: Mapping[str, Any]) -> list[list[str]]:
+    return [[bug["name"] for bug in entry["mutants"]] for entry in found["diagnosis"]]
+
+
+class Silent:
+    """A backend that shows nothing but logits."""
+
+    def __init__(self, inner: Planted) -> None:
+        self.inner, self.dtypes = inner, inner.dtypes
+
+    def decode(self, *arguments: Any) -> Any:
+        return self.inner.decode(*arguments)
+
+    def logits(self, *arguments: Any) -> Any:
+        return self.inner.logits(*arguments)
+
+
+class Edited(Planted):
+    """The honest copy with one activation changed on its way out."""
+
+    def __init__(self, name: str, edit: Callable) -> None:
+        super().__init__()
+        self.name, self.edit = name, edit
+
+    def traced_decode(self, *arguments: Any) -> Any:
+        found, cache = super().traced_decode(*arguments)
+        found = dict(found)
+        value = self.edit(found.pop(self.name))
+        return (found if value is None else found | {self.name: value}), cache

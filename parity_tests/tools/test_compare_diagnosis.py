@@ -1,0 +1,210 @@
+"""compare.py: the right place and name of a planted bug, and no name for what is none."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reference_np.config import LlamaConfig
+from reference_np.mutants import FORWARD
+
+from ..planted.bugs import BUGS
+from ..planted.port import Planted
+from .comparing import CONFIG, QUICK, QUICK_CALLS, Edited, Silent, named, write
+
+# The first activation that an operation of the catalogue makes.
+MADE_BY = {
+    "apply_rope": "q_rope",
+    "rope_tables": "q_rope",
+    "next_positions": "q_rope",
+    "group_queries": "attn",
+    "attention_scores": "attn",
+    "masked_softmax": "attn",
+    "causal_mask": "attn",
+    "extend": "attn",
+    "merge_heads": "attn_proj",
+    "rms_norm": "attn_norm",
+    "swiglu": "ffn",
+    "add": "attn_residual",
+    "linear": "q",
+}
+READ_BY = {"weights_unpermuted": "q", "k_permuted_as_q": "k"}  # the other two: the head
+
+
+def expected_place(bug: str) -> str:
+    mutant = next(mutant for mutant in FORWARD if mutant.name == bug)
+    if mutant.operation == "read":
+        return READ_BY.get(bug, "logits")
+    return MADE_BY[mutant.operation]
+
+
+def steps(bug: str) -> int:
+    """Return 1 for a bug that shows only where positions and mask follow from the cache."""
+    return int(bug.startswith("positions_") or bug == "mask_top_left")
+
+
+def test_every_known_bug_is_planted() -> None:
+    assert set(BUGS) == {mutant.name for mutant in FORWARD}
+
+
+@pytest.mark.parametrize(
+    ("bug", "dtype"),
+    [(bug, "float64") for bug in sorted(BUGS)]
+    + [(mutant.name, "float32") for mutant in FORWARD if mutant.known_by != "value"]
+    + [("norm_eps_tenth", "float32"), ("norm_inverted", "float32")],
+)
+def test_a_planted_bug_is_located_and_named(
+    tmp_path: Path, report: Callable, offer: Callable, bug: str, dtype: str
+) -> None:
+    """The bug written in torch, by somebody else than the catalogue's; nothing else is blamed."""
+    size = {"max_seq_len": 2048, "rope_theta": 5e5, "tie_embeddings": bug == "tied_head_random"}
+    size |= {"rope_type": "llama3", "rope_factor": 8.0} if "scaling" in bug else {}
+    path = write(tmp_path / "x.safetensors", LlamaConfig(32, 1, 4, 2, 8, 48, 60, **size))
+    spec = offer(Planted(bug))
+    argv = ("--against", spec, "--dtype", dtype, "--tokens", 24, "--steps", steps(bug))
+    found = report(path, *argv)
+    assert found["first_divergence"]["name"].split(".")[-1] == expected_place(bug)
+    assert named(found) == [[bug]]
+    assert found["unexplained"] == 0
+    wrong = [row for row in found["rows"] if row["status"] == "diverges"]
+    assert found["diagnosis"][0]["explains"] == found["diverging"] == len(wrong)
+    assert found["diagnosis"][0]["against"] == 0
+
+
+# A row whose positions are all shifted by the same has the same logits: rotations are relative.
+HARMLESS = {"left_padding_in_positions"}
+# At the end of a whole model an error has any size for any reason, and nothing is named by it.
+BY_VALUE = {mutant.name for mutant in FORWARD if mutant.known_by == "value"}
+
+
+@pytest.mark.parametrize("bug", sorted(BY_VALUE - HARMLESS))
+def test_a_planted_bug_is_named_by_the_logits_alone(
+    ckpt: Path, tmp_path: Path, report: Callable, offer: Callable, bug: str
+) -> None:
+    """From outputs, a bug must be among the few that this input cannot tell apart."""
+    if "scaling" in bug:
+        scaled = dataclasses.replace(CONFIG, rope_type="llama3", rope_factor=8.0)
+        ckpt = write(tmp_path / "scaled.safetensors", scaled)
+    argv = (ckpt, "--against", offer(Silent(Planted(bug))), "--dtype", "float64")
+    found = report(*argv, "--tokens", 8, "--steps", steps(bug))
+    assert found["verdict"]["expected"] == QUICK_CALLS + 2 * steps(bug)
+    assert found["first_divergence"]["name"] == "logits"
+    assert "the whole model" in found["first_divergence"]["operation"]
+    guilty = named(found)
+    assert len(guilty) == 1
+    assert bug in guilty[0]
+    assert len(guilty[0]) <= 3
+
+
+class Damaged(Planted):
+    """The honest copy of other weights."""
+
+    def __init__(self, damage: Callable[[str, np.ndarray], np.ndarray]) -> None:
+        super().__init__()
+        self.damage = damage
+
+    def traced_decode(self, config: LlamaConfig, params: Any, *rest: Any) -> Any:
+        changed = {name: self.damage(name, params[name]) for name in params}
+        return super().traced_decode(config, changed, *rest)
+
+
+def scaled(part: str, factor: float) -> Callable[[str, np.ndarray], np.ndarray]:
+    return lambda name, value: value * value.dtype.type(factor) if part in name else value
+
+
+@pytest.mark.parametrize("part", ["layers.1.self_attn.q_proj", "model.norm", "up_proj", "lm_head"])
+@pytest.mark.parametrize(
+    ("factor", "shown"), [(1.0001, "all"), (1.003, "all"), (1.003, "logits"), (2.0, "logits")]
+)
+def test_no_bug_is_named_for_what_is_none(
+    ckpt: Path, report: Callable, offer: Callable, part: str, factor: float, shown: str
+) -> None:
+    """An error as large as some rounding's, where that rounding would touch more."""
+    port = Damaged(scaled(part, factor))
+    spec = offer(Silent(port) if shown == "logits" else port)
+    found = report(ckpt, "--against", spec, *QUICK)
+    assert not found["verdict"]["holds"]
+    assert found["diagnosis"] == []
+    assert found["unexplained"] == found["diverging"] > 0
+
+
+def test_a_bug_that_changes_nothing_explains_nothing(
+    ckpt: Path, report: Callable, offer: Callable
+) -> None:
+    """An error just beyond its bound is within it of whatever the oracle's float32 makes."""
+
+    def rough(value: np.ndarray) -> np.ndarray:
+        return value * (1 + 9e-7 * np.where(np.arange(value.shape[-1]) % 2, 1, -1)).astype("f4")
+
+    found = report(ckpt, "--against", offer(Edited("layers.1.ffn_proj", rough)), *QUICK)
+    assert {row["name"] for row in found["rows"] if row["status"] == "diverges"} == {
+        "layers.1.ffn_proj"
+    }
+    assert found["diagnosis"] == []
+
+
+def test_a_finding_is_tried_on_every_layer(
+    tmp_path: Path, report: Callable, offer: Callable
+) -> None:
+    """One bug in all of six layers, and in the fourth another error that it does not explain."""
+
+    class Mixed(Planted):
+        def traced_decode(self, *arguments: Any) -> Any:
+            found, cache = super().traced_decode(*arguments)
+            return found | {"layers.3.q": found["layers.3.q"] * np.float32(1.1)}, cache
+
+    path = write(tmp_path / "deep.safetensors", LlamaConfig(16, 6, 2, 1, 8, 24, 60))
+    found = report(path, "--against", offer(Mixed("silu_on_up")), *QUICK)
+    assert named(found) == [["silu_on_up"]]
+    assert found["diagnosis"][0]["explains"] == 6 * QUICK_CALLS
+    # The rotation of what q is said to be is wrong as well.
+    assert found["unexplained"] == 2 * QUICK_CALLS
+    assert found["diverging"] == 8 * QUICK_CALLS
+
+
+class Two(Planted):
+    """Two planted bugs at once."""
+
+    def __init__(self, *bugs: str) -> None:
+        super().__init__()
+        for bug in bugs:
+            vars(self.ops).update(BUGS[bug])
+
+
+PAIRS = [
+    ("norm_eps_tenth", "silu_on_up"),  # in different places
+    ("rope_interleaved", "rope_theta_ignored"),  # in one activation
+    ("scores_unscaled", "mask_forgotten"),
+]
+
+
+@pytest.mark.parametrize("bugs", PAIRS)
+def test_two_bugs_at_once(
+    ckpt: Path, report: Callable, offer: Callable, bugs: tuple[str, ...]
+) -> None:
+    argv = ("--against", offer(Two(*bugs)), "--dtype", "float64", *QUICK)
+    found = report(ckpt, *argv)
+    assert {name for names in named(found) for name in names} == set(bugs)
+    assert found["unexplained"] == 0
+
+
+def test_two_bugs_by_the_logits_alone(ckpt: Path, report: Callable, offer: Callable) -> None:
+    planted = Silent(Two("norm_variance", "silu_on_up"))
+    argv = ("--against", offer(planted), "--dtype", "float64", *QUICK)
+    assert named(report(ckpt, *argv)) == [["norm_variance", "silu_on_up"]]
+
+
+def test_a_bug_beyond_a_missing_stream_is_no_crash(
+    ckpt: Path, report: Callable, offer: Callable
+) -> None:
+    class Worse(Edited):
+        def __init__(self) -> None:
+            super().__init__("layers.0.residual", lambda x: None)
+            vars(self.ops).update(BUGS["silu_on_up"])
+
+    found = report(ckpt, "--against", offer(Worse()), *QUICK)
+    assert named(found) == [["silu_on_up"]]
+    assert found["unexplained"] == 0  # what is missing is made from what came before it
