@@ -7,6 +7,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama_torch import train
+from llama_torch.checkpoint import step_folders
+from llama_torch.checkpoint.training_state import STATE_FILE
 from llama_torch.training import loop, step
 
 SMALL_RUN = [
@@ -26,6 +28,11 @@ def scalars(out: Path) -> dict[str, list[tuple[int, float]]]:
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
+
+
+def state_file(out: Path) -> Path:
+    """Return the newest checkpoint's file, which may not exist."""
+    return (step_folders.newest(out) or out / "none") / STATE_FILE
 
 
 class Stopped(KeyboardInterrupt):
@@ -51,3 +58,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     return captured.err
+
+
+def unsampled_run(folder: Path) -> list[str]:
+    """Return the flags of a run that prints no samples, whose text is written into ``folder``."""
+    path = folder / "text.txt"
+    path.write_text(TEXT)
+    return [*SMALL_RUN, "--sample-every", "0", "--data", str(path)]
