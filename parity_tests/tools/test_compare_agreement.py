@@ -72,7 +72,7 @@ def test_zeros_are_compared(ckpt: Path, run: Callable, zero: str) -> None:
     path = ckpt.with_name("zero.safetensors")
     save_numpy(tensors, path, {"config": CONFIG.to_json()})
     assert run(path, *QUICK, "--grads")[0] == 0
-    assert run(path, *QUICK, "--against", ckpt, "--no-diagnose")[0] == 1
+    assert run(path, *QUICK, "--against", ckpt)[0] == 1
 
 
 def test_a_streamed_model_computes_as_a_loaded_one(
@@ -121,6 +121,6 @@ def test_a_range_of_layers(tmp_path: Path, report: Callable, offer: Callable) ->
     found = report(ckpt, "--layers", "2:", *QUICK)
     assert {row["name"] for row in found["rows"]} >= {"layers.2.q", "norm", "logits"}
     # Only layer 1's first norm sees that the stream it was said to get is not what it got.
-    found = report(ckpt, "--against", spec, "--layers", "1", *QUICK, "--no-diagnose")
+    found = report(ckpt, "--against", spec, "--layers", "1", *QUICK)
     wrong = {row["name"] for row in found["rows"] if row["status"] == "diverges"}
     assert wrong == {"layers.1.attn_norm", "layers.1.attn_residual"}

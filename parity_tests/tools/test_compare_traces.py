@@ -56,7 +56,7 @@ def test_an_edited_trace_fails_where_it_was_edited(
     tensors["call.0.surprise"] = np.zeros(1, np.float32)
     tensors["call.9.embed"] = np.zeros(1, np.float32)
     save_numpy(tensors, path, metadata)
-    code, out, _ = run(ckpt, "--against", path, "--no-diagnose")
+    code, out, _ = run(ckpt, "--against", path)
     assert code == 1
     assert "first divergence at layers.1.attn (48 tokens, step 1): attention" in out
     assert "Not in the format and ignored: call.0.surprise, call.9.embed" in out

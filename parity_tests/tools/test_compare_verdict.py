@@ -159,6 +159,6 @@ def test_nan_on_both_sides_fails(ckpt: Path, run: Callable) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
     broken = ckpt.with_name("nan.safetensors")
     save_numpy(tensors, broken, {"config": CONFIG.to_json()})
-    code, out, _ = run(broken, "--no-diagnose")
+    code, out, _ = run(broken)
     assert code == 1
     assert "first divergence at layers.1.up (48 tokens): the up projection (not finite)" in out
