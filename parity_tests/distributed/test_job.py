@@ -54,7 +54,8 @@ def sharded_run(folder: Path) -> Command:
 def run_that_loses_a_process(folder: Path) -> Command:
     """Without a word of where: a job without --out has its run in runs/1."""
     killed = int(signal.SIGKILL), 4, *flags_of(folder), "--fsdp", "2"
-    return torchrun_command(2, "parity_tests.workers.signalled_trainer", *killed, more=RESTARTS)
+    worker = "parity_tests.workers.signalled_trainer"
+    return torchrun_command(2, worker, *killed, more=RESTARTS, forks=True)
 
 
 def run_that_is_stopped(folder: Path) -> Command:
@@ -66,7 +67,7 @@ def run_that_is_stopped(folder: Path) -> Command:
 
 def run_that_is_refused(folder: Path) -> Command:
     flags = [*flags_of(folder), "--tp", "4", "--out", folder / "run"]
-    return torchrun_command(2, "llama_torch.train", *flags, more=RESTARTS)
+    return torchrun_command(2, "llama_torch.train", *flags, more=RESTARTS, forks=True)
 
 
 SHARDED = Job(sharded_run)

@@ -15,11 +15,11 @@ Command = Sequence[object]  # what follows ``python``
 
 
 def torchrun_command(
-    world: int, *arguments: object, more: Sequence[str] = ()
+    world: int, *arguments: object, more: Sequence[str] = (), forks: bool = False
 ) -> tuple[object, ...]:
-    """Return what follows ``python``."""
-    how = "-m", "torch.distributed.run", "--standalone", *more, "--nproc-per-node", world, "-m"
-    return *how, *arguments
+    """Return what follows ``python``; torchrun's processes may share their imports as forks."""
+    run = "parity_tests.workers.torchrun" if forks else "torch.distributed.run"
+    return "-m", run, "--standalone", *more, "--nproc-per-node", world, "-m", *arguments
 
 
 def environment(**more: str) -> dict[str, str]:

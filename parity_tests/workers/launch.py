@@ -18,15 +18,13 @@ from llama_torch.distributed.job import exit_process
 def main() -> int:
     """Fork the processes; return 0, or the exit code of the first one that failed."""
     world, module, *arguments = sys.argv[1:]
-    program = importlib.import_module(module)
-    for shared in ("torch.distributed.fsdp", "torch._dynamo"):  # an optimizer imports the second
-        importlib.import_module(shared)
+    program = import_program(module)
     sys.argv[1:] = arguments
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": world}
     os.environ |= {"LOCAL_WORLD_SIZE": world, "TORCHELASTIC_RUN_ID": f"launch-{os.getpid()}"}
-    children = {fork(rank, program.main) for rank in range(int(world))}
+    children = {fork(rank, program) for rank in range(int(world))}
     failed = 0
     while children:
         child, status = os.wait()
@@ -37,6 +35,14 @@ def main() -> int:
             for other in children:
                 os.kill(other, signal.SIGTERM)
     return failed
+
+
+def import_program(module: str) -> Callable[[], int]:
+    """Import a command's module, and what it would import late; return its ``main``."""
+    for late in ("torch.distributed.fsdp", "torch._dynamo"):  # an optimizer imports the second
+        importlib.import_module(late)
+    main: Callable[[], int] = importlib.import_module(module).main
+    return main
 
 
 def fork(rank: int, program: Callable[[], int]) -> int:
