@@ -8,7 +8,6 @@ tensors: in the middle of it), or may write no file longer than so many bytes. A
 everything that is there must load.
 """
 
-import importlib
 import json
 import os
 import resource
@@ -25,8 +24,8 @@ import torch
 
 from llama_torch import train
 from llama_torch.checkpoint import hf, step_folders, training_state
-from llama_torch.tokenizer.gpt2 import hf_files
-from llama_torch.training import throughput
+
+from .launch import import_late, share_constants
 
 TOUCHES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
@@ -148,11 +147,8 @@ def main(plan_file: str) -> None:
     plan = json.loads(Path(plan_file).read_text())
     out = Path(plan["out"])
     torch.set_num_threads(1)
-    # The first optimizer imports it for some seconds; the forks share it.
-    importlib.import_module("torch._dynamo")
-    # Measured, else, for half a second in each life.
-    patch.object(throughput, "peak_flops", lambda *_: 1e9).start()
-    hf_files()
+    import_late()
+    share_constants()
     assert kill_every_commit(out.with_name("commits")) > 10
     flags = [*plan["flags"], "--out"]
     assert live([*flags, plan["whole"]], out) == 0

@@ -11,8 +11,11 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from unittest.mock import patch
 
 from llama_torch.distributed.job import exit_process
+from llama_torch.tokenizer.gpt2 import hf_files
+from llama_torch.training import throughput
 
 
 def main() -> int:
@@ -38,11 +41,25 @@ def main() -> int:
 
 
 def import_program(module: str) -> Callable[[], int]:
-    """Import a command's module, and what it would import late; return its ``main``."""
-    for late in ("torch.distributed.fsdp", "torch._dynamo"):  # an optimizer imports the second
-        importlib.import_module(late)
+    """Import a command's module, and do for its forks what each would do; return its ``main``."""
     main: Callable[[], int] = importlib.import_module(module).main
+    import_late("llama_torch.checkpoint.shards")
+    if "llama_torch.train" in sys.modules:
+        import_late("llama_torch.training.shard_saver", "llama_torch.training.verify")
+        share_constants()
     return main
+
+
+def import_late(*more: str) -> None:
+    """Import what a trainer imports late: torch._dynamo is its first optimizer's."""
+    for module in ("torch._dynamo", "torch.distributed.fsdp", *more):
+        importlib.import_module(module)
+
+
+def share_constants() -> None:
+    """Make GPT-2's files, and take this machine's speed as known: a CPU second for each trainer."""
+    hf_files()
+    patch.object(throughput, "peak_flops", lambda *_: 1e9).start()
 
 
 def fork(rank: int, program: Callable[[], int]) -> int:
