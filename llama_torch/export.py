@@ -11,8 +11,9 @@ import tyro
 from .checkpoint import step_folders
 from .common import cli
 from .common.errors import InputError
-from .training import run_dir, saver
+from .training import run_dir
 from .training.run_dir import RUN_FILE
+from .training.state_tensors import export_model
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _main(argv: Sequence[str]) -> int:
         raise InputError(f"--to {target} holds another run; choose another directory")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        saver.export_model(target, folder, settings.model)
+        export_model(target, folder, settings.model)
     except OSError as error:
         raise InputError(f"--to {target} cannot be written ({error}); choose another") from None
     print(f"{target}: the model of step {folder.name}")

@@ -1,4 +1,8 @@
-"""Checkpoints: a Hugging Face model directory, written so that a kill cannot tear it."""
+"""Read and write Hugging Face model directories: config.json, safetensors, tokenizer files.
+
+Every file is written under a temporary name and renamed, so that a kill leaves the old file or
+the new one.
+"""
 
 import contextlib
 import json
@@ -29,7 +33,7 @@ STORED = ("F16", "BF16", "F32", "F64")
 
 
 def write_directory_files(directory: Path, config: ModelConfig) -> None:
-    """Write what surrounds the weights: config.json and, for GPT-2's ids, the tokenizer."""
+    """Write config.json and, for a vocabulary that holds GPT-2's ids, the tokenizer's files."""
     hf = config.to_hf()
     files = {}
     if config.vocab_size >= VOCAB_SIZE:
@@ -43,23 +47,25 @@ def save_model(
     directory: Path,
     config: ModelConfig,
     parameters: Mapping[str, Tensor],
-    notes: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write model.safetensors, with the config in its metadata so that the file stands alone.
+    """Write model.safetensors from parameters by Hugging Face name.
 
-    ``notes`` are further metadata.
+    Its metadata holds the config, so that the file is readable without config.json, and
+    ``metadata``. Raises InputError where the disk refuses the file.
     """
-    metadata = {"format": "pt", "config": json.dumps(config.to_hf()), **(notes or {})}
-    _save_tensors(directory / MODEL_FILE, parameters, metadata)
+    own = {"format": "pt", "config": json.dumps(config.to_hf())}
+    save_tensors(directory / MODEL_FILE, parameters, {**own, **(metadata or {})})
 
 
-def read_notes(path: Path) -> dict[str, str]:
-    """Return a safetensors file's metadata."""
-    with _open(path) as file:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return a safetensors file's metadata; raise InputError for a file that cannot be read."""
+    with open_safetensors(path) as file:
         return file.metadata() or {}
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically; raise InputError where the disk refuses it."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         atomic_write(path, lambda temporary: save_file(on_cpu, temporary, metadata))
@@ -75,10 +81,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Llama:
-    """Load a model directory (single file or shards) or one .safetensors file.
+    """Load a Llama from a model directory (one file or shards) or from one .safetensors file.
 
-    Raises InputError for files that cannot be read, a config that contradicts them or is
-    unsupported, and tensors that are missing, extra or misshapen (all named at once).
+    Returns it in evaluation mode, with weights of ``dtype`` on ``device``; float32 weights on the
+    CPU are mapped from the file. Raises InputError for files that cannot be read, a config that
+    contradicts them or is unsupported, and tensors that are missing, extra or misshapen (all named
+    at once).
     """
     path = Path(path)
     config, files = locate(path)
@@ -92,14 +100,14 @@ def load_model(
 
 
 def locate(path: Path) -> tuple[ModelConfig, dict[str, tuple[Path, tuple[int, ...]]]]:
-    """Read a checkpoint's config, and every parameter's file and shape; no data.
+    """Read a checkpoint's config, and every parameter's file and shape, without its data.
 
     Raises InputError as ``load_model`` does.
     """
     files = weight_files(path)
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file_path in files:
-        with _open(file_path) as file:
+        with open_safetensors(file_path) as file:
             for name in file.keys():  # noqa: SIM118
                 if name.endswith(DERIVED_SUFFIX):
                     continue
@@ -116,8 +124,8 @@ def locate(path: Path) -> tuple[ModelConfig, dict[str, tuple[Path, tuple[int, ..
 
 
 def _require_equal(embedding: Path, head: Path) -> None:
-    """Refuse a stored head that the config ties to the embedding and that is not the same."""
-    with _open(embedding) as first, _open(head) as second:
+    """Raise InputError where a stored head differs from the embedding that it is tied to."""
+    with open_safetensors(embedding) as first, open_safetensors(head) as second:
         if not torch.equal(first.get_tensor(EMBEDDING), second.get_tensor(HEAD)):
             raise InputError(
                 f"{head}: {HEAD} is not the embedding although tie_word_embeddings is true; "
@@ -128,8 +136,8 @@ def _require_equal(embedding: Path, head: Path) -> None:
 def read_tensor(
     path: Path, name: str, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Read one parameter; without a change of dtype or device it is the file, mapped."""
-    with _open(path) as file:
+    """Read one parameter; if dtype and device do not change, the tensor is mapped from the file."""
+    with open_safetensors(path) as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor.to(device, dtype)
 
@@ -152,7 +160,7 @@ def require_match(
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the safetensors files of a directory, in a fixed order, or the file itself."""
+    """Return the safetensors files of a directory, sorted by name, or [path] for a file."""
     if not path.exists():
         raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
     if not path.is_dir():
@@ -170,10 +178,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_config(path: Path, files: list[Path]) -> ModelConfig:
-    """Read the config beside the weights and the one inside them; they must agree."""
+    """Read the config from config.json or the files' metadata; raise InputError if they differ."""
     inner = None
     for path_ in files:
-        with _open(path_) as file:
+        with open_safetensors(path_) as file:
             text = (file.metadata() or {}).get("config")
         if text is not None and inner is None:
             source = f"{path_} (metadata)"
@@ -190,7 +198,8 @@ def read_config(path: Path, files: list[Path]) -> ModelConfig:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[safe_open]:
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file for PyTorch; raise InputError if it is missing or damaged."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
     try:

@@ -1,4 +1,4 @@
-"""Training state as shards that torch.distributed.checkpoint writes and reads."""
+"""Training state as shards of torch.distributed.checkpoint; each process has its own."""
 
 import json
 import warnings
@@ -17,21 +17,22 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ..common.errors import InputError
 from ..common.files import read_json, write_text
 from ..common.sharded_tensor import is_sharded
-from .training_state import UnwrittenError
+from .state_interface import UnwrittenError
 
-NOTES_FILE = "state.json"
+STEPS_FILE = "state.json"
 
 
-class Shards:
-    """A training state as a folder of shards, with its notes in a JSON file beside them."""
+class StateShards:
+    """A training state as a folder of shards, with the steps in a JSON file (a StateReader)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = self.path = folder
 
     def write(self, tensors: Mapping[str, Tensor], alone: bool = False) -> None:
-        """Write the tensors; every process of the job calls this, each with its own shards.
+        """Write the tensors; collective: every process of the job calls it with its own shards.
 
-        ``alone``: one process has them whole, and the others know nothing of it.
+        ``alone``: write whole tensors from this process, without collective calls. Raises
+        UnwrittenError where the disk refuses them.
         """
         is_alone = alone or not dist.is_initialized()
         try:
@@ -39,20 +40,21 @@ class Shards:
         except (CheckpointException, OSError) as error:
             raise UnwrittenError(_unwritten(self.folder, error)) from None
 
-    def write_notes(self, step: int, skipped: Sequence[int]) -> None:
-        """Write how many steps were done and which were skipped, from one process."""
-        notes = {"step": step, "skipped": list(skipped)}
-        write_text(self.folder / NOTES_FILE, json.dumps(notes))
+    def write_metadata(self, step: int, skipped: Sequence[int]) -> None:
+        """Write the number of steps done and the steps skipped, from one process."""
+        metadata = {"step": step, "skipped": list(skipped)}
+        write_text(self.folder / STEPS_FILE, json.dumps(metadata))
 
-    def notes(self) -> tuple[int, list[int]]:
-        """Return the number of steps done and the steps skipped."""
-        notes = read_json(self.folder / NOTES_FILE)
-        if not isinstance(notes.get("step"), int) or not isinstance(notes.get("skipped"), list):
-            raise InputError(f"{self.folder / NOTES_FILE}: is not a checkpoint's")
-        return notes["step"], notes["skipped"]
+    def metadata(self) -> tuple[int, list[int]]:
+        """Return the number of steps done, and the steps whose update was skipped."""
+        metadata = read_json(self.folder / STEPS_FILE)
+        step, skipped = metadata.get("step"), metadata.get("skipped")
+        if not isinstance(step, int) or not isinstance(skipped, list):
+            raise InputError(f"{self.folder / STEPS_FILE}: is not a checkpoint's")
+        return step, skipped
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the name and shape of every tensor, without reading them."""
+        """Return the shape of every tensor by name, from the metadata alone."""
         try:
             entries = dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata
         except Exception as error:  # damaged pickles raise anything
@@ -61,22 +63,26 @@ class Shards:
         return {name: tuple(entry.size) for name, entry in tensors.items()}
 
     def read_whole(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors whole, in this process alone."""
-        found = self.shapes()
-        tensors = {name: torch.empty(found[name]) for name in names}
-        self._fill(tensors, alone=True)
+        """Return the named tensors unsharded, on the CPU; without collective calls."""
+        shapes = self.shapes()
+        tensors = {name: torch.empty(shapes[name]) for name in names}
+        self._read_into(tensors, alone=True)
         return tensors
 
     def read_like(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors laid out as ``like``; every process of a job calls this."""
+        """Return the tensors with the names and the placements (sharding) of ``like``.
+
+        Collective where ``like`` is sharded: every process of the job calls it.
+        """
         if not any(is_sharded(tensor) for tensor in like.values()):
             return self.read_whole(like)
         tensors = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-        self._fill(tensors)
+        self._read_into(tensors)
         return tensors
 
-    def _fill(self, tensors: dict[str, Any], alone: bool = False) -> None:
-        # Where there is no job, torch says that there is none.
+    def _read_into(self, tensors: dict[str, Any], alone: bool = False) -> None:
+        """Read into tensors in place, without collective calls if ``alone``."""
+        # torch warns of every load outside a distributed job, which is the usual case here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch")
         is_alone = alone or not dist.is_initialized()
         try:
@@ -85,22 +91,25 @@ class Shards:
             raise InputError(f"{self.folder}: {_damaged(error)}") from None
 
 
-class ShardsOnTheirWay:
-    """Shards that are written while training goes on with the tensors they are made of."""
+class AsyncShardWrite:
+    """An asynchronous write of this process's shards; training may change the tensors meanwhile."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], group: Any) -> None:
-        """Copy the tensors to the host; ``group`` is a gloo group that nothing else talks in."""
+        """Copy the tensors to the host and start writing them.
+
+        ``group`` is a gloo process group that no other collective call uses.
+        """
         self.folder = folder
         self._done: Future[Any] = dcp.async_save(  # type: ignore[assignment]
             dict(tensors), checkpoint_id=folder, process_group=group
         )
 
     def is_done(self) -> bool:
-        """Return whether this process has written its part."""
+        """Return whether this process has written its shards."""
         return self._done.done()
 
     def wait(self) -> None:
-        """Return when it has; raise InputError where it could not."""
+        """Block until this process has written its shards; raise UnwrittenError on failure."""
         try:
             self._done.result()
         except (CheckpointException, OSError, RuntimeError) as error:
@@ -113,7 +122,7 @@ def _unwritten(folder: Path, error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Return one line: of what several processes met, the first."""
+    """Return an error's first line; of a failed collective write, the first process's error."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,7 @@
-"""The checkpoints of a run: folders named by their step, each of them complete or absent."""
+"""Checkpoint folders of a run, ``checkpoints/STEP``: each is complete or absent.
+
+A folder is written as ``STEP.tmp``, flushed to disk, then renamed to ``STEP``.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,16 +13,15 @@ from ..common.files import flush
 from .hf import MODEL_FILE
 
 FOLDER = "checkpoints"
-BEST = "best"  # the model of the lowest validation loss
+BEST = "best"  # folder of the model with the lowest validation loss
 TEMPORARY = ".tmp"
 
 
 def commit(out: Path, step: int, write: Callable[[Path], None], keep_last: int = 2) -> Path:
-    """Let ``write`` fill the checkpoint of ``step``, then drop all but the newest ``keep_last``.
+    """Write the checkpoint of ``step`` with ``write``, then keep the newest ``keep_last`` alone.
 
-    Returns its folder, ``out``/checkpoints/``step``. What it is filled as is ``temporary`` of
-    that path: processes that fill one checkpoint together know the name without asking. Only
-    one process commits, and it holds the run's lock.
+    ``write`` receives the temporary folder. Returns ``out``/checkpoints/``step``. Only the process
+    that holds the run's lock calls this. Raises InputError where the disk refuses the files.
     """
     folder = make_folder(final_folder(out, step), write)
     prune(out, keep_last)
@@ -27,44 +29,43 @@ def commit(out: Path, step: int, write: Callable[[Path], None], keep_last: int =
 
 
 def final_folder(out: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint."""
+    """Return the path of a step's checkpoint folder, ``out``/checkpoints/``step``."""
     return out / FOLDER / str(step)
 
 
 def prune(out: Path, keep_last: int) -> None:
-    """Drop all checkpoints but the newest ``keep_last``."""
+    """Delete all checkpoints but the newest ``keep_last``."""
     for old in steps(out)[:-keep_last]:
         _remove(out / FOLDER / str(old))
 
 
 def newest(out: Path, before: int | None = None) -> Path | None:
-    """Return the newest checkpoint's folder, of those before a step if one is given."""
+    """Return the newest checkpoint's folder, or the newest before a step; None if there is none."""
     found = [step for step in steps(out) if before is None or step < before]
     return out / FOLDER / str(found[-1]) if found else None
 
 
 def make_folder(final: Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a temporary folder, flush it to disk, then rename it to ``final``.
+    """Write a temporary folder with ``write``, flush it to disk, then rename it to ``final``.
 
-    A kill at any moment leaves no ``final`` or a whole one, and at worst a ``.tmp`` beside it,
-    which ``sweep`` removes. One that is there stays. Raises InputError for what cannot be
-    written.
+    A kill at any moment leaves ``final`` complete or absent, and at worst a ``.tmp`` folder, which
+    ``remove_temporary`` removes. A ``final`` that exists is kept unchanged. Raises InputError
+    where the disk refuses the files.
     """
     if final.is_dir():
         return final
     try:
-        with writing(final):
-            filling = begin(final)
-            write(filling)
-            finish(final)
+        with disk_errors(final):
+            write(create_temporary(final))
+            publish(final)
     finally:
-        shutil.rmtree(temporary(final), ignore_errors=True)
+        shutil.rmtree(temporary_path(final), ignore_errors=True)
     return final
 
 
 @contextmanager
-def writing(final: Path) -> Iterator[None]:
-    """Turn what the disk refuses while ``final`` is written into an InputError."""
+def disk_errors(final: Path) -> Iterator[None]:
+    """Raise InputError for an OSError met while ``final`` is written."""
     try:
         yield
     except OSError as error:
@@ -73,32 +74,35 @@ def writing(final: Path) -> Iterator[None]:
         ) from None
 
 
-def begin(final: Path) -> Path:
-    """Make the empty folder that is to be filled, and return it."""
-    filling = temporary(final)
+def create_temporary(final: Path) -> Path:
+    """Create the empty temporary folder of ``final``, and return its path."""
+    temporary = temporary_path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(filling, ignore_errors=True)
-    filling.mkdir()
-    return filling
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
 
 
-def finish(final: Path) -> None:
-    """Flush what was filled to disk, and give it its name."""
-    filling = temporary(final)
-    for path in (*filling.rglob("*"), filling):
+def publish(final: Path) -> None:
+    """Flush the temporary folder of ``final`` to disk, and rename it to ``final``."""
+    temporary = temporary_path(final)
+    for path in (*temporary.rglob("*"), temporary):
         flush(path)
-    filling.rename(final)
+    temporary.rename(final)
     flush(final.parent)
     flush(final.parent.parent)
 
 
-def temporary(final: Path) -> Path:
-    """Return where a folder is filled before it has its name."""
+def temporary_path(final: Path) -> Path:
+    """Return the path that a folder is written to before it is renamed to ``final``.
+
+    Processes that write one checkpoint together derive it from the step alone.
+    """
     return final.with_name(final.name + TEMPORARY)
 
 
-def sweep(out: Path) -> None:
-    """Remove what a killed run was writing. Only with the run's lock in hand."""
+def remove_temporary(out: Path) -> None:
+    """Remove the temporary files and folders of a killed run; the caller holds the run's lock."""
     names = f"{FOLDER}/*", f"{BEST}", f"{MODEL_FILE}.*", f"{BEST}/{MODEL_FILE}.*"
     for path in (path for name in names for path in out.glob(name + TEMPORARY)):
         if path.is_dir():
@@ -108,13 +112,13 @@ def sweep(out: Path) -> None:
 
 
 def steps(out: Path) -> list[int]:
-    """Return the steps that have a checkpoint, in order."""
+    """Return the steps that have a checkpoint, in ascending order."""
     return sorted(int(path.name) for path in (out / FOLDER).glob("*") if path.name.isdigit())
 
 
 def _remove(folder: Path) -> None:
-    """Take a folder's name away before its files: half a checkpoint has no name."""
-    doomed = folder.with_name(f"{folder.name}.old{TEMPORARY}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Rename a checkpoint, then delete it: a partly deleted folder must not look complete."""
+    renamed = folder.with_name(f"{folder.name}.old{TEMPORARY}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    folder.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)

@@ -117,5 +117,5 @@ def save(
 ) -> None:
     """Save a checkpoint; wait for it where the run ends with it."""
     look()
-    for saved in saver.save(done.step, skipped, waits=done.is_last or done.signum > 0):
+    for saved in saver.save(done.step, skipped, wait=done.is_last or done.signum > 0):
         progress.saved(saved)

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ..checkpoint import step_folders
 from ..checkpoint.hf import MODEL_FILE, require_match, save_model, write_directory_files
-from ..checkpoint.training_state import PARAMETER, UnwrittenError, stored_in
+from ..checkpoint.state_interface import PARAMETER, UnwrittenError
+from ..checkpoint.training_state import open_state
 from ..common.errors import InputError
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from .optimizer import MasterAdamW
-from .saver import training_state
+from .state_tensors import state_tensors
 
 
 def restore(
@@ -21,15 +22,16 @@ def restore(
     optimizer: torch.optim.Optimizer,
     parallel: Parallel | None = None,
 ) -> tuple[int, list[int]]:
-    """Load the newest checkpoint; return the number of steps done, and which were skipped.
+    """Load the newest checkpoint into model and optimizer; return steps done and steps skipped.
 
-    A run that was stopped before its first checkpoint starts from step 0. The export is
-    written again, in case the run was killed between the checkpoint and it. Whether one process
-    or many wrote the checkpoint, any number can read it.
+    A run without a checkpoint starts from step 0. Any number of processes can read a checkpoint,
+    whether it is one file or shards. The exported model is written again, as a kill may have come
+    between the checkpoint and its export. Raises InputError for a checkpoint that is damaged or
+    does not fit the model; the message names an older one to continue from.
     """
     parallel = parallel or Parallel()
     if parallel.is_main_process:
-        step_folders.sweep(out)
+        step_folders.remove_temporary(out)
     parallel.barrier()
     folder = step_folders.newest(out)
     if folder is None:
@@ -42,14 +44,15 @@ def restore(
             write_directory_files(out, model.config)
         return 0, []
     try:
-        stored = stored_in(folder)
-        step, skipped = stored.notes()
+        reader = open_state(folder)
+        step, skipped = reader.metadata()
         if folder.name != str(step):
             raise InputError(f"{folder}: is of step {step}; rename it")
-        layout = training_state(model, optimizer)
-        require_match(stored.path, {n: tuple(t.shape) for n, t in layout.items()}, stored.shapes())
-        tensors = stored.read_like(layout)
-    except UnwrittenError as error:  # the shards of what one process wrote
+        current = state_tensors(model, optimizer)
+        expected = {name: tuple(tensor.shape) for name, tensor in current.items()}
+        require_match(reader.path, expected, reader.shapes())
+        tensors = reader.read_like(current)
+    except UnwrittenError as error:  # the temporary re-sharded copy could not be written
         raise InputError(f"--resume: {error}; make room there") from None
     except InputError as error:
         older = step_folders.newest(out, before=int(folder.name))
@@ -58,7 +61,7 @@ def restore(
             remedy = f"delete {folder} to continue from step {older.name}"
         raise InputError(f"--resume: {error}; or {remedy}") from None
     _assign(tensors, model, optimizer, step - len(skipped))
-    if parallel.is_main_process and not parallel.is_sharded:  # who holds the model whole
+    if parallel.is_main_process and not parallel.is_sharded:  # the model is whole
         names = (name for name, _ in model.named_parameters())
         save_model(out, model.config, {n: tensors[PARAMETER + n] for n in names})
     return step, skipped
@@ -66,16 +69,17 @@ def restore(
 
 @torch.no_grad()
 def _assign(
-    tensors: dict[str, Tensor], model: Llama, optimizer: torch.optim.Optimizer, updates: int
+    tensors: dict[str, Tensor], model: Llama, optimizer: torch.optim.Optimizer, adam_step: int
 ) -> None:
+    """Copy parameters and moments into model and optimizer, and set Adam's update count."""
     for name, parameter in model.named_parameters():
         device, master = parameter.device, tensors[PARAMETER + name]
         state = optimizer.state[parameter]
         if isinstance(optimizer, MasterAdamW):
             optimizer.set_master(parameter, master.to(device))
-            state["step"] = torch.tensor(float(updates))
+            state["step"] = torch.tensor(float(adam_step))
         else:
             parameter.copy_(master)
-            state["step"] = torch.tensor(float(updates), device=device)
+            state["step"] = torch.tensor(float(adam_step), device=device)
         for kind in ("exp_avg", "exp_avg_sq"):
             state[kind] = tensors[f"{kind}.{name}"].to(device)

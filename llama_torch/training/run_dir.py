@@ -10,8 +10,8 @@ from typing import Any
 
 from ..checkpoint import step_folders
 from ..checkpoint.hf import MODEL_FILE, write_directory_files
+from ..checkpoint.single_file import STATE_FILE
 from ..checkpoint.step_folders import BEST
-from ..checkpoint.training_state import STATE_FILE
 from ..common import cli
 from ..common.errors import InputError
 from ..common.files import read_json, try_lock, write_text

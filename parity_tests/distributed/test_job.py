@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama_torch import export, train
 from llama_torch.checkpoint.hf import MODEL_FILE
-from llama_torch.checkpoint.shards import Shards
+from llama_torch.checkpoint.shards import StateShards
 from llama_torch.checkpoint.step_folders import newest
 from llama_torch.common.errors import InputError
 from llama_torch.distributed.parallel import Parallel
@@ -238,22 +238,22 @@ def test_a_checkpoint_is_there_when_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, whose state is written while training goes on."""
-    monkeypatch.setattr(shard_saver, "ShardsOnTheirWay", SlowDisk)
+    monkeypatch.setattr(shard_saver, "AsyncShardWrite", SlowDisk)
     monkeypatch.setattr(Parallel, "is_sharded", True)
     monkeypatch.setattr(Parallel, "control_group", lambda self: None)
     monkeypatch.setattr(Tensor, "is_cuda", True)
     model = Llama(ModelConfig(dim=8, n_heads=2, n_kv_heads=1, n_layers=1))
     it = make_saver(tmp_path, model, torch.optim.AdamW(model.parameters()), Parallel())
-    assert it.save(2, [], waits=False) == []
+    assert it.save(2, [], wait=False) == []
     assert it.completed() == []
     assert newest(tmp_path) is None
     it.pending[1].done = True
     assert it.completed() == [2]
     assert newest(tmp_path).name == "2"
-    assert it.save(4, [], waits=False) == []
-    assert it.save(6, [3], waits=True) == [4, 6]
+    assert it.save(4, [], wait=False) == []
+    assert it.save(6, [3], wait=True) == [4, 6]
     assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "6"]
-    assert Shards(newest(tmp_path)).notes() == (6, [3])
+    assert StateShards(newest(tmp_path)).metadata() == (6, [3])
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,20 @@ def test_parts_import_each_other_in_no_circle() -> None:
     assert not circles(arrows)
 
 
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Not inside a package either, and not by imports inside functions."""
+    assert not circles_of_modules(all_imports())
+
+
+def test_a_circle_of_modules_would_be_seen() -> None:
+    planted = {
+        "llama_torch.model.one": "from .two import b",
+        "llama_torch.model.two": "def f():\n    from . import three",
+        "llama_torch.model.three": "if True:\n    import llama_torch.model.one",
+    }
+    assert circles_of_modules(imports(SOURCES | planted)) == [set(planted)]
+
+
 def test_no_test_imports_another() -> None:
     assert len([name for name in SOURCES if is_test(name)]) > 40
     assert not imports_of_tests(all_imports())
@@ -162,6 +176,10 @@ CALLERS = (
 
 def is_test(module: str) -> bool:
     return module.rpartition(".")[2].startswith("test_")
+
+
+def circles_of_modules(found: list[Import]) -> list[set[str]]:
+    return circles((one.importer, one.imported) for one in found if is_ours(one.imported))
 
 
 def imports_of_tests(found: list[Import]) -> list[Import]:

@@ -11,7 +11,7 @@ import torch
 from llama_torch.model import loss
 
 from ..support import poison
-from ..support.process_state import POISONED
+from ..support.environment import POISONED
 
 pytestmark = pytest.mark.numeric
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .process_state import POISONED
+from .environment import POISONED
 
 FACTORIES = [
     *((torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")),

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from .cores import THREADS
+from .environment import POISONED
 
-# Set where memory without content holds NaN; processes that a test starts inherit it.
-POISONED = "PARITY_POISON"
 # The module whose ``peak_flops`` measures this machine, for most of a tiny run's time.
 MEASURING = "llama_torch.training.throughput"
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from llama_torch import train
 from llama_torch.checkpoint import step_folders
-from llama_torch.checkpoint.hf import read_notes
-from llama_torch.checkpoint.training_state import STATE_FILE
+from llama_torch.checkpoint.hf import read_metadata
+from llama_torch.checkpoint.single_file import STATE_FILE
 from llama_torch.training import loop, setup, validate
 
 from .trainer_runs import scalars
@@ -42,7 +42,7 @@ def require_same(one: Path, other: Path) -> None:
     newest = step_folders.newest(one).relative_to(one)
     assert step_folders.newest(other) == other / newest
     for name in (newest / STATE_FILE, Path("model.safetensors"), Path("best/model.safetensors")):
-        assert read_notes(one / name) == read_notes(other / name)
+        assert read_metadata(one / name) == read_metadata(other / name)
         mine, theirs = load_file(one / name), load_file(other / name)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine), name

@@ -18,8 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from llama_torch import generate, train
 from llama_torch.checkpoint import hf, step_folders
-from llama_torch.checkpoint.hf import read_notes
-from llama_torch.checkpoint.training_state import STATE_FILE
+from llama_torch.checkpoint.hf import read_metadata
+from llama_torch.checkpoint.single_file import STATE_FILE
 from llama_torch.common import files as checkpoint
 from llama_torch.common.errors import InputError
 from llama_torch.training import loop, step, validate
@@ -44,7 +44,7 @@ def test_a_commit_is_complete_or_absent(
         fails = number in failing
 
         def write(folder: Path, step_: int = step_, fails: bool = fails) -> None:
-            assert folder == step_folders.temporary(out / "checkpoints" / str(step_))
+            assert folder == step_folders.temporary_path(out / "checkpoints" / str(step_))
             (folder / "nested").mkdir()
             (folder / "nested" / "file").write_text(str(step_))
             if fails:
@@ -68,7 +68,7 @@ def test_no_file_of_another_is_swept(tmp_path: Path) -> None:
     for name in ("mine.tmp", "model.tmp", "sub/mine.tmp", "checkpoints/7.tmp", "best.tmp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    step_folders.sweep(tmp_path)
+    step_folders.remove_temporary(tmp_path)
     assert {path.name for path in left_over(tmp_path)} == {"mine.tmp", "model.tmp"}
 
 
@@ -117,7 +117,7 @@ def test_the_best_model_is_kept_and_outlives_a_resume(
     assert train.main([*flags, *more, "--out", str(out)]) == 143
     losses[5] = 1.0  # what a resumption measures first is no candidate
     assert resume(out) == 0
-    notes = read_notes(out / "best" / "model.safetensors")
+    notes = read_metadata(out / "best" / "model.safetensors")
     assert (notes["step"], notes["val_loss"]) == ("4", "4.0")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["10"]
     newest, best = load_file(out / "model.safetensors"), load_file(out / "best/model.safetensors")

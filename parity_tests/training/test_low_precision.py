@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llama_torch import export, train
-from llama_torch.checkpoint.hf import MODEL_FILE, read_notes
+from llama_torch.checkpoint.hf import MODEL_FILE, read_metadata
+from llama_torch.checkpoint.single_file import STATE_FILE
 from llama_torch.checkpoint.step_folders import newest
-from llama_torch.checkpoint.training_state import STATE_FILE
 from llama_torch.model.llama import Llama
 from llama_torch.training import optimizer as master_adamw
 from llama_torch.training import setup, step
@@ -202,7 +202,7 @@ def test_a_bfloat16_run_exports_its_float32_weights(
     masters = {name: optimizer.master(p) for name, p in model.named_parameters()}
     state = load_file(newest(out) / STATE_FILE)
     found = {folder: load_file(folder / MODEL_FILE) for folder in (out, out / "best", gathered)}
-    assert read_notes(out / "best" / MODEL_FILE)["step"] == "6"  # the last is the best
+    assert read_metadata(out / "best" / MODEL_FILE)["step"] == "6"  # the last is the best
     for name, master in masters.items():
         assert master.dtype == torch.float32
         assert not torch.equal(master, master.bfloat16().float()), name  # more than the model's

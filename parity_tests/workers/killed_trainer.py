@@ -116,7 +116,7 @@ def kill_every_commit(out: Path) -> int:
         for folder in folders:
             assert sorted(path.name for path in folder.iterdir()) == ["one", "two"], touch
         assert len(folders) >= 2
-        step_folders.sweep(out)
+        step_folders.remove_temporary(out)
         assert not list(out.rglob("*.tmp"))
         if not died:
             return touch - 1

@@ -1,0 +1,78 @@
+"""Training state as one safetensors file, which one process writes."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..common.errors import InputError
+from ..common.sharded_tensor import is_sharded
+from .hf import open_safetensors, save_tensors
+from .state_interface import TrainingState
+from .step_folders import TEMPORARY
+
+STATE_FILE = "training_state.safetensors"
+
+
+class SingleFile:
+    """A training state in one safetensors file, whose metadata holds the steps (a StateReader)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / STATE_FILE
+
+    def write(self, state: TrainingState) -> None:
+        """Write a training state, from one process; raise InputError where the disk refuses it."""
+        metadata = {"step": str(state.step), "skipped": json.dumps(list(state.skipped))}
+        save_tensors(self.path, state.tensors, metadata)
+
+    def metadata(self) -> tuple[int, list[int]]:
+        """Return the number of steps done, and the steps whose update was skipped."""
+        with open_safetensors(self.path) as file:
+            metadata = file.metadata() or {}
+        if not metadata.get("step", "").isdigit():
+            raise InputError(
+                f"{self.path}: names no step, so it is not a training state of this package"
+            )
+        return int(metadata["step"]), json.loads(metadata.get("skipped", "[]"))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name, from the header alone."""
+        with open_safetensors(self.path) as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def read_whole(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the named tensors unsharded, on the CPU; without collective calls."""
+        with open_safetensors(self.path) as file:
+            return {name: file.get_tensor(name) for name in names}
+
+    def read_like(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors with the names and the placements (sharding) of ``like``.
+
+        Shards are read from a temporary copy in the other encoding, which the main process
+        writes. Collective where ``like`` is sharded. Raises UnwrittenError where there is no room
+        for the copy.
+        """
+        if not any(map(is_sharded, like.values())):
+            return self.read_whole(like)
+        from .shards import StateShards  # imports torch.distributed.checkpoint, for 0.2 s
+
+        copy = StateShards(self.folder.with_name(f"{self.folder.name}.shards{TEMPORARY}"))
+        is_main_process = not dist.is_initialized() or dist.get_rank() == 0
+        if is_main_process:
+            copy.write(self.read_whole(like), alone=True)
+        _barrier()
+        tensors = copy.read_like(like)
+        _barrier()
+        if is_main_process:
+            shutil.rmtree(copy.folder, ignore_errors=True)
+        return tensors
+
+
+def _barrier() -> None:
+    """Wait for every process, through the CPU's backend: GPU work is not waited for."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))

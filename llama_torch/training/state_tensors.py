@@ -1,0 +1,56 @@
+"""Convert a model and its optimizer to the tensors of a checkpoint, and a checkpoint to a model."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..checkpoint.hf import require_match, save_model, write_directory_files
+from ..checkpoint.state_interface import PARAMETER
+from ..checkpoint.training_state import open_state
+from ..model.config import ModelConfig
+from ..model.llama import Llama
+from .optimizer import MasterAdamW
+
+
+def stored_parameters(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the parameters as a checkpoint stores them: float32 masters if training has them."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    if isinstance(optimizer, MasterAdamW):
+        return {name: optimizer.master(p).cpu() for name, p in parameters.items()}
+    return parameters
+
+
+def state_tensors(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return parameters and Adam's moments by their names in a checkpoint, sharded as the model is.
+
+    Each tensor has its parameter's shape. Adam creates its moments at its first update; before it
+    they are zeros.
+    """
+    stored, tensors = stored_parameters(model, optimizer), {}
+    for name, parameter in model.named_parameters():
+        adam_state = optimizer.state[parameter]
+        tensors[PARAMETER + name] = stored[name].detach()
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moment = (
+                adam_state[kind] if adam_state else torch.zeros_like(parameter, requires_grad=False)
+            )
+            tensors[f"{kind}.{name}"] = moment
+    return tensors
+
+
+def export_model(out: Path, folder: Path, config: ModelConfig) -> None:
+    """Write a Hugging Face model directory ``out`` from the checkpoint in ``folder``.
+
+    One process does it, without collective calls. Raises InputError for a checkpoint that is
+    damaged or does not fit ``config``.
+    """
+    reader = open_state(folder)
+    tensors = reader.read_whole(name for name in reader.shapes() if name.startswith(PARAMETER))
+    parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        expected = {n: tuple(p.shape) for n, p in Llama(config).named_parameters()}
+    require_match(folder, expected, {n: tuple(t.shape) for n, t in parameters.items()})
+    write_directory_files(out, config)
+    save_model(out, config, parameters)
