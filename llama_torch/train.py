@@ -15,7 +15,7 @@ from .training import dry_run, run_dir
 from .training.loop import train
 from .training.progress import perplexity
 from .training.run_dir import RUN_FILE
-from .training.setup import require_layout
+from .training.setup import check_parallel_layout
 from .training.signals import Stopped
 
 
@@ -39,12 +39,14 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _in_job(argv: Sequence[str]) -> int:
-    def settle() -> TrainConfig:
-        config = run_dir.resolve_config(run_dir.after_restart(argv) if is_restarted() else argv)
-        require_layout(config)
+    def resolve() -> TrainConfig:
+        config = run_dir.resolve_config(
+            run_dir.flags_after_restart(argv) if is_restarted() else argv
+        )
+        check_parallel_layout(config)
         return config
 
-    config = broadcast_object(settle)
+    config = broadcast_object(resolve)
     if config.dry_run:
         return dry_run.report(config)
     started = time.perf_counter()
@@ -53,7 +55,7 @@ def _in_job(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if is_main_process():
-            print(_farewell(stopped, config.out), file=sys.stderr)
+            print(_stop_message(stopped, config.out), file=sys.stderr)
         return 128 + stopped.signum
     if not is_main_process():
         return 0
@@ -68,7 +70,7 @@ def _in_job(argv: Sequence[str]) -> int:
     return 0
 
 
-def _farewell(stopped: Stopped, out: str) -> str:
+def _stop_message(stopped: Stopped, out: str) -> str:
     name = signal.Signals(stopped.signum).name
     if not (Path(out) / RUN_FILE).exists():
         return f"stopped by {name} before the run began; nothing was written"

@@ -6,10 +6,10 @@ import socket
 
 def is_launched() -> bool:
     """Return whether torchrun started this process as one of several."""
-    return _processes() > 1
+    return process_count() > 1
 
 
-def _processes() -> int:
+def process_count() -> int:
     """Return how many processes torchrun started; clusters set the number alone."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 

@@ -157,7 +157,8 @@ def leave_to_parent(worker: int) -> None:
     """Outlive both signals in a data worker: a group is sent them, and its trainer needs it yet.
 
     That one finishes the step in hand, and ends the worker: with SIGTERM, and again when it ends
-    itself, if it must. Hence a second one is obeyed, but not in a job (see Stop.hears_twice).
+    itself, if it must. Hence a second one is obeyed, but not in a job (see
+    Stop.signals_are_duplicated).
     """
     heard = 0
 

@@ -1,8 +1,8 @@
-"""Training in several processes: torchrun's, on a mesh of replicas, shards and tensor parallelism.
+"""Train in the processes of torchrun, on a mesh of data, sharded data and tensor parallelism.
 
-torch's own engine does it: DistributedDataParallel where every process holds the whole model,
-else FSDP2 (``fully_shard``), on top of ``parallelize_module`` where --tp asks for it. A process
-that was not started by torchrun is alone, and nothing here changes what it does.
+DistributedDataParallel where every process holds the whole model, else FSDP2 (``fully_shard``),
+on top of ``parallelize_module`` with --tp. In a single process every operation here is the
+identity.
 """
 
 import warnings
@@ -33,7 +33,7 @@ class Parallel:
 
     def __init__(self) -> None:
         self.rank, self.world = 0, 1
-        # Which share of each step's windows is this process's, and of how many.
+        # This process's data-parallel rank, and their number: each has its share of the windows.
         self.data_rank, self.data_size = 0, 1
         self.mesh: DeviceMesh | None = None
         self.replica: DistributedDataParallel | None = None
@@ -41,10 +41,10 @@ class Parallel:
         self._control_group: Any = None
 
     @classmethod
-    def of(cls, config: ParallelConfig, device: torch.device) -> "Parallel":
-        """Lay the job's processes out as ``config`` says; alone, where there is no job.
+    def from_config(cls, config: ParallelConfig, device: torch.device) -> "Parallel":
+        """Build the device mesh of ``config`` over the job's processes, or of one process.
 
-        What cannot be laid out so, ``require_layout`` refuses.
+        ``check_parallel_layout`` has refused numbers of processes that do not fit.
         """
         self = cls()
         if dist.is_initialized():
@@ -78,17 +78,19 @@ class Parallel:
         return self.mesh is not None and max(self.mesh.shape[1:]) > 1
 
     def reshard(self, model: Llama) -> None:
-        """Free what a forward pass without a backward pass leaves gathered."""
+        """Reshard the parameters after a forward pass without a backward pass."""
         if self.is_sharded:
             _as_sharded(model).reshard()
 
-    def build(self, config: ModelConfig, dtype: torch.dtype, generator: torch.Generator) -> Llama:
-        """Return the model with the weights that one process would draw, sharded as drawn.
+    def build_sharded(
+        self, config: ModelConfig, dtype: torch.dtype, generator: torch.Generator
+    ) -> Llama:
+        """Return a sharded model with the initial weights that one process would draw.
 
-        Part by part, so that beside its share no process holds more than a block, the embedding
-        and the head.
-        The shards are float32: bfloat16 as ``dtype`` is what they are gathered and computed in,
-        and gradients are summed over processes in float32 all the same.
+        Each block is initialised in full, then sharded, so that a process holds its shards and at
+        most one whole block, the embedding and the head. The shards are float32; with ``dtype``
+        bfloat16 parameters are gathered and computed in bfloat16, and gradients are reduced in
+        float32.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from torch.distributed.tensor.parallel import parallelize_module
@@ -98,7 +100,7 @@ class Parallel:
             model = Llama(config)
         policy = MixedPrecisionPolicy()
         if dtype == torch.bfloat16:
-            # Of a block's inputs the rotary tables are float32, and must remain so.
+            # The rotary tables, inputs of a block, are float32 and must remain so.
             policy = MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
@@ -115,20 +117,20 @@ class Parallel:
         fully_shard(model, mesh=self.mesh[names], mp_policy=policy)
         return model
 
-    def replicate(self, model: Llama) -> None:
-        """Have the gradients of this process's whole copy averaged with the other copies'."""
+    def wrap_ddp(self, model: Llama) -> None:
+        """Wrap an unsharded model in DistributedDataParallel, which averages its gradients."""
         if self.data_size > 1 and not self.is_sharded:
             self.replica = DistributedDataParallel(model.model, gradient_as_bucket_view=True)
             if model.head_weight.dtype == torch.bfloat16:
                 self.replica.register_comm_hook(self.data_size, _mean_in_float32)
 
     @contextmanager
-    def micro_batch(self, model: Llama, reduces: bool) -> Iterator[None]:
-        """Run a forward and backward pass; only the last of a step need reduce gradients."""
+    def micro_batch(self, model: Llama, sync_grads: bool) -> Iterator[None]:
+        """Run a forward and backward pass, and reduce gradients if ``sync_grads``."""
         if self.is_sharded:
-            _as_sharded(model).set_requires_gradient_sync(reduces)
-        waits = nullcontext() if reduces or self.replica is None else self.replica.no_sync()
-        with waits:
+            _as_sharded(model).set_requires_gradient_sync(sync_grads)
+        replica = None if sync_grads else self.replica
+        with nullcontext() if replica is None else replica.no_sync():
             yield
         if self._head_reduction is not None:
             work, grad, wide = self._head_reduction
@@ -136,22 +138,25 @@ class Parallel:
             grad.copy_(wide)
             self._head_reduction = None
 
-    def hidden(
+    def forward_hidden(
         self,
         model: Llama,
         tokens: Tensor,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         *,
-        reduces: bool = False,
+        sync_grads: bool = False,
     ) -> Tensor:
-        """Return the normed stream [B, T, D], through whatever holds the parameters."""
+        """Return the last hidden states [B, T, D], after the final norm, by the wrapped model.
+
+        Arguments are Llama.forward's. With ``sync_grads`` the backward pass reduces gradients.
+        """
         if self.is_sharded:
             hidden, _ = model(tokens, positions=positions, mask=mask, project=False)
             return hidden
         decoder = self.replica if self.replica is not None else model.model
         hidden, _ = decoder(tokens, positions=positions, mask=mask)
-        if reduces and self.replica is not None and not model.config.tie_embeddings:
+        if sync_grads and self.replica is not None and not model.config.tie_embeddings:
             # The head's gradient is complete before the blocks' backward pass begins.
             hidden.register_hook(lambda _: self._reduce_head(model))
         return hidden
@@ -163,21 +168,21 @@ class Parallel:
         wide /= self.data_size
         self._head_reduction = dist.all_reduce(wide, async_op=True), grad, wide
 
-    def mean(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_mean_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor, in place, by its mean over the data-parallel ranks."""
         if self.data_size == 1:
             return
         assert self.mesh is not None
-        # Processes of one tensor-parallel group hold the same values: a mean over all is theirs.
-        waiting = []
+        # Ranks of a tensor-parallel group hold the same values: the mean over all is theirs too.
+        works = []
         for tensor in tensors:
             tensor /= self.world
-            waiting.append(dist.all_reduce(tensor, async_op=True))
-        for work in waiting:
+            works.append(dist.all_reduce(tensor, async_op=True))
+        for work in works:
             work.wait()
 
     def all_reduce_sum(self, *numbers: int) -> list[int]:
-        """Return each number's sum over the data-parallel ranks; no GPU is waited for."""
+        """Return each number's sum over the data-parallel ranks, without waiting for a GPU."""
         if self.world == 1:
             return list(numbers)
         total = torch.tensor(numbers)
@@ -200,8 +205,8 @@ class Parallel:
         """Wait for every process."""
         self.all_reduce_sum(0)
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """Return a tensor's sum over the data-parallel ranks, in place, of the same shape."""
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor, in place, by its sum over the data-parallel ranks; return it."""
         if self.data_size > 1:
             dist.all_reduce(tensor)
             tensor /= self.world // self.data_size
@@ -209,7 +214,7 @@ class Parallel:
 
     @contextmanager
     def errors_on_main_only(self) -> Iterator[None]:
-        """Raise an InputError that every process meets on the main one; the others exit with 2."""
+        """Raise an InputError met by all processes on the main one; the others exit with code 2."""
         try:
             yield
         except InputError:
@@ -236,7 +241,7 @@ def _mean_in_float32(world: int, bucket: dist.GradBucket) -> torch.futures.Futur
 
 
 def _as_sharded(model: Llama) -> "FSDPModule":
-    """Return a model that ``Parallel.build`` has sharded, as the FSDPModule that it is."""
+    """Return a model that ``Parallel.build_sharded`` has sharded, as the FSDPModule that it is."""
     from torch.distributed.fsdp import FSDPModule
 
     assert isinstance(model, FSDPModule)

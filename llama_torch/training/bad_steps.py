@@ -1,4 +1,4 @@
-"""Steps that must not be taken: a loss or a gradient that is not finite, a loss that explodes."""
+"""Find bad training steps: a loss or gradient that is not finite, or a loss that has exploded."""
 
 import math
 from collections.abc import Callable
@@ -9,54 +9,62 @@ from torch import Tensor
 from ..common.errors import InputError
 from ..distributed.parallel import Parallel
 
-# A loss above this many times ln(vocabulary) has exploded. ln(vocabulary) is what a uniform guess
-# costs and where training begins; only a model that is sure of what is wrong costs thrice that.
+# A loss above this many times ln(vocab_size) has exploded. ln(vocab_size) is the loss of a uniform
+# prediction, where training begins; only confident wrong predictions give three times as much.
 EXPLODED = 3.0
-# So many bad steps in a row are the weights' doing, and passing over them would never end.
+# After this many bad steps in a row the weights are bad, and skipping would never end.
 IN_A_ROW = 10
 
 
 def largest_loss(vocab_size: int, z_loss: float) -> float:
     """Return the largest loss, in nats per token, of a step that has not exploded."""
-    most = EXPLODED * math.log(vocab_size)
-    return most + z_loss * most**2
+    cross_entropy = EXPLODED * math.log(vocab_size)
+    return cross_entropy + z_loss * cross_entropy**2
 
 
 class BadSteps:
-    """Looks at the loss and the gradient norm of every step before its update.
+    """Checks every training step's loss and gradient norm.
 
-    Where that waits for nothing (on a CPU) or was asked for (--skip-bad-steps), a bad step is
-    not taken. Else, on a GPU, the first bad step is noted there and found by the next ``look``:
-    what was trained since is spoiled, so look before anything is saved.
+    On a CPU, or with --skip-bad-steps, they are checked before the update, and a bad step is not
+    taken. On a GPU, where that would wait for the device, the first bad step is recorded on the
+    device and raised by the next ``raise_if_bad``. The weights are spoiled from it on, so
+    ``raise_if_bad`` is called before anything is saved.
+
+    ``max_loss`` is in nats per token; ``describe_step`` names the windows of a step counted from
+    0, for the error's message; the numbers of skipped steps, from 1, are appended to ``skipped``.
     """
 
     def __init__(
         self,
-        most: float,
+        max_loss: float,
         device: torch.device,
-        windows: Callable[[int], str],
+        describe_step: Callable[[int], str],
         skipped: list[int],
         *,
         skips: bool = False,
         parallel: Parallel | None = None,
     ) -> None:
-        self.most, self.windows, self.skipped, self.skips = most, windows, skipped, skips
-        self.waits, self.parallel = device.type == "cpu", parallel or Parallel()
-        self.noted = torch.zeros(3, dtype=torch.float64, device=device)  # step, loss, norm
+        self.max_loss, self.describe_step = max_loss, describe_step
+        self.skipped, self.skips = skipped, skips
+        self.parallel = parallel or Parallel()
+        self.checks_before_update = device.type == "cpu" or skips
+        self.first_bad = torch.zeros(3, dtype=torch.float64, device=device)  # step, loss, norm
 
     def accept(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """Return whether step ``step`` (from 1) may be taken; raise InputError to end the run.
+        """Return whether training step ``step`` (from 1) may be taken.
 
-        All processes come to the same; the first one's error says why they end.
+        ``loss`` (float64) and ``norm`` are scalars, the same on all processes. Raises InputError,
+        on the main process, for a bad step that ends the run.
         """
         with self.parallel.errors_on_main_only():
             return self._accept(step, loss, norm)
 
     def _accept(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        good = loss.isfinite() & norm.isfinite() & (loss <= self.most)
-        if not (self.skips or self.waits):
-            now = torch.stack([loss.new_full((), step), loss, norm.double()])
-            self.noted = torch.where(good | (self.noted[0] > 0), self.noted, now)
+        good = loss.isfinite() & norm.isfinite() & (loss <= self.max_loss)
+        if not self.checks_before_update:
+            this = torch.stack([loss.new_full((), step), loss, norm.double()])
+            is_kept = good | (self.first_bad[0] > 0)
+            self.first_bad = torch.where(is_kept, self.first_bad, this)
             return True
         if good:
             return True
@@ -71,16 +79,18 @@ class BadSteps:
             )
         return False
 
-    def look(self) -> None:
-        """Raise InputError if a step since the start was bad and has been taken."""
-        step, loss, norm = self.noted.tolist() if not self.waits else (0, 0.0, 0.0)
+    def raise_if_bad(self) -> None:
+        """Raise InputError if a bad training step has been taken; waits for the GPU."""
+        if self.checks_before_update:
+            return
+        step, loss, norm = self.first_bad.tolist()
         with self.parallel.errors_on_main_only():
             if step:
                 raise self._error(int(step), loss, norm)
 
     def _error(self, step: int, loss: float, norm: float) -> InputError:
         return InputError(
-            f"step {step} is bad: its loss is {loss:.4g} (at most {self.most:.4g} is sane), its "
-            f"gradient norm {norm:.4g}; it read {self.windows(step - 1)}; lower --lr, or pass over "
-            "it with --resume --skip-bad-steps (the last checkpoint stands)"
+            f"step {step} is bad: its loss is {loss:.4g} (at most {self.max_loss:.4g} is sane), "
+            f"its gradient norm {norm:.4g}; it read {self.describe_step(step - 1)}; lower --lr, or "
+            "pass over it with --resume --skip-bad-steps (the last checkpoint stands)"
         )

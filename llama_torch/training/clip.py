@@ -1,4 +1,4 @@
-"""The norm of gradients, sharded or not, and their scaling in place."""
+"""Compute the global norm of gradients, sharded or not, and scale them in place."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..common.sharded_tensor import is_sharded, local_part
 
-STRETCH = 1024  # elements
+CHUNK = 1024  # elements whose squares are summed in float32
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:
-    """Return the 2-norm of gradients of which processes may hold different shards."""
+    """Return the global 2-norm of gradients, a scalar; of sharded ones, over all shards."""
     groups: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
     for grad in grads:
         mesh: Any = None
@@ -33,23 +33,24 @@ def global_norm(grads: Iterable[Tensor]) -> Tensor:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of all tensors together, in float32 or wider.
+    """Return the 2-norm of all tensors together, a scalar in float32 or wider.
 
-    A CPU adds the squares one after the other, and of a large matrix a float32 sum is off by a
-    percent: there, stretches of it are summed first. What they give is added in float64.
+    A CPU adds squares sequentially, which in float32 errs by a percent for a large matrix: there,
+    the squares of CHUNK elements are summed in float32, and those sums in float64.
     """
     dtype = tensors[0].dtype if tensors[0].dtype == torch.float64 else torch.float32
     if tensors[0].is_cuda:
         norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
     else:
-        norms = torch.cat([part for tensor in tensors for part in _stretches(tensor, dtype)])
+        norms = torch.cat([part for tensor in tensors for part in _chunk_norms(tensor, dtype)])
     return torch.linalg.vector_norm(norms, dtype=torch.float64).to(dtype)
 
 
-def _stretches(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _chunk_norms(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the 2-norms of chunks of CHUNK elements, and the elements left over."""
     flat = tensor.reshape(-1)
-    even = len(flat) // STRETCH * STRETCH
-    rows, rest = flat[:even].view(-1, STRETCH), flat[even:]
+    even = len(flat) // CHUNK * CHUNK
+    rows, rest = flat[:even].view(-1, CHUNK), flat[even:]
     return torch.linalg.vector_norm(rows, dim=1, dtype=dtype), rest.to(dtype)
 
 

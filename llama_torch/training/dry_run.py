@@ -22,8 +22,8 @@ WRITTEN = 1 << 25  # bytes written to learn the disk's speed
 
 def report(config: TrainConfig) -> int:
     """Print parameters, memory, disk and time of a run; return the exit code. Leaves no file."""
-    with ExitStack() as held:
-        run = setup(config, held)
+    with ExitStack() as exit_stack:
+        run = setup(config, exit_stack)
         print(describe(run.corpus))
         print(run.summary)
         seconds_per_step, times = measure(run)
@@ -44,7 +44,7 @@ def measure(run: Run) -> tuple[float, dict[str, float]]:
     """Take a few steps that change no weight; return a step's seconds, and the run's by part."""
     config, optim = run.config, run.config.optim
     generator = torch.Generator().manual_seed(config.seed)
-    shape = run.rows, config.model.max_seq_len + 1
+    shape = run.windows_per_step, config.model.max_seq_len + 1
     window = torch.randint(config.model.vocab_size, shape, generator=generator)
 
     def step() -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loop: data, a step, what is done every so many steps, and signals to stop."""
+"""The training loop: training steps, periodic actions after them, and stopping at a signal."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -25,14 +25,17 @@ from .validate import Validation
 
 
 def train(config: TrainConfig) -> float:
-    """Train as ``config`` says, resuming where it says so; return the last validation loss.
+    """Train or resume the run of ``config``; return the last validation loss, in nats per token.
 
-    Raises Stopped when SIGINT or SIGTERM ends the run before its last step.
+    Raises Stopped when SIGINT or SIGTERM ends the run before its last step, and InputError for
+    what the user can mend.
     """
-    with ExitStack() as held:
-        stop = held.enter_context(signals(hears_twice=is_launched()))
-        run = setup(config, held)
-        windows, validation, bad_steps = run.train_windows(), run.validation(), run.bad_steps()
+    with ExitStack() as exit_stack:
+        stop = exit_stack.enter_context(signals(signals_are_duplicated=is_launched()))
+        run = setup(config, exit_stack)
+        windows = run.train_windows()
+        validation = run.validation()
+        bad_steps = run.bad_steps()
         saver = make_saver(
             Path(run.config.out),
             run.model,
@@ -41,18 +44,18 @@ def train(config: TrainConfig) -> float:
             run.config.keep_last,
             run.config.keep_best,
         )
-        progress = open_progress(run, held)
-        actions = periodic_actions(run, validation, bad_steps, saver, progress, held)
-        held.callback(windows.close)  # and with it the processes that prepare them
+        progress = open_progress(run, exit_stack)
+        actions = periodic_actions(run, validation, bad_steps, saver, progress, exit_stack)
+        exit_stack.callback(windows.close)  # stops the DataLoader workers
         announce(run, progress)
         validation.measure()
-        if not run.first_step:
+        if not run.steps_done:
             progress.validated(0, validation.loss)
         take_steps(run, windows, bad_steps, actions, stop)
         saver.export()
         if run.skipped:
             steps = ", ".join(map(str, run.skipped))
-            progress.say(f"{len(run.skipped)} bad steps skipped: {steps}")
+            progress.print_line(f"{len(run.skipped)} bad steps skipped: {steps}")
         return validation.loss
 
 
@@ -63,15 +66,17 @@ def take_steps(
     actions: Sequence[Periodic],
     stop: Stop,
 ) -> None:
-    """Take a step for each of ``windows``, int64 [rows, T + 1], and the actions due after it.
+    """Take one training step for each of ``windows``, int64 [R, T + 1], then the actions due.
 
-    A signal that comes during a step ends the run after it; Stopped is raised.
+    R is the number of windows of this process in a step. Raises Stopped after the step during
+    which a signal came.
     """
     config, optim = run.config, run.config.optim
     stop.deferred = True
-    for step, window in enumerate(windows, run.first_step):
-        batches = [run.to_batch(rows) for rows in window.split(config.batch_size)]
-        lr, began = learning_rate(step, config.steps, optim), time.perf_counter()
+    for step, windows_RT in enumerate(windows, run.steps_done):
+        batches = [run.to_batch(part_BT) for part_BT in windows_RT.split(config.batch_size)]
+        lr = learning_rate(step, config.steps, optim)
+        start_time = time.perf_counter()
         loss, norm = train_step(
             run.model,
             run.optimizer,
@@ -82,8 +87,9 @@ def take_steps(
             accept=partial(bad_steps.accept, step + 1),
             parallel=run.parallel,
         )
-        signum, is_last = run.parallel.all_reduce_max(stop.asked), step + 1 == config.steps
-        done = StepResult(step + 1, batches, lr, loss, norm, began, signum, is_last)
+        signum = run.parallel.all_reduce_max(stop.signum)
+        is_last = step + 1 == config.steps
+        done = StepResult(step + 1, batches, lr, loss, norm, start_time, signum, is_last)
         for action in actions:
             if action.is_due(done):
                 action.run(done)
@@ -92,13 +98,13 @@ def take_steps(
 
 
 def announce(run: Run, progress: Progress | NullProgress) -> None:
-    """Print the text, the model and the run directory, and the step to continue after."""
-    progress.say(describe(run.corpus))
-    progress.say(f"{run.summary}, run directory {Path(run.config.out)}")
+    """Print the corpus, the model, the run directory, and the step that the run resumes after."""
+    progress.print_line(describe(run.corpus))
+    progress.print_line(f"{run.summary}, run directory {Path(run.config.out)}")
     if run.config.keep_best and run.parallel.is_sharded:
-        progress.say("best/ is not kept: no process holds the whole model")
-    if run.first_step:
-        progress.say(f"continuing after step {run.first_step}")
+        progress.print_line("best/ is not kept: no process holds the whole model")
+    if run.steps_done:
+        progress.print_line(f"continuing after step {run.steps_done}")
 
 
 def periodic_actions(
@@ -107,26 +113,35 @@ def periodic_actions(
     bad_steps: BadSteps,
     saver: Saver,
     progress: Progress | NullProgress,
-    held: ExitStack,
+    exit_stack: ExitStack,
 ) -> list[Periodic]:
-    """List what is done after every so many steps, in the order in which it is done."""
-    config, out, look = run.config, Path(run.config.out), bad_steps.look
-    is_first, z_loss = run.parallel.is_main_process, config.optim.z_loss
-    trace = partial(tracing, out, config.steps, progress.say)
-    profiled = [Periodic(1, held.enter_context(trace()))] if config.profile and is_first else []
+    """Return the periodic actions of a run, in the order in which they run after a step."""
+    config, out = run.config, Path(run.config.out)
+    raise_if_bad = bad_steps.raise_if_bad
+    is_main_process = run.parallel.is_main_process
+    trace = partial(tracing, out, config.steps, progress.print_line)
+    profiled = (
+        [Periodic(1, exit_stack.enter_context(trace()))]
+        if config.profile and is_main_process
+        else []
+    )
     sample = partial(periodic.sample, run.model, config.sample_prompt, config.seed, run.parallel)
     listed = [
         *profiled,
         Periodic(1, partial(periodic.report, progress, run.skipped, run.compiling_step)),
-        Periodic(config.log_every, partial(periodic.log, progress, saver, look)),
+        Periodic(config.log_every, partial(periodic.log, progress, saver, raise_if_bad)),
         Periodic(
-            config.verify_every if is_first else 0,
-            partial(periodic.verify, run.model, z_loss, out, progress, look),
+            config.verify_every if is_main_process else 0,
+            partial(periodic.verify, run.model, config.optim.z_loss, out, progress, raise_if_bad),
         ),
-        Periodic(config.eval_every, partial(periodic.validate, validation, saver, progress, look)),
+        Periodic(
+            config.eval_every, partial(periodic.validate, validation, saver, progress, raise_if_bad)
+        ),
         Periodic(config.sample_every, partial(sample, progress)),
         Periodic(
-            config.save_every, partial(periodic.save, saver, run.skipped, progress, look), True
+            config.save_every,
+            partial(periodic.save, saver, run.skipped, progress, raise_if_bad),
+            True,
         ),
     ]
     return [action for action in listed if action.every]

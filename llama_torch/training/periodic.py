@@ -1,4 +1,4 @@
-"""What is done after every so many steps: log, verify, validate, sample, save."""
+"""Periodic actions after a training step: log, verify, validate, sample, save."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,15 +19,15 @@ Reporter = Progress | NullProgress
 
 
 class StepResult(NamedTuple):
-    """One optimizer step that was taken or skipped."""
+    """The result of one training step, taken or skipped."""
 
     step: int  # from 1
     batches: Sequence[Batch]
     lr: float
     loss: Tensor  # float64 scalar, of all processes
     norm: Tensor  # scalar, of the gradients before clipping
-    began: float  # by time.perf_counter
-    signum: int  # of a signal that any process received meanwhile; 0 = none
+    start_time: float  # by time.perf_counter
+    signum: int  # of a signal that any process received by its end; 0 = none
     is_last: bool
 
 
@@ -47,20 +47,22 @@ class Periodic(NamedTuple):
 def report(
     progress: Reporter, skipped: Sequence[int], compiling_step: int, done: StepResult
 ) -> None:
-    """Move the bar on; report the step that compiled the model, and a bad one."""
+    """Advance the progress bar; report the step that compiled the model, and a skipped one."""
     progress.advance(done.step)
     if done.step == compiling_step:
-        done.loss.item()  # waits
-        progress.compiled(done.step, time.perf_counter() - done.began)
+        done.loss.item()  # waits for the device
+        progress.compiled(done.step, time.perf_counter() - done.start_time)
     if skipped and skipped[-1] == done.step:
         progress.skipped(done.step, done.loss.item(), done.norm.item(), len(skipped))
 
 
-def log(progress: Reporter, saver: Saver, look: Callable[[], None], done: StepResult) -> None:
-    """Report the checkpoints that were completed meanwhile, and the step's figures."""
+def log(
+    progress: Reporter, saver: Saver, raise_if_bad: Callable[[], None], done: StepResult
+) -> None:
+    """Report the checkpoints completed since the last call, and the step's metrics."""
     for saved in saver.completed():
         progress.saved(saved)
-    look()
+    raise_if_bad()
     progress.trained(done.step, done.loss.item(), done.lr, done.norm.item())
 
 
@@ -69,13 +71,13 @@ def verify(
     z_loss: float,
     out: Path,
     progress: Reporter,
-    look: Callable[[], None],
+    raise_if_bad: Callable[[], None],
     done: StepResult,
 ) -> None:
     """Compare the model with the oracle; raise VerificationError where it differs."""
-    from .verify import check, complaint, worst_errors  # imports the oracle, for this alone
+    from .verify import check, complaint, worst_errors  # imports the oracle
 
-    look()
+    raise_if_bad()
     checked = check(model, done.batches, z_loss)
     progress.verified(done.step, worst_errors(checked))
     if not all(one.holds for one in checked):
@@ -86,11 +88,11 @@ def validate(
     validation: Validation,
     saver: Saver,
     progress: Reporter,
-    look: Callable[[], None],
+    raise_if_bad: Callable[[], None],
     done: StepResult,
 ) -> None:
-    """Measure the validation loss, and keep the model if it is the best so far."""
-    look()
+    """Measure the validation loss, and save the model to best/ if it is the lowest so far."""
+    raise_if_bad()
     validation.measure()
     progress.validated(done.step, validation.loss)
     saver.validated(done.step, validation.loss)
@@ -104,7 +106,7 @@ def sample(
     progress: Reporter,
     done: StepResult,
 ) -> None:
-    """Show a sample of text."""
+    """Generate and report a sample of text."""
     progress.sampled(done.step, sample_text(model, prompt, seed, done.step, parallel))
 
 
@@ -112,10 +114,10 @@ def save(
     saver: Saver,
     skipped: Sequence[int],
     progress: Reporter,
-    look: Callable[[], None],
+    raise_if_bad: Callable[[], None],
     done: StepResult,
 ) -> None:
-    """Save a checkpoint; wait for it where the run ends with it."""
-    look()
+    """Save a checkpoint; at the end of the run, wait until it is written."""
+    raise_if_bad()
     for saved in saver.save(done.step, skipped, wait=done.is_last or done.signum > 0):
         progress.saved(saved)

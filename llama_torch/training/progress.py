@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a live bar, log lines, and TensorBoard."""
+"""Report a training run: a progress bar, log lines, and TensorBoard."""
 
 import math
 import time
@@ -59,16 +59,16 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print one line above the bar."""
         self.console.print(escape(text), soft_wrap=True)
 
     def advance(self, step: int) -> None:
-        """Note that ``step`` steps are done."""
+        """Set the bar to ``step`` steps done."""
         self.bar.update(self.task, completed=step)
 
     def trained(self, step: int, loss: float, lr: float, norm: float) -> None:
-        """Report the training figures since the last report."""
+        """Report loss (nats per token), learning rate, gradient norm, speed and memory."""
         values = {"loss": loss, "lr": lr, "grad_norm": norm}
         line = f"step {step:>5}  loss {loss:6.3f}  lr {lr:.2e}  gradient norm {norm:6.3f}"
         if step > self.mark_step:
@@ -79,24 +79,26 @@ class Progress:
             values |= {"tokens_per_second": speed, "mfu": speed / self.at_peak}
             values["peak_memory_gib"] = memory
         self.bar.update(self.task, loss=f"loss {loss:.3f}")
-        self.say(line)
+        self.print_line(line)
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, step)
         self._restart_clock(step)
 
     def skipped(self, step: int, loss: float, norm: float, total: int) -> None:
-        """Report a bad step whose update was left out."""
-        self.say(f"step {step:>5}  loss {loss:.4g}  gradient norm {norm:.4g}  bad: skipped")
+        """Report a bad step whose update was skipped; ``total`` is their number so far."""
+        self.print_line(f"step {step:>5}  loss {loss:.4g}  gradient norm {norm:.4g}  bad: skipped")
         self.writer.add_scalar("train/bad_steps", total, step)
 
     def compiled(self, step: int, seconds: float) -> None:
-        """Report the first step of a compiled model; its time stays out of tokens/s."""
-        self.say(f"step {step:>5}  the first one took {seconds:.0f} s, for compilation")
+        """Report the first step of a compiled model; its time does not count in tokens/s."""
+        self.print_line(f"step {step:>5}  the first one took {seconds:.0f} s, for compilation")
         self._restart_clock(step)
 
     def validated(self, step: int, loss: float) -> None:
-        """Report a validation loss."""
-        self.say(f"step {step:>5}  validation loss {loss:.3f}  perplexity {perplexity(loss):,.1f}")
+        """Report a validation loss, in nats per token."""
+        self.print_line(
+            f"step {step:>5}  validation loss {loss:.3f}  perplexity {perplexity(loss):,.1f}"
+        )
         self.writer.add_scalar("val/loss", loss, step)
         self.writer.add_scalar("val/perplexity", perplexity(loss), step)
         self._restart_clock(step)
@@ -104,47 +106,53 @@ class Progress:
     def verified(self, step: int, measures: Mapping[str, tuple[float, float]]) -> None:
         """Report errors against the oracle beside their bounds, by quantity."""
         shares = [f"{name} {error / bound:.0%}" for name, (error, bound) in measures.items()]
-        self.say(f"step {step:>5}  verified: of the bounds of their errors, {', '.join(shares)}")
+        self.print_line(
+            f"step {step:>5}  verified: of the bounds of their errors, {', '.join(shares)}"
+        )
         for name, (error, bound) in measures.items():
             self.writer.add_scalar(f"verify/{name}_error", error, step)
             self.writer.add_scalar(f"verify/{name}_bound", bound, step)
         self._restart_clock(step)
 
     def sampled(self, step: int, text: str) -> None:
-        """Show a sample of text."""
-        self.say(f"step {step:>5}  sample: {text!r}")
+        """Report a sample of text."""
+        self.print_line(f"step {step:>5}  sample: {text!r}")
         self.writer.add_text("sample", text, step)
         self._restart_clock(step)
 
     def saved(self, step: int) -> None:
-        """Report a checkpoint."""
-        self.say(f"step {step:>5}  checkpoint saved")
+        """Report a complete checkpoint."""
+        self.print_line(f"step {step:>5}  checkpoint saved")
         self._restart_clock(step)
 
     def _restart_clock(self, step: int) -> None:
-        # Whatever is not training (validation, samples, saving) stays out of tokens/s.
+        # Time spent on validation, samples and checkpoints does not count in tokens/s.
         self.mark, self.mark_step = time.perf_counter(), step
 
 
 class NullProgress:
-    """The Progress of a process that does not speak: it is told everything and says nothing."""
+    """A Progress that reports nothing, for every process but the main one."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *told: None
+        return lambda *ignored: None
 
 
-def open_progress(run: Run, held: ExitStack) -> Progress | NullProgress:
-    """Show a run on the terminal and to TensorBoard until ``held`` is closed: the first process."""
+def open_progress(run: Run, exit_stack: ExitStack) -> Progress | NullProgress:
+    """Return the Progress of a run, open until ``exit_stack`` closes.
+
+    On other processes than the main one it is a NullProgress.
+    """
     config, dtype = run.config, getattr(torch, run.config.dtype)
     at_peak = peak_tokens_per_second(config.model, run.n_parameters, run.device, dtype)
     if not run.parallel.is_main_process:
         return NullProgress()
     folder = Path(config.out) / "tensorboard"
-    writer = held.enter_context(EventWriter(folder, run.first_step + 1 if run.first_step else 0))
-    return held.enter_context(
+    first = run.steps_done + 1 if run.steps_done else 0
+    writer = exit_stack.enter_context(EventWriter(folder, first))
+    return exit_stack.enter_context(
         Progress(
             writer,
-            run.first_step,
+            run.steps_done,
             config.steps,
             run.tokens_per_step,
             run.device,

@@ -48,7 +48,7 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
     return cli.parse(TrainConfig, argv, defaults)
 
 
-def after_restart(argv: Sequence[str]) -> Sequence[str]:
+def flags_after_restart(argv: Sequence[str]) -> Sequence[str]:
     """Return the flags with which torchrun's second attempt at a job continues the first.
 
     That is the run which bears the job's name, or which is in the --out it was given.
@@ -125,12 +125,12 @@ def _require_free_and_writable(out: Path) -> None:
         raise InputError(f"--out {out} cannot be written below {nearest}; choose another directory")
 
 
-def require_same(config: TrainConfig, data_key: str | None = None) -> None:
+def check_resume_config(config: TrainConfig, data_key: str | None = None) -> None:
     """Check that a resumed run's settings, and its text once its hash is known, are its own."""
     out = Path(config.out)
     stored = _stored(out)
     # A setting that did not exist when the run began had its default's effect.
-    identity = _over(TrainConfig().identity(), stored["identity"])
+    identity = _merge(TrainConfig().identity(), stored["identity"])
     differing = _differences(identity, config.identity())
     if data_key is not None and stored.get("data_key") != data_key:
         differing.append("the text of --data has changed")
@@ -183,9 +183,9 @@ def claim(config: TrainConfig, data_key: str) -> None:
         raise InputError(f"--out {out} cannot be written ({error}); choose another") from None
 
 
-def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _merge(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return ``defaults`` with what is given in their places."""
-    nested = {k: _over(v, given[k]) for k, v in defaults.items() if isinstance(given.get(k), dict)}
+    nested = {k: _merge(v, given[k]) for k, v in defaults.items() if isinstance(given.get(k), dict)}
     return {**defaults, **given, **nested}
 
 

@@ -1,4 +1,4 @@
-"""Build the model, the optimizer and the run that a config asks for."""
+"""Build the model, the optimizer and the training run of a config."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..common.device import computes_bfloat16, pick_device
 from ..common.errors import InputError
-from ..common.torchrun import _processes
+from ..common.torchrun import process_count
 from ..config import OptimConfig, TrainConfig
 from ..data.corpus import Corpus, load_corpus
 from ..data.loader import StepSampler, train_batches, val_batches
@@ -30,9 +30,9 @@ from .restore import restore
 from .validate import Validation
 
 
-def require_layout(config: TrainConfig) -> None:
-    """Raise InputError where torchrun's processes cannot share a run as it is configured."""
-    world = _processes()
+def check_parallel_layout(config: TrainConfig) -> None:
+    """Raise InputError where torchrun's processes do not fit the configured parallel layout."""
+    world = process_count()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fsdp, tp = config.parallel.fsdp, config.parallel.tp
     if world % tp:
@@ -69,9 +69,9 @@ def require_layout(config: TrainConfig) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """All that the steps of a run need."""
+    """Model, optimizer, data and parallel layout of one training run."""
 
-    config: TrainConfig  # with the precision that was chosen
+    config: TrainConfig  # its dtype resolved from "auto"
     device: torch.device
     parallel: Parallel
     corpus: Corpus
@@ -79,8 +79,8 @@ class Run:
     optimizer: Optimizer
     to_batch: Callable[[Tensor], Batch]  # windows int64 [B, T + 1] to tokens and targets [B, T]
     is_compiled: bool
-    first_step: int  # the number of steps done before
-    skipped: list[int]  # steps, from 1, whose update was left out; grows as the run goes on
+    steps_done: int  # training steps done before this process started
+    skipped: list[int]  # steps, from 1, whose update was skipped; appended to during the run
 
     @property
     def n_parameters(self) -> int:
@@ -88,19 +88,19 @@ class Run:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
-    def rows(self) -> int:
-        """The number of windows in a step, of all processes."""
+    def windows_per_step(self) -> int:
+        """The number of windows in a training step, over all processes."""
         return self.config.batch_size * self.config.grad_accum
 
     @property
     def tokens_per_step(self) -> int:
-        """The number of tokens in a step, of all processes."""
-        return self.rows * self.config.model.max_seq_len
+        """The number of tokens in a training step, over all processes."""
+        return self.windows_per_step * self.config.model.max_seq_len
 
     @property
     def compiling_step(self) -> int:
-        """The step, from 1, that waits for compilation; 0 = none."""
-        return self.first_step + 1 if self.is_compiled else 0
+        """The step, from 1, that includes compilation; 0 = none."""
+        return self.steps_done + 1 if self.is_compiled else 0
 
     @property
     def summary(self) -> str:
@@ -116,8 +116,8 @@ class Run:
             self.corpus,
             self.config.model.max_seq_len,
             seed=self.config.seed,
-            rows=self.rows,
-            first=self.first_step,
+            rows=self.windows_per_step,
+            first=self.steps_done,
             last=self.config.steps,
             workers=self.config.data.num_workers,
             rank=self.parallel.data_rank,
@@ -125,35 +125,35 @@ class Run:
         )
 
     def bad_steps(self) -> BadSteps:
-        """Return what looks at the loss and the gradient norm of every step."""
+        """Return the check of every training step's loss and gradient norm."""
         config = self.config
-        context, rows = config.model.max_seq_len, self.rows
+        context, rows = config.model.max_seq_len, self.windows_per_step
         sampler = StepSampler(
-            self.corpus, context, config.seed, rows, self.first_step, config.steps
+            self.corpus, context, config.seed, rows, self.steps_done, config.steps
         )
-        most = largest_loss(config.model.vocab_size, config.optim.z_loss)
+        max_loss = largest_loss(config.model.vocab_size, config.optim.z_loss)
         skips, parallel = config.skip_bad_steps, self.parallel
         return BadSteps(
-            most, self.device, sampler.describe, self.skipped, skips=skips, parallel=parallel
+            max_loss, self.device, sampler.describe, self.skipped, skips=skips, parallel=parallel
         )
 
     def validation(self) -> Validation:
-        """Return what measures the loss on the text that is held out."""
+        """Return the validation on held-out windows."""
         config = self.config
         context, rows = config.model.max_seq_len, config.batch_size
         windows = val_batches(self.corpus, context, rows, config.eval_batches)
         return Validation(self.model, windows, self.to_batch, self.parallel)
 
 
-def setup(config: TrainConfig, held: ExitStack) -> Run:
-    """Build all that a run's steps need; ``held`` keeps the lock of its directory.
+def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
+    """Build model, optimizer, corpus and parallel layout of a run; ``exit_stack`` holds its lock.
 
-    The directory is claimed, or restored from with --resume; a dry run leaves it alone. Raises
-    InputError for what cannot be run, before the work that it would waste. In a job the first
+    The run directory is claimed, or with --resume restored from; a dry run does not touch it.
+    Raises InputError for a config that cannot be run, before any long work. In a job the main
     process reads and writes the disk.
     """
     device = pick_device(config.device)
-    parallel = Parallel.of(config.parallel, device)
+    parallel = Parallel.from_config(config.parallel, device)
     # A run keeps the precision it began with, wherever it is resumed.
     config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
     if config.verify_every:
@@ -162,19 +162,21 @@ def setup(config: TrainConfig, held: ExitStack) -> Run:
         require_memory(config.model)
     resumes = config.resume and not config.dry_run
     if resumes and parallel.is_main_process:
-        run_dir.require_same(config)
-        held.enter_context(run_dir.lock(Path(config.out)))
+        run_dir.check_resume_config(config)
+        exit_stack.enter_context(run_dir.lock(Path(config.out)))
     with parallel.main_process_first():
         corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
     if resumes and parallel.is_main_process:
-        run_dir.require_same(config, corpus.key)
+        run_dir.check_resume_config(config, corpus.key)
     torch.set_float32_matmul_precision(config.matmul_precision)
     dtype: torch.dtype = getattr(torch, config.dtype)
     model, optimizer = build(config.model, config.optim, config.seed, dtype, device, parallel)
-    first_step, skipped = 0, list[int]()
+    steps_done, skipped = 0, list[int]()
     if not config.dry_run:
-        first_step, skipped = claim_or_restore(config, corpus.key, model, optimizer, parallel, held)
-    parallel.replicate(model)
+        steps_done, skipped = claim_or_restore(
+            config, corpus.key, model, optimizer, parallel, exit_stack
+        )
+    parallel.wrap_ddp(model)
     return Run(
         config=config,
         device=device,
@@ -184,7 +186,7 @@ def setup(config: TrainConfig, held: ExitStack) -> Run:
         optimizer=optimizer,
         to_batch=pack_documents if config.data.pack_documents else to_batch,
         is_compiled=compile_blocks(model, config.compile, config.recompute),
-        first_step=first_step,
+        steps_done=steps_done,
         skipped=skipped,
     )
 
@@ -209,7 +211,7 @@ def build(
     """Build the model with its seeded initial weights, and its optimizer."""
     generator = torch.Generator().manual_seed(seed)
     if parallel and parallel.is_sharded:
-        model = parallel.build(config, dtype, generator)
+        model = parallel.build_sharded(config, dtype, generator)
         return model, make_adamw(model, optim)
     model = Llama(config)
     model.init_weights(generator)
@@ -223,15 +225,15 @@ def claim_or_restore(
     model: Llama,
     optimizer: Optimizer,
     parallel: Parallel,
-    held: ExitStack,
+    exit_stack: ExitStack,
 ) -> tuple[int, list[int]]:
     """Claim a new run's directory, or restore the run in it.
 
-    Returns the number of steps done, and those of them that were skipped. ``held`` keeps the lock.
+    Returns the number of steps done, and the steps skipped. ``exit_stack`` holds the lock.
     """
     out = Path(config.out)
     if not config.resume and parallel.is_main_process:
-        held.enter_context(run_dir.lock(out))
+        exit_stack.enter_context(run_dir.lock(out))
         run_dir.claim(config, data_key)
     run_dir.require_shared(out, parallel)
     if not config.resume:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once before training, after the step in hand during it."""
+"""Stop a run at SIGINT or SIGTERM: at once before training, after the current training step."""
 
 import signal
 import threading
@@ -10,40 +10,40 @@ SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, and did."""
+    """Signal ``signum`` ended the run, after it saved the checkpoint of step ``saved``, if any."""
 
     def __init__(self, signum: int, saved: int | None = None) -> None:
         self.signum, self.saved = signum, saved
 
 
 class Stop:
-    """What has been asked for by signal; ``deferred`` = someone looks at ``asked`` in time."""
+    """The signal received, if any; while ``deferred``, the training loop polls ``signum``."""
 
-    def __init__(self, hears_twice: bool = False) -> None:
-        self.asked = 0  # a signal's number
+    def __init__(self, signals_are_duplicated: bool = False) -> None:
+        self.signum = 0  # of the last signal; 0 = none
         self.deferred = False
-        # A process of a job is sent what its group is sent, and torchrun passes it on once more.
-        self.hears_twice = hears_twice
+        # A process of a job receives its process group's signal, and torchrun forwards it again.
+        self.signals_are_duplicated = signals_are_duplicated
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Note the first signal if it can wait; raise Stopped for every other."""
-        waits = self.deferred and (not self.asked or self.hears_twice)
-        self.asked = signum
-        if not waits:
+        """Record a signal that the loop will poll; raise Stopped for any other."""
+        will_be_polled = self.deferred and (not self.signum or self.signals_are_duplicated)
+        self.signum = signum
+        if not will_be_polled:
             raise Stopped(signum)
 
 
 @contextmanager
-def signals(hears_twice: bool = False) -> Iterator[Stop]:
-    """Let both signals ask for a stop, and give them back their handlers afterwards.
+def signals(signals_are_duplicated: bool = False) -> Iterator[Stop]:
+    """Handle SIGINT and SIGTERM by a Stop, and restore the handlers afterwards.
 
-    One that the process was started to ignore stays ignored. Python hands signals to its main
-    thread alone: in any other nothing is done.
+    A signal that the process was started to ignore stays ignored. Python delivers signals to its
+    main thread alone; in any other thread no handler is set.
     """
-    stop, before = Stop(hears_twice), {}
+    stop, before = Stop(signals_are_duplicated), {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        before = {number: found for number, found in before.items() if found != signal.SIG_IGN}
+        before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}
     try:
         for number in before:
             signal.signal(number, stop.handle)

@@ -1,4 +1,4 @@
-"""One optimizer step: loss over micro-batches, clipping, AdamW. What the trainer runs."""
+"""One training step: loss and gradients over micro-batches, clipping, AdamW update."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,12 +21,13 @@ def accumulate(
     z_loss: float = 0.0,
     parallel: Parallel | None = None,
 ) -> tuple[Tensor, dict[Tensor, Tensor]]:
-    """Return the step's loss and the gradient of every parameter, by parameter.
+    """Return a training step's loss, a float64 scalar, and the gradient of every parameter.
 
-    The loss is the mean over every valid target of every batch, of every process in
-    ``parallel``: each batch's sum is divided by the count of them all, so that splitting a step
-    differently changes nothing but rounding. Gradients have the parameters' dtype; those of
-    several batches are summed in float32 or wider. Raises InputError where no target is valid.
+    The loss is the mean over all valid targets of all micro-batches of all processes, in nats per
+    token: each micro-batch's sum is divided by the total count, so that the split of a step into
+    micro-batches changes rounding alone. Gradients are keyed by parameter, and have its shape and
+    dtype; bfloat16 gradients of several micro-batches are summed in float32. Raises InputError
+    where no target is valid.
     """
     parallel = parallel or Parallel()
     (n_valid,) = parallel.all_reduce_sum(sum(count_valid(batch.targets) for batch in batches))
@@ -36,25 +37,27 @@ def accumulate(
     device = parameters[0].device
     total = torch.zeros((), dtype=torch.float64, device=device)
     sums: dict[Tensor, Tensor] = {}
-    sums_apart = parameters[0].dtype == torch.bfloat16 and len(batches) > 1
+    accumulate_in_float32 = parameters[0].dtype == torch.bfloat16 and len(batches) > 1
     for number, batch in enumerate(batches, 1):
         tokens, targets, positions, mask = batch.to(device)
-        reduces = number == len(batches) and not sums_apart
-        with parallel.micro_batch(model, reduces):
-            hidden = parallel.hidden(model, tokens, positions, mask, reduces=reduces)
-            # Gradients are averaged over processes, which makes of this divisor n_valid.
-            count = n_valid / parallel.data_size
-            total += backward_loss(hidden, model.head_weight, targets, count, z_loss)
+        sync_grads = number == len(batches) and not accumulate_in_float32
+        with parallel.micro_batch(model, sync_grads):
+            hidden = parallel.forward_hidden(model, tokens, positions, mask, sync_grads=sync_grads)
+            # DDP and FSDP average over data ranks: dividing by n_valid / data_size here gives
+            # the sum over all processes / n_valid.
+            divisor = n_valid / parallel.data_size
+            total += backward_loss(hidden, model.head_weight, targets, divisor, z_loss)
         grads = {p: p.grad for p in parameters if p.grad is not None}
-        if sums_apart:
+        if accumulate_in_float32:
             for parameter, grad in grads.items():
                 sums[parameter] = sums[parameter].add_(grad) if parameter in sums else grad.float()
                 parameter.grad = None
-    parallel.mean([total, *sums.values()])
+    # The loss and the float32 sums are of this process alone, and divided by n_valid / data_size.
+    parallel.all_reduce_mean_([total, *sums.values()])
     return total, sums or grads
 
 
-def update(
+def clip_and_step(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     grads: Mapping[Tensor, Tensor],
@@ -63,9 +66,10 @@ def update(
     grad_clip: float,
     accept: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
-    """Clip the gradients, step, and clear them; return their norm before clipping.
+    """Clip the gradients, update, and clear them; return their norm before clipping, a scalar.
 
-    Where ``accept`` of that norm is false nothing is updated, no moment either.
+    The gradients are scaled to a global 2-norm of at most ``grad_clip`` (section 2.2). If
+    ``accept`` returns false for the norm, neither parameters nor moments are updated.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -77,7 +81,7 @@ def update(
         else:
             scale_(grads.values(), factor)
             optimizer.step()
-    # On a CPU new memory for gradients takes longer to get than to clear; a GPU's is needed.
+    # On a CPU, allocating gradients takes longer than clearing them; on a GPU the memory is freed.
     optimizer.zero_grad(set_to_none=norm.is_cuda)
     return norm
 
@@ -93,10 +97,10 @@ def train_step(
     accept: Callable[[Tensor, Tensor], bool] | None = None,
     parallel: Parallel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Take one optimizer step over ``batches``; return mean loss and gradient norm.
+    """Take one training step over the micro-batches; return mean loss and gradient norm, scalars.
 
-    ``accept`` is given both before the update, and may forbid it.
+    ``accept`` receives both before the update, and returns whether to update.
     """
     loss, grads = accumulate(model, batches, z_loss, parallel)
     allow = None if accept is None else partial(accept, loss)
-    return loss, update(model, optimizer, grads, lr=lr, grad_clip=grad_clip, accept=allow)
+    return loss, clip_and_step(model, optimizer, grads, lr=lr, grad_clip=grad_clip, accept=allow)

@@ -1,4 +1,4 @@
-"""``--profile``: a trace of a few steps."""
+"""``--profile``: write torch's profile of a few training steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,14 +13,17 @@ TRACED_STEPS = 3
 
 @contextmanager
 def tracing(
-    out: Path, steps: int, say: Callable[[str], None]
+    out: Path, steps: int, print_line: Callable[[str], None]
 ) -> Iterator[Callable[[object], None]]:
-    """Write ``out``/trace.json of some of ``steps`` steps; yield what to call after each."""
+    """Profile some of ``steps`` training steps into ``out``/trace.json.
+
+    Yields the function to call after each training step.
+    """
     path = out / TRACE_FILE
 
     def save(profiler: profile) -> None:
         profiler.export_chrome_trace(str(path))
-        say(f"trace of {TRACED_STEPS} steps in {path}; ui.perfetto.dev opens it")
+        print_line(f"trace of {TRACED_STEPS} steps in {path}; ui.perfetto.dev opens it")
 
     # The first steps compile and allocate.
     wait = max(0, min(5, steps - TRACED_STEPS - 1))

@@ -1,4 +1,4 @@
-"""Measure the validation loss, and sample text, in between steps."""
+"""Measure the validation loss and sample text between training steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,52 +18,54 @@ from .compile import uncompiled
 
 
 class Validation:
-    """The validation loss of a model in training: ``loss``, as last measured."""
+    """The validation loss of a model in training; ``loss`` is the last one measured."""
 
     def __init__(
         self,
         model: Llama,
         windows: Sequence[Tensor],
-        cut: Callable[[Tensor], Batch],
+        to_batch: Callable[[Tensor], Batch],
         parallel: Parallel,
     ) -> None:
-        self.model, self.windows, self.cut, self.parallel = model, windows, cut, parallel
+        self.model, self.windows = model, windows
+        self.to_batch, self.parallel = to_batch, parallel
         self.loss = math.nan
 
     def measure(self) -> None:
-        """Measure the loss of the model as it is now."""
-        self.loss = validation_loss(self.model, self.windows, self.cut, self.parallel)
+        """Measure the loss of the current weights, in nats per token."""
+        self.loss = validation_loss(self.model, self.windows, self.to_batch, self.parallel)
 
 
 @torch.no_grad()
 def validation_loss(
     model: Llama,
     windows: Sequence[Tensor],
-    cut: Callable[[Tensor], Batch] = to_batch,
+    to_batch: Callable[[Tensor], Batch] = to_batch,
     parallel: Parallel | None = None,
 ) -> float:
     """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1].
 
-    ``cut`` makes tokens and targets [B, T] of a window. The processes of ``parallel`` share the
-    windows out, and all return the same.
+    ``to_batch`` splits windows into tokens and targets [B, T]. The data ranks of ``parallel``
+    divide the windows among them, and all return the same loss.
     """
     parallel = parallel or Parallel()
     device = model.head_weight.device
     total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
     with uncompiled():
-        # Shards are gathered together: all take as many, the last ones perhaps in vain.
+        # FSDP gathers are collective: every rank runs the same number of forward passes, and
+        # discards the surplus ones.
         for first in range(0, len(windows), parallel.data_size):
             at = first + parallel.data_rank
-            batch = cut(windows[min(at, len(windows) - 1)])
+            batch = to_batch(windows[min(at, len(windows) - 1)])
             tokens, targets, positions, mask = batch.to(device)
-            hidden = parallel.hidden(model, tokens, positions, mask)
+            hidden = parallel.forward_hidden(model, tokens, positions, mask)
             loss = loss_sum(hidden, model.head_weight, targets)
             if at < len(windows):
                 total += torch.stack([loss, loss.new_full((), count_valid(batch.targets))])
     parallel.reshard(model)
-    loss, n_valid = parallel.total(total).tolist()
-    found: float = loss / n_valid
-    return found
+    loss, n_valid = parallel.all_reduce_sum_(total).tolist()
+    mean: float = loss / n_valid
+    return mean
 
 
 def sample_text(
@@ -80,6 +82,6 @@ def sample_text(
         prompt_ids = gpt2_ids(prompt)[: model.config.max_seq_len - 1]
     settings = SamplingConfig(max_new_tokens=40, seed=seed * 1_000_003 + step)
     with uncompiled():
-        # A captured step would keep its cache in a GPU's memory between samples.
+        # A captured decoding step would keep its cache in GPU memory between samples.
         ids = generate(model, prompt_ids, settings, decoding="eager")
         return prompt + Gpt2().decode(ids)

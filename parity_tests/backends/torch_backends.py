@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llama_torch.config import OptimConfig
 from llama_torch.model.kv_cache import Cache
 from llama_torch.model.llama import Llama
-from llama_torch.training import batch as batch_module
 from llama_torch.training import step
+from llama_torch.training.batch import Batch as TrainingBatch
 from llama_torch.training.optimizer import learning_rate, make_adamw
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
@@ -183,11 +183,9 @@ def _array(value: torch.Tensor) -> Array:
     return wide.cpu().numpy()
 
 
-def to_torch(batch: Batch) -> batch_module.Batch:
+def to_torch(batch: Batch) -> TrainingBatch:
     """Copy a batch to torch."""
-    return batch_module.Batch(
-        *(None if x is None else torch.from_numpy(np.array(x)) for x in batch)
-    )
+    return TrainingBatch(*(None if x is None else torch.from_numpy(np.array(x)) for x in batch))
 
 
 def optim_config(hyper: Hyperparameters) -> OptimConfig:

@@ -169,10 +169,14 @@ def test_a_restart_leaves_other_runs_alone(
         record = json.loads((alone / "run.json").read_text()) | {"job": job}
         (out / "run.json").write_text(json.dumps(record))
     resumed = ["--resume", "--out", str(Path("runs") / "1")]
-    assert run_dir.after_restart([]) == resumed
-    assert run_dir.after_restart(["--out", str(mine)])[-3:] == ["--resume", "--out", str(mine)]
+    assert run_dir.flags_after_restart([]) == resumed
+    assert run_dir.flags_after_restart(["--out", str(mine)])[-3:] == [
+        "--resume",
+        "--out",
+        str(mine),
+    ]
     for other in (["--out", "runs/2"], ["--out", "new"], ["--resume"]):
-        assert run_dir.after_restart(other) == other
+        assert run_dir.flags_after_restart(other) == other
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(alone: Path) -> None:
@@ -187,13 +191,13 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(alone: Path) -> N
 
 def test_a_signal_may_come_twice_to_a_process_of_a_job() -> None:
     """From its group, and from torchrun, which passes it on."""
-    with signals(hears_twice=True) as stop:
+    with signals(signals_are_duplicated=True) as stop:
         with pytest.raises(Stopped):  # there is no step in hand
             signal.raise_signal(signal.SIGTERM)
-        stop.asked, stop.deferred = 0, True
+        stop.signum, stop.deferred = 0, True
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
-        assert stop.asked == signal.SIGTERM
+        assert stop.signum == signal.SIGTERM
 
 
 class Lonely(Parallel):

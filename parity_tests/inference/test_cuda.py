@@ -43,7 +43,7 @@ def test_a_guard_does_not_wait_for_the_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     with pytest.raises(InputError, match="step 2 is bad: its loss is nan.*the windows of 1"):
-        guard.look()
+        guard.raise_if_bad()
 
 
 @given(case=wide_cases())

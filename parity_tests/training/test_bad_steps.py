@@ -162,7 +162,7 @@ def test_a_gpus_guard_finds_the_first_bad_step(
     later, at_once = (
         bad_steps.BadSteps(largest, cpu, lambda i: f"windows {i}", []) for _ in range(2)
     )
-    later.waits = False
+    later.checks_before_update = False
     most = 3 * math.log(vocab_size)
     most += z_loss * most**2
     bad = 0
@@ -178,12 +178,12 @@ def test_a_gpus_guard_finds_the_first_bad_step(
             with pytest.raises(InputError, match=f"step {number} is bad"):
                 at_once.accept(number, *tensors)
             bad = bad or number
-    at_once.look()
+    at_once.raise_if_bad()
     if bad:
         with pytest.raises(InputError, match=f"step {bad} is bad.*windows {bad - 1}"):
-            later.look()
+            later.raise_if_bad()
     else:
-        later.look()
+        later.raise_if_bad()
 
 
 def test_what_a_gpu_trained_after_a_bad_step_is_not_saved(
@@ -196,7 +196,7 @@ def test_what_a_gpu_trained_after_a_bad_step_is_not_saved(
 
     def unwaited(self: bad_steps.BadSteps, *args: Any, **more: Any) -> None:
         made(self, *args, **more)
-        self.waits = False
+        self.checks_before_update = False
 
     monkeypatch.setattr(bad_steps.BadSteps, "__init__", unwaited)
     spoil({3: "gradient"}, monkeypatch)

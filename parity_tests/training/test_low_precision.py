@@ -18,7 +18,7 @@ from llama_torch.checkpoint.hf import MODEL_FILE, read_metadata
 from llama_torch.checkpoint.single_file import STATE_FILE
 from llama_torch.checkpoint.step_folders import newest
 from llama_torch.model.llama import Llama
-from llama_torch.training import optimizer as master_adamw
+from llama_torch.training import optimizer as optimizer_module
 from llama_torch.training import setup, step
 from llama_torch.training.optimizer import MasterAdamW, join, learning_rate, split
 from reference_np import optim
@@ -146,7 +146,7 @@ def test_ten_steps_on_bfloat16_weights_are_the_oracles_in_float32(
     A tensor's step is taken in blocks: of one size, with a smaller last one, or in one.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(master_adamw, "BLOCK", block)
+        patch.setattr(optimizer_module, "BLOCK", block)
         take_ten_steps(device, seed, decay, clip)
 
 
@@ -165,7 +165,7 @@ def take_ten_steps(device: str, seed: int, decay: float, clip: float) -> None:
         grads = {n: torch.from_numpy(rng.standard_normal(s)).bfloat16() for n, s in shapes.items()}
         by_parameter = {given_params[n]: grad.to(device) for n, grad in grads.items()}
         lr = learning_rate(i, hyper.steps, optim_config(hyper))
-        norm_found = step.update(None, optimizer, by_parameter, lr=lr, grad_clip=clip)
+        norm_found = step.clip_and_step(None, optimizer, by_parameter, lr=lr, grad_clip=clip)
         state = state or optim.init_state(exact)
         made = 0.0, {n: grad.double().numpy() for n, grad in grads.items()}
         rules = SimpleNamespace(**vars(optim.REFERENCE))

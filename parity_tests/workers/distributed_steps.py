@@ -45,7 +45,7 @@ def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
     dtype, settings = getattr(torch, layout.dtype), optim_config(case.hyper)
     torch.set_default_dtype(torch.float32 if dtype == torch.bfloat16 else dtype)
     config = torch_config(case.config)
-    parallel = Parallel.of(ParallelConfig(layout.fsdp, layout.tp), torch.device("cpu"))
+    parallel = Parallel.from_config(ParallelConfig(layout.fsdp, layout.tp), torch.device("cpu"))
     Llama.init_part = given(case)  # type: ignore[method-assign]
     model, optimizer = built(parallel, config, dtype, settings)
     share = len(case.batches) // parallel.data_size
@@ -74,12 +74,12 @@ def built(parallel: Parallel, config: Any, dtype: torch.dtype, settings: OptimCo
     """Return model and optimizer as the trainer makes them."""
     generator = torch.Generator()
     if parallel.is_sharded:
-        model = parallel.build(config, dtype, generator)
+        model = parallel.build_sharded(config, dtype, generator)
         return model, make_adamw(model, settings)
     model = Llama(config)
     model.init_weights(generator)
     optimizer = make_adamw(model, settings, dtype)
-    parallel.replicate(model)
+    parallel.wrap_ddp(model)
     return model, optimizer
 
 
