@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llama_torch.common.errors import InputError
 from llama_torch.config import OptimConfig
 from llama_torch.distributed.parallel import Parallel
-from llama_torch.model import loss as loss_module
+from llama_torch.model import loss as model_loss
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from llama_torch.model.loss import IGNORE, _pieces, backward_loss, count_valid, loss_sum
@@ -69,7 +69,7 @@ class OneOf(Parallel):
         super().__init__()
         self.data_rank, self.data_size, self.added = rank, world, torch.zeros(2).double()
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum_(self, values: torch.Tensor) -> torch.Tensor:
         self.added = values
         return torch.ones(2)
 
@@ -114,7 +114,7 @@ def test_the_chunked_loss_is_the_plain_one(seed: int, rows: int, length: int, pi
     plain.backward()
     expected = [p.grad for p in model.parameters()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "CHUNK_BYTES", 8 * piece * TINY.vocab_size)
+        patch.setattr(model_loss, "CHUNK_BYTES", 8 * piece * TINY.vocab_size)
         model = fresh_model()
         hidden, _ = model.model(tokens)
         loss = backward_loss(hidden, model.head_weight, targets, n_valid)

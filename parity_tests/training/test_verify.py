@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llama_torch import train
+from llama_torch.checkpoint.single_file import STATE_FILE
 from llama_torch.checkpoint.step_folders import newest
-from llama_torch.checkpoint.training_state import STATE_FILE
 from llama_torch.config import OptimConfig
 from llama_torch.model import loss
 from llama_torch.model.config import ModelConfig
