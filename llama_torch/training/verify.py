@@ -1,7 +1,7 @@
 """A training run held to the NumPy oracle as it goes: ``--verify-every``.
 
-This module and its oracle.py import the oracle, and nothing else of the package does; the trainer
-imports it when asked to.
+This module, error_bounds.py and oracle.py import the oracle, and nothing else of the package does;
+the trainer imports them for this flag alone.
 
 What is verified is what trains. The live model, compiled or not, takes whole micro-batches of the
 step just done, in which all but a few targets are ignored. Attention is causal, so that what is
@@ -35,7 +35,8 @@ from ..model.llama import Llama
 from ..model.loss import IGNORE, count_valid
 from . import step
 from .batch import Batch
-from .oracle import PARTS, BoundedError, Observed, bound_errors, oracle_config, worst_of_each
+from .error_bounds import BoundedError, Observed, bound_errors, worst_of_each
+from .oracle import PARTS, oracle_config
 from .verify_sums import embedding_error, gradients_aside
 
 # Of host memory for each parameter: gradients in float64 and twice in float32, and one matrix.

@@ -17,7 +17,7 @@ ORACLE_ORDER = [
 ]
 VERIFIER = "llama_torch.training.verify"
 # The modules of llama_torch that import the oracle.
-VERIFIERS = ("llama_torch.training.oracle", VERIFIER)
+VERIFIERS = ("llama_torch.training.oracle", "llama_torch.training.error_bounds", VERIFIER)
 
 
 @cache

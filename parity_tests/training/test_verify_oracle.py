@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_torch.common.errors import InputError
-from llama_torch.training import oracle, step, verify
+from llama_torch.training import error_bounds, oracle, step, verify
 from llama_torch.training.batch import Batch, to_batch
-from llama_torch.training.oracle import BoundedError, Observed
+from llama_torch.training.error_bounds import BoundedError, Observed
 from reference_np import grad, ops, optim
 from reference_np.config import LlamaConfig
 from reference_np.low_precision import plain_ops, plain_vjps, round_to
@@ -107,7 +107,9 @@ def computed(given: Setting, bug: Mutant | None) -> Observed:
 
 def judged(given: Setting, observed: Observed, precision: str) -> list[BoundedError]:
     config = torch_config(given.config)
-    return oracle.bound_errors(config, given.weights, given.batches, observed, precision, Z_LOSS)
+    return error_bounds.bound_errors(
+        config, given.weights, given.batches, observed, precision, Z_LOSS
+    )
 
 
 def share(precision: str, bug: Mutant | None) -> float:
@@ -121,15 +123,15 @@ def share(precision: str, bug: Mutant | None) -> float:
 def _references_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute what a model of ``setting`` is judged by once, and not for every bug."""
     known: dict[Any, Any] = {}
-    real = oracle._compute
+    real = oracle.compute
 
     def compute(config: LlamaConfig, params: Any, batches: Any, z_loss: float, kind: str) -> Any:
-        key = config, params.dtype, params.moved, z_loss, kind
+        key = config, params.dtype, params.perturbation, z_loss, kind
         if key not in known:
             known[key] = real(config, params, batches, z_loss, kind)
         return known[key]
 
-    monkeypatch.setattr(oracle, "_compute", compute)
+    monkeypatch.setattr(oracle, "compute", compute)
 
 
 @pytest.mark.usefixtures("_references_once")
@@ -204,7 +206,7 @@ def test_the_precision_of_products_is_found_out(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_tries_are_from_weights_one_rounding_away(dtype: torch.dtype) -> None:
     weights = {"a": torch.randn(50, generator=torch.Generator().manual_seed(0)).to(dtype)}
-    one, again, other = (oracle._Weights(weights, torch.float32, moved) for moved in (1, 1, 2))
+    one, again, other = (oracle.OracleWeights(weights, torch.float32, moved) for moved in (1, 1, 2))
     value = weights["a"].float().numpy()
     moved = np.abs(one["a"] - value) / np.abs(value)
     assert np.all((moved > 0) & (moved <= 2 * torch.finfo(dtype).eps))
