@@ -9,7 +9,7 @@ from pathlib import Path
 from .common import cli
 from .common.errors import check, check_positive
 from .data.shard_writer import prepare
-from .data.shards import Shards, damaged_shards
+from .data.shards import TokenShards, damaged_shards
 from .data.text_files import find_files, identify
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(PrepareConfig, argv)
     if config.verify:
-        return _verify(Shards(Path(config.verify)))
+        return _verify(TokenShards(Path(config.verify)))
     started = time.perf_counter()
     text = identify(find_files(config.data), config.text_field)
     shards = prepare(text, Path(config.out), config.workers, config.shard_tokens)
@@ -57,7 +57,7 @@ def _main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _verify(shards: Shards) -> int:
+def _verify(shards: TokenShards) -> int:
     damaged = damaged_shards(shards)
     for name in damaged:
         print(f"{shards.folder / name}: is not what was written; its checksum differs")

@@ -1,4 +1,4 @@
-"""Open what is trained on: texts and token shards, each split in training and validation."""
+"""Open the texts and token shards of --data, each split into training and validation tokens."""
 
 import hashlib
 import os
@@ -15,14 +15,14 @@ from ..config import DataConfig
 from ..tokenizer.gpt2 import VOCAB_SIZE
 from . import order
 from .shard_writer import prepare
-from .shards import Shards, is_shards
+from .shards import TokenShards, is_shards
 from .text_files import find_files, identify
 
 HELP_TOPICS = "Python's help topics (built in)"
 
 
 class Tokens(Protocol):
-    """A sequence of token ids; a slice of it is an array."""
+    """A sequence of token ids; a slice is an array [stop - start]."""
 
     def __len__(self) -> int: ...
 
@@ -30,7 +30,7 @@ class Tokens(Protocol):
 
 
 class Part:
-    """The ids of ``tokens[start:stop]``, not yet read."""
+    """The token ids ``tokens[start:stop]``, read when sliced."""
 
     def __init__(self, tokens: Tokens, start: int, stop: int) -> None:
         self.tokens, self.start, self.stop = tokens, start, stop
@@ -45,27 +45,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Token ids of one text, split in two."""
+    """Token ids of one text, split into training and validation."""
 
     train: Tokens
     val: Tokens
-    name: str  # for people
+    name: str  # for messages
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is trained on: one source, or several that share the windows by their weights."""
+    """The training data: one source, or several that windows are drawn from by weight."""
 
     sources: tuple[Source, ...]
-    weights: tuple[float, ...]  # of each source; any positive numbers
+    weights: tuple[float, ...]  # of each source; positive, not normalised
     key: str  # hash of the content and of the encoding
 
 
 def load_corpus(config: DataConfig, vocab_size: int, context: int) -> Corpus:
-    """Open the configured texts, tokenised now unless they were before, and split each.
+    """Open the configured texts, tokenised unless they are in the cache, and split each.
 
     Raises InputError for text that cannot be read, token ids outside the vocabulary, and a
-    train or validation part shorter than one window of ``context`` + 1 tokens.
+    training or validation part shorter than one window of ``context`` + 1 tokens.
     """
     names = [(name,) for name in config.data] if config.weights else [config.data]
     shards = [_open(config, patterns) for patterns in names]
@@ -83,8 +83,8 @@ def load_corpus(config: DataConfig, vocab_size: int, context: int) -> Corpus:
     return Corpus(tuple(sources), config.weights or (1.0,), key)
 
 
-def _open(config: DataConfig, patterns: Sequence[str]) -> Shards:
-    """Return what ``patterns`` name: a folder of shards, or text and its shards in the cache."""
+def _open(config: DataConfig, patterns: Sequence[str]) -> TokenShards:
+    """Return the token shards of a folder, or of the text files that ``patterns`` name."""
     folders = [name for name in patterns if name and is_shards(Path(name))]
     if folders and len(patterns) > 1:
         raise InputError(
@@ -92,14 +92,14 @@ def _open(config: DataConfig, patterns: Sequence[str]) -> Shards:
             "it alone, or say with --weights how to mix them"
         )
     if folders:
-        return Shards(Path(folders[0]))
+        return TokenShards(Path(folders[0]))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(config.cache_dir) if config.cache_dir else home / "llama_torch"
     text = identify(find_files(patterns), config.text_field)
     return prepare(text, cache / text.key)
 
 
-def _require_in_vocabulary(tokens: Shards, vocab_size: int, name: str) -> None:
+def _require_in_vocabulary(tokens: TokenShards, vocab_size: int, name: str) -> None:
     highest = tokens.index.highest
     if highest >= vocab_size:
         raise InputError(
@@ -117,7 +117,7 @@ def _require_long_enough(part: Tokens, context: int, name: str) -> None:
 
 
 def describe(corpus: Corpus) -> str:
-    """Return one line about the corpus for people."""
+    """Return a line with each source's name and its training and validation token counts."""
     return "; ".join(
         (f"{float(share):.1%} " if len(corpus.sources) > 1 else "")
         + f"{source.name}: {len(source.train):,} training tokens, {len(source.val):,} held out"

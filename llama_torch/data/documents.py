@@ -1,4 +1,4 @@
-"""Read text files as documents, and as pieces of bounded size to tokenise."""
+"""Read text files as documents, and as pieces of bounded size for tokenisation."""
 
 import io
 import json
@@ -16,9 +16,9 @@ from ..common.errors import InputError
 from ..tokenizer.gpt2 import END_OF_TEXT_ID, gpt2_ids, located
 from .text_files import STRUCTURED, help_topics
 
-PIECE = 1 << 20  # bytes of text that are in memory and tokenised at a time
-ROWS = 64  # of a .parquet file that are decoded at a time
-BOM = b"\xef\xbb\xbf"  # a byte-order mark is no text
+PIECE = 1 << 20  # bytes of text tokenised at a time
+ROWS = 64  # rows of a .parquet file decoded at a time
+BOM = b"\xef\xbb\xbf"  # byte-order mark, skipped
 # The last place before white space that something else follows. GPT-2's pretokeniser always begins
 # a token there (it leaves the last white space of a run to what follows), and looks at nothing
 # before it: the ids of the two parts are those of the whole. What follows is told by its first
@@ -27,18 +27,18 @@ BORDER = re.compile(rb"(?s:.*)((?<!\r)\n|\r\n| )(?=[!-~\xc3-\xdf\xe4-\xf4]|\xe3[
 
 
 class Piece(NamedTuple):
-    """Some text of one file, all that a process needs to tokenise it."""
+    """A piece of one file's text, to be tokenised by one process."""
 
     path: Path | None
-    file: int  # which of the files
-    start: int  # where in it: bytes, or rows of a .parquet file
-    content: bytes | tuple[str, ...]  # a stretch of the file, or whole documents
-    is_last: bool  # of its file
-    n_bytes: int  # of the file that it stands for
+    file: int  # index in the list of files
+    start: int  # offset in the file: bytes, or rows of a .parquet file
+    content: bytes | tuple[str, ...]  # a slice of the file, or whole documents
+    is_last: bool  # the last piece of its file
+    n_bytes: int  # bytes of the file it covers, estimated for .parquet
 
 
 def documents(files: Sequence[Path], text_field: str) -> Iterator[str]:
-    """Yield the text of every document; without files, of every help topic of Python."""
+    """Yield the text of every document; without files, of Python's help topics."""
     if not files:
         yield from help_topics()
     for path in files:
@@ -50,7 +50,7 @@ def documents(files: Sequence[Path], text_field: str) -> Iterator[str]:
 
 
 def document_place(files: Sequence[Path], text_field: str, number: int) -> str:
-    """Return where the ``number``-th of ``documents`` stands, for people; reads them again."""
+    """Return the file and place of the ``number``-th document, for a message; reads them again."""
     for path in files:
         n = 1 if path.suffix not in STRUCTURED else sum(1 for _ in documents([path], text_field))
         if number <= n:
@@ -62,10 +62,10 @@ def document_place(files: Sequence[Path], text_field: str, number: int) -> str:
 def pieces(
     files: Sequence[Path], text_field: str, file: int = 0, start: int = 0
 ) -> Iterator[Piece]:
-    """Yield the text from a place on where a piece began, in order; none holds much over PIECE.
+    """Yield pieces of about PIECE bytes in order, from the start of a piece on.
 
-    A .txt or .md file is cut at BORDER, so that its ids are those of the whole file; a stretch of
-    PIECE bytes without one is cut at its end. A record of .jsonl or .parquet is never cut.
+    A .txt or .md file is cut at BORDER, so that its ids are those of the whole file; PIECE
+    bytes without one are cut at their end. A record of .jsonl or .parquet is never cut.
     """
     if not files and file == 0:
         yield Piece(None, 0, 0, tuple(help_topics()), True, 0)
@@ -100,7 +100,7 @@ def _file_pieces(path: Path, number: int, start: int) -> Iterator[Piece]:
 
 
 def _border(content: bytes) -> int:
-    """Return where to cut: at the last BORDER, else before the last character."""
+    """Return the offset to cut at: the last BORDER, else before the last character."""
     found = BORDER.match(content)
     if found and found.start(1):
         return found.start(1)
@@ -145,12 +145,12 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
 
 
 def texts(piece: Piece, text_field: str) -> Iterator[str]:
-    """Yield a piece's documents, or its part of one."""
+    """Yield the texts of a piece's documents, or its part of one document."""
     return (text for _, text in _numbered(piece, text_field))
 
 
 def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str]]:
-    """Yield a piece's documents, or its part of one, with what ``_place`` tells them by."""
+    """Yield (number, text) of a piece's documents; ``_place`` takes the number."""
     if not isinstance(piece.content, bytes):
         yield from enumerate(piece.content, 1)
         return
@@ -170,7 +170,7 @@ def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str]]:
 
 
 def _place(piece: Piece, number: int) -> str:
-    """Return where a piece's text stands, for people."""
+    """Return the file and place of a piece's text, for an error message."""
     if piece.path is None:
         return f"Python's help topic {number}"
     if piece.path.suffix == ".jsonl":
@@ -206,9 +206,9 @@ def _lines_before(path: Path, offset: int) -> int:
 
 
 def encode(piece: Piece, text_field: str) -> NDArray[np.uint32]:
-    """Return a piece's ids; <|endoftext|> ends every document that has any.
+    """Return a piece's GPT-2 token ids, uint32 [N]; <|endoftext|> ends each non-empty document.
 
-    Raises InputError for text that cannot be read or encoded, naming the file and the place.
+    Raises InputError, naming file and place, for text that cannot be read or encoded.
     """
     found: list[int] = []
     ends = piece.is_last or not isinstance(piece.content, bytes)

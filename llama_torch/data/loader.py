@@ -1,4 +1,4 @@
-"""Read windows of a corpus in a fixed order, in worker processes where asked to."""
+"""Read windows of a corpus in an order that the seed fixes, optionally in worker processes."""
 
 import signal
 from collections.abc import Generator, Iterator
@@ -15,18 +15,18 @@ from ..common.torchrun import is_launched
 from . import order
 from .corpus import Corpus, Tokens
 
-SHOWN = 16  # windows of a bad step that are named
+SHOWN = 16  # windows of a bad training step named in the error
 
 
 class Window(NamedTuple):
-    """Where a window is read: ``context`` + 1 tokens from ``start`` of a source."""
+    """A window's place in a corpus: ``context`` + 1 tokens from ``start`` of a source."""
 
     source: int
     start: int
 
 
 class Windows(Dataset[Tensor]):
-    """A corpus's training windows, each int64 [context + 1], indexed by where they are."""
+    """The training windows of a corpus, each int64 [context + 1], indexed by Window."""
 
     def __init__(self, corpus: Corpus, context: int) -> None:
         self.parts, self.context = [source.train for source in corpus.sources], context
@@ -40,10 +40,10 @@ def _read(part: Tokens, start: int, context: int) -> Tensor:
 
 
 class StepSampler(Sampler[list[Window]]):
-    """The windows of each step from ``first`` on; ``rows`` windows a step on all ranks together.
+    """Yields this rank's windows of training steps ``first`` to ``last`` - 1.
 
-    Rank r of ``world`` has the r-th of ``world`` equal stretches of them, so that a step reads
-    the same windows in the same order whatever the number of ranks.
+    A step has ``rows`` windows over all ranks. Rank r of ``world`` takes the r-th of ``world``
+    equal slices, so that a step reads the same windows in the same order for any number of ranks.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StepSampler(Sampler[list[Window]]):
         self.mine = slice(rank * rows // world, (rank + 1) * rows // world)
 
     def windows(self, step: int) -> list[Window]:
-        """Return this rank's windows of a step: a pure function of the seed and the step."""
+        """Return this rank's windows of a training step, a pure function of seed and step."""
         weights = self.corpus.weights
         indices = range(step * self.rows, (step + 1) * self.rows)[self.mine]
         found = np.array([order.source_of(index, weights) for index in indices], dtype=np.int64)
@@ -77,7 +77,7 @@ class StepSampler(Sampler[list[Window]]):
         return [Window(*pair) for pair in zip(sources.tolist(), starts.tolist(), strict=True)]
 
     def describe(self, step: int) -> str:
-        """Name this rank's windows of a step for people: the text, and which of its tokens."""
+        """Return the texts and token ranges of this rank's windows of a step, for messages."""
         found: dict[int, list[str]] = {}
         for source, start in self.windows(step):
             found.setdefault(source, []).append(f"{start}-{start + self.context}")
@@ -106,42 +106,47 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Generator[Tensor, None, None]:
-    """Yield int64 [rows / world, context + 1] for every step of ``range(first, last)``."""
+    """Yield windows int64 [rows / world, context + 1] for each step of ``range(first, last)``.
+
+    ``workers`` processes read ahead; 0 reads in this process. Raises InputError for data that can
+    no longer be read.
+    """
     sampler = StepSampler(corpus, context, seed, rows, first, last, rank, world)
     loader = DataLoader(
         Windows(corpus, context),
         batch_sampler=sampler,
         num_workers=workers,
-        worker_init_fn=leave_to_parent,
+        worker_init_fn=ignore_signals_in_worker,
     )
-    return _plainly(iter(loader))
+    return _unwrap_worker_errors(iter(loader))
 
 
-def _plainly(batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
-    """Yield the batches; of a loader's process, an InputError without the traceback in it."""
+def _unwrap_worker_errors(batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+    """Yield the batches; raise a worker's InputError without the traceback in its message."""
     try:
         yield from batches
         return
     except InputError as error:
         message = str(error)
         error.__traceback__ = None  # one of its frames holds the error, and another the loader
-    # Nothing may hold the loader any more, whose processes end when it does.
+    # The workers end when no reference to the loader is left.
     del batches
     name = f"{InputError.__module__}.{InputError.__qualname__}: "
     raise InputError(message.rpartition(name)[2].strip())
 
 
-def val_batches(corpus: Corpus, context: int, rows: int, most: int) -> list[Tensor]:
-    """Return validation windows, the same each time: all, or ``most`` batches spread out.
+def val_batches(corpus: Corpus, context: int, rows: int, max_batches: int) -> list[Tensor]:
+    """Return validation windows int64 [rows, context + 1], the same at every call.
 
-    Of several sources each has its weight's share of them: all of the one that is short of its
-    share, and of the others as many as go with that.
+    The last batch may have fewer rows. At most ``max_batches`` batches (0 = no limit) are spread
+    evenly over the text. Source i contributes n * share_i windows, where share_i is its normalised
+    weight and n the largest number for which every source has enough windows.
     """
     all_starts = [np.arange(0, len(source.val) - context, context) for source in corpus.sources]
     shares = order.shares(corpus.weights)
     n = min(len(starts) // share for starts, share in zip(all_starts, shares, strict=True))
-    if most:
-        n = min(n, most * rows)
+    if max_batches:
+        n = min(n, max_batches * rows)
     windows = []
     counts = order.counts(n, corpus.weights)
     for source, starts, count in zip(corpus.sources, all_starts, counts, strict=True):
@@ -153,19 +158,19 @@ def val_batches(corpus: Corpus, context: int, rows: int, most: int) -> list[Tens
 PATIENCE = 60  # seconds
 
 
-def leave_to_parent(worker: int) -> None:
-    """Outlive both signals in a data worker: a group is sent them, and its trainer needs it yet.
+def ignore_signals_in_worker(worker: int) -> None:
+    """Keep a DataLoader worker alive at SIGINT and at the first SIGTERM, for PATIENCE seconds.
 
-    That one finishes the step in hand, and ends the worker: with SIGTERM, and again when it ends
-    itself, if it must. Hence a second one is obeyed, but not in a job (see
-    Stop.signals_are_duplicated).
+    Both go to the whole process group, and the trainer still needs its worker to finish the
+    current training step. It then ends the worker by SIGTERM, so a second SIGTERM ends it after a
+    second; not in a job, where signals arrive twice (see Stop.signals_are_duplicated).
     """
-    heard = 0
+    n_signals = 0
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal heard
-        heard += 1
-        signal.alarm(PATIENCE if heard == 1 or is_launched() else 1)
+        nonlocal n_signals
+        n_signals += 1
+        signal.alarm(PATIENCE if n_signals == 1 or is_launched() else 1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, handle)

@@ -1,4 +1,4 @@
-"""Which windows are read when: pure functions of the seed and a window's number, in O(1) memory."""
+"""The order of training windows: pure functions of seed and window number, in O(1) memory."""
 
 import math
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDS = 6  # each half is changed three times, by a hash of all that the other holds
-SHARE_BITS = 62  # of a share: whole numbers, so that counts are exact however far a run gets
+ROUNDS = 6  # Feistel rounds: three for each half
+SHARE_BITS = 62  # of a share in fixed point, so that counts are exact for any length of run
 
 Indices = NDArray[np.int64]
 
 
 def permute(indices: Indices, n: int, keys: NDArray[np.uint64]) -> Indices:
-    """Return where the permutation of range(n) that ``keys`` stand for takes each index.
+    """Return the images [N] of ``indices`` [N] under a keyed permutation of range(n).
 
-    A Feistel network on pairs below a * b >= n: to add a hash of one half to the other can be
-    undone, whatever the hash. An image of n or more is permuted again until it is below n (cycle
-    walking; Black and Rogaway 2002); fewer than one in sqrt(n) is.
+    A Feistel network on pairs (i, j) with i < a, j < b and a * b >= n: each round adds a hash of
+    one half to the other, which is invertible. An image of n or more is permuted again until it
+    is below n (cycle walking; Black and Rogaway 2002); fewer than one in sqrt(n) is.
     """
     a = math.isqrt(n - 1) + 1
     sizes = np.uint64(a), np.uint64(-(-n // a))
@@ -35,8 +35,9 @@ def _network(
 ) -> NDArray[np.uint64]:
     halves = [values % sizes[0], values // sizes[0]]
     for i, key in enumerate(keys):
-        to, of = i % 2, 1 - i % 2
-        halves[to] = (halves[to] + _hash(halves[of] ^ key) % sizes[to]) % sizes[to]
+        target, source = i % 2, 1 - i % 2
+        hashed = _hash(halves[source] ^ key) % sizes[target]
+        halves[target] = (halves[target] + hashed) % sizes[target]
     return halves[1] * sizes[0] + halves[0]
 
 
@@ -50,10 +51,10 @@ def _hash(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def window_starts(
     n_tokens: int, context: int, seed: int, indices: Indices, source: int = 0
 ) -> Indices:
-    """Return where each of a source's training windows starts, by its number in the source.
+    """Return the first token [N] of a source's training windows, by their numbers ``indices`` [N].
 
     Each epoch visits disjoint windows once, in its own order and from its own offset, so
-    that window borders move between epochs.
+    that window boundaries move between epochs.
     """
     per_epoch = max(1, (n_tokens - 1) // context - 1)
     slack = n_tokens - 1 - per_epoch * context

@@ -1,4 +1,4 @@
-"""Tokenise text into shards, in parallel, going on where a killed process stopped."""
+"""Tokenise text into token shards, in parallel, resuming after a kill."""
 
 import fcntl
 import hashlib
@@ -39,7 +39,7 @@ from .shards import (
     Ids,
     Index,
     Shard,
-    Shards,
+    TokenShards,
     _require_size,
     _shard_name,
 )
@@ -48,12 +48,14 @@ from .text_files import Text, require_unchanged
 SHARD_TOKENS = 1 << 26
 
 
-def prepare(text: Text, folder: Path, workers: int = 0, shard_tokens: int = SHARD_TOKENS) -> Shards:
-    """Tokenise a text into a folder's shards, or its remaining part; 0 workers = one a core.
+def prepare(
+    text: Text, folder: Path, workers: int = 0, shard_tokens: int = SHARD_TOKENS
+) -> TokenShards:
+    """Tokenise a text into the token shards of ``folder``, or resume that; 0 workers = one a core.
 
-    The files are the same whatever the number of workers, and however often this was killed. Of
-    two that prepare one folder at once, the second waits for the first. Raises InputError for a
-    folder that holds another text, or that cannot be written, and text that cannot be read.
+    The files do not depend on the number of workers or of kills. A second process that prepares
+    the same folder waits for the first. Raises InputError for a folder that holds another text or
+    cannot be written, and for text that cannot be read.
     """
     try:
         if not (folder / INDEX_FILE).is_file() or (folder / PROGRESS_FILE).is_file():
@@ -67,7 +69,7 @@ def prepare(text: Text, folder: Path, workers: int = 0, shard_tokens: int = SHAR
             f"{folder}: cannot be written ({error}); choose another folder (a trainer's is below "
             "--cache-dir), or make room and run this again"
         ) from None
-    shards = Shards(folder)
+    shards = TokenShards(folder)
     if (shards.index.key, shards.index.shard_tokens) != (text.key, shard_tokens):
         raise _another_text(folder)
     return shards
@@ -95,14 +97,14 @@ def _locked(folder: Path) -> Iterator[int]:
 
 @dataclass
 class _Done:
-    """progress.json: the shards that are written, and where the next one begins."""
+    """The fields of progress.json: the shards written, and where the next one begins."""
 
     key: str
     shard_tokens: int
     highest: int = -1
-    file: int = 0  # and start: the piece that the next shard's first token is of
+    file: int = 0  # with start: the piece that holds the next shard's first token
     start: int = 0
-    skip: int = 0  # tokens of that piece that are written
+    skip: int = 0  # tokens of that piece already written
     shards: tuple[Shard, ...] = ()
 
 
@@ -152,7 +154,7 @@ def _resume(folder: Path, fresh: _Done, width: int) -> _Done:
 
 
 def _write_shard(path: Path, stream: "_Stream", n: int, dtype: str) -> tuple[Shard, int]:
-    """Write the next ``n`` ids, or all that are left; return the shard and its highest id."""
+    """Write the next ``n`` ids, or the remaining ones; return the shard and its highest id."""
     digest, highest, tokens = hashlib.sha256(), -1, 0
 
     def write(temporary: Path) -> None:
@@ -169,7 +171,7 @@ def _write_shard(path: Path, stream: "_Stream", n: int, dtype: str) -> tuple[Sha
 
 
 class _Stream:
-    """Concatenated ids of pieces, with the position in the current piece."""
+    """The concatenated ids of pieces, and the position in the current piece."""
 
     def __init__(self, encoded: Iterator[tuple[Piece, Ids]], skip: int) -> None:
         self.encoded, self.skip = encoded, skip
@@ -177,7 +179,7 @@ class _Stream:
         self.place, self.used = (0, 0), 0
 
     def more(self) -> bool:
-        """Return whether ids are left."""
+        """Return whether ids remain."""
         while not len(self.rest):
             found = next(self.encoded, None)
             if found is None:
@@ -188,7 +190,7 @@ class _Stream:
         return True
 
     def take(self, n: int) -> Iterator[Ids]:
-        """Yield the next ``n`` ids, or all that are left, in parts."""
+        """Yield the next ``n`` ids, or the remaining ones, in parts."""
         while n and self.more():
             part, self.rest = self.rest[:n], self.rest[n:]
             self.used += len(part)
@@ -199,7 +201,7 @@ class _Stream:
 def _encoded(
     text: Text, pieces: Iterator[Piece], workers: int, lock: int, advance: Any
 ) -> Generator[tuple[Piece, Ids], None, None]:
-    """Yield every piece with its ids, in order; only a few pieces are ever in memory."""
+    """Yield every piece with its ids, in order; about two pieces a worker are in memory."""
     n_pieces = 1 + sum(size for size, _ in text.stamps) // documents.PIECE
     workers = min(workers or len(os.sched_getaffinity(0)), n_pieces)
     if workers == 1:
@@ -207,28 +209,28 @@ def _encoded(
             yield piece, documents.encode(piece, text.text_field)
             advance(piece.n_bytes)
         return
-    gpt2()  # before the workers part from this process, so that they share it
+    gpt2()  # loaded before the fork, so that workers share its memory
     pool = ProcessPoolExecutor(
         workers, get_context("fork"), initializer=_begin_worker, initargs=(os.getpid(), lock)
     )
-    waiting: deque[tuple[Piece, Future[Ids]]] = deque()
+    pending: deque[tuple[Piece, Future[Ids]]] = deque()
 
     def first() -> tuple[Piece, Ids]:
-        piece, future = waiting.popleft()
+        piece, future = pending.popleft()
         ids = future.result()
         advance(piece.n_bytes)
         return piece._replace(content=()), ids
 
     try:
         with warnings.catch_warnings():
-            # Python warns of forking beside threads; the workers use none of what these hold.
+            # Python warns of forking a process with threads; workers use no lock of theirs.
             warnings.simplefilter("ignore", DeprecationWarning)
             pool.submit(int)
         for piece in pieces:
-            waiting.append((piece, pool.submit(documents.encode, piece, text.text_field)))
-            if len(waiting) > 2 * workers:
+            pending.append((piece, pool.submit(documents.encode, piece, text.text_field)))
+            if len(pending) > 2 * workers:
                 yield first()
-        while waiting:
+        while pending:
             yield first()
     except BrokenProcessPool:
         raise InputError(
@@ -240,7 +242,7 @@ def _encoded(
 
 
 def _begin_worker(parent: int, lock: int) -> None:
-    """Leave signals and the lock to the parent, and end when it does, even by SIGKILL."""
+    """Ignore SIGINT, release the inherited lock, and exit when the parent process is gone."""
     os.close(lock)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,8 +1,8 @@
-"""Token shards: a folder of ids in files of one size, and an index.json that describes them.
+"""Token shards: a folder of token ids in files of equal size, described by index.json.
 
-A shard is plain little-endian ids, uint16 where the vocabulary fits and uint32 otherwise, without
-a header. Preparing one writes shards in order, each whole or not at all, and after each what is
-done to progress.json; index.json comes last. A preparation that was killed goes on from there.
+A shard is a headerless array of little-endian ids: uint16 where the vocabulary fits, else uint32.
+``shard_writer.prepare`` writes shards in order, each atomically, records them in progress.json,
+and writes index.json last; after a kill it continues from progress.json.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ INDEX_FILE, PROGRESS_FILE, LOCK_FILE = "index.json", "progress.json", "lock"
 
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 
-OPEN = 64  # shards that are open at a time
+OPEN = 64  # shard files open at a time
 
 Ids = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the folder."""
+    """One shard file: its name, its number of tokens and its checksum."""
 
     name: str
     tokens: int
@@ -52,12 +52,12 @@ class Index:
     shards: tuple[Shard, ...]
 
 
-class Shards:
-    """A folder's token ids as one sequence [N] of uint16 or uint32, read from disk by slice.
+class TokenShards:
+    """A folder's token ids as one sequence [index.tokens], uint16 or uint32, read by slice.
 
-    ``shards[start:stop]`` reads with os.pread: of a mapped file that shrinks, reading would end
-    the process by SIGBUS, and here it is an InputError. Raises InputError at once where a file
-    is not as the index says.
+    ``shards[start:stop]`` returns an array [stop - start]. It reads with os.pread, since a mapped
+    file that shrinks would end the process by SIGBUS; here that is an InputError. The constructor
+    raises InputError where index or file sizes are wrong.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -102,7 +102,7 @@ class Shards:
         return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}  # handles are of this process
+        return self.__dict__ | {"_open": OrderedDict()}  # file descriptors belong to this process
 
     def __del__(self) -> None:
         for handle in getattr(self, "_open", {}).values():
@@ -126,7 +126,7 @@ def _unusable(path: Path, what: str) -> InputError:
 
 
 def is_shards(folder: Path) -> bool:
-    """Return whether a folder holds shards, or the beginning of some; the index may be damaged."""
+    """Return whether a folder holds token shards, complete or not; the index may be damaged."""
     if (folder / PROGRESS_FILE).is_file() or (folder / _shard_name(0)).is_file():
         return True
     try:
@@ -136,7 +136,7 @@ def is_shards(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> Index:
-    """Read and check index.json; InputError names what is wrong with it."""
+    """Read index.json; raise InputError where it is missing, damaged or inconsistent."""
     path = folder / INDEX_FILE
     if not path.is_file() and (folder / PROGRESS_FILE).is_file():
         raise InputError(
@@ -160,7 +160,7 @@ def read_index(folder: Path) -> Index:
 
 
 def _require_consistent(index: Index) -> None:
-    """Raise ValueError where an index contradicts itself."""
+    """Raise ValueError where an index is inconsistent."""
     for name, kind in Index.__annotations__.items():
         if kind in (int, str) and type(getattr(index, name)) is not kind:
             raise ValueError(f"{name} is {getattr(index, name)!r}")
@@ -178,8 +178,8 @@ def _shard_name(number: int) -> str:
     return f"{number:05d}.bin"
 
 
-def damaged_shards(shards: Shards) -> list[str]:
-    """Read every shard; return the names of those that have another checksum than the index."""
+def damaged_shards(shards: TokenShards) -> list[str]:
+    """Return the names of the shards whose checksum is not the index's; reads every shard."""
     found = []
     for shard in shards.index.shards:
         with (shards.folder / shard.name).open("rb") as file:

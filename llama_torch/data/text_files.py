@@ -1,4 +1,4 @@
-"""Find the text files that --data names, and hash what decides their tokens."""
+"""Find the text files of --data, and hash their content and its encoding."""
 
 import glob
 import hashlib
@@ -11,18 +11,18 @@ from ..tokenizer.gpt2 import RANKS_SHA256
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 STRUCTURED = (".jsonl", ".parquet")
-# Part of every content key: change it with anything that changes the tokens of a text, or which
-# windows a run of it reads.
+# Part of every content key: change it with anything that changes the tokens of a text, or the
+# windows that a run reads.
 CACHE_VERSION = "2"
 
 
 class Text(NamedTuple):
-    """Files and how they are read; without files, Python's help topics."""
+    """Text files, the records' field with the text, and a hash; no files = Python's help topics."""
 
     files: tuple[Path, ...]
     text_field: str
     key: str  # hash of the content and of the encoding
-    stamps: tuple[tuple[int, int], ...]  # each file's size and time of change, before it was read
+    stamps: tuple[tuple[int, int], ...]  # each file's size and modification time, before reading
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -54,7 +54,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def identify(files: Sequence[Path], text_field: str) -> Text:
-    """Hash what decides the tokens: every file's bytes in order, and how they are read."""
+    """Return the files as a Text, with the hash of their bytes, formats and the encoding."""
     stamps = tuple(map(_stamp, files))
     digest = hashlib.sha256(f"{CACHE_VERSION} {RANKS_SHA256}".encode())
     if not files:
@@ -71,7 +71,7 @@ def identify(files: Sequence[Path], text_field: str) -> Text:
 
 
 def require_unchanged(text: Text) -> None:
-    """Check that no file was written to since it was identified."""
+    """Raise InputError if a file has been written to since it was identified."""
     for path, stamp in zip(text.files, text.stamps, strict=True):
         if _stamp(path) != stamp:
             raise InputError(f"--data {path}: changed while it was read; run this again")
@@ -86,10 +86,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def help_topics() -> Iterator[str]:
-    """Yield Python's help topics without their indentation and runs of spaces.
+    """Yield the texts of Python's help topics, without indentation and runs of spaces.
 
-    GPT-2 spends a token on each space, and a model that has learnt mostly to indent has a low
-    loss and little to say.
+    GPT-2 encodes each space as a token; the loss would be dominated by predictable indentation.
     """
     from pydoc_data.topics import topics
 

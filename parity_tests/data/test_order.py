@@ -173,9 +173,9 @@ def test_workers_do_not_change_the_order() -> None:
 @pytest.mark.parametrize(("most", "batches"), [(0, 5), (2, 2), (9, 5)])
 def test_validation_is_spread_and_fixed(most: int, batches: int) -> None:
     corpus = corpus_of(20, n_val=101)
-    found = val_batches(corpus, 10, rows=2, most=most)
+    found = val_batches(corpus, 10, rows=2, max_batches=most)
     assert len(found) == batches
-    again = val_batches(corpus, 10, rows=2, most=most)
+    again = val_batches(corpus, 10, rows=2, max_batches=most)
     assert all((a == b).all() for a, b in zip(found, again, strict=True))
     assert found[0][0, 0] == 0
     assert found[-1][-1, 0] == 90  # the end is looked at as well
@@ -187,6 +187,6 @@ def test_validation_has_its_shares_of_every_source(most: int, counts: list[int])
     long, short = corpus_of(20, 20, n_val=301).sources
     short = Source(short.train, short.val[:101], "short")
     corpus = Corpus((long, short), (2.0, 1.0), "key")
-    windows = np.concatenate(val_batches(corpus, 10, rows=4, most=most))
+    windows = np.concatenate(val_batches(corpus, 10, rows=4, max_batches=most))
     assert [int(sum(windows[:, 0] // 10**6 == source)) for source in (0, 1)] == counts
     assert windows[-1, 0] == 10**6 + 90

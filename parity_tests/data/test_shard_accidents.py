@@ -13,7 +13,7 @@ import pytest
 from llama_torch.common import files
 from llama_torch.data import documents, shard_writer
 from llama_torch.data.shard_writer import prepare
-from llama_torch.data.shards import Shards
+from llama_torch.data.shards import TokenShards
 from llama_torch.data.text_files import Text, find_files, identify
 
 from ..support.token_shards import LINES, content_of, killed_at, refused, stopped_at
@@ -78,7 +78,7 @@ def test_two_that_prepare_one_folder_both_end_well(
         monkeypatch.setattr(shard_writer.fcntl, "flock", flock)
         found.append(prepare(text, tmp_path / "out", 1, 1000))
 
-    found: list[Shards] = []
+    found: list[TokenShards] = []
     other = threading.Thread(target=second)
     monkeypatch.setattr(documents, "encode", encode)
     found.append(prepare(text, tmp_path / "out", 1, 1000))
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_what_is_done(
         patch.setattr(files, "flush", flush)
         assert "No space left" in refused(lambda: prepare(text, folder, 1, 1000))
     assert content_of(folder).keys() == {"00000.bin", "00001.bin", "progress.json", "lock"}
-    assert "run the command that began it again" in refused(lambda: Shards(folder))
+    assert "run the command that began it again" in refused(lambda: TokenShards(folder))
     prepare(text, folder, 1, 1000)
     prepare(text, tmp_path / "whole", 1, 1000)
     assert content_of(folder) == content_of(tmp_path / "whole")

@@ -17,7 +17,7 @@ from llama_torch.data import shards
 from llama_torch.data.corpus import Corpus, Source, load_corpus
 from llama_torch.data.loader import train_batches
 from llama_torch.data.shard_writer import prepare
-from llama_torch.data.shards import Shards
+from llama_torch.data.shards import TokenShards
 from llama_torch.data.text_files import Text, identify
 from llama_torch.tokenizer.gpt2 import END_OF_TEXT_ID, gpt2
 
@@ -117,7 +117,7 @@ def test_many_shards_keep_few_files_open(
         return sum(path.startswith(f"{tmp_path}/out/") for path in paths)
 
     def use() -> None:
-        found = Shards(tmp_path / "out")
+        found = TokenShards(tmp_path / "out")
         whole = found[:]
         assert len(found.index.shards) > 20
         assert n_open() == 3
@@ -137,7 +137,7 @@ def test_ids_that_need_32_bits(tmp_path: Path, text: Text) -> None:
         path = tmp_path / "out" / shard["name"]
         (np.fromfile(path, "<u2").astype("<u4") + 100_000).tofile(path)
     edit(dtype="uint32", highest=index["highest"] + 100_000)(path)
-    found = Shards(tmp_path / "out")
+    found = TokenShards(tmp_path / "out")
     assert found.dtype == np.uint32
     assert found[:].min() >= 100_000
     config = DataConfig(data=(str(tmp_path / "out"),))
