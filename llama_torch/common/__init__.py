@@ -1,1 +1,1 @@
-"""What every other package uses: errors, files, the command line, devices."""
+"""Errors, files, the command line and devices, for every other package."""

@@ -1,4 +1,4 @@
-"""Tell tensors whose shards processes share from whole ones."""
+"""Tell sharded tensors from whole ones."""
 
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -19,5 +19,5 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: its shard, or all of it."""
+    """Return this process's shard of a tensor, or the whole tensor if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor

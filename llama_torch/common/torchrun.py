@@ -1,16 +1,16 @@
-"""What torchrun says of this process in its environment."""
+"""Read torchrun's environment variables of this process."""
 
 import os
 import socket
 
 
 def is_launched() -> bool:
-    """Return whether torchrun started this process as one of several."""
+    """Return whether torchrun started several processes; False for a job of one."""
     return process_count() > 1
 
 
 def process_count() -> int:
-    """Return how many processes torchrun started; clusters set the number alone."""
+    """Return torchrun's process count; 1 without RANK (clusters set WORLD_SIZE alone)."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
@@ -20,14 +20,14 @@ def is_restarted() -> bool:
 
 
 def is_main_process() -> bool:
-    """Return whether this process speaks for all, before there is a Parallel to ask."""
+    """Return whether this is rank 0, before a Parallel exists."""
     return os.environ.get("RANK", "0") == "0" or not is_launched()
 
 
 def job_name() -> str:
-    """Return what this job is called, the same after a restart; empty where there is none.
+    """Return the job's name, the same after a restart; empty without a job.
 
-    That is torchrun's name for it, or else its own process, the parent of these.
+    It is torchrun's run id, or else host name and process id of torchrun.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if name in ("", "none"):

@@ -18,9 +18,9 @@ from ..model.rope import rope_tables
 from .config import Decoding
 from .step_inputs import StepInputs
 
-KEPT = 2  # captured steps kept for later requests, each with its cache
+KEPT = 2  # captured decoding steps kept for later requests, each with its cache
 
-ROUND = 256  # caches have a multiple of this many columns, so that graphs are met again
+ROUND = 256  # cache sizes are multiples of this many columns, so that graphs are reused
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Forward(Protocol):
     """The work of a step, as a graph captures it: reads StepInputs, writes the cache."""
 
     def refresh(self) -> None:
-        """Copy what may have changed since the last request and is not read in place."""
+        """Copy weights that the graph does not read in place and that may have changed."""
 
     def launch(self) -> Tensor:
         """Launch the work; return the logits [B, T, V]."""
@@ -61,7 +61,7 @@ class GraphStep:
             self._run()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        # What is collected meanwhile may hold graphs and events, which a capture must not meet.
+        # Garbage collection during capture may free CUDA objects, which is illegal.
         gc.collect()
         gc.disable()
         try:

@@ -7,7 +7,7 @@ graph     GraphStep(TorchForward) the model on every column, captured in a CUDA 
 compiled  GraphStep(TorchForward) the same after torch.compile: seconds, cached on disk.
 kernels   GraphStep(TritonStep, or TritonBatchStep for up to 64 rows): Triton, captured likewise.
 
-(Guesses of a draft model are a step too: speculative.py.) Suffixes: B row, V vocabulary.
+speculative.py has a step that verifies draft tokens. Suffixes: B row, V vocabulary.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from .numpy_step import NumpyStep
 
 CAPTURED = ("graph", "compiled", "kernels")  # modes that a CUDA graph replays
 
-SHORT = 32  # tokens that are not worth the preparation of a graph
+SHORT = 32  # fewer new tokens than this do not repay the capture of a graph
 
 TRITON = (3, 6)  # the oldest that compiles the kernels; torch 2.11 has it
 
@@ -52,7 +52,7 @@ class DecodeStep(Protocol):
         """Return the logits [B, V] after int64 tokens [B]."""
 
     def close(self) -> None:
-        """Give back what a later request can use. No step may be taken after that."""
+        """Release the step for later requests; it must not be used afterwards."""
 
 
 def make_step(
@@ -98,7 +98,7 @@ def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> D
     has_numpy = rows == 1 and NumpyStep.supports(model)
     if decoding == "auto":
         if not on_gpu:
-            # NumPy's products are one thread's: with more, torch's are quicker.
+            # NumPy's products use one thread: with more than two, torch's are quicker.
             return "numpy" if has_numpy and torch.get_num_threads() <= 2 else "eager"
         if n_tokens < SHORT:
             return "eager"

@@ -1,8 +1,8 @@
-"""Quantization of a model's matrices to int8: each row as whole numbers times one scale.
+"""Quantize a model's matrices to int8: each row as integers times one scale.
 
 int8 halves bfloat16's bytes, and decoding is bound by bytes. Activations keep their precision, and
 so do the embedding, the norms and a head tied to the embedding. Only the weights lose precision:
-bfloat16 holds the whole numbers exactly, and a product is scaled once it is summed (in float16,
+bfloat16 represents the integers exactly, and a product is scaled after it is summed (in float16,
 whose range is too small for such sums, the matrix is scaled and rounded first).
 """
 

@@ -1,10 +1,10 @@
-"""Speculative decoding: a smaller model guesses, the model checks several guesses at a time.
+"""Speculative decoding: a draft model proposes tokens, the target model verifies several at once.
 
-Checking costs about as much as decoding one token, since the weights are read once (Leviathan et
-al. 2022). A guess is right if it is the very token that the model itself chooses: the text is the
-same with and without guesses, greedy or drawn, since a draw is a function of the seed. (Up to
-rounding: products of several rows round unlike those of one. In float32 that is hardly ever seen;
-in half precision a draw may well fall otherwise, as often as between any two programs.)
+Verifying costs about as much as decoding one token, since the weights are read once (Leviathan et
+al. 2022). A draft token is accepted if it is the token that the target model samples, so the text
+is the same with and without a draft, as a sample is a function of the seed. (Up to rounding:
+products of several rows round differently from those of one, which in float32 seldom changes a
+sampled token, and in half precision sometimes does.)
 Suffixes: B row, T position, V vocabulary.
 """
 
@@ -35,9 +35,9 @@ def speculative_batch(
     n_guesses: int = 4,
     graphs: GraphStore | None = None,
 ) -> DecodeBatch:
-    """Return a batch of one sequence that is continued with a draft model's guesses.
+    """Return a batch of one sequence, decoded with ``n_guesses`` draft tokens at a time.
 
-    Raises InputError for a draft of another vocabulary and a mode that cannot check guesses.
+    Raises InputError for a draft of another vocabulary, and a mode that cannot verify draft tokens.
     """
     if draft.config.vocab_size != model.config.vocab_size:
         raise InputError(
@@ -46,7 +46,7 @@ def speculative_batch(
         )
     require_fitting(model, prompt)
     n_tokens = most_new_tokens(model, prompt, settings)
-    # Only the model itself checks several tokens: kernels and NumPy decode one at a time.
+    # Kernels and NumPy decode one token at a time, and so cannot verify several.
     if decoding in ("kernels", "numpy"):
         raise InputError(f"--decoding {decoding} checks no guesses; leave it or --draft out")
     if decoding == "auto":
@@ -61,9 +61,9 @@ def speculative_batch(
 
 
 class SpeculativeStep:
-    """One sequence's step, which checks guesses on the way: a DecodeStep, see decoding.py."""
+    """A DecodeStep of one sequence that verifies draft tokens; see decoding.py."""
 
-    is_captured = False  # which tokens are run next depends on the one that is read
+    is_captured = False  # the next tokens to run depend on the one sampled
 
     def __init__(
         self,
@@ -74,10 +74,10 @@ class SpeculativeStep:
         n_guesses: int,
     ) -> None:
         self.checker, self.draft, self.n_guesses = checker, draft, n_guesses
-        self.text = list(prompt)  # and the tokens chosen after it
+        self.text = list(prompt)  # token ids of the prompt and those sampled after it
         self.longest = len(prompt) + n_tokens
-        self.guesses: list[int] = []  # checked, and not yet chosen
-        self.checked_TV = torch.empty(0)  # logits after the last token and after each guess
+        self.guesses: list[int] = []  # draft tokens verified but not yet sampled
+        self.checked_TV = torch.empty(0)  # logits after the last token and each draft token
 
     @property
     def cache(self) -> StaticCache:
@@ -89,26 +89,26 @@ class SpeculativeStep:
         self.checker.begin(padding)
 
     def decode(self, tokens_B: Tensor) -> Tensor:
-        """Return the logits [1, V] after one token: at once, if it was guessed."""
+        """Return the logits [1, V] after one token; no forward pass for a draft token."""
         token = int(tokens_B)
         self.text.append(token)
         if self.guesses and self.guesses[0] == token:
             del self.guesses[0]
             self.checked_TV = self.checked_TV[1:]
         else:
-            self.cache.length = len(self.text) - 1  # forgets what was guessed wrong
+            self.cache.length = len(self.text) - 1  # drops rejected draft tokens
             remaining = self.longest - len(self.text)
             self.guesses = self.draft.guess(self.text, min(self.n_guesses, remaining - 1))
             self.checked_TV = self.checker.decode_row([token, *self.guesses])
         return self.checked_TV[:1]
 
     def close(self) -> None:
-        """Give back the step that checks."""
+        """Release the target model's step."""
         self.checker.close()
 
 
 class Draft:
-    """A smaller model that continues a text by its likeliest tokens, with a cache of its own."""
+    """A draft model that continues token ids greedily, with its own cache."""
 
     def __init__(self, model: Llama, size: int, prefill_chunk: int) -> None:
         weight = model.model.embed_tokens.weight
@@ -119,13 +119,13 @@ class Draft:
         self.quick = NumpyStep(model, self.cache) if is_quick else None
 
     def guess(self, text: Sequence[int], count: int) -> list[int]:
-        """Return the next ``count`` tokens after a text, or as many as the draft's context holds.
+        """Return ``count`` token ids after ``text``, or as many as the draft's context holds.
 
-        ``text`` is the last call's, perhaps shortened, with new tokens after it.
+        ``text`` is the last call's token ids, possibly shortened, followed by new ones.
         """
         fitting = self.model.config.max_seq_len - len(text)
         guesses: list[int] = []
-        # All of the text but its newest token is what the draft has read, if as long.
+        # The cache holds at most all token ids but the newest.
         self.cache.length = min(self.cache.length, len(text) - 1)
         tokens = text[self.cache.length :]
         while len(guesses) < min(count, fitting):
@@ -134,7 +134,7 @@ class Draft:
         return guesses
 
     def _logits(self, tokens: Sequence[int]) -> Tensor:
-        """Return the logits [V] after tokens, the next of the cache."""
+        """Return the logits [V] after ``tokens``, which follow those in the cache."""
         row_BT = torch.tensor([tokens], device=self.cache.keys.device)
         if self.quick and len(tokens) == 1:
             return self.quick.decode(row_BT[0])[0]

@@ -1,4 +1,4 @@
-"""Key/value caches: one that is a value and grows, one allocated once and written in place.
+"""Key/value caches: an immutable one that grows, and a static one written in place.
 
 Axes: L layer, B batch, N key/value heads, S key position (column), T this call's tokens,
 K head_dim.
@@ -39,7 +39,7 @@ class StaticLayerCache(NamedTuple):
     start: int | Tensor
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, N, T, K] and return all keys and values."""
+        """Write k and v [B, N, T, K] in place; return all keys and values [B, N, S, K]."""
         if isinstance(self.start, Tensor):
             self.keys.index_copy_(2, self.start, k)
             self.values.index_copy_(2, self.start, v)
@@ -58,7 +58,7 @@ class Cache(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Key positions held, padding included."""
+        """The number of key positions, padding included."""
         return self.keys[0].shape[2]
 
     def layer(self, i: int) -> LayerCache:
@@ -70,7 +70,7 @@ class StaticCache:
     """Cache of ``size`` columns, allocated once: keys and values [L, B, N, S, K].
 
     A forward pass writes its keys and values here and returns the cache itself. Columns from
-    ``length`` on are free; making ``length`` smaller forgets the newest. Raises InputError where
+    ``length`` on are free; reducing ``length`` drops the newest. Raises InputError where
     there is no memory for it.
     """
 
@@ -92,11 +92,11 @@ class StaticCache:
         return self.keys.shape[3]
 
     def layer(self, i: int) -> StaticLayerCache:
-        """Return layer ``i``'s keys and values, to be continued at column ``length``."""
+        """Return layer ``i``'s keys and values; the next ones are written at column ``length``."""
         return StaticLayerCache(self.keys[i], self.values[i], self.length)
 
     def clear(self) -> None:
-        """Forget all columns and zero them, as ``allocate`` did."""
+        """Drop all columns, and set them to zero."""
         self.keys.zero_()
         self.values.zero_()
         self.length = 0

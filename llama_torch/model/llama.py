@@ -33,7 +33,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        # From the config, since a compiler that makes sizes symbols would make this one too.
+        # A Python bool, so that torch.compile with dynamic shapes does not make it symbolic.
         self.is_grouped = config.n_heads != config.n_kv_heads
         queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, queries, bias=False)
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: ``(silu(h Wg) * (h Wu)) Wd`` (Shazeer 2020)."""
+    """SwiGLU: ``(silu(h Wg^T) * (h Wu^T)) Wd^T``, weights [out, in] (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -167,12 +167,14 @@ class Decoder(nn.Module):
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else cache.layer(i)
-            note = _prefixed(trace, f"layers.{i}.")
-            given = x_BTD, tables, mask, is_causal, past, note
+            layer_trace = _prefixed(trace, f"layers.{i}.")
+            block_args = x_BTD, tables, mask, is_causal, past, layer_trace
             if self.recompute is None or not torch.is_grad_enabled():
-                x_BTD, (k, v) = layer(*given)
+                x_BTD, (k, v) = layer(*block_args)
             else:
-                x_BTD, (k, v) = checkpoint(layer, *given, use_reentrant=False, **self.recompute)
+                x_BTD, (k, v) = checkpoint(
+                    layer, *block_args, use_reentrant=False, **self.recompute
+                )
             keys.append(k)
             values.append(v)
         x_BTD = self.norm(x_BTD)
@@ -263,8 +265,10 @@ class Llama(nn.Module):
             if weight.ndim == 1:
                 weight.fill_(1.0)
             else:
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                weight.normal_(0.0, residual if writes else 0.02, generator=generator)
+                is_residual_projection = name.endswith(("o_proj.weight", "down_proj.weight"))
+                weight.normal_(
+                    0.0, residual if is_residual_projection else 0.02, generator=generator
+                )
 
 
 def _prefixed(trace: Trace, prefix: str) -> Trace:

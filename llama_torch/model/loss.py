@@ -1,6 +1,6 @@
 """Next-token cross-entropy, computed in pieces: all the logits are never in memory at once.
 
-Suffixes: B batch, T position, N positions of a piece, D dim, V vocabulary.
+Suffixes: B batch, T position, N positions of a piece (not key/value heads), D dim, V vocabulary.
 """
 
 import functools
@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target that does not count, torch's own convention
+IGNORE = -100  # a target that is left out of the loss, as in torch's cross_entropy
 
-# Bytes of logits held at a time. With a vocabulary of 50,257 the logits of one step outweigh the
-# whole model. A GPU needs larger products to be busy, and has more memory.
+# Bytes of logits in memory at a time. With a vocabulary of 50,257 the logits of a training step
+# are larger than the model. A GPU needs larger products for its full speed, and has more memory.
 CHUNK_BYTES = 1 << 26
 CHUNK_BYTES_CUDA = 1 << 29
-ROWS = 16  # of logits whose derivative is taken at a time on a CPU: they stay in its cache
-# Products into or of rows that begin on no such border take half as long again, on a CPU (one
-# cache line of float32) as on a GPU (bfloat16 in its tensor cores).
+ROWS = 16  # rows of logits differentiated at a time on a CPU: they stay in its cache
+# Rows of logits are padded to a multiple of this many elements: products of unaligned rows take
+# half as long again, on a CPU (a cache line of float32) and on a GPU (bfloat16 tensor cores).
 ALIGNED = 64
 
 
@@ -57,19 +57,22 @@ def loss_sum(
 def backward_loss(
     hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, n_valid: float, z_loss: float = 0.0
 ) -> Tensor:
-    """Add the gradient of ``loss_sum / n_valid`` to every parameter; return that loss.
+    """Run the backward pass of ``loss_sum / n_valid`` through head and model; return that loss.
 
-    ``n_valid`` counts the valid targets of the whole step: micro-batches with different
-    counts must share one divisor, or a mean of means results. Each piece of logits becomes
-    its own derivative in place, and is dropped once it has been multiplied back; one backward
-    pass runs through the model from what that leaves in ``hidden``.
+    ``hidden_BTD`` is the model's output, with its graph; ``head_VD`` the vocabulary projection;
+    ``targets_BT`` int64. Gradients are added to every parameter's ``grad``; the loss is a float64
+    scalar in nats. ``n_valid`` is the divisor of a whole training step: micro-batches with
+    different counts of valid targets must share it, or a mean of means results.
+
+    Per piece: logits -> dL/dlogits in place; dL/dhead and dL/dhidden are accumulated. Then one
+    hidden.backward(dL/dhidden) runs through the model.
     """
     weight_VD = _aligned(head_VD)
     total = torch.zeros((), dtype=torch.float64, device=head_VD.device)
     d_hidden_ND = torch.empty_like(hidden_BTD).flatten(0, 1)
     pieces = _pieces(hidden_BTD, len(head_VD), targets_BT)
     d_head, at = None, 0
-    if head_VD.dtype != torch.bfloat16:  # as wide as a sum of many should be
+    if head_VD.dtype != torch.bfloat16:  # wide enough to accumulate in
         head_VD.grad = torch.zeros_like(head_VD) if head_VD.grad is None else head_VD.grad
         d_head = head_VD.grad
     for hidden_ND, targets_N in pieces:
@@ -87,9 +90,9 @@ def backward_loss(
 
 
 def _aligned(head_VD: Tensor) -> Tensor:
-    """On a GPU, pad the vocabulary with rows of zeros, so that rows of logits are aligned.
+    """Return the head with zero rows up to a multiple of ALIGNED, for bfloat16 on a GPU.
 
-    A copy, which is less than one hundredth of the products: no checkpoint ever holds padding.
+    The copy takes less than one hundredth of the products' time; checkpoints hold no padding.
     """
     padding = -len(head_VD) % ALIGNED
     if not padding or head_VD.dtype != torch.bfloat16 or not head_VD.is_cuda:
@@ -115,7 +118,7 @@ def _kept(power_of_two: int, dtype: torch.dtype) -> Tensor:
 
 
 def _buffer(elements: int, dtype: torch.dtype) -> Tensor:
-    """Return a buffer that is kept between steps: new memory costs a page fault for each page."""
+    """Return a buffer [elements], reused between training steps: new memory costs page faults."""
     return _kept(1 << (elements - 1).bit_length(), dtype)[:elements]
 
 
@@ -131,9 +134,9 @@ def _add_product(total: Tensor | None, d_logits_NV: Tensor, hidden_ND: Tensor) -
 def _differentiate(
     logits_NV: Tensor, targets_N: Tensor, vocab_size: int, scale: float, z_loss: float
 ) -> Tensor:
-    """Replace logits by the derivative of ``scale`` times their loss; return that loss.
+    """Replace logits by the gradient of ``scale`` times their loss, in place; return that loss.
 
-    Columns from ``vocab_size`` on are padding, without probability or derivative.
+    Columns from ``vocab_size`` on are padding: probability and gradient are zero.
     """
     kernel = _kernel() if logits_NV.is_cuda and logits_NV.dtype != torch.float64 else None
     if kernel:
@@ -181,5 +184,5 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def count_valid(targets_BT: Tensor) -> int:
-    """Return how many targets count."""
+    """Return the number of targets other than IGNORE."""
     return int((targets_BT != IGNORE).sum())

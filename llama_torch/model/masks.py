@@ -29,8 +29,8 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
 def padded_mask(columns_S: Tensor, queries_T: Tensor, padding_B1: Tensor) -> Tensor:
     """Return the causal mask [B, T, S] of rows whose first ``padding`` columns are padding.
 
-    ``columns_S`` counts the cache's columns, ``queries_T`` are the queries' own. A query that is
-    padding attends to itself: a softmax over no key has no value.
+    ``columns_S`` are the cache's columns, ``queries_T`` those of the queries. A padding
+    query attends to itself, as a softmax over no key is undefined.
     """
     is_visible = (columns_S <= queries_T[:, None]) & (columns_S >= padding_B1[..., None])
     return is_visible | (columns_S == queries_T[:, None])
