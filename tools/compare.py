@@ -29,11 +29,17 @@ from llama_torch.common.errors import InputError
 from llama_torch.common.files import write_text
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
-from tools.comparison import report as reports
-from tools.comparison import training_task
+from tools.comparison import text_report, training_task
 from tools.comparison.against import find_side
 from tools.comparison.inputs import make_calls, token_ids
-from tools.comparison.run import LENGTH, CompareConfig, _report, check_trains, layer_range, progress
+from tools.comparison.run import (
+    LENGTH,
+    CompareConfig,
+    check_trains,
+    layer_range,
+    progress,
+    run_comparison,
+)
 from tools.comparison.sides import Side
 from tools.comparison.trace_file import Call
 
@@ -64,7 +70,9 @@ def _main(argv: Sequence[str]) -> int:
         tempfile.TemporaryDirectory() as folder,
         np.errstate(all="ignore"),  # what is not finite is reported by its name
     ):
-        report = _report(settings, checkpoint, side, calls, batches, layers, start, Path(folder))
+        report = run_comparison(
+            settings, checkpoint, side, calls, batches, layers, start, Path(folder)
+        )
     if settings.html:
         from tools.comparison.html_report import page
 
@@ -78,7 +86,7 @@ def _main(argv: Sequence[str]) -> int:
     if settings.json != "-":
         console = Console(highlight=False)
         console.width = max(console.width, 100) if not console.is_terminal else console.width
-        reports.show(report, console, settings.all)
+        text_report.show(report, console, settings.all)
     return 0 if report["verdict"]["holds"] else 1
 
 

@@ -167,7 +167,7 @@ def forward(
     x = ops.embed(ops.read(params, EMBED, config), tokens_BT)
     note("embed", x)
     tables = ops.rope_tables(positions, config, x.dtype)
-    heads, presents = (-1, config.head_dim), []
+    presents = []
     for i in range(config.n_layers):
 
         def weight(name: str, i: int = i) -> Tensor:
@@ -178,20 +178,9 @@ def forward(
             return value
 
         h = say("attn_norm", ops.rms_norm(x, weight("input_layernorm"), config.norm_eps))
-        q_BTHK, k_BTNK, v_BTNK = (
-            say(n, ops.linear(h, weight(f"self_attn.{n}_proj")).unflatten(-1, heads)) for n in "qkv"
-        )
-        q = say("q_rope", ops.apply_rope(q_BTHK, *tables)).transpose(1, 2)
-        k = say("k_rope", ops.apply_rope(k_BTNK, *tables)).transpose(1, 2)
-        v = v_BTNK.transpose(1, 2)
-        if cache:
-            k, v = ops.extend(cache[i][0], k), ops.extend(cache[i][1], v)
-        presents.append((k, v))
-        scores = ops.attention_scores(q, ops.repeat_kv(k, config.n_rep))
-        weights = ops.masked_softmax(scores, mask)
-        mixed_BHTK = ops.attention_mix(weights, ops.repeat_kv(v, config.n_rep))
-        mixed_BTHK = say("attn", mixed_BHTK.transpose(1, 2))
-        h = ops.linear(ops.merge_heads(mixed_BTHK), weight("self_attn.o_proj"))
+        past = cache[i] if cache else None
+        h, present = attention(h, weight, config, tables, mask, past, say, ops)
+        presents.append(present)
         x = say("attn_residual", ops.add(x, say("attn_proj", h)))
         h = say("ffn_norm", ops.rms_norm(x, weight("post_attention_layernorm"), config.norm_eps))
         gate = say("gate", ops.linear(h, weight("mlp.gate_proj")))
@@ -203,3 +192,30 @@ def forward(
     logits = ops.linear(x, ops.read(params, LM_HEAD, config))
     note("logits", logits)
     return logits, presents
+
+
+def attention(
+    h_BTD: Tensor,
+    weight: Callable[[str], Tensor],
+    config: LlamaConfig,
+    tables: Tables,
+    mask: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    say: Callable[[str, Tensor], Tensor],
+    ops: SimpleNamespace,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One layer's attention [B, T, D], and its keys and values [B, N, S, K], cached ones first."""
+    heads = (-1, config.head_dim)
+    q_BTHK, k_BTNK, v_BTNK = (
+        say(n, ops.linear(h_BTD, weight(f"self_attn.{n}_proj")).unflatten(-1, heads)) for n in "qkv"
+    )
+    q = say("q_rope", ops.apply_rope(q_BTHK, *tables)).transpose(1, 2)
+    k = say("k_rope", ops.apply_rope(k_BTNK, *tables)).transpose(1, 2)
+    v = v_BTNK.transpose(1, 2)
+    if past is not None:
+        k, v = ops.extend(past[0], k), ops.extend(past[1], v)
+    scores = ops.attention_scores(q, ops.repeat_kv(k, config.n_rep))
+    weights = ops.masked_softmax(scores, mask)
+    mixed_BHTK = ops.attention_mix(weights, ops.repeat_kv(v, config.n_rep))
+    mixed_BTHK = say("attn", mixed_BHTK.transpose(1, 2))
+    return ops.linear(ops.merge_heads(mixed_BTHK), weight("self_attn.o_proj")), (k, v)

@@ -12,9 +12,9 @@ import torch
 
 from llama_torch.model.config import ModelConfig
 from tools import bench
-from tools.benchmarks import training
+from tools.benchmarks import training, training_side
 from tools.benchmarks.timing import Setup, Side, alternate, same_tokens
-from tools.benchmarks.training import Result
+from tools.benchmarks.training_side import Result
 from tools.shapes import SHAPES
 
 from ..support.jobs import Job
@@ -56,10 +56,10 @@ def test_rows_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 @contextmanager
-def worker_here(job: training.Job) -> Iterator[training.Ask]:
+def worker_here(job: training_side.Job) -> Iterator[training.Ask]:
     """Take a side's steps in this process, where its own would only cost the time to start."""
     asked: list[int] = []
-    results = training.run(job)
+    results = training_side.run(job)
 
     def ask(steps: int) -> Result:
         asked.append(steps)
@@ -75,7 +75,7 @@ def test_training_is_measured_and_a_side_that_fails_is_one_line(
     """With a smaller shape, and a side that there is none of; it and ours have a process each."""
     own = training.worker
 
-    def worker(job: training.Job) -> AbstractContextManager[training.Ask]:
+    def worker(job: training_side.Job) -> AbstractContextManager[training.Ask]:
         return own(job) if job.side in ("ours", "missing") else worker_here(job)
 
     small = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16)

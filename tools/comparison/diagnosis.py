@@ -109,32 +109,15 @@ def cover(
     """
     findings: list[Finding] = []
     while left:
-        scores = []
-        for _, found in suspects:
-            alike, unlike = _alike(found, left)
-            fitting = {k for k in left if k in found and found[k].fits and found[k].moves}
-            explained = alike if by_likeness else fitting
-            # A bug may be in one layer alone; a rounding is everywhere.
-            layers = {rows[key].layer for key in explained}
-            against = sum(
-                not effect.fits
-                for key, effect in found.items()
-                if rows[key].status in ("ok", "inherits")
-                and (by_likeness or rows[key].layer in layers)
-            )
-            if by_likeness and against:
-                explained = set()
-            score = (len(explained), -against, -unlike if by_likeness else 0.0)
-            # A rounding that gives most values exactly explains the few that fell otherwise.
-            scores.append((*score, explained | alike if explained else set()))
-        best = max((score[:-1] for score in scores), default=(0, 0))
+        scores = [_score(rows, found, left, by_likeness) for _, found in suspects]
+        best = max((score.rank for score in scores), default=(0, 0, 0.0))
         if best[0] == 0:
             return findings
-        explained = next(score[-1] for score in scores if score[:-1] == best)
+        explained = next(score.explained for score in scores if score.rank == best)
         guilty = [
             suspect
             for suspect, score in zip(suspects, scores, strict=True)
-            if score == (*best, explained)
+            if score == Score(best, explained)
         ]
         first = next(key for key in rows if key in explained)
         row = rows[first]
@@ -153,6 +136,34 @@ def cover(
         )
         left -= explained
     return findings
+
+
+class Score(NamedTuple):
+    """How well a suspect explains what is left, to be compared with others."""
+
+    rank: tuple[int, int, float]  # rows explained, minus those contradicted, minus unlikeness
+    explained: set[Key]
+
+
+def _score(
+    rows: Mapping[Key, Row], found: Mapping[Key, Effect], left: set[Key], by_likeness: bool
+) -> Score:
+    """Return how many of ``left`` a suspect explains and how many right rows it contradicts."""
+    alike, unlike = _alike(found, left)
+    fitting = {k for k in left if k in found and found[k].fits and found[k].moves}
+    explained = alike if by_likeness else fitting
+    # A bug may be in one layer alone; a rounding is everywhere.
+    layers = {rows[key].layer for key in explained}
+    against = sum(
+        not effect.fits
+        for key, effect in found.items()
+        if rows[key].status in ("ok", "inherits") and (by_likeness or rows[key].layer in layers)
+    )
+    if by_likeness and against:
+        explained = set()
+    rank = (len(explained), -against, -unlike if by_likeness else 0.0)
+    # A rounding that gives most values exactly explains the few that fell otherwise.
+    return Score(rank, explained | alike if explained else set())
 
 
 def _alike(found: Mapping[Key, Effect], left: set[Key]) -> tuple[set[Key], float]:

@@ -21,6 +21,7 @@ from . import report as reports
 from . import training_step
 from .diagnosis import Diagnosis, Start, diagnose
 from .differences import compare
+from .judging import Row
 from .problem import Problem, make_problem
 from .replay import Replay
 from .sides import Side, record
@@ -154,7 +155,7 @@ def _left_out(
     return " ".join(said)
 
 
-def _report(
+def run_comparison(
     settings: CompareConfig,
     checkpoint: Checkpoint,
     side: Side,
@@ -164,7 +165,10 @@ def _report(
     start: Start,
     folder: Path,
 ) -> dict[str, Any]:
-    """Run everything; return the report."""
+    """Run both sides on the calls and the training step; return the report's dictionary.
+
+    ``folder`` takes the other side's activations; ``layers`` is the range that is compared.
+    """
     config = dataclasses.replace(checkpoint.config, n_layers=layers[1])
     recording = record(side, calls, config, folder, start(side.title, len(calls) * config.n_layers))
     problem = make_problem(checkpoint.path, config, calls, side.dtype, recording, layers[0])
@@ -174,40 +178,17 @@ def _report(
     for stage in compare(problem, start("oracle", len(problem.stages()))):
         findings.add(stage)
     found = diagnose(problem, findings.rows, start) if settings.diagnose else Diagnosis([], [])
-    n_tokens = sum(call.tokens.size for call in calls)
-    expected, what = len(problem.expected()), "activations"
-    rows, training = findings.rows, None
+    rows, expected, what, training = findings.rows, len(problem.expected()), "activations", None
     if batches is not None:
-        step_rows, step_diagnosis, notes = training_step.compare_training(
-            side, checkpoint, batches, start, settings.diagnose
+        step_rows, training = _training_entry(
+            side, checkpoint, batches, calls, start, settings.diagnose
         )
-        training = {
-            "rows": [reports.row_entry(row) for row in step_rows],
-            "notes": notes,
-            **reports.diagnosis_entries(step_diagnosis, step_rows, calls),
-        }
-        rows = rows + step_rows
-        expected += len(step_rows)
-        what = "quantities"
+        rows, expected, what = rows + step_rows, expected + len(step_rows), "quantities"
     covered = sum(covers in ("activations", "logits") for covers in recording.coverage)
     said = reports.reordered(findings.rows, calls)
     said = f"{said} {_left_out(settings, side, calls, checkpoint.config)}".strip()
     return {
-        "schema": reports.SCHEMA,
-        "title": (
-            f"{settings.ckpt}: oracle against {side.title}, {side.dtype}, {n_tokens} tokens in "
-            f"{len(calls)} calls"
-            + (f", layers {layers[0]} to {layers[1] - 1}" if settings.layers else "")
-        ),
-        "checkpoint": settings.ckpt,
-        "against": settings.against,
-        "dtype": side.dtype,
-        "n_layers": checkpoint.config.n_layers,
-        "layers": list(layers),
-        "calls": [
-            {"name": call.name, "after": call.after, "tokens": call.tokens.tolist()}
-            for call in calls
-        ],
+        **_header(settings, checkpoint, side, calls, layers),
         "coverage": recording.coverage,
         "verdict": reports.verdict(rows, expected, calls, what, covered),
         "rows": [reports.row_entry(row) for row in findings.rows],
@@ -217,4 +198,50 @@ def _report(
         "heatmap": findings.heatmap,
         "training": training,
         "warnings": said,
+    }
+
+
+def _training_entry(
+    side: Side,
+    checkpoint: Checkpoint,
+    batches: list[Batch],
+    calls: Sequence[Call],
+    start: Start,
+    diagnosing: bool,
+) -> tuple[list[Row], dict[str, Any]]:
+    """Compare a training step; return its rows and the report's part about it."""
+    rows, diagnosis, notes = training_step.compare_training(
+        side, checkpoint, batches, start, diagnosing
+    )
+    return rows, {
+        "rows": [reports.row_entry(row) for row in rows],
+        "notes": notes,
+        **reports.diagnosis_entries(diagnosis, rows, calls),
+    }
+
+
+def _header(
+    settings: CompareConfig,
+    checkpoint: Checkpoint,
+    side: Side,
+    calls: Sequence[Call],
+    layers: tuple[int, int],
+) -> dict[str, Any]:
+    """Return the report's part that says what was compared with what."""
+    n_tokens = sum(call.tokens.size for call in calls)
+    title = f"{settings.ckpt}: oracle against {side.title}, {side.dtype}, {n_tokens} tokens in "
+    title += f"{len(calls)} calls"
+    title += f", layers {layers[0]} to {layers[1] - 1}" if settings.layers else ""
+    return {
+        "schema": reports.SCHEMA,
+        "title": title,
+        "checkpoint": settings.ckpt,
+        "against": settings.against,
+        "dtype": side.dtype,
+        "n_layers": checkpoint.config.n_layers,
+        "layers": list(layers),
+        "calls": [
+            {"name": call.name, "after": call.after, "tokens": call.tokens.tolist()}
+            for call in calls
+        ],
     }

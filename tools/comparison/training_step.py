@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,20 +71,48 @@ def compare_training(
 
     Raises InputError for a backend without gradients, and for one that fails.
     """
-    backend = backends.load(side.backend, "--against")
     exact = dict(checkpoint)  # float64
     low = exact if side.dtype == "float64" else dict(Checkpoint(checkpoint.path, side.dtype))
-    theirs_at = checkpoint.path if side.weights is None else side.weights
-    given = Parameters(Checkpoint(theirs_at, side.dtype), checkpoint.config, side.dtype)
-    task = Task(checkpoint.config, batches, {}, STEP.z_loss)
-    notes: list[str] = []
     advance = start("training step", 3)
+    step = _their_step(side, checkpoint, batches, exact)
+    task, theirs, trains = step.task, step.values, step.trains
+    advance()
+    right = step_values(task, exact, step.made, trains)
+    advance()
+    plain = right if low is exact else step_values(task, low, gradients(task, low), trains)
+    advance()
+    rows = compare_step(task, side.dtype, theirs, right, plain, trains)
+    found = Diagnosis([], [])
+    if diagnosing and any(row.status == "diverges" for row in rows):
+        advance = start("known training bugs", len(TRAINING))
+        found = diagnose_step(task, side.dtype, exact, low, theirs, right, rows, advance)
+    return rows, found, step.notes
+
+
+class TheirStep(NamedTuple):
+    """The other side's training step, and what of it is compared."""
+
+    task: Task  # without z-loss where that is not offered
+    made: Any  # the oracle's gradients, which decide where norms are clipped
+    values: dict[str, Array]
+    trains: bool  # whether there is more than gradients
+    notes: list[str]
+
+
+def _their_step(
+    side: Side, checkpoint: Checkpoint, batches: list[Batch], exact: Mapping[str, Array]
+) -> TheirStep:
+    """Ask the other side for its gradients and its step, and leave out what it does not offer."""
+    backend, config = backends.load(side.backend, "--against"), checkpoint.config
+    theirs_at = checkpoint.path if side.weights is None else side.weights
+    given = Parameters(Checkpoint(theirs_at, side.dtype), config, side.dtype)
+    notes: list[str] = []
 
     def theirs_of(name: str, *arguments: Any) -> Any:
-        given_batches = copy.deepcopy(batches)
-        config, what = checkpoint.config, "the training step"
-        return ask(backend, name, what, config, given, given_batches, *arguments)
+        own_batches = copy.deepcopy(batches)
+        return ask(backend, name, "the training step", config, given, own_batches, *arguments)
 
+    task = Task(config, batches, {}, STEP.z_loss)
     try:
         first = theirs_of("loss_and_grads", task.z_loss)
     except NotImplementedError as error:
@@ -104,27 +132,21 @@ def compare_training(
     except NotImplementedError as error:
         notes.append(f"gradients alone, no step ({error})")
         done = {}
+    return TheirStep(task, made, _values(first, done, given), bool(done), notes)
+
+
+def _values(first: Any, done: Mapping[str, Any], given: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the values of gradients and steps by the names of ``names``."""
     try:
-        theirs = _first(*first)
+        values = _first(*first)
         for run, found in done.items():
-            theirs |= _second(run, found["grad_norm"][0], found["exp_avg"], given, found["params"])
+            values |= _second(run, found["grad_norm"][0], found["exp_avg"], given, found["params"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(
             f"--against: loss_and_grads or train returned something else than the protocol says "
             f"({type(error).__name__}: {error}); see reference_np/backend.py"
         ) from None
-    advance()
-    trains = bool(done)
-    right = step_values(task, exact, made, trains)
-    advance()
-    plain = right if low is exact else step_values(task, low, gradients(task, low), trains)
-    advance()
-    rows = compare_step(task, side.dtype, theirs, right, plain, trains)
-    found = Diagnosis([], [])
-    if diagnosing and any(row.status == "diverges" for row in rows):
-        advance = start("known training bugs", len(TRAINING))
-        found = diagnose_step(task, side.dtype, exact, low, theirs, right, rows, advance)
-    return rows, found, notes
+    return values
 
 
 def _rows(value: Any) -> Array:

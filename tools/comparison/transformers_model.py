@@ -96,60 +96,73 @@ def call(
 @contextmanager
 def tracing(model: Any, note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Give ``note`` every activation of a call under its name here, read off their modules."""
-    width, prefix = model.config.head_dim, ""
-    handles = []
-
-    def heads(value: torch.Tensor) -> torch.Tensor:
-        return value.unflatten(-1, (-1, width))
-
-    def same(value: torch.Tensor) -> torch.Tensor:
-        return value
-
-    def enter(index: int) -> None:
-        nonlocal prefix
-        prefix = f"layers.{index}."
-
-    def on(module: Any, name: str, view: Any = same, of_input: bool = False) -> None:
-        if of_input:
-            hook = module.register_forward_pre_hook(lambda _, x: note(prefix + name, view(x[0])))
-        else:
-            hook = module.register_forward_hook(lambda _, x, y: note(prefix + name, view(y)))
-        handles.append(hook)
+    tracer = _Tracer(note, model.config.head_dim)
+    inner, real_rotary = model.model, modeling_llama.apply_rotary_pos_emb
 
     def rotary(q: torch.Tensor, k: torch.Tensor, *rest: Any, **more: Any) -> Any:
         q, k = real_rotary(q, k, *rest, **more)
-        note(prefix + "q_rope", q.transpose(1, 2))
-        note(prefix + "k_rope", k.transpose(1, 2))
+        tracer.note("q_rope", q.transpose(1, 2))
+        tracer.note("k_rope", k.transpose(1, 2))
         return q, k
 
-    def leave(*_: Any) -> None:
-        nonlocal prefix
-        prefix = ""
-
-    inner = model.model
-    on(inner.embed_tokens, "embed")
-    for i, layer in enumerate(inner.layers):
-        handles.append(layer.register_forward_pre_hook(lambda _, x, i=i: enter(i)))
-        on(layer.input_layernorm, "attn_norm")
-        for short in "qkv":
-            on(getattr(layer.self_attn, f"{short}_proj"), short, heads)
-        on(layer.self_attn.o_proj, "attn", heads, of_input=True)
-        on(layer.self_attn.o_proj, "attn_proj")
-        on(layer.post_attention_layernorm, "attn_residual", of_input=True)
-        on(layer.post_attention_layernorm, "ffn_norm")
-        on(layer.mlp.gate_proj, "gate")
-        on(layer.mlp.up_proj, "up")
-        on(layer.mlp.down_proj, "ffn", of_input=True)
-        on(layer.mlp.down_proj, "ffn_proj")
-        on(layer, "residual")
-        handles.append(layer.register_forward_hook(leave))
-    on(inner.norm, "norm")
-    on(model.lm_head, "logits")
-    real_rotary = modeling_llama.apply_rotary_pos_emb
+    tracer.on(inner.embed_tokens, "embed")
+    for index, layer in enumerate(inner.layers):
+        tracer.watch(layer, index)
+    tracer.on(inner.norm, "norm")
+    tracer.on(model.lm_head, "logits")
     modeling_llama.apply_rotary_pos_emb = rotary
     try:
         yield
     finally:
         modeling_llama.apply_rotary_pos_emb = real_rotary
-        for handle in handles:
+        for handle in tracer.handles:
             handle.remove()
+
+
+class _Tracer:
+    """Hooks on their modules, which name what passes them by the layer that runs."""
+
+    def __init__(self, note: Callable[[str, torch.Tensor], None], head_dim: int) -> None:
+        self.give, self.head_dim = note, head_dim
+        self.prefix = ""
+        self.handles: list[Any] = []
+
+    def note(self, name: str, value: torch.Tensor) -> None:
+        self.give(self.prefix + name, value)
+
+    def on(self, module: Any, name: str, heads: bool = False, of_input: bool = False) -> None:
+        """Note a module's output (or input), [B, T, H * K] as [B, T, H, K] where it is heads."""
+
+        def view(value: torch.Tensor) -> torch.Tensor:
+            return value.unflatten(-1, (-1, self.head_dim)) if heads else value
+
+        if of_input:
+            hook = module.register_forward_pre_hook(lambda _, x: self.note(name, view(x[0])))
+        else:
+            hook = module.register_forward_hook(lambda _, x, y: self.note(name, view(y)))
+        self.handles.append(hook)
+
+    def watch(self, layer: Any, index: int) -> None:
+        """Note the activations of one block."""
+
+        def enter(*_: Any) -> None:
+            self.prefix = f"layers.{index}."
+
+        def leave(*_: Any) -> None:
+            self.prefix = ""
+
+        attention, feed_forward = layer.self_attn, layer.mlp
+        self.handles.append(layer.register_forward_pre_hook(enter))
+        self.on(layer.input_layernorm, "attn_norm")
+        for short in "qkv":
+            self.on(getattr(attention, f"{short}_proj"), short, heads=True)
+        self.on(attention.o_proj, "attn", heads=True, of_input=True)
+        self.on(attention.o_proj, "attn_proj")
+        self.on(layer.post_attention_layernorm, "attn_residual", of_input=True)
+        self.on(layer.post_attention_layernorm, "ffn_norm")
+        self.on(feed_forward.gate_proj, "gate")
+        self.on(feed_forward.up_proj, "up")
+        self.on(feed_forward.down_proj, "ffn", of_input=True)
+        self.on(feed_forward.down_proj, "ffn_proj")
+        self.on(layer, "residual")
+        self.handles.append(layer.register_forward_hook(leave))
