@@ -25,13 +25,13 @@ FinishReason = Literal["stop", "length"]
 
 
 class Token(NamedTuple):
-    """One token chosen for one row."""
+    """One token sampled for one row."""
 
     row: int  # the prompt's index in the batch
     id: int
-    last: bool  # by the row's max_new_tokens, or because the context is full
-    logprob: float | None  # under the model itself: before penalty, temperature and cuts
-    top_logprobs: tuple[tuple[int, float], ...]  # (id, log-probability) of the likeliest tokens
+    last: bool  # whether the row has max_new_tokens tokens or fills the context
+    logprob: float | None  # before repetition penalty, temperature, top-k, top-p and min-p
+    top_logprobs: tuple[tuple[int, float], ...]  # (id, log-probability), most probable first
 
     @property
     def likeliest(self) -> tuple[tuple[int, float], ...]:
@@ -42,7 +42,7 @@ class Token(NamedTuple):
 def finish_reason(
     token: Token, stop_ids: Collection[int] = (), has_stop_text: bool = False
 ) -> FinishReason | None:
-    """Return why generation stops after a token, or None: it goes on.
+    """Return the reason why generation stops after a token, or None if it continues.
 
     "stop": the token is an end token, or completes one of the stop texts. "length": the row has
     ``max_new_tokens`` tokens, or fills the context. At the last token allowed, "stop" wins.
@@ -65,7 +65,7 @@ class Row:
 
 
 class DecodeBatch:
-    """Sequences that are continued together; each as if it were alone.
+    """Sequences decoded together; each gives the tokens it gives alone.
 
     ``prefill`` reads the prompts, once. After it ``sample`` returns one token a row that is not
     finished, and ``decode_one_token`` is told which rows are finished and runs the model on the
@@ -131,7 +131,7 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def sample(self) -> list[Token]:
-        """Choose the next token of every row that is not finished."""
+        """Sample the next token of every row that is not finished."""
         logits_BV = self.logits_BV
         is_finite = logits_BV.isfinite().all()
         if self.seen_BV is not None:
@@ -139,7 +139,7 @@ class DecodeBatch:
         if all(row.settings.temperature == 0 for row in self.rows):
             ids_B = logits_BV.argmax(-1)
         else:
-            # Drawn on the CPU, so that they do not depend on the device.
+            # Drawn on the CPU, so that samples do not depend on the device.
             uniform = [
                 torch.rand((), dtype=torch.float64, generator=row.generator) for row in self.rows
             ]
@@ -177,11 +177,11 @@ class DecodeBatch:
         self.is_ahead = False
 
     def close(self) -> None:
-        """Keep a captured step for the next request. Nothing can be decoded after that."""
+        """Release the decoding step; the batch must not be used afterwards."""
         self.step.close()
 
     def _read_ahead(self, results: Tensor) -> list[int]:
-        """Return the results as numbers, read while the GPU is already at the next step."""
+        """Return the results as numbers, read while the GPU runs the next decoding step."""
         host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
         host.copy_(results, non_blocking=True)
         copied = torch.cuda.Event()
@@ -203,7 +203,7 @@ class DecodeBatch:
         return seen_BV
 
     def _select_rows(self, indices: list[int]) -> None:
-        """Go on with some of the rows, without the columns that are padding in all of them."""
+        """Keep the rows ``indices``, without the columns that are padding in all of them."""
         self.rows = [self.rows[i] for i in indices]
         index = torch.tensor(indices, device=self.device)
         self.sampling, self.ids_B = self.sampling.select_rows(index), self.ids_B[index]
@@ -215,7 +215,7 @@ class DecodeBatch:
         self.step.begin([row.padding for row in self.rows])
 
     def _tokens(self, ids: list[int]) -> list[Token]:
-        """Return the tokens of the rows that are not finished, with what they ask for."""
+        """Return the tokens of the unfinished rows, with log-probabilities where requested."""
         tokens = []
         logprobs_BV = self.logits_BV.double().log_softmax(-1) if self._wants_logprobs() else None
         for i, (row, id_) in enumerate(zip(self.rows, ids, strict=True)):

@@ -1,6 +1,6 @@
 """Rotary position embeddings (RoPE), in the rotate-half form of Hugging Face's weights.
 
-Suffixes: B batch, T position, H heads, K head_dim.
+Suffixes: B batch, T position, H query or key heads, K head_dim.
 """
 
 import math
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 
-Tables = tuple[Tensor, Tensor]
+Tables = tuple[Tensor, Tensor]  # cos and sin, each [B, T, 1, K / 2]
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -24,12 +24,12 @@ def rope_frequencies(config: ModelConfig, device: torch.device | None = None) ->
     frequencies: Tensor = config.rope_theta ** (-pairs / config.head_dim)
     if config.rope_type == "default":
         return frequencies
-    kept = torch.zeros_like(frequencies)
+    unscaled = torch.zeros_like(frequencies)
     if config.rope_type == "llama3":
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         turns = frequencies * (config.rope_original_max_seq_len / (2 * math.pi))
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(frequencies / config.rope_factor, frequencies, kept)
+        unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(frequencies / config.rope_factor, frequencies, unscaled)
 
 
 def rope_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tables:

@@ -1,4 +1,7 @@
-"""Split windows into batches of tokens and targets, documents packed or not."""
+"""Split windows into micro-batches of tokens and targets, with or without document masks.
+
+Suffixes: B batch (row), T position.
+"""
 
 from typing import NamedTuple
 
@@ -11,15 +14,15 @@ from ..tokenizer.gpt2 import END_OF_TEXT_ID
 
 
 class Batch(NamedTuple):
-    """One micro-batch; positions and mask as in Llama.forward."""
+    """One micro-batch; positions and mask are Llama.forward's."""
 
     tokens: Tensor  # int64 [B, T]
-    targets: Tensor  # int64 [B, T], IGNORE where nothing is to be learnt
+    targets: Tensor  # int64 [B, T], IGNORE where the loss leaves the target out
     positions: Tensor | None = None  # int64 [B, T]
     mask: Tensor | None = None  # bool [B, T, T]
 
     def to(self, device: torch.device) -> "Batch":
-        """Move every tensor to ``device``; to a GPU without waiting for it."""
+        """Copy every tensor to ``device``, to a GPU asynchronously."""
         if device.type == "cuda":  # only from contiguous pinned memory is a copy asynchronous
             pinned = (x if x is None or x.is_cuda else x.contiguous().pin_memory() for x in self)
             return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in pinned))  # type: ignore[arg-type]
@@ -27,24 +30,24 @@ class Batch(NamedTuple):
 
 
 def to_batch(window: Tensor) -> Batch:
-    """Cut windows [B, T + 1] into tokens [B, T] and the tokens that follow them."""
+    """Split windows [B, T + 1] into tokens [B, T] and targets [B, T], each token's next one."""
     return Batch(window[:, :-1], window[:, 1:])
 
 
-def pack_documents(window: Tensor, end: int = END_OF_TEXT_ID) -> Batch:
-    """Cut [B, T + 1] into tokens and targets, with positions and a mask for each document.
+def pack_documents(window: Tensor, eos_id: int = END_OF_TEXT_ID) -> Batch:
+    """Split windows [B, T + 1] into tokens and targets, with positions and mask by document.
 
-    A document ends with ``end``, which belongs to it. Its positions count from 0, and a token
-    sees those of its own document up to itself: what is computed is what each document (or the
-    part of it that the window holds) gives alone. So nothing is learnt from what follows
-    ``end``: it would be the first token of a document of which nothing is seen.
+    A document ends with ``eos_id``, which belongs to it. Positions count from 0 in each document,
+    and a token attends to its own document up to itself, so each document (or its part in the
+    window) gives the logits it gives alone. The target after ``eos_id`` is IGNORE: it is the first
+    token of another document.
     """
     tokens_BT, targets_BT = window[:, :-1], window[:, 1:]
-    is_end = tokens_BT == end
-    document_BT = is_end.cumsum(1) - is_end.long()  # counts the ends before
-    place_T = torch.arange(tokens_BT.shape[1], device=window.device)
-    begins = torch.ones_like(is_end)
-    begins[:, 1:] = is_end[:, :-1]
-    first_BT = (place_T * begins).cummax(1).values
+    is_end = tokens_BT == eos_id
+    document_BT = is_end.cumsum(1) - is_end.long()  # number of earlier ends
+    index_T = torch.arange(tokens_BT.shape[1], device=window.device)
+    is_start = torch.ones_like(is_end)
+    is_start[:, 1:] = is_end[:, :-1]
+    document_start_BT = (index_T * is_start).cummax(1).values
     targets_BT = targets_BT.masked_fill(is_end, IGNORE)
-    return Batch(tokens_BT, targets_BT, place_T - first_BT, document_mask(document_BT))
+    return Batch(tokens_BT, targets_BT, index_T - document_start_BT, document_mask(document_BT))

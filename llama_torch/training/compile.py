@@ -1,4 +1,4 @@
-"""What makes a training step quick or small without changing it: compilation, recomputation."""
+"""Compile and recompute a model's blocks: faster or smaller training steps, the same result."""
 
 from contextlib import AbstractContextManager
 from functools import partial
@@ -58,6 +58,6 @@ def _keep_costly(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Che
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Run without compilation: for what happens once in a while, in shapes of its own."""
+    """Run without compilation, for rare calls with shapes of their own."""
     context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return context

@@ -1,4 +1,4 @@
-"""``--dry-run``: what a run will take, measured on a few of its own steps."""
+"""``--dry-run``: estimate memory, disk and time of a run from a few of its training steps."""
 
 import tempfile
 import time
@@ -41,7 +41,7 @@ def report(config: TrainConfig) -> int:
 
 
 def measure(run: Run) -> tuple[float, dict[str, float]]:
-    """Take a few steps that change no weight; return a step's seconds, and the run's by part."""
+    """Time training steps at a learning rate of 0; return seconds a step, and the run's by part."""
     config, optim = run.config, run.config.optim
     generator = torch.Generator().manual_seed(config.seed)
     shape = run.windows_per_step, config.model.max_seq_len + 1
@@ -84,7 +84,7 @@ def measure(run: Run) -> tuple[float, dict[str, float]]:
 
 
 def _times(steps: int, every: int) -> int:
-    """Return how often a run does what is due after every ``every`` steps; 0 = never."""
+    """Return the number of times an action every ``every`` steps runs; ``every`` 0 = never."""
     return -(-steps // every) if every else 0
 
 
@@ -98,7 +98,7 @@ def _seconds(*calls: Callable[[], object]) -> float:
 
 
 def _disk_speed(out: Path) -> float:
-    """Return the bytes per second that the run's disk takes."""
+    """Return the write speed of the run's disk, in bytes per second."""
     while not out.is_dir():
         out = out.parent
     with tempfile.TemporaryFile(dir=out) as file:

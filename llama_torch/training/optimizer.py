@@ -1,8 +1,8 @@
-"""AdamW on bfloat16 weights that loses nothing of float32: their lower halves are its state.
+"""AdamW for float32 master weights, stored as bfloat16 weights and their 16 lower bits.
 
-A float32 weight is held as the nearest bfloat16, which the model computes with, and the 16 bits
-that are missing. Forward and backward passes never cast a weight, gradients are half as large,
-and a step computes what float32 AdamW computes, to the bit of the weights' own format.
+The model computes with the nearest bfloat16 of each float32 weight; the optimizer's state holds
+the other 16 bits. No weight is cast in forward or backward passes, gradients take half the memory,
+and an update has the bits of float32 AdamW.
 """
 
 import math
@@ -20,7 +20,7 @@ BLOCK = 1 << 16  # elements
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a float32 tensor as the nearest bfloat16 and the rest, int16; ties go outwards."""
+    """Split float32 into the nearest bfloat16 (ties away from zero) and int16 lower bits."""
     bits = master.view(torch.int32)
     high = (bits + (1 << 15)) >> 16
     low = (bits - (high << 16)).to(torch.int16)
@@ -28,13 +28,13 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(weight: Tensor, low: Tensor) -> Tensor:
-    """Return the float32 tensor that ``split`` made these of, to the bit."""
+    """Return the float32 tensor that ``split`` was given, bit for bit."""
     high = weight.view(torch.int16).to(torch.int32)
     return ((high << 16) + low.to(torch.int32)).view(torch.float32)
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) whose float32 parameters become bfloat16 and a state.
+    """AdamW (Loshchilov and Hutter 2019) of float32 weights split into bfloat16 and lower bits.
 
     Takes torch.optim.AdamW's groups; ``state`` holds ``step``, ``exp_avg`` and ``exp_avg_sq``
     as its does, and ``low``. Gradients are given to ``update``, bfloat16 or float32.
@@ -49,7 +49,7 @@ class MasterAdamW(torch.optim.Optimizer):
                 self.set_master(parameter, parameter.data)
 
     def set_master(self, parameter: Tensor, master: Tensor) -> None:
-        """Give a parameter this float32 value, and moments of zero where it has none."""
+        """Set a parameter's float32 value, and its moments to zero if it has none."""
         state = self.state[parameter]
         parameter.data, state["low"] = split(master.detach())
         if "exp_avg" not in state:
@@ -63,7 +63,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, grads: Mapping[Tensor, Tensor], scale: Tensor) -> None:
-        """Take a step with every parameter's gradient times ``scale``, a float32 scalar."""
+        """Update every parameter by its gradient times ``scale``, a float32 scalar."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             constants: dict[int, Tensor] = {}
@@ -79,7 +79,7 @@ class MasterAdamW(torch.optim.Optimizer):
                     ]
                     made = torch.tensor(rates, dtype=torch.float32)
                     constants[step] = made.to(parameter.device, non_blocking=True)
-                run = compiled(_step, dynamic=True) if parameter.is_cuda else _in_cache
+                run = compiled(_step, dynamic=True) if parameter.is_cuda else _step_in_blocks
                 tensors = parameter, state["low"], state["exp_avg"], state["exp_avg_sq"]
                 weight, low, first, second = (x.detach().view(-1) for x in tensors)
                 constant = beta1, beta2, group["eps"]
@@ -87,8 +87,8 @@ class MasterAdamW(torch.optim.Optimizer):
                 run(weight, low, first, second, grad, constants[step], scale, *constant)
 
 
-def _in_cache(weight: Tensor, *others: Any) -> None:
-    """Take one tensor's step piece by piece: some twenty passes, all but one in the cache."""
+def _step_in_blocks(weight: Tensor, *others: Any) -> None:
+    """Update one tensor in blocks, so that its twenty passes run in the CPU cache."""
     tensors, constants = (weight, *others[:4]), others[4:]
     for parts in zip(*(tensor.split(BLOCK) for tensor in tensors), strict=True):
         _step(*parts, *constants)
@@ -106,7 +106,7 @@ def _step(
     beta2: float,
     eps: float,
 ) -> None:
-    """Take one tensor's step, in place. ``rates``: decay, lr / (1 - b1^t), 1 / sqrt(1 - b2^t)."""
+    """Update one tensor in place; ``rates``: decay, lr / (1 - b1^t), 1 / sqrt(1 - b2^t)."""
     wide = grad.float() * scale
     first = torch.lerp(exp_avg, wide, 1 - beta1)
     second = torch.lerp(exp_avg_sq, wide.square(), 1 - beta2)
@@ -142,7 +142,7 @@ def make_adamw(
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Return the rate of step ``step`` (from 0): linear warmup, then cosine to the final rate.
+    """Return the learning rate of training step ``step`` (from 0): warmup, then cosine decay.
 
     A pure function of the step, so that resuming needs no scheduler state.
     """

@@ -1,4 +1,4 @@
-"""The run directory: which one it is, what it belongs to, and who may write to it."""
+"""Choose, claim, lock and check a run directory."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ LOCK_FILE = "lock"
 
 
 def resolve_config(argv: Sequence[str]) -> TrainConfig:
-    """Build the settings of this run: defaults, then TOML, then flags; ``out`` is filled in.
+    """Return a run's config from defaults, then TOML, then flags; ``out`` is filled in.
 
     With --resume the run's own stored settings take the defaults' place. Raises InputError for
     a setting that is wrong, a directory that holds another run, or one that cannot be written.
@@ -49,9 +49,9 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
 
 
 def flags_after_restart(argv: Sequence[str]) -> Sequence[str]:
-    """Return the flags with which torchrun's second attempt at a job continues the first.
+    """Return the flags with which a job that torchrun restarted resumes its run.
 
-    That is the run which bears the job's name, or which is in the --out it was given.
+    It is the run with the job's name, in --out if that was given.
     """
     early = cli.early_flags(argv)
     if early.config:
@@ -126,7 +126,7 @@ def _require_free_and_writable(out: Path) -> None:
 
 
 def check_resume_config(config: TrainConfig, data_key: str | None = None) -> None:
-    """Check that a resumed run's settings, and its text once its hash is known, are its own."""
+    """Raise InputError unless config and, if given, the data's hash are those of the run."""
     out = Path(config.out)
     stored = _stored(out)
     # A setting that did not exist when the run began had its default's effect.
@@ -167,7 +167,7 @@ def lock(out: Path) -> Iterator[None]:
 
 
 def claim(config: TrainConfig, data_key: str) -> None:
-    """Note in a new run's directory, which is locked, what it belongs to."""
+    """Write run.json, with config and data key, and config.json into a new, locked directory."""
     out = Path(config.out)
     _require_free(out)  # another run may have come and gone while this one was prepared
     record = {
@@ -184,7 +184,7 @@ def claim(config: TrainConfig, data_key: str) -> None:
 
 
 def _merge(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return ``defaults`` with what is given in their places."""
+    """Return ``defaults`` overridden by ``given``, nested dicts merged."""
     nested = {k: _merge(v, given[k]) for k, v in defaults.items() if isinstance(given.get(k), dict)}
     return {**defaults, **given, **nested}
 

@@ -1,4 +1,4 @@
-"""What TensorBoard reads, written at once: nothing is lost to a kill, no error to a thread."""
+"""Write TensorBoard events synchronously: a kill loses none, and errors reach the caller."""
 
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ NAME = "events.out.tfevents."
 
 
 class EventWriter:
-    """A new event file in ``folder``; from step ``first`` on it replaces those before it.
+    """Writes a new event file in ``folder``; from step ``first`` on it supersedes earlier ones.
 
     Readers take files in the order of their names, where torch's SummaryWriter puts the time of
     day: after a clock was set back, a resumed run's would come first and be purged itself.

@@ -1,4 +1,4 @@
-"""How fast training could be, and what it takes: operations, the device's peak, memory."""
+"""Compute training's operations per token, the device's peak, and memory in use."""
 
 import resource
 import sys
@@ -25,7 +25,7 @@ def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations per second to measure against: a known GPU's, or a product's here."""
+    """Return peak operations per second: a known GPU's, or of a matrix product timed here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_BFLOAT16.items():
@@ -50,7 +50,7 @@ def peak_tokens_per_second(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes used so far: of tensors on a GPU, of the whole process on a CPU."""
+    """Return the peak memory in bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

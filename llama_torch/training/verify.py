@@ -1,4 +1,4 @@
-"""A training run held to the NumPy oracle as it goes: ``--verify-every``.
+"""``--verify-every``: compare a model in training with the NumPy oracle.
 
 This module, error_bounds.py and oracle.py import the oracle, and nothing else of the package does;
 the trainer imports them for this flag alone.
@@ -6,11 +6,12 @@ the trainer imports them for this flag alone.
 What is verified is what trains. The live model, compiled or not, takes whole micro-batches of the
 step just done, in which all but a few targets are ignored. Attention is causal, so that what is
 left (the loss, its gradients, the logits of the positions that count) depends on a few short rows
-alone, and those are all that the oracle computes. What leaks in from elsewhere shows.
+alone, and those are all that the oracle computes. A dependence on other rows or later tokens is
+an error here.
 
-What goes wrong in long sums alone does not show there. The embedding's gradient adds up as many
-terms as a token occurs, which may be half of a micro-batch: with every target it is held to the
-sum of the terms that it was made of.
+Errors of long sums do not show in a few rows. The embedding's gradient sums as many terms as a
+token occurs, up to half of a micro-batch: with all targets, it is compared with the float64 sum of
+its own terms.
 
 ``observe`` runs a model; ``bound_errors`` compares what a model computed, however it is spread over
 devices, given whole tensors on the CPU.
@@ -44,7 +45,7 @@ BYTES_PER_PARAMETER = 18
 
 
 def require_memory(config: ModelConfig) -> None:
-    """Raise InputError where this machine cannot hold what a check needs."""
+    """Raise InputError where a check needs more memory than this machine has."""
     shapes = parameter_shapes(oracle_config(config))
     needed = BYTES_PER_PARAMETER * sum(map(math.prod, shapes.values()))
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -56,7 +57,10 @@ def require_memory(config: ModelConfig) -> None:
 
 
 def check(model: Llama, batches: Sequence[Batch], z_loss: float) -> list[BoundedError]:
-    """Compare a model with the oracle on part of a step's micro-batches; nothing is changed."""
+    """Return errors and bounds of a model on parts of a training step's micro-batches.
+
+    Parameters and gradients are left as they were.
+    """
     picked = pick(batches)
     weight = model.head_weight
     found = bound_errors(
@@ -77,14 +81,14 @@ def pick(batches: Sequence[Batch]) -> list[Batch]:
     for batch, (rows, length) in zip(batches, PARTS, strict=False):
         targets = torch.full_like(batch.targets, IGNORE)
         targets[:rows, :length] = batch.targets[:rows, :length]
-        if not count_valid(targets):  # any others will do
+        if not count_valid(targets):  # without a valid target, the tokens are the targets
             targets[:rows, :length] = batch.tokens[:rows, :length]
         picked.append(batch._replace(targets=targets))
     return picked
 
 
 def observe(model: Llama, batches: Sequence[Batch], z_loss: float) -> Observed:
-    """Run what a training step runs, up to its gradients; nothing of the model is changed."""
+    """Return logits, loss and gradients of a training step; parameters and gradients are kept."""
     hidden: list[Tensor] = []
     hook = model.model.register_forward_hook(lambda *call: hidden.append(call[2][0].detach()))
     try:
@@ -115,12 +119,12 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def worst_errors(checked: Sequence[BoundedError]) -> dict[str, tuple[float, float]]:
-    """Return of each kind the error nearest to its bound, and that bound."""
+    """Return the worst error and its bound, by quantity."""
     return {name: (one.error, one.bound) for name, one in worst_of_each(checked).items()}
 
 
 def complaint(measures: Sequence[BoundedError], out: Path, done: int) -> str:
-    """Say on one line what does not hold after ``done`` steps, and where to look."""
+    """Return a line that names the errors over their bounds after step ``done``, and a remedy."""
     broken = [measure for measure in measures if not measure.holds]
     parts = []
     for quantity, worst in worst_of_each(broken).items():

@@ -94,7 +94,7 @@ def test_a_packed_row_is_its_documents_alone(case: Packed) -> None:
 
 
 def test_what_is_packed() -> None:
-    packed = pack_documents(torch.tensor([[5, 9, 6, 7, 9, 9, 8]]), end=9)
+    packed = pack_documents(torch.tensor([[5, 9, 6, 7, 9, 9, 8]]), eos_id=9)
     assert packed.tokens.tolist() == [[5, 9, 6, 7, 9, 9]]
     assert packed.targets.tolist() == [[9, IGNORE, 7, 9, IGNORE, IGNORE]]
     assert packed.positions.tolist() == [[0, 1, 0, 1, 2, 0]]
