@@ -1,4 +1,4 @@
-"""From logits to the next token, for every row of a batch with its own settings.
+"""Sample the next token from logits, for every row of a batch with its own settings.
 
 The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p. The oracle is
 reference_np.sampling. Suffixes: B row, V vocabulary.
@@ -44,7 +44,7 @@ class Settings(NamedTuple):
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
-    """Make tokens already seen less likely (Keskar et al. 2019, section 4.1), in float64.
+    """Return logits [B, V] with the repetition penalty (Keskar et al. 2019, section 4.1), float64.
 
     A positive logit is divided by the penalty and a negative one multiplied, as every port of
     the method does: the paper divides, which favours repetition where logits are negative.
@@ -62,7 +62,7 @@ def token_probabilities(logits_BV: Tensor, settings: Settings) -> Tensor:
     as likely as the likeliest (Nguyen et al. 2024). Of equals, the lower ids come first. The
     likeliest is always kept, and alone at temperature 0.
     """
-    # float64: in float32 the running sum of 50,257 probabilities reaches 1 before its end.
+    # float64: in float32 the cumulative sum of 50,257 probabilities reaches 1 before its end.
     ordered, order = torch.sort(logits_BV.double(), dim=-1, descending=True, stable=True)
     greedy = settings.temperature == 0
     # The largest is 0 at any temperature, and cannot overflow.
@@ -80,9 +80,9 @@ def token_probabilities(logits_BV: Tensor, settings: Settings) -> Tensor:
 
 
 def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Return the token [B] at which each row's running sum passes its uniform draw from [0, 1)."""
+    """Return the token [B] at which each row's cumulative sum exceeds its draw from [0, 1)."""
     total = probs_BV.cumsum(-1)
     whole = total[:, -1:]
-    # Rounding may make the product the whole sum, which nothing passes.
+    # Rounding may make the product equal to the whole sum, which no cumulative sum exceeds.
     target = torch.minimum(uniform_B[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
     return torch.searchsorted(total, target, right=True)[:, 0]

@@ -53,10 +53,10 @@ class TritonBatchStep:
         self.shares_of = buffers.zeros(max(SPLITS), self.rows, max(widths))
 
     def refresh(self) -> None:
-        """Copy nothing: every weight is read where it is."""
+        """Do nothing: every weight is read in place."""
 
     def launch(self) -> Tensor:
-        """Launch the step's kernels; return the logits [M, 1, V]."""
+        """Launch the decoding step's kernels; return the logits [M, 1, V]."""
         c, model, buffers = self.config, self.model.model, self.buffers
         inputs = buffers.inputs
         buffers.look_up()
@@ -97,7 +97,7 @@ class TritonBatchStep:
         )  # fmt: skip
 
     def _project(self, x: Tensor, *linears: nn.Module, out: Tensor | None = None) -> int:
-        """Multiply by some matrices, into ``shares_of`` or ``out``; return the number of shares."""
+        """Multiply by up to three matrices into ``shares_of`` or ``out``; return the splits."""
         matrices = [matrix_of(linear) for linear in linears]
         weights = [matrix.weight for matrix in matrices]
         n_in = weights[0].shape[1]

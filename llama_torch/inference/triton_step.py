@@ -1,4 +1,4 @@
-"""The decoding step of one sequence as Triton kernels, and what it shares with a batch's.
+"""The decoding step of one sequence as Triton kernels, and its buffers, shared with a batch's.
 
 Names: M sequence, D dim, H query heads, K head_dim, S key position (cache column), V vocabulary.
 """
@@ -74,11 +74,11 @@ class TritonBuffers:
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=self.device)
 
     def zeros(self, *shape: int) -> Tensor:
-        """Return zeros in the precision of sums."""
+        """Return zeros of a shape, in the accumulation dtype."""
         return torch.zeros(*shape, dtype=self.sums, device=self.device)
 
     def look_up(self) -> None:
-        """Begin the residual stream with the tokens' embeddings."""
+        """Store the tokens' embeddings in the residual stream [rows, D]."""
         dim = self.config.dim
         block = power(dim, 1024)
         decode.look_up[(-(-dim // block), self.rows)](
@@ -86,7 +86,7 @@ class TritonBuffers:
         )
 
     def attend(self, i: int, out: Tensor) -> None:
-        """Attend from ``q`` to layer ``i`` of the cache, up to the step's column."""
+        """Attend from ``q`` to layer ``i`` of the cache, up to the decoding step's column."""
         c = self.config
         decode.attend[(self.rows * c.n_heads, self.shares)](
             self.q, self.cache.keys[i], self.cache.values[i], self.allowed, self.inputs.column,
@@ -131,7 +131,7 @@ class TritonStep:
             self.in_planes.view_as(in_order).copy_(in_order)
 
     def launch(self) -> Tensor:
-        """Launch the step's kernels; return the logits [1, 1, V]."""
+        """Launch the decoding step's kernels; return the logits [1, 1, V]."""
         c, model, buffers = self.config, self.model.model, self.buffers
         buffers.look_up()
         layer: Any

@@ -1,6 +1,6 @@
-"""Triton kernel that replaces logits by the derivative of their cross-entropy, in place.
+"""Triton kernel that replaces logits by the gradient of their cross-entropy, in place.
 
-Suffixes: N position, V vocabulary.
+Suffixes: N position of a piece (not key/value heads), V vocabulary.
 """
 
 import torch
@@ -23,7 +23,11 @@ def _row(
     IGNORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute log Z of one row, then overwrite it with softmax minus one-hot, times ``scale``."""
+    """Compute log Z of one row of logits [V], then store (softmax - one-hot) * ``scale`` in it.
+
+    ``logits_ptr`` points to [N, width], of which ``vocab_size`` columns count; ``targets_ptr`` and
+    ``losses_ptr`` to [N]. The z-loss adds z_loss * (log Z)^2.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * width
     target = tl.load(targets_ptr + row)

@@ -1,12 +1,12 @@
-"""Triton kernels that decode one token of one sequence: five a layer, each reading weights once.
+"""Triton kernels that decode one token of one sequence: five a layer, each reads its weights once.
 
 (``look_up`` and ``attend`` take several, and serve decode_batch.py too.)
 
 A product of one row and a matrix is bound by the memory that holds the matrix. A kernel of it
-loses most time at its beginning and end, so all work between two matrices is folded into their
-kernels (the norm before, the rotation, SwiGLU or residual after), and each kernel starts to read
-its weights before its predecessor has finished (programmatic dependent launch, CUDA Programming
-Guide, on GPUs that have it): ``gdc_wait`` stands after the first read.
+loses most time at its beginning and end, so the operations between two matrices are fused into
+their kernels (the norm before, the rotation, SwiGLU or residual after), and each kernel starts to
+read its weights before its predecessor has finished (programmatic dependent launch, CUDA
+Programming Guide, on GPUs that have it): ``gdc_wait`` stands after the first read.
 
 Sums are float32 (float64 for float64 weights) and the residual stream stays in that precision.
 int8 weights have one float32 scale a row, multiplied into the finished sum. They are read as words
@@ -28,7 +28,10 @@ def look_up(
     DIM: tl.constexpr, BLOCK: tl.constexpr,
     PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Begin the residual stream with the embedding of each sequence's token."""
+    """Store the embedding of each sequence's token in the residual stream.
+
+    ``table`` [V, D], ``token`` int64 [rows], ``stream`` [rows, D].
+    """
     _begin(PDL)
     _wait(PDL)
     row = tl.program_id(1)
@@ -45,7 +48,8 @@ def _rotate_and_store(
 ):  # fmt: skip
     """Rotate pairs (a, b) at ``i`` and ``i + K / 2`` of one head of q or k; store them, or v.
 
-    q goes to ``q``, k and v to the cache's ``column``. Heads are counted through q, k and v.
+    q goes to ``q`` [rows, H, K], k and v to ``column`` of the cache [rows, N, size, K]. ``head``
+    numbers the heads of q, k and v consecutively; ``cos`` and ``sin`` are [positions, K / 2].
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     if head < HEADS + KV_HEADS:
@@ -80,7 +84,8 @@ def norm_qkv_rope(
 ):  # fmt: skip
     """Norm, project to q, k and v, rotate q and k; store k and v in the cache's ``column``.
 
-    A program has ROWS pairs (i, i + K / 2) of one head, which a rotation turns together.
+    A program computes ROWS pairs (i, i + K / 2) of one head, which are rotated together. ``x`` [D],
+    ``w_q`` [H K, D], ``w_k`` and ``w_v`` [N K, D], their scales one a row.
     """
     _begin(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2

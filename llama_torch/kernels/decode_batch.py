@@ -1,14 +1,14 @@
 """Triton kernels that decode one token of several sequences: nine a layer.
 
 Reading the weights still takes most of the time, and products are laid out for it: a program holds
-the sums of some rows of a matrix for every sequence, reads those rows once through the tensor
-cores, several tiles ahead, and where a matrix has too few rows to occupy the GPU its columns are
-shared out too. The shares are added by the kernel after the product (a norm, the rotation, SwiGLU),
-which reads all of a sequence's numbers anyway.
+the sums of some rows of a matrix for every sequence, and reads those rows once through the tensor
+cores, several tiles ahead. Where a matrix has too few rows to occupy the GPU, its columns are split
+among programs too. The partial sums are added by the kernel after the product (a norm, the
+rotation, SwiGLU), which reads all of a sequence's elements anyway.
 
 Sums and the residual stream are float32 (float64 for float64 weights); a matrix's input is in the
 model's precision. ``gdc_wait`` and int8 weights as in decode.py.
-Names: M sequence, D dim, H query heads, N key/value heads, K head_dim, F hidden_dim.
+Names: M sequence (row), D dim, H query heads, N key/value heads, K head_dim, F hidden_dim.
 """
 
 import triton
@@ -22,7 +22,7 @@ FETCHED = tl.constexpr(8)  # lines of 128 bytes of each row
 
 @triton.jit
 def _joined(parts, at, inside, stride, SPLITS: tl.constexpr):
-    """Return the sum of a product's shares, ``stride`` apart."""
+    """Return the sum of a product's SPLITS partial sums, which are ``stride`` apart."""
     total = tl.load(parts + at, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(parts + split * stride + at, mask=inside, other=0.0)
@@ -35,7 +35,7 @@ def add_norm(
     DIM: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add a product (none if SPLITS is 0) to the residual stream, in place; store its norm."""
+    """Add a product (none if SPLITS is 0) to the residual stream [M, D]; store its norm."""
     _begin(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM

@@ -13,7 +13,7 @@ def _begin(PDL: tl.constexpr):
 
 @triton.jit
 def _wait(PDL: tl.constexpr):
-    """Wait for the preceding kernel: until then nothing it writes may be read or overwritten."""
+    """Wait for the preceding kernel; before it, its outputs must not be read or overwritten."""
     if PDL:
         gdc_wait()
 
@@ -30,7 +30,7 @@ def _tile(w, rows, start, n_in: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.cons
 
 @triton.jit
 def _place(i, n: tl.constexpr, PLANES: tl.constexpr):
-    """Return where number ``i`` of an array of ``n`` is stored: in PLANES, see decode.py."""
+    """Return the offset of element ``i`` of an array [n] stored in PLANES; see decode.py."""
     if PLANES == 1:
         return i
     return i % PLANES * (n // PLANES) + i // PLANES
@@ -41,7 +41,7 @@ def _plane(
     x, norm, start, plane: tl.constexpr,
     n: tl.constexpr, BLOCK: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
-    """Return part of the input [BLOCK], times the norm's weight if any, and its squares."""
+    """Return part of the input [BLOCK], times the norm's weight if given, and its squares."""
     columns = start + tl.arange(0, BLOCK)
     inside = columns < n
     at = plane * n + _place(columns, n, PLANES)
