@@ -181,7 +181,7 @@ class TrainConfig:
         check_text("sample_prompt", self.sample_prompt)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that determine the losses: what a resumed run must share."""
+        """Return the settings that determine the losses, which a resumed run must share."""
         flat = dataclasses.asdict(self)
         reporting = ("log_every", "eval_every", "eval_batches", "sample_every", "sample_prompt")
         running = ("config", "out", "resume", "device", "save_every", "profile", "dry_run")

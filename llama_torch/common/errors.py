@@ -4,7 +4,7 @@ import dataclasses
 
 
 class InputError(ValueError):
-    """Something a user supplied is wrong; the message names it and the remedy."""
+    """An error in a user's input; the message names the input and the remedy."""
 
 
 class VerificationError(Exception):
@@ -41,5 +41,5 @@ def check_text(flag: str, value: str) -> None:
 
 
 def has_surrogates(text: str) -> bool:
-    """Return whether a text holds what is no character: bytes of another encoding."""
+    """Return whether a text holds lone surrogates, as bytes of another encoding are decoded to."""
     return any("\ud800" <= character <= "\udfff" for character in text)

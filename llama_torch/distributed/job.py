@@ -17,10 +17,10 @@ from ..common.torchrun import is_launched
 
 T = TypeVar("T")
 
-# What gloo and sockets say when the other end is gone; they have no exception of their own for it.
+# Messages of gloo and sockets when a peer is gone; they have no exception class for it.
 LOST = r"(?i)(closed|reset) by peer|connection (closed|reset|refused)|broken pipe|timed out"
 
-TIMEOUT = timedelta(days=1)  # the others wait while the first tokenises; a dead peer shows at once
+TIMEOUT = timedelta(days=1)  # rank 0 may tokenise for long; a dead peer is noticed at once
 
 
 class PeerLostError(Exception):
@@ -58,7 +58,7 @@ def job() -> Iterator[None]:
 
 
 def exit_process(main: Callable[[], int]) -> NoReturn:
-    """Call ``main`` and end this process with what it returns.
+    """Call ``main`` and end this process with the exit code it returns.
 
     A process of a job skips the exit handlers of torch and Python: their threads may abort the
     process, and closing a process group waits for processes that have ended.

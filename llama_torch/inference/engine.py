@@ -271,7 +271,7 @@ def generate(
 
 
 def most_new_tokens(model: Llama, prompt: Sequence[int], settings: SamplingConfig) -> int:
-    """Return how many tokens may follow a prompt: ``max_new_tokens``, or what the context holds."""
+    """Return how many tokens may follow a prompt: ``max_new_tokens``, or as many as fit."""
     return min(settings.max_new_tokens, model.config.max_seq_len - len(prompt))
 
 

@@ -251,7 +251,7 @@ def load(
 def load_from(
     config: LoadConfig, template: str = "", decoding: DecodingConfig | None = None
 ) -> TextModel:
-    """Load what the command line's flags name."""
+    """Load the checkpoint that the command line's flags name."""
     path, device = Path(config.ckpt), pick_device(config.device)
     dtype = getattr(torch, config.dtype)
     model = load_model(path, dtype=dtype, device=device)

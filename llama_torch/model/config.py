@@ -187,7 +187,7 @@ class ModelConfig:
 
 
 def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Read the rotary base and scaling from both of their places, and what is wrong there.
+    """Return the rotary base and scaling from both of their places, and the problems found.
 
     A base that is nowhere is 10000, the paper's.
     """

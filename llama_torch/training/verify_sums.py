@@ -1,6 +1,6 @@
-"""The embedding's gradient of a whole micro-batch, held to the sum of its own terms.
+"""Compare the embedding's gradient of a whole micro-batch with the float64 sum of its terms.
 
-Axes: B batch, T position, N positions of all rows, V vocabulary, D dim.
+Axes: B batch, T position, N positions of all rows (not key/value heads), V vocabulary, D dim.
 """
 
 import math
@@ -16,21 +16,21 @@ from ..model.loss import count_valid
 from . import step
 from .batch import Batch
 
-COLUMNS = 64  # of the gradient looked at together, in float64
+COLUMNS = 64  # columns of the gradient compared at a time, in float64
 
 
 class Terms(NamedTuple):
-    """What the embedding's gradient was made of, and what it became, on the CPU."""
+    """The terms of the embedding's gradient, and the gradient computed from them, on the CPU."""
 
     tokens: Tensor  # [N]
-    d_out: Tensor  # [N, D], the gradients of the rows that it gave
-    in_head: Tensor | None  # [V, D], what a tied head left before them
+    d_out: Tensor  # [N, D], gradients of the looked-up rows
+    in_head: Tensor | None  # [V, D], a tied head's gradient, added to theirs
     found: Tensor  # [V, D]
 
 
 @contextmanager
 def gradients_aside(model: Llama) -> Iterator[None]:
-    """Let every parameter be without a gradient, and have its own back at the end."""
+    """Set every parameter's gradient to None, and restore it at the end."""
     before = {parameter: parameter.grad for parameter in model.parameters()}
     try:
         for parameter in before:
@@ -44,7 +44,7 @@ def gradients_aside(model: Llama) -> Iterator[None]:
 def embedding_error(
     model: Llama, batch: Batch, z_loss: float, factor: float
 ) -> tuple[float, float]:
-    """Return error and bound of the token whose gradient is nearest to its bound, or over it.
+    """Return the error and bound of the token whose error is the largest share of its bound.
 
     Both are relative to the size of that token's gradient. Of a float32 sum of n terms the bound
     is ``factor`` times sqrt(n) roundings of their absolute values (tier 2 of the oracle's
@@ -59,7 +59,7 @@ def embedding_error(
 
 
 def _observe(model: Llama, batch: Batch, z_loss: float) -> Terms | None:
-    """Run what a training step runs; return None where the embedding has no gradient."""
+    """Run a training step's passes; return the terms, or None if the embedding has no gradient."""
     weight, seen = model.model.embed_tokens.weight, list[tuple[Tensor | None, Tensor]]()
 
     def passed_back(d_out_BTD: Tensor) -> None:
@@ -85,7 +85,7 @@ def _observe(model: Llama, batch: Batch, z_loss: float) -> Terms | None:
 
 
 def _worst(terms: Terms, factor: float) -> tuple[float, float]:
-    """Return the relative error and bound of the token whose error is most of its bound."""
+    """Return the relative error and bound of the token with the largest share of its bound."""
     vocab_size, dim = terms.found.shape
     counts_V = torch.bincount(terms.tokens, minlength=vocab_size)
     unit = torch.finfo(terms.found.dtype).eps / 2
