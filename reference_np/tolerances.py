@@ -184,6 +184,7 @@ def errors(actual: Array, exact: Array) -> Errors:
 
 def _mean_square(x: Array) -> Array:
     """Return the mean of the squares of every token [B, T] of [B, T, ...]."""
+    x = x.reshape(x.shape + (1,) * (3 - x.ndim))  # of fewer axes every element is a token
     rows = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     mean: Array = np.einsum("bti,bti->bt", rows, rows) / rows.shape[-1]
     return mean

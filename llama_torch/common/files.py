@@ -1,6 +1,8 @@
 """Read JSON, and write files so that a kill leaves the old one or the new one."""
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+
+_NUMBERS = itertools.count()
+_FILLING: set[Path] = set()  # folders that this process writes to now
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -20,9 +25,13 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     carries the process, so that two processes that fill one cache do not meet in it.
     """
     for left_over in path.parent.glob(f"{path.name}.*.tmp"):
-        if not _alive(left_over.name.split(".")[-2]):
+        pid = left_over.name.split(".")[-2].rpartition("-")[2]
+        # In a container every start may have the number of the one that was killed.
+        is_own = pid == str(os.getpid())
+        if left_over not in _FILLING if is_own else not _alive(pid):
             _remove(left_over)
-    folder = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    folder = path.with_name(f"{path.name}.{next(_NUMBERS)}-{os.getpid()}.tmp")
+    _FILLING.add(folder)
     try:
         folder.mkdir()
         temporary = folder / path.name
@@ -31,6 +40,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
     finally:
         _remove(folder)
+        _FILLING.discard(folder)
     flush(path.parent)
 
 
@@ -54,9 +64,12 @@ def _alive(pid: str) -> bool:
 def finish(path: Path) -> None:
     """Flush a file in a folder of ours to disk, with the permissions that the user's mask gives.
 
-    Libraries make files for the owner alone.
+    Libraries make files for the owner alone. Some file systems have no permissions to change.
     """
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    mode = path.parent.stat().st_mode & 0o666
+    if path.stat().st_mode & 0o777 != mode:
+        with contextlib.suppress(OSError):
+            path.chmod(mode)
     flush(path)
 
 

@@ -157,6 +157,10 @@ class GraphStore:
         self.model = model
         self.steps: dict[Hashable, GraphStep] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the captured steps out of a copy: CUDA graphs cannot be copied."""
+        return {"model": self.model, "steps": {}}
+
     def take(self, rows: int, columns: int, mode: Decoding, n_tokens: int = 1) -> GraphStep:
         """Take a step for so many rows and columns out of the store, or capture it.
 

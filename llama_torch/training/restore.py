@@ -13,7 +13,7 @@ from ..common.errors import InputError
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from .optimizer import MasterAdamW
-from .state_tensors import state_tensors
+from .state_tensors import state_shapes, state_tensors
 
 
 def restore(
@@ -48,10 +48,12 @@ def restore(
         step, skipped = reader.metadata()
         if folder.name != str(step):
             raise InputError(f"{folder}: is of step {step}; rename it")
-        current = state_tensors(model, optimizer)
-        expected = {name: tuple(tensor.shape) for name, tensor in current.items()}
-        require_match(reader.path, expected, reader.shapes())
-        tensors = reader.read_like(current)
+        shapes = state_shapes(model)
+        require_match(reader.path, shapes, reader.shapes())
+        if parallel.is_sharded:
+            tensors = reader.read_like(state_tensors(model, optimizer))
+        else:
+            tensors = reader.read_whole(shapes)
     except UnwrittenError as error:  # the temporary re-sharded copy could not be written
         raise InputError(f"--resume: {error}; make room there") from None
     except InputError as error:

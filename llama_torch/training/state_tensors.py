@@ -22,6 +22,15 @@ def stored_parameters(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     return parameters
 
 
+def state_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of ``state_tensors``, without making a tensor."""
+    return {
+        prefix + name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        for prefix in (PARAMETER, "exp_avg.", "exp_avg_sq.")
+    }
+
+
 def state_tensors(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return parameters and Adam's moments by their names in a checkpoint, sharded as the model is.
 

@@ -1,8 +1,6 @@
 """Checkpoints through both readers: every stored dtype, shards, and files that are wrong."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from safetensors.numpy import load_file
 import llama_torch
 import reference_np.config
 from llama_torch.checkpoint.hf import load_model
-from llama_torch.common.files import atomic_write
 from llama_torch.model.config import ModelConfig
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
@@ -230,40 +227,6 @@ def test_wrong_files_are_one_clear_line(
 def test_the_oracle_computes_in_two_dtypes_only(tmp_path: Path) -> None:
     with pytest.raises(ERRORS, match="float16"):
         Checkpoint(write(tmp_path / "m.safetensors"), np.float16)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        atomic_write(path, fail)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    program = (
-        "import os, signal, pathlib, sys\n"
-        "from llama_torch.checkpoint.hf import atomic_write\n"
-        "def die(temporary):\n"
-        "    temporary.write_text('half')\n"
-        "    temporary.with_name('.tmp' + 'a1b2c3').write_text('a quarter')  # as libraries do\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "atomic_write(pathlib.Path(sys.argv[1]), die)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
-    assert done.returncode == -9
-    assert path.read_text() == "old"
-    atomic_write(path, lambda temporary: temporary.write_text("new") and None)
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_model_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:

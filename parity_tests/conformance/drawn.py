@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.control import current_build_context
 from hypothesis.internal.conjecture import providers
 
 # For ``find``: the first example that has a property, the same everywhere.
@@ -19,8 +20,9 @@ SEARCH = settings(
 )
 # The labelled values of the outermost strategy that is being drawn, if one is.
 _numbers: list[dict[str, Any]] = []
-# Those of the strategy that was drawn last, for the line that tells of a failure.
+# Those of the example that was drawn last, for the line that tells of a failure.
 latest: dict[str, Any] = {}
+_example: Any = None  # Hypothesis's own context of it
 
 
 def ignore_constants() -> None:
@@ -45,26 +47,37 @@ class Draw:
         """Draw a value, and keep it under its label."""
         value = self._draw(strategy, label=label)
         if label:
-            same = sum(name.split("#")[0] == label for name in self.numbers)
-            self.numbers[f"{label}#{same + 1}" if same else label] = value
+            keep(self.numbers, label, value)
         return value
 
 
+def keep(numbers: dict[str, Any], label: str, value: Any) -> None:
+    """Keep a value under its label, or under ``label#2`` and so on."""
+    same = sum(name.split("#")[0] == label for name in numbers)
+    numbers[f"{label}#{same + 1}" if same else label] = value
+
+
 def composite(function: Callable[..., Any]) -> Callable[..., st.SearchStrategy[Any]]:
-    """Make a composite strategy whose ``draw`` is a Draw; nested ones share their numbers."""
+    """Make a composite strategy whose ``draw`` is a Draw; nested ones share their numbers.
+
+    ``latest`` has the numbers of all strategies that one example draws.
+    """
 
     @st.composite
     @functools.wraps(function)
     def recorded(draw: st.DrawFn, *args: Any, **kwargs: Any) -> Any:
+        global _example
         is_outermost = not _numbers
         if is_outermost:
             _numbers.append({})
-            latest.clear()
+            if _example is not (_example := current_build_context()):
+                latest.clear()
         try:
             return function(Draw(draw, _numbers[0]), *args, **kwargs)
         finally:
             if is_outermost:
-                latest.update(_numbers.pop())
+                for label, value in _numbers.pop().items():
+                    keep(latest, label.split("#")[0], value)
 
     return recorded
 

@@ -74,3 +74,9 @@ def test_kl_sees_a_permuted_vocabulary() -> None:
     assert kl_per_token(EXACT[..., ::-1], EXACT).min() > 0
     shifted = EXACT + 5.0  # softmax does not see a constant
     assert kl_per_token(shifted, EXACT).max() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 5, 3), (2, 5, 3, 4)])
+def test_arrays_of_any_number_of_axes_are_measured(shape: tuple[int, ...]) -> None:
+    found = errors(np.full(shape, 1.001), np.ones(shape))
+    assert found == pytest.approx((1e-3, 1e-3, 1e-3))

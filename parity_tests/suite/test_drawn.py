@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import find, settings
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from ..conformance import drawn
@@ -120,3 +120,20 @@ def test_numbers_of_nested_strategies_are_listed_together() -> None:
     expected = "inner=3, inner#2=3, outer='x'"
     assert find(outer(), lambda _: True, settings=SEARCH) == expected
     assert drawn.listed(drawn.latest) == expected
+
+
+def test_a_failure_tells_of_every_strategy_of_its_example() -> None:
+    @drawn.composite
+    def one(draw: drawn.Draw, label: str) -> int:
+        return draw(st.just(3), label=label)
+
+    found = []
+
+    @settings(SEARCH, max_examples=3)
+    @given(one("a"), one("b"), st.data())
+    def test(a: int, b: int, data: st.DataObject) -> None:
+        data.draw(one("a"))
+        found.append(drawn.listed(drawn.latest))
+
+    test()
+    assert set(found) == {"a=3, b=3, a#2=3"}

@@ -1,7 +1,7 @@
 """Memory that was never written reaches no result, on any processor; and this would be seen."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,12 @@ pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
     monkeypatch.setenv(POISONED, os.environ.get(POISONED, ""))
     poison.install(monkeypatch.setattr)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=True)
 
 
 @pytest.mark.usefixtures("_poisoned")
@@ -32,6 +35,9 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: torch.empty_strided((2, 2), (4, 1)),
         lambda: torch.zeros(3).new_empty(2, 2),
         lambda: torch.nn.Parameter(torch.empty(3, requires_grad=True)),
+        lambda: torch.zeros(0).resize_(3),
+        lambda: torch.Tensor(3),
+        lambda: torch.zeros(1).new(3),
         lambda: np.empty((3, 4)),
         lambda: np.empty_like(np.zeros(3, np.float32)),
     ],
@@ -45,6 +51,12 @@ def test_memory_without_content_is_nan(allocate: Callable[[], Any]) -> None:
 def test_integers_without_content_are_large() -> None:
     assert torch.empty(2, dtype=torch.int64).tolist() == [2**63 - 1] * 2
     assert np.empty(2, np.int32).tolist() == [2**31 - 1] * 2
+
+
+@pytest.mark.usefixtures("_poisoned")
+def test_a_device_context_is_left_alone() -> None:
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == torch.nn.Linear(2, 2).weight.device.type == "meta"
 
 
 def wide(content: float) -> torch.Tensor:

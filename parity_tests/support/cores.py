@@ -18,7 +18,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     option = config.option
     whole = all(Path(arg).is_dir() for arg in config.args) and not option.keyword
-    if hasattr(config, "workerinput") or option.collectonly or option.usepdb:
+    if hasattr(config, "workerinput") or option.collectonly:
+        return
+    # These need the terminal, or one test in one process.
+    if option.usepdb or option.trace or option.capture == "no" or option.reproduce:
         return
     if getattr(option, "numprocesses", 0) is None and whole:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

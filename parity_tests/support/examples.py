@@ -52,10 +52,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     """End a failing example's report with one line that runs it again."""
     found = yield
-    notes = " ".join(getattr(call.excinfo.value, "__notes__", ())) if call.excinfo else ""
-    blob = re.search(r"@reproduce_failure\('[^']*', b'([^']*)'\)", notes)
-    if blob:
-        line = f"pytest '{item.nodeid}' --reproduce {blob[1]}"
-        line += "".join(f" --backend {name}" for name in chosen(item.config))
-        found.sections.append(("run this example again", line))
+    if call.excinfo:
+        notes = " ".join(_notes(call.excinfo.value))
+        for blob in re.findall(r"@reproduce_failure\('[^']*', b'([^']*)'\)", notes):
+            line = f"pytest '{item.nodeid}' --reproduce {blob}"
+            line += "".join(f" --backend {name}" for name in chosen(item.config))
+            line += " --poison" if item.config.getoption("poison") else ""
+            found.sections.append(("run this example again", line))
     return found
+
+
+def _notes(error: BaseException) -> Iterator[str]:
+    """Yield an error's notes; of several that one test found, those of each."""
+    yield from getattr(error, "__notes__", ())
+    for inner in getattr(error, "exceptions", ()):
+        yield from _notes(inner)

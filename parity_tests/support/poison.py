@@ -22,25 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .environment import POISONED
 
-FACTORIES = [
-    *((torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")),
-    *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
-]
-ARRAY_FACTORIES = [(np, "empty"), (np, "empty_like")]
 # Parts of the names of the operations that multiply matrices.
 PRODUCTS = ("mm", "mv", "dot", "attention", "linear", "conv")
-
-
-def fill_tensor(tensor: Tensor) -> Tensor:
-    """Fill a tensor with NaN, or with its type's largest integer, and return it."""
-    if tensor.device.type == "meta" or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return tensor
-    with torch.no_grad():
-        if tensor.dtype == torch.bool:
-            return tensor.fill_(True)
-        if tensor.is_floating_point() or tensor.is_complex():
-            return tensor.fill_(torch.nan)
-        return tensor.fill_(torch.iinfo(tensor.dtype).max)
 
 
 def fill_array(array: Any) -> Any:
@@ -54,24 +37,28 @@ def fill_array(array: Any) -> Any:
     return array
 
 
-def _filling(real: Callable[..., Any], fill: Callable[[Any], Any]) -> Callable[..., Any]:
-    @functools.wraps(real)
-    def filled(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("out") is not None:
-            return real(*args, **kwargs)
-        return fill(real(*args, **kwargs))
-
-    return filled
-
-
 def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Poison every allocation of this process from now on, and of those that it starts."""
-    if hasattr(torch.empty, "__wrapped__"):
+    """Poison every allocation of this process from now on, and of those that it starts.
+
+    Torch fills its own, in C++ too (``resize_``, ``Tensor.new``, an operation's result), where its
+    algorithms are to be deterministic. In the other processes' and libraries' memory
+    ``MALLOC_PERTURB_`` puts large numbers, if it is set before they start.
+    """
+    if hasattr(np.empty, "__wrapped__"):
         return
     os.environ[POISONED] = "1"
-    for factories, fill in ((FACTORIES, fill_tensor), (ARRAY_FACTORIES, fill_array)):
-        for place, name in factories:
-            patch(place, name, _filling(getattr(place, name), fill))
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for name in ("empty", "empty_like"):
+        patch(np, name, _filling(getattr(np, name)))
+
+
+def _filling(real: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(real)
+    def filled(*args: Any, **kwargs: Any) -> Any:
+        return fill_array(real(*args, **kwargs))
+
+    return filled
 
 
 def install_if_asked() -> None:
