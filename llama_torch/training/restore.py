@@ -44,16 +44,7 @@ def restore(
             write_directory_files(out, model.config)
         return 0, []
     try:
-        reader = open_state(folder)
-        step, skipped = reader.metadata()
-        if folder.name != str(step):
-            raise InputError(f"{folder}: is of step {step}; rename it")
-        shapes = state_shapes(model)
-        require_match(reader.path, shapes, reader.shapes())
-        if parallel.is_sharded:
-            tensors = reader.read_like(state_tensors(model, optimizer))
-        else:
-            tensors = reader.read_whole(shapes)
+        tensors, step, skipped = _read(folder, model, optimizer, parallel)
     except UnwrittenError as error:  # the temporary re-sharded copy could not be written
         raise InputError(f"--resume: {error}; make room there") from None
     except InputError as error:
@@ -67,6 +58,21 @@ def restore(
         names = (name for name, _ in model.named_parameters())
         save_model(out, model.config, {n: tensors[PARAMETER + n] for n in names})
     return step, skipped
+
+
+def _read(
+    folder: Path, model: Llama, optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> tuple[dict[str, Tensor], int, list[int]]:
+    """Return a checkpoint's tensors, sharded as the model is, its step and the steps skipped."""
+    reader = open_state(folder)
+    step, skipped = reader.metadata()
+    if folder.name != str(step):
+        raise InputError(f"{folder}: is of step {step}; rename it")
+    shapes = state_shapes(model)
+    require_match(reader.path, shapes, reader.shapes())
+    if parallel.is_sharded:
+        return reader.read_like(state_tensors(model, optimizer)), step, skipped
+    return reader.read_whole(shapes), step, skipped
 
 
 @torch.no_grad()
