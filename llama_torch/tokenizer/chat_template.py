@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ from ..common.errors import InputError, has_surrogates
 from ..common.files import read_json
 from .gpt2 import located
 from .tokenizer import Tokenizer
+from .tracked_text import MESSAGE, Tracked, parse, placed, track, written
 
 Message = Mapping[str, str]  # role (system, user, assistant) and content
 
@@ -42,56 +42,37 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
         )
+        track(environment)
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         try:
-            self.template = environment.from_string(source)
+            self.template = environment.from_string(parse(environment, source))
         except jinja2.TemplateError as error:
             raise InputError(f"{origin}: not a Jinja template ({_line(error)}); fix it") from None
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation whose next message is the assistant's.
 
-        Special tokens are placed by the template alone: a message that spells one is text.
+        Special tokens are placed by the template alone: a message that spells one is text, and
+        the template sees it as it was written.
         Raises InputError where the template does, or does what its sandbox forbids.
         """
         require_messages(messages)
-        mark = _unused_character(messages)
-        broken = [
-            {"role": m["role"], "content": self._broken(m["content"], mark)} for m in messages
+        given = [
+            {"role": written(m["role"]), "content": Tracked(m["content"], MESSAGE)}
+            for m in messages
         ]
         names = {"bos_token": self.tokenizer.bos or "", "eos_token": self.tokenizer.eos or ""}
+        names = {key: written(name) for key, name in (names | self.tokenizer.others).items()}
         try:
             text = self.template.render(
-                messages=broken, add_generation_prompt=True, tools=None, documents=None, **names
+                messages=given, add_generation_prompt=True, tools=None, documents=None, **names
             )
+            parts = placed(text, self.tokenizer.special)
         except Exception as error:  # a template is a program: it fails in any way
             raise InputError(f"{self.origin}: the template fails: {_line(error)}") from None
         with located("the conversation"):
-            return self.tokenizer.encode_marked(text, mark)
-
-    def _broken(self, content: str, mark: str) -> str:
-        """Return a message with a mark inside each special token that it spells, in whole or part.
-
-        The rest of the message stays as it is: a template may look at it. At the ends (spaces
-        aside, which templates strip) a token could be completed by the text before or after.
-        """
-        inner = content.strip() or content
-        for token in self.tokenizer.special:
-            if len(token) == 1 and token in content:
-                raise InputError(f"a message contains {token!r}, a special token; remove it")
-            cuts = {match.start() + 1 for match in re.finditer(f"(?={re.escape(token)})", content)}
-            # A mark at an end stands inside whatever the end could complete.
-            start = content.find(inner)
-            parts = range(1, len(token))
-            if (inner and inner in token) or any(inner.startswith(token[-n:]) for n in parts):
-                cuts.add(start)
-            if any(inner.endswith(token[:n]) for n in parts):
-                cuts.add(start + len(inner))
-            for cut in sorted(cuts, reverse=True):
-                content = content[:cut] + mark + content[cut:]
-            inner = content.strip() or content
-        return content
+            return self.tokenizer.encode_parts(parts)
 
 
 def require_messages(messages: Sequence[Message]) -> None:
@@ -105,15 +86,6 @@ def require_messages(messages: Sequence[Message]) -> None:
                 f"message {i} has role {role!r} and content of type {type(content).__name__}; "
                 f"give valid text, and one of {', '.join(ROLES)}"
             )
-
-
-def _unused_character(messages: Sequence[Message]) -> str:
-    used = {character for message in messages for character in message["content"]}
-    private = (chr(code) for code in range(0xE000, 0xF900))
-    free = next((character for character in private if character not in used), None)
-    if free is None:
-        raise InputError("the conversation uses every private character; remove one")
-    return free
 
 
 class Llama2Template:

@@ -2,14 +2,16 @@
 
 import functools
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
 from ..common.files import read_json
 from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, hf_files
-from .tokenizer import Gpt2, Json, SentencePiece, Tokenizer
+from .json_tokenizer import Json
+from .pieces import SentencePiece
+from .settings import TokenizerSettings, read_settings
+from .tokenizer import Gpt2, Tokenizer
 
 
 def load_tokenizer(ckpt: Path, vocab_size: int) -> Tokenizer:
@@ -20,51 +22,28 @@ def load_tokenizer(ckpt: Path, vocab_size: int) -> Tokenizer:
     cannot be GPT-2's.
     """
     folder = ckpt if ckpt.is_dir() else ckpt.parent
-    settings = _settings(folder)
-    names = {settings[role] for role in ("bos_token", "eos_token") if role in settings}
-    tokenizer, source = _find_tokenizer(ckpt, folder, vocab_size, names)
+    settings = read_settings(folder)
+    tokenizer, source = _find_tokenizer(ckpt, folder, vocab_size, settings)
+    _apply_roles(tokenizer, settings)
     if tokenizer.n_ids > vocab_size:
         raise InputError(
             f"{source}: has token id {tokenizer.n_ids - 1}, beyond the model's vocabulary of "
             f"{vocab_size}; it belongs to another checkpoint"
         )
-    _apply_settings(tokenizer, settings, folder)
     return tokenizer
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """Return BOS and EOS by name, and tokens added, from the files beside a tokenizer."""
-    found: dict[str, Any] = {"added": {}}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
-        if not (folder / file).is_file():
-            continue
-        given = read_json(folder / file)
-        for role in ("bos_token", "eos_token"):
-            token = given.get(role)
-            name = token.get("content") if isinstance(token, dict) else token
-            if name and not isinstance(name, str):
-                raise InputError(f"{folder / file}: {role} is {name!r} and no text; correct it")
-            found |= {role: name} if name else {}
-        found["add_bos_token"] = given.get("add_bos_token")
-        decoder = given.get("added_tokens_decoder")
-        for id_, token in decoder.items() if isinstance(decoder, dict) else ():
-            if id_.isdigit() and isinstance(token, dict):
-                found["added"][str(token.get("content"))] = int(id_)
-    if (folder / "added_tokens.json").is_file():
-        added = read_json(folder / "added_tokens.json")
-        found["added"] |= {name: id_ for name, id_ in added.items() if type(id_) is int}
-    return found
-
-
 def _find_tokenizer(
-    ckpt: Path, folder: Path, vocab_size: int, named: Collection[str]
+    ckpt: Path, folder: Path, vocab_size: int, settings: TokenizerSettings
 ) -> tuple[Tokenizer, Path]:
     fast, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file():
         content = read_json(fast)
-        return (Gpt2() if _is_gpt2(content) else Json(fast, content, named)), fast
+        if _is_gpt2(content) and set(settings.added) <= {END_OF_TEXT}:
+            return Gpt2(), fast
+        return Json(fast, content, settings), fast
     if pieces.is_file():
-        return SentencePiece(pieces), pieces
+        return SentencePiece(pieces, settings), pieces
     if not VOCAB_SIZE <= vocab_size < 2 * VOCAB_SIZE:
         raise InputError(
             f"{folder}: holds no tokenizer.json and no tokenizer.model, and a vocabulary of "
@@ -102,25 +81,18 @@ def _is_gpt2(content: dict[str, Any]) -> bool:
     )
 
 
-def _apply_settings(tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> None:
-    """Set BOS and EOS by name. A tokenizer.json itself says whether BOS goes first."""
+def _apply_roles(tokenizer: Tokenizer, settings: TokenizerSettings) -> None:
+    """Set BOS, EOS and the other tokens that templates know by name."""
     for role in ("bos", "eos"):
-        name = settings.get(f"{role}_token")
+        name = settings.roles.get(f"{role}_token")
         if name is not None and name not in tokenizer.special:
             raise InputError(
-                f"{folder}: {role}_token is {name!r} in tokenizer_config.json (or "
+                f"{settings.folder}: {role}_token is {name!r} in tokenizer_config.json (or "
                 "special_tokens_map.json), which the tokenizer does not have; correct one of them"
             )
         setattr(tokenizer, role, name or getattr(tokenizer, role))
-    if not isinstance(tokenizer, SentencePiece):
-        return
-    if new := [name for name, id_ in settings["added"].items() if id_ >= tokenizer.n_ids]:
-        raise InputError(
-            f"{folder}: adds {', '.join(new)} to tokenizer.model; put the checkpoint's "
-            "tokenizer.json there"
-        )
-    if settings.get("add_bos_token") is False:
-        tokenizer.prefix = ()
+    others = settings.roles.items()
+    tokenizer.others = {k: v for k, v in others if k not in ("bos_token", "eos_token")}
 
 
 def end_ids(ckpt: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:

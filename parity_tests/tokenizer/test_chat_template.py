@@ -15,6 +15,7 @@ from llama_torch.common.errors import InputError
 from llama_torch.tokenizer.chat_template import ChatTemplate, Llama2Template, load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.tokenizer import Tokenizer
+from llama_torch.tokenizer.tracked_text import placed, written
 
 from ..support.tokenizers import SPECIALS, turns
 
@@ -99,16 +100,19 @@ def test_markers_that_are_not_called_special_are_guarded_too(
     assert tokenizer.decode(ids).startswith("<|head|>user<|/head|>\n\n<|head|>system")
 
 
-def test_a_special_token_of_one_character_is_refused_in_a_message(
+def test_a_special_token_of_one_character_is_text_in_a_message(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(folders["bytes"], tmp_path / "copy")
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": 500, "content": "☃"})
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    template = load_chat_template(folder, load_tokenizer(folder, 700))
-    with pytest.raises(InputError, match="contains '☃', a special token"):
-        template.encode(turns(["hi ☃"]))
+    tokenizer = load_tokenizer(folder, 700)
+    source = "☃{{ messages[0]['content'] }}"
+    ids = ChatTemplate(source, "here", tokenizer).encode(turns(["hi ☃"]))
+    assert ids == [500, *tokenizer.encode("hi ☃")]
+    assert 500 not in ids[1:]
+    assert tokenizer.decode(ids) == "hi ☃"
 
 
 def test_a_template_cannot_be_completed_by_a_message(tokenizers: dict[str, Tokenizer]) -> None:
@@ -179,14 +183,18 @@ def test_blanks_around_a_message_hide_nothing(
         f"{{{{ messages[{i}]['content']{trim} }}}}{text}" for i, text in enumerate(texts[1:])
     )
     tokenizer, expected, run = Letters(special), [], texts[0]
+
+    def own(text: str) -> list[int]:
+        return tokenizer.encode_parts(placed(written(text), tokenizer.special))
+
     for message, text in zip(said, texts[1:], strict=True):
         shown = message.strip() if trim else message
         if shown:
-            expected += tokenizer.encode_marked(run, "") + tokenizer.encode(shown)
+            expected += own(run) + tokenizer.encode(shown)
         run = text if shown else run + text
     messages = [{"role": "user", "content": message} for message in said]
     found = ChatTemplate(source, "here", tokenizer).encode(messages)
-    assert found == expected + tokenizer.encode_marked(run, "")
+    assert found == expected + own(run)
 
 
 def test_llama_2s_form_token_by_token(tokenizers: dict[str, Tokenizer]) -> None:

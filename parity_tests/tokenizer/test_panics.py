@@ -166,7 +166,7 @@ def test_a_tokenizer_that_panics_where_it_is_read(
 
     byte_level(tmp_path)
     stand_in = SimpleNamespace(Tokenizer=SimpleNamespace(from_str=panic))
-    monkeypatch.setattr("llama_torch.tokenizer.tokenizer._library", lambda *_: stand_in)
+    monkeypatch.setattr("llama_torch.tokenizer.json_tokenizer.import_library", lambda *_: stand_in)
     with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer .*of an unknown kind"):
         load_tokenizer(tmp_path, 700)
 

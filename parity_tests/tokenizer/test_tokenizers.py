@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 
 from llama_torch.common.errors import InputError
+from llama_torch.tokenizer.json_tokenizer import Json
 from llama_torch.tokenizer.loading import end_ids, load_tokenizer
-from llama_torch.tokenizer.tokenizer import Gpt2, Json, SentencePiece, Tokenizer
+from llama_torch.tokenizer.pieces import SentencePiece
+from llama_torch.tokenizer.tokenizer import Gpt2, Tokenizer
 
 from ..support.tokenizers import KINDS, texts
 
@@ -163,9 +165,9 @@ def damaged(folder: Path, name: str, text: str | None) -> None:
         (
             "pieces",
             "tokenizer_config.json",
-            '{"added_tokens_decoder": {"400": {"content": "<new>"}}}',
+            '{"added_tokens_decoder": {"400": {"content": "new", "special": false}}}',
             VOCAB,
-            "adds <new> to tokenizer.model",
+            "adds 'new', an ordinary token",
         ),
     ],
 )

@@ -1,0 +1,137 @@
+"""A tokenizer from ``tokenizer.json`` and the files beside it."""
+
+import json
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import InputError
+from .gpt2 import guarded
+from .settings import AddedToken, TokenizerSettings
+from .tokenizer import MARKED, Tokenizer, import_library
+
+
+class Json(Tokenizer):
+    """A ``tokenizer.json`` with the tokens that the files beside it add, by the tokenizers library.
+
+    The library gets its special tokens, and what is marked like one (``<|im_start|>`` is not
+    always called special), under names with a random word in front that nobody can guess, so that
+    no text spells one by accident or on purpose. A special token is handed to it by that name.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any], settings: TokenizerSettings) -> None:
+        library = import_library("tokenizers", path)
+        self.word = secrets.token_hex(8)
+        try:
+            added = _all_added(content, settings, path)
+            hidden = {t["content"] for t in added if t["special"]}
+            guarded_names = hidden | {t["content"] for t in added if MARKED.fullmatch(t["content"])}
+            renamed = _renamed({**content, "added_tokens": added}, guarded_names, self.word)
+            with guarded("tokenizers", ""):
+                self.tokenizer = library.Tokenizer.from_str(json.dumps(renamed))
+            self.tokenizer.no_truncation()  # of the training that made it
+            self.tokenizer.no_padding()
+            self.tokenizer.encode_special_tokens = False
+            special = {t["content"]: t["id"] for t in added if t["content"] in guarded_names}
+            prefix = _prefix(content.get("post_processor"), special)
+        except InputError:
+            raise
+        except Exception as error:  # the library raises bare exceptions
+            raise InputError(f"{path}: not a tokenizer ({error}); copy it again") from None
+        for name, id_ in special.items():
+            if self.tokenizer.token_to_id(self.word + name) != id_:
+                raise InputError(f"{path}: {name!r} cannot have id {id_}; correct its added tokens")
+        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        super().__init__(special, max(vocab.values(), default=-1) + 1, [special[n] for n in hidden])
+        self.prefix = prefix
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ordinary text."""
+        with guarded("tokenizers", text):
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode_ordinary(self, ids: Sequence[int]) -> str:
+        """Return the text of ordinary ids."""
+        return str(self.tokenizer.decode(list(ids))).replace(self.word, "")
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Return the ids of text and special tokens; the library sees the tokens' own flags."""
+        names = (self.word + self.names[p] if isinstance(p, int) else p for p in parts)
+        return self.encode("".join(names))
+
+
+def _all_added(
+    content: dict[str, Any], settings: TokenizerSettings, path: Path
+) -> list[dict[str, Any]]:
+    """Return the added tokens of a ``tokenizer.json`` and of the files beside it, all with ids.
+
+    A name that the vocabulary has keeps its id there; a new one has the next. Raises InputError for
+    an id that a file says and the tokenizer cannot give.
+    """
+    added = [dict(token) for token in content.get("added_tokens") or []]
+    vocab = _vocabulary(content["model"])
+    ids = vocab | {token["content"]: token["id"] for token in added}
+    is_added = {token["content"] for token in added}
+    new = sorted(settings.added.values(), key=lambda t: (t.id is None, t.id))
+    # BOS, EOS and others may be named and nothing more.
+    named = [name for name in settings.roles.values() if name in vocab]
+    new += [AddedToken(name, None) for name in named if name not in is_added]
+    for token in new:
+        id_ = ids.get(token.content, max(ids.values(), default=-1) + 1)
+        if token.id not in (None, id_):
+            raise InputError(
+                f"{token.source}: {token.content!r} has id {token.id}, and {path.name} gives it "
+                f"{id_}; correct one of them"
+            )
+        if token.content not in is_added:
+            added.append(token.to_json(id_))
+            ids[token.content] = id_
+            is_added.add(token.content)
+    return added
+
+
+def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
+    """Return the ids of a model's own tokens."""
+    vocab = model.get("vocab", {})
+    return vocab if isinstance(vocab, dict) else {name: i for i, (name, _) in enumerate(vocab)}
+
+
+def _renamed(content: dict[str, Any], special: Collection[str], word: str) -> dict[str, Any]:
+    """Return the file's content with ``word`` before every special token's name.
+
+    Merges that make such a token of text are left out.
+    """
+
+    def new(name: str) -> str:
+        return word + name if name in special else name
+
+    model = dict(content["model"])
+    vocab = model.get("vocab", {})
+    if isinstance(vocab, dict):
+        model["vocab"] = {new(name): id_ for name, id_ in vocab.items()}
+    else:
+        model["vocab"] = [[new(name), score] for name, score in vocab]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = new(model["unk_token"])
+    if model.get("merges"):
+        pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & set(special)]
+    added = [{**t, "content": new(t["content"])} for t in content.get("added_tokens") or []]
+    return {**content, "model": model, "added_tokens": added}
+
+
+def _prefix(processor: Any, special: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the ids that a ``tokenizer.json``'s post-processor puts before any text."""
+    if not isinstance(processor, dict):
+        return ()
+    ids: list[int] = []
+    for inner in processor.get("processors", ()):
+        ids = [*_prefix(inner, special), *ids]
+    for piece in processor.get("single", ()):
+        if "SpecialToken" not in piece:
+            break
+        ids += processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    if processor.get("type") in ("BertProcessing", "RobertaProcessing"):
+        ids.append(processor["cls"][1])
+    return tuple(ids)

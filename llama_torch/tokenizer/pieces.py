@@ -1,0 +1,178 @@
+"""A tokenizer from SentencePiece's ``tokenizer.model`` and the files beside it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..common.errors import InputError
+from .settings import TokenizerSettings
+from .tokenizer import MARKED, Tokenizer, import_library
+
+# The kinds of pieces in a SentencePiece model.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+# Appended to a model's bytes: normalizer_spec.add_dummy_prefix = false.
+NO_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class SentencePiece(Tokenizer):
+    """A ``tokenizer.model``, by the sentencepiece library; BOS first, as Llama 2 has it.
+
+    Pieces that are special here become control pieces in the library's copy of the model, which
+    finds those in no text.
+    """
+
+    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+        library = import_library("sentencepiece", path)
+        try:
+            proto = path.read_bytes()
+            pieces = [read_piece(proto[start:end]) for start, end in piece_spans(proto)]
+            special = _special(pieces, settings, path)
+            ids = {id_ for id_ in special.values() if id_ < len(pieces)}
+            changed = {i: CONTROL for i in ids if pieces[i].kind in (NORMAL, USER_DEFINED)}
+            proto = with_kinds(proto, changed)
+            self.processor = library.SentencePieceProcessor(model_proto=proto)
+            self.unprefixed = library.SentencePieceProcessor(model_proto=proto + NO_PREFIX)
+        except InputError:
+            raise
+        except (RuntimeError, OSError, IndexError, UnicodeDecodeError, ValueError):
+            raise InputError(
+                f"{path}: not a SentencePiece model (Llama 3's is of another kind); put the "
+                "checkpoint's tokenizer.json beside it"
+            ) from None
+        super().__init__(special, max([len(pieces) - 1, *special.values()]) + 1)
+        processor = self.processor
+        if processor.bos_id() >= 0:
+            self.bos, self.prefix = pieces[processor.bos_id()].text, (processor.bos_id(),)
+        if processor.eos_id() >= 0:
+            self.eos = pieces[processor.eos_id()].text
+        if settings.add_bos_token is False:
+            self.prefix = ()
+        self.starts_with_space = settings.add_prefix_space is not False
+        self.is_legacy = settings.legacy is not False and self.starts_with_space
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ordinary text, a space before it unless the checkpoint has none."""
+        processor = self.processor if self.starts_with_space else self.unprefixed
+        return list(processor.encode(text))
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Return the ids of text and special tokens; a space after these if it is ``legacy``."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            elif ids and not self.is_legacy:
+                ids += self.unprefixed.encode(part)
+            else:
+                ids += self.encode(part)
+        return ids
+
+    def decode_ordinary(self, ids: Sequence[int]) -> str:
+        """Return the text of ordinary ids."""
+        return str(self.processor.decode(list(ids)))
+
+
+class Piece(NamedTuple):
+    """One token of a SentencePiece model."""
+
+    text: str
+    kind: int
+
+
+def _special(pieces: Sequence[Piece], settings: TokenizerSettings, path: Path) -> dict[str, int]:
+    """Return the special tokens' ids: the model's own, marked, named, renamed or added."""
+    special = {
+        piece.text: i
+        for i, piece in enumerate(pieces)
+        if piece.kind in (CONTROL, UNKNOWN)
+        or (piece.kind == USER_DEFINED and MARKED.fullmatch(piece.text))
+    }
+    ids = {piece.text: i for i, piece in enumerate(pieces)}
+    special |= {name: ids[name] for name in settings.roles.values() if name in ids}
+    taken = len(pieces)
+    for token in sorted(settings.added.values(), key=lambda t: (t.id is None, t.id)):
+        is_special = token.flags.get("special", True) or MARKED.fullmatch(token.content)
+        id_ = ids.get(token.content, taken) if token.id is None else token.id
+        if id_ < len(pieces):
+            if is_special:
+                special = {name: i for name, i in special.items() if i != id_}
+        elif not is_special:
+            raise InputError(
+                f"{token.source}: adds {token.content!r}, an ordinary token, to {path.name}; put "
+                "the checkpoint's tokenizer.json there"
+            )
+        if is_special:
+            special[token.content] = id_
+        taken = max(taken, id_ + 1)
+    return special
+
+
+# The model's file: protocol buffers' encoding of sentencepiece's ModelProto.
+
+
+def piece_spans(proto: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where each piece's own message begins and ends in a model's bytes."""
+    for number, _, start, end in _fields(proto):
+        if number == 1:
+            yield start, end
+
+
+def read_piece(message: bytes) -> Piece:
+    """Return the piece that one message holds."""
+    text, kind = "", NORMAL
+    for number, value, start, end in _fields(message):
+        if number == 1:
+            text = message[start:end].decode()
+        elif number == 3:
+            kind = value
+    return Piece(text, kind)
+
+
+def with_kinds(proto: bytes, kinds: Mapping[int, int]) -> bytes:
+    """Return a model's bytes in which pieces (by id) are of other kinds."""
+    if not kinds:
+        return proto
+    found, done = [], 0
+    for i, (start, end) in enumerate(piece_spans(proto)):
+        if i in kinds:
+            # A field that stands twice has its last value.
+            message = proto[start:end] + bytes([3 << 3, kinds[i]])
+            head = proto[done:start]
+            length = _varint(len(message))
+            found += [head[: len(head) - len(_varint(end - start))], length, message]
+            done = end
+    return b"".join([*found, proto[done:]])
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Yield each field's number, its value (if a number), and where its content lies."""
+    at = 0
+    while at < len(message):
+        tag, at = _read_varint(message, at)
+        value, start = 0, at
+        if tag & 7 == 0:
+            value, at = _read_varint(message, at)
+        elif tag & 7 == 2:
+            size, start = _read_varint(message, at)
+            at = start + size
+        else:
+            at += {1: 8, 5: 4}[tag & 7]
+        if at > len(message):
+            raise ValueError("the file ends within a field")
+        yield tag >> 3, value, start, at
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while message[at] & 0x80:
+        value |= (message[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | message[at] << shift, at + 1
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])

@@ -1,0 +1,172 @@
+"""The JSON files beside a tokenizer: which tokens they add and name, and how text is encoded.
+
+Every key of them is in one of the lists below: honoured, of a value that changes nothing, or
+without any effect on a result. Another key is refused by name.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import InputError
+from ..common.files import read_json
+
+CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+
+# Tokens that a file names; templates know them by these names.
+ROLES = (
+    *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+)
+LISTS = ("additional_special_tokens", "extra_special_tokens")
+HONOURED = (
+    *(*ROLES, *LISTS, "added_tokens_decoder", "add_bos_token", "legacy", "add_prefix_space"),
+    "chat_template",
+)
+# Keys that would change the result, with the values that do not.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "do_lower_case": (False,),
+    "from_slow": (False,),
+    "sp_model_kwargs": ({},),
+    "split_special_tokens": (False, True),  # what a user writes is text in any case
+    "use_default_system_prompt": (False,),
+}
+# Keys that say how a tokenizer is stored, batched, truncated or shown.
+INERT = (
+    "add_eos_token auto_map backend clean_up_tokenization_spaces errors fix_mistral_regex "
+    "is_local keep_accents local_files_only max_length model_input_names model_max_length "
+    "model_specific_special_tokens name_or_path pad_to_multiple_of pad_token_type_id padding "
+    "padding_side processor_class remove_space response_schema return_token_type_ids "
+    "sp_model_file "
+    "spaces_between_special_tokens special_tokens_map_file stride tokenizer_class tokenizer_file "
+    "transformers_version truncation truncation_side truncation_strategy trust_remote_code "
+    "unsloth_fixed use_fast vocab_file verbose"
+)
+FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that stands in a file beside the tokenizer's own."""
+
+    content: str
+    id: int | None
+    """Its id, where the file tells it."""
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    source: str = ""
+    """The file and key that name it."""
+
+    def to_json(self, id_: int) -> dict[str, Any]:
+        """Return the form that ``tokenizer.json`` has for it."""
+        flags = dict.fromkeys(FLAGS, False) | {"special": True} | dict(self.flags)
+        return {"id": id_, "content": self.content, **flags}
+
+
+@dataclass
+class TokenizerSettings:
+    """What the files beside a tokenizer say."""
+
+    folder: Path
+    roles: dict[str, str] = field(default_factory=dict)
+    """Spellings by role: bos_token and so on."""
+    added: dict[str, AddedToken] = field(default_factory=dict)
+    """Tokens by their spelling."""
+    add_bos_token: bool | None = None
+    legacy: bool | None = None
+    """Whether SentencePiece puts a space before text that follows a special token."""
+    add_prefix_space: bool | None = None
+    """Whether SentencePiece puts a space before text at all."""
+
+
+def read_settings(folder: Path) -> TokenizerSettings:
+    """Return what the files of a folder say; tokenizer_config.json wins.
+
+    Raises InputError for a key that is not known, or has a value that would change the result and
+    is not supported.
+    """
+    found = TokenizerSettings(folder)
+    for name in (MAP, CONFIG):
+        path = folder / name
+        if path.is_file():
+            given = read_json(path)
+            _require_supported(given, path)
+            _read_roles(found, given, path)
+            _read_added(found, given, path)
+    path = folder / ADDED
+    if path.is_file():
+        for name, id_ in read_json(path).items():
+            if type(id_) is not int or id_ < 0:
+                raise InputError(f"{path}: {name!r} has id {id_!r}; give a whole number")
+            _add(found, AddedToken(name, id_, source=str(path)))
+    return found
+
+
+def _require_supported(given: Mapping[str, Any], path: Path) -> None:
+    known = {*HONOURED, *INERT.split()}
+    problems = [
+        f"{key}={value!r} (supported: {' or '.join(map(repr, NEUTRAL[key]))})"
+        for key, value in given.items()
+        if key in NEUTRAL and value is not None and value not in NEUTRAL[key]
+    ]
+    problems += [
+        f"{key}={value!r} (unknown: remove it if it changes nothing)"[:200]
+        for key, value in given.items()
+        if key not in known and key not in NEUTRAL and not key.endswith(("_token", "_token_id"))
+    ]
+    if problems:
+        raise InputError(f"{path}: {'; '.join(problems)}")
+
+
+def _read_roles(found: TokenizerSettings, given: Mapping[str, Any], path: Path) -> None:
+    roles = [key for key in given if key.endswith("_token") and key not in HONOURED]
+    for role in (*ROLES, *roles):
+        token = given.get(role)
+        name = token.get("content") if isinstance(token, dict) else token
+        if isinstance(name, bool) or not name:
+            continue  # add_bos_token is none
+        if not isinstance(name, str):
+            raise InputError(f"{path}: {role} is {name!r} and no text; correct it")
+        found.roles[role] = name
+    for key in ("add_bos_token", "legacy", "add_prefix_space"):
+        value = given.get(key)
+        if value is not None and type(value) is not bool:
+            raise InputError(f"{path}: {key} is {value!r}; give true or false")
+        if value is not None:
+            setattr(found, key, value)
+
+
+def _read_added(found: TokenizerSettings, given: Mapping[str, Any], path: Path) -> None:
+    decoder = given.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise InputError(f"{path}: added_tokens_decoder is {type(decoder).__name__}; give ids")
+    for id_, token in sorted(decoder.items(), key=lambda item: (len(item[0]), item[0])):
+        content = token.get("content") if isinstance(token, dict) else token
+        if not id_.isdigit() or not isinstance(content, str):
+            raise InputError(f"{path}: added_tokens_decoder has {id_!r}: {token!r}; correct it")
+        flags = {key: bool(token[key]) for key in FLAGS if key in token} if token != content else {}
+        _add(found, AddedToken(content, int(id_), flags, f"{path}: added_tokens_decoder"))
+    for key in LISTS:
+        for name in _names(given.get(key), f"{path}: {key}"):
+            if name not in found.added:
+                _add(found, AddedToken(name, None, source=f"{path}: {key}"))
+
+
+def _names(given: Any, source: str) -> Iterable[str]:
+    tokens = given.values() if isinstance(given, dict) else given or ()
+    for token in tokens:
+        name = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{source}: {token!r} is no text; correct it")
+        yield name
+
+
+def _add(found: TokenizerSettings, token: AddedToken) -> None:
+    """Keep a token; a second file may say its id again, and no other."""
+    before = found.added.get(token.content)
+    if before is None or before.id is None:
+        found.added[token.content] = token
+    elif token.id not in (None, before.id):
+        raise InputError(
+            f"{token.source}: {token.content!r} has id {token.id}, and in {before.source} "
+            f"{before.id}; correct one of them"
+        )
