@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from .gpt2 import guarded
+from .gpt2 import EncodingError, guarded
 from .settings import AddedToken, TokenizerSettings
 from .tokenizer import MARKED, Tokenizer, import_library
 
@@ -35,9 +35,9 @@ class Json(Tokenizer):
             self.tokenizer.encode_special_tokens = False
             special = {t["content"]: t["id"] for t in added if t["content"] in guarded_names}
             prefix = _prefix(content.get("post_processor"), special)
-        except InputError:
-            raise
         except Exception as error:  # the library raises bare exceptions
+            if isinstance(error, InputError) and not isinstance(error, EncodingError):
+                raise
             raise InputError(f"{path}: not a tokenizer ({error}); copy it again") from None
         for name, id_ in special.items():
             if self.tokenizer.token_to_id(self.word + name) != id_:
