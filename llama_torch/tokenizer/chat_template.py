@@ -68,11 +68,15 @@ class ChatTemplate:
             text = self.template.render(
                 messages=given, add_generation_prompt=True, tools=None, documents=None, **names
             )
-            parts = placed(text, self.tokenizer.special)
+            parts = self._placed(text)
         except Exception as error:  # a template is a program: it fails in any way
             raise InputError(f"{self.origin}: the template fails: {_line(error)}") from None
         with located("the conversation"):
             return self.tokenizer.encode_parts(parts)
+
+    def _placed(self, text: str) -> list[str | int]:
+        known = self.tokenizer
+        return placed(text, known.special, known.single_words, known.normalized)
 
 
 def require_messages(messages: Sequence[Message]) -> None:

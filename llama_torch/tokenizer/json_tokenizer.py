@@ -45,6 +45,8 @@ class Json(Tokenizer):
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         super().__init__(special, max(vocab.values(), default=-1) + 1, [special[n] for n in hidden])
         self.prefix = prefix
+        self.single_words = {t["content"] for t in added if t.get("single_word")} & set(special)
+        self.normalized = {t["content"] for t in added if t.get("normalized")} & set(special)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text."""
@@ -117,7 +119,11 @@ def _renamed(content: dict[str, Any], special: Collection[str], word: str) -> di
     if model.get("merges"):
         pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
         model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & set(special)]
-    added = [{**t, "content": new(t["content"])} for t in content.get("added_tokens") or []]
+    # Where a special token stands as a single word was found before it has this name.
+    added = [
+        {**t, "content": new(t["content"]), "single_word": False} if t["content"] in special else t
+        for t in content.get("added_tokens") or []
+    ]
     return {**content, "model": model, "added_tokens": added}
 
 

@@ -71,6 +71,8 @@ class TokenizerSettings:
     """Spellings by role: bos_token and so on."""
     added: dict[str, AddedToken] = field(default_factory=dict)
     """Tokens by their spelling."""
+    has_decoder: bool = False
+    """Whether tokenizer_config.json lists the added tokens with their ids."""
     add_bos_token: bool | None = None
     legacy: bool | None = None
     """Whether SentencePiece puts a space before text that follows a special token."""
@@ -93,11 +95,14 @@ def read_settings(folder: Path) -> TokenizerSettings:
             _read_roles(found, given, path)
             _read_added(found, given, path)
     path = folder / ADDED
-    if path.is_file():
+    # A file of older versions: tokenizer_config.json's own list of added tokens replaces it.
+    if path.is_file() and not found.has_decoder:
         for name, id_ in read_json(path).items():
             if type(id_) is not int or id_ < 0:
                 raise InputError(f"{path}: {name!r} has id {id_!r}; give a whole number")
-            _add(found, AddedToken(name, id_, source=str(path)))
+            is_special = name in found.added or name in found.roles.values()
+            flags = {"special": is_special, "normalized": not is_special}
+            _add(found, AddedToken(name, id_, flags, str(path)))
     return found
 
 
@@ -139,6 +144,7 @@ def _read_added(found: TokenizerSettings, given: Mapping[str, Any], path: Path) 
     decoder = given.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise InputError(f"{path}: added_tokens_decoder is {type(decoder).__name__}; give ids")
+    found.has_decoder |= bool(decoder)
     for id_, token in sorted(decoder.items(), key=lambda item: (len(item[0]), item[0])):
         content = token.get("content") if isinstance(token, dict) else token
         if not id_.isdigit() or not isinstance(content, str):

@@ -23,6 +23,7 @@ class Tokenizer(ABC):
     n_ids    one more than the highest id.
     prefix   what goes before a prompt: one BOS where the checkpoint was trained with it.
     bos, eos spellings of the two, where the checkpoint names them.
+    single_words, normalized  special tokens that are found in other ways; see ``placed``.
     others   spellings of other tokens by the names that templates have for them (pad_token, ...).
     """
 
@@ -34,6 +35,8 @@ class Tokenizer(ABC):
         self.prefix: tuple[int, ...] = ()
         self.bos: str | None = None
         self.eos: str | None = None
+        self.single_words: set[str] = set()
+        self.normalized: set[str] = set()
         self.others: dict[str, str] = {}
 
     @abstractmethod

@@ -7,7 +7,7 @@ where it spells a special token.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import Any, SupportsIndex
 
@@ -151,36 +151,61 @@ def written(text: str) -> Tracked:
     return Tracked(text, TEMPLATE)
 
 
-def placed(text: str, special: Mapping[str, int]) -> list[str | int]:
+def placed(
+    text: str,
+    special: Mapping[str, int],
+    single_words: Collection[str] = (),
+    normalized: Collection[str] = (),
+) -> list[str | int]:
     """Return what a template wrote, in order: text, and the ids of the special tokens it placed.
 
-    A special token is spelled by the template's own characters alone, the longest at each place.
+    A special token is spelled by the template's own characters alone; the longest at a place is
+    taken. One of ``single_words`` is text beside a letter or digit. Those that are ``normalized``
+    are looked for where no other is, as the tokenizers library does it.
     Raises InputError where characters of unknown origin spell a part of one.
     """
-    if not special or not text:
-        return [text] if text else []
-    longest_first = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    _require_known(text, longest_first)
+    _require_known(text, special)
+    found: list[str | int] = [text] if text else []
+    for names in (set(special) - set(normalized), set(special) & set(normalized)):
+        pieces = (_split(p, names, single_words) if isinstance(p, str) else [p] for p in found)
+        found = [piece for parts in pieces for piece in parts]
+        found = [special[p] if isinstance(p, _Name) else p for p in found]
+    return [str.__str__(piece) if isinstance(piece, str) else piece for piece in found]
+
+
+class _Name(str):
+    """A special token's spelling, where it stands for the token."""
+
+
+def _split(text: str, names: Collection[str], single_words: Collection[str]) -> list[str | int]:
+    """Return text and the special tokens that its template's characters spell."""
+    if not names:
+        return [text]
     found: list[str | int] = []
-    start = 0
+    done = start = 0
     for origin, characters in groupby(origins_of(text)):
-        run = str.__getitem__(text, slice(start, start := start + len(list(characters))))
-        parts = re.split(f"({longest_first})", run) if origin == TEMPLATE else [run]
-        for part in filter(None, parts):
-            if origin == TEMPLATE and part in special:
-                found.append(special[part])
-            elif found and isinstance(found[-1], str):
-                found[-1] += part
-            else:
-                found.append(part)
-    return found
+        end = start + len(list(characters))
+        matches = _alternatives(names).finditer(text, start, end) if origin == TEMPLATE else ()
+        for match in matches:
+            before, after = text[match.start() - 1 : match.start()], text[match.end() :][:1]
+            if match[0] in single_words and re.search(r"\w", f"{before} {after}"):
+                continue
+            found += [text[done : match.start()], _Name(match[0])]
+            done = match.end()
+        start = end
+    return [piece for piece in [*found, text[done:]] if piece]
 
 
-def _require_known(text: str, pattern: str) -> None:
+def _alternatives(names: Collection[str]) -> re.Pattern[str]:
+    """Return the pattern of any of some names, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+
+def _require_known(text: str, special: Collection[str]) -> None:
     origins = origins_of(text)
-    if UNKNOWN not in origins:
+    if UNKNOWN not in origins or not special:
         return
-    for match in re.finditer(f"(?=({pattern}))", text):
+    for match in re.finditer(f"(?=({_alternatives(special).pattern}))", text):
         if UNKNOWN in origins[match.start(1) : match.end(1)]:
             raise InputError(
                 f"the template makes {match[1]!r} of pieces by an operation after which nobody can "
