@@ -1,0 +1,273 @@
+"""The files beside a tokenizer: what they add and rename, as transformers reads them."""
+
+import io
+import json
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from llama_torch.common.errors import InputError
+from llama_torch.tokenizer.chat_template import load_chat_template
+from llama_torch.tokenizer.loading import load_tokenizer
+from llama_torch.tokenizer.pieces import CONTROL, piece_spans, read_piece, with_kinds
+
+from ..support.tokenizers import TEXT, turns
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 999
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+# Two that overlap, two that are like words, and one of no letters.
+NAMES = ("<|a|>", "<|b|>", "<|a|><|b|>", "[X]", "<t>", "end", "ab", "☃")
+SAID = ("hi", "  hi  there ", "", "x y ", "a_b", " ", "\nthe")
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+
+
+def write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def their_ids(folder: Path, messages: list[dict[str, str]]) -> list[int]:
+    found = transformers.AutoTokenizer.from_pretrained(folder)
+    ids: list[int] = found.apply_chat_template(messages)["input_ids"]
+    return ids
+
+
+def our_ids(folder: Path, messages: list[dict[str, str]]) -> list[int]:
+    return load_chat_template(folder, load_tokenizer(folder, VOCAB)).encode(messages)
+
+
+def write_json_tokenizer(folder: Path, inside: Sequence[str] = ()) -> None:
+    """Write a tokenizer of bytes with BOS and EOS and words ``inside`` its vocabulary."""
+    names = ["<s>", "</s>", *LETTERS, *inside]
+    made = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(folder / "tokenizer.json"))
+
+
+@st.composite
+def beside_json(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
+    """Draw the files beside a tokenizer.json, by name, and words that its vocabulary has."""
+    names = draw(st.lists(st.sampled_from(NAMES), min_size=3, max_size=3, unique=True))
+    inside = [name for name in names if draw(st.booleans())]
+    taken = 2 + len(LETTERS) + len(inside)
+    ids = {name: 2 + len(LETTERS) + i for i, name in enumerate(inside)}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>"}
+    form = draw(st.sampled_from(["added_tokens_decoder", "added_tokens.json"]))
+    listed: dict[str, Any] = {}
+    for name in names:
+        if draw(st.booleans()):
+            settings.setdefault("extra_special_tokens", []).append(name)
+            continue
+        if name not in ids:
+            ids[name], taken = taken, taken + 1
+        flags = {flag: draw(st.booleans()) for flag in FLAGS}
+        token = {"content": name, "special": True, **flags}
+        listed |= {str(ids[name]): token} if form.endswith("decoder") else {name: ids[name]}
+    order = draw(st.permutations(names))
+    settings["chat_template"] = (
+        "{{ bos_token }}"
+        + "".join(f"{{{{ {name!r} + messages[0]['content'] }}}}" for name in order)
+        + "".join(draw(st.permutations(names))[:2])
+    )
+    files: dict[str, Any] = {"tokenizer_config.json": settings}
+    if listed and form.endswith("decoder"):
+        settings[form] = listed
+    elif listed:
+        files[form] = listed
+    return files, inside
+
+
+@given(beside=beside_json(), said=st.sampled_from(SAID))
+def test_tokens_beside_a_tokenizer_json(
+    beside: tuple[dict[str, Any], list[str]], said: str
+) -> None:
+    files, inside = beside
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_json_tokenizer(folder, inside)
+        for file, content in files.items():
+            write(folder / file, content)
+        messages = turns([said])
+        assert our_ids(folder, messages) == their_ids(folder, messages)
+
+
+@cache
+def model_file(user_defined: tuple[str, ...], control: tuple[str, ...]) -> bytes:
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in TEXT for line in text.splitlines()),
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        character_coverage=0.99,
+        minloglevel=2,
+        user_defined_symbols=list(user_defined),
+        control_symbols=list(control),
+    )
+    return made.getvalue()
+
+
+@st.composite
+def beside_pieces(draw: st.DrawFn) -> tuple[bytes, dict[str, Any]]:
+    """Draw a tokenizer.model and the settings beside it."""
+    user, control = draw(
+        st.sampled_from([((), ()), (("<|u|>",), ("<|c|>",)), ((), ("<|c|>", "<|d|>"))])
+    )
+    proto = model_file(user, control)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    flags = dict.fromkeys(FLAGS, False) | {"special": True}
+    names = ["<s>", "</s>", *user, *control]
+    known = {str(pieces.piece_to_id(n)): {"content": n, **flags} for n in ["<unk>", *names]}
+    if draw(st.booleans()):
+        known["400"] = {"content": "<|new|>", **flags}
+        names.append("<|new|>")
+    settings: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>"}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": known}
+    settings["legacy"] = draw(st.booleans())
+    settings["add_prefix_space"] = draw(st.sampled_from([True, False, None]))
+    order = draw(st.lists(st.sampled_from(names), min_size=4, max_size=4))
+    said = "{{ messages[0]['content'] }}"
+    source = said.join(order) if draw(st.booleans()) else said + said.join(order)
+    return proto, {k: v for k, v in settings.items() if v is not None} | {"chat_template": source}
+
+
+# Before text that begins with a space sentencepiece, and so we, put another; transformers 5 none.
+@given(beside=beside_pieces(), said=st.sampled_from([text for text in SAID if text[:1] != " "]))
+def test_settings_beside_a_tokenizer_model(beside: tuple[bytes, dict[str, Any]], said: str) -> None:
+    proto, settings = beside
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "tokenizer.model").write_bytes(proto)
+        write(folder / "tokenizer_config.json", settings)
+        messages = turns([said])
+        assert our_ids(folder, messages) == their_ids(folder, messages)
+
+
+def test_a_piece_that_is_renamed_keeps_its_id(tmp_path: Path) -> None:
+    """As InternLM2's do; its old name, and any special piece, is found in no text."""
+    proto = model_file(("[UNUSED_1]", "<|u|>"), ())
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    unused, marked = (pieces.piece_to_id(name) for name in ("[UNUSED_1]", "<|u|>"))
+    settings = {"added_tokens_decoder": {str(unused): {"content": "<|im|>", "special": True}}}
+    settings |= {"eos_token": "<|u|>", "chat_template": "<|im|>{{ messages[0]['content'] }}<|u|>"}
+    write(tmp_path / "tokenizer_config.json", settings)
+    tokenizer = load_tokenizer(tmp_path, VOCAB)
+    assert tokenizer.special["<|im|>"] == unused
+    assert tokenizer.special[tokenizer.eos or ""] == marked
+    said = "a <|u|> [UNUSED_1] <|im|> b"
+    ids = load_chat_template(tmp_path, tokenizer).encode(turns([said]))
+    assert (ids[0], ids[-1]) == (unused, marked)
+    assert not {unused, marked} & {*ids[1:-1], *tokenizer.encode(said)}
+    assert tokenizer.decode(ids) == said
+
+
+@given(kinds=st.dictionaries(st.integers(259, 399), st.just(CONTROL), max_size=5))
+def test_a_models_pieces_are_changed_and_nothing_else(kinds: dict[int, int]) -> None:
+    proto = model_file((), ())
+    changed = with_kinds(proto, kinds)
+    before, after = (
+        [read_piece(model[start:end]) for start, end in piece_spans(model)]
+        for model in (proto, changed)
+    )
+    assert [piece.text for piece in after] == [piece.text for piece in before]
+    assert [p.kind for p in after] == [kinds.get(i, p.kind) for i, p in enumerate(before)]
+    library = sentencepiece.SentencePieceProcessor(model_proto=changed)
+    assert [library.id_to_piece(i) for i in range(400)] == [piece.text for piece in before]
+    assert {i for i in range(400) if library.is_control(i)} == {1, 2, *kinds}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", {"do_lower_case": True}, "do_lower_case=True (supported: False)"),
+        ("tokenizer_config.json", {"shout": 1}, "shout=1 (unknown: remove it"),
+        ("special_tokens_map.json", {"normalise": "x"}, "normalise='x' (unknown"),
+        ("tokenizer_config.json", {"legacy": "no"}, "legacy is 'no'; give true or false"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "has 'x': {}"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder is list"),
+        ("tokenizer_config.json", {"extra_special_tokens": [1]}, "1 is no text"),
+        ("tokenizer_config.json", {"pad_token": 3}, "pad_token is 3 and no text"),
+        ("added_tokens.json", {"<x>": "1"}, "'<x>' has id '1'"),
+        ("added_tokens.json", {"<x>": 600}, "'<x>' has id 600, and tokenizer.json gives it 258"),
+        ("added_tokens.json", {"<s>": 5}, "'<s>' has id 5, and tokenizer.json gives it 0"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    tmp_path: Path, file: str, content: Any, message: str
+) -> None:
+    write_json_tokenizer(tmp_path)
+    write(tmp_path / file, content)
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(tmp_path, VOCAB)
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_ordinary_token_added_to_a_tokenizer_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(model_file((), ()))
+    write(tmp_path / "added_tokens.json", {"word": 400})
+    with pytest.raises(InputError, match="adds 'word', an ordinary token, to tokenizer.model"):
+        load_tokenizer(tmp_path, VOCAB)
+
+
+def test_other_roles_are_a_templates_variables(tmp_path: Path) -> None:
+    write_json_tokenizer(tmp_path, ["<pad>", "<unk>"])
+    source = "{{ pad_token }}{{ messages[0]['content'] }}{{ unk_token }}{{ mask_token }}"
+    settings = {"pad_token": "<pad>", "unk_token": {"content": "<unk>"}, "chat_template": source}
+    write(tmp_path / "tokenizer_config.json", settings)
+    first = 2 + len(LETTERS)
+    h = 2 + LETTERS.index("h")
+    assert our_ids(tmp_path, turns(["h"])) == [first, h, first + 1]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("template", ["<s> $A", "<s> </s> $A </s>", "$A", "$A </s>"])
+def test_a_prefix_is_read_from_the_post_processor(
+    tmp_path: Path, template: str, wrapped: bool
+) -> None:
+    """For a tokenizer without letters too: no probe text is encoded."""
+    single: Any = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 4), ("</s>", 5)]
+    )
+    if wrapped:
+        single = processors.Sequence([processors.ByteLevel(trim_offsets=False), single])
+    made = tokenizers.Tokenizer(models.BPE({"A": 0, "C": 1, "G": 2, "AC": 3}, [("A", "C")]))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = single
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, VOCAB)
+    before = template.partition("$A")[0].split()
+    assert tokenizer.prefix == tuple({"<s>": 4, "</s>": 5}[name] for name in before)
+    whole = [*tokenizer.prefix, *tokenizer.encode("ACG")]
+    assert whole == made.encode("ACG").ids[: len(whole)]
+
+
+def test_merges_that_spell_a_special_token_make_none_of_a_message(tmp_path: Path) -> None:
+    """The vocabulary's merges spell EOS, which only tokenizer_config.json names."""
+    vocab = {name: i for i, name in enumerate([*LETTERS, "<e", "<e>"])}
+    made = tokenizers.Tokenizer(models.BPE(vocab, [("<", "e"), ("<e", ">")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(tmp_path / "tokenizer.json"))
+    source = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    write(tmp_path / "tokenizer_config.json", {"eos_token": "<e>", "chat_template": source})
+    end, part = vocab["<e>"], vocab["<e"]
+    assert our_ids(tmp_path, turns(["<e>"])) == [part, vocab[">"], end]
