@@ -41,6 +41,8 @@ class Checkpoint(Mapping[str, Array]):
         self.config = _read_config(self.path, self._files)
         if self.config.tie_embeddings and {EMBED, LM_HEAD} <= self._where.keys():
             self._drop_tied_head()
+        elif self.config.tie_embeddings and LM_HEAD in self._where:
+            self._where[EMBED] = self._where.pop(LM_HEAD)  # one tensor, of two names
         self._check_shapes()
 
     def __getitem__(self, name: str) -> Array:
@@ -80,8 +82,8 @@ class Checkpoint(Mapping[str, Array]):
 
     def _check_shapes(self) -> None:
         expected = parameter_shapes(self.config)
-        found = {name: header.shapes[name] for name, header in self._where.items()}
-        dtypes = {name: header.dtypes[name] for name, header in self._where.items()}
+        found = {name: header.shape(name) for name, header in self._where.items()}
+        dtypes = {name: header.dtypes[header.stored(name)] for name, header in self._where.items()}
         problems = describe_mismatch(expected, found)
         problems += [
             f"{name} is stored as {dtype}" for name, dtype in dtypes.items() if dtype not in STORED
@@ -108,11 +110,20 @@ class _Header:
                 f"{path}: not a complete safetensors file ({error}); save or copy it again"
             ) from None
 
+    def stored(self, name: str) -> str:
+        """Return a parameter's name in the file; a tied embedding may have the head's."""
+        return LM_HEAD if name == EMBED and EMBED not in self.shapes else name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return self.shapes[self.stored(name)]
+
     def read(self, name: str) -> Array:
+        """Return a parameter as it is stored."""
         # Opened anew each time: the memory map goes away with the tensor's last use, so that
         # a file of any size is read in the memory of its largest tensor.
         with safe_open(self.path, framework="np") as file:
-            tensor: Array = file.get_tensor(name)
+            tensor: Array = file.get_tensor(self.stored(name))
         return tensor
 
 
@@ -136,7 +147,8 @@ def _shard_names(path: Path) -> list[str]:
     if not path.is_dir():
         return [path.name]
     index = path / "model.safetensors.index.json"
-    if not index.is_file():
+    # Beside a whole model an index is of an earlier save; transformers reads the model too.
+    if not index.is_file() or (path / "model.safetensors").is_file():
         return ["model.safetensors"]
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..common.files import atomic_write, parse_json, read_json, write_text
+from ..common.files import atomic_write, parse_json, read_json, require_no_pointer, write_text
+from ..common.notes import note
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..tokenizer.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
@@ -30,6 +31,12 @@ DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 STORED = ("F16", "BF16", "F32", "F64")
+
+COMPILED = "_orig_mod."  # how torch.compile's wrapper names its model
+
+PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
+
+ADAPTER = "adapter_config.json"
 
 
 def write_directory_files(directory: Path, config: ModelConfig) -> None:
@@ -120,6 +127,8 @@ def locate(path: Path) -> tuple[ModelConfig, dict[str, tuple[Path, tuple[int, ..
     config = read_config(path, files)
     if config.tie_embeddings and {EMBEDDING, HEAD} <= found.keys():
         _require_equal(found[EMBEDDING][0], found.pop(HEAD)[0])
+    elif config.tie_embeddings and HEAD in found:
+        found[EMBEDDING] = found.pop(HEAD)  # of two names for one tensor this one was kept
     return config, found
 
 
@@ -136,9 +145,13 @@ def _require_equal(embedding: Path, head: Path) -> None:
 def read_tensor(
     path: Path, name: str, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Read one parameter; if dtype and device do not change, the tensor is mapped from the file."""
+    """Read one parameter; without a change of dtype or device it is the file, mapped.
+
+    A tied embedding may be stored as the head alone.
+    """
     with open_safetensors(path) as file:
-        tensor: Tensor = file.get_tensor(name)
+        is_head = name == EMBEDDING and name not in file.keys()  # noqa: SIM118
+        tensor: Tensor = file.get_tensor(HEAD if is_head else name)
     return tensor.to(device, dtype)
 
 
@@ -148,6 +161,11 @@ def require_match(
     found: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise InputError naming every tensor that is missing, extra or of another shape."""
+    if found and all(name.startswith(COMPILED) for name in found):
+        raise InputError(
+            f"{source}: its names begin with {COMPILED}, as torch.compile's do; save "
+            f"model.{COMPILED[:-1]}.state_dict() in place of model.state_dict()"
+        )
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not a parameter of it" for name in found if name not in expected]
     problems += [
@@ -165,16 +183,39 @@ def weight_files(path: Path) -> list[Path]:
         raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
     if not path.is_dir():
         return [path]
-    index = path / INDEX_FILE
+    index, single = path / INDEX_FILE, path / MODEL_FILE
     if not index.is_file():
-        return [path / MODEL_FILE]
+        if not single.is_file():
+            _explain_absence(path)
+        return [single]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map; save the checkpoint again")
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise InputError(f"{index}: {shard!r} is not the name of a file beside it; correct it")
-    return [path / name for name in sorted(set(weight_map.values()))]
+    names = sorted(set(weight_map.values()))
+    if single.is_file() and names != [MODEL_FILE]:
+        # As transformers reads it: it leaves the index of an earlier save where it was.
+        note(f"{single} is read; {INDEX_FILE} beside it names other files, which are not")
+        return [single]
+    return [path / name for name in names]
+
+
+def _explain_absence(folder: Path) -> None:
+    """Raise InputError for a directory whose weights are of another kind."""
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"{folder}: is an adapter ({ADAPTER}) without its base model; merge it into that first "
+            "(in peft: merge_and_unload, then save_pretrained)"
+        )
+    if pickled:
+        raise InputError(
+            f"{folder}: holds {pickled[0]} and no {MODEL_FILE}; a pickle may run code, so read it "
+            "with torch.load(..., weights_only=True), which runs none, and write the tensors with "
+            "safetensors.torch.save_file(tensors, ..., {'format': 'pt'})"
+        )
 
 
 def read_config(path: Path, files: list[Path]) -> ModelConfig:
@@ -206,6 +247,7 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
+        require_no_pointer(path)
         raise InputError(
             f"{path}: not a complete safetensors file ({error}); save or copy it again"
         ) from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import InputError
 
+LFS = b"version https://git-lfs"  # how a pointer begins
 _NUMBERS = itertools.count()
 _FILLING: set[Path] = set()  # folders that this process writes to now
 
@@ -104,12 +105,20 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def require_no_pointer(path: Path) -> None:
+    """Raise InputError for a file whose content git-LFS has not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise InputError(f"{path}: is a git-LFS pointer and not the file; run git lfs pull")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; InputError names the file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); write it again") from None
+    require_no_pointer(path)
     return parse_json(text, str(path))
 
 

@@ -157,7 +157,11 @@ class DecodeBatch:
         else:
             ids = results.tolist()
         if not ids.pop():
-            raise InputError("the model's logits are not finite; check its weights with compare.py")
+            half = "float16 overflows from 65,504 on: try another --dtype, or "
+            advice = half if self.logits_BV.dtype == torch.float16 else ""
+            raise InputError(
+                f"the model's logits are not finite; {advice}check its weights with compare.py"
+            )
         return self._tokens(ids)
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..common.files import read_json
+from ..common.notes import note
 from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .json_tokenizer import Json
 from .pieces import SentencePiece
@@ -25,6 +26,7 @@ def load_tokenizer(ckpt: Path, vocab_size: int) -> Tokenizer:
     settings = read_settings(folder)
     tokenizer, source = _find_tokenizer(ckpt, folder, vocab_size, settings)
     _apply_roles(tokenizer, settings)
+    _leave_out_padding(tokenizer, settings, vocab_size)
     if tokenizer.n_ids > vocab_size:
         raise InputError(
             f"{source}: has token id {tokenizer.n_ids - 1}, beyond the model's vocabulary of "
@@ -95,12 +97,30 @@ def _apply_roles(tokenizer: Tokenizer, settings: TokenizerSettings) -> None:
     tokenizer.others = {k: v for k, v in others if k not in ("bos_token", "eos_token")}
 
 
-def end_ids(ckpt: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:
-    """Return the ids that end a text: of generation_config.json, else config.json, else EOS.
+def _leave_out_padding(tokenizer: Tokenizer, settings: TokenizerSettings, vocab_size: int) -> None:
+    """Forget a pad token beyond the model's vocabulary, as fine-tuning scripts leave one.
 
+    It stands for no text, and no row of the embedding was ever read for it.
+    """
+    name = settings.roles.get("pad_token", "")
+    beyond = [n for n, id_ in tokenizer.special.items() if id_ >= vocab_size]
+    if beyond == [name] and tokenizer.n_ids == vocab_size + 1:
+        note(
+            f"{settings.folder}: the pad token {name!r} has id {vocab_size}, beyond the model's "
+            "vocabulary, and is left out"
+        )
+        del tokenizer.special[name]
+        tokenizer.n_ids = vocab_size
+
+
+def end_ids(ckpt: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:
+    """Return the ids that end a text: those of generation_config.json and config.json, and EOS.
+
+    Where one names a token that another does not, a text ends at either, which is said on stderr.
     Raises InputError for ids beyond the vocabulary.
     """
     folder = ckpt if ckpt.is_dir() else ckpt.parent
+    named: dict[str, set[int]] = {}
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         given = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -113,5 +133,11 @@ def end_ids(ckpt: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:
                     f"{path}: eos_token_id {id_!r} is no token of the vocabulary of {vocab_size}; "
                     "correct it"
                 )
-        return set(ids)
-    return set() if tokenizer.eos is None else {tokenizer.special[tokenizer.eos]}
+        named[name] = set(ids)
+    if tokenizer.eos is not None:
+        named["tokenizer"] = {tokenizer.special[tokenizer.eos]}
+    first = next(iter(named.values()), set())
+    if any(ids - first for ids in named.values()):
+        sets = "; ".join(f"{name} {sorted(ids)}" for name, ids in named.items())
+        note(f"{folder}: end tokens differ ({sets}); a text ends at any of them")
+    return set().union(*named.values())

@@ -61,9 +61,9 @@ def test_end_tokens_and_their_places(folders: dict[str, Path], tmp_path: Path) -
     tokenizer = load_tokenizer(folder, VOCAB)
     assert end_ids(folder, tokenizer, VOCAB) == {tokenizer.special["<|end|>"]}
     (folder / "config.json").write_text('{"eos_token_id": 7}')
-    assert end_ids(folder, tokenizer, VOCAB) == {7}
+    assert end_ids(folder, tokenizer, VOCAB) == {1, 7}
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert end_ids(folder, tokenizer, VOCAB) == {7, 9}
+    assert end_ids(folder, tokenizer, VOCAB) == {1, 7, 9}
     for wrong in ("[7, 50257]", "-1", '"7"'):
         (folder / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
         with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id"):
