@@ -17,6 +17,7 @@ from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from llama_torch.tokenizer.loading import end_ids, load_tokenizer
 from reference_np.checkpoint import Checkpoint
+from tools import convert
 
 from ..support.tokenizers import byte_level
 
@@ -87,13 +88,18 @@ def test_an_index_that_names_the_whole_model_is_no_difference(
     assert capsys.readouterr().err == ""
 
 
-def test_a_tied_model_may_be_stored_as_its_head(tmp_path: Path) -> None:
+def test_a_tied_model_may_be_stored_as_its_head(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """As safetensors.torch.save_model stores it, which keeps one name of two."""
     tensors = weights()
     write(tmp_path, tensors | {HEAD: tensors[EMBEDDING].clone()})
     require_holds(tmp_path, tensors)
     write(tmp_path, {HEAD if n == EMBEDDING else n: t for n, t in tensors.items()})
     require_holds(tmp_path, tensors)
+    converted = tmp_path_factory.mktemp("converted")
+    assert convert.main([str(tmp_path), str(converted), "--to", "hf"]) == 0
+    require_holds(converted, tensors)
     write(tmp_path, tensors | {HEAD: tensors[EMBEDDING] + 1})
     for read in (load_model, Checkpoint):
         with pytest.raises(ValueError, match=r"lm_head\.weight is not the embedding although"):
