@@ -22,7 +22,7 @@ from llama_torch.checkpoint.hf import read_metadata
 from llama_torch.checkpoint.single_file import STATE_FILE
 from llama_torch.common import files as checkpoint
 from llama_torch.common.errors import InputError
-from llama_torch.training import loop, step, validate
+from llama_torch.training import loop, restore, step, validate
 
 from ..support.survival import STEPS, left_over, require_same, resume, send
 from ..support.trainer_runs import refused
@@ -93,6 +93,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_continues(
     os.truncate(out / "checkpoints" / "9" / STATE_FILE, 5)
     message = refused(["--resume", "--out", str(out)], capsys)
     assert "start a new run with another --out" in message
+
+
+def test_a_run_on_one_process_resumes_without_a_second_state(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes decide whether a checkpoint fits; tensors like the state would be its size again."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / str(STEPS))
+    monkeypatch.delattr(restore, "state_tensors")
+    assert resume(out) == 0
+    require_same(whole, out)
 
 
 def test_the_best_model_is_kept_and_outlives_a_resume(
