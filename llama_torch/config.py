@@ -120,9 +120,9 @@ class TrainConfig:
     steps: int = 240
     """Optimizer steps."""
     batch_size: int = 4
-    """Windows in one forward pass."""
+    """Windows (rows of --max-seq-len tokens) in one forward pass of a process, at most."""
     grad_accum: int = 1
-    """Forward passes summed into one step; several processes share out a step's windows."""
+    """A step takes --batch-size times so many windows, shared out among the processes."""
     seed: int = 0
     """Seed of initialisation, data order and samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

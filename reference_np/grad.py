@@ -25,41 +25,42 @@ Grads = dict[str, Array]
 
 
 def embed_vjp(weight_VD: Array, tokens_BT: Array, d_out_BTD: Array) -> Array:
-    """From y = W[t], so d_W[v] is the sum of d_y over every place where v stands."""
+    """Return d_W [V, D]: row v is the sum of d_y over every place where v stands, as y = W[t]."""
     d_weight = np.zeros_like(weight_VD)
     np.add.at(d_weight, tokens_BT, d_out_BTD)  # adds repeated tokens; d_weight[t] += would not
     return d_weight
 
 
 def linear_vjp(x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
-    """From y = x W^T, so d_x = d_y W and d_W = d_y^T x, summed over every position."""
+    """Return d_x = d_y W and d_W = d_y^T x, summed over every position, as y = x W^T."""
     flat_x, flat_d = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
     d_x: Array = (flat_d @ weight).reshape(x.shape)
     return d_x, flat_d.T @ flat_x
 
 
 def rms_norm_vjp(x: Array, weight_D: Array, eps: float, d_out: Array) -> tuple[Array, Array]:
-    """From y = w n with n = x / r and r = sqrt(mean(x^2) + eps).
+    """Return d_x [..., D] and d_w [D] of y = w n with n = x / r and r = sqrt(mean(x^2) + eps).
 
     dr/dx = x / (D r), so with g = w d_y: d_x = (g - n mean(g n)) / r, and d_w = sum(d_y n).
     """
-    root = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-    normed = x / root
-    scaled = d_out * weight_D
-    d_x: Array = (scaled - normed * np.mean(scaled * normed, axis=-1, keepdims=True)) / root
-    d_weight: Array = (d_out * normed).reshape(-1, x.shape[-1]).sum(axis=0)
+    r = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    n = x / r
+    g = d_out * weight_D
+    d_x: Array = (g - n * np.mean(g * n, axis=-1, keepdims=True)) / r
+    d_weight: Array = (d_out * n).reshape(-1, x.shape[-1]).sum(axis=0)
     return d_x, d_weight
 
 
 def apply_rope_vjp(cos: Array, sin: Array, d_out_BTHK: Array) -> Array:
-    """Rotate the gradient by the negative angle: a rotation's transpose is its inverse."""
+    """Return d_x [B, T, H, K]: d_y rotated back, as a rotation's transpose is its inverse."""
     return ops.apply_rope(d_out_BTHK, cos, -sin)
 
 
 def attention_scores_vjp(q_BNRTK: Array, k_BNSK: Array, d_out_BNRTS: Array) -> tuple[Array, Array]:
-    """From s = q k^T / sqrt(K), so d_q = d_s k / sqrt(K) and d_k = sum over r of d_s^T q / sqrt(K).
+    """Return d_q = d_s k / sqrt(K) and d_k = sum over r of d_s^T q / sqrt(K).
 
-    The sum over the R query heads that read one key head is the gradient of sharing it.
+    As s = q k^T / sqrt(K), q [B, N, R, T, K] and k [B, N, S, K]. The sum over the R query heads
+    that read one key head is the gradient of sharing it.
     """
     batch, groups, repeats, length, width = q_BNRTK.shape
     d_rows = d_out_BNRTS.reshape(batch, groups, repeats * length, -1) * (1.0 / math.sqrt(width))
@@ -70,9 +71,10 @@ def attention_scores_vjp(q_BNRTK: Array, k_BNSK: Array, d_out_BNRTS: Array) -> t
 
 
 def masked_softmax_vjp(weights_BNRTS: Array, d_out_BNRTS: Array) -> Array:
-    """dp_i/ds_j = p_i (delta_ij - p_j), so d_s = p (d_p - sum(d_p p)).
+    """Return d_s = p (d_p - sum(d_p p)) [B, N, R, T, S] from the weights p, not the scores.
 
-    Where the mask forbids, p is 0 and so is d_s; an all-masked row passes nothing back.
+    As dp_i/ds_j = p_i (delta_ij - p_j). Where the mask forbids, p is 0 and so is d_s; an all-masked
+    row passes nothing back.
     """
     inner = np.sum(d_out_BNRTS * weights_BNRTS, axis=-1, keepdims=True)
     d_scores: Array = weights_BNRTS * (d_out_BNRTS - inner)
@@ -82,7 +84,7 @@ def masked_softmax_vjp(weights_BNRTS: Array, d_out_BNRTS: Array) -> Array:
 def attention_mix_vjp(
     weights_BNRTS: Array, v_BNSK: Array, d_out_BNRTK: Array
 ) -> tuple[Array, Array]:
-    """From y = p v, so d_p = d_y v^T and d_v = sum over r of p^T d_y."""
+    """Return d_p = d_y v^T and d_v = sum over r of p^T d_y, as y = p v."""
     batch, groups, repeats, length, keys = weights_BNRTS.shape
     d_rows = d_out_BNRTK.reshape(batch, groups, repeats * length, -1)
     rows = weights_BNRTS.reshape(batch, groups, repeats * length, keys)
@@ -91,23 +93,23 @@ def attention_mix_vjp(
 
 
 def silu_vjp(x: Array, d_out: Array) -> Array:
-    """With s = sigmoid(x): d(x s)/dx = s + x s (1 - s)."""
+    """Return d_x = d_y (s + x s (1 - s)) with s = sigmoid(x), as y = x s."""
     sigmoid = ops.sigmoid(x)
     d_x: Array = d_out * (sigmoid + x * sigmoid * (1.0 - sigmoid))
     return d_x
 
 
 def swiglu_vjp(gate: Array, up: Array, d_out: Array) -> tuple[Array, Array]:
-    """From y = silu(g) u, so d_g = d_y u silu'(g) and d_u = d_y silu(g)."""
+    """Return d_g = d_y u silu'(g) and d_u = d_y silu(g), each [B, T, F], as y = silu(g) u."""
     return silu_vjp(gate, d_out * up), d_out * ops.silu(gate)
 
 
 def cross_entropy_vjp(
     logits_BTV: Array, targets_BT: Array, n_valid: int, z_loss: float = 0.0
 ) -> Array:
-    """From L = sum(log Z - l_t + z (log Z)^2) / n: d_l = (p - 1_t + 2 z log Z p) / n.
+    """Return d_l = (p - 1_t + 2 z log Z p) / n, as L = sum(log Z - l_t + z (log Z)^2) / n.
 
-    Because d(log Z)/dl = p, the softmax. Zero where the target is IGNORE.
+    [B, T, V], because d(log Z)/dl = p, the softmax. Zero where the target is IGNORE.
     """
     log_z = ops.log_sum_exp(logits_BTV)
     d_logits: Array = np.exp(logits_BTV - log_z) * (1.0 + 2.0 * z_loss * log_z)
@@ -184,7 +186,10 @@ def backward(
     config: LlamaConfig,
     vjps: Vjps = REFERENCE,
 ) -> Grads:
-    """Carry ``d_logits`` back through the whole model, from the activations that forward traced."""
+    """Return every parameter's gradient from d_logits [B, T, V], in its parameter's shape.
+
+    ``trace`` has the activations that forward traced, by their names.
+    """
     length = batch.tokens.shape[1]
     positions = ops.next_positions(length, 0)[None] if batch.positions is None else batch.positions
     mask = ops.causal_mask(length, length)[None] if batch.mask is None else batch.mask
@@ -216,7 +221,10 @@ def block_backward(
     mask_BTS: Array,
     vjps: Vjps,
 ) -> tuple[Array, Grads]:
-    """Go back through one block; ``x + f(x)`` passes d_x on both ways and adds them."""
+    """Return d_x [B, T, D] of one block and its parameters' gradients.
+
+    For y = x + f(x), d_x = d_y + J_f^T d_y. ``here`` has the block's activations.
+    """
     grads: Grads = {}
     d_ffn, grads["mlp.down_proj.weight"] = vjps.linear_vjp(
         here["ffn"], layer["mlp.down_proj.weight"], d_out_BTD
@@ -249,7 +257,10 @@ def attention_backward(
     mask_BTS: Array,
     vjps: Vjps,
 ) -> tuple[Array, Grads]:
-    """Go back through self-attention; its weights are computed again from q, k and the mask."""
+    """Return d_h [B, T, D] of self-attention and its parameters' gradients.
+
+    The attention weights are computed again from q, k and the mask.
+    """
     grads: Grads = {}
     d_merged, grads["self_attn.o_proj.weight"] = vjps.linear_vjp(
         ops.merge_heads(here["attn"]), layer["self_attn.o_proj.weight"], d_out_BTD

@@ -50,8 +50,10 @@ def forward(
 
     params     Hugging Face name -> array, all float32 or all float64; may be lazy: each
                tensor is read once (a tied embedding twice), one layer at a time.
+    tokens_BT  int [B, T], ids below config.vocab_size.
     positions  int [B, T], the rotary positions; default: they follow the cache.
     mask       bool [B, T, S], True = may attend; default: causal.
+    cache      of the calls before; it is not changed. S counts its positions and the new ones.
     trace      called with every activation of naming.activation_axes as it is computed, before
                it is used: values written into the array are what the rest is computed from.
     ops        the operations; a namespace with some replaced is a different model.
@@ -109,7 +111,11 @@ def block(
     trace: Trace = no_trace,
     ops: Ops = reference_ops,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Apply one pre-norm residual block: attention, then the feed-forward network."""
+    """Apply one pre-norm residual block: ``x' = x + Attn(norm(x)), y = x' + FFN(norm(x'))``.
+
+    Returns y [B, T, D] and the layer's keys and values, each [B, N, S, K]. ``tables`` are the
+    rotation's cos and sin, each [B, T, K / 2]; ``past`` has the cached keys and values.
+    """
     h_BTD = ops.rms_norm(x_BTD, layer["input_layernorm.weight"], config.norm_eps)
     trace("attn_norm", h_BTD)
     h_BTD, present = attention(layer, h_BTD, config, tables, mask_BTS, past, trace, ops)
@@ -132,7 +138,11 @@ def attention(
     trace: Trace,
     ops: Ops,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Grouped-query self-attention; returns its output [B, T, D] and the extended keys, values."""
+    """Compute ``softmax(q k^T / sqrt(K)) v W_o^T`` with shared key/value heads: [B, T, D].
+
+    Returns it and the extended keys and values, each [B, N, S, K] (Vaswani et al. 2017, eq. 1;
+    Ainslie et al. 2023). q, k and v are h times W_q^T, W_k^T and W_v^T; q and k are rotated.
+    """
     q_BTHK, k_BTNK, v_BTNK = (
         ops.split_heads(ops.linear(h_BTD, layer[f"self_attn.{name}_proj.weight"]), config.head_dim)
         for name in "qkv"
@@ -155,7 +165,7 @@ def attention(
 
 
 def feed_forward(layer: Mapping[str, Array], h_BTD: Array, trace: Trace, ops: Ops) -> Array:
-    """SwiGLU feed-forward network: ``(silu(h Wg) * (h Wu)) Wd`` (Shazeer 2020)."""
+    """Compute ``(silu(h W_g^T) * (h W_u^T)) W_d^T``: [B, T, D] -> the same (Shazeer 2020)."""
     gate_BTF = ops.linear(h_BTD, layer["mlp.gate_proj.weight"])
     up_BTF = ops.linear(h_BTD, layer["mlp.up_proj.weight"])
     trace("gate", gate_BTF)
@@ -179,9 +189,10 @@ def defaults(
     config: LlamaConfig,
     ops: Ops = reference_ops,
 ) -> tuple[Array, Array]:
-    """Fill in positions that follow ``start`` cached tokens and the causal mask; check it all.
+    """Return positions [B or 1, T] and mask [B or 1, T, S], the defaults where they are None.
 
-    Returns positions [B or 1, T] and the mask [B or 1, T, S].
+    The default positions follow ``start`` cached tokens, the default mask is causal. Raises
+    InputError for ids outside the vocabulary and for misshapen arguments.
     """
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
         raise InputError(

@@ -53,10 +53,11 @@ def rms_norm(x: Array, weight_D: Array, eps: float) -> Array:
 def rope_frequencies(config: LlamaConfig) -> Array:
     """Return the rotary frequencies [K / 2] in float64: ``theta^(-2 i / K)`` (Su et al. 2021).
 
-    Scaled for contexts longer than the trained one: "linear" divides them all by the factor
-    (Chen et al. 2023, position interpolation); "llama3" those alone whose wave is long beside
-    the original context, with a linear passage between (Grattafiori et al. 2024, section 3.4,
-    as released with Llama 3.1).
+    Scaled for contexts longer than the trained one: "linear" is ``f / factor`` (Chen et al. 2023,
+    position interpolation); "llama3" is ``f (g + (1 - g) / factor)`` with
+    ``g = clip((L f / (2 pi) - low) / (high - low), 0, 1)``, L being the original context
+    (Grattafiori et al. 2024, section 3.4, as released with Llama 3.1): a frequency that turns more
+    than ``high`` times within L stays, one that turns less than ``low`` times is divided.
     """
     steps = -np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     frequencies: Array = config.rope_theta**steps
@@ -65,8 +66,8 @@ def rope_frequencies(config: LlamaConfig) -> Array:
     if config.rope_type == "llama3":
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         turns = config.rope_original_max_seq_len * frequencies / (2 * math.pi)
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequencies = frequencies * (kept + (1.0 - kept) / config.rope_factor)
+        g = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies * (g + (1.0 - g) / config.rope_factor)
     return frequencies
 
 
@@ -84,7 +85,9 @@ def rope_tables(positions_BT: Array, config: LlamaConfig, dtype: DTypeLike) -> t
 def apply_rope(x_BTHK: Array, cos: Array, sin: Array) -> Array:
     """Rotate each pair (i, i + K / 2) by its angle: the rotate-half form (Su et al. 2021, eq. 34).
 
-    Hugging Face weights are stored for this pairing; Meta's pair neighbours (2i, 2i + 1).
+    ``(a, b) -> (a cos - b sin, b cos + a sin)``: [B, T, H, K] -> the same, with cos and sin
+    [B, T, K / 2] (or one row for the whole batch); keys likewise, with N heads. Hugging Face
+    weights are stored for this pairing; Meta's pair neighbours (2i, 2i + 1).
     """
     half = x_BTHK.shape[-1] // 2
     first, second = x_BTHK[..., :half], x_BTHK[..., half:]
@@ -129,9 +132,10 @@ def attention_scores(q_BNRTK: Array, k_BNSK: Array) -> Array:
 
 
 def masked_softmax(scores_BNRTS: Array, mask_BTS: Array) -> Array:
-    """Return attention weights over the keys that ``mask`` allows (True = may attend).
+    """Return attention weights [B, N, R, T, S]: ``exp(s - max s) / sum exp(s - max s)`` over S.
 
-    The row's largest allowed score is subtracted first, so exp cannot overflow. A query that
+    Both run over the keys that ``mask`` allows (True = may attend); elsewhere a weight is 0. The
+    row's largest allowed score is subtracted first, so exp cannot overflow. A query that
     may attend to nothing (padding) gets all-zero weights rather than 0 / 0.
     """
     # In place on a copy: scores are the largest arrays of a long prompt, and np.where is slow.
@@ -147,7 +151,7 @@ def masked_softmax(scores_BNRTS: Array, mask_BTS: Array) -> Array:
 
 
 def attention_mix(weights_BNRTS: Array, v_BNSK: Array) -> Array:
-    """Return the weighted sum of values: [B, N, R, T, K]."""
+    """Return ``sum over s of w_s v_s``: [B, N, R, T, S], [B, N, S, K] -> [B, N, R, T, K]."""
     batch, groups, repeats, length, keys = weights_BNRTS.shape
     mixed: Array = weights_BNRTS.reshape(batch, groups, repeats * length, keys) @ v_BNSK
     return mixed.reshape(batch, groups, repeats, length, -1)
@@ -165,12 +169,12 @@ def sigmoid(x: Array) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """Return ``x * sigmoid(x)`` (Elfwing et al. 2018) for any finite x without overflow."""
+    """Return ``x * sigmoid(x)`` of every element, without overflow (Elfwing et al. 2018)."""
     return x * sigmoid(x)
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """Return ``silu(gate) * up``: SiLU acts on the gate alone (Shazeer 2020, eq. 6)."""
+    """Return ``silu(gate) * up`` [B, T, F]: SiLU acts on the gate alone (Shazeer 2020, eq. 6)."""
     return silu(gate) * up
 
 
@@ -182,7 +186,10 @@ def log_sum_exp(logits: Array) -> Array:
 
 
 def cross_entropy_sum(logits_BTV: Array, targets_BT: Array, z_loss: float = 0.0) -> Array:
-    """Return ``sum(log Z - l_target + z_loss (log Z)^2)`` in nats over targets not IGNORE."""
+    """Return ``sum(log Z - l_t + z_loss (log Z)^2)`` in nats, a scalar array.
+
+    The sum is over every b and t whose target [B, T] is not IGNORE; l_t is the target's logit.
+    """
     valid = targets_BT != IGNORE
     log_z = log_sum_exp(logits_BTV)[..., 0][valid]
     chosen = logits_BTV[valid, targets_BT[valid]]
@@ -191,7 +198,7 @@ def cross_entropy_sum(logits_BTV: Array, targets_BT: Array, z_loss: float = 0.0)
 
 
 def add(x_BTD: Array, h_BTD: Array) -> Array:
-    """Add a sublayer's output to the residual stream (He et al. 2015)."""
+    """Return ``x + h`` [B, T, D], the residual stream after a sublayer (He et al. 2015)."""
     y: Array = x_BTD + h_BTD
     return y
 

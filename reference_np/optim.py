@@ -60,7 +60,11 @@ def init_state(params: Mapping[str, Array]) -> OptState:
 
 
 def learning_rate(step: int, hyper: Hyperparameters) -> float:
-    """Return the rate of step ``step`` (from 0): linear warmup, then cosine to the final rate."""
+    """Return the rate of step t (from 0): linear warmup, then cosine to the final rate.
+
+    ``lr (t + 1) / w`` for t < w, then ``lr (r + (1 - r) (1 + cos(pi p)) / 2)`` with
+    ``p = min(1, (t - w) / (steps - 1 - w))`` and r the final ratio (Llama 2 paper, section 2.2).
+    """
     warmup = min(hyper.warmup_steps, hyper.steps)
     if step < warmup:
         return hyper.lr * (step + 1) / warmup
@@ -77,7 +81,7 @@ def global_norm(grads: Mapping[str, Array]) -> float:
 def clip(grads: Mapping[str, Array], max_norm: float) -> tuple[Grads, float]:
     """Scale all gradients by one factor so that their global norm is at most ``max_norm``.
 
-    Returns them and the norm before (Pascanu et al. 2013): one factor keeps the direction.
+    ``g min(1, max_norm / (|g| + 1e-6))``; returns them and the norm before (Pascanu et al. 2013).
     """
     norm = global_norm(grads)
     factor = min(1.0, max_norm / (norm + CLIP_EPS))
@@ -101,9 +105,9 @@ def adamw(
 ) -> tuple[Array, Array, Array]:
     """Update one parameter at step ``step`` (from 1); return it and its moments.
 
-    Loshchilov and Hutter 2019, algorithm 2: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
-    both divided by 1 - b^t for their start at zero; eps is outside the root; decay acts on the
-    parameter itself and never enters the moments.
+    ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, and with m' = m / (1 - b1^t),
+    v' = v / (1 - b2^t): ``p = p (1 - lr decay) - lr m' / (sqrt(v') + eps)`` (Loshchilov and Hutter
+    2019, algorithm 2). All have the parameter's shape; decay never enters the moments.
     """
     m = hyper.beta1 * m + (1.0 - hyper.beta1) * g
     v = hyper.beta2 * v + (1.0 - hyper.beta2) * (g * g)
@@ -123,9 +127,9 @@ def accumulate(
 ) -> tuple[float, Grads]:
     """Return the mean loss over every valid target of every batch, and its gradient.
 
-    One divisor for the whole step: the mean of the batches' means weighs a token by how many
-    others share its batch. ``ops`` and ``vjps`` compute the forward and the backward pass. Raises
-    InputError where nothing is valid.
+    One divisor for the whole step: in a mean of the batches' means a token of a batch with few
+    valid targets would count for more. ``ops`` and ``vjps`` compute the forward and the backward
+    pass. Raises InputError where nothing is valid.
     """
     n_valid = int(sum(np.sum(batch.targets != IGNORE) for batch in batches))
     if n_valid == 0:
