@@ -145,14 +145,15 @@ def _require_equal(embedding: Path, head: Path) -> None:
 def read_tensor(
     path: Path, name: str, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Read one parameter; without a change of dtype or device it is the file, mapped.
-
-    A tied embedding may be stored as the head alone.
-    """
+    """Read one parameter; without a change of dtype or device it is the file, mapped."""
     with open_safetensors(path) as file:
-        is_head = name == EMBEDDING and name not in file.keys()  # noqa: SIM118
-        tensor: Tensor = file.get_tensor(HEAD if is_head else name)
+        tensor: Tensor = file.get_tensor(stored_as(file, name))
     return tensor.to(device, dtype)
+
+
+def stored_as(file: safe_open, name: str) -> str:
+    """Return a parameter's name in a file; a tied embedding may be stored as the head alone."""
+    return HEAD if name == EMBEDDING and name not in file.keys() else name  # noqa: SIM118
 
 
 def require_match(

@@ -118,8 +118,11 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); write it again") from None
-    require_no_pointer(path)
-    return parse_json(text, str(path))
+    try:
+        return parse_json(text, str(path))
+    except InputError:
+        require_no_pointer(path)
+        raise
 
 
 def parse_json(text: str, source: str) -> dict[str, Any]:

@@ -32,7 +32,6 @@ class Json(Tokenizer):
                 self.tokenizer = library.Tokenizer.from_str(json.dumps(renamed))
             self.tokenizer.no_truncation()  # of the training that made it
             self.tokenizer.no_padding()
-            self.tokenizer.encode_special_tokens = False
             special = {t["content"]: t["id"] for t in added if t["content"] in guarded_names}
             prefix = _prefix(content.get("post_processor"), special)
         except Exception as error:  # the library raises bare exceptions

@@ -1,8 +1,9 @@
 """A tokenizer from SentencePiece's ``tokenizer.model`` and the files beside it."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..common.errors import InputError
 from .settings import TokenizerSettings
@@ -31,7 +32,6 @@ class SentencePiece(Tokenizer):
             changed = {i: CONTROL for i in ids if pieces[i].kind in (NORMAL, USER_DEFINED)}
             proto = with_kinds(proto, changed)
             self.processor = library.SentencePieceProcessor(model_proto=proto)
-            self.unprefixed = library.SentencePieceProcessor(model_proto=proto + NO_PREFIX)
         except InputError:
             raise
         except (RuntimeError, OSError, IndexError, UnicodeDecodeError, ValueError):
@@ -47,8 +47,14 @@ class SentencePiece(Tokenizer):
             self.eos = pieces[processor.eos_id()].text
         if settings.add_bos_token is False:
             self.prefix = ()
+        self.proto = proto
         self.starts_with_space = settings.add_prefix_space is not False
         self.is_legacy = settings.legacy is not False and self.starts_with_space
+
+    @functools.cached_property
+    def unprefixed(self) -> Any:
+        """The library's processor of the same model that puts no space before a text."""
+        return type(self.processor)(model_proto=self.proto + NO_PREFIX)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text, a space before it unless the checkpoint has none."""

@@ -167,33 +167,30 @@ def placed(
     _require_known(text, special)
     found: list[str | int] = [text] if text else []
     for names in (set(special) - set(normalized), set(special) & set(normalized)):
-        pieces = (_split(p, names, single_words) if isinstance(p, str) else [p] for p in found)
+        ids = {name: special[name] for name in names}
+        pieces = (_split(p, ids, single_words) if isinstance(p, str) else [p] for p in found)
         found = [piece for parts in pieces for piece in parts]
-        found = [special[p] if isinstance(p, _Name) else p for p in found]
     return [str.__str__(piece) if isinstance(piece, str) else piece for piece in found]
 
 
-class _Name(str):
-    """A special token's spelling, where it stands for the token."""
-
-
-def _split(text: str, names: Collection[str], single_words: Collection[str]) -> list[str | int]:
-    """Return text and the special tokens that its template's characters spell."""
-    if not names:
+def _split(text: str, ids: Mapping[str, int], single_words: Collection[str]) -> list[str | int]:
+    """Return text and the ids of the special tokens that its template's characters spell."""
+    if not ids:
         return [text]
     found: list[str | int] = []
+    pattern = _alternatives(ids)
     done = start = 0
     for origin, characters in groupby(origins_of(text)):
         end = start + len(list(characters))
-        matches = _alternatives(names).finditer(text, start, end) if origin == TEMPLATE else ()
+        matches = pattern.finditer(text, start, end) if origin == TEMPLATE else ()
         for match in matches:
             before, after = text[match.start() - 1 : match.start()], text[match.end() :][:1]
             if match[0] in single_words and re.search(r"\w", f"{before} {after}"):
                 continue
-            found += [text[done : match.start()], _Name(match[0])]
+            found += [text[done : match.start()], ids[match[0]]]
             done = match.end()
         start = end
-    return [piece for piece in [*found, text[done:]] if piece]
+    return [piece for piece in [*found, text[done:]] if piece != ""]  # 0 is an id
 
 
 def _alternatives(names: Collection[str]) -> re.Pattern[str]:

@@ -13,7 +13,7 @@ from ..common.errors import InputError
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from .optimizer import MasterAdamW
-from .state_tensors import state_shapes, state_tensors
+from .state_tensors import MOMENTS, state_shapes, state_tensors
 
 
 def restore(
@@ -89,5 +89,5 @@ def _assign(
         else:
             parameter.copy_(master)
             state["step"] = torch.tensor(float(adam_step), device=device)
-        for kind in ("exp_avg", "exp_avg_sq"):
+        for kind in MOMENTS:
             state[kind] = tensors[f"{kind}.{name}"].to(device)

@@ -13,6 +13,8 @@ from ..model.config import ModelConfig
 from ..model.llama import Llama
 from .optimizer import MasterAdamW
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by their names in torch's optimizers
+
 
 def stored_parameters(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the parameters as a checkpoint stores them: float32 masters if training has them."""
@@ -27,7 +29,7 @@ def state_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
     return {
         prefix + name: tuple(parameter.shape)
         for name, parameter in model.named_parameters()
-        for prefix in (PARAMETER, "exp_avg.", "exp_avg_sq.")
+        for prefix in (PARAMETER, *(f"{kind}." for kind in MOMENTS))
     }
 
 
@@ -41,7 +43,7 @@ def state_tensors(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         adam_state = optimizer.state[parameter]
         tensors[PARAMETER + name] = stored[name].detach()
-        for kind in ("exp_avg", "exp_avg_sq"):
+        for kind in MOMENTS:
             moment = (
                 adam_state[kind] if adam_state else torch.zeros_like(parameter, requires_grad=False)
             )

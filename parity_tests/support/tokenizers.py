@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -107,8 +108,8 @@ def spaced(folder: Path) -> Path:
     return folder
 
 
-def sentence_piece(folder: Path) -> Path:
-    """Write a tokenizer.model, trained as Llama 2's was."""
+def pieces_model(user_defined: Sequence[str] = (), control: Sequence[str] = ()) -> bytes:
+    """Train a tokenizer.model of 400 pieces as Llama 2's was; return the file's bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in TEXT for line in text.splitlines()),
@@ -122,8 +123,15 @@ def sentence_piece(folder: Path) -> Path:
         allow_whitespace_only_pieces=True,
         character_coverage=0.99,
         minloglevel=2,
+        user_defined_symbols=list(user_defined),
+        control_symbols=list(control),
     )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return model.getvalue()
+
+
+def sentence_piece(folder: Path) -> Path:
+    """Write a tokenizer.model, trained as Llama 2's was."""
+    (folder / "tokenizer.model").write_bytes(pieces_model())
     write_settings(folder, bos_token="<s>", eos_token="</s>", chat_template=BRACKETED)
     return folder
 

@@ -1,6 +1,5 @@
 """The files beside a tokenizer: what they add and rename, as transformers reads them."""
 
-import io
 import json
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.pieces import CONTROL, piece_spans, read_piece, with_kinds
 
-from ..support.tokenizers import TEXT, turns
+from ..support.tokenizers import pieces_model, turns
 
 transformers = pytest.importorskip("transformers")
 
@@ -104,24 +103,7 @@ def test_tokens_beside_a_tokenizer_json(
         assert our_ids(folder, messages) == their_ids(folder, messages)
 
 
-@cache
-def model_file(user_defined: tuple[str, ...], control: tuple[str, ...]) -> bytes:
-    made = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in TEXT for line in text.splitlines()),
-        model_writer=made,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        character_coverage=0.99,
-        minloglevel=2,
-        user_defined_symbols=list(user_defined),
-        control_symbols=list(control),
-    )
-    return made.getvalue()
+model_file = cache(pieces_model)
 
 
 @st.composite

@@ -72,27 +72,28 @@ messages[0]['role'] == 'system' else '') ~ message['content'] ~ ' [/INST]' }}
 
 
 @cache
-def tokenizer() -> Tokenizer:
-    """Return a tokenizer of bytes; the two thoughts' tokens are not called special."""
+def both() -> tuple[Tokenizer, Any]:
+    """Return a tokenizer of bytes, ours and transformers'; the thoughts' tokens are not special."""
     made = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(LETTERS)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([*SPECIAL[:-2]])
     made.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in SPECIAL[-2:]])
-    folder = Path(tempfile.mkdtemp())
-    made.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    theirs.append(transformers.PreTrainedTokenizerFast.from_pretrained(folder))
-    return load_tokenizer(folder, 999)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        return load_tokenizer(folder, 999), theirs
 
 
-theirs: list[Any] = []  # transformers' own, once ours is made
+def tokenizer() -> Tokenizer:
+    return both()[0]
 
 
 def their_ids(source: str, messages: list[dict[str, str]]) -> list[int]:
-    tokenizer()
-    found = theirs[0].apply_chat_template(
+    found = both()[1].apply_chat_template(
         messages, chat_template=source, add_generation_prompt=True
     )
     ids: list[int] = found["input_ids"]

@@ -12,13 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llama_torch.checkpoint.hf import (
-    EMBEDDING,
-    HEAD,
     INDEX_FILE,
     MODEL_FILE,
     locate,
     read_tensor,
     require_match,
+    stored_as,
 )
 
 from .lazy_weights import (
@@ -42,10 +41,8 @@ def read_hf(path: Path) -> Model:
     dtypes: dict[str, torch.dtype] = {}
     for file in {file for file, _ in files.values()}:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                # A tied embedding may be stored as the head.
-                of = EMBEDDING if name == HEAD and HEAD not in expected else name
-                dtypes[of] = DTYPES[opened.get_slice(name).get_dtype()]
+            for name in (name for name in expected if files[name][0] == file):
+                dtypes[name] = DTYPES[opened.get_slice(stored_as(opened, name)).get_dtype()]
     weights = {}
     for name, shape in expected.items():
         read = partial(read_tensor, files[name][0], name, dtypes[name])
