@@ -27,6 +27,13 @@ def load_tokenizer(ckpt: Path, vocab_size: int) -> Tokenizer:
     tokenizer, source = _find_tokenizer(ckpt, folder, vocab_size, settings)
     _apply_roles(tokenizer, settings)
     _leave_out_padding(tokenizer, settings, vocab_size)
+    if source.name == "tokenizer.json":
+        _note_bos(tokenizer, source, settings)
+    if settings.clean_up_tokenization_spaces:
+        note(
+            f"{folder}: clean_up_tokenization_spaces is not done, as in transformers 5 "
+            "(version 4 takes spaces before punctuation out of decoded text)"
+        )
     if tokenizer.n_ids > vocab_size:
         raise InputError(
             f"{source}: has token id {tokenizer.n_ids - 1}, beyond the model's vocabulary of "
@@ -95,6 +102,25 @@ def _apply_roles(tokenizer: Tokenizer, settings: TokenizerSettings) -> None:
         setattr(tokenizer, role, name or getattr(tokenizer, role))
     others = settings.roles.items()
     tokenizer.others = {k: v for k, v in others if k not in ("bos_token", "eos_token")}
+
+
+def _note_bos(tokenizer: Tokenizer, source: Path, settings: TokenizerSettings) -> None:
+    """Note where a ``tokenizer.json`` puts BOS before a prompt and transformers 4 would not.
+
+    Or the other way round: its Llama classes rebuild the post-processor from ``add_bos_token``,
+    which is true unless said; its other classes and transformers 5 read the file.
+    """
+    wanted = settings.add_bos_token
+    if wanted is None and settings.tokenizer_class in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        wanted = tokenizer.bos is not None
+    has_bos = tokenizer.bos is not None and tokenizer.special[tokenizer.bos] in tokenizer.prefix
+    if wanted is None or wanted == has_bos:
+        return
+    said = "" if settings.add_bos_token is None else f", whatever add_bos_token={wanted} says"
+    note(
+        f"{source}: its post-processor puts {'a' if has_bos else 'no'} BOS before a prompt, which "
+        f"is followed as in transformers 5{said} (version 4 may differ)"
+    )
 
 
 def _leave_out_padding(tokenizer: Tokenizer, settings: TokenizerSettings, vocab_size: int) -> None:

@@ -21,8 +21,9 @@ ROLES = (
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 HONOURED = (
     *(*ROLES, *LISTS, "added_tokens_decoder", "add_bos_token", "legacy", "add_prefix_space"),
-    "chat_template",
+    *("chat_template", "clean_up_tokenization_spaces", "tokenizer_class"),
 )
+SWITCHES = ("add_bos_token", "legacy", "add_prefix_space", "clean_up_tokenization_spaces")
 # Keys that would change the result, with the values that do not.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "do_lower_case": (False,),
@@ -33,12 +34,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 # Keys that say how a tokenizer is stored, batched, truncated or shown.
 INERT = (
-    "add_eos_token auto_map backend clean_up_tokenization_spaces errors fix_mistral_regex "
+    "add_eos_token auto_map backend errors fix_mistral_regex "
     "is_local keep_accents local_files_only max_length model_input_names model_max_length "
     "model_specific_special_tokens name_or_path pad_to_multiple_of pad_token_type_id padding "
     "padding_side processor_class remove_space response_schema return_token_type_ids "
     "sp_model_file "
-    "spaces_between_special_tokens special_tokens_map_file stride tokenizer_class tokenizer_file "
+    "spaces_between_special_tokens special_tokens_map_file stride tokenizer_file "
     "transformers_version truncation truncation_side truncation_strategy trust_remote_code "
     "unsloth_fixed use_fast vocab_file verbose"
 )
@@ -73,7 +74,10 @@ class TokenizerSettings:
     """Tokens by their spelling."""
     has_decoder: bool = False
     """Whether tokenizer_config.json lists the added tokens with their ids."""
+    tokenizer_class: str | None = None
     add_bos_token: bool | None = None
+    clean_up_tokenization_spaces: bool | None = None
+    """Whether transformers 4 takes the space before punctuation out of decoded text."""
     legacy: bool | None = None
     """Whether SentencePiece puts a space before text that follows a special token."""
     add_prefix_space: bool | None = None
@@ -132,7 +136,11 @@ def _read_roles(found: TokenizerSettings, given: Mapping[str, Any], path: Path) 
         if not isinstance(name, str):
             raise InputError(f"{path}: {role} is {name!r} and no text; correct it")
         found.roles[role] = name
-    for key in ("add_bos_token", "legacy", "add_prefix_space"):
+    kind = given.get("tokenizer_class")
+    if kind is not None and not isinstance(kind, str):
+        raise InputError(f"{path}: tokenizer_class is {kind!r} and no text; correct it")
+    found.tokenizer_class = kind or found.tokenizer_class
+    for key in SWITCHES:
         value = given.get(key)
         if value is not None and type(value) is not bool:
             raise InputError(f"{path}: {key} is {value!r}; give true or false")

@@ -253,3 +253,44 @@ def test_merges_that_spell_a_special_token_make_none_of_a_message(tmp_path: Path
     write(tmp_path / "tokenizer_config.json", {"eos_token": "<e>", "chat_template": source})
     end, part = vocab["<e>"], vocab["<e"]
     assert our_ids(tmp_path, turns(["<e>"])) == [part, vocab[">"], end]
+
+
+@pytest.mark.parametrize(
+    "kind", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"]
+)
+@pytest.mark.parametrize("add", [None, True, False])
+@pytest.mark.parametrize("template", ["$A", "<s> $A"])
+def test_bos_that_versions_of_transformers_differ_about_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, add: bool | None, template: str
+) -> None:
+    """Without a note every version puts the same tokens first; version 5 does in any case."""
+    write_json_tokenizer(tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    first = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0)])
+    made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), first])
+    made.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>"}
+    write(
+        tmp_path / "tokenizer_config.json",
+        settings | {"add_bos_token": add} if add is not None else settings,
+    )
+    write(tmp_path / "config.json", {"model_type": "llama"})
+    tokenizer = load_tokenizer(tmp_path, VOCAB)
+    said = capsys.readouterr().err
+    assert (said.count("\n"), "BOS" in said) in [(0, False), (1, True)]
+    if not said or transformers.__version__ >= "5":
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("hi").input_ids
+        assert [*tokenizer.prefix, *tokenizer.encode("hi")] == theirs
+    if said:
+        assert (add is None and kind != "PreTrainedTokenizerFast") or add == (template == "$A")
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_clean_up_of_spaces_is_noted_and_not_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], said: bool
+) -> None:
+    write_json_tokenizer(tmp_path)
+    write(tmp_path / "tokenizer_config.json", {"clean_up_tokenization_spaces": said})
+    tokenizer = load_tokenizer(tmp_path, VOCAB)
+    assert ("clean_up_tokenization_spaces is not done" in capsys.readouterr().err) == said
+    assert tokenizer.decode(tokenizer.encode("hello , world .")) == "hello , world ."
