@@ -14,7 +14,7 @@ import numpy as np
 
 from reference_np.mutants import FORWARD
 
-from .judging import KL, Row
+from .judging import KL, RIGHT, Row
 from .problem import Problem
 from .replay import Key
 from .trace_file import chain
@@ -157,7 +157,7 @@ def _score(
     against = sum(
         not effect.fits
         for key, effect in found.items()
-        if rows[key].status in ("ok", "inherits") and (by_likeness or rows[key].layer in layers)
+        if rows[key].status in RIGHT and (by_likeness or rows[key].layer in layers)
     )
     if by_likeness and against:
         explained = set()

@@ -6,26 +6,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from io import StringIO
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from reference_np.ops import Array
 
-from .html_tables import (
-    MOST_TOKENS,
+from .html_tables import MOST_TOKENS, call_title, counted, css_class, rows_table
+from .report_rows import (
     PARTS,
     STATUSES,
-    Row,
-    _call,
-    _count,
-    _css,
-    _grouped,
-    _is_out,
-    _number,
-    _rms,
-    _table,
-    _worst,
+    RowEntry,
+    finite_or_inf,
+    group_by,
+    is_out,
+    rms_of,
+    worst_row,
 )
 
 Axes = Any  # matplotlib is optional
@@ -49,9 +46,6 @@ RC: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
-
-
-# --- Plots ---
 
 
 class Decades:
@@ -117,35 +111,35 @@ def _svg(axes: Axes, name: str, label: str) -> str:
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: size, svg, count=1)
 
 
-def _depth(rows: Sequence[Row], names: Sequence[str]) -> str:
+def depth_section(rows: Sequence[RowEntry], names: Sequence[str]) -> str:
     """Return a plot over the layers for every activation kind, and a table of the other kinds."""
     if not rows:
         return ""
     layered = [row for row in rows if row["layer"] is not None]
     others = [row for row in rows if row["layer"] is None]
     found = [row[part] for row in layered for part in PARTS if row[part]]
-    scale = Decades(_number(e["rms"]) for error in found for e in (error, error["bound"]))
+    scale = Decades(finite_or_inf(e["rms"]) for error in found for e in (error, error["bound"]))
     legend = "".join(
         f'<li><i style="color: {LOOKS[part][0]}"></i>{part} error</li><li>'
         f'<i style="color: {LOOKS[part][0]}; border-top-style: dashed"></i>its bound</li>'
         for part in PARTS
     )
     plots = ""
-    for number, (kind, of_kind) in enumerate(_grouped(layered, "kind").items()):
-        layers = _grouped(of_kind, "layer").values()
+    for number, (kind, of_kind) in enumerate(group_by(layered, itemgetter("kind")).items()):
+        layers = group_by(of_kind, itemgetter("layer")).values()
         axes = _figure(3.6, 1.9)
         for part in PARTS:
-            _draw_errors(axes, scale, part, [_worst(calls, (part,)) for calls in layers])
+            _draw_errors(axes, scale, part, [worst_row(calls, (part,)) for calls in layers])
         scale.apply(axes, layered[0]["layer"], max(row["layer"] for row in layered))
         axes.set_xlabel("layer")
         counts = Counter(status for calls in layers for status in {r["status"] for r in calls})
         bad = [s for s in STATUSES[:-1] if counts[s]]
-        said = ", ".join(f'<span class="{_css(s)}">{s} in {counts[s]}</span>' for s in bad)
+        said = ", ".join(f'<span class="{css_class(s)}">{s} in {counts[s]}</span>' for s in bad)
         state = f"{said} of {len(layers)}" if bad else '<span class="ok">ok</span>'
         plots += f'<figure><figcaption><b><code>{escape(kind)}</code></b><span class="soft">'
         picture = _svg(axes, f"depth{number}", f"errors of {kind}")
         plots += f"{state}</span></figcaption>{picture}</figure>"
-    worst = [_worst(calls, PARTS) for calls in _grouped(others, "kind").values()]
+    worst = [worst_row(calls, PARTS) for calls in group_by(others, itemgetter("kind")).values()]
     unit = '<p class="soft">logits.kl is the KL of the worst token, in nats.</p>'
     unit = unit if any(row["kind"] == "logits.kl" for row in others) else ""
     return (
@@ -155,17 +149,17 @@ def _depth(rows: Sequence[Row], names: Sequence[str]) -> str:
         f'worst token is.</p><ul class="legend">{legend}<li><b>●</b>out of bound</li>'
         "<li><b>✕</b>missing, misshapen, not finite or in another order</li></ul>"
         f'<div class="grid">{plots}</div>'
-        f"<h3>Outside the layers</h3>{unit}{_table(worst, PARTS, names)}"
+        f"<h3>Outside the layers</h3>{unit}{rows_table(worst, PARTS, names)}"
     )
 
 
-def _draw_errors(axes: Axes, scale: Decades, part: str, rows: Sequence[Row]) -> None:
+def _draw_errors(axes: Axes, scale: Decades, part: str, rows: Sequence[RowEntry]) -> None:
     """Draw one error of one activation kind, a row for every layer, and its bound."""
     colour, marker = LOOKS[part]
     layers = np.array([row["layer"] for row in rows])
-    errors = scale.heights([_rms(row[part]) for row in rows])
-    bounds = scale.heights([_rms(row[part] and row[part]["bound"]) for row in rows])
-    out = np.array([_is_out(row, part) for row in rows])
+    errors = scale.heights([rms_of(row[part]) for row in rows])
+    bounds = scale.heights([rms_of(row[part] and row[part]["bound"]) for row in rows])
+    out = np.array([is_out(row, part) for row in rows])
     alone = "_" if len(layers) == 1 else ""  # a line of one point does not show
     axes.plot(layers, bounds, color=colour, ls="--", lw=0.9, marker=alone, ms=12)
     axes.plot(layers, errors, color=colour, lw=1.1, marker=marker, ms=2.2)
@@ -173,7 +167,7 @@ def _draw_errors(axes: Axes, scale: Decades, part: str, rows: Sequence[Row]) -> 
     scale.cross(axes, layers[out & np.isnan(errors)])
 
 
-def _predictions(report: Mapping[str, Any]) -> str:
+def predictions_section(report: Mapping[str, Any]) -> str:
     """Return the plot of KL by token: a line for a long call, a point for a decode step."""
     calls, logits = report["calls"], report["logits"]
     if not logits:
@@ -184,19 +178,21 @@ def _predictions(report: Mapping[str, Any]) -> str:
         after = call["after"]
         roots.append(number if after is None else roots[after])
         starts.append(0 if after is None else starts[after] + len(calls[after]["tokens"][0]))
-    scale = Decades(_number(value) for entry in logits for row in entry["kl"] for value in row)
+    scale = Decades(
+        finite_or_inf(value) for entry in logits for row in entry["kl"] for value in row
+    )
     axes, legend = _figure(4.2, 2.4), ""
-    for i, (root, entries) in enumerate(_grouped(logits, lambda e: roots[e["call"]]).items()):
+    for i, (root, entries) in enumerate(group_by(logits, lambda e: roots[e["call"]]).items()):
         colour = COLOURS[i % len(COLOURS)]
         for entry in entries:
             for row in entry["kl"]:
-                heights = scale.heights([_number(value) for value in row])
+                heights = scale.heights([finite_or_inf(value) for value in row])
                 positions = starts[entry["call"]] + np.arange(len(row))
                 marker = "o" if len(row) == 1 else ""
                 axes.plot(positions, heights, color=colour, lw=1, marker=marker, ms=3)
                 scale.cross(axes, positions[np.isnan(heights)])
-        kl = [_number(value) for entry in entries for row in entry["kl"] for value in row]
-        more = f", then {_count(len(entries) - 1, 'more call')}" if len(entries) > 1 else ""
+        kl = [finite_or_inf(value) for entry in entries for row in entry["kl"] for value in row]
+        more = f", then {counted(len(entries) - 1, 'more call')}" if len(entries) > 1 else ""
         worst = f"at most {max(kl):.1e} nats" if max(kl) < math.inf else "not finite"
         legend += f'<li><i style="color: {colour}"></i>{escape(calls[root]["name"])}{more}: {worst}'
         legend += f"; first choice differs at {sum(e['changed'] for e in entries)} of {len(kl)}"
@@ -210,11 +206,11 @@ def _predictions(report: Mapping[str, Any]) -> str:
     )
 
 
-def _heatmap(found: Mapping[str, Any] | None, names: Sequence[str]) -> str:
+def heat_map_section(found: Mapping[str, Any] | None, names: Sequence[str]) -> str:
     """Return the picture of the first diverging tensor's errors [T, cells]."""
     if found is None or not found["error"]:
         return ""
-    error = np.array([[_number(value) for value in row] for row in found["error"]])
+    error = np.array([[finite_or_inf(value) for value in row] for row in found["error"]])
     tokens, per_cell = len(error), found["channels_per_cell"]
     step = math.ceil(tokens / MOST_TOKENS)
     error = np.maximum.reduceat(error, range(0, tokens, step), axis=0)
@@ -234,11 +230,11 @@ def _heatmap(found: Mapping[str, Any] | None, names: Sequence[str]) -> str:
     bar = axes.figure.colorbar(picture, ax=axes, pad=0.02, label="relative error")
     bar.set_ticks(scale.ticks, labels=scale.labels)
     bar.outline.set_visible(False)
-    cell = f"A cell is {_count(per_cell, 'channel')} of {_count(step, 'token')}. "
+    cell = f"A cell is {counted(per_cell, 'channel')} of {counted(step, 'token')}. "
     red = "Red: not finite." if np.isinf(error).any() else ""
     return (
         f'<section><h2>The first divergence</h2><p class="soft"><code>{escape(found["name"])}'
-        f"</code> ({escape(_call(found, names))}, row {found['row']}). "
+        f"</code> ({escape(call_title(found, names))}, row {found['row']}). "
         f"{cell if max(per_cell, step) > 1 else ''}{red}</p>"
         f"{_svg(axes, 'heat', 'errors by token and channel')}</section>"
     )

@@ -6,8 +6,9 @@ from typing import Any
 
 from llama_torch.common.errors import InputError
 
-from .html_plots import RC, _depth, _heatmap, _predictions
-from .html_tables import PARTS, _call, _count, _rows
+from .html_plots import RC, depth_section, heat_map_section, predictions_section
+from .html_tables import call_title, counted, rows_section
+from .report_rows import PARTS
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --soft: #63636b; --line: #dcdce0;
@@ -68,12 +69,13 @@ def page(report: Mapping[str, Any]) -> str:
     line, names = escape(report["verdict"]["line"]), [call["name"] for call in report["calls"]]
     with mpl.rc_context(RC):
         body = (
-            f"{_findings(report, names)}{_depth(report['rows'], names)}"
-            f'<div class="grid pair">{_predictions(report)}{_heatmap(report["heatmap"], names)}'
-            f"</div><h2>Activations</h2>{_rows(report['rows'], PARTS, names)}"
+            f"{_summary(report, names)}{depth_section(report['rows'], names)}"
+            f'<div class="grid pair">{predictions_section(report)}'
+            f"{heat_map_section(report['heatmap'], names)}"
+            f"</div><h2>Activations</h2>{rows_section(report['rows'], PARTS, names)}"
         )
     if report["training"] is not None:
-        rows = _rows(report["training"]["rows"], PARTS[:1], ())
+        rows = rows_section(report["training"]["rows"], PARTS[:1], ())
         body += f"<h2>Training step</h2>{rows}"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -86,14 +88,14 @@ def page(report: Mapping[str, Any]) -> str:
 """
 
 
-def _findings(report: Mapping[str, Any], names: Sequence[str]) -> str:
+def _summary(report: Mapping[str, Any], names: Sequence[str]) -> str:
     """Return what is wrong in words, and what was compared."""
     training = report["training"] or {"diagnosis": [], "unexplained": 0, "notes": []}
     text = _diagnosis(report, "") + _diagnosis(training, "Training step: ")
     if (first := report["first_divergence"]) is not None:
         where = [part for part in (first["operation"], first["where"]) if part]
         text += f"<p><b>First divergence:</b> <code>{escape(first['name'])}</code>, "
-        text += f"{escape(', '.join(where))} ({escape(_call(first, names))})</p>"
+        text += f"{escape(', '.join(where))} ({escape(call_title(first, names))})</p>"
     for name, covers in zip(names, report["coverage"], strict=True):
         if covers == "logits":
             text += _note(f"{name}: only the logits are offered")
@@ -102,14 +104,14 @@ def _findings(report: Mapping[str, Any], names: Sequence[str]) -> str:
     notes = (report["warnings"], *training["notes"])
     text += "".join(_note(note) for note in notes if note)
     (begin, end), n_layers = report["layers"], report["n_layers"]
-    layers = _count(n_layers, "layer")
+    layers = counted(n_layers, "layer")
     if (begin, end) != (0, n_layers):
         layers = f"layers {begin} to {end - 1} of {n_layers}"
     tokens = sum(len(row) for call in report["calls"] for row in call["tokens"])
     return (
         f'{text}<p class="soft"><code>{escape(report["checkpoint"])}</code>: oracle against '
         f"<code>{escape(report['against'])}</code>, {escape(report['dtype'])}, {layers}, "
-        f"{_count(len(names), 'call')}, {_count(tokens, 'token')}. "
+        f"{counted(len(names), 'call')}, {counted(tokens, 'token')}. "
         "Errors are relative to the exact value.</p>"
     )
 
@@ -122,6 +124,6 @@ def _diagnosis(part: Mapping[str, Any], where: str) -> str:
     """Return the known bugs that explain what diverges, and how much none explains."""
     said = [found["sentence"] for found in part["diagnosis"]]
     if part["unexplained"]:
-        rows = _count(part["unexplained"], "diverging row")
+        rows = counted(part["unexplained"], "diverging row")
         said.append(f"None of the known bugs explains {rows}.")
     return "".join(f'<p class="bug">{where}{escape(sentence)}</p>' for sentence in said)

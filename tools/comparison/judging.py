@@ -44,6 +44,7 @@ OPERATION = {
 }
 KL = "logits.kl"
 REORDERED = "in another order"
+RIGHT = ("ok", "inherits")  # statuses of an operation that is right by itself
 
 
 class Measure(NamedTuple):
@@ -100,7 +101,7 @@ class Row(NamedTuple):
     @property
     def wrong(self) -> bool:
         """Whether it is wrong by itself, or cannot be compared."""
-        return self.status not in ("ok", "inherits")
+        return self.status not in RIGHT
 
     @property
     def own(self) -> Measure | None:

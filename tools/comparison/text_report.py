@@ -8,6 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .report_rows import RowEntry, inheriting_rows, short_name, wrong_rows
+
 SHOWN = 16  # rows of a table unless all are asked for
 
 
@@ -58,11 +60,10 @@ def show(report: Mapping[str, Any], console: Console, everything: bool) -> None:
 
 
 def _table(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str], console: Console, everything: bool
+    rows: Sequence[RowEntry], names: Sequence[str], console: Console, everything: bool
 ) -> None:
     """Print errors beside their bounds; without ``everything``, of what is wrong the first."""
-    wrong = [row for row in rows if row["status"] not in ("ok", "inherits")]
-    inherits = [row for row in rows if row["status"] == "inherits"]
+    wrong, inherits = wrong_rows(rows), inheriting_rows(rows)
     shown = list(rows) if everything else (wrong or inherits)[:SHOWN]
     if not shown:
         return
@@ -77,7 +78,7 @@ def _table(
     styles = {"ok": None, "inherits": "yellow"}
     for row in shown:
         parts = [row["inherited"], *([row["fresh"]] if fresh else [])]
-        cells = [row["name"].replace(" model.", " ").removesuffix(".weight")]
+        cells = [short_name(row)]
         cells += [names[row["call"]]] if names else []
         for part in parts:
             cells += [_short(part and part["rms"]), _short(part and part["bound"]["rms"])]

@@ -1,0 +1,72 @@
+"""The rows of a comparison's report, as the terminal, the page's tables and its plots read them.
+
+A row is a dictionary of ``report["rows"]``, which ``report.row_entry`` makes of a Row: the name of
+an activation, its call, its status, and under "inherited" and "fresh" an error beside its bound.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from .judging import REORDERED, RIGHT
+
+RowEntry = Mapping[str, Any]
+
+PARTS = ("inherited", "fresh")  # the errors of a row
+UNMEASURED = ("missing", "not finite", "misshapen", REORDERED)
+STATUSES = ("diverges", *UNMEASURED, "inherits", "ok")  # the order in which they are listed
+
+
+def short_name(row: RowEntry) -> str:
+    """Return the row's name without what all parameters' names have."""
+    name: str = row["name"]
+    return name.replace(" model.", " ").removesuffix(".weight")
+
+
+def wrong_rows(rows: Iterable[RowEntry]) -> list[RowEntry]:
+    """Return the rows that are wrong by themselves, or could not be compared."""
+    return [row for row in rows if row["status"] not in RIGHT]
+
+
+def inheriting_rows(rows: Iterable[RowEntry]) -> list[RowEntry]:
+    """Return the rows whose operation is right and whose input was not."""
+    return [row for row in rows if row["status"] == "inherits"]
+
+
+def finite_or_inf(value: float | None) -> float:
+    """Return the value; infinity where it is not finite, which the report writes as null."""
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
+def rms_of(error: Mapping[str, Any] | None) -> float:
+    """Return an error's root mean square; NaN where there is no error."""
+    return math.nan if error is None else finite_or_inf(error["rms"])
+
+
+def is_out(row: RowEntry, part: str) -> bool:
+    """Return whether an error of ``PARTS`` is out of bound, or the row has none to measure."""
+    if row["status"] == "ok":
+        return False
+    if row[part] is None:
+        return part != "fresh" and row["status"] in UNMEASURED
+    return finite_or_inf(row[part]["share"]) > 1
+
+
+def worst_row(rows: Sequence[RowEntry], parts: Sequence[str]) -> RowEntry:
+    """Return the row that errs most: out of bound before within, then the largest rms."""
+
+    def badness(row: RowEntry) -> tuple[int, float]:
+        sizes = [rms_of(row[part]) for part in parts if row[part]]
+        return sum(is_out(row, part) for part in parts), max(sizes, default=-1.0)
+
+    return max(rows, key=badness)
+
+
+def group_by(
+    rows: Iterable[RowEntry], key: Callable[[RowEntry], Hashable]
+) -> dict[Any, list[RowEntry]]:
+    """Return the rows by their key, in the order in which the keys come up."""
+    groups: dict[Any, list[RowEntry]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
