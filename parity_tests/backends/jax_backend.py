@@ -15,6 +15,8 @@ from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 
+from .mixins import LogitsByDecode
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -109,7 +111,7 @@ def _array(value: Array | None) -> jax.Array | None:
     return None if value is None else jnp.asarray(value)
 
 
-class Jax:
+class Jax(LogitsByDecode):
     """The functions above, NumPy in and out."""
 
     dtypes = ("float64", "float32")
@@ -122,9 +124,6 @@ class Jax:
         given = (_array(x) for x in (tokens, positions, mask))
         logits, cache = forward(config, arrays, *given, cache)
         return np.asarray(logits), cache
-
-    def logits(self, *arguments: Any) -> Array:
-        return self.decode(*arguments, None)[0]
 
     def loss_and_grads(
         self, config: Any, params: Params, batches: Sequence[Batch], z_loss: float

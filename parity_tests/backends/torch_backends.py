@@ -21,12 +21,13 @@ from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.optim import Hyperparameters
 
+from .mixins import LogitsByDecode, TraceByTracedDecode
 from .torch_model import torch_model
 
 HALVES = ("bfloat16", "float16")
 
 
-class Torch:
+class Torch(LogitsByDecode, TraceByTracedDecode):
     """llama_torch on one device, with its attention kernel left to torch or pinned."""
 
     def __init__(
@@ -56,9 +57,6 @@ class Torch:
             logits, cache = model(given[0], positions=given[1], mask=given[2], cache=cache)
         return _array(logits), cache
 
-    def logits(self, *arguments: Any) -> Array:
-        return self.decode(*arguments, None)[0]
-
     def traced_decode(
         self,
         config: LlamaConfig,
@@ -81,9 +79,6 @@ class Torch:
             cache = self._before(model, tokens, cache)
             _, cache = model(given[0], positions=given[1], mask=given[2], cache=cache, trace=note)
         return found, cache
-
-    def trace(self, *arguments: Any) -> Mapping[str, Array]:
-        return self.traced_decode(*arguments, None)[0]
 
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float

@@ -13,8 +13,10 @@ from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from tools.comparison.transformers_model import call, config_from, empty_model, tracing
 
+from .mixins import LogitsByDecode, TraceByTracedDecode
 
-class Transformers:
+
+class Transformers(LogitsByDecode, TraceByTracedDecode):
     """``LlamaForCausalLM`` with eager attention; every mask is handed over as numbers to add."""
 
     dtypes = ("float64", "float32", "bfloat16", "float16")
@@ -38,9 +40,6 @@ class Transformers:
             _, cache = call(model, tokens, self._covered(model, positions), mask, cache)
         return found, cache
 
-    def trace(self, *arguments: Any) -> Mapping[str, Array]:
-        return self.traced_decode(*arguments, None)[0]
-
     def decode(
         self,
         config: LlamaConfig,
@@ -54,9 +53,6 @@ class Transformers:
         with torch.no_grad():
             out, cache = call(model, tokens, self._covered(model, positions), mask, cache)
         return out.to(torch.promote_types(out.dtype, torch.float32)).numpy(), cache
-
-    def logits(self, *arguments: Any) -> Array:
-        return self.decode(*arguments, None)[0]
 
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
