@@ -25,7 +25,7 @@ if __name__ == "__main__":
 from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check
-from llama_torch.common.files import finish, read_json
+from llama_torch.common.files import finish, publish_folder, read_json
 from llama_torch.model.config import ModelConfig
 from tools.conversion.hf_checkpoint import read_hf, write_hf
 from tools.conversion.lazy_weights import write_json
@@ -86,7 +86,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.iterdir():
             finish(file)
-        temporary.replace(path)
+        publish_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -164,11 +164,11 @@ def _main(argv: Sequence[str]) -> int:
             write_meta(folder, model, dtype, settings.shards)
             if ids and not (folder / GENERATION_FILE).exists():
                 write_json(folder / GENERATION_FILE, ids)  # params.json has no place for them
-    _report(settings, model.config, form, to)
+    _print_summary(settings, model.config, form, to)
     return 0
 
 
-def _report(settings: ConvertConfig, config: ModelConfig, form: str, to: str) -> None:
+def _print_summary(settings: ConvertConfig, config: ModelConfig, form: str, to: str) -> None:
     tied = ", tied embeddings" if config.tie_embeddings else ""
     print(f"{settings.dst}: {config.n_layers} layers of width {config.dim}{tied}, written as {to}")
     if to == "meta":

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..common.errors import InputError
-from ..common.files import flush
+from ..common.files import flush, publish_folder
 from .hf import MODEL_FILE
 
 FOLDER = "checkpoints"
@@ -85,11 +85,7 @@ def create_temporary(final: Path) -> Path:
 
 def publish(final: Path) -> None:
     """Flush the temporary folder of ``final`` to disk, and rename it to ``final``."""
-    temporary = temporary_path(final)
-    for path in (*temporary.rglob("*"), temporary):
-        flush(path)
-    temporary.rename(final)
-    flush(final.parent)
+    publish_folder(temporary_path(final), final)
     flush(final.parent.parent)
 
 

@@ -83,6 +83,18 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Flush a temporary folder and all that is in it to disk, then rename it to ``final``.
+
+    A kill at any moment leaves ``final`` absent or complete. An empty folder of that name is
+    replaced; raises OSError for one that is not empty.
+    """
+    for path in (*temporary.rglob("*"), temporary):
+        flush(path)
+    temporary.rename(final)
+    flush(final.parent)
+
+
 def try_lock(handle: int) -> bool:
     """Lock an open file, without waiting; return whether no other open file of it holds the lock.
 
