@@ -1,7 +1,7 @@
-"""The rows of a comparison's report, as the terminal, the page's tables and its plots read them.
+"""Select, order and group the rows of a comparison's report, for the terminal and the HTML page.
 
-A row is a dictionary of ``report["rows"]``, which ``report.row_entry`` makes of a Row: the name of
-an activation, its call, its status, and under "inherited" and "fresh" an error beside its bound.
+A row is a dictionary of ``report["rows"]``, made by ``report.row_entry``: an activation's name, its
+call, its status, and under "inherited" and "fresh" an error beside its bound.
 """
 
 import math
@@ -18,7 +18,7 @@ STATUSES = ("diverges", *UNMEASURED, "inherits", "ok")  # the order in which the
 
 
 def short_name(row: RowEntry) -> str:
-    """Return the row's name without what all parameters' names have."""
+    """Return the row's name without the parameter names' "model." and ".weight"."""
     name: str = row["name"]
     return name.replace(" model.", " ").removesuffix(".weight")
 
