@@ -94,7 +94,7 @@ def tokenizer() -> Tokenizer:
 
 def their_ids(source: str, messages: list[dict[str, str]]) -> list[int]:
     found = both()[1].apply_chat_template(
-        messages, chat_template=source, add_generation_prompt=True
+        messages, chat_template=source, add_generation_prompt=True, return_dict=True
     )
     ids: list[int] = found["input_ids"]
     return ids
