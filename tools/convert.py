@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -25,21 +25,26 @@ if __name__ == "__main__":
 from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check
-from llama_torch.common.files import finish, publish_folder, read_json
+from llama_torch.common.files import finish, publish_folder
 from llama_torch.model.config import ModelConfig
+from llama_torch.tokenizer.pieces import is_ranks
 from tools.conversion.hf_checkpoint import read_hf, write_hf
-from tools.conversion.lazy_weights import write_json
+from tools.conversion.llama3_tokenizer import hf_tokenizer
 from tools.conversion.meta_checkpoint import META_FILES, read_meta, write_meta
 from tools.conversion.meta_params import check_expressible
-
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-GENERATION_FILE = "generation_config.json"
+from tools.conversion.token_ids import (
+    GENERATION_FILE,
+    complete_ids,
+    ids_of_files,
+    ids_of_flags,
+    write_generation_config,
+)
 
 AROUND = (
     "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
     f"added_tokens.json chat_template.jinja {GENERATION_FILE}"
 )
+ORIGINAL = "original/tokenizer.model"  # where released checkpoints of Llama 3 have Meta's own
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class ConvertConfig:
     """From Meta: context length, which params.json lacks; 0 = 4096, or Llama 3's for its models."""
     rope_scaling_factor: float = 0.0
     """From Meta: factor of the scaled rotary frequencies, where params.json lacks it."""
+    bos_token_id: int = -1
+    """Hugging Face: the token that begins a text; -1 = what the files tell."""
+    eos_token_id: tuple[int, ...] = ()
+    """Hugging Face: the token or tokens that end a text; none = what the files tell."""
 
     def __post_init__(self) -> None:
         for name, valid, requirement in (
@@ -69,6 +78,8 @@ class ConvertConfig:
             ("max_shard_gb", 0 < self.max_shard_gb < math.inf, "must be positive"),
             ("max_seq_len", 0 <= self.max_seq_len < 2**31, "must lie between 0 and 2^31"),
             ("rope_scaling_factor", 0 <= self.rope_scaling_factor < math.inf, "must be positive"),
+            ("bos_token_id", self.bos_token_id >= -1, "must be a token's id"),
+            ("eos_token_id", all(i >= 0 for i in self.eos_token_id), "must be tokens' ids"),
         ):
             check(valid, name, getattr(self, name), requirement)
 
@@ -84,8 +95,9 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            finish(file)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                finish(file)
         publish_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,6 +127,8 @@ def check_flags(settings: ConvertConfig, form: str, to: str) -> None:
     for name, unused, why in (
         ("shards", to == "hf" and settings.shards != 1, "counts Meta's files; use --max-shard-gb"),
         ("max-shard-gb", to == "meta" and settings.max_shard_gb != 5, "not Meta's; use --shards"),
+        ("bos-token-id", to == "meta" and settings.bos_token_id >= 0, "not Meta's"),
+        ("eos-token-id", to == "meta" and settings.eos_token_id, "not Meta's"),
         ("max-seq-len", form == "hf" and settings.max_seq_len, "config.json says it"),
         ("rope-scaling-factor", form == "hf" and settings.rope_scaling_factor, "in config.json"),
     ):
@@ -122,14 +136,26 @@ def check_flags(settings: ConvertConfig, form: str, to: str) -> None:
             raise InputError(f"--{name}: {why}; leave it out")
 
 
-def token_ids(folder: Path) -> dict[str, Any]:
-    """Return the special tokens' ids that the files beside the weights name."""
-    ids: dict[str, Any] = {}
-    for file in (GENERATION_FILE, "config.json"):
-        if (folder / file).is_file():
-            known = read_json(folder / file)
-            ids |= {key: known[key] for key in TOKEN_IDS if known.get(key) is not None}
-    return ids
+def copy_around(source: Path, folder: Path, config: ModelConfig, to: str) -> None:
+    """Copy the tokenizer and what else stands beside the weights, or convert it.
+
+    Llama 3's list of ranks is Meta's tokenizer.model alone: beside Hugging Face's form it stands
+    in ``original``, as released, and a tokenizer.json is made of it where there is none.
+    """
+    for name in AROUND.split():
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    pieces, original = folder / "tokenizer.model", folder / ORIGINAL
+    if to == "meta" and not pieces.exists() and (source / ORIGINAL).is_file():
+        shutil.copyfile(source / ORIGINAL, pieces)
+    if to == "meta" or not (pieces.exists() and is_ranks(source / "tokenizer.model")):
+        return
+    if not (folder / "tokenizer.json").exists():
+        for name, text in hf_tokenizer(source / "tokenizer.model", config).items():
+            if not (folder / name).exists():
+                (folder / name).write_text(text, encoding="utf-8")
+    original.parent.mkdir()
+    pieces.rename(original)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,28 +179,34 @@ def _main(argv: Sequence[str]) -> int:
         check_expressible(model.config, settings.shards, source)
     dtype = None if settings.dtype == "keep" else getattr(torch, settings.dtype)
     beside = source if source.is_dir() else source.parent
-    ids = token_ids(beside)
+    filed = ids_of_files(beside, model.config.vocab_size)
+    flagged = ids_of_flags(settings.bos_token_id, settings.eos_token_id, model.config.vocab_size)
+    ids = filed | flagged
+    if (form, to) == ("meta", "hf"):
+        ids = complete_ids(ids, beside, model.config, filed)
     with new_directory(target) as folder:
-        for name in AROUND.split():
-            if (beside / name).is_file():
-                shutil.copyfile(beside / name, folder / name)
+        copy_around(beside, folder, model.config, to)
         if to == "hf":
             write_hf(folder, model, dtype, settings.max_shard_gb, ids)
         else:
             write_meta(folder, model, dtype, settings.shards)
-            if ids and not (folder / GENERATION_FILE).exists():
-                write_json(folder / GENERATION_FILE, ids)  # params.json has no place for them
+        if ids and ((form, to) != ("hf", "hf") or (folder / GENERATION_FILE).exists()):
+            write_generation_config(folder, ids, flagged)  # params.json has no place for them
     _print_summary(settings, model.config, form, to)
     return 0
 
 
 def _print_summary(settings: ConvertConfig, config: ModelConfig, form: str, to: str) -> None:
+    target = Path(settings.dst)
     tied = ", tied embeddings" if config.tie_embeddings else ""
-    print(f"{settings.dst}: {config.n_layers} layers of width {config.dim}{tied}, written as {to}")
+    print(f"{target}: {config.n_layers} layers of width {config.dim}{tied}, written as {to}")
     if to == "meta":
         print(f"params.json has no context length: back with --max-seq-len {config.max_seq_len}")
     elif form == "meta" and not settings.max_seq_len:
         print(f"context length {config.max_seq_len}, assumed; --max-seq-len sets another")
+    wanted = ("tokenizer.model",) if to == "meta" else ("tokenizer.json", "tokenizer.model")
+    if not any((target / name).exists() for name in wanted):
+        print(f"no {' and no '.join(wanted)} to read text with: copy the checkpoint's there")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import base64
 import hashlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
@@ -121,7 +122,7 @@ def hf_files() -> dict[str, str]:
     }
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     byte_level |= {"use_regex": True}
-    vocab, merges = _vocab_and_merges()
+    vocab, merges = vocab_and_merges(_ranks())
     tokenizer = {
         "version": "1.0",
         "added_tokens": [special],
@@ -154,15 +155,16 @@ def hf_files() -> dict[str, str]:
     }
 
 
-def _vocab_and_merges() -> tuple[dict[str, int], list[list[str]]]:
-    """Return the ids of tokens, and the pair that each is merged of, in printable characters."""
-    ranks, spell = _ranks(), _byte_spelling()
+def vocab_and_merges(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[list[str]]]:
+    """Return the ids of tokens, and the pair that each is merged of, in printable characters.
+
+    Merges stand in the order of their tokens' ranks, as the tokenizers library applies them. A
+    token that merging never makes of its bytes has none.
+    """
+    spell = _byte_spelling()
     vocab = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
-    merges = [
-        ["".join(spell[b] for b in part) for part in _last_merge(token, ranks)]
-        for token in ranks
-        if len(token) > 1
-    ]
+    pairs = (_last_merge(t, ranks) for t in sorted(ranks, key=ranks.__getitem__) if len(t) > 1)
+    merges = [["".join(spell[b] for b in part) for part in pair] for pair in pairs if pair]
     return vocab, merges
 
 
@@ -176,11 +178,16 @@ def _byte_spelling() -> list[str]:
     return [chr(b) if b in plain else chr(256 + others.index(b)) for b in range(256)]
 
 
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """Return the two parts whose merge makes ``token``: apply all merges of lower rank."""
+def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """Return the two parts whose merge makes ``token``: apply all merges that come before it.
+
+    [] where its bytes merge to no two parts.
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        pair_ranks = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
         i = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
+        if pair_ranks[i] == math.inf:
+            return []
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common.errors import InputError
+from ..common.files import require_no_pointer
 from .settings import TokenizerSettings
 from .tokenizer import MARKED, Tokenizer, import_library
 
@@ -23,10 +24,17 @@ class SentencePiece(Tokenizer):
     """
 
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+        if is_ranks(path):
+            raise InputError(
+                f"{path}: not a SentencePiece model but Llama 3's list of ranks; make "
+                f"a tokenizer.json of it: python tools/convert.py {path.parent} NEW_DIR --to hf"
+            )
         library = import_library("sentencepiece", path)
         try:
             proto = path.read_bytes()
             pieces = [read_piece(proto[start:end]) for start, end in piece_spans(proto)]
+            if not pieces:
+                raise ValueError("no pieces")
             special = _special(pieces, settings, path)
             ids = {id_ for id_ in special.values() if id_ < len(pieces)}
             changed = {i: CONTROL for i in ids if pieces[i].kind in (NORMAL, USER_DEFINED)}
@@ -34,10 +42,9 @@ class SentencePiece(Tokenizer):
             self.processor = library.SentencePieceProcessor(model_proto=proto)
         except InputError:
             raise
-        except (RuntimeError, OSError, IndexError, UnicodeDecodeError, ValueError):
+        except (RuntimeError, OSError, LookupError, UnicodeDecodeError, ValueError):
             raise InputError(
-                f"{path}: not a SentencePiece model (Llama 3's is of another kind); put the "
-                "checkpoint's tokenizer.json beside it"
+                f"{path}: not a SentencePiece model; put the checkpoint's tokenizer.json beside it"
             ) from None
         super().__init__(special, max([len(pieces) - 1, *special.values()]) + 1)
         processor = self.processor
@@ -76,6 +83,18 @@ class SentencePiece(Tokenizer):
     def decode_ordinary(self, ids: Sequence[int]) -> str:
         """Return the text of ordinary ids."""
         return str(self.processor.decode(list(ids)))
+
+
+def is_ranks(path: Path) -> bool:
+    """Return whether a ``tokenizer.model`` is Llama 3's: lines of base64 and a rank.
+
+    SentencePiece's begins with the tag of a field, which is no printable character.
+    Raises InputError for a git-LFS pointer.
+    """
+    require_no_pointer(path)
+    with path.open("rb") as file:
+        first = file.read(1)
+    return first != b"" and first.isascii() and first.decode().isprintable()
 
 
 class Piece(NamedTuple):

@@ -19,6 +19,8 @@ LLAMA3_SCALING = {
     "rope_high_freq_factor": 4.0,
     "rope_original_max_seq_len": 8192,
 }
+# The special tokens of every checkpoint here; the smallest vocabulary has two.
+TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1}
 # Of each layer: Meta's name, rows, columns, the axis that model parallelism cuts.
 LAYER = (
     ("attention.wq", "dim", "dim", 0),
@@ -50,7 +52,7 @@ def write_hf(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor], n_fi
         save_file({name: tensors[name] for name in names[i::n_files]}, folder / file)
         weight_map |= dict.fromkeys(names[i::n_files], file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(config.to_hf() | TOKEN_IDS))
     return folder
 
 
@@ -119,6 +121,7 @@ def write_meta(
             part[name] = value
         torch.save(part, folder / f"consolidated.{i:02}.pth")
     (folder / "params.json").write_text(json.dumps(params))
+    (folder / "generation_config.json").write_text(json.dumps(TOKEN_IDS))
     return folder
 
 

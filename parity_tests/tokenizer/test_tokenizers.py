@@ -153,7 +153,9 @@ def damaged(folder: Path, name: str, text: str | None) -> None:
         ("bytes", "tokenizer.json", None, 500, "holds no tokenizer.json and no tokenizer.model"),
         ("bytes", "x", "", 499, r"has token id 499, beyond the model's vocabulary of 499"),
         ("pieces", "x", "", 300, "has token id 399, beyond"),
-        ("pieces", "tokenizer.model", "IQ== 0\n", VOCAB, "not a SentencePiece model"),
+        ("pieces", "tokenizer.model", "IQ== 0\n", VOCAB, "not a SentencePiece model but Llama 3's"),
+        ("pieces", "tokenizer.model", "\nIQ== 0\n", VOCAB, "not a SentencePiece model; put"),
+        ("pieces", "tokenizer.model", "", VOCAB, "not a SentencePiece model; put"),
         ("gpt2", "x", "", 50256, "has token id 50256, beyond"),
         (
             "bytes",

@@ -38,7 +38,7 @@ def test_what_surrounds_the_weights_comes_along(tmp_path: Path) -> None:
     (tmp_path / "a" / "config.json").write_text(json.dumps(hf))
     names = ("tokenizer.model", "tokenizer.json", "chat_template.jinja")
     for name in names:
-        (tmp_path / "a" / name).write_bytes(os.urandom(20))
+        (tmp_path / "a" / name).write_bytes(b"\n" + os.urandom(20))
     run_convert(tmp_path / "a", tmp_path / "b")
     run_convert(tmp_path / "b", tmp_path / "c")
     run_convert(tmp_path / "a", tmp_path / "d", "--to", "hf")
@@ -57,7 +57,10 @@ def test_one_file_that_carries_its_config(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "m.safetensors", {"config": CONFIG.to_json()})
     (tmp_path / "empty").mkdir()
     run_convert(tmp_path / "m.safetensors", tmp_path / "empty")
-    run_convert(tmp_path / "empty", tmp_path / "b", "--max-seq-len", CONFIG.max_seq_len)
+    run_convert(
+        *(tmp_path / "empty", tmp_path / "b", "--max-seq-len", CONFIG.max_seq_len),
+        *("--bos-token-id", 0, "--eos-token-id", 1),
+    )
     assert_same_bits(read_hf(tmp_path / "b"), tensors)
 
 
