@@ -18,7 +18,7 @@ class Completion:
     finish_reason: FinishReason
 
 
-class Writer:
+class CompletionBuilder:
     """One row's tokens and text so far, and why it stopped."""
 
     def __init__(
@@ -36,7 +36,7 @@ class Writer:
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
 
-    def take(self, token: Token) -> FinishReason | None:
+    def add(self, token: Token) -> FinishReason | None:
         """Add a token and its text; return the reason if it is the row's last."""
         self.tokens.append(token)
         piece = "" if token.id in self.stop_ids else self.detokenizer.push(token.id)
@@ -47,7 +47,7 @@ class Writer:
         self.pieces.append(piece)
         return self.finish_reason
 
-    def completion(self) -> Completion:
+    def build(self) -> Completion:
         """Return the text and tokens of a row that has stopped."""
         assert self.finish_reason is not None
         return Completion("".join(self.pieces), tuple(self.tokens), self.finish_reason)

@@ -18,9 +18,9 @@ from ..model.rope import rope_tables
 from .config import Decoding
 from .step_inputs import StepInputs
 
-KEPT = 2  # captured decoding steps kept for later requests, each with its cache
+MAX_GRAPHS = 2  # captured decoding steps kept for later requests, each with its cache
 
-ROUND = 256  # cache sizes are multiples of this many columns, so that graphs are reused
+CACHE_MULTIPLE = 256  # cache sizes are multiples of this many columns, so that graphs are reused
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 class Forward(Protocol):
     """The work of a step, as a graph captures it: reads StepInputs, writes the cache."""
 
-    def refresh(self) -> None:
+    def copy_weights(self) -> None:
         """Copy weights that the graph does not read in place and that may have changed."""
 
     def launch(self) -> Tensor:
@@ -55,11 +55,11 @@ class GraphStep:
         self.inputs = StepInputs(rows, size, n_tokens, weight.device)
         start = time.perf_counter()
         self.forward = make_forward(model, self.cache, self.inputs, mode)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a capture must not be the first run
+        warmup_stream = torch.cuda.Stream()
+        warmup_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warmup_stream):  # a capture must not be the first run
             self._run()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(warmup_stream)
         self.graph = torch.cuda.CUDAGraph()
         # Garbage collection during capture may free CUDA objects, which is illegal.
         gc.collect()
@@ -75,7 +75,7 @@ class GraphStep:
 
     def begin(self, padding: Sequence[int]) -> None:
         """Continue from the cache's length; see DecodeStep."""
-        self.forward.refresh()
+        self.forward.copy_weights()
         self.inputs.begin(self.cache.length, padding)
 
     def decode(self, tokens_B: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class GraphStep:
 
     def replay(self, tokens_BT: Tensor) -> Tensor:
         """Return the logits [B, T, V] after each token, T being the step's own number."""
-        self.inputs.token.copy_(tokens_BT)
+        self.inputs.tokens.copy_(tokens_BT)
         self.graph.replay()
         self.cache.length += self.n_tokens
         return self.logits_BTV
@@ -93,7 +93,7 @@ class GraphStep:
         """Return the logits [T, V] after each of a single row's tokens, at most ``n_tokens``."""
         spare = self.n_tokens - len(tokens)
         self.begin([0])
-        row_BT = torch.tensor([[*tokens, *[0] * spare]], device=self.inputs.token.device)
+        row_BT = torch.tensor([[*tokens, *[0] * spare]], device=self.inputs.tokens.device)
         return self.replay(row_BT)[0, : len(tokens)].clone()
 
     def close(self) -> None:
@@ -115,9 +115,9 @@ def make_forward(model: Llama, cache: StaticCache, inputs: StepInputs, mode: Dec
     from .triton_batch_step import TritonBatchStep  # triton comes with torch's CUDA builds alone
     from .triton_step import TritonStep
 
-    if len(inputs.token) == 1:  # never padded
+    if len(inputs.tokens) == 1:  # never padded
         return TritonStep(model, cache, inputs)
-    return TritonBatchStep(model, cache, inputs, allowed=inputs.allowed)
+    return TritonBatchStep(model, cache, inputs, key_mask=inputs.key_mask)
 
 
 class TorchForward:
@@ -135,17 +135,19 @@ class TorchForward:
             torch.compiler.reset()
             self.block = torch.compile(Block.forward, fullgraph=True)
 
-    def refresh(self) -> None:
+    def copy_weights(self) -> None:
         """Copy nothing: the model's weights are read where they are."""
 
     def launch(self) -> Tensor:
         """Launch the model on the step's tokens; return the logits [B, T, V]."""
         decoder, inputs = self.model.model, self.inputs
-        x_BTD = decoder.embed_tokens(inputs.token)
-        tables = rope_tables(inputs.position, self.model.config, x_BTD.dtype)
+        x_BTD = decoder.embed_tokens(inputs.tokens)
+        tables = rope_tables(inputs.positions, self.model.config, x_BTD.dtype)
         mask = inputs.mask()[:, None]
         for i, layer in enumerate(decoder.layers):
-            layer_cache = StaticLayerCache(self.cache.keys[i], self.cache.values[i], inputs.column)
+            layer_cache = StaticLayerCache(
+                self.cache.keys[i], self.cache.values[i], inputs.cache_position
+            )
             x_BTD, _ = self.block(layer, x_BTD, tables, mask, False, layer_cache)
         return self.model.head(decoder.norm(x_BTD))
 
@@ -161,22 +163,22 @@ class GraphStore:
         """Leave the captured steps out of a copy: CUDA graphs cannot be copied."""
         return {"model": self.model, "steps": {}}
 
-    def take(self, rows: int, columns: int, mode: Decoding, n_tokens: int = 1) -> GraphStep:
+    def take(self, rows: int, cache_size: int, mode: Decoding, n_tokens: int = 1) -> GraphStep:
         """Take a step for so many rows and columns out of the store, or capture it.
 
         ``close`` puts it back, for the next request of that size: two requests at a time never
         share one.
         """
-        model, store = self.model, self.steps
-        size = -(-columns // ROUND) * ROUND
+        model, steps = self.model, self.steps
+        rounded_size = -(-cache_size // CACHE_MULTIPLE) * CACHE_MULTIPLE
         weights = (*model.parameters(), *model.buffers())
         # A graph reads the weights where they were, and as what they were, when it was captured.
-        key = rows, size, mode, n_tokens, tuple((w.data_ptr(), w.dtype) for w in weights)
-        step = store.pop(key, None)
+        key = rows, rounded_size, mode, n_tokens, tuple((w.data_ptr(), w.dtype) for w in weights)
+        step = steps.pop(key, None)
         if step is None:
-            while len(store) >= KEPT:
-                del store[next(iter(store))]
-            step = GraphStep(model, rows, size, mode, n_tokens)
+            while len(steps) >= MAX_GRAPHS:
+                del steps[next(iter(steps))]
+            step = GraphStep(model, rows, rounded_size, mode, n_tokens)
             step.key = key
         else:
             step.cache.clear()  # a model whose weights were broken leaves NaN, which no mask hides

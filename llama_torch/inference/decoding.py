@@ -25,13 +25,13 @@ from .cuda_graph import GraphStore
 from .eager_step import EagerStep
 from .numpy_step import NumpyStep
 
-CAPTURED = ("graph", "compiled", "kernels")  # modes that a CUDA graph replays
+CAPTURED_MODES = ("graph", "compiled", "kernels")  # modes that a CUDA graph replays
 
-SHORT = 32  # fewer new tokens than this do not repay the capture of a graph
+MIN_GRAPH_TOKENS = 32  # fewer new tokens than this do not repay the capture of a graph
 
-TRITON = (3, 6)  # the oldest that compiles the kernels; torch 2.11 has it
+MIN_TRITON_VERSION = (3, 6)  # the oldest that compiles the kernels; torch 2.11 has it
 
-MOST_ROWS = 64  # of the kernels: the products of more are not bound by reading the weights
+MAX_KERNEL_BATCH = 64  # of the kernels: the products of more are not bound by reading the weights
 
 
 class DecodeStep(Protocol):
@@ -58,26 +58,26 @@ class DecodeStep(Protocol):
 def make_step(
     model: Llama,
     rows: int,
-    columns: int,
+    cache_size: int,
     n_tokens: int,
     decoding: Decoding = "auto",
     graphs: GraphStore | None = None,
-    at_a_time: int = 1,
+    tokens_per_step: int = 1,
 ) -> DecodeStep:
     """Return the step that continues ``rows`` sequences by ``n_tokens``, with its cache.
 
-    ``columns`` is the number that the prompts and those tokens take. Captured steps come from
-    ``graphs`` and run ``at_a_time`` tokens of a row. Raises InputError where the mode asked for
-    cannot run, or memory does not suffice.
+    ``cache_size`` is the number of columns that the prompts and those tokens take. Captured steps
+    come from ``graphs`` and run ``tokens_per_step`` tokens of a row. Raises InputError where the
+    mode asked for cannot run, or memory does not suffice.
     """
     assert graphs is None or graphs.model is model
     mode = choose_mode(decoding, model, rows, n_tokens)
-    if mode in CAPTURED:
+    if mode in CAPTURED_MODES:
         # The last token written is not run on; only a step of several goes past it.
-        columns += at_a_time - 1
-        return (graphs or GraphStore(model)).take(rows, columns, mode, at_a_time)
+        cache_size += tokens_per_step - 1
+        return (graphs or GraphStore(model)).take(rows, cache_size, mode, tokens_per_step)
     weight = model.model.embed_tokens.weight
-    cache = StaticCache(model.config, rows, columns, weight.dtype, weight.device)
+    cache = StaticCache(model.config, rows, cache_size, weight.dtype, weight.device)
     return NumpyStep(model, cache) if mode == "numpy" else EagerStep(model, cache)
 
 
@@ -90,9 +90,9 @@ def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> D
         return decoding
     weight = model.model.embed_tokens.weight
     on_gpu = weight.device.type == "cuda"
-    has_kernels = on_gpu and rows <= MOST_ROWS and _has_kernels()
+    has_kernels = on_gpu and rows <= MAX_KERNEL_BATCH and _has_kernels()
     # A batch needs tensor cores that take its precision through Triton, or torch's are quicker.
-    has_cores = (
+    has_tensor_cores = (
         weight.itemsize == 2 and on_gpu and torch.cuda.get_device_capability(weight.device) >= (8,)
     )
     has_numpy = rows == 1 and NumpyStep.supports(model)
@@ -100,15 +100,15 @@ def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> D
         if not on_gpu:
             # NumPy's products use one thread: with more than two, torch's are quicker.
             return "numpy" if has_numpy and torch.get_num_threads() <= 2 else "eager"
-        if n_tokens < SHORT:
+        if n_tokens < MIN_GRAPH_TOKENS:
             return "eager"
-        return "kernels" if has_kernels and (rows == 1 or has_cores) else "graph"
-    if decoding in CAPTURED and not on_gpu:
+        return "kernels" if has_kernels and (rows == 1 or has_tensor_cores) else "graph"
+    if decoding in CAPTURED_MODES and not on_gpu:
         raise InputError(f"--decoding {decoding} needs a GPU; leave the flag out")
     if decoding == "kernels" and not has_kernels:
         raise InputError(
-            f"--decoding kernels is for at most {MOST_ROWS} prompts and needs an NVIDIA GPU and "
-            f"triton {'.'.join(map(str, TRITON))}; use graph"
+            f"--decoding kernels is for at most {MAX_KERNEL_BATCH} prompts and needs an NVIDIA GPU "
+            f"and triton {'.'.join(map(str, MIN_TRITON_VERSION))}; use graph"
         )
     if decoding == "numpy" and not has_numpy:
         raise InputError(
@@ -126,4 +126,4 @@ def _has_kernels() -> bool:
         if error.name != "triton":
             raise
         return False  # it comes with torch's CUDA builds alone
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= TRITON
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= MIN_TRITON_VERSION

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model.kv_cache import StaticCache
 from ..model.llama import Llama
-from ..model.masks import padded_mask
+from ..model.masks import left_padded_causal_mask
 
 
 class EagerStep:
@@ -59,4 +59,4 @@ class EagerStep:
         padding_B1 = torch.tensor(self.padding, device=device)[:, None]
         columns_S = torch.arange(start + n_tokens, device=device)
         positions_BT = (columns_S[start:] - padding_B1).clamp(min=0)
-        return positions_BT, padded_mask(columns_S, columns_S[start:], padding_B1)
+        return positions_BT, left_padded_causal_mask(columns_S, columns_S[start:], padding_B1)

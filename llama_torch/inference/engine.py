@@ -19,7 +19,7 @@ from .config import PREFILL_CHUNK, Decoding, SamplingConfig, check_chunk
 from .cuda_graph import GraphStore
 from .decoding import DecodeStep, make_step
 from .eager_step import EagerStep
-from .sampling import Settings, draw, penalize, token_probabilities
+from .sampling import SamplingTensors, draw, penalize, token_probabilities
 
 FinishReason = Literal["stop", "length"]
 
@@ -29,7 +29,7 @@ class Token(NamedTuple):
 
     row: int  # the prompt's index in the batch
     id: int
-    last: bool  # whether the row has max_new_tokens tokens or fills the context
+    reached_length_limit: bool  # whether the row has max_new_tokens tokens or fills the context
     logprob: float | None  # before repetition penalty, temperature, top-k, top-p and min-p
     top_logprobs: tuple[tuple[int, float], ...]  # (id, log-probability), most probable first
 
@@ -49,7 +49,7 @@ def finish_reason(
     """
     if token.id in stop_ids or has_stop_text:
         return "stop"
-    return "length" if token.last else None
+    return "length" if token.reached_length_limit else None
 
 
 @dataclass
@@ -99,14 +99,14 @@ class DecodeBatch:
                 prompt=i,
                 settings=each,
                 generator=torch.Generator().manual_seed(each.seed),
-                remaining=most_new_tokens(model, prompt, each),
+                remaining=new_token_limit(model, prompt, each),
                 padding=longest - len(prompt),
             )
             for i, (prompt, each) in enumerate(zip(prompts, settings, strict=True))
         ]
-        self.sampling = Settings.of(settings, self.device)
-        self.seen_BV = self._seen()
-        self.is_ahead = False  # whether the model has run on the tokens sampled last
+        self.sampling = SamplingTensors.from_configs(settings, self.device)
+        self.seen_BV = self._seen_tokens()
+        self.logits_are_ready = False  # whether the model has run on the tokens sampled last
         n_tokens = max(row.remaining for row in self.rows)
         self.step = step or make_step(
             model, len(prompts), longest + n_tokens, n_tokens, decoding, graphs
@@ -121,8 +121,8 @@ class DecodeBatch:
     def prefill(self) -> None:
         """Run the model on the prompts, ``prefill_chunk`` columns at a time."""
         padding = [row.padding for row in self.rows]
-        columns = zip(padding, self.prompts, strict=True)
-        tokens_BT = torch.tensor([[0] * n + list(p) for n, p in columns], device=self.device)
+        rows = zip(padding, self.prompts, strict=True)
+        tokens_BT = torch.tensor([[0] * n + list(p) for n, p in rows], device=self.device)
         eager = EagerStep(self.model, self.step.cache)
         eager.begin(padding)
         # With padding on the left the last column is every row's last token.
@@ -162,7 +162,7 @@ class DecodeBatch:
             raise InputError(
                 f"the model's logits are not finite; {advice}check its weights with compare.py"
             )
-        return self._tokens(ids)
+        return self._to_tokens(ids)
 
     @torch.inference_mode()
     def decode_one_token(self, finished: Collection[int] = ()) -> None:
@@ -176,9 +176,9 @@ class DecodeBatch:
             return
         if finished and not self.step.is_captured:
             self._select_rows([i for i, row in enumerate(self.rows) if not row.is_finished])
-        if not self.is_ahead:
+        if not self.logits_are_ready:
             self.logits_BV = self.step.decode(self.ids_B)
-        self.is_ahead = False
+        self.logits_are_ready = False
 
     def close(self) -> None:
         """Release the decoding step; the batch must not be used afterwards."""
@@ -192,11 +192,11 @@ class DecodeBatch:
         copied.record()
         if max(row.remaining for row in self.rows) > 0:
             self.logits_BV = self.step.decode(self.ids_B)
-            self.is_ahead = True
+            self.logits_are_ready = True
         copied.synchronize()
         return host.tolist()
 
-    def _seen(self) -> Tensor | None:
+    def _seen_tokens(self) -> Tensor | None:
         """Return the prompts' tokens as a mask [B, V]; None where no row asks for a penalty."""
         if all(row.settings.repetition_penalty == 1 for row in self.rows):
             return None
@@ -212,13 +212,13 @@ class DecodeBatch:
         index = torch.tensor(indices, device=self.device)
         self.sampling, self.ids_B = self.sampling.select_rows(index), self.ids_B[index]
         self.seen_BV = None if self.seen_BV is None else self.seen_BV[index]
-        spare = min(row.padding for row in self.rows)
+        n_dropped = min(row.padding for row in self.rows)
         for row in self.rows:
-            row.padding -= spare
-        self.step.cache.select_rows(index, spare)
+            row.padding -= n_dropped
+        self.step.cache.select_rows(index, n_dropped)
         self.step.begin([row.padding for row in self.rows])
 
-    def _tokens(self, ids: list[int]) -> list[Token]:
+    def _to_tokens(self, ids: list[int]) -> list[Token]:
         """Return the tokens of the unfinished rows, with log-probabilities where requested."""
         tokens = []
         logprobs_BV = self.logits_BV.double().log_softmax(-1) if self._wants_logprobs() else None
@@ -238,7 +238,7 @@ class DecodeBatch:
         return any(row.settings.logprobs >= 0 for row in self.rows)
 
 
-def run(
+def generate_tokens(
     batch: DecodeBatch, finish: Callable[[Token], FinishReason | None] = finish_reason
 ) -> Iterator[Token]:
     """Yield every row's tokens, rows mixed, until ``finish`` has named a reason for each row."""
@@ -269,12 +269,12 @@ def generate(
     does.
     """
     batch = DecodeBatch(model, [prompt], [settings], decoding=decoding, graphs=graphs)
-    for token in run(batch, lambda token: finish_reason(token, stop)):
+    for token in generate_tokens(batch, lambda token: finish_reason(token, stop)):
         if token.id not in stop:
             yield token.id
 
 
-def most_new_tokens(model: Llama, prompt: Sequence[int], settings: SamplingConfig) -> int:
+def new_token_limit(model: Llama, prompt: Sequence[int], settings: SamplingConfig) -> int:
     """Return how many tokens may follow a prompt: ``max_new_tokens``, or as many as fit."""
     return min(settings.max_new_tokens, model.config.max_seq_len - len(prompt))
 

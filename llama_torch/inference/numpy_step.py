@@ -26,7 +26,7 @@ from ..model.rope import rope_tables
 Array = NDArray[Any]
 
 # Bytes of a matrix from which a second thread brings more than waking it costs (some 30 us).
-SPLIT_FROM = 16 << 20
+MIN_SPLIT_BYTES = 16 << 20
 
 
 class _Layer(NamedTuple):
@@ -76,8 +76,8 @@ class NumpyStep:
 
         self.h, self.out = buffer(config.dim), buffer(config.dim)
         self.gate, self.up = buffer(config.hidden_dim), buffer(config.hidden_dim)
-        self.qk, self.turned = (buffer(n_heads + n_kv_heads, head_dim) for _ in range(2))
-        self.mixed = buffer(n_kv_heads, n_heads // n_kv_heads, head_dim)
+        self.qk, self.rotated = (buffer(n_heads + n_kv_heads, head_dim) for _ in range(2))
+        self.attn_out = buffer(n_kv_heads, n_heads // n_kv_heads, head_dim)
         self.n_threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(max(1, self.n_threads - 1))
 
@@ -109,63 +109,65 @@ class NumpyStep:
                 self._feed_forward(layer, x)
         self.cache.length += 1
         logits = np.empty((1, len(self.head)), x.dtype)
-        self._product(self.head, self._normed(x, self.norm), logits[0])
+        self._matvec(self.head, self._rms_norm(x, self.norm), logits[0])
         return torch.from_numpy(logits)
 
     def _attend(self, layer: _Layer, x: Array) -> None:
         """Add attention's output to the residual stream ``x`` [D]."""
-        at = self.cache.length
-        h, n_heads = self._normed(x, layer.attn_norm), len(layer.q)
-        self._product(layer.q, h, self.qk[:n_heads])
-        self._product(layer.k, h, self.qk[n_heads:])
-        self._product(layer.v, h, layer.values[:, at])
+        slot = self.cache.length
+        h, n_heads = self._rms_norm(x, layer.attn_norm), len(layer.q)
+        self._matvec(layer.q, h, self.qk[:n_heads])
+        self._matvec(layer.k, h, self.qk[n_heads:])
+        self._matvec(layer.v, h, layer.values[:, slot])
         halves = self.qk.reshape(len(self.qk), 2, -1)
-        turned = self.turned.reshape(halves.shape)
-        np.multiply(halves[:, ::-1], self.sin[at], out=turned)
-        halves *= self.cos[at]
-        turned += halves
-        layer.keys[:, at] = self.turned[n_heads:]
-        keys, values = layer.keys[:, : at + 1], layer.values[:, : at + 1]
-        q_NRK = self.turned[:n_heads].reshape(self.mixed.shape)
+        rotated = self.rotated.reshape(halves.shape)
+        np.multiply(halves[:, ::-1], self.sin[slot], out=rotated)
+        halves *= self.cos[slot]
+        rotated += halves
+        layer.keys[:, slot] = self.rotated[n_heads:]
+        keys, values = layer.keys[:, : slot + 1], layer.values[:, : slot + 1]
+        q_NRK = self.rotated[:n_heads].reshape(self.attn_out.shape)
         scores_NRS = q_NRK @ keys.swapaxes(1, 2)
         scores_NRS -= scores_NRS.max(axis=-1, keepdims=True)
         scores_NRS *= 1 / math.sqrt(keys.shape[-1])
         np.exp(scores_NRS, out=scores_NRS)
-        np.matmul(scores_NRS, values, out=self.mixed)
-        self.mixed /= scores_NRS.sum(axis=-1, keepdims=True)
-        self._product(layer.o, self.mixed.reshape(-1), self.out)
+        np.matmul(scores_NRS, values, out=self.attn_out)
+        self.attn_out /= scores_NRS.sum(axis=-1, keepdims=True)
+        self._matvec(layer.o, self.attn_out.reshape(-1), self.out)
         x += self.out
 
     def _feed_forward(self, layer: _Layer, x: Array) -> None:
         """Add SwiGLU's output ``(g / (1 + exp(-g)) * u) Wd`` to the residual stream ``x`` [D]."""
-        h, gate, up = self._normed(x, layer.ffn_norm), self.gate, self.up
-        self._product(layer.gate, h, gate)
-        self._product(layer.up, h, up)
+        h, gate, up = self._rms_norm(x, layer.ffn_norm), self.gate, self.up
+        self._matvec(layer.gate, h, gate)
+        self._matvec(layer.up, h, up)
         up *= gate
         np.negative(gate, out=gate)
         np.exp(gate, out=gate)
         gate += 1
         up /= gate
-        self._product(layer.down, up, self.out)
+        self._matvec(layer.down, up, self.out)
         x += self.out
 
-    def _normed(self, x: Array, weight: Array) -> Array:
+    def _rms_norm(self, x: Array, weight: Array) -> Array:
         """Return RMSNorm of ``x`` [D]: in a buffer, until the next call."""
         np.multiply(x, weight, out=self.h)
         self.h *= 1 / math.sqrt(float(x.dot(x)) / len(x) + self.eps)
         return self.h
 
-    def _product(self, weight: Array, x: Array, out: Array) -> None:
+    def _matvec(self, weight: Array, x: Array, out: Array) -> None:
         """Multiply ``weight`` [..., n] by ``x`` [n] into ``out`` [...]."""
-        if weight.nbytes < SPLIT_FROM or self.n_threads == 1:
+        if weight.nbytes < MIN_SPLIT_BYTES or self.n_threads == 1:
             np.vecdot(weight, x, out=out)
             return
-        shares = np.linspace(0, len(weight), self.n_threads + 1).astype(int).tolist()
-        cuts = [slice(*cut) for cut in itertools.pairwise(shares)]
-        others = [self.pool.submit(np.vecdot, weight[cut], x, out=out[cut]) for cut in cuts[1:]]
-        np.vecdot(weight[cuts[0]], x, out=out[cuts[0]])
-        for other in others:
-            other.result()
+        bounds = np.linspace(0, len(weight), self.n_threads + 1).astype(int).tolist()
+        slices = [slice(*rows) for rows in itertools.pairwise(bounds)]
+        futures = [
+            self.pool.submit(np.vecdot, weight[rows], x, out=out[rows]) for rows in slices[1:]
+        ]
+        np.vecdot(weight[slices[0]], x, out=out[slices[0]])
+        for future in futures:
+            future.result()
 
 
 def _view(tensor: Tensor) -> Array:

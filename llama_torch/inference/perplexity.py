@@ -16,13 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..common.errors import InputError
 from ..model.llama import Llama
-from ..model.loss import IGNORE, count_valid, loss_sum
+from ..model.loss import IGNORE_INDEX, count_valid, loss_sum
 from ..tokenizer.gpt2 import located
 from ..tokenizer.tokenizer import Tokenizer
 
 FIGURES = "perplexity", "bits_per_byte", "tokens_per_second"
 
-POOL = 32  # batches whose windows are sorted by length together, so that little is padding
+POOL_BATCHES = 32  # batches whose windows are sorted by length together, so that little is padding
 
 Pair = tuple[Tensor, Tensor]  # tokens and targets, both [T] (a window) or [B, T] (a batch)
 
@@ -79,7 +79,7 @@ def evaluate(
         raise InputError(f"--context {context} is more than the model's {longest}; use less")
     if stride > context:
         raise InputError(f"--stride {stride} is more than the window of {context}; use less")
-    found = Measurement(context, stride, ids_before(tokenizer))
+    found = Measurement(context, stride, prefix_ids(tokenizer))
     for tokens_BT, targets_BT in _batches(_windows(found, tokenizer, texts, place), batch_size):
         started = time.perf_counter()
         found.nats += nll(model, tokens_BT, targets_BT)
@@ -92,7 +92,7 @@ def evaluate(
     return found
 
 
-def ids_before(tokenizer: Tokenizer) -> tuple[int, ...]:
+def prefix_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the ids before a document, unscored: the prefix, else BOS, else EOS, else none."""
     name = tokenizer.bos or tokenizer.eos
     return tokenizer.prefix or (() if name is None else (tokenizer.special[name],))
@@ -131,25 +131,25 @@ def _windows(
         first = max(1, len(found.before))
         for start, scored, end in spans(len(ids), first, found.context, found.stride):
             targets_T = ids[start + 1 : end].clone()
-            targets_T[: scored - start - 1] = IGNORE
+            targets_T[: scored - start - 1] = IGNORE_INDEX
             yield ids[start : end - 1], targets_T
 
 
 def _batches(windows: Iterator[Pair], size: int) -> Iterator[Pair]:
     """Yield windows stacked by length; padding comes last, where causal attention hides it."""
-    while pool := list(islice(windows, POOL * size)):
+    while pool := list(islice(windows, POOL_BATCHES * size)):
         pool.sort(key=lambda window: len(window[0]))
         for i in range(0, len(pool), size):
             tokens, targets = map(list, zip(*pool[i : i + size], strict=True))
-            yield pad_sequence(tokens, True), pad_sequence(targets, True, IGNORE)
+            yield pad_sequence(tokens, True), pad_sequence(targets, True, IGNORE_INDEX)
 
 
 @torch.inference_mode()
 def nll(model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> float:
-    """Return the sum in nats of -log p(target) over the targets that are not IGNORE."""
+    """Return the sum in nats of -log p(target) over the targets that are not IGNORE_INDEX."""
     weight = model.head_weight
     hidden_BTD, _ = model.model(tokens_BT.to(weight.device))
     targets_BT = targets_BT.to(weight.device)
-    scored = targets_BT != IGNORE  # the others' logits would cost as much
+    scored = targets_BT != IGNORE_INDEX  # the others' logits would cost as much
     hidden_SD, targets_S = hidden_BTD[scored], targets_BT[scored]
     return loss_sum(hidden_SD[None], weight, targets_S[None]).item()

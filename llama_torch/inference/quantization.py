@@ -23,10 +23,10 @@ def quantize(model: Llama) -> Llama:
     return model
 
 
-def dequantised(model: Llama) -> dict[str, Tensor]:
+def dequantize(model: Llama) -> dict[str, Tensor]:
     """Return the parameters that a quantised model computes with, float64, by checkpoint name."""
     found = {name: value.detach().double() for name, value in model.named_parameters()}
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
-            found[f"{name}.weight"] = module.dequantised(torch.float64)
+            found[f"{name}.weight"] = module.dequantize(torch.float64)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import SamplingConfig
 
 
-class Settings(NamedTuple):
+class SamplingTensors(NamedTuple):
     """The settings of a batch's rows, each [B, 1]."""
 
     temperature: Tensor
@@ -23,7 +23,9 @@ class Settings(NamedTuple):
     repetition_penalty: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingConfig], device: torch.device) -> "Settings":
+    def from_configs(
+        cls, rows: Sequence[SamplingConfig], device: torch.device
+    ) -> "SamplingTensors":
         """Stack the settings of each row, in the rows' order."""
         return cls(
             *(
@@ -38,9 +40,9 @@ class Settings(NamedTuple):
             )
         )
 
-    def select_rows(self, rows: Tensor) -> "Settings":
+    def select_rows(self, rows: Tensor) -> "SamplingTensors":
         """Return the settings of the rows of index int64 [n]."""
-        return Settings(*(setting[rows] for setting in self))
+        return SamplingTensors(*(setting[rows] for setting in self))
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
@@ -50,11 +52,11 @@ def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
     the method does: the paper divides, which favours repetition where logits are negative.
     """
     logits_BV = logits_BV.double()
-    lower = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    return torch.where(seen_BV, lower, logits_BV)
+    penalized_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return torch.where(seen_BV, penalized_BV, logits_BV)
 
 
-def token_probabilities(logits_BV: Tensor, settings: Settings) -> Tensor:
+def token_probabilities(logits_BV: Tensor, settings: SamplingTensors) -> Tensor:
     """Return the distributions [B, V] to draw from, in float64.
 
     top-k keeps the k likeliest; top-p the smallest set of likeliest tokens among those that
@@ -68,21 +70,21 @@ def token_probabilities(logits_BV: Tensor, settings: Settings) -> Tensor:
     # The largest is 0 at any temperature, and cannot overflow.
     ordered = (ordered - ordered[:, :1]) / torch.where(greedy, 1.0, settings.temperature)
     rank = torch.arange(ordered.shape[-1], device=ordered.device)
-    first = torch.where(greedy, 1, settings.top_k)
-    ordered = ordered.masked_fill((first > 0) & (rank >= first), -torch.inf)
+    n_kept = torch.where(greedy, 1, settings.top_k)
+    ordered = ordered.masked_fill((n_kept > 0) & (rank >= n_kept), -torch.inf)
     probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # what the likelier tokens hold
-    unlikely = (settings.top_p < 1) & (before >= settings.top_p)
-    unlikely |= probs < settings.min_p * probs[:, :1]
-    probs = probs.masked_fill(unlikely, 0.0)
+    mass_before = probs.cumsum(-1) - probs  # what the likelier tokens hold
+    is_cut = (settings.top_p < 1) & (mass_before >= settings.top_p)
+    is_cut |= probs < settings.min_p * probs[:, :1]
+    probs = probs.masked_fill(is_cut, 0.0)
     probs /= probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter_(-1, order, probs)
 
 
 def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Return the token [B] at which each row's cumulative sum exceeds its draw from [0, 1)."""
-    total = probs_BV.cumsum(-1)
-    whole = total[:, -1:]
+    cumulative = probs_BV.cumsum(-1)
+    total = cumulative[:, -1:]
     # Rounding may make the product equal to the whole sum, which no cumulative sum exceeds.
-    target = torch.minimum(uniform_B[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
-    return torch.searchsorted(total, target, right=True)[:, 0]
+    target = torch.minimum(uniform_B[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]

@@ -20,7 +20,7 @@ from .config import PREFILL_CHUNK, Decoding, SamplingConfig
 from .cuda_graph import GraphStep, GraphStore
 from .decoding import choose_mode, make_step
 from .eager_step import EagerStep
-from .engine import DecodeBatch, most_new_tokens, require_fitting
+from .engine import DecodeBatch, new_token_limit, require_fitting
 from .numpy_step import NumpyStep
 
 
@@ -32,10 +32,10 @@ def speculative_batch(
     settings: SamplingConfig,
     prefill_chunk: int = PREFILL_CHUNK,
     decoding: Decoding = "auto",
-    n_guesses: int = 4,
+    n_draft_tokens: int = 4,
     graphs: GraphStore | None = None,
 ) -> DecodeBatch:
-    """Return a batch of one sequence, decoded with ``n_guesses`` draft tokens at a time.
+    """Return a batch of one sequence, decoded with ``n_draft_tokens`` draft tokens at a time.
 
     Raises InputError for a draft of another vocabulary, and a mode that cannot verify draft tokens.
     """
@@ -45,18 +45,18 @@ def speculative_batch(
             f"{model.config.vocab_size}; give a draft with the model's tokenizer"
         )
     require_fitting(model, prompt)
-    n_tokens = most_new_tokens(model, prompt, settings)
+    n_tokens = new_token_limit(model, prompt, settings)
     # Kernels and NumPy decode one token at a time, and so cannot verify several.
     if decoding in ("kernels", "numpy"):
         raise InputError(f"--decoding {decoding} checks no guesses; leave it or --draft out")
     if decoding == "auto":
-        mode = choose_mode("auto", model, 1, settings.max_new_tokens)
+        mode = choose_mode("auto", model, rows=1, n_tokens=settings.max_new_tokens)
         decoding = "graph" if mode in ("kernels", "graph") else "eager"
-    columns = len(prompt) + n_tokens
-    checker = make_step(model, 1, columns, n_tokens, decoding, graphs, n_guesses + 1)
-    assert isinstance(checker, EagerStep | GraphStep)
-    guesser = Draft(draft, checker.cache.size, prefill_chunk)
-    step = SpeculativeStep(checker, guesser, prompt, n_tokens, n_guesses)
+    cache_size = len(prompt) + n_tokens
+    target = make_step(model, 1, cache_size, n_tokens, decoding, graphs, n_draft_tokens + 1)
+    assert isinstance(target, EagerStep | GraphStep)
+    draft_model = DraftModel(draft, target.cache.size, prefill_chunk)
+    step = SpeculativeStep(target, draft_model, prompt, n_tokens, n_draft_tokens)
     return DecodeBatch(model, [prompt], [settings], prefill_chunk, step=step)
 
 
@@ -67,47 +67,49 @@ class SpeculativeStep:
 
     def __init__(
         self,
-        checker: EagerStep | GraphStep,
-        draft: "Draft",
+        target: EagerStep | GraphStep,
+        draft: "DraftModel",
         prompt: Sequence[int],
         n_tokens: int,
-        n_guesses: int,
+        n_draft_tokens: int,
     ) -> None:
-        self.checker, self.draft, self.n_guesses = checker, draft, n_guesses
-        self.text = list(prompt)  # token ids of the prompt and those sampled after it
-        self.longest = len(prompt) + n_tokens
-        self.guesses: list[int] = []  # draft tokens verified but not yet sampled
-        self.checked_TV = torch.empty(0)  # logits after the last token and each draft token
+        self.target, self.draft, self.n_draft_tokens = target, draft, n_draft_tokens
+        self.token_ids = list(prompt)  # token ids of the prompt and those sampled after it
+        self.max_length = len(prompt) + n_tokens
+        self.draft_tokens: list[int] = []  # draft tokens verified but not yet sampled
+        self.logits_TV = torch.empty(0)  # logits after the last token and each draft token
 
     @property
     def cache(self) -> StaticCache:
         """The model's cache."""
-        return self.checker.cache
+        return self.target.cache
 
     def begin(self, padding: Sequence[int]) -> None:
         """Continue from the cache's length; one sequence has no padding."""
-        self.checker.begin(padding)
+        self.target.begin(padding)
 
     def decode(self, tokens_B: Tensor) -> Tensor:
         """Return the logits [1, V] after one token; no forward pass for a draft token."""
         token = int(tokens_B)
-        self.text.append(token)
-        if self.guesses and self.guesses[0] == token:
-            del self.guesses[0]
-            self.checked_TV = self.checked_TV[1:]
+        self.token_ids.append(token)
+        if self.draft_tokens and self.draft_tokens[0] == token:
+            del self.draft_tokens[0]
+            self.logits_TV = self.logits_TV[1:]
         else:
-            self.cache.length = len(self.text) - 1  # drops rejected draft tokens
-            remaining = self.longest - len(self.text)
-            self.guesses = self.draft.guess(self.text, min(self.n_guesses, remaining - 1))
-            self.checked_TV = self.checker.decode_row([token, *self.guesses])
-        return self.checked_TV[:1]
+            self.cache.length = len(self.token_ids) - 1  # drops rejected draft tokens
+            remaining = self.max_length - len(self.token_ids)
+            self.draft_tokens = self.draft.propose(
+                self.token_ids, min(self.n_draft_tokens, remaining - 1)
+            )
+            self.logits_TV = self.target.decode_row([token, *self.draft_tokens])
+        return self.logits_TV[:1]
 
     def close(self) -> None:
         """Release the target model's step."""
-        self.checker.close()
+        self.target.close()
 
 
-class Draft:
+class DraftModel:
     """A draft model that continues token ids greedily, with its own cache."""
 
     def __init__(self, model: Llama, size: int, prefill_chunk: int) -> None:
@@ -115,27 +117,27 @@ class Draft:
         self.model, self.prefill_chunk = model, prefill_chunk
         self.cache = StaticCache(model.config, 1, size, weight.dtype, weight.device)
         self.eager = EagerStep(model, self.cache)
-        is_quick = choose_mode("auto", model, 1, 1) == "numpy"
-        self.quick = NumpyStep(model, self.cache) if is_quick else None
+        has_numpy = choose_mode("auto", model, rows=1, n_tokens=1) == "numpy"
+        self.numpy_step = NumpyStep(model, self.cache) if has_numpy else None
 
-    def guess(self, text: Sequence[int], count: int) -> list[int]:
-        """Return ``count`` token ids after ``text``, or as many as the draft's context holds.
+    def propose(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """Return ``count`` token ids after ``token_ids``, or as many as the draft's context holds.
 
-        ``text`` is the last call's token ids, possibly shortened, followed by new ones.
+        ``token_ids`` is the last call's token ids, possibly shortened, followed by new ones.
         """
-        fitting = self.model.config.max_seq_len - len(text)
-        guesses: list[int] = []
+        n_fitting = self.model.config.max_seq_len - len(token_ids)
+        draft_tokens: list[int] = []
         # The cache holds at most all token ids but the newest.
-        self.cache.length = min(self.cache.length, len(text) - 1)
-        tokens = text[self.cache.length :]
-        while len(guesses) < min(count, fitting):
-            guesses.append(int(self._logits(tokens).argmax()))
-            tokens = guesses[-1:]
-        return guesses
+        self.cache.length = min(self.cache.length, len(token_ids) - 1)
+        tokens = token_ids[self.cache.length :]
+        while len(draft_tokens) < min(count, n_fitting):
+            draft_tokens.append(int(self._logits(tokens).argmax()))
+            tokens = draft_tokens[-1:]
+        return draft_tokens
 
     def _logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the logits [V] after ``tokens``, which follow those in the cache."""
         row_BT = torch.tensor([tokens], device=self.cache.keys.device)
-        if self.quick and len(tokens) == 1:
-            return self.quick.decode(row_BT[0])[0]
+        if self.numpy_step and len(tokens) == 1:
+            return self.numpy_step.decode(row_BT[0])[0]
         return self.eager.prefill(row_BT, self.prefill_chunk)[0]

@@ -23,7 +23,7 @@ from ..tokenizer.chat_template import ChatTemplate, Llama2Template, Message, loa
 from ..tokenizer.gpt2 import located
 from ..tokenizer.loading import end_ids, load_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
-from .completion import Completion, Writer
+from .completion import Completion, CompletionBuilder
 from .config import (
     PREFILL_CHUNK,
     Decoding,
@@ -34,7 +34,7 @@ from .config import (
     SamplingConfig,
 )
 from .cuda_graph import GraphStore
-from .engine import DecodeBatch, run
+from .engine import DecodeBatch, generate_tokens
 from .quantization import quantize as quantize_model
 from .speculative import speculative_batch
 
@@ -187,7 +187,7 @@ class TextModel:
         self, ids: Sequence[int], settings: SamplingConfig, prefill_chunk: int = PREFILL_CHUNK
     ) -> Iterator[str]:
         """Yield the text that continues token ids."""
-        return self._written([ids], [self._writer(ids, settings)], prefill_chunk)
+        return self._stream_rows([ids], [self._builder(ids, settings)], prefill_chunk)
 
     def _complete(
         self,
@@ -195,18 +195,21 @@ class TextModel:
         settings: Sequence[SamplingConfig],
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> list[Completion]:
-        writers = [self._writer(row, s) for row, s in zip(rows, settings, strict=True)]
-        for _ in self._written(rows, writers, prefill_chunk):
+        builders = [self._builder(row, s) for row, s in zip(rows, settings, strict=True)]
+        for _ in self._stream_rows(rows, builders, prefill_chunk):
             pass
-        return [writer.completion() for writer in writers]
+        return [builder.build() for builder in builders]
 
-    def _written(
-        self, rows: Sequence[Sequence[int]], writers: Sequence[Writer], prefill_chunk: int
+    def _stream_rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        builders: Sequence[CompletionBuilder],
+        prefill_chunk: int,
     ) -> Iterator[str]:
         """Continue all rows to their ends; yield the new text of each token, rows mixed."""
         if not rows:
             return
-        settings, decoding = [writer.settings for writer in writers], self.decoding.decoding
+        settings, decoding = [builder.settings for builder in builders], self.decoding.decoding
         if self.draft is None:
             batch = DecodeBatch(self.model, rows, settings, prefill_chunk, decoding, self.graphs)
         elif len(rows) > 1:
@@ -216,12 +219,12 @@ class TextModel:
                 self.model, self.draft, rows[0], settings[0], prefill_chunk, decoding,
                 self.decoding.guesses, self.graphs,
             )  # fmt: skip
-        for token in run(batch, lambda token: writers[token.row].take(token)):
-            if piece := writers[token.row].pieces[-1]:
+        for token in generate_tokens(batch, lambda token: builders[token.row].add(token)):
+            if piece := builders[token.row].pieces[-1]:
                 yield piece
 
-    def _writer(self, ids: Sequence[int], settings: SamplingConfig) -> Writer:
-        return Writer(self.tokenizer, self.end_ids, ids, settings)
+    def _builder(self, ids: Sequence[int], settings: SamplingConfig) -> CompletionBuilder:
+        return CompletionBuilder(self.tokenizer, self.end_ids, ids, settings)
 
 
 def load(

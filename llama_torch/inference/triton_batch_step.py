@@ -9,20 +9,20 @@ from ..kernels import decode_batch
 from ..model.kv_cache import StaticCache
 from ..model.llama import Llama
 from .step_inputs import StepInputs
-from .triton_step import TritonBuffers, matrix_of, power
+from .triton_step import TritonBuffers, matrix_of, next_power_of_2
 
 # Rows of a program, bytes of an input (as many weights of a row, whatever their precision) that it
 # reads at a time, and tiles under way: the quickest of a dozen tried on one H100 with the 7B shape
 # and 32 sequences, bfloat16 and int8.
-ROWS, READ, STAGES = 64, 256, 5
+ROWS, READ_BYTES, STAGES = 64, 256, 5
 SPLITS = (1, 2, 4)  # shares of a matrix's columns, if it has too few rows to occupy the GPU
 PROGRAMS = 2048  # of attention, which has much more to read than one sequence's
 
 
 class TritonBatchStep:
-    """The kernels of several sequences' step, up to decoding.MOST_ROWS: a Forward.
+    """The kernels of several sequences' step, up to decoding.MAX_KERNEL_BATCH: a Forward.
 
-    As TritonStep, with a token, a position and a row of ``allowed`` for each sequence.
+    As TritonStep, with a token, a position and a row of ``key_mask`` for each sequence.
     """
 
     def __init__(
@@ -30,29 +30,35 @@ class TritonBatchStep:
         model: Llama,
         cache: StaticCache,
         inputs: StepInputs,
-        allowed: Tensor | None = None,
+        key_mask: Tensor | None = None,
         n_positions: int = 0,
     ) -> None:
         self.model, self.config = model, model.config
-        self.buffers = buffers = TritonBuffers(model, cache, inputs, allowed, n_positions, PROGRAMS)
+        self.buffers = buffers = TritonBuffers(
+            model, cache, inputs, key_mask, n_positions, PROGRAMS
+        )
         c, self.rows, dtype = self.config, buffers.rows, buffers.dtype
-        self.padded = power(max(self.rows, 16))  # the fewest that the tensor cores take
-        self.mixed, self.hidden, self.normed = (
-            torch.zeros(self.padded, n, dtype=dtype, device=buffers.device)
+        # 16 are the fewest that the tensor cores take.
+        self.padded_rows = next_power_of_2(max(self.rows, 16))
+        self.attn_out, self.hidden, self.normed = (
+            torch.zeros(self.padded_rows, n, dtype=dtype, device=buffers.device)
             for n in (buffers.q.shape[1], c.hidden_dim, c.dim)
         )
-        self.block = READ // dtype.itemsize
-        self.stages, self.processors = STAGES, 1
+        self.block = READ_BYTES // dtype.itemsize
+        self.stages, self.n_multiprocessors = STAGES, 1
         if buffers.is_gpu:
             properties: Any = torch.cuda.get_device_properties(buffers.device)
-            sums = ROWS * self.padded * buffers.sums.itemsize  # pass through it at the end
-            free = properties.shared_memory_per_block_optin - sums
-            self.stages = max(1, min(STAGES, free // ((ROWS + self.padded) * READ)))
-            self.processors = properties.multi_processor_count
+            # The sums pass through shared memory at the end; the rest of it holds tiles.
+            sum_bytes = ROWS * self.padded_rows * buffers.acc_dtype.itemsize
+            free_bytes = properties.shared_memory_per_block_optin - sum_bytes
+            self.stages = max(
+                1, min(STAGES, free_bytes // ((ROWS + self.padded_rows) * READ_BYTES))
+            )
+            self.n_multiprocessors = properties.multi_processor_count
         widths = buffers.q.shape[1] + 2 * c.n_kv_heads * c.head_dim, 2 * c.hidden_dim, c.dim
-        self.shares_of = buffers.zeros(max(SPLITS), self.rows, max(widths))
+        self.partial_sums = buffers.zeros(max(SPLITS), self.rows, max(widths))
 
-    def refresh(self) -> None:
+    def copy_weights(self) -> None:
         """Do nothing: every weight is read in place."""
 
     def launch(self) -> Tensor:
@@ -69,19 +75,19 @@ class TritonBatchStep:
                 self.normed, attention.q_proj, attention.k_proj, attention.v_proj
             )
             decode_batch.rope[(self.rows, c.n_heads + 2 * c.n_kv_heads)](
-                self.shares_of, buffers.cos, buffers.sin, inputs.position, inputs.column,
-                buffers.q, buffers.cache.keys[i], buffers.cache.values[i], self.rows,
-                buffers.cache.size, c.n_heads, c.n_kv_heads, c.head_dim, power(c.head_dim // 2),
-                splits, num_warps=1, **buffers.common,
+                self.partial_sums, buffers.cos, buffers.sin, inputs.positions,
+                inputs.cache_position, buffers.q, buffers.cache.keys[i], buffers.cache.values[i],
+                self.rows, buffers.cache.size, c.n_heads, c.n_kv_heads, c.head_dim,
+                next_power_of_2(c.head_dim // 2), splits, num_warps=1, **buffers.common_options,
             )  # fmt: skip
-            buffers.attend(i, self.mixed)
-            splits = self._project(self.mixed, attention.o_proj)
+            buffers.attend(i, self.attn_out)
+            splits = self._project(self.attn_out, attention.o_proj)
             self._norm(layer.post_attention_layernorm, splits)
             splits = self._project(self.normed, layer.mlp.gate_proj, layer.mlp.up_proj)
-            block = power(c.hidden_dim, 1024)
+            block = next_power_of_2(c.hidden_dim, 1024)
             decode_batch.swiglu[(self.rows, -(-c.hidden_dim // block))](
-                self.shares_of, self.hidden, self.rows, c.hidden_dim, block, splits,
-                **buffers.launch,
+                self.partial_sums, self.hidden, self.rows, c.hidden_dim, block, splits,
+                **buffers.launch_options,
             )  # fmt: skip
             splits = self._project(self.hidden, layer.mlp.down_proj)
         self._norm(model.norm, splits)
@@ -92,28 +98,28 @@ class TritonBatchStep:
     def _norm(self, norm: nn.RMSNorm, splits: int) -> None:
         c, buffers = self.config, self.buffers
         decode_batch.add_norm[(self.rows,)](
-            buffers.stream, self.shares_of, norm.weight, self.normed, self.rows, c.norm_eps,
-            c.dim, power(c.dim), splits, num_warps=8, **buffers.common,
+            buffers.residual, self.partial_sums, norm.weight, self.normed, self.rows, c.norm_eps,
+            c.dim, next_power_of_2(c.dim), splits, num_warps=8, **buffers.common_options,
         )  # fmt: skip
 
     def _project(self, x: Tensor, *linears: nn.Module, out: Tensor | None = None) -> int:
-        """Multiply by up to three matrices into ``shares_of`` or ``out``; return the splits."""
+        """Multiply by up to three matrices into ``partial_sums`` or ``out``; return the splits."""
         matrices = [matrix_of(linear) for linear in linears]
         weights = [matrix.weight for matrix in matrices]
         n_in = weights[0].shape[1]
-        heights = [len(w) for w in weights] + [0] * (3 - len(weights))
-        programs = sum(-(-n // ROWS) for n in heights)
+        n_outs = [len(w) for w in weights] + [0] * (3 - len(weights))
+        programs = sum(-(-n // ROWS) for n in n_outs)
         # A program occupies a multiprocessor: what counts is how often all of them take one.
         splits = min(
             (1,) if out is not None else SPLITS,
-            key=lambda splits: -(-programs * splits // self.processors) / splits,
+            key=lambda splits: -(-programs * splits // self.n_multiprocessors) / splits,
         )
-        spare = 3 - len(matrices)  # of the kernel's arguments
+        n_unused = 3 - len(matrices)  # of the kernel's arguments
         scales = [matrix.scale for matrix in matrices]
-        weights, scales = weights + weights[:1] * spare, scales + scales[:1] * spare
+        weights, scales = weights + weights[:1] * n_unused, scales + scales[:1] * n_unused
         decode_batch.project[(programs, splits)](
-            x, *weights, *scales, self.shares_of if out is None else out, self.rows, n_in,
-            *heights, self.padded, ROWS, self.block, self.stages, splits,
-            QUANTIZED=matrices[0].is_int8, num_warps=4, **self.buffers.common,
+            x, *weights, *scales, self.partial_sums if out is None else out, self.rows, n_in,
+            *n_outs, self.padded_rows, ROWS, self.block, self.stages, splits,
+            QUANTIZED=matrices[0].is_int8, num_warps=4, **self.buffers.common_options,
         )  # fmt: skip
         return splits

@@ -17,8 +17,8 @@ from ..model.llama import Llama
 from ..model.rope import rope_tables
 from .step_inputs import StepInputs
 
-MOST_SHARES = 64  # of a head's keys: one warp joins them
-KEYS = 32  # that such a program reads at a time
+MAX_SPLITS = 64  # of a head's keys: one warp joins them
+KEYS_PER_BLOCK = 32  # that such a program reads at a time
 PROGRAMS = 512  # of attention: four for each multiprocessor of the largest GPUs
 # Rows, columns (of int8, words of four) and warps of a program: the quickest of some ten tried for
 # each on one H200, with the 7B shape ("wide", "int8") and the 1.1B shape ("narrow").
@@ -33,7 +33,7 @@ class TritonBuffers:
     """Launch options, tables and buffers that the steps of one and of several sequences share.
 
     The residual stream [M, D], queries ``q`` [M, H K] and ``logits`` [M, V] are float32 (float64
-    for float64 weights). ``allowed`` (bool [M, S], or None: all) are the columns that the tokens
+    for float64 weights). ``key_mask`` (bool [M, S], or None: all) are the columns that the tokens
     may attend to, among those up to their own. ``n_positions`` is one more than the largest
     position (0: the cache's size), ``programs`` the number that attention is divided into, and
     ``planes`` that of kernels/decode.py.
@@ -44,55 +44,63 @@ class TritonBuffers:
         model: Llama,
         cache: StaticCache,
         inputs: StepInputs,
-        allowed: Tensor | None = None,
+        key_mask: Tensor | None = None,
         n_positions: int = 0,
         programs: int = PROGRAMS,
         planes: int = 1,
     ) -> None:
-        self.cache, self.config, self.inputs, self.allowed = cache, model.config, inputs, allowed
+        self.cache, self.config, self.inputs, self.key_mask = cache, model.config, inputs, key_mask
         self.rows = rows = cache.keys.shape[1]
         config, self.embedding = model.config, model.model.embed_tokens.weight
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self.sums = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         # A kernel may begin before its predecessor's end, from compute capability 9 on.
         self.is_gpu = self.device.type == "cuda"
         is_early = self.is_gpu and torch.cuda.get_device_capability(self.device)[0] >= 9
-        self.launch: dict[str, Any] = {"PDL": is_early} | ({"launch_pdl": True} if is_early else {})
-        self.common = self.launch | {"sums": getattr(tl, str(self.sums)[6:])}
-        self.single = self.common | {"PLANES": planes}  # for the kernels of decode.py
+        self.launch_options: dict[str, Any] = {"PDL": is_early} | (
+            {"launch_pdl": True} if is_early else {}
+        )
+        self.common_options = self.launch_options | {"sums": getattr(tl, str(self.acc_dtype)[6:])}
+        # For the kernels of kernels/decode.py.
+        self.decode_options = self.common_options | {"PLANES": planes}
         positions = torch.arange(n_positions or cache.size, device=self.device)
         cos, sin = rope_tables(positions[None], config, self.dtype)
         self.cos, self.sin = cos.flatten(0, 2).contiguous(), sin.flatten(0, 2).contiguous()
-        self.stream = self.zeros(rows, config.dim)
+        self.residual = self.zeros(rows, config.dim)
         self.q = self.zeros(rows, config.n_heads * config.head_dim)
         self.logits = self.zeros(rows, config.vocab_size)
         heads = rows * config.n_heads
-        wanted = min(-(-programs // heads), MOST_SHARES)
-        self.shares = min(wanted, -(-cache.size // KEYS))
-        parts = heads * self.shares
-        self.parts = self.zeros(parts, config.head_dim), self.zeros(parts), self.zeros(parts)
-        self.arrived = torch.zeros(heads, dtype=torch.int32, device=self.device)
+        wanted_splits = min(-(-programs // heads), MAX_SPLITS)
+        self.n_splits = min(wanted_splits, -(-cache.size // KEYS_PER_BLOCK))
+        n_parts = heads * self.n_splits
+        self.split_results = (
+            self.zeros(n_parts, config.head_dim),
+            self.zeros(n_parts),
+            self.zeros(n_parts),
+        )
+        self.splits_done = torch.zeros(heads, dtype=torch.int32, device=self.device)
 
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros of a shape, in the accumulation dtype."""
-        return torch.zeros(*shape, dtype=self.sums, device=self.device)
+        return torch.zeros(*shape, dtype=self.acc_dtype, device=self.device)
 
     def look_up(self) -> None:
         """Store the tokens' embeddings in the residual stream [rows, D]."""
         dim = self.config.dim
-        block = power(dim, 1024)
+        block = next_power_of_2(dim, 1024)
         decode.look_up[(-(-dim // block), self.rows)](
-            self.embedding, self.inputs.token, self.stream, dim, block, **self.single
+            self.embedding, self.inputs.tokens, self.residual, dim, block, **self.decode_options
         )
 
     def attend(self, i: int, out: Tensor) -> None:
         """Attend from ``q`` to layer ``i`` of the cache, up to the decoding step's column."""
         c = self.config
-        decode.attend[(self.rows * c.n_heads, self.shares)](
-            self.q, self.cache.keys[i], self.cache.values[i], self.allowed, self.inputs.column,
-            *self.parts, self.arrived, out, self.cache.size, 1 / math.sqrt(c.head_dim),
-            c.n_heads, c.n_heads // c.n_kv_heads, c.head_dim, power(c.head_dim), KEYS,
-            self.shares, power(self.shares), num_warps=1, **self.single,
+        decode.attend[(self.rows * c.n_heads, self.n_splits)](
+            self.q, self.cache.keys[i], self.cache.values[i], self.key_mask,
+            self.inputs.cache_position, *self.split_results, self.splits_done, out,
+            self.cache.size, 1 / math.sqrt(c.head_dim), c.n_heads, c.n_heads // c.n_kv_heads,
+            c.head_dim, next_power_of_2(c.head_dim), KEYS_PER_BLOCK, self.n_splits,
+            next_power_of_2(self.n_splits), num_warps=1, **self.decode_options,
         )  # fmt: skip
 
 
@@ -108,27 +116,27 @@ class TritonStep:
         model: Llama,
         cache: StaticCache,
         inputs: StepInputs,
-        allowed: Tensor | None = None,
+        key_mask: Tensor | None = None,
         n_positions: int = 0,
     ) -> None:
         self.model, self.config, self.planes = model, model.config, count_planes(model)
         self.buffers = buffers = TritonBuffers(
-            model, cache, inputs, allowed, n_positions, PROGRAMS, self.planes
+            model, cache, inputs, key_mask, n_positions, PROGRAMS, self.planes
         )
         norms = [module for module in model.modules() if isinstance(module, nn.RMSNorm)]
         self.norms = {norm: norm.weight for norm in norms}
         if self.planes > 1:
-            self.in_planes = buffers.zeros(len(norms), self.config.dim)
-            self.norms = dict(zip(norms, self.in_planes, strict=True))
-        self.mixed = buffers.zeros(buffers.q.shape[1])
+            self.norms_in_planes = buffers.zeros(len(norms), self.config.dim)
+            self.norms = dict(zip(norms, self.norms_in_planes, strict=True))
+        self.attn_out = buffers.zeros(buffers.q.shape[1])
         self.hidden = buffers.zeros(self.config.hidden_dim)
 
-    def refresh(self) -> None:
+    def copy_weights(self) -> None:
         """Copy the norms' weights, which may have changed, where they are kept in planes."""
         if self.planes > 1:
             weights = torch.stack([norm.weight.detach() for norm in self.norms])
             in_order = weights.view(len(weights), -1, self.planes).transpose(1, 2)
-            self.in_planes.view_as(in_order).copy_(in_order)
+            self.norms_in_planes.view_as(in_order).copy_(in_order)
 
     def launch(self) -> Tensor:
         """Launch the decoding step's kernels; return the logits [1, 1, V]."""
@@ -142,8 +150,9 @@ class TritonStep:
         matrix = self._matrix(head)
         tile = self._tile("one", head)
         decode.norm_project[(-(-c.vocab_size // tile["ROWS"]),)](
-            buffers.stream, self.norms[model.norm], matrix.weight, matrix.scale, buffers.logits,
-            c.norm_eps, c.dim, c.vocab_size, QUANTIZED=matrix.is_int8, **tile, **buffers.single,
+            buffers.residual, self.norms[model.norm], matrix.weight, matrix.scale, buffers.logits,
+            c.norm_eps, c.dim, c.vocab_size, QUANTIZED=matrix.is_int8, **tile,
+            **buffers.decode_options,
         )  # fmt: skip
         return buffers.logits[:, None]
 
@@ -156,22 +165,23 @@ class TritonStep:
         pairs = (c.n_heads + 2 * c.n_kv_heads) * half
         q, k, v = (self._matrix(getattr(attention, f"{name}_proj")) for name in "qkv")
         decode.norm_qkv_rope[(pairs // tile["ROWS"],)](
-            buffers.stream, self.norms[layer.input_layernorm], q.weight, k.weight, v.weight,
-            q.scale, k.scale, v.scale, buffers.cos, buffers.sin, buffers.inputs.position,
-            buffers.inputs.column, buffers.q, keys, values, buffers.cache.size, c.norm_eps, c.dim,
-            c.n_heads, c.n_kv_heads, c.head_dim, QUANTIZED=q.is_int8, **tile, **buffers.single,
+            buffers.residual, self.norms[layer.input_layernorm], q.weight, k.weight, v.weight,
+            q.scale, k.scale, v.scale, buffers.cos, buffers.sin, buffers.inputs.positions,
+            buffers.inputs.cache_position, buffers.q, keys, values, buffers.cache.size,
+            c.norm_eps, c.dim, c.n_heads, c.n_kv_heads, c.head_dim, QUANTIZED=q.is_int8, **tile,
+            **buffers.decode_options,
         )  # fmt: skip
-        buffers.attend(i, self.mixed)
-        self._project_add(attention.o_proj, self.mixed)
+        buffers.attend(i, self.attn_out)
+        self._project_add(attention.o_proj, self.attn_out)
 
     def _feed_forward(self, layer: Any) -> None:
         c, buffers = self.config, self.buffers
         gate, up = self._matrix(layer.mlp.gate_proj), self._matrix(layer.mlp.up_proj)
         tile = self._tile("ffn", layer.mlp.gate_proj)
         decode.norm_swiglu[(-(-c.hidden_dim // tile["ROWS"]),)](
-            buffers.stream, self.norms[layer.post_attention_layernorm], gate.weight, up.weight,
+            buffers.residual, self.norms[layer.post_attention_layernorm], gate.weight, up.weight,
             gate.scale, up.scale, self.hidden, c.norm_eps, c.dim, c.hidden_dim,
-            QUANTIZED=gate.is_int8, **tile, **buffers.single,
+            QUANTIZED=gate.is_int8, **tile, **buffers.decode_options,
         )  # fmt: skip
         self._project_add(layer.mlp.down_proj, self.hidden)
 
@@ -180,15 +190,18 @@ class TritonStep:
         matrix = self._matrix(linear)
         tile = self._tile("one", linear)
         decode.project_add[(-(-n_out // tile["ROWS"]),)](
-            x, matrix.weight, matrix.scale, self.buffers.stream, n_in, n_out,
-            QUANTIZED=matrix.is_int8, **tile, **self.buffers.single,
+            x, matrix.weight, matrix.scale, self.buffers.residual, n_in, n_out,
+            QUANTIZED=matrix.is_int8, **tile, **self.buffers.decode_options,
         )  # fmt: skip
 
-    def _tile(self, kind: str, linear: nn.Module, most_rows: int = 1 << 30) -> dict[str, int]:
+    def _tile(self, kind: str, linear: nn.Module, max_rows: int = 1 << 30) -> dict[str, int]:
         matrix = self._matrix(linear)
         width = "int8" if matrix.is_int8 else "wide" if self.config.dim >= 4096 else "narrow"
         rows, block, warps = TILES[width][kind]
-        tile = {"ROWS": min(rows, most_rows), "BLOCK": power(matrix.weight.shape[1], block)}
+        tile = {
+            "ROWS": min(rows, max_rows),
+            "BLOCK": next_power_of_2(matrix.weight.shape[1], block),
+        }
         return tile | {"num_warps": warps}
 
     def _matrix(self, linear: nn.Module) -> "Matrix":
@@ -221,6 +234,6 @@ def count_planes(model: Llama) -> int:
     return 4 if is_int8 and not any(n % 4 for n in (c.dim, c.hidden_dim, c.head_dim)) else 1
 
 
-def power(n: int, most: int = 1 << 30) -> int:
-    """Return the smallest power of two that is at least n, or ``most``."""
-    return min(1 << (n - 1).bit_length(), most)
+def next_power_of_2(n: int, limit: int = 1 << 30) -> int:
+    """Return the smallest power of two that is at least n, or ``limit``."""
+    return min(1 << (n - 1).bit_length(), limit)

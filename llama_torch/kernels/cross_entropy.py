@@ -66,12 +66,12 @@ def differentiate(
 ) -> Tensor:
     """Replace contiguous logits [N, V] by the derivative of ``scale`` times their loss.
 
-    Returns that loss, float64. As ``_differentiate`` of model/loss.py, on a GPU, computed in
+    Returns that loss, float64. As ``_logits_to_grad_`` of model/loss.py, on a GPU, computed in
     float32; logits are float32 or narrower.
     """
     n_rows, width = logits_NV.shape
     losses = torch.empty(n_rows, dtype=torch.float32, device=logits_NV.device)
-    # loss.IGNORE, which cannot be imported here: loss.py imports this module.
+    # loss.IGNORE_INDEX, which cannot be imported here: loss.py imports this module.
     _row[(n_rows,)](
         logits_NV,
         targets_N.contiguous(),

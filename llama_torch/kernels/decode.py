@@ -121,7 +121,7 @@ def attend(
     Softmax in parts (Milakov and Gimelshein 2018), the keys in SPLITS shares so that few heads
     still fill the GPU (Dao et al. 2023, flash-decoding). ``arrived`` counts the shares done. A
     head is one of the HEADS of one sequence, which has a row of ``allowed``. The mask is
-    ``padded_mask`` of model/masks.py: a token always attends to itself.
+    ``left_padded_causal_mask`` of model/masks.py: a token always attends to itself.
     """
     _begin(PDL)
     _wait(PDL)

@@ -1,6 +1,6 @@
 """Token embeddings whose gradient is summed in float32 or wider on every device.
 
-Suffixes: B batch, T position, N positions of all rows, V vocabulary, D dim.
+Suffixes: B batch, T position, P positions of all rows, V vocabulary, D dim.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_CUDA = 3072  # tokens, up to which torch's CUDA kernel is the one that adds in bfloat16
+MAX_BFLOAT16_SUM = 3072  # tokens, up to which torch's CUDA kernel is the one that adds in bfloat16
 
 
 class Embedding(nn.Embedding):
@@ -33,14 +33,14 @@ def embed(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
     sums of every 32; its kernel for many adds in float32.
     """
     is_narrow = weight_VD.dtype in (torch.bfloat16, torch.float16)
-    is_wide_there = weight_VD.is_cuda and tokens_BT.numel() > FEW_CUDA
-    if is_narrow and not is_wide_there and weight_VD.requires_grad and torch.is_grad_enabled():
-        found: Tensor = _Wide.apply(tokens_BT, weight_VD)
+    is_wide_kernel = weight_VD.is_cuda and tokens_BT.numel() > MAX_BFLOAT16_SUM
+    if is_narrow and not is_wide_kernel and weight_VD.requires_grad and torch.is_grad_enabled():
+        found: Tensor = _Float32SumEmbedding.apply(tokens_BT, weight_VD)
         return found
     return F.embedding(tokens_BT, weight_VD)
 
 
-class _Wide(torch.autograd.Function):
+class _Float32SumEmbedding(torch.autograd.Function):
     """Embedding lookup whose gradient is a float32 sum, rounded once."""
 
     @staticmethod
@@ -55,19 +55,19 @@ class _Wide(torch.autograd.Function):
         return None, sum_by_token(tokens_BT.flatten(), d_out[0].flatten(0, -2), ctx.vocab_size)
 
 
-def sum_by_token(tokens_N: Tensor, d_ND: Tensor, vocab_size: int) -> Tensor:
+def sum_by_token(tokens_P: Tensor, d_PD: Tensor, vocab_size: int) -> Tensor:
     """Return the sum [V, D] of each token's rows of ``d``, taken in float32 and rounded once.
 
     On a CPU a float32 [V, D] would take longer to get than the sums: there each token is summed
     where one of its occurrences stands, so that the others add zero to that.
     """
-    if tokens_N.is_cuda:
+    if tokens_P.is_cuda:
         kernel = torch.ops.aten.embedding_dense_backward
-        wide_VD: Tensor = kernel(d_ND.float(), tokens_N, vocab_size, -1, False)
-        return wide_VD.to(d_ND.dtype)
-    chosen_V = tokens_N.new_zeros(vocab_size)
-    chosen_V[tokens_N] = torch.arange(len(tokens_N), device=tokens_N.device)
-    sums_ND = torch.zeros_like(d_ND, dtype=torch.float32)
-    sums_ND.index_add_(0, chosen_V[tokens_N], d_ND.float())
-    found_VD = d_ND.new_zeros(vocab_size, d_ND.shape[-1])
-    return found_VD.index_add_(0, tokens_N, sums_ND.to(d_ND.dtype))
+        wide_VD: Tensor = kernel(d_PD.float(), tokens_P, vocab_size, -1, False)
+        return wide_VD.to(d_PD.dtype)
+    chosen_V = tokens_P.new_zeros(vocab_size)
+    chosen_V[tokens_P] = torch.arange(len(tokens_P), device=tokens_P.device)
+    sums_PD = torch.zeros_like(d_PD, dtype=torch.float32)
+    sums_PD.index_add_(0, chosen_V[tokens_P], d_PD.float())
+    found_VD = d_PD.new_zeros(vocab_size, d_PD.shape[-1])
+    return found_VD.index_add_(0, tokens_P, sums_PD.to(d_PD.dtype))

@@ -20,7 +20,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", steps.round().clamp(-127, 127).to(torch.int8))
         self.register_buffer("scale", scale)
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix [out, in] that int8 and scale represent, rounded once to ``dtype``."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return (self.weight.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
@@ -28,5 +28,5 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in x's precision."""
         if x.dtype == torch.float16:  # sums without their scale could leave its range
-            return F.linear(x, self.dequantised(x.dtype))
+            return F.linear(x, self.dequantize(x.dtype))
         return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)

@@ -18,7 +18,7 @@ from .embedding import Embedding
 from .int8_linear import Int8Linear
 from .kv_cache import Cache, LayerCache, StaticCache, StaticLayerCache
 from .masks import default_mask
-from .rope import Tables, apply_rope, rope_tables
+from .rope import RopeTables, apply_rope, rope_tables
 
 Trace = Callable[[str, Tensor], None]
 
@@ -44,7 +44,7 @@ class Attention(nn.Module):
     def forward(
         self,
         h_BTD: Tensor,
-        tables: Tables,
+        tables: RopeTables,
         mask: Tensor | None,
         is_causal: bool,
         past: LayerCache | StaticLayerCache | None,
@@ -112,7 +112,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        tables: Tables,
+        tables: RopeTables,
         mask: Tensor | None,
         is_causal: bool,
         past: LayerCache | StaticLayerCache | None,
@@ -202,7 +202,7 @@ class Llama(nn.Module):
         if self.config.tie_embeddings:
             return embedding
         if isinstance(self.lm_head, Int8Linear):
-            return self.lm_head.dequantised(embedding.dtype)
+            return self.lm_head.dequantize(embedding.dtype)
         return self.lm_head.weight
 
     def forward(

@@ -1,7 +1,7 @@
 """Attention masks: causal, with padding on the left, and one document at a time.
 
 A mask is a bool tensor, True where a query may attend to a key. (The Triton kernel ``attend`` of
-kernels/decode.py applies ``padded_mask`` by itself.)
+kernels/decode.py applies ``left_padded_causal_mask`` by itself.)
 Suffixes: B batch, T query position, S key position (cache column).
 """
 
@@ -26,7 +26,7 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
     return ones.tril(n_keys - n_queries)
 
 
-def padded_mask(columns_S: Tensor, queries_T: Tensor, padding_B1: Tensor) -> Tensor:
+def left_padded_causal_mask(columns_S: Tensor, queries_T: Tensor, padding_B1: Tensor) -> Tensor:
     """Return the causal mask [B, T, S] of rows whose first ``padding`` columns are padding.
 
     ``columns_S`` are the cache's columns, ``queries_T`` those of the queries. A padding

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 
-Tables = tuple[Tensor, Tensor]  # cos and sin, each [B, T, 1, K / 2]
+RopeTables = tuple[Tensor, Tensor]  # cos and sin, each [B, T, 1, K / 2]
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device | None = None) ->
     return torch.lerp(frequencies / config.rope_factor, frequencies, unscaled)
 
 
-def rope_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tables:
+def rope_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> RopeTables:
     """Return cos and sin of every rotation angle, each [B, T, 1, K / 2] (Su et al. 2021, eq. 15).
 
     Computed in float64 and rounded once, to float32 unless the model itself is float64:
@@ -44,7 +44,7 @@ def rope_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -
     return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
 
 
-def apply_rope(x_BTHK: Tensor, tables: Tables) -> Tensor:
+def apply_rope(x_BTHK: Tensor, tables: RopeTables) -> Tensor:
     """Return ``x`` [B, T, H, K] with each pair (i, i + K / 2) rotated, in the tables' precision."""
     cos, sin = tables
     first, second = x_BTHK.to(cos.dtype).chunk(2, dim=-1)

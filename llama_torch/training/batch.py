@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model.loss import IGNORE
+from ..model.loss import IGNORE_INDEX
 from ..model.masks import document_mask
 from ..tokenizer.gpt2 import END_OF_TEXT_ID
 
@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     """One micro-batch; positions and mask are Llama.forward's."""
 
     tokens: Tensor  # int64 [B, T]
-    targets: Tensor  # int64 [B, T], IGNORE where the loss leaves the target out
+    targets: Tensor  # int64 [B, T], IGNORE_INDEX where the loss leaves the target out
     positions: Tensor | None = None  # int64 [B, T]
     mask: Tensor | None = None  # bool [B, T, T]
 
@@ -39,8 +39,8 @@ def pack_documents(window: Tensor, eos_id: int = END_OF_TEXT_ID) -> Batch:
 
     A document ends with ``eos_id``, which belongs to it. Positions count from 0 in each document,
     and a token attends to its own document up to itself, so each document (or its part in the
-    window) gives the logits it gives alone. The target after ``eos_id`` is IGNORE: it is the first
-    token of another document.
+    window) gives the logits it gives alone. The target after ``eos_id`` is IGNORE_INDEX: it is the
+    first token of another document.
     """
     tokens_BT, targets_BT = window[:, :-1], window[:, 1:]
     is_end = tokens_BT == eos_id
@@ -49,5 +49,5 @@ def pack_documents(window: Tensor, eos_id: int = END_OF_TEXT_ID) -> Batch:
     is_start = torch.ones_like(is_end)
     is_start[:, 1:] = is_end[:, :-1]
     document_start_BT = (index_T * is_start).cummax(1).values
-    targets_BT = targets_BT.masked_fill(is_end, IGNORE)
+    targets_BT = targets_BT.masked_fill(is_end, IGNORE_INDEX)
     return Batch(tokens_BT, targets_BT, index_T - document_start_BT, document_mask(document_BT))

@@ -15,12 +15,12 @@ from . import periodic
 from .bad_steps import BadSteps
 from .optimizer import learning_rate
 from .periodic import Periodic, StepResult
+from .profiler import profiling
 from .progress import NullProgress, Progress, open_progress
 from .saver import Saver, make_saver
 from .setup import Run, setup
 from .signals import Stop, Stopped, signals
 from .step import train_step
-from .trace import tracing
 from .validate import Validation
 
 
@@ -119,9 +119,9 @@ def periodic_actions(
     config, out = run.config, Path(run.config.out)
     raise_if_bad = bad_steps.raise_if_bad
     is_main_process = run.parallel.is_main_process
-    trace = partial(tracing, out, config.steps, progress.print_line)
+    profile = partial(profiling, out, config.steps, progress.print_line)
     profiled = (
-        [Periodic(1, exit_stack.enter_context(trace()))]
+        [Periodic(1, exit_stack.enter_context(profile()))]
         if config.profile and is_main_process
         else []
     )

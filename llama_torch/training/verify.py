@@ -33,7 +33,7 @@ from ..checkpoint.hf import MODEL_FILE
 from ..common.errors import InputError
 from ..model.config import ModelConfig
 from ..model.llama import Llama
-from ..model.loss import IGNORE, count_valid
+from ..model.loss import IGNORE_INDEX, count_valid
 from . import step
 from .batch import Batch
 from .error_bounds import BoundedError, Observed, bound_errors, worst_of_each
@@ -79,7 +79,7 @@ def pick(batches: Sequence[Batch]) -> list[Batch]:
     """Return a step's first micro-batches, with no targets but those that PARTS keeps."""
     picked = []
     for batch, (rows, length) in zip(batches, PARTS, strict=False):
-        targets = torch.full_like(batch.targets, IGNORE)
+        targets = torch.full_like(batch.targets, IGNORE_INDEX)
         targets[:rows, :length] = batch.targets[:rows, :length]
         if not count_valid(targets):  # without a valid target, the tokens are the targets
             targets[:rows, :length] = batch.tokens[:rows, :length]

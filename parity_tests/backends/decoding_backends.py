@@ -15,7 +15,7 @@ import torch
 from llama_torch.inference.config import Decoding
 from llama_torch.inference.cuda_graph import GraphStep
 from llama_torch.inference.numpy_step import NumpyStep
-from llama_torch.inference.quantization import dequantised, quantize
+from llama_torch.inference.quantization import dequantize, quantize
 from llama_torch.inference.step_inputs import StepInputs
 from llama_torch.model.kv_cache import StaticCache
 from llama_torch.model.llama import Llama
@@ -44,7 +44,7 @@ class Static(Torch):
     def _held(self, config: LlamaConfig, params: Params) -> Params:
         # On the CPU, so that the GPU's quantisation is held to it.
         model = quantize(Torch()._model(config, params))
-        return {name: value.numpy() for name, value in dequantised(model).items()}
+        return {name: value.numpy() for name, value in dequantize(model).items()}
 
     def _before(self, model: Llama, tokens: Array, cache: StaticCache | None) -> StaticCache:
         weight, length = model.model.embed_tokens.weight, 0 if cache is None else cache.length
@@ -137,15 +137,15 @@ class Kernels(Stepwise):
             return torch.from_numpy(np.array(array)).to(self.device)
 
         inputs = StepInputs(len(tokens), own_cache.size, 1, self.device)
-        inputs.allowed.fill_(False)
-        step = kind(model, own_cache, inputs, inputs.allowed, int(positions.max()) + 1)
-        step.refresh()
+        inputs.key_mask.fill_(False)
+        step = kind(model, own_cache, inputs, inputs.key_mask, int(positions.max()) + 1)
+        step.copy_weights()
         found = []
         for t in range(tokens.shape[1]):
-            inputs.token.copy_(put(tokens[:, t : t + 1]))
-            inputs.position.copy_(put(positions[:, t : t + 1]))
-            inputs.column.fill_(own_cache.length + t)
-            inputs.allowed[:, : mask.shape[2]] = put(mask[:, t])
+            inputs.tokens.copy_(put(tokens[:, t : t + 1]))
+            inputs.positions.copy_(put(positions[:, t : t + 1]))
+            inputs.cache_position.fill_(own_cache.length + t)
+            inputs.key_mask[:, : mask.shape[2]] = put(mask[:, t])
             found.append(step.launch().clone())
         return torch.cat(found, dim=1)
 
@@ -187,7 +187,7 @@ class Graph(Stepwise):
         step.begin(pads.tolist())
         found = []
         for t in range(tokens.shape[1]):
-            step.inputs.position.copy_(torch.from_numpy(positions[:, t : t + 1].copy()))
+            step.inputs.positions.copy_(torch.from_numpy(positions[:, t : t + 1].copy()))
             found.append(
                 step.replay(torch.from_numpy(tokens[:, t : t + 1]).to(self.device)).clone()
             )

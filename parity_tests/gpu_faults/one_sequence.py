@@ -194,7 +194,7 @@ ONE_SEQUENCE = (
         "norms copied once",
         TRITON_STEP,
         "        if self.planes > 1:\n            weights = ",
-        "        if self.planes > 1 and not self.in_planes.any():\n            weights = ",
+        "        if self.planes > 1 and not self.norms_in_planes.any():\n            weights = ",
         "int8: norms that changed since the capture are not seen",
         "changed_in_place and kernels",
         only_gpu=True,

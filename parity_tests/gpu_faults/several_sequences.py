@@ -74,8 +74,8 @@ SEVERAL = (
     Fault(
         "rows beyond the tensor cores' least",
         TRITON_BATCH_STEP,
-        "self.padded = power(max(self.rows, 16))",
-        "self.padded = 16",
+        "self.padded_rows = next_power_of_2(max(self.rows, 16))",
+        "self.padded_rows = 16",
         "rows from 16 on are not computed",
         "several and leftovers and float64",
     ),

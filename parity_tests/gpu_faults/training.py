@@ -81,8 +81,8 @@ TRAINING = (
     Fault(
         "aligned vocabulary counted",
         LOSS,
-        "kernel.differentiate(logits_NV, targets_N, vocab_size, scale, z_loss)",
-        "kernel.differentiate(logits_NV, targets_N, logits_NV.shape[1], scale, z_loss)",
+        "kernel.differentiate(logits_PV, targets_P, vocab_size, scale, z_loss)",
+        "kernel.differentiate(logits_PV, targets_P, logits_PV.shape[1], scale, z_loss)",
         "rows of zeros behind the head have probability",
         "pieces",
         only_gpu=True,

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from llama_torch.common.errors import InputError
 from llama_torch.inference.config import Decoding, SamplingConfig
 from llama_torch.inference.cuda_graph import GraphStep, GraphStore
-from llama_torch.inference.engine import DecodeBatch, generate, run
-from llama_torch.inference.quantization import dequantised, quantize
+from llama_torch.inference.engine import DecodeBatch, generate, generate_tokens
+from llama_torch.inference.quantization import dequantize, quantize
 from llama_torch.inference.speculative import speculative_batch
 from llama_torch.model.config import ModelConfig
 from llama_torch.training.bad_steps import BadSteps, largest_loss
@@ -98,7 +98,7 @@ def test_rows_in_a_graph_end_when_they_like(mode: Decoding, case: Case) -> None:
     each = [SamplingConfig(n, temperature=0) for n in (3, 12, 7)]
     alone = [list(generate(model, *row)) for row in zip(prompts, each, strict=True)]
     found: tuple[list[int], ...] = ([], [], [])
-    for token in run(DecodeBatch(model, prompts, each, decoding=mode)):
+    for token in generate_tokens(DecodeBatch(model, prompts, each, decoding=mode)):
         found[token.row].append(token.id)
     assert list(found) == alone
 
@@ -108,7 +108,7 @@ def test_rows_in_a_graph_end_when_they_like(mode: Decoding, case: Case) -> None:
 def test_int8_rows_on_tensor_cores(case: Case) -> None:
     """In bfloat16 the kernels err about as much as the model's own products, or less."""
     model = torch_model(case.config, cast(case.params, np.float64)).cuda().bfloat16()
-    weights = {name: w.cpu().numpy() for name, w in dequantised(quantize(model)).items()}
+    weights = {name: w.cpu().numpy() for name, w in dequantize(quantize(model)).items()}
     tokens = torch.from_numpy(np.stack([np.roll(case.tokens[0], i) for i in range(3)])).cuda()
     exact = torch_model(case.config, weights)(tokens.cpu())[0].cuda()
     errors = {}
@@ -130,7 +130,7 @@ def test_guesses_change_nothing(mode: Decoding, case: Case) -> None:
         draft.model.norm.weight.mul_(torch.linspace(0.5, 1.5, case.config.dim).cuda())
     prompt, settings = case.tokens[0, :3].tolist(), SamplingConfig(40, temperature=0)
     batch = speculative_batch(model, draft, prompt, settings, decoding=mode)
-    found = [token.id for token in run(batch)]
+    found = [token.id for token in generate_tokens(batch)]
     assert found == list(generate(model, prompt, settings, decoding="eager"))
 
 

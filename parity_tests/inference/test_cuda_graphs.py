@@ -14,8 +14,8 @@ import torch
 from llama_torch.common.errors import InputError
 from llama_torch.inference import cuda_graph, decoding
 from llama_torch.inference.config import Decoding, SamplingConfig
-from llama_torch.inference.cuda_graph import KEPT, GraphStep, GraphStore
-from llama_torch.inference.engine import DecodeBatch, generate, run
+from llama_torch.inference.cuda_graph import MAX_GRAPHS, GraphStep, GraphStore
+from llama_torch.inference.engine import DecodeBatch, generate, generate_tokens
 from llama_torch.inference.quantization import quantize
 from llama_torch.inference.speculative import speculative_batch
 from llama_torch.model.llama import Llama
@@ -29,7 +29,7 @@ from ..support import recorded_graphs
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CONFIG = LlamaConfig(16, 1, 4, 2, 8, 24, 40, max_seq_len=1024)
-ROUND = cuda_graph.ROUND if ON_GPU else 32  # columns cost a CPU time
+CACHE_MULTIPLE = cuda_graph.CACHE_MULTIPLE if ON_GPU else 32  # columns cost a CPU time
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device here")
 modes = pytest.mark.parametrize("mode", ["graph", pytest.param("kernels", marks=needs_gpu)])
@@ -41,7 +41,7 @@ def _recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     if ON_GPU:
         return
     recorded_graphs.install(monkeypatch)
-    monkeypatch.setattr(cuda_graph, "ROUND", ROUND)
+    monkeypatch.setattr(cuda_graph, "CACHE_MULTIPLE", CACHE_MULTIPLE)
     monkeypatch.setattr(decoding, "choose_mode", lambda mode, *_: mode)
     monkeypatch.setattr(DecodeBatch, "_read_ahead", lambda batch, results: results.tolist())
 
@@ -109,20 +109,22 @@ def test_two_models_alternate(mode: Decoding) -> None:
 
 
 @modes
-@pytest.mark.parametrize("n_columns", [ROUND - 1, ROUND, ROUND + 1, 2 * ROUND])
+@pytest.mark.parametrize(
+    "n_columns", [CACHE_MULTIPLE - 1, CACHE_MULTIPLE, CACHE_MULTIPLE + 1, 2 * CACHE_MULTIPLE]
+)
 def test_a_request_may_fill_its_room_to_the_last_column(mode: Decoding, n_columns: int) -> None:
     model, prompt = make_model(), [1, 2, 3]
     require_the_eager_tokens(model, prompt, n_columns - len(prompt), mode)
-    assert steps_of(model)[0].cache.size == -(-n_columns // ROUND) * ROUND
+    assert steps_of(model)[0].cache.size == -(-n_columns // CACHE_MULTIPLE) * CACHE_MULTIPLE
 
 
 @modes
 def test_room_grows_and_the_least_recent_step_is_dropped(mode: Decoding) -> None:
     model, prompt = make_model(), [1, 2, 3]
     for rounds, kept in ((1, [1]), (2, [1, 2]), (1, [2, 1]), (2, [1, 2]), (3, [2, 3]), (1, [3, 1])):
-        require_the_eager_tokens(model, prompt, rounds * ROUND - 9, mode)
-        assert len(kept) <= KEPT
-        assert [step.cache.size for step in steps_of(model)] == [n * ROUND for n in kept]
+        require_the_eager_tokens(model, prompt, rounds * CACHE_MULTIPLE - 9, mode)
+        assert len(kept) <= MAX_GRAPHS
+        assert [step.cache.size for step in steps_of(model)] == [n * CACHE_MULTIPLE for n in kept]
 
 
 @modes
@@ -131,7 +133,7 @@ def test_more_and_fewer_rows_have_steps_of_their_own(mode: Decoding) -> None:
     expected = greedy(model, prompt, 12, "eager")
     for n_rows in (1, 2, 1, 3):
         found = [[] for _ in range(n_rows)]
-        for token in run(batch_of(model, [prompt] * n_rows, mode)):
+        for token in generate_tokens(batch_of(model, [prompt] * n_rows, mode)):
             found[token.row].append(token.id)
         assert found == [expected] * n_rows
 
@@ -143,7 +145,7 @@ def test_padding_is_the_present_requests(mode: Decoding) -> None:
     for lengths in ((4, 4), (4, 1), (2, 6), (4, 4)):
         prompts = [list(range(i + 1, i + 1 + n)) for i, n in enumerate(lengths)]
         found: tuple[list[int], ...] = ([], [])
-        for token in run(batch_of(model, prompts, mode)):
+        for token in generate_tokens(batch_of(model, prompts, mode)):
             found[token.row].append(token.id)
         assert list(found) == [greedy(model, prompt, 12, "eager") for prompt in prompts]
     assert len(steps_of(model)) == 1
@@ -201,7 +203,7 @@ def test_a_step_of_several_tokens_is_not_taken_for_one_of_one() -> None:
     for _ in range(2):
         graphs = store_of(model)
         guessing = speculative_batch(model, draft, prompt, GREEDY, decoding="graph", graphs=graphs)
-        assert [token.id for token in run(guessing)] == expected
+        assert [token.id for token in generate_tokens(guessing)] == expected
         assert greedy(model, prompt, 12, "graph") == expected
 
 
@@ -261,6 +263,6 @@ def test_without_a_store_every_request_has_a_step_of_its_own() -> None:
     model, found = make_model(), []
     for _ in range(2):
         batch = DecodeBatch(model, [[1, 2, 3]], [GREEDY], decoding="graph")
-        found.append((batch.step, [token.id for token in run(batch)]))
+        found.append((batch.step, [token.id for token in generate_tokens(batch)]))
     assert found[0][0] is not found[1][0]
     assert [ids for _, ids in found] == [greedy(model, [1, 2, 3], 12, "eager")] * 2

@@ -15,7 +15,7 @@ from llama_torch.common.errors import InputError
 from llama_torch.inference import decoding, numpy_step
 from llama_torch.inference.config import SamplingConfig
 from llama_torch.inference.eager_step import EagerStep
-from llama_torch.inference.engine import DecodeBatch, generate, run
+from llama_torch.inference.engine import DecodeBatch, generate, generate_tokens
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from reference_np import sampling
@@ -36,7 +36,7 @@ def together(
 ) -> list[list[int]]:
     """Continue rows in one batch; each ends after its own number of tokens."""
     found = [[] for _ in prompts]
-    for token in run(DecodeBatch(model, prompts, each, chunk)):
+    for token in generate_tokens(DecodeBatch(model, prompts, each, chunk)):
         found[token.row].append(token.id)
     return found
 
@@ -141,7 +141,10 @@ def test_limits(small: Llama) -> None:
     long = dataclasses.replace(GREEDY, max_new_tokens=100)
     assert len(list(generate(small, [1] * 9, long))) == 3  # the context holds 12
     assert len(list(generate(small, [1] * 11, long))) == 1
-    filled = [t.last for t in run(DecodeBatch(small, [[1] * 9], [SamplingConfig(3)]))]
+    filled = [
+        t.reached_length_limit
+        for t in generate_tokens(DecodeBatch(small, [[1] * 9], [SamplingConfig(3)]))
+    ]
     assert filled == [False, False, True]
     assert len(list(generate(small, [1], dataclasses.replace(GREEDY, max_new_tokens=2)))) == 2
     (first, *_) = generate(small, [1], GREEDY)

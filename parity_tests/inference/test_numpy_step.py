@@ -60,7 +60,7 @@ def test_steps_after_a_prefill(dtype: str, data: st.DataObject) -> None:
     low = cast(case.params, dtype)
     # A product in shares of rows must be the same, whatever the number of rows.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numpy_step, "SPLIT_FROM", data.draw(st.sampled_from([0, 2**24])))
+        patch.setattr(numpy_step, "MIN_SPLIT_BYTES", data.draw(st.sampled_from([0, 2**24])))
         patch.setattr(torch, "get_num_threads", lambda: 3)
 
         def run(backend: Any, params: Params = low) -> Outputs:

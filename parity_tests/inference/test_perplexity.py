@@ -15,7 +15,7 @@ from llama_torch.inference import perplexity
 from llama_torch.inference.perplexity import Measurement, evaluate, spans
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
-from llama_torch.model.loss import IGNORE
+from llama_torch.model.loss import IGNORE_INDEX
 from llama_torch.tokenizer.tokenizer import Gpt2, Tokenizer
 from reference_np import model as oracle
 from reference_np.config import LlamaConfig
@@ -127,7 +127,7 @@ def test_each_token_is_scored_in_its_own_window(
     assert found.nats == pytest.approx(math.fsum(expected), rel=1e-10)
     for start, begin, end in spans(len(ids), 1, context, stride):
         tokens, targets = torch.tensor(ids[start : end - 1]), torch.tensor(ids[start + 1 : end])
-        targets[: begin - start - 1] = IGNORE
+        targets[: begin - start - 1] = IGNORE_INDEX
         loss = perplexity.nll(model, tokens[None], targets[None])
         assert loss == pytest.approx(math.fsum(expected[begin - 1 : end - 1]), rel=1e-10)
 
@@ -164,7 +164,7 @@ def test_more_windows_than_are_held_at_once() -> None:
         evaluate(model, Letters(), [text] * 2, context=8, stride=1, batch_size=size)
         for size in (1, 500)
     )
-    assert few.tokens == many.tokens == 2 * len(text) > perplexity.POOL
+    assert few.tokens == many.tokens == 2 * len(text) > perplexity.POOL_BATCHES
     assert few.nats == pytest.approx(many.nats, rel=1e-10)
 
 

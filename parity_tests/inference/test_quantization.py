@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_torch.inference.perplexity import evaluate
-from llama_torch.inference.quantization import dequantised, quantize
+from llama_torch.inference.quantization import dequantize, quantize
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.int8_linear import Int8Linear
 from llama_torch.model.llama import Llama
@@ -61,7 +61,7 @@ def test_a_quantised_model_has_the_checkpoints_names(case: Case) -> None:
     """Norms, the embedding and a head tied to it are as they were; no other matrix is left."""
     model = torch_model(case.config, cast(case.params, np.float64))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    after = dequantised(quantize(model))
+    after = dequantize(quantize(model))
     assert after.keys() == before.keys()
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if "norm" in name or "embed" in name}

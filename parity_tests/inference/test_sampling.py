@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from llama_torch.common.errors import InputError
 from llama_torch.inference.config import SamplingConfig
-from llama_torch.inference.sampling import Settings, draw, penalize, token_probabilities
+from llama_torch.inference.sampling import SamplingTensors, draw, penalize, token_probabilities
 from reference_np import sampling as oracle
 
 from ..conformance.strategies import Array
@@ -48,7 +48,7 @@ def test_every_row_has_the_oracles_distribution(rows: list[Array], data: st.Data
     each = [data.draw(settings, label="settings") for _ in rows]
     shape = len(rows), len(rows[0])
     seen = np.random.default_rng(data.draw(st.integers(0, 99), label="seen")).random(shape) < 0.3
-    tensors = Settings.of(each, CPU)
+    tensors = SamplingTensors.from_configs(each, CPU)
     logits = torch.from_numpy(np.stack(rows))
     logits = penalize(logits, torch.from_numpy(seen), tensors.repetition_penalty)
     found = token_probabilities(logits, tensors).numpy()
@@ -94,7 +94,7 @@ def test_all_means_all_and_tiny_temperatures_are_greedy() -> None:
     logits = 3 * torch.randn(1, 50257, generator=torch.Generator().manual_seed(0))
     for temperature, kept in ((1.0, 50257), (1e-45, 1), (1e-300, 1), (1e-310, 1)):
         row = SamplingConfig(temperature=temperature, top_p=1.0)
-        probs = token_probabilities(logits, Settings.of([row], CPU))[0]
+        probs = token_probabilities(logits, SamplingTensors.from_configs([row], CPU))[0]
         assert (probs > 0).sum() == kept
         assert probs.argmax() == logits[0].argmax()
 
@@ -117,7 +117,9 @@ def test_a_share_that_is_reached_exactly(
     logits: list[float], row: dict[str, Any], kept: int
 ) -> None:
     settings = SamplingConfig(temperature=1.0, **row)
-    found = token_probabilities(torch.tensor([logits]), Settings.of([settings], CPU))[0]
+    found = token_probabilities(
+        torch.tensor([logits]), SamplingTensors.from_configs([settings], CPU)
+    )[0]
     assert (found > 0).tolist() == [i < kept for i in range(len(logits))]
     right = oracle.token_probabilities(np.array(logits, np.float32), 1.0, **row)
     np.testing.assert_allclose(found, right, rtol=1e-12)
@@ -148,7 +150,9 @@ def test_draws_follow_the_distribution() -> None:
     logits = np.linspace(-2, 1, 12)
     right = oracle.token_probabilities(logits, temperature=0.9)
     row = SamplingConfig(temperature=0.9, top_p=1.0)
-    probs = token_probabilities(torch.from_numpy(logits)[None], Settings.of([row], CPU))
+    probs = token_probabilities(
+        torch.from_numpy(logits)[None], SamplingTensors.from_configs([row], CPU)
+    )
     n = 20_000
     uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     counts = np.bincount(draw(probs.expand(n, -1), uniform).numpy(), minlength=12)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llama_torch.common.errors import InputError
 from llama_torch.inference.config import SamplingConfig
-from llama_torch.inference.engine import DecodeBatch, generate, run
+from llama_torch.inference.engine import DecodeBatch, generate, generate_tokens
 from llama_torch.inference.speculative import speculative_batch
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
@@ -22,18 +22,18 @@ pytestmark = pytest.mark.numeric
 
 
 def written(batch: DecodeBatch) -> list[int]:
-    return [token.id for token in run(batch)]
+    return [token.id for token in generate_tokens(batch)]
 
 
 @given(
     case=wide_cases(),
     kind=st.sampled_from(["the model", "another", "nearly the model"]),
-    n_guesses=st.integers(1, 6),
+    n_draft_tokens=st.integers(1, 6),
     temperature=st.sampled_from([0.0, 0.9]),
     penalty=st.sampled_from([1.0, 1.3]),
 )
 def test_the_tokens_are_the_plain_ones(
-    case: Case, kind: str, n_guesses: int, temperature: float, penalty: float
+    case: Case, kind: str, n_draft_tokens: int, temperature: float, penalty: float
 ) -> None:
     params = cast(case.params, np.float64)
     model = torch_model(case.config, params)
@@ -44,22 +44,25 @@ def test_the_tokens_are_the_plain_ones(
     prompt = case.tokens[0, :3].tolist()
     settings = SamplingConfig(12, temperature, repetition_penalty=penalty, seed=3)
     plain = list(generate(model, prompt, settings))
-    assert written(speculative_batch(model, draft, prompt, settings, n_guesses=n_guesses)) == plain
+    assert (
+        written(speculative_batch(model, draft, prompt, settings, n_draft_tokens=n_draft_tokens))
+        == plain
+    )
 
 
-@given(case=wide_cases(), n_guesses=st.integers(1, 6))
-def test_right_guesses_save_passes(case: Case, n_guesses: int) -> None:
+@given(case=wide_cases(), n_draft_tokens=st.integers(1, 6))
+def test_right_guesses_save_passes(case: Case, n_draft_tokens: int) -> None:
     """A draft that is the model itself is always right: a pass for every n + 1 tokens."""
     params = cast(case.params, np.float64)
     model, draft = (torch_model(case.config, params) for _ in range(2))
     settings = SamplingConfig(12, temperature=0)
     batch = speculative_batch(
-        model, draft, case.tokens[0, :3].tolist(), settings, n_guesses=n_guesses
+        model, draft, case.tokens[0, :3].tolist(), settings, n_draft_tokens=n_draft_tokens
     )
     with patch.object(model.model, "forward", wraps=model.model.forward) as passes:
         tokens = written(batch)
     # The first token needs none but the prompt's own pass.
-    assert passes.call_count == 1 + -(-(len(tokens) - 1) // (n_guesses + 1))
+    assert passes.call_count == 1 + -(-(len(tokens) - 1) // (n_draft_tokens + 1))
 
 
 def test_a_draft_of_another_vocabulary_is_refused() -> None:

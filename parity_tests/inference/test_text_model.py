@@ -176,7 +176,7 @@ def test_every_argument_reaches_its_setting(
     }
     found = []
     model = load(model_dir)
-    monkeypatch.setattr(model, "_writer", lambda ids, settings: found.append(settings))
+    monkeypatch.setattr(model, "_builder", lambda ids, settings: found.append(settings))
     with pytest.raises(AttributeError):  # nothing is written
         list(getattr(model, name)("The", **given))
     assert found == [SamplingConfig(**given)]

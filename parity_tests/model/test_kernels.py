@@ -169,18 +169,18 @@ def test_attention_joins_its_shares_of_many_keys(
 
     One step serves all lengths: what an earlier call left behind must not be met again.
     """
-    from llama_torch.inference.triton_step import KEYS, TritonBuffers
+    from llama_torch.inference.triton_step import KEYS_PER_BLOCK, TritonBuffers
 
-    size = 9 * KEYS
+    size = 9 * KEYS_PER_BLOCK
     model = torch_model(config, random_params(config, 0)).to(DEVICE)
     cache = StaticCache(model.config, rows, size, torch.float64, DEVICE)
     inputs = StepInputs(rows, size, 1, DEVICE)
-    allowed, programs = inputs.allowed, shares * rows * config.n_heads
+    allowed, programs = inputs.key_mask, shares * rows * config.n_heads
     buffers = TritonBuffers(model, cache, inputs, allowed if masked else None, 0, programs)
     mixed = torch.zeros_like(buffers.q)
-    assert buffers.shares == shares
+    assert buffers.n_splits == shares
     rng = np.random.default_rng(3)
-    for length in (1, KEYS, KEYS + 1, 5 * KEYS - 1, size - 1, size):
+    for length in (1, KEYS_PER_BLOCK, KEYS_PER_BLOCK + 1, 5 * KEYS_PER_BLOCK - 1, size - 1, size):
         for scale, offset in ((1.0, 0.0), (3000.0, 0.0), (1.0, -1e4)):
             case = attention_case(rng, config, rows, length, masked, scale, offset)
             for room, values in ((cache.keys, case.keys), (cache.values, case.values)):
@@ -189,7 +189,7 @@ def test_attention_joins_its_shares_of_many_keys(
             allowed.zero_()
             allowed[:, :length] = torch.from_numpy(case.allowed)
             buffers.q.copy_(torch.from_numpy(case.q).flatten(1))
-            inputs.column.fill_(length - 1)
+            inputs.cache_position.fill_(length - 1)
             buffers.attend(0, mixed)
             found = mixed.view(case.expected.shape).cpu().numpy()
             assert logic_error(found, case.expected) <= LOGIC, (length, scale, offset)
@@ -243,7 +243,7 @@ def test_logits_become_their_derivative_in_one_kernel(
     targets = torch.from_numpy(rng.integers(0, vocab_size, rows))
     borders = [i for i in (0, 4095, 4096, vocab_size - 1) if i < vocab_size]
     targets[: len(borders)] = torch.tensor(borders)
-    targets[8:10] = loss.IGNORE
+    targets[8:10] = loss.IGNORE_INDEX
     for z_loss in (0.0, 0.1):
         logits = torch.from_numpy(drawn).to(DEVICE, dtype)
         exact = logits[:, :vocab_size].double().cpu().requires_grad_()
@@ -280,7 +280,7 @@ def test_a_loss_in_pieces_has_float64s_gradients(
     hidden = (torch.randn(2, 45, 24, generator=draw) / 5).bfloat16()  # logits near one
     head = torch.randn(vocab_size, 24, generator=draw).bfloat16()
     targets = torch.randint(vocab_size, (2, 45), generator=draw)
-    targets[0, 3:30] = loss.IGNORE
+    targets[0, 3:30] = loss.IGNORE_INDEX
     exact = [x.double().requires_grad_() for x in (hidden, head)]
     expected = loss.loss_sum(*exact, targets, z_loss=1e-2) / 50
     expected.backward()

@@ -14,7 +14,7 @@ from llama_torch.model import loss
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.embedding import embed
 from llama_torch.model.llama import Llama
-from llama_torch.model.loss import IGNORE
+from llama_torch.model.loss import IGNORE_INDEX
 from llama_torch.training import step
 from llama_torch.training.batch import Batch, pack_documents, to_batch
 from reference_np.naming import EMBED, LM_HEAD
@@ -44,7 +44,7 @@ def padded(window: Tensor) -> Batch:
     is_text = place >= width
     mask = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril() & is_text[:, None]
     mask |= torch.eye(CONTEXT, dtype=torch.bool)
-    targets = targets.masked_fill(~is_text, IGNORE)
+    targets = targets.masked_fill(~is_text, IGNORE_INDEX)
     return Batch(tokens * is_text, targets, (place - width).clamp(min=0), mask)
 
 
@@ -90,7 +90,7 @@ def head_sum(model: Llama, hidden: Tensor, targets: Tensor) -> Tensor:
     """Return the gradient of the head in float64, from the normed stream as it is."""
     head = model.head_weight.detach().double().requires_grad_()
     logits = hidden.detach().double().flatten(0, 1) @ head.T
-    F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE).backward()
+    F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX).backward()
     assert head.grad is not None
     return head.grad
 

@@ -100,7 +100,7 @@ def test_the_loss_reads_nothing_beyond_the_vocabulary(
 ) -> None:
     """27 rows of 274 logits: of such shapes oneDNN's product on AMX reads the columns between."""
     monkeypatch.setattr(loss, "CHUNK_BYTES", n_bytes)
-    loss._kept.cache_clear()
+    loss._cached_buffer.cache_clear()
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 27, 95, generator=generator).to(dtype).requires_grad_()
     head = torch.randn(274, 95, generator=generator).to(dtype).requires_grad_()
@@ -111,4 +111,4 @@ def test_the_loss_reads_nothing_beyond_the_vocabulary(
     assert head.grad is not None
     assert hidden.grad.isfinite().all()
     assert head.grad.isfinite().all()
-    loss._kept.cache_clear()
+    loss._cached_buffer.cache_clear()

@@ -34,7 +34,14 @@ class Recording:
 def memory_of(step: GraphStep) -> list[tuple[int, torch.dtype, torch.Size]]:
     """Return address, dtype and shape of every tensor that a step reads or writes."""
     model, cache, own = step.model, step.cache, step.inputs
-    inputs = own.token, own.position, own.column, own.columns, own.padding, own.allowed
+    inputs = (
+        own.tokens,
+        own.positions,
+        own.cache_position,
+        own.key_positions,
+        own.padding,
+        own.key_mask,
+    )
     tensors = (*model.parameters(), *model.buffers(), cache.keys, cache.values, *inputs)
     return [(x.data_ptr(), x.dtype, x.shape) for x in tensors]
 

@@ -96,7 +96,7 @@ def test_logits_become_their_derivative(
     expected = torch.nn.functional.cross_entropy(exact, targets, reduction="sum")
     expected = (expected + z_loss * (log_z.square() * (targets != IGNORE)).sum()) / 7
     expected.backward()
-    found = loss._differentiate(logits, targets, vocab_size, 1 / 7, z_loss)
+    found = loss._logits_to_grad_(logits, targets, vocab_size, 1 / 7, z_loss)
     roundings = 40 * torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).eps
     assert found.item() == pytest.approx(expected.item(), rel=roundings, abs=100 * roundings)
     tolerance = 4 * torch.finfo(dtype).eps * (1 + 100 * z_loss) / 7 + 30 * roundings

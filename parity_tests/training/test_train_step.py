@@ -15,7 +15,7 @@ from llama_torch.distributed.parallel import Parallel
 from llama_torch.model import loss as model_loss
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
-from llama_torch.model.loss import IGNORE, _pieces, backward_loss, count_valid, loss_sum
+from llama_torch.model.loss import IGNORE_INDEX, _chunks, backward_loss, count_valid, loss_sum
 from llama_torch.training import batch, step, validate
 from llama_torch.training.optimizer import learning_rate, make_adamw
 
@@ -33,7 +33,7 @@ def fresh_model(seed: int = 0) -> Llama:
 def random_batch(rng: np.random.Generator, rows: int, length: int) -> batch.Batch:
     tokens = torch.from_numpy(rng.integers(0, TINY.vocab_size, (rows, length)))
     targets = torch.from_numpy(rng.integers(0, TINY.vocab_size, (rows, length)))
-    targets[torch.from_numpy(rng.random((rows, length)) < 0.4)] = IGNORE
+    targets[torch.from_numpy(rng.random((rows, length)) < 0.4)] = IGNORE_INDEX
     return batch.Batch(tokens, targets)
 
 
@@ -93,7 +93,7 @@ def test_pieces_are_alike_and_their_logits_fit(n: int, vocab_size: int, n_bytes:
     hidden, targets = torch.zeros(1, n, 2), torch.arange(n)[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llama_torch.model.loss.CHUNK_BYTES", n_bytes)
-        pieces = [piece for _, piece in _pieces(hidden, vocab_size, targets)]
+        pieces = [piece for _, piece in _chunks(hidden, vocab_size, targets)]
     assert torch.equal(torch.cat(pieces), targets[0])
     sizes = [len(piece) for piece in pieces]
     assert set(sizes[:-1]) <= {sizes[0]}
@@ -109,7 +109,7 @@ def test_the_chunked_loss_is_the_plain_one(seed: int, rows: int, length: int, pi
     logits, _ = model(tokens)
     n_valid = count_valid(targets)
     plain = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX
     )
     plain.backward()
     expected = [p.grad for p in model.parameters()]
@@ -132,7 +132,7 @@ def test_a_step_without_valid_targets_is_refused() -> None:
         step.train_step(
             model,
             make_adamw(model, OptimConfig()),
-            [batch.Batch(tokens, torch.full_like(tokens, IGNORE))],
+            [batch.Batch(tokens, torch.full_like(tokens, IGNORE_INDEX))],
             lr=1.0,
             grad_clip=1.0,
         )

@@ -77,8 +77,8 @@ def attention_gradient(patch: Patch) -> None:
 
 
 def ignored_learnt(patch: Patch) -> None:
-    real = loss._differentiate_rows
-    patch.setattr(loss, "_differentiate_rows", lambda x, t, *rest: real(x, t.clamp(min=0), *rest))
+    real = loss._rows_to_grad_
+    patch.setattr(loss, "_rows_to_grad_", lambda x, t, *rest: real(x, t.clamp(min=0), *rest))
 
 
 def mean_of_means(patch: Patch) -> None:

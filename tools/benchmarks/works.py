@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llama_torch.inference.config import SamplingConfig
 from llama_torch.inference.cuda_graph import GraphStore
-from llama_torch.inference.engine import DecodeBatch, generate, run
+from llama_torch.inference.engine import DecodeBatch, generate, generate_tokens
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
@@ -128,7 +128,7 @@ class Decoding:
             return generate(self.model, self.prompts[0], self.settings, graphs=self.graphs)
         settings = [self.settings] * len(self.prompts)
         batch = DecodeBatch(self.model, self.prompts, settings, graphs=self.graphs)
-        return (token.id for token in run(batch))
+        return (token.id for token in generate_tokens(batch))
 
     def side(self) -> Side:
         """Return it as a side."""
