@@ -32,7 +32,7 @@ from reference_np.naming import parameter_shapes
 from reference_np.ops import Array
 from reference_np.tolerances import Errors, attention_bound
 from tools import compare
-from tools.comparison.differences import Judged
+from tools.comparison.judging import Reference
 
 from .backends.torch_model import save_numpy
 from .planted.honest_kernels import KERNELS
@@ -136,10 +136,10 @@ def attention_run(keys: int, rng: np.random.Generator) -> tuple[float, float]:
     mask = np.ones((1, q.shape[1], keys), dtype=bool)
     wide = q.astype(np.float64), k.astype(np.float64), v.astype(np.float64)
     exact, allowed = attention(*wide, mask), attention_bound(*wide, mask, "float32")
-    held = Judged(exact, Errors(0, 0, 0), allowed)
+    reference = Reference(exact, Errors(0, 0, 0), allowed)
     honest = honest_outputs(q, k, v, mask).values()
     wrong = [attention(q, k, v, mask, bug.apply(ops)) for bug in ROUNDING]
-    found, bugs = ([held.measure(x).share for x in made] for made in (honest, wrong))
+    found, bugs = ([reference.measure(x).share for x in made] for made in (honest, wrong))
     return max(found), min(bugs)
 
 

@@ -86,7 +86,7 @@ def _main(argv: Sequence[str]) -> int:
     if settings.json != "-":
         console = Console(highlight=False)
         console.width = max(console.width, 100) if not console.is_terminal else console.width
-        text_report.show(report, console, settings.all)
+        text_report.print_report(report, console, settings.all)
     return 0 if report["verdict"]["holds"] else 1
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from reference_np.config import LlamaConfig
 from tools.comparison.inputs import make_calls
-from tools.comparison.trace_file import cached
+from tools.comparison.trace_file import n_cached
 
 from ..backends.torch_model import save_numpy
 from ..planted.port import Planted
@@ -27,11 +27,11 @@ def test_calls_are_consistent() -> None:
         "30 tokens, step 2",
     ]
     assert len(calls) == 11
-    assert cached(calls, 3) == 33
+    assert n_cached(calls, 3) == 33
     for c, call in enumerate(calls):
         if call.mask is not None:
             length = call.tokens.shape[1]
-            assert call.mask.shape == (2, length, cached(calls, c) + length)
+            assert call.mask.shape == (2, length, n_cached(calls, c) + length)
             assert call.mask[:, np.arange(length), np.arange(-length, 0)].all()  # sees itself
         assert call.positions is None or call.positions.max() < CONFIG.max_seq_len
 
@@ -48,7 +48,7 @@ def test_many_steps(tmp_path: Path, run: Callable) -> None:
     """A chain of calls longer than Python's stack is deep."""
     config = LlamaConfig(8, 1, 2, 1, 4, 12, 60, max_seq_len=4096)
     calls = make_calls(np.arange(3), config, (3,), 1200)
-    assert cached(calls, 1201) == 3 + 2 + 1199
+    assert n_cached(calls, 1201) == 3 + 2 + 1199
 
 
 def test_what_has_no_room_is_said(tmp_path: Path, run: Callable) -> None:

@@ -14,7 +14,7 @@ from llama_torch.data.documents import documents
 from reference_np.low_precision import round_to
 from tools import compare
 from tools.comparison.inputs import make_calls
-from tools.comparison.trace_file import Trace
+from tools.comparison.trace_file import TraceFile
 
 from ..backends.torch_model import save_numpy
 from .comparing import CALLS, CONFIG, NAMES, QUICK, Edited, write
@@ -193,7 +193,7 @@ def test_a_trace_that_is_none_is_refused(ckpt: Path, run: Callable, tmp_path: Pa
 def test_traces_are_read_as_they_were_written(ckpt: Path, run: Callable, tmp_path: Path) -> None:
     path = tmp_path / "trace.safetensors"
     run(ckpt, "--trace", path, "--tokens", 9)
-    trace = Trace(path)
+    trace = TraceFile(path)
     calls = make_calls(np.array([b % 300 for b in _text()[:9]]), CONFIG, (9,), 2)
     assert len(trace.calls) == len(calls) == CALLS
     for ours, theirs in zip(calls, trace.calls, strict=True):

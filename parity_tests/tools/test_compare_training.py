@@ -76,7 +76,7 @@ def test_a_gradient_that_overflowed_in_the_baseline_excuses_no_step(bad: float) 
     params = random_params(config, 0)
     task = training_task.Task(config, training_task.make_batches(np.arange(16)), {}, 0.0)
     made = training_step.gradients(task, params)
-    task = task._replace(clips=training_task.clips(made[1]))
+    task = task._replace(clip_limits=training_task.clip_limits(made[1]))
     exact = training_step.step_values(task, params, made, trains=True)
     name = "model.layers.0.mlp.up_proj.weight"
     plain = exact | {f"grad {name}": np.full_like(exact[f"grad {name}"], bad)}

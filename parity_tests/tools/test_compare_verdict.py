@@ -70,9 +70,9 @@ def test_a_baseline_that_overflowed_excuses_nothing() -> None:
     none = composed_bound(Errors(0, 0, 0), "float32")
     for bad in (np.inf, -np.inf, np.nan):
         over[1, 2, 3] = bad
-        assert judging.bound(exact, [over], "float32") == none
-        both = judging.bound(exact, [over, close], "float32")
-        assert both == judging.bound(exact, [close], "float32")
+        assert judging.error_bound(exact, [over], "float32") == none
+        both = judging.error_bound(exact, [over, close], "float32")
+        assert both == judging.error_bound(exact, [close], "float32")
         assert both.rms > none.rms
         allowed = np.full_like(exact, bad)
         error, limit = errors_beside(exact * 1.5, exact, allowed)

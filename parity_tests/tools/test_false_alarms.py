@@ -15,7 +15,7 @@ from reference_np.tolerances import attention_bound, errors_beside
 from tools import compare
 from tools.comparison import differences
 from tools.comparison.inputs import make_calls
-from tools.comparison.replay import Replay, Weights
+from tools.comparison.replay import Replay, RoundedParams
 from tools.comparison.trace_file import TraceWriter, write_trace
 
 from .. import false_alarms
@@ -94,7 +94,7 @@ def test_what_rounding_may_do_is_tried_before_anything_is_wrong(
     calls = make_calls(np.arange(24), CONFIG, (24,), 1)
     write_trace(trace, CONFIG, calls, "float32", moved(path, 2))
     assert compare.main([str(path), "--against", str(trace)]) == 0
-    monkeypatch.setattr(differences, "TRIES", 1)
+    monkeypatch.setattr(differences, "MAX_BASELINES", 1)
     capsys.readouterr()
     assert compare.main([str(path), "--against", str(trace)]) == 1
     assert "every operation is right by itself, but errors add up" in capsys.readouterr().out
@@ -109,7 +109,7 @@ def moved(path: Path, way: int) -> Callable[[TraceWriter], None]:
             for (c, name), value in replay.run(stage).items():
                 writer.add(c, name, value)
 
-    weights = Weights(path, "float32", "float32", way)
+    weights = RoundedParams(path, "float32", "float32", way)
     return fill
 
 

@@ -1,4 +1,4 @@
-"""Find the other side of a comparison that ``--against`` names."""
+"""Find the other side of a comparison, which ``--against`` names."""
 
 import dataclasses
 from pathlib import Path
@@ -9,36 +9,39 @@ from reference_np import backend as backends
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError, LlamaConfig
 
-from .backend_side import _backend
+from .backend_side import make_backend_side
 from .sides import Side
-from .torch_side import _streamed
-from .trace_file import FORMAT, Trace
+from .torch_side import make_torch_side
+from .trace_file import FORMAT, TraceFile
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-STREAMED = ("torch", "cuda", "hf")
+STREAMED = ("torch", "cuda", "hf")  # run with their weights read layer by layer
 
 
 def find_side(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
-    """Understand ``--against``; ``dtype`` may be empty. Raises InputError for what is neither."""
+    """Return the other side that ``spec`` names, in ``dtype`` ("" = its own, or float32).
+
+    Raises InputError for a name of nothing known, another architecture, or another precision.
+    """
     kind, _, suffix = spec.partition(":")
     if kind in STREAMED and suffix in ("", *DTYPES):
         if suffix and dtype not in ("", suffix):
             raise InputError(f"--against {spec} and --dtype {dtype} disagree; drop one")
-        return _streamed(kind, suffix or dtype or "float32", checkpoint.path, spec)
+        return make_torch_side(kind, suffix or dtype or "float32", checkpoint.path, spec)
     path = Path(spec)
     if spec and path.exists():
         if path.is_file() and _is_trace(path):
-            trace = Trace(path)
+            trace = TraceFile(path)
             _require_same(trace.config, checkpoint, spec)
             if dtype not in ("", trace.dtype):
                 raise InputError(f"--dtype {dtype}: {spec} was computed in {trace.dtype}; drop it")
             return Side(f"the trace {spec}", trace.dtype, None, trace)
         _require_same(Checkpoint(path).config, checkpoint, spec)
-        side = _streamed("torch", dtype or "float32", path, spec)
+        side = make_torch_side("torch", dtype or "float32", path, spec)
         return side._replace(title=f"torch with the weights of {spec}", weights=path)
     if spec in backends.SHIPPED or ":" in spec:
-        return _backend(spec, dtype, checkpoint)
+        return make_backend_side(spec, dtype, checkpoint)
     raise InputError(
         f"--against {spec}: no such file; give a checkpoint, a trace, package.module:object, or "
         f"one of {', '.join(dict.fromkeys([*STREAMED, *backends.SHIPPED]))}"
@@ -49,7 +52,7 @@ def _is_trace(path: Path) -> bool:
     try:
         with safe_open(path, framework="np") as file:
             return (file.metadata() or {}).get("format") == FORMAT
-    except Exception:  # whatever is wrong with it, the checkpoint's reader will say
+    except Exception:  # the checkpoint's reader says what is wrong with the file
         return False
 
 

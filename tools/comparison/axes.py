@@ -1,7 +1,7 @@
-"""Tensors that were written from a transposed array: right numbers in another order.
+"""Recognise tensors that were written from a transposed array: right numbers in another order.
 
-Some writers (safetensors 0.8.0's for NumPy) store an array's memory as it lies, under the shape
-of the view. What is read back is then a permutation of what was computed.
+Some writers (safetensors 0.8.0's for NumPy) store the memory of an array in its own order, under
+the shape of the transposed view. The tensor that is read is then a permutation of the computed one.
 """
 
 from itertools import permutations
@@ -11,28 +11,28 @@ import numpy as np
 from reference_np.ops import Array
 from reference_np.tolerances import errors
 
-Order = tuple[int, ...]
-# Relative rms of the error of what is alike, bfloat16's roundings included; and how many times
-# further off it must be as it is stored (tokens that are themselves alike may change places).
-ALIKE, TIMES = 0.02, 5
+Order = tuple[int, ...]  # a tensor's axes, in the order in which its memory holds them
+# Largest relative rms of the error in the right order, bfloat16's roundings included; and how many
+# times larger it must be as stored (tokens that are themselves alike may change places).
+MAX_ERROR, TIMES = 0.02, 5
 
 
 def as_declared(stored: Array, order: Order) -> Array:
-    """Return an array [shape] whose memory was written with its axes in ``order``."""
-    lying = stored.reshape([stored.shape[axis] for axis in order])
-    return np.ascontiguousarray(lying.transpose(np.argsort(order)))
+    """Return a tensor, of the shape of ``stored``, whose memory holds its axes in ``order``."""
+    in_memory = stored.reshape([stored.shape[axis] for axis in order])
+    return np.ascontiguousarray(in_memory.transpose(np.argsort(order)))
 
 
 def find_order(stored: Array, exact: Array) -> Order | None:
-    """Return the order of axes in which ``stored`` holds the numbers of ``exact``, if another.
+    """Return the other order of axes in which ``stored`` holds the numbers of ``exact``.
 
-    None where they are alike as they are, or in no order.
+    None where they agree as stored, or in no order.
     """
-    found = errors(stored, exact).rms
-    if found < ALIKE:
+    as_stored = errors(stored, exact).rms
+    if as_stored < MAX_ERROR:
         return None
     for order in permutations(range(exact.ndim)):
         error = errors(as_declared(stored, order), exact).rms
-        if error < ALIKE and error * TIMES < found:
+        if error < MAX_ERROR and error * TIMES < as_stored:
             return order
     return None

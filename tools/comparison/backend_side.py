@@ -1,4 +1,4 @@
-"""Record what a backend of the suite's protocol computes."""
+"""Record the activations of a backend of the suite's protocol."""
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,11 @@ from reference_np.ops import Array
 from .sides import Advance, Side
 from .trace_file import Call, TraceWriter
 
-# Anything behind the suite's protocol.
 
+class BackendParams(Mapping[str, Array]):
+    """Reads the parameters of ``config``'s layers, in the precision under test.
 
-class Parameters(Mapping[str, Array]):
-    """The parameters of the first layers, in the precision under test, read when asked for.
-
-    Every time anew: what somebody does to one reaches nobody else.
+    They are read anew each time, so that a backend that overwrites one changes only its copy.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, dtype: str) -> None:
@@ -41,7 +39,12 @@ class Parameters(Mapping[str, Array]):
         return len(self.names)
 
 
-def _backend(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
+def make_backend_side(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
+    """Return the backend that ``spec`` names as a side of a comparison, in ``dtype``.
+
+    "" stands for float32 or, without it, the backend's first. Raises InputError for a precision
+    that it does not compute in.
+    """
     backend = backends.load(spec, "--against")
     known = backends.dtypes_of(backend)
     dtype = dtype or ("float32" if "float32" in known else known[0])
@@ -53,12 +56,12 @@ def _backend(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
     def write(
         writer: TraceWriter, calls: Sequence[Call], config: LlamaConfig, advance: Advance
     ) -> list[str]:
-        params = Parameters(checkpoint, config, dtype)
+        params = BackendParams(checkpoint, config, dtype)
         caches: list[Any] = []
         coverage: list[str] = []
         for index, call in enumerate(calls):
             cache = None if call.after is None else caches[call.after]
-            found, cache, covers = _ask(backend, config, params, call, cache)
+            found, cache, covers = _run_call(backend, config, params, call, cache)
             caches.append(cache)
             coverage.append(covers)
             for name in activation_axes(config):
@@ -71,10 +74,11 @@ def _backend(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
     return Side(spec, dtype, write, backend=spec)
 
 
-def ask(backend: Any, name: str, what: str, *arguments: Any) -> Any:
-    """Call a method of a backend; its own exceptions become one line with their place.
+def call_backend(backend: Any, name: str, purpose: str, *arguments: Any) -> Any:
+    """Return the result of a backend's method; ``purpose`` completes "failed on ..." in an error.
 
-    Raises NotImplementedError where the method is missing or says so.
+    Raises NotImplementedError where the method is missing or raises it, and InputError, one line
+    with the place in the backend's code, for any other exception.
     """
     method = getattr(backend, name, None)
     if not callable(method):
@@ -87,54 +91,59 @@ def ask(backend: Any, name: str, what: str, *arguments: Any) -> Any:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
-            f"--against: {name} failed on {what}: {why} "
+            f"--against: {name} failed on {purpose}: {why} "
             f"({at.filename}:{at.lineno}); mend it or raise NotImplementedError"
         ) from error
 
 
-def _ask(
+def _run_call(
     backend: Any, config: LlamaConfig, params: Mapping[str, Array], call: Call, cache: Any
 ) -> tuple[dict[str, Array], Any, str]:
-    """Get as much of one call as the backend offers: activations, cache, what that covers."""
-    # Copies: what a backend does to its inputs must not reach the oracle.
+    """Run one call; return the activations or logits, the cache, and which of them are offered."""
+    # Copies: a backend that overwrites its inputs must not change the oracle's.
     inputs = (None if x is None else x.copy() for x in (call.tokens, call.positions, call.mask))
     given = (config, params, *inputs)
-    what = f"the call {call.name!r}"
+    purpose = f"the call {call.name!r}"
     if call.after is not None and cache is None:
         return {}, None, "not covered: decoding is not offered"
     try:
-        found, cache = _pair(ask(backend, "traced_decode", what, *given, cache), "traced_decode")
-        return _arrays(found, "traced_decode"), cache, "activations"
+        pair = call_backend(backend, "traced_decode", purpose, *given, cache)
+        found, cache = _as_pair(pair, "traced_decode")
+        return _as_arrays(found, "traced_decode"), cache, "activations"
     except NotImplementedError:
         pass
     logits: dict[str, Array] = {}
     try:
-        decoded, cache = _pair(ask(backend, "decode", what, *given, cache), "decode")
-        logits = _arrays({"logits": decoded}, "decode")
+        pair = call_backend(backend, "decode", purpose, *given, cache)
+        decoded, cache = _as_pair(pair, "decode")
+        logits = _as_arrays({"logits": decoded}, "decode")
     except NotImplementedError as error:
         why, cache = str(error), None
     if call.after is None:
         try:
-            # What people run is decode: its logits are the ones to judge.
-            found = _arrays(ask(backend, "trace", what, *given), "trace")
+            found = _as_arrays(call_backend(backend, "trace", purpose, *given), "trace")
+            # People run decode: its logits are judged in place of the trace's.
             return found | logits, cache, "activations"
         except NotImplementedError:
             pass
         try:
-            logits = logits or _arrays({"logits": ask(backend, "logits", what, *given)}, "logits")
+            if not logits:
+                alone = call_backend(backend, "logits", purpose, *given)
+                logits = _as_arrays({"logits": alone}, "logits")
         except NotImplementedError as error:
             why = str(error)
     return logits, cache, "logits" if logits else f"not covered: {why}"
 
 
-def _pair(value: Any, name: str) -> tuple[Any, Any]:
+def _as_pair(value: Any, name: str) -> tuple[Any, Any]:
+    """Return a method's result, checked to be a pair. Raises InputError for any other."""
     if not isinstance(value, tuple) or len(value) != 2:
         raise InputError(f"--against: {name} must return two things, got {type(value).__name__}")
     return value
 
 
-def _arrays(found: Any, name: str) -> dict[str, Array]:
-    """Widen what a backend returned to float32, or keep it in float64."""
+def _as_arrays(found: Any, name: str) -> dict[str, Array]:
+    """Return a method's arrays by name, in float64 where they are and else in float32."""
     try:
         arrays = {key: np.asarray(value) for key, value in dict(found).items()}
         return {k: v if v.dtype == np.float64 else v.astype(np.float32) for k, v in arrays.items()}

@@ -1,7 +1,7 @@
-"""Which known bug makes the oracle compute what the other side computed.
+"""Find the known bugs that make the oracle compute what the other side computed.
 
-Every operation that went wrong is done again by the oracle with each known bug in it, on the
-other side's own input, and so are pairs of bugs. Where the other side shows its logits alone,
+Every operation that went wrong is run again by the oracle with each known bug in it, on the
+other side's own input, and then with pairs of bugs. Where the other side shows its logits alone,
 the whole oracle is run again instead.
 """
 
@@ -14,16 +14,18 @@ import numpy as np
 
 from reference_np.mutants import FORWARD
 
+from .comparison import Comparison
 from .judging import KL, RIGHT, Row
-from .problem import Problem
 from .replay import Key
-from .trace_file import chain
+from .trace_file import call_chain
 from .trials import Bugs, Effect, Suspect, Trials
 
-TOGETHER = 64  # pairs tried side by side: each holds streams and tables of its own
-FIRST = 2  # stages on which every bug is tried, and the last one: what it explains, on all
+PAIRS_AT_ONCE = 64  # each of them holds residual streams and tables of its own
+# Every bug is tried on this many stages that went wrong, and on the last one of them; those that
+# explain something there, on all.
+FIRST_STAGES = 2
 
-Start = Callable[[str, int], Callable[[], None]]
+Start = Callable[[str, int], Callable[[], None]]  # (title, steps) -> a function for a step done
 HOW = {
     "value": "equals the oracle with",
     "size": "is reproduced by no known bug, but errs as much as, and only where, the oracle with",
@@ -31,88 +33,97 @@ HOW = {
 }
 
 
-class Finding(NamedTuple):
-    """One bug, or several at once or indistinguishable here, and what it explains."""
+class Explanation(NamedTuple):
+    """The bug that explains some diverging rows: one, several at once, or one of several."""
 
-    suspects: tuple[Bugs, ...]  # each alone explains it
+    suspects: tuple[Bugs, ...]  # each alone explains the rows; this input cannot part them
     how: str  # a key of HOW
     row: Row  # the first one explained
-    before: float
-    after: float
-    explains: int
-    against: int  # right activations that the bug would change
+    before: float  # its error
+    after: float  # its error against the oracle with the bug
+    explains: int  # rows
+    contradictions: int  # rows that are right and that the bug would change
 
 
 class Diagnosis(NamedTuple):
-    """The findings, and the diverging rows that they leave unexplained."""
+    """The explanations of diverging rows, and the diverging rows without one."""
 
-    findings: list[Finding]
+    explanations: list[Explanation]
     unexplained: list[Row]
 
 
-def diagnose(problem: Problem, rows: Sequence[Row], start: Start) -> Diagnosis:
+def diagnose(comparison: Comparison, rows: Sequence[Row], start: Start) -> Diagnosis:
     """Explain the rows that diverge by as few known bugs as will do.
 
-    Single bugs that give the very values first, then pairs of them, then those that are known
-    by the size of their error alone. All bugs are tried on a few stages; those found, on all.
+    Single bugs that give the very values come first, then pairs of them, then bugs that are known
+    by the size of their error. All bugs are tried on a few stages, and those found there on all.
     """
     wrong = [row for row in rows if row.status == "diverges" and row.name != KL]
     if not wrong:
         return Diagnosis([], [])
-    stages = sorted({problem.stage(row) for row in wrong})
-    # And a layer that may be right: what a bug would change there speaks against it.
-    chosen = sorted({*stages[:FIRST], stages[-1], problem.first})
-    trials = Trials(problem, rows, chosen)
+    stages = sorted({comparison.stage_of(row) for row in wrong})
+    # The first stage may be right: a bug that would change it is contradicted there.
+    chosen = sorted({*stages[:FIRST_STAGES], stages[-1], comparison.first_layer})
+    trials = Trials(comparison, rows, chosen)
     advance = start("known bugs", len(FORWARD) * len(trials.stages))
     bugs: list[Bugs] = [(bug,) for bug in FORWARD]
     single: list[Suspect] = list(zip(bugs, trials.effects(bugs, advance), strict=True))
-    left = set(trials.failing)
-    findings = cover(trials.rows, single, left)
-    if left:
-        findings += cover(trials.rows, _pairs(trials, single, left, start), left)
-    if left and trials.forced:  # the logits' error has any size, for any reason
-        findings += cover(trials.rows, single, left, by_likeness=True)
-    explained = trials.failing - left
-    others = [stage for stage in stages if stage not in chosen] if findings else []
+    unexplained = set(trials.failing)
+    explanations = greedy_set_cover(trials.rows, single, unexplained)
+    if unexplained:
+        pairs = _pairs(trials, single, unexplained, start)
+        explanations += greedy_set_cover(trials.rows, pairs, unexplained)
+    if unexplained and trials.teacher_forced:  # an inherited error has any size, for any reason
+        explanations += greedy_set_cover(trials.rows, single, unexplained, by_likeness=True)
+    explained = trials.failing - unexplained
+    others = [stage for stage in stages if stage not in chosen] if explanations else []
     advance = start("the other layers", len(others))
     for stage in others:
-        here = Trials(problem, rows, [stage])
-        left = set(here.failing)
-        effects = here.effects([finding.suspects[0] for finding in findings])
-        both = zip(findings, effects, strict=True)
-        findings = [_also(finding, found, here, left) for finding, found in both]
-        explained |= here.failing - left
+        here = Trials(comparison, rows, [stage])
+        unexplained = set(here.failing)
+        effects = here.effects([explanation.suspects[0] for explanation in explanations])
+        explanations = [
+            _extend(explanation, effect, here, unexplained)
+            for explanation, effect in zip(explanations, effects, strict=True)
+        ]
+        explained |= here.failing - unexplained
         advance()
-    return Diagnosis(findings, [row for row in wrong if (row.call, row.name) not in explained])
+    left = [row for row in wrong if (row.call, row.name) not in explained]
+    return Diagnosis(explanations, left)
 
 
-def _also(finding: Finding, effects: Mapping[Key, Effect], here: Trials, left: set[Key]) -> Finding:
-    """Count the rows of one more stage that a finding explains; take them out of ``left``."""
-    suspect = finding.suspects[0], effects
-    for more in cover(here.rows, [suspect], left, finding.how != "value"):
-        finding = finding._replace(
-            explains=finding.explains + more.explains, against=finding.against + more.against
+def _extend(
+    explanation: Explanation, effects: Mapping[Key, Effect], here: Trials, unexplained: set[Key]
+) -> Explanation:
+    """Return an explanation that counts one more stage's rows; remove those it explains."""
+    suspect = explanation.suspects[0], effects
+    by_likeness = explanation.how != "value"
+    for more in greedy_set_cover(here.rows, [suspect], unexplained, by_likeness):
+        explanation = explanation._replace(
+            explains=explanation.explains + more.explains,
+            contradictions=explanation.contradictions + more.contradictions,
         )
-    return finding
+    return explanation
 
 
-def cover(
+def greedy_set_cover(
     rows: Mapping[Key, Row],
     suspects: Sequence[Suspect],
-    left: set[Key],
+    unexplained: set[Key],
     by_likeness: bool = False,
-) -> list[Finding]:
-    """Take the suspects that explain most of ``left`` and contradict the fewest right rows.
+) -> list[Explanation]:
+    """Choose, again and again, the suspects that explain most and contradict the fewest rows.
 
-    What is explained is taken out of ``left``. Likeness is weak evidence: a single
-    contradiction clears a suspect of it.
+    Rows are removed from ``unexplained`` once they are explained. ``by_likeness``: a suspect
+    explains a row whose error is like its own, in place of one with its very values. This is weak
+    evidence, and one contradiction rules a suspect out.
     """
-    findings: list[Finding] = []
-    while left:
-        scores = [_score(rows, found, left, by_likeness) for _, found in suspects]
+    explanations: list[Explanation] = []
+    while unexplained:
+        scores = [_score(rows, effects, unexplained, by_likeness) for _, effects in suspects]
         best = max((score.rank for score in scores), default=(0, 0, 0.0))
         if best[0] == 0:
-            return findings
+            return explanations
         explained = next(score.explained for score in scores if score.rank == best)
         guilty = [
             suspect
@@ -121,80 +132,92 @@ def cover(
         ]
         first = next(key for key in rows if key in explained)
         row = rows[first]
-        assert row.own is not None
-        bugs, found = guilty[0]
-        findings.append(
-            Finding(
-                tuple(suspect[0] for suspect in guilty),
-                bugs[0].known_by if by_likeness else "value",
-                row,
-                row.own.error.rms,
-                found[first].error,
-                len(explained),
-                -int(best[1]),
+        assert row.operation_error is not None
+        bugs, effects = guilty[0]
+        explanations.append(
+            Explanation(
+                suspects=tuple(suspect[0] for suspect in guilty),
+                how=bugs[0].known_by if by_likeness else "value",
+                row=row,
+                before=row.operation_error.error.rms,
+                after=effects[first].error,
+                explains=len(explained),
+                contradictions=-int(best[1]),
             )
         )
-        left -= explained
-    return findings
+        unexplained -= explained
+    return explanations
 
 
 class Score(NamedTuple):
-    """How well a suspect explains what is left, to be compared with others."""
+    """How well a suspect explains the unexplained rows; a higher rank is better."""
 
-    rank: tuple[int, int, float]  # rows explained, minus those contradicted, minus unlikeness
+    rank: tuple[int, int, float]  # rows explained, -contradictions, -unlikeness
     explained: set[Key]
 
 
 def _score(
-    rows: Mapping[Key, Row], found: Mapping[Key, Effect], left: set[Key], by_likeness: bool
+    rows: Mapping[Key, Row],
+    effects: Mapping[Key, Effect],
+    unexplained: set[Key],
+    by_likeness: bool,
 ) -> Score:
-    """Return how many of ``left`` a suspect explains and how many right rows it contradicts."""
-    alike, unlike = _alike(found, left)
-    fitting = {k for k in left if k in found and found[k].fits and found[k].moves}
+    """Return how many of the unexplained rows a suspect explains, and how many it contradicts."""
+    alike, unlikeness = _alike(effects, unexplained)
+    fitting = {
+        key for key in unexplained if key in effects and effects[key].fits and effects[key].changes
+    }
     explained = alike if by_likeness else fitting
     # A bug may be in one layer alone; a rounding is everywhere.
     layers = {rows[key].layer for key in explained}
-    against = sum(
+    contradictions = sum(
         not effect.fits
-        for key, effect in found.items()
+        for key, effect in effects.items()
         if rows[key].status in RIGHT and (by_likeness or rows[key].layer in layers)
     )
-    if by_likeness and against:
+    if by_likeness and contradictions:
         explained = set()
-    rank = (len(explained), -against, -unlike if by_likeness else 0.0)
-    # A rounding that gives most values exactly explains the few that fell otherwise.
+    rank = (len(explained), -contradictions, -unlikeness if by_likeness else 0.0)
+    # A rounding that gives most values exactly explains the few that were rounded otherwise.
     return Score(rank, explained | alike if explained else set())
 
 
-def _alike(found: Mapping[Key, Effect], left: set[Key]) -> tuple[set[Key], float]:
-    """Return the rows that a bug known by its size (or by nothing) explains, and how unlike it.
+def _alike(effects: Mapping[Key, Effect], unexplained: set[Key]) -> tuple[set[Key], float]:
+    """Return the rows whose errors are like a bug's, and the median of their unlikeness.
 
-    The median counts: a single tensor of few tokens scatters.
+    The median counts, since a single tensor of few tokens scatters. No row is alike where it is
+    1 or more.
     """
-    unlike = {k: found[k].unlike for k in left if k in found and found[k].unlike < math.inf}
-    typical = float(np.median(list(unlike.values()))) if unlike else math.inf
-    return (set(unlike), typical) if typical < 1 else (set(), math.inf)
+    unlikeness = {
+        key: effects[key].unlikeness
+        for key in unexplained
+        if key in effects and effects[key].unlikeness < math.inf
+    }
+    typical = float(np.median(list(unlikeness.values()))) if unlikeness else math.inf
+    return (set(unlikeness), typical) if typical < 1 else (set(), math.inf)
 
 
 def _pairs(
-    trials: Trials, single: Sequence[Suspect], left: set[Key], start: Start
+    trials: Trials, single: Sequence[Suspect], unexplained: set[Key], start: Start
 ) -> list[Suspect]:
-    """Try two bugs at once, on the cheapest call that is unexplained; return those that fit there.
+    """Try two bugs at once on the cheapest call with an unexplained row; return those that fit.
 
-    Only bugs that change anything there are tried, and never two of one operation.
+    Only bugs that change that row are tried, and never two of one operation.
     """
-    calls = trials.problem.calls
-    size = {c: sum(calls[at].tokens.size for at in chain(calls, c)) for c, _ in left}
-    target = min((key for key in trials.rows if key in left), key=lambda key: size[key[0]])
-    active = [bugs[0] for bugs, found in single if found[target].moves]
+    calls = trials.comparison.calls
+    size = {c: sum(calls[at].tokens.size for at in call_chain(calls, c)) for c, _ in unexplained}
+    target = min((key for key in trials.rows if key in unexplained), key=lambda key: size[key[0]])
+    active = [bugs[0] for bugs, effects in single if effects[target].changes]
     pairs = [pair for pair in combinations(active, 2) if pair[0].operation != pair[1].operation]
     advance = start("pairs of bugs", len(pairs))
     fitting: list[Bugs] = []
-    for at in range(0, len(pairs), TOGETHER):
-        some = pairs[at : at + TOGETHER]
+    for at in range(0, len(pairs), PAIRS_AT_ONCE):
+        some = pairs[at : at + PAIRS_AT_ONCE]
         tried = zip(some, trials.effects_on(target, some), strict=True)
         fitting += [pair for pair, effect in tried if effect.fits]
         for _ in some:
             advance()
-    found = (trials.effects(fitting[at : at + TOGETHER]) for at in range(0, len(fitting), TOGETHER))
-    return list(zip(fitting, [effects for several in found for effects in several], strict=True))
+    effects: list[dict[Key, Effect]] = []
+    for at in range(0, len(fitting), PAIRS_AT_ONCE):
+        effects += trials.effects(fitting[at : at + PAIRS_AT_ONCE])
+    return list(zip(fitting, effects, strict=True))

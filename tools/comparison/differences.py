@@ -1,8 +1,9 @@
-"""Where two implementations part: every activation's inherited and fresh error.
+"""Measure every activation's inherited and fresh error, stage by stage.
 
-Inherited: theirs against the oracle's own run. Fresh: theirs against what the oracle's operation
-makes of *their* input to it, so that only the operation where a bug enters shows one. Both are
-measured against float64, and bounded by what the oracle loses in the precision under test.
+Inherited: the other side's activation against the oracle's free-running activation. Fresh:
+against the oracle's teacher-forced activation, which is what its operation makes of the other
+side's *own* input; only the operation where a bug enters shows a fresh error. Both are measured
+against float64, and bounded by the error of the oracle in the precision under test (the baseline).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,131 +14,142 @@ import numpy as np
 from reference_np.config import InputError
 from reference_np.ops import Array
 
-from .judging import KL, REORDERED, Judged, Row, bound, judge, judge_kl
-from .problem import Problem
-from .replay import Activations, Key, Replay, Weights, finite, n_terms, stream_before
+from .comparison import Comparison
+from .judging import KL, REORDERED, Reference, Row, error_bound, judge, judge_kl
+from .replay import Activations, Key, Replay, RoundedParams, finite_only, n_terms, stage_input
 
-TRIES = 4  # plain runs at most that the other side's is held to
+MAX_BASELINES = 4  # free-running baselines, of which the one that errs most sets a bound
 
 
-class Compared(NamedTuple):
-    """What a stage showed: its rows, and the arrays that a report may draw."""
+class StageResult(NamedTuple):
+    """The rows of a stage, and its activations, which a report may draw."""
 
     rows: list[Row]
     theirs: Activations
-    free: Activations
-    forced: Activations
+    free_running: Activations
+    teacher_forced: Activations
 
 
-def compare(problem: Problem, advance: Callable[[], None]) -> Iterator[Compared]:
-    """Yield each stage's rows, in order; both sides are read one stage at a time."""
-    config, calls = problem.config, problem.calls
-    exact_free = Replay(config, calls, problem.exact)
-    exact_forced = Replay(config, calls, problem.exact, watches=True)
-    plain_free = Replay(config, calls, problem.low, problem.plain)
-    plain_forced = Replay(config, calls, problem.low, problem.plain)
-    tries = Tries(problem)
-    if problem.first:
-        begin(problem, (exact_free, plain_free))
-    for stage in problem.stages():
-        theirs = problem.theirs.read(stage)
-        free = low_free = exact_free.run(stage)
-        given = finite(theirs)
-        forced = low_forced = exact_forced.run(stage, given) if problem.forces() else {}
-        if problem.theirs.reorder(exact_forced.orders):
-            theirs = problem.theirs.read(stage)
-            given = finite(theirs)
-        if problem.dtype != "float64":
-            low_free = plain_free.run(stage)
-            low_forced = plain_forced.run(stage, given) if problem.forces() else {}
-        allowed = {} if problem.dtype == "float64" else exact_forced.allowed
-        fresh = Forced(forced, low_forced, allowed)
-        rows = _rows(problem, stage, theirs, free, [low_free], fresh)
-        if problem.dtype != "float64" and _inherits(rows):
-            rows = _rows(problem, stage, theirs, free, [low_free, *tries.run(stage)], fresh)
+class TeacherForced(NamedTuple):
+    """A stage's activations, each computed from the other side's input to its operation."""
+
+    exact: Activations
+    baseline: Activations
+    element_bounds: Activations  # of attention, [B, T, H, K]
+
+
+def compare(comparison: Comparison, advance: Callable[[], None]) -> Iterator[StageResult]:
+    """Yield each stage's rows and activations, in order; both sides are read stage by stage.
+
+    Raises InputError where a range of layers cannot start from the other side's residual stream.
+    """
+    config, calls, dtype = comparison.config, comparison.calls, comparison.dtype
+    exact_free = Replay(config, calls, comparison.exact_params)
+    exact_forced = Replay(config, calls, comparison.exact_params, inspects=True)
+    baseline_free, baseline_forced = (
+        Replay(config, calls, comparison.baseline_params, comparison.baseline_ops) for _ in range(2)
+    )
+    perturbed = PerturbedBaselines(comparison)
+    if comparison.first_layer:
+        start_from_first_layer(comparison, (exact_free, baseline_free))
+    for stage in comparison.stages():
+        theirs = comparison.theirs.read(stage)
+        given = finite_only(theirs)
+        free = exact_free.run(stage)
+        forced = exact_forced.run(stage, given) if comparison.has_activations() else {}
+        if comparison.theirs.reorder(exact_forced.orders):
+            theirs = comparison.theirs.read(stage)
+            given = finite_only(theirs)
+        if dtype == "float64":
+            fresh = TeacherForced(forced, forced, {})
+            rows = _judge_stage(comparison, stage, theirs, free, [free], fresh)
+        else:
+            baseline = baseline_free.run(stage)
+            low = baseline_forced.run(stage, given) if comparison.has_activations() else {}
+            fresh = TeacherForced(forced, low, exact_forced.attention_bounds)
+            rows = _judge_stage(comparison, stage, theirs, free, [baseline], fresh)
+            if _exceeds_inherited(rows):
+                baselines = [baseline, *perturbed.run(stage)]
+                rows = _judge_stage(comparison, stage, theirs, free, baselines, fresh)
         advance()
-        yield Compared(rows, theirs, free, forced)
+        yield StageResult(rows, theirs, free, forced)
 
 
-def _inherits(rows: Sequence[Row]) -> bool:
+def _exceeds_inherited(rows: Sequence[Row]) -> bool:
     return any(row.inherited is not None and not row.inherited.holds for row in rows)
 
 
-class Forced(NamedTuple):
-    """A stage on the other side's input, exact and plain, and what attention may err there."""
+class PerturbedBaselines:
+    """Runs the free-running baseline again, perturbed in other directions by what rounding may do.
 
-    exact: Activations
-    low: Activations
-    allowed: Activations
-
-
-class Tries:
-    """Plain runs of the model, each moved another way by what rounding may do.
-
-    How far one rounding is carried (a score of 50 in an exponential carries it far) is a matter
-    of luck, of which one plain run may have had more than the other side. They are run where it
-    seems so.
+    How far one rounding grows on its way through the model is a matter of luck (a score of 50 in
+    an exponential makes much of it), and the first baseline may have been luckier than the other
+    side. These runs cost as much as the first each, and are made only where its bound is exceeded.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
         self.replays: list[Replay] = []
 
     def run(self, stage: int) -> list[dict[Key, Array]]:
-        """Return the activations of a stage; what comes before it is run if it was not yet."""
-        problem, low = self.problem, self.problem.low
+        """Return a stage's activations of each run, after running the stages before it."""
+        comparison, params = self.comparison, self.comparison.baseline_params
         if not self.replays:
-            for moved in range(1, TRIES):
-                params = Weights(low.checkpoint.path, low.precision, low.dtype, moved)
-                replay = Replay(problem.config, problem.calls, params, problem.plain)
-                self.replays.append(replay)
-            if problem.first:
-                begin(problem, self.replays)
+            for seed in range(1, MAX_BASELINES):
+                moved = RoundedParams(params.checkpoint.path, params.precision, params.dtype, seed)
+                ops = comparison.baseline_ops
+                self.replays.append(Replay(comparison.config, comparison.calls, moved, ops))
+            if comparison.first_layer:
+                start_from_first_layer(comparison, self.replays)
         found = []
         for replay in self.replays:
-            for at in (s for s in problem.stages() if replay.stage < s <= stage):
-                made = replay.run(at)
-            found.append(made)
+            for at in (s for s in comparison.stages() if replay.last_stage < s <= stage):
+                activations = replay.run(at)
+            found.append(activations)
         return found
 
 
-def _rows(
-    problem: Problem,
+def _judge_stage(
+    comparison: Comparison,
     stage: int,
     theirs: Activations,
     free: Activations,
-    low: Sequence[Activations],
-    forced: Forced,
+    baselines: Sequence[Activations],
+    forced: TeacherForced,
 ) -> list[Row]:
-    """Judge all that must be there of a stage."""
-    rows = []
-    for c, name in problem.keys(stage):
+    """Return a row for every expected activation of a stage."""
+    rows, dtype = [], comparison.dtype
+    for c, name in comparison.keys(stage):
         key = (c, name)
-        if problem.theirs.is_reordered(key):
+        if comparison.theirs.is_reordered(key):
             rows.append(Row(*key, REORDERED))
             continue
         if name == KL:
-            rows.append(judge_kl(c, theirs, free, low, problem.dtype))
+            rows.append(judge_kl(c, theirs, free, baselines, dtype))
             continue
-        found = [Judged(free[key], bound(free[key], [x[key] for x in low], problem.dtype))]
-        if problem.recording.coverage[c] == "activations":
+        bound = error_bound(free[key], [baseline[key] for baseline in baselines], dtype)
+        references = [Reference(free[key], bound)]
+        if comparison.recording.coverage[c] == "activations":
             exact = forced.exact[key]
-            n = n_terms(problem.config, name.rpartition(".")[2])
-            limit = bound(exact, [forced.low[key]], problem.dtype, n)
-            found.append(Judged(exact, limit, forced.allowed.get(key)))
-        rows.append(judge(key, theirs.get(key), found))
+            n = n_terms(comparison.config, name.rpartition(".")[2])
+            bound = error_bound(exact, [forced.baseline[key]], dtype, n)
+            references.append(Reference(exact, bound, forced.element_bounds.get(key)))
+        rows.append(judge(key, theirs.get(key), references))
     return rows
 
 
-def begin(problem: Problem, replays: Sequence[Replay]) -> None:
-    """Let free runs start in the middle, from the other side's stream."""
-    name = stream_before(problem.first)
-    for c, call in enumerate(problem.calls):
-        stream = problem.recording.trace.read(c, name)
+def start_from_first_layer(comparison: Comparison, replays: Sequence[Replay]) -> None:
+    """Set the residual streams of free-running replays to the other side's.
+
+    Raises InputError for a stream that is missing, of another shape or not finite.
+    """
+    name = stage_input(comparison.first_layer)
+    for c, call in enumerate(comparison.calls):
+        stream = comparison.recording.trace.read(c, name)
         for replay in replays:
             usable = stream is not None and np.isfinite(stream).all()
-            if not (usable and replay.begin(c, stream)):
+            if not (usable and replay.start_from(c, stream)):
                 raise InputError(
-                    f"--layers {problem.first}: {name} of the call {call.name!r} is missing, "
-                    "misshapen or not finite on the other side; begin at a layer before it"
+                    f"--layers {comparison.first_layer}: {name} of the call {call.name!r} is "
+                    "missing, misshapen or not finite on the other side; begin at a layer before it"
                 )

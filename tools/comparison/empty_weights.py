@@ -1,4 +1,4 @@
-"""Build torch modules whose weights are not drawn."""
+"""Build torch modules without initialising their weights."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +10,10 @@ from torch import nn
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Make modules on the meta device, where drawing no weights takes as long as half a model."""
+    """Build modules on the meta device, without the cost of their initialisation.
+
+    On the meta device it draws nothing, and still takes as long as half a model.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.device("meta"))
         for kind in (nn.Linear, nn.Embedding):

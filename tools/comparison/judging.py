@@ -1,4 +1,4 @@
-"""Errors beside their bounds: one row for every activation of every call."""
+"""Judge every activation of every call: its errors beside their bounds, in one row."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from reference_np.tolerances import (
 
 from .replay import Activations, Key
 
-# What each activation is the result of, given the traced ones before it.
+# The operation that computes an activation, by the last part of its name.
 OPERATION = {
     "embed": "the embedding lookup",
     "attn_norm": "RMSNorm before attention",
@@ -52,7 +52,7 @@ class Measure(NamedTuple):
 
     error: Errors
     bound: Errors
-    widest: Errors | None = None  # bound, where every element has its own
+    widest_bound: Errors | None = None  # of any element, where every element has its own
 
     @property
     def holds(self) -> bool:
@@ -65,16 +65,17 @@ class Measure(NamedTuple):
         return self.error.share(self.bound)
 
     @property
-    def loosest(self) -> Errors:
-        """The bound wherever in the tensor the error is, for what is no error of one element."""
-        return self.widest or self.bound
+    def loosest_bound(self) -> Errors:
+        """The bound of an error that may be anywhere in the tensor."""
+        return self.widest_bound or self.bound
 
 
 class Row(NamedTuple):
-    """One activation of one call.
+    """The errors of one activation of one call, or of one quantity of a training step.
 
-    status: ok; diverges (this operation is wrong); inherits (it is right and its input was
-    not); or missing, not finite, misshapen, in another order of axes: not compared at all.
+    status: ok; diverges (its operation is wrong); inherits (its operation is right, on an input
+    that was not); or one that says why nothing was compared: missing, not finite, misshapen,
+    in another order (of axes).
     """
 
     call: int
@@ -90,55 +91,59 @@ class Row(NamedTuple):
 
     @property
     def layer(self) -> int | None:
-        """The layer's index; None for what belongs to none."""
+        """The layer's index; None outside the layers."""
         return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
 
     @property
     def compared(self) -> bool:
-        """Whether numbers were compared at all."""
+        """Whether the activation was measured."""
         return self.status in ("ok", "diverges", "inherits")
 
     @property
     def wrong(self) -> bool:
-        """Whether it is wrong by itself, or cannot be compared."""
+        """Whether its operation is wrong, or it cannot be compared."""
         return self.status not in RIGHT
 
     @property
-    def own(self) -> Measure | None:
-        """The measure that tells of this operation alone, as far as it is known."""
+    def operation_error(self) -> Measure | None:
+        """The error of its operation alone: the fresh one, or else the inherited one."""
         return self.fresh if self.fresh is not None else self.inherited
 
 
-class Judged(NamedTuple):
-    """What an activation is held to: values, and the bound of all or of every element."""
+class Reference(NamedTuple):
+    """The exact value of an activation, with the bound of its error."""
 
     exact: Array
     bound: Errors
-    allowed: Array | None = None
+    element_bounds: Array | None = None  # of every element's absolute error, shaped as ``exact``
 
     def measure(self, theirs: Array) -> Measure:
-        """Measure the other side's activation; of two bounds the nearer to hold counts.
+        """Measure the other side's activation, by the bound of which its error is a smaller share.
 
-        Where an input of attention is missing, the oracle's own stands in for it, and a plain
-        run tells what that one's rounding makes of the output.
+        Attention has two: one for each element, derived from its inputs, and that of its
+        baseline. Where the other side does not show an input, the oracle's stands in for it, and
+        the baseline says what the rounding of that input makes of the output.
         """
-        plain = Measure(errors(theirs, self.exact), self.bound)
-        if self.allowed is None:
-            return plain
-        widest = errors(self.exact + self.allowed, self.exact)
-        derived = Measure(*errors_beside(theirs, self.exact, self.allowed), widest)
-        return min(derived, plain, key=lambda measure: measure.share)
+        by_baseline = Measure(errors(theirs, self.exact), self.bound)
+        if self.element_bounds is None:
+            return by_baseline
+        widest = errors(self.exact + self.element_bounds, self.exact)
+        derived = Measure(*errors_beside(theirs, self.exact, self.element_bounds), widest)
+        return min(derived, by_baseline, key=lambda measure: measure.share)
 
 
-def judge(key: Key, theirs: Array | None, held: Sequence[Judged]) -> Row:
-    """Measure one activation against the free run and, if there is a second, the forced."""
+def judge(key: Key, theirs: Array | None, references: Sequence[Reference]) -> Row:
+    """Return the row of one activation.
+
+    ``references``: the free-running one and, where there is one, the teacher-forced one.
+    """
     if theirs is None:
         return Row(*key, "missing")
-    if theirs.shape != held[0].exact.shape:
+    if theirs.shape != references[0].exact.shape:
         return Row(*key, "misshapen")
     if not np.isfinite(theirs).all():
         return Row(*key, "not finite")
-    measures = [judged.measure(theirs) for judged in held]
+    measures = [reference.measure(theirs) for reference in references]
     inherited, fresh = measures[0], measures[-1] if len(measures) > 1 else None
     status = "ok" if inherited.holds else "inherits"
     if not (fresh or inherited).holds:
@@ -146,30 +151,37 @@ def judge(key: Key, theirs: Array | None, held: Sequence[Judged]) -> Row:
     return Row(*key, status, inherited, fresh)
 
 
-def bound(exact: Array, low: Sequence[Array], dtype: str, n_terms: int = 0) -> Errors:
+def error_bound(exact: Array, baselines: Sequence[Array], dtype: str, n_terms: int = 0) -> Errors:
     """Return the error allowed to an implementation in ``dtype``; see composed_bound.
 
-    Of several plain runs the one that errs most counts. One that overflowed excuses nothing.
-    A sum of ``n_terms`` may be taken term by term, which no plain run does.
+    ``baselines``: the oracle's own values in that precision. The one that errs most counts; one
+    that overflowed is left out. ``n_terms``: the length of the sum in every element, which a port
+    may add term by term where the baseline adds pairwise.
     """
     if dtype == "float64":
         return Errors(LOGIC, LOGIC, LOGIC)
-    tries = [error for error in (errors(x, exact) for x in low) if all(map(math.isfinite, error))]
+    found = (errors(baseline, exact) for baseline in baselines)
+    usable = [error for error in found if all(map(math.isfinite, error))]
     least = one_by_one(n_terms, dtype)
-    baseline = Errors(*map(max, zip(Errors(least, least, least), *tries, strict=True)))
-    return composed_bound(baseline, dtype)
+    largest = Errors(*map(max, zip(Errors(least, least, least), *usable, strict=True)))
+    return composed_bound(largest, dtype)
 
 
 def judge_kl(
-    c: int, theirs: Activations, free: Activations, low: Sequence[Activations], dtype: str
+    c: int,
+    theirs: Activations,
+    free_running: Activations,
+    baselines: Sequence[Activations],
+    dtype: str,
 ) -> Row:
-    """Judge the KL of the worst token, in nats; it is inherited by nature."""
+    """Return the row of the KL of a call's worst token, in nats; it has no fresh error."""
     key = (c, "logits")
-    row = judge(key, theirs.get(key), [Judged(free[key], Errors(0, 0, 0))])._replace(name=KL)
+    exact = free_running[key]
+    row = judge(key, theirs.get(key), [Reference(exact, Errors(0, 0, 0))])._replace(name=KL)
     if row.inherited is None:
         return row
-    kl, *honest = (float(kl_per_token(x[key], free[key]).max()) for x in (theirs, *low))
-    finite = [x for x in honest if x < math.inf]  # NaN is not
-    limit = kl_bound(max(finite, default=0.0), float(np.abs(free[key]).max()), dtype)
+    kl, *of_baselines = (float(kl_per_token(x[key], exact).max()) for x in (theirs, *baselines))
+    finite = [x for x in of_baselines if x < math.inf]  # NaN is not
+    limit = kl_bound(max(finite, default=0.0), float(np.abs(exact).max()), dtype)
     measure = Measure(Errors(kl, kl, kl), Errors(limit, limit, limit))
     return row._replace(status="ok" if measure.holds else "inherits", inherited=measure)

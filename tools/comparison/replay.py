@@ -1,9 +1,12 @@
-"""The oracle over many calls, one stage at a time: embedding, each layer, head.
+"""Run the oracle on many calls, one stage at a time: the embedding, each layer, the head.
 
-A stage's parameters are read when it runs and dropped after it, so a checkpoint of any size
-takes the memory of one layer. Running free, a stage continues from the stage before. Forced, it
-is fed what another implementation computed, operation by operation: what it returns is then what
-each operation makes of the other side's own input, and an error there is that operation's own.
+A stage's parameters are read when it runs and dropped after it, so that a checkpoint of any size
+needs the memory of one layer. Free-running, a stage continues from the stage before it.
+Teacher-forced, every operation gets the other side's activations as its input, and what a stage
+returns is each operation's own output: an error there is that operation's. For this, each array
+that the oracle reports to its trace callback is overwritten in place.
+
+Axes: B batch, T tokens of the call, S cached + T, N key-value heads, H heads, K head size.
 """
 
 import zlib
@@ -16,34 +19,44 @@ from reference_np import ops as reference_ops
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.low_precision import round_to
-from reference_np.model import Ops, Trace, block, defaults, head, layer_params
+from reference_np.model import Ops, block, defaults, head, layer_params
+from reference_np.model import Trace as TraceCallback
 from reference_np.naming import EMBED, LAYER_AXES
 from reference_np.ops import Array
 from reference_np.tolerances import FACTOR, UNIT_ROUNDOFF, attention_bound, one_by_one
 
 from .axes import Order, as_declared, find_order
-from .trace_file import Call, cached
+from .trace_file import Call, n_cached
 
-# An activation: the index of its call and its name.
-Key = tuple[int, str]
+Key = tuple[int, str]  # of an activation: the index of its call, and its name
 Activations = Mapping[Key, Array]
-Past = tuple[()] | tuple[Array, Array]  # a layer's cached keys and values, if any
-Inputs = tuple[tuple[Array, Array], Array]  # a call's RoPE tables [B, T, K / 2] and mask [B, T, S]
-Used = dict[str, Array]  # the activations of a layer, as the rest of it reads them
+LayerCache = tuple[()] | tuple[Array, Array]  # cached keys and values [B, N, S, K], if any
+TablesAndMask = tuple[tuple[Array, Array], Array]  # RoPE cos, sin [B, T, K / 2]; mask [B, T, S]
+
+# Stages are numbered by layer. Around the layers stand the embedding and, at n_layers, the head.
+EMBEDDING_STAGE = -1
+NOT_STARTED = -2
 
 
 def stage_names(config: LlamaConfig, stage: int) -> list[str]:
-    """Return the activations of a stage: -1 is the embedding, n_layers the head."""
-    if stage == -1:
+    """Return the names of a stage's activations."""
+    if stage == EMBEDDING_STAGE:
         return ["embed"]
     if stage == config.n_layers:
         return ["norm", "logits"]
     return [f"layers.{stage}.{name}" for name in LAYER_AXES]
 
 
-def stream_before(stage: int) -> str:
-    """Name the residual stream that enters a stage; the embedding has none."""
-    return "" if stage == -1 else "embed" if stage == 0 else f"layers.{stage - 1}.residual"
+def stage_input(stage: int) -> str:
+    """Return the name of the residual stream that a stage reads; "" for the embedding."""
+    if stage == EMBEDDING_STAGE:
+        return ""
+    return "embed" if stage == 0 else f"layers.{stage - 1}.residual"
+
+
+def is_layer(config: LlamaConfig, stage: int) -> bool:
+    """Return whether a stage is a layer, neither the embedding nor the head."""
+    return 0 <= stage < config.n_layers
 
 
 def n_terms(config: LlamaConfig, kind: str) -> int:
@@ -57,32 +70,38 @@ def n_terms(config: LlamaConfig, kind: str) -> int:
     return widths.get(kind, 0)
 
 
-def finite(theirs: Activations) -> dict[Key, Array]:
-    """Return the activations that can be computed with: those without a NaN or an infinity."""
-    return {key: value for key, value in theirs.items() if np.isfinite(value).all()}
+def finite_only(activations: Activations) -> dict[Key, Array]:
+    """Return the activations that hold no NaN and no infinity."""
+    return {key: value for key, value in activations.items() if np.isfinite(value).all()}
 
 
-def inputs(config: LlamaConfig, calls: Sequence[Call], dtype: str, ops: Ops) -> list[Inputs]:
-    """Compute every call's RoPE tables and its mask, from which all layers read."""
+def tables_and_masks(
+    config: LlamaConfig, calls: Sequence[Call], dtype: str, ops: Ops
+) -> list[TablesAndMask]:
+    """Compute every call's RoPE tables [B, T, K / 2] and mask [B, T, S], which all layers read."""
     found = []
     for c, call in enumerate(calls):
-        start = cached(calls, c)
+        start = n_cached(calls, c)
         positions, mask = defaults(call.tokens, call.positions, call.mask, start, config, ops)
         found.append((ops.rope_tables(positions, config, dtype), mask))
     return found
 
 
-class Weights(Mapping[str, Array]):
-    """A checkpoint's parameters rounded to the precision under test, in ``dtype``."""
+class RoundedParams(Mapping[str, Array]):
+    """Reads a checkpoint's parameters, rounded to the precision under test, in ``dtype``.
 
-    def __init__(self, path: Path, precision: str, dtype: str, moved: int = 0) -> None:
+    ``perturbation`` is a seed; unless it is 0, every element is moved up or down by one rounding,
+    in the same direction at every reading.
+    """
+
+    def __init__(self, path: Path, precision: str, dtype: str, perturbation: int = 0) -> None:
         self.checkpoint = Checkpoint(path, "float64" if precision == "float64" else "float32")
-        self.precision, self.dtype, self.moved = precision, dtype, moved
+        self.precision, self.dtype, self.perturbation = precision, dtype, perturbation
 
     def __getitem__(self, name: str) -> Array:
         value = self.checkpoint[name]
-        if self.moved:  # by one rounding up or down, the same way at every reading
-            signs = _signs(value.shape, zlib.crc32(name.encode()), self.moved)
+        if self.perturbation:
+            signs = _signs(value.shape, zlib.crc32(name.encode()), self.perturbation)
             value = value * (1 + 2 * UNIT_ROUNDOFF[self.precision] * signs).astype(value.dtype)
         if self.precision in ("bfloat16", "float16"):
             value = round_to(value, self.precision)
@@ -96,14 +115,14 @@ class Weights(Mapping[str, Array]):
 
 
 def _signs(shape: tuple[int, ...], *seed: int) -> Array:
-    """Draw 1 or -1 for every element, in float32."""
+    """Draw 1 or -1 for every element of ``shape``, in float32."""
     drawn = np.random.default_rng(seed).integers(0, 2, shape, dtype=np.int8)
     signs: Array = 2 * drawn.astype(np.float32) - 1
     return signs
 
 
-class Once(dict[str, Array]):
-    """Parameters read when first asked for, and then kept: for the time that a stage runs."""
+class CachedParams(dict[str, Array]):
+    """Parameters that are read when first asked for and kept while one stage runs."""
 
     def __init__(self, params: Mapping[str, Array]) -> None:
         super().__init__()
@@ -115,39 +134,43 @@ class Once(dict[str, Array]):
 
 
 class Replay:
-    """One variant of the oracle: its operations, its dtype, and where each call stands.
+    """Runs one variant of the oracle: its operations, its dtype, every call's residual stream.
 
-    ``given`` holds what ``inputs`` computes, where that was done before.
+    ``inspects``: derive a bound for each element of attention, and recognise activations of the
+    other side that are stored with their axes in another order. ``inputs``: what
+    ``tables_and_masks`` returns, where it was computed before.
     """
 
     def __init__(
         self,
         config: LlamaConfig,
         calls: Sequence[Call],
-        params: Weights,
+        params: RoundedParams,
         ops: Ops = reference_ops,
-        watches: bool = False,
-        given: Sequence[Inputs] | None = None,
+        inspects: bool = False,
+        inputs: Sequence[TablesAndMask] | None = None,
     ) -> None:
         self.config, self.calls, self.params, self.ops = config, calls, params, ops
-        self.watches = watches  # bounds attention's error, and finds what is in another order
-        self.allowed: dict[Key, Array] = {}  # by attention's bound, in the stage last run
-        self.orders: dict[Key, Order] = {}  # of the other side's axes
-        self.streams: dict[int, Array] = {}
-        self.stage = -2  # the last one run
-        self.given = inputs(config, calls, params.dtype, ops) if given is None else given
+        self.inspects = inspects
+        self.attention_bounds: dict[Key, Array] = {}  # [B, T, H, K], of the stage last run
+        self.orders: dict[Key, Order] = {}  # of the other side's axes, where not as declared
+        self.streams: dict[int, Array] = {}  # call -> residual stream [B, T, D]
+        self.last_stage = NOT_STARTED
+        if inputs is None:
+            inputs = tables_and_masks(config, calls, params.dtype, ops)
+        self.inputs = inputs
 
-    def begin(self, call: int, stream: Array | None) -> bool:
-        """Let a call continue from a finite residual stream, if it has the right shape."""
+    def start_from(self, call: int, stream: Array | None) -> bool:
+        """Set a call's residual stream, all finite; return False where it is not [B, T, D]."""
         shape = (*self.calls[call].tokens.shape, self.config.dim)
         if stream is None or stream.shape != shape:
             return False
         self.streams[call] = stream.astype(self.params.dtype)
         return True
 
-    def follow(self, other: "Replay") -> None:
-        """Stand where another replay of the same calls stands."""
-        self.streams, self.stage = dict(other.streams), other.stage
+    def copy_state(self, other: "Replay") -> None:
+        """Take over the residual streams and the last stage of a replay of the same calls."""
+        self.streams, self.last_stage = dict(other.streams), other.last_stage
 
     def run(
         self,
@@ -155,77 +178,108 @@ class Replay:
         theirs: Activations | None = None,
         params: Mapping[str, Array] | None = None,
     ) -> dict[Key, Array]:
-        """Run a stage of every call that has come this far; ``theirs``, all finite, forces it.
+        """Run a stage of every call whose residual stream is known; return its activations.
 
-        Return its activations. With moved parameters attention moves too, as far as it may err.
-        ``params`` are the stage's parameters where they were read before.
+        ``theirs``, all finite, makes the run teacher-forced. With perturbed parameters each sum,
+        attention's included, is perturbed too, by as much as rounding may do. ``params`` are the
+        stage's parameters where they were read before.
         """
         found: dict[Key, Array] = {}
-        self.allowed.clear()
-        inside = 0 <= stage < self.config.n_layers
-        params = Once(self.params) if params is None else params
+        self.attention_bounds.clear()
+        inside = is_layer(self.config, stage)
+        params = CachedParams(self.params) if params is None else params
         layer = layer_params(params, stage, self.config, self.ops) if inside else {}
-        presents: dict[int, tuple[Array, Array]] = {}
+        caches: dict[int, tuple[Array, Array]] = {}
         for c, call in enumerate(self.calls):
-            begun = theirs is not None and self.begin(c, theirs.get((c, stream_before(stage))))
-            if not begun and self.stage not in (-2, stage - 1):
-                self.streams.pop(c, None)  # what is there is of some earlier stage
-            ready = call.after is None or call.after in presents or not inside
+            is_given = theirs is not None and self.start_from(
+                c, theirs.get((c, stage_input(stage)))
+            )
+            if not is_given and self.last_stage not in (NOT_STARTED, stage - 1):
+                self.streams.pop(c, None)  # it belongs to an earlier stage
+            ready = call.after is None or call.after in caches or not inside
             if stage >= 0 and not (c in self.streams and ready):
                 continue
-            past = presents.get(call.after, ()) if call.after is not None else ()
-            note = self._noting(stage, c, past, theirs, found)
-            if stage == -1:
+            cache = caches.get(call.after, ()) if call.after is not None else ()
+            trace = self._trace_callback(stage, c, cache, theirs, found)
+            if stage == EMBEDDING_STAGE:
                 weight = self.ops.read(params, EMBED, self.config)
                 self.streams[c] = self.ops.embed(weight, call.tokens)
-                note("embed", self.streams[c])
+                trace("embed", self.streams[c])
             elif stage == self.config.n_layers:
-                head(params, self.streams[c], self.config, note, self.ops)
+                head(params, self.streams[c], self.config, trace, self.ops)
             else:
-                tables, mask = self.given[c]
-                self.streams[c], presents[c] = block(
-                    layer, self.streams[c], self.config, tables, mask, past or None, note, self.ops
+                tables, mask = self.inputs[c]
+                self.streams[c], caches[c] = block(
+                    layer,
+                    self.streams[c],
+                    self.config,
+                    tables,
+                    mask,
+                    cache or None,
+                    trace,
+                    self.ops,
                 )
-        self.stage = stage
+        self.last_stage = stage
         return found
 
-    def _noting(
-        self, stage: int, c: int, past: Past, theirs: Activations | None, found: dict[Key, Array]
-    ) -> Trace:
-        """Return what puts a call's activations of a stage into ``found`` and forces them."""
-        prefix = f"layers.{stage}." if 0 <= stage < self.config.n_layers else ""
-        bounds = self.watches or self.params.moved
-        used: Used = {}
+    def _trace_callback(
+        self,
+        stage: int,
+        c: int,
+        cache: LayerCache,
+        theirs: Activations | None,
+        found: dict[Key, Array],
+    ) -> TraceCallback:
+        """Return the callback that keeps a call's activations in ``found``.
 
-        def note(kind: str, value: Array) -> None:
+        With ``theirs`` it then overwrites the oracle's array in place, so that the operations
+        after it read the other side's activation.
+        """
+        prefix = f"layers.{stage}." if is_layer(self.config, stage) else ""
+        used: dict[str, Array] = {}  # the stage's activations, as its later operations read them
+
+        def trace(kind: str, value: Array) -> None:
             key = (c, prefix + kind)
             used[kind] = value
-            if kind == "attn" and bounds:
-                self.allowed[key] = self._bound(c, used, past)
-                if self.params.moved:
-                    signs = _signs(value.shape, stage, c, self.params.moved)
-                    value += signs * self.allowed[key] / FACTOR
-            elif self.params.moved and (n := n_terms(self.config, kind)):
-                signs = _signs(value.shape, zlib.crc32(key[1].encode()), c, self.params.moved)
-                size = np.sqrt(np.mean(value**2, axis=-1, keepdims=True))
-                value += signs * (one_by_one(n, self.params.precision) * size)
+            self._bound_and_perturb(key, kind, value, stage, cache, used)
             if theirs is None:
                 found[key] = value
                 return
             found[key] = value.copy()
             given = theirs.get(key)
             if given is not None and given.shape == value.shape:
-                if self.watches and (order := find_order(given, value)):
+                if self.inspects and (order := find_order(given, value)):
                     self.orders[key] = order
                     given = as_declared(given, order)
                 value[...] = given
 
-        return note
+        return trace
 
-    def _bound(self, c: int, used: Used, past: Past) -> Array:
-        """Bound attention's error in a call [B, T, H, K], from what it was computed from."""
+    def _bound_and_perturb(
+        self,
+        key: Key,
+        kind: str,
+        value: Array,
+        stage: int,
+        cache: LayerCache,
+        used: Mapping[str, Array],
+    ) -> None:
+        """Bound attention's elements; with perturbed parameters, perturb ``value`` in place."""
+        (c, name), seed = key, self.params.perturbation
+        if kind == "attn" and (self.inspects or seed):
+            self.attention_bounds[key] = self._attention_bound(c, used, cache)
+            if seed:
+                signs = _signs(value.shape, stage, c, seed)
+                value += signs * self.attention_bounds[key] / FACTOR
+        elif seed and (n := n_terms(self.config, kind)):
+            signs = _signs(value.shape, zlib.crc32(name.encode()), c, seed)
+            size = np.sqrt(np.mean(value**2, axis=-1, keepdims=True))
+            value += signs * (one_by_one(n, self.params.precision) * size)
+
+    def _attention_bound(self, c: int, used: Mapping[str, Array], cache: LayerCache) -> Array:
+        """Return what each element of a call's attention output [B, T, H, K] may err."""
         k_BNSK, v_BNSK = used["k_rope"].swapaxes(1, 2), used["v"].swapaxes(1, 2)
-        if past:
-            k_BNSK, v_BNSK = self.ops.extend(past[0], k_BNSK), self.ops.extend(past[1], v_BNSK)
-        mask = self.given[c][1]
+        if cache:
+            k_BNSK, v_BNSK = self.ops.extend(cache[0], k_BNSK), self.ops.extend(cache[1], v_BNSK)
+        mask = self.inputs[c][1]
         return attention_bound(used["q_rope"], k_BNSK, v_BNSK, mask, self.params.precision)

@@ -1,6 +1,6 @@
-"""What a comparison found, as one dictionary; text_report.py and html_report.py show it.
+"""Build the report of a comparison, one dictionary; text_report.py and html_report.py show it.
 
-The schema of the dictionary is what ``--json`` prints. Its name changes when a key does.
+``--json`` prints this dictionary. The name of its schema changes when a key does.
 """
 
 import math
@@ -12,33 +12,36 @@ import numpy as np
 from reference_np.ops import Array
 from reference_np.tolerances import Errors, kl_per_token
 
-from .diagnosis import HOW, Diagnosis, Finding
-from .differences import Compared
+from .diagnosis import HOW, Diagnosis, Explanation
+from .differences import StageResult
 from .judging import KL, OPERATION, REORDERED, Measure, Row
 from .trace_file import Call
 
 SCHEMA = "llama-compare/1"
-CELLS = 256  # columns of the heat map
+CELLS = 256  # largest number of columns of the heat map
 
 
-class Findings:
-    """Collects what the stages of a comparison show, keeping no arrays but small ones."""
+class ReportBuilder:
+    """Collects the rows of a comparison, its first divergence, its heat map and the logits' KL.
+
+    No activation is kept.
+    """
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
         self.rows: list[Row] = []
-        self.first: dict[str, Any] | None = None
+        self.first_divergence: dict[str, Any] | None = None
         self.heatmap: dict[str, Any] | None = None
         self.logits: list[dict[str, Any]] = []
 
-    def add(self, stage: Compared) -> None:
-        """Take in one stage."""
+    def add(self, stage: StageResult) -> None:
+        """Add the rows and the logits of one stage."""
         self.rows += stage.rows
         wrong = next((row for row in stage.rows if row.wrong), None)
-        if wrong is not None and self.first is None:
+        if wrong is not None and self.first_divergence is None:
             self._locate(wrong, stage)
         for c, call in enumerate(self.calls):
-            theirs, exact = stage.theirs.get((c, "logits")), stage.free.get((c, "logits"))
+            theirs, exact = (x.get((c, "logits")) for x in (stage.theirs, stage.free_running))
             if exact is None or theirs is None or theirs.shape != exact.shape:
                 continue
             if np.isfinite(theirs).all() and np.isfinite(exact).all():
@@ -47,24 +50,26 @@ class Findings:
                 entry = {"call": c, "name": call.name, "kl": kl.tolist(), "changed": changed}
                 self.logits.append(entry)
 
-    def _locate(self, row: Row, stage: Compared) -> None:
-        """Say where in its tensor the first wrong activation is wrong, and picture it."""
-        self.first = {
+    def _locate(self, row: Row, stage: StageResult) -> None:
+        """Find where the first wrong activation errs, and make its heat map."""
+        self.first_divergence = {
             "call": row.call,
             "name": row.name,
             "operation": operation(row),
             "where": "",
         }
         key = (row.call, "logits" if row.name == KL else row.name)
-        exact = stage.free.get(key) if row.fresh is None else stage.forced.get(key)
-        if exact is None or row.own is None or not np.isfinite(exact).all():
+        activations = stage.free_running if row.fresh is None else stage.teacher_forced
+        exact, measure = activations.get(key), row.operation_error
+        if exact is None or measure is None or not np.isfinite(exact).all():
             return
-        self.first["where"] = where(stage.theirs[key], exact, row.own.bound)
-        self.heatmap = heat_map(stage.theirs[key], exact) | {"call": row.call, "name": row.name}
+        theirs = stage.theirs[key]
+        self.first_divergence["where"] = error_location(theirs, exact, measure.bound)
+        self.heatmap = heat_map(theirs, exact) | {"call": row.call, "name": row.name}
 
 
 def operation(row: Row) -> str:
-    """Name what a row is the result of: one operation only where its own error is known."""
+    """Return the name of the operation that a row measures: the whole model for logits alone."""
     if row.kind not in OPERATION:
         return "the training step"
     if row.name == "logits" and row.compared and row.fresh is None:
@@ -72,8 +77,8 @@ def operation(row: Row) -> str:
     return OPERATION[row.kind]
 
 
-def where(theirs: Array, exact: Array, bound: Errors) -> str:
-    """Count the tokens, heads and channels that hold errors beyond the bound."""
+def error_location(theirs: Array, exact: Array, bound: Errors) -> str:
+    """Return how many tokens, heads and channels of [B, T, ..., C] hold errors beyond the bound."""
     wrong = np.abs(theirs - exact) > bound.worst * np.abs(exact).max()
     if not wrong.any():
         return "spread thinly over all of it"
@@ -81,11 +86,14 @@ def where(theirs: Array, exact: Array, bound: Errors) -> str:
     if wrong.ndim == 4:
         counts.append(("heads", wrong.any(axis=(0, 1, 3))))
     counts.append(("channels", wrong.any(axis=tuple(range(wrong.ndim - 1)))))
-    return "in " + ", ".join(f"{int(hit.sum())} of {hit.size} {what}" for what, hit in counts)
+    return "in " + ", ".join(f"{int(hit.sum())} of {hit.size} {axis}" for axis, hit in counts)
 
 
 def heat_map(theirs: Array, exact: Array) -> dict[str, Any]:
-    """Return |error| over the tensor's rms for the worst row of the batch, [token][channel]."""
+    """Return |error| over the rms of ``exact`` [B, T, ...] for the worst sequence, [token][cell].
+
+    A cell is the largest error of so many channels that there are at most ``CELLS``.
+    """
     size = math.sqrt(float(np.mean(exact**2))) or 1.0
     error = (np.abs(theirs - exact) / size).reshape(*exact.shape[:2], -1)
     row = int(error.max(axis=(1, 2)).argmax())
@@ -102,11 +110,14 @@ def heat_map(theirs: Array, exact: Array) -> dict[str, Any]:
 
 
 def verdict(
-    rows: Sequence[Row], expected: int, calls: Sequence[Call], what: str, covered: int
+    rows: Sequence[Row], expected: int, calls: Sequence[Call], noun: str, covered: int
 ) -> dict[str, Any]:
-    """Return whether all holds, in one line; agreement over nothing is not agreement."""
-    if covered < len(calls):  # less may be offered, and then that is part of the answer
-        what += f" in {covered} of {len(calls)} calls"
+    """Return the report's "verdict": PASS, where every expected row is within bounds, or FAIL.
+
+    ``noun`` names the rows in its line; ``covered`` counts the calls that the other side offers.
+    """
+    if covered < len(calls):
+        noun += f" in {covered} of {len(calls)} calls"
     compared = sum(row.compared for row in rows)
     held = sum(row.status == "ok" for row in rows)
     wrong = [row for row in rows if row.wrong]
@@ -114,27 +125,27 @@ def verdict(
     if wrong:
         first = wrong[0]
         why = first.status
-        if first.own is not None:
-            kind, error, bound = _worst(first.own)
+        if first.operation_error is not None:
+            kind, error, bound = _worst(first.operation_error)
             why = f"{kind} error {error:.1e}, bound {bound:.1e}"
-        line = f"FAIL: {held} of {expected} {what} within bounds; first divergence at "
+        line = f"FAIL: {held} of {expected} {noun} within bounds; first divergence at "
         line += f"{_place(first, calls)}: {operation(first)} ({why})"
     elif held < len(rows):
         first = next(row for row in rows if row.status == "inherits")
-        line = f"FAIL: {held} of {expected} {what} within bounds; every operation is right by "
+        line = f"FAIL: {held} of {expected} {noun} within bounds; every operation is right by "
         line += f"itself, but errors add up: first beyond the bound at {_place(first, calls)}"
     elif held != expected or not rows:
-        line = f"FAIL: {compared} of {expected} {what} compared"
+        line = f"FAIL: {compared} of {expected} {noun} compared"
     else:
         closest = max(rows, key=_share)
-        line = f"PASS: {held} of {expected} {what} within bounds; the closest is "
+        line = f"PASS: {held} of {expected} {noun} within bounds; the closest is "
         line += f"{_place(closest, calls)} at {_share(closest):.0%} of its bound"
         entry["holds"] = True
     return entry | {"line": line}
 
 
-def reordered(rows: Sequence[Row], calls: Sequence[Call]) -> str:
-    """Say which activations hold the right numbers in another order, and why; may be empty."""
+def reordered_warning(rows: Sequence[Row], calls: Sequence[Call]) -> str:
+    """Return a warning of activations that hold the right numbers in another order, or ""."""
     found = [row for row in rows if row.status == REORDERED]
     if not found:
         return ""
@@ -160,40 +171,44 @@ def _worst(measure: Measure) -> tuple[str, float, float]:
     return Errors._fields[k], measure.error[k], measure.bound[k]
 
 
-def finding_entry(finding: Finding, calls: Sequence[Call], wrong: int) -> dict[str, Any]:
-    """Return a finding with its sentence; ``wrong`` counts all that diverge."""
+def explanation_entry(
+    explanation: Explanation, calls: Sequence[Call], wrong: int
+) -> dict[str, Any]:
+    """Return an explanation's dictionary, with its sentence; ``wrong``: how many rows diverge."""
     named = [
         " together with ".join(f"{bug.name} ({bug.sentence}; {bug.citation})" for bug in bugs)
-        for bugs in finding.suspects
+        for bugs in explanation.suspects
     ]
-    sentence = f"{_place(finding.row, calls)} {HOW[finding.how]} {', or '.join(named)}"
-    if finding.how == "value":
-        sentence += f"; the error falls from {finding.before:.1e} to {finding.after:.1e}"
-    elif finding.how == "size":
-        sentence += f"; the error, {finding.before:.1e}, is of that size"
+    sentence = f"{_place(explanation.row, calls)} {HOW[explanation.how]} {', or '.join(named)}"
+    if explanation.how == "value":
+        sentence += f"; the error falls from {explanation.before:.1e} to {explanation.after:.1e}"
+    elif explanation.how == "size":
+        sentence += f"; the error, {explanation.before:.1e}, is of that size"
     if len(named) > 1:
         sentence += "; this input cannot tell them apart"
-    sentence += f". It explains {finding.explains} of {wrong} divergences"
-    if finding.against:
-        sentence += f", but would also change {finding.against} activations that are right"
+    sentence += f". It explains {explanation.explains} of {wrong} divergences"
+    if explanation.contradictions:
+        sentence += (
+            f", but would also change {explanation.contradictions} activations that are right"
+        )
     return {
         "mutants": [
             {key: getattr(bug, key) for key in ("name", "sentence", "citation", "operation")}
-            for bugs in finding.suspects
+            for bugs in explanation.suspects
             for bug in bugs
         ],
-        "how": finding.how,
+        "how": explanation.how,
         "sentence": f"{sentence}.",
-        "explains": finding.explains,
+        "explains": explanation.explains,
         "of": wrong,
-        "against": finding.against,
-        "before": _number(finding.before),
-        "after": _number(finding.after),
+        "against": explanation.contradictions,
+        "before": _number(explanation.before),
+        "after": _number(explanation.after),
     }
 
 
 def row_entry(row: Row) -> dict[str, Any]:
-    """Return a row's dictionary."""
+    """Return a row's dictionary: its fields, its layer and its kind."""
     entry = row._asdict() | {"layer": row.layer, "kind": row.kind}
     return entry | {key: _measure(getattr(row, key)) for key in ("inherited", "fresh")}
 
@@ -201,10 +216,10 @@ def row_entry(row: Row) -> dict[str, Any]:
 def diagnosis_entries(
     diagnosis: Diagnosis, rows: Sequence[Row], calls: Sequence[Call]
 ) -> dict[str, Any]:
-    """Return a diagnosis's part of the report."""
+    """Return the report's part about a diagnosis; ``rows`` are all that were compared."""
     wrong = sum(row.status == "diverges" for row in rows if row.name != KL)
     return {
-        "diagnosis": [finding_entry(finding, calls, wrong) for finding in diagnosis.findings],
+        "diagnosis": [explanation_entry(one, calls, wrong) for one in diagnosis.explanations],
         "unexplained": len(diagnosis.unexplained),
         "diverging": wrong,
     }

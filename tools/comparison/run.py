@@ -1,4 +1,4 @@
-"""One comparison from its settings to its report."""
+"""Run one comparison, from its settings to its report."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +19,11 @@ from reference_np.grad import Batch
 
 from . import report as reports
 from . import training_step
+from .comparison import Comparison, make_comparison
 from .diagnosis import Diagnosis, Start, diagnose
 from .differences import compare
 from .judging import Row
-from .problem import Problem, make_problem
-from .replay import Replay
+from .replay import EMBEDDING_STAGE, Replay
 from .sides import Side, record
 from .trace_file import Call, TraceWriter, write_trace
 
@@ -75,7 +75,10 @@ class CompareConfig:
 
 
 def layer_range(text: str, n_layers: int) -> tuple[int, int]:
-    """Return the first layer and the one after the last."""
+    """Return the first layer that ``--layers`` names, and the one after the last.
+
+    Raises InputError for no range, and for layers that the model does not have.
+    """
     if not text:
         return 0, n_layers
     first, colon, last = text.partition(":")
@@ -91,7 +94,10 @@ def layer_range(text: str, n_layers: int) -> tuple[int, int]:
 
 @contextmanager
 def progress() -> Iterator[Start]:
-    """Show bars with their ETA on a terminal; yields (what, steps) -> function for a step done."""
+    """Show progress bars with their ETA on a terminal, and nothing elsewhere.
+
+    Yields a function (title, steps) that adds a bar and returns a function to call after a step.
+    """
     console = Console(stderr=True)
     bars = rich_progress.Progress(
         rich_progress.TextColumn("{task.description}"),
@@ -105,8 +111,8 @@ def progress() -> Iterator[Start]:
         transient=True,
     )
 
-    def start(what: str, steps: int) -> Callable[[], None]:
-        task = bars.add_task(what, total=steps)
+    def start(title: str, steps: int) -> Callable[[], None]:
+        task = bars.add_task(title, total=steps)
         return lambda: bars.advance(task)
 
     with bars:
@@ -114,7 +120,7 @@ def progress() -> Iterator[Start]:
 
 
 def check_trains(side: Side) -> None:
-    """Raise InputError where --grads cannot be compared at all."""
+    """Raise InputError where the other side's gradients cannot be compared."""
     if side.backend is None:
         raise InputError(f"--grads: {side.title} cannot be trained; give a backend or a checkpoint")
     if side.dtype not in ("float64", "float32"):
@@ -124,35 +130,36 @@ def check_trains(side: Side) -> None:
         raise InputError(f"--grads: {side.title} offers no loss_and_grads; leave the flag out")
 
 
-def write_oracle_trace(path: Path, problem: Problem, config: LlamaConfig) -> None:
+def write_oracle_trace(path: Path, comparison: Comparison, config: LlamaConfig) -> None:
     """Write the oracle's own activations of the calls, in the dtype under test."""
 
     def fill(writer: TraceWriter) -> None:
-        oracle = Replay(config, problem.calls, problem.low, problem.plain)
-        for stage in range(-1, config.n_layers + 1):
+        params, ops = comparison.baseline_params, comparison.baseline_ops
+        oracle = Replay(config, comparison.calls, params, ops)
+        for stage in range(EMBEDDING_STAGE, config.n_layers + 1):
             for (c, name), value in oracle.run(stage).items():
                 writer.add(c, name, value)
 
-    write_trace(path, config, problem.calls, problem.dtype, fill)
+    write_trace(path, config, comparison.calls, comparison.dtype, fill)
 
 
 def _left_out(
     settings: CompareConfig, side: Side, calls: Sequence[Call], config: LlamaConfig
 ) -> str:
-    """Say what was asked for, or offered, and not compared."""
-    said = []
+    """Return warnings of tensors of a trace and of lengths asked for that are not compared."""
+    warnings = []
     if side.trace is not None:
         unknown = side.trace.unknown
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         if unknown:
-            said.append(f"Not in the format and ignored: {', '.join(unknown[:8])}{more}.")
+            warnings.append(f"Not in the format and ignored: {', '.join(unknown[:8])}{more}.")
     else:
         decoded = any(call.after is not None and call.positions is None for call in calls)
         if settings.steps and not decoded:
-            said.append(f"No decoding: a context of {config.max_seq_len} has no room for it.")
+            warnings.append(f"No decoding: a context of {config.max_seq_len} has no room for it.")
         if settings.tokens and calls[0].tokens.shape[1] < settings.tokens[0]:
-            said.append(f"The prompts are cut to what a context of {config.max_seq_len} holds.")
-    return " ".join(said)
+            warnings.append(f"The prompts are cut to what a context of {config.max_seq_len} holds.")
+    return " ".join(warnings)
 
 
 def run_comparison(
@@ -171,33 +178,36 @@ def run_comparison(
     """
     config = dataclasses.replace(checkpoint.config, n_layers=layers[1])
     recording = record(side, calls, config, folder, start(side.title, len(calls) * config.n_layers))
-    problem = make_problem(checkpoint.path, config, calls, side.dtype, recording, layers[0])
+    comparison = make_comparison(checkpoint.path, config, calls, side.dtype, recording, layers[0])
     if settings.trace:
-        write_oracle_trace(Path(settings.trace).resolve(), problem, checkpoint.config)
-    findings = reports.Findings(calls)
-    for stage in compare(problem, start("oracle", len(problem.stages()))):
-        findings.add(stage)
-    found = diagnose(problem, findings.rows, start) if settings.diagnose else Diagnosis([], [])
-    rows, expected, what, training = findings.rows, len(problem.expected()), "activations", None
+        write_oracle_trace(Path(settings.trace).resolve(), comparison, checkpoint.config)
+    builder = reports.ReportBuilder(calls)
+    for stage in compare(comparison, start("oracle", len(comparison.stages()))):
+        builder.add(stage)
+    diagnosis = Diagnosis([], [])
+    if settings.diagnose:
+        diagnosis = diagnose(comparison, builder.rows, start)
+    rows, expected, noun = builder.rows, len(comparison.expected()), "activations"
+    training = None
     if batches is not None:
         step_rows, training = _training_entry(
             side, checkpoint, batches, calls, start, settings.diagnose
         )
-        rows, expected, what = rows + step_rows, expected + len(step_rows), "quantities"
+        rows, expected, noun = rows + step_rows, expected + len(step_rows), "quantities"
     covered = sum(covers in ("activations", "logits") for covers in recording.coverage)
-    said = reports.reordered(findings.rows, calls)
-    said = f"{said} {_left_out(settings, side, calls, checkpoint.config)}".strip()
+    reordered = reports.reordered_warning(builder.rows, calls)
+    warnings = f"{reordered} {_left_out(settings, side, calls, checkpoint.config)}".strip()
     return {
         **_header(settings, checkpoint, side, calls, layers),
         "coverage": recording.coverage,
-        "verdict": reports.verdict(rows, expected, calls, what, covered),
-        "rows": [reports.row_entry(row) for row in findings.rows],
-        "first_divergence": findings.first,
-        **reports.diagnosis_entries(found, findings.rows, calls),
-        "logits": findings.logits,
-        "heatmap": findings.heatmap,
+        "verdict": reports.verdict(rows, expected, calls, noun, covered),
+        "rows": [reports.row_entry(row) for row in builder.rows],
+        "first_divergence": builder.first_divergence,
+        **reports.diagnosis_entries(diagnosis, builder.rows, calls),
+        "logits": builder.logits,
+        "heatmap": builder.heatmap,
         "training": training,
-        "warnings": said,
+        "warnings": warnings,
     }
 
 
@@ -209,7 +219,7 @@ def _training_entry(
     start: Start,
     diagnosing: bool,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Compare a training step; return its rows and the report's part about it."""
+    """Compare a training step; return its rows and the report's "training" part."""
     rows, diagnosis, notes = training_step.compare_training(
         side, checkpoint, batches, start, diagnosing
     )
@@ -227,7 +237,7 @@ def _header(
     calls: Sequence[Call],
     layers: tuple[int, int],
 ) -> dict[str, Any]:
-    """Return the report's part that says what was compared with what."""
+    """Return the report's part about its inputs: both sides, precision, layers, calls."""
     n_tokens = sum(call.tokens.size for call in calls)
     title = f"{settings.ckpt}: oracle against {side.title}, {side.dtype}, {n_tokens} tokens in "
     title += f"{len(calls)} calls"

@@ -1,4 +1,4 @@
-"""The other side of a comparison, whatever it is, as a trace of the same calls."""
+"""The other side of a comparison, and the recording of its activations."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,41 +6,44 @@ from typing import Any, NamedTuple
 
 from reference_np.config import LlamaConfig
 
-from .trace_file import Call, Trace, TraceWriter, write_trace
+from .trace_file import Call, TraceFile, TraceWriter, write_trace
 
 Advance = Callable[[], None]
 
 
 class Side(NamedTuple):
-    """What the checkpoint is compared with, ready to be run."""
+    """The implementation that the oracle is compared with, or a trace that it left."""
 
     title: str
     dtype: str
-    # Writes every call's activations; returns for each call what it covers: "activations",
-    # "logits", or "not covered: " and why.
-    record: Callable[[TraceWriter, Sequence[Call], LlamaConfig, Advance], list[str]] | None
-    trace: Trace | None = None  # already recorded
-    backend: Any = None  # for training
-    weights: Path | None = None  # other ones than the oracle's
+    # Runs every call and writes its activations; returns for each call "activations" or "logits",
+    # which is what it shows, or "not covered: " and why. None where there is a trace.
+    write: Callable[[TraceWriter, Sequence[Call], LlamaConfig, Advance], list[str]] | None
+    trace: TraceFile | None = None
+    backend: Any = None  # for --grads: the name of a backend, as ``reference_np.backend`` loads it
+    weights: Path | None = None  # a checkpoint, where it is not the oracle's
 
 
 class Recording(NamedTuple):
-    """The other side's activations, and what of every call they cover."""
+    """The other side's activations, and what it shows of every call."""
 
-    trace: Trace
+    trace: TraceFile
     coverage: list[str]
 
 
 def record(
     side: Side, calls: Sequence[Call], config: LlamaConfig, folder: Path, advance: Advance
 ) -> Recording:
-    """Run the other side on every call, with ``config.n_layers`` layers."""
-    if side.record is None:
+    """Run the other side on every call, with ``config.n_layers`` layers; record it in ``folder``.
+
+    ``advance`` is called once for every layer of every call.
+    """
+    if side.write is None:
         assert side.trace is not None
         return Recording(side.trace, ["activations"] * len(calls))
     coverage: list[str] = []
     path = folder / "recording.safetensors"
-    write = side.record
+    write = side.write
     write_trace(
         path,
         config,
@@ -48,4 +51,4 @@ def record(
         side.dtype,
         lambda writer: coverage.extend(write(writer, calls, config, advance)),
     )
-    return Recording(Trace(path), coverage)
+    return Recording(TraceFile(path), coverage)

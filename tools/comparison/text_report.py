@@ -13,15 +13,18 @@ from .report_rows import RowEntry, inheriting_rows, short_name, wrong_rows
 SHOWN = 16  # rows of a table unless all are asked for
 
 
-def show(report: Mapping[str, Any], console: Console, everything: bool) -> None:
-    """Print a report: what is wrong, what explains it, the verdict; all rows if asked."""
+def print_report(report: Mapping[str, Any], console: Console, everything: bool) -> None:
+    """Print a report: rows, the bugs that explain them, the verdict.
+
+    Without ``everything``, rows within their bounds are left out.
+    """
 
     def say(text: str, **style: Any) -> None:
         console.print(text, soft_wrap=True, markup=False, **style)
 
     say(report["title"])
     names = [call["name"] for call in report["calls"]]
-    for covers, count in Counter(report["coverage"]).items():  # in the order they came up
+    for covers, count in Counter(report["coverage"]).items():  # in the order of the calls
         which = [name for name, c in zip(names, report["coverage"], strict=True) if c == covers]
         where = "" if count == len(names) else f" ({'; '.join(which)})"
         if covers == "logits":
@@ -62,7 +65,7 @@ def show(report: Mapping[str, Any], console: Console, everything: bool) -> None:
 def _table(
     rows: Sequence[RowEntry], names: Sequence[str], console: Console, everything: bool
 ) -> None:
-    """Print errors beside their bounds; without ``everything``, of what is wrong the first."""
+    """Print errors beside their bounds; without ``everything``, those of the first wrong rows."""
     wrong, inherits = wrong_rows(rows), inheriting_rows(rows)
     shown = list(rows) if everything else (wrong or inherits)[:SHOWN]
     if not shown:

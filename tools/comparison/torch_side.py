@@ -1,4 +1,7 @@
-"""Record what llama_torch or transformers compute, their weights read layer by layer."""
+"""Record the activations of llama_torch or transformers, their weights read layer by layer.
+
+The torch modules of both name their parameters as Hugging Face does.
+"""
 
 import dataclasses
 import importlib.util
@@ -21,13 +24,14 @@ from reference_np.naming import EMBED, LM_HEAD
 from .sides import Advance, Side
 from .trace_file import Call, TraceWriter
 
-# Torch modules, ours and Hugging Face's: both carry Hugging Face's names.
-
 
 def stream_weights(
     model: nn.Module, read: Callable[[str], Tensor], keep: Sequence[str] = ()
 ) -> None:
-    """Let every module of a meta model read its own parameters for the time it runs."""
+    """Make every module of a meta model read its parameters before it runs and drop them after.
+
+    Those of the modules named in ``keep`` are read now and kept.
+    """
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if not names:
@@ -50,8 +54,12 @@ def stream_weights(
             module.register_forward_hook(drop)
 
 
-def _streamed(kind: str, dtype: str, path: Path, spec: str) -> Side:
-    """Run torch or transformers; each reads config and files by its own means."""
+def make_torch_side(kind: str, dtype: str, path: Path, spec: str) -> Side:
+    """Return torch, torch on a GPU ("cuda") or transformers ("hf") as a side of a comparison.
+
+    Each reads the config of the checkpoint at ``path`` by its own means. Raises InputError, which
+    quotes ``spec``, where there is no GPU or no transformers.
+    """
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--against {spec}: torch sees no CUDA device here; use torch instead")
     device = torch.device("cuda" if kind == "cuda" else "cpu")
@@ -69,9 +77,11 @@ def _streamed(kind: str, dtype: str, path: Path, spec: str) -> Side:
         writer: TraceWriter, calls: Sequence[Call], config: LlamaConfig, advance: Advance
     ) -> list[str]:
         if kind == "hf":
-            forward = _hugging_face(path, config.n_layers, read, torch_dtype, spec)
+            forward = transformers_forward(path, config.n_layers, read, torch_dtype, spec)
         else:
-            forward = _ours(dataclasses.replace(own, n_layers=config.n_layers), read, device)
+            forward = llama_forward(
+                dataclasses.replace(own, n_layers=config.n_layers), read, device
+            )
         index = 0
 
         def note(name: str, value: Tensor) -> None:
@@ -95,13 +105,16 @@ def _streamed(kind: str, dtype: str, path: Path, spec: str) -> Side:
     return Side(f"{title}, the same weights", dtype, write, backend=shipped)
 
 
-Forward = Callable[[Call, Any, Callable[[str, Tensor], None]], Any]
+Forward = Callable[[Call, Any, Callable[[str, Tensor], None]], Any]  # call, cache, trace -> cache
 
 
-def _ours(config: ModelConfig, read: Callable[[str], Tensor], device: torch.device) -> Forward:
+def llama_forward(
+    config: ModelConfig, read: Callable[[str], Tensor], device: torch.device
+) -> Forward:
+    """Return a function that runs llama_torch's Llama on a call; ``read`` reads one parameter."""
     with torch.device("meta"):
         model = Llama(config).eval()
-    # A tied embedding serves as the head too, after its own module has run.
+    # The head reads a tied embedding too, after the embedding's module has run.
     stream_weights(model, read, ["model.embed_tokens"] if config.tie_embeddings else [])
 
     def forward(call: Call, cache: Any, note: Callable[[str, Tensor], None]) -> Any:
@@ -114,9 +127,13 @@ def _ours(config: ModelConfig, read: Callable[[str], Tensor], device: torch.devi
     return forward
 
 
-def _hugging_face(
+def transformers_forward(
     path: Path, n_layers: int, read: Callable[[str], Tensor], dtype: torch.dtype, spec: str
 ) -> Forward:
+    """Return a function that runs transformers' Llama on a call; ``read`` reads one parameter.
+
+    Raises InputError, which quotes ``spec``, for a config that transformers cannot run.
+    """
     from . import transformers_model
 
     try:
@@ -135,7 +152,7 @@ def _hugging_face(
 
 
 def _raw_config(path: Path) -> dict[str, Any]:
-    """Return config.json as it is written, from beside the weights or from inside them."""
+    """Return config.json as a dictionary, read from beside the weights or from their metadata."""
     beside = (path if path.is_dir() else path.parent) / "config.json"
     if beside.is_file():
         return read_json(beside)

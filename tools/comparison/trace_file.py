@@ -1,4 +1,4 @@
-"""Trace files: the activations of some calls of a model, in safetensors. See docs/trace-format.md.
+"""Read and write trace files: activations of some calls of a model; see docs/trace-format.md.
 
 Axes: B batch, T tokens of the call, S cached + T.
 """
@@ -30,7 +30,7 @@ MASKS = {"BOOL": np.bool_, "U8": np.uint8}
 
 
 class Call(NamedTuple):
-    """One forward call: what goes in, and the earlier call whose cache it continues."""
+    """One forward call: its inputs, and the index of the earlier call whose cache it continues."""
 
     name: str
     tokens: Array  # int64 [B, T]
@@ -39,8 +39,8 @@ class Call(NamedTuple):
     after: int | None = None
 
 
-def chain(calls: Sequence[Call], index: int) -> list[int]:
-    """Return a call and all that it continues, first to last."""
+def call_chain(calls: Sequence[Call], index: int) -> list[int]:
+    """Return the indices of a call and of all that it continues, first to last."""
     found: list[int] = []
     at: int | None = index
     while at is not None:
@@ -49,16 +49,16 @@ def chain(calls: Sequence[Call], index: int) -> list[int]:
     return found[::-1]
 
 
-def cached(calls: Sequence[Call], index: int) -> int:
-    """Return how many tokens are cached before call ``index``."""
-    return sum(calls[c].tokens.shape[1] for c in chain(calls, index)[:-1])
+def n_cached(calls: Sequence[Call], index: int) -> int:
+    """Return how many tokens the cache holds before call ``index``."""
+    return sum(calls[c].tokens.shape[1] for c in call_chain(calls, index)[:-1])
 
 
 class TraceWriter:
-    """Writes tensors to a file as they come, in the memory of one: the header is filled in last.
+    """Writes tensors to a file one by one; the header, for which room is left, comes last.
 
-    The safetensors package writes only what is in memory all at once; a 7B model's activations
-    are not.
+    The safetensors package takes all tensors at once, and a 7B model's activations do not fit in
+    memory.
     """
 
     def __init__(self, path: Path, config: LlamaConfig, calls: Sequence[Call], dtype: str) -> None:
@@ -73,8 +73,8 @@ class TraceWriter:
         }
         self._header: dict[str, Any] = {"__metadata__": metadata}
         longest = {"dtype": "BOOL", "shape": [2**40] * 4, "data_offsets": [2**60] * 2}
-        names = [f"call.{c}.{name}" for c in range(len(calls)) for name in _names(config)]
-        # Rounded up, so that the data begin at a multiple of 8.
+        names = [f"call.{c}.{name}" for c in range(len(calls)) for name in _tensor_names(config)]
+        # Rounded up, so that the data begins at a multiple of 8.
         self._room = -(-len(json.dumps(self._header | dict.fromkeys(names, longest))) // 8) * 8
         self._end = 0
         self._file = path.open("wb")
@@ -86,7 +86,7 @@ class TraceWriter:
                     self.add(c, name, value if name == "mask" else value.astype(np.int64))
 
     def add(self, call: int, name: str, value: Array) -> None:
-        """Write one tensor of a call."""
+        """Write one tensor of a call: an activation, or an input of the call."""
         value = np.ascontiguousarray(value)
         value.tofile(self._file)
         self._header[f"call.{call}.{name}"] = {
@@ -110,7 +110,7 @@ def write_trace(
     dtype: str,
     fill: Callable[[TraceWriter], None],
 ) -> None:
-    """Let ``fill`` write a trace's activations; the file appears complete, or not at all."""
+    """Write a trace file atomically, with the activations that ``fill`` adds to the writer."""
 
     def write(temporary: Path) -> None:
         writer = TraceWriter(temporary, config, calls, dtype)
@@ -122,10 +122,10 @@ def write_trace(
     atomic_write(path, write)
 
 
-class Trace:
-    """A trace file, read one tensor at a time.
+class TraceFile:
+    """Reads a trace file, one tensor at a time.
 
-    Raises InputError for a file that is no trace, of another version, or contradicts itself.
+    Raises InputError for a file that is no trace, is of another version, or contradicts itself.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -143,15 +143,17 @@ class Trace:
         source = f"{path} (metadata)"
         self.config = LlamaConfig.from_hf(parse_json(metadata.get("config", ""), source), source)
         self.calls = self._read_calls(metadata.get("calls", ""))
-        known = {f"call.{c}.{n}" for c in range(len(self.calls)) for n in _names(self.config)}
+        known = {
+            f"call.{c}.{n}" for c in range(len(self.calls)) for n in _tensor_names(self.config)
+        }
         self.unknown = sorted(set(self._entries) - known)
 
     def read(self, call: int, name: str) -> Array | None:
-        """Return one activation as it is stored, or None where it is missing."""
+        """Return one activation in the precision of the file, or None where it is missing."""
         return self._tensor(f"call.{call}.{name}", FLOATS)
 
     def _check(self) -> dict[str, str]:
-        """Have safetensors check the file; return its metadata and keep where everything is."""
+        """Return the metadata, checked by safetensors; keep every tensor's place in the file."""
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file; give a trace in safetensors")
         try:
@@ -167,6 +169,7 @@ class Trace:
         return metadata
 
     def _read_calls(self, text: str) -> list[Call]:
+        """Return the calls that the metadata lists in ``text``, with their input tensors."""
         entries = parse_json(f'{{"calls": {text or "null"}}}', f"{self.path} (calls)")["calls"]
         calls: list[Call] = []
         if not isinstance(entries, list) or not entries:
@@ -191,7 +194,7 @@ class Trace:
                 )
             )
             try:
-                defaults(*calls[c][1:4], cached(calls, c), self.config)
+                defaults(*calls[c][1:4], n_cached(calls, c), self.config)
             except InputError as error:
                 raise self._error(f"call {c}: {error}") from None
             if after is not None and len(tokens) != len(calls[after].tokens):
@@ -199,7 +202,7 @@ class Trace:
         return calls
 
     def _tensor(self, name: str, dtypes: Mapping[str, Any]) -> Array | None:
-        """Read a tensor of one of some dtypes; None where it is missing."""
+        """Return a tensor stored in one of ``dtypes``, or None where it is missing."""
         entry = self._entries.get(name)
         if entry is None:
             return None
@@ -212,13 +215,13 @@ class Trace:
             data = np.frombuffer(file.read(end - start), dtypes[entry["dtype"]])
         return data.reshape(entry["shape"])
 
-    def _error(self, what: str) -> InputError:
-        return InputError(f"{self.path}: {what}; write the trace again (docs/trace-format.md)")
+    def _error(self, problem: str) -> InputError:
+        return InputError(f"{self.path}: {problem}; write the trace again (docs/trace-format.md)")
 
 
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _names(config: LlamaConfig) -> Iterable[str]:
+def _tensor_names(config: LlamaConfig) -> Iterable[str]:
     return ("tokens", "positions", "mask", *activation_axes(config))

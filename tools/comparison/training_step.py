@@ -1,7 +1,7 @@
-"""A training step on both sides: loss, gradients, and what clipping and AdamW make of them.
+"""Compare a training step: its loss and gradients, and clipping's and AdamW's results.
 
 Two micro-batches with unequal numbers of targets share one step; it is taken once with a limit
-that clips and once with one that does not. Whole models are held in memory here.
+that clips and once with one that does not. Whole models are held in memory.
 """
 
 import copy
@@ -22,12 +22,19 @@ from reference_np.ops import Array
 from reference_np.tolerances import Errors, errors
 from reference_np.training_mutants import TRAINING
 
-from .backend_side import Parameters, ask
-from .diagnosis import Diagnosis, Start, cover
-from .judging import Judged, Row, bound, judge
+from .backend_side import BackendParams, call_backend
+from .diagnosis import Diagnosis, Start, greedy_set_cover
+from .judging import Reference, Row, error_bound, judge
 from .replay import Key
 from .sides import Side
-from .training_task import RUNS, STEP, Task, clips, names, slack
+from .training_task import (
+    HYPERPARAMETERS,
+    RUNS,
+    Task,
+    clip_limits,
+    inherited_bounds,
+    quantity_names,
+)
 from .trials import Effect, Suspect
 
 
@@ -37,8 +44,11 @@ def gradients(
     vjps: SimpleNamespace = grad.REFERENCE,
     rules: SimpleNamespace = optim.REFERENCE,
 ) -> tuple[float, Mapping[str, Array]]:
-    """Return the oracle's loss and gradients, in the dtype of the parameters."""
-    hyper = replace(STEP, z_loss=task.z_loss)
+    """Return the oracle's loss and its gradients by name, in the dtype of the parameters.
+
+    ``vjps``: the backward operations; ``rules``: the steps of training.
+    """
+    hyper = replace(HYPERPARAMETERS, z_loss=task.z_loss)
     found: tuple[float, Mapping[str, Array]] = rules.accumulate(
         params, task.batches, task.config, hyper, vjps
     )
@@ -48,52 +58,55 @@ def gradients(
 def step_values(
     task: Task,
     params: Mapping[str, Array],
-    made: tuple[float, Mapping[str, Array]],
+    loss_and_grads: tuple[float, Mapping[str, Array]],
     trains: bool,
     rules: SimpleNamespace = optim.REFERENCE,
 ) -> dict[str, Array]:
-    """Return all that the oracle's step leaves, given its loss and gradients."""
-    found = _first(*made)
-    given = SimpleNamespace(**{**vars(rules), "accumulate": lambda *_: made})
+    """Return all results of the oracle's step by name, given its loss and gradients.
+
+    ``trains``: with the optimizer's. Matrices are [1, rows, columns], all others [1, 1, n].
+    """
+    found = _gradient_values(*loss_and_grads)
+    given = SimpleNamespace(**{**vars(rules), "accumulate": lambda *_: loss_and_grads})
     for run in RUNS if trains else ():
-        hyper = replace(STEP, z_loss=task.z_loss, grad_clip=task.clips[run])
+        hyper = replace(HYPERPARAMETERS, z_loss=task.z_loss, grad_clip=task.clip_limits[run])
         new, state, metrics = optim.train_step(
             params, optim.init_state(params), task.batches, task.config, hyper, rules=given
         )
-        found |= _second(run, metrics.grad_norm, state.exp_avg, params, new)
+        found |= _update_values(run, metrics.grad_norm, state.exp_avg, params, new)
     return found
 
 
 def compare_training(
     side: Side, checkpoint: Checkpoint, batches: list[Batch], start: Start, diagnosing: bool
 ) -> tuple[list[Row], Diagnosis, list[str]]:
-    """Take a training step on both sides; return its rows, their diagnosis, and notes.
+    """Take a training step on both sides; return its rows, their diagnosis, and notes to print.
 
     Raises InputError for a backend without gradients, and for one that fails.
     """
-    exact = dict(checkpoint)  # float64
+    exact = dict(checkpoint)  # parameters in float64
     low = exact if side.dtype == "float64" else dict(Checkpoint(checkpoint.path, side.dtype))
     advance = start("training step", 3)
     step = _their_step(side, checkpoint, batches, exact)
-    task, theirs, trains = step.task, step.values, step.trains
+    task, trains = step.task, step.trains
     advance()
-    right = step_values(task, exact, step.made, trains)
+    right = step_values(task, exact, step.exact_gradients, trains)
     advance()
-    plain = right if low is exact else step_values(task, low, gradients(task, low), trains)
+    baseline = right if low is exact else step_values(task, low, gradients(task, low), trains)
     advance()
-    rows = compare_step(task, side.dtype, theirs, right, plain, trains)
-    found = Diagnosis([], [])
+    rows = compare_step(task, side.dtype, step.values, right, baseline, trains)
+    diagnosis = Diagnosis([], [])
     if diagnosing and any(row.status == "diverges" for row in rows):
         advance = start("known training bugs", len(TRAINING))
-        found = diagnose_step(task, side.dtype, exact, low, theirs, right, rows, advance)
-    return rows, found, step.notes
+        diagnosis = diagnose_step(task, side.dtype, exact, low, step.values, right, rows, advance)
+    return rows, diagnosis, step.notes
 
 
 class TheirStep(NamedTuple):
-    """The other side's training step, and what of it is compared."""
+    """The other side's training step, and the part of it that is compared."""
 
     task: Task  # without z-loss where that is not offered
-    made: Any  # the oracle's gradients, which decide where norms are clipped
+    exact_gradients: Any  # the oracle's loss and gradients, which decide where norms are clipped
     values: dict[str, Array]
     trains: bool  # whether there is more than gradients
     notes: list[str]
@@ -102,45 +115,55 @@ class TheirStep(NamedTuple):
 def _their_step(
     side: Side, checkpoint: Checkpoint, batches: list[Batch], exact: Mapping[str, Array]
 ) -> TheirStep:
-    """Ask the other side for its gradients and its step, and leave out what it does not offer."""
+    """Take the other side's step, as much of it as its backend offers.
+
+    Raises InputError for a backend without gradients, and for one that fails.
+    """
     backend, config = backends.load(side.backend, "--against"), checkpoint.config
-    theirs_at = checkpoint.path if side.weights is None else side.weights
-    given = Parameters(Checkpoint(theirs_at, side.dtype), config, side.dtype)
+    path = checkpoint.path if side.weights is None else side.weights
+    params = BackendParams(Checkpoint(path, side.dtype), config, side.dtype)
     notes: list[str] = []
 
-    def theirs_of(name: str, *arguments: Any) -> Any:
-        own_batches = copy.deepcopy(batches)
-        return ask(backend, name, "the training step", config, given, own_batches, *arguments)
+    def call(name: str, *arguments: Any) -> Any:
+        given = (config, params, copy.deepcopy(batches), *arguments)
+        return call_backend(backend, name, "the training step", *given)
 
-    task = Task(config, batches, {}, STEP.z_loss)
+    task = Task(config, batches, {}, HYPERPARAMETERS.z_loss)
     try:
-        first = theirs_of("loss_and_grads", task.z_loss)
+        loss_and_grads = call("loss_and_grads", task.z_loss)
     except NotImplementedError as error:
         notes.append(f"z-loss is left out ({error})")
         task = task._replace(z_loss=0.0)
         try:
-            first = theirs_of("loss_and_grads", 0.0)
+            loss_and_grads = call("loss_and_grads", 0.0)
         except NotImplementedError as other:
             raise InputError(f"--grads: {side.title} does not offer it ({other})") from None
-    made = gradients(task, exact)
-    task = task._replace(clips=clips(made[1]))
+    exact_gradients = gradients(task, exact)
+    task = task._replace(clip_limits=clip_limits(exact_gradients[1]))
     try:
-        done = {}
+        steps = {}
         for run in RUNS:
-            hyper = replace(STEP, z_loss=task.z_loss, grad_clip=task.clips[run])
-            done[run] = theirs_of("train", hyper, 1)
+            hyper = replace(HYPERPARAMETERS, z_loss=task.z_loss, grad_clip=task.clip_limits[run])
+            steps[run] = call("train", hyper, 1)
     except NotImplementedError as error:
         notes.append(f"gradients alone, no step ({error})")
-        done = {}
-    return TheirStep(task, made, _values(first, done, given), bool(done), notes)
+        steps = {}
+    values = _their_values(loss_and_grads, steps, params)
+    return TheirStep(task, exact_gradients, values, bool(steps), notes)
 
 
-def _values(first: Any, done: Mapping[str, Any], given: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the values of gradients and steps by the names of ``names``."""
+def _their_values(
+    loss_and_grads: Any, steps: Mapping[str, Any], before: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Return gradients and steps by the names of ``quantity_names``.
+
+    ``before``: the parameters before the step. Raises InputError for results of another form.
+    """
     try:
-        values = _first(*first)
-        for run, found in done.items():
-            values |= _second(run, found["grad_norm"][0], found["exp_avg"], given, found["params"])
+        values = _gradient_values(*loss_and_grads)
+        for run, step in steps.items():
+            norm, exp_avg, after = step["grad_norm"][0], step["exp_avg"], step["params"]
+            values |= _update_values(run, norm, exp_avg, before, after)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(
             f"--against: loss_and_grads or train returned something else than the protocol says "
@@ -149,29 +172,29 @@ def _values(first: Any, done: Mapping[str, Any], given: Mapping[str, Array]) -> 
     return values
 
 
-def _rows(value: Any) -> Array:
-    """Give matrices as [1, rows, columns], so that a wrong row shows."""
+def _as_tokens(value: Any) -> Array:
+    """Return a matrix as [1, rows, columns], its rows in place of tokens; all else as [1, 1, n]."""
     array = np.asarray(value)
     return array.reshape((1, *array.shape) if array.ndim == 2 else (1, 1, -1))
 
 
-def _first(loss: float, grads: Mapping[str, Any]) -> dict[str, Array]:
-    return {"loss": _rows(loss), **{f"grad {name}": _rows(g) for name, g in grads.items()}}
+def _gradient_values(loss: float, grads: Mapping[str, Any]) -> dict[str, Array]:
+    return {"loss": _as_tokens(loss), **{f"grad {n}": _as_tokens(g) for n, g in grads.items()}}
 
 
-def _second(
+def _update_values(
     run: str,
     norm: float,
     exp_avg: Mapping[str, Any],
     before: Mapping[str, Array],
     after: Mapping[str, Any],
 ) -> dict[str, Array]:
-    # The change, in float64: beside the parameter itself it would vanish.
+    # The update in float64: beside the parameter itself its error would vanish.
     steps = {n: np.asarray(after[n], np.float64) - before[n] for n in before if n in after}
     return {
-        f"{run} grad_norm": _rows(norm),
-        **{f"{run} exp_avg {name}": _rows(value) for name, value in exp_avg.items()},
-        **{f"{run} step {name}": _rows(value) for name, value in steps.items()},
+        f"{run} grad_norm": _as_tokens(norm),
+        **{f"{run} exp_avg {name}": _as_tokens(value) for name, value in exp_avg.items()},
+        **{f"{run} step {name}": _as_tokens(value) for name, value in steps.items()},
     }
 
 
@@ -180,19 +203,20 @@ def compare_step(
     dtype: str,
     theirs: Mapping[str, Array],
     exact: Mapping[str, Array],
-    plain: Mapping[str, Array],
+    baseline: Mapping[str, Array],
     trains: bool,
 ) -> list[Row]:
-    """Return a row for every expected quantity; a missing one does not hold."""
-    more = {} if dtype == "float64" else slack(task, dtype, theirs, exact, plain)
-    found = []
-    for name in names(task.config, trains):
-        limit = bound(exact[name], [plain[name]], dtype)
-        if name in more:
-            limit = Errors(*(a + b for a, b in zip(limit, more[name], strict=True)))
-        row = judge((0, name), theirs.get(name), [Judged(exact[name], limit)])
-        found.append(row)
-    return found
+    """Return a row for every expected result of the step, by its name in all three mappings."""
+    inherited = {}
+    if dtype != "float64":
+        inherited = inherited_bounds(task, dtype, theirs, exact, baseline)
+    rows = []
+    for name in quantity_names(task.config, trains):
+        limit = error_bound(exact[name], [baseline[name]], dtype)
+        if name in inherited:
+            limit = Errors(*(a + b for a, b in zip(limit, inherited[name], strict=True)))
+        rows.append(judge((0, name), theirs.get(name), [Reference(exact[name], limit)]))
+    return rows
 
 
 def diagnose_step(
@@ -205,26 +229,31 @@ def diagnose_step(
     rows: Sequence[Row],
     advance: Callable[[], None],
 ) -> Diagnosis:
-    """Take the oracle's step with each known training bug; say which gives what they got."""
-    judged: dict[Key, Row] = {(0, row.name): row for row in rows if row.inherited is not None}
-    left = {key for key, row in judged.items() if row.status == "diverges"}
+    """Take the oracle's step with each known training bug; return the bugs that explain ``rows``.
+
+    ``exact``, ``low``: the parameters in float64 and in the precision under test. ``theirs``,
+    ``right``: the results of the other side's step and of the oracle's.
+    """
+    measured: dict[Key, Row] = {(0, row.name): row for row in rows if row.inherited is not None}
+    unexplained = {key for key, row in measured.items() if row.status == "diverges"}
     trains = any(row.name.startswith(RUNS) for row in rows)
     suspects: list[Suspect] = []
     for bug in TRAINING:
         vjps, rules = bug.apply(grad.REFERENCE), bug.apply(optim.REFERENCE)
-        made = plain = step_values(task, exact, gradients(task, exact, vjps, rules), trains, rules)
+        wrong = step_values(task, exact, gradients(task, exact, vjps, rules), trains, rules)
+        baseline = wrong
         if low is not exact:
-            plain = step_values(task, low, gradients(task, low, vjps, rules), trains, rules)
-        found = {}
-        for key, row in judged.items():
+            baseline = step_values(task, low, gradients(task, low, vjps, rules), trains, rules)
+        effects = {}
+        for key, row in measured.items():
             assert row.inherited is not None
-            # What the bug makes may be worse conditioned than what is right.
-            limit = bound(made[row.name], [plain[row.name]], dtype)
+            # A result of the bug may be worse conditioned than the right one.
+            limit = error_bound(wrong[row.name], [baseline[row.name]], dtype)
             limit = Errors(*map(max, limit, row.inherited.bound))
-            error = errors(theirs[row.name], made[row.name])
-            moves = not np.array_equal(made[row.name], right[row.name])
-            found[key] = Effect(error.within(limit), error.rms, math.inf, moves)
-        suspects.append(((bug,), found))
+            error = errors(theirs[row.name], wrong[row.name])
+            changes = not np.array_equal(wrong[row.name], right[row.name])
+            effects[key] = Effect(error.within(limit), error.rms, math.inf, changes)
+        suspects.append(((bug,), effects))
         advance()
-    findings = cover(judged, suspects, left)
-    return Diagnosis(findings, [judged[key] for key in judged if key in left])
+    explanations = greedy_set_cover(measured, suspects, unexplained)
+    return Diagnosis(explanations, [measured[key] for key in measured if key in unexplained])

@@ -1,4 +1,4 @@
-"""The training step that both sides take, and how far apart its results may be."""
+"""Define the training step that both sides take, and the errors that its results inherit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,34 +13,36 @@ from reference_np.naming import parameter_shapes
 from reference_np.ops import IGNORE, Array
 from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, errors
 
-from .judging import bound
+from .judging import error_bound
 
 # The paper's settings at the peak of the schedule, where a step is largest; z-loss as in PaLM.
-STEP = optim.Hyperparameters(warmup_steps=0, z_loss=1e-4)
+HYPERPARAMETERS = optim.Hyperparameters(warmup_steps=0, z_loss=1e-4)
 
-RUNS = ("clipped", "whole")  # under a limit that some single tensor exceeds, and one above all
+# The step is taken twice: with a limit on the gradient norm that some single tensor exceeds, and
+# with one above the norm of all.
+RUNS = ("clipped", "whole")
 
 
-def clips(grads: Mapping[str, Array]) -> dict[str, float]:
-    """Return each run's limit, given every gradient."""
+def clip_limits(grads: Mapping[str, Array]) -> dict[str, float]:
+    """Return each run's limit on the gradient norm, given all gradients."""
     norm = optim.global_norm(grads) or 1.0
     # Of n tensors one has at least 1 / sqrt(n) of the whole norm.
     return {"clipped": norm / (2 * math.sqrt(len(grads))), "whole": 2 * norm}
 
 
 class Task(NamedTuple):
-    """One step to take."""
+    """A training step: the model's config, micro-batches, each run's clipping limit, z-loss."""
 
     config: LlamaConfig
     batches: Sequence[Batch]
-    clips: Mapping[str, float]
+    clip_limits: Mapping[str, float]
     z_loss: float
 
 
 def make_batches(ids: Array) -> list[Batch]:
-    """Cut token ids into two micro-batches of unequal length; the first ignores some targets.
+    """Cut token ids [n] into two micro-batches of unequal length; the first ignores some targets.
 
-    Raises InputError for too few.
+    Raises InputError for fewer than 8 ids.
     """
     if len(ids) < 8:
         raise InputError("--grads needs 8 tokens or more, for two micro-batches")
@@ -51,8 +53,8 @@ def make_batches(ids: Array) -> list[Batch]:
     return batches
 
 
-def names(config: LlamaConfig, trains: bool) -> list[str]:
-    """Return what a step leaves, in the order it is made."""
+def quantity_names(config: LlamaConfig, trains: bool) -> list[str]:
+    """Return the names of a step's results in order; ``trains``: with the optimizer's."""
     parameters = list(parameter_shapes(config))
     found = ["loss", *(f"grad {name}" for name in parameters)]
     for run in RUNS if trains else ():
@@ -61,18 +63,19 @@ def names(config: LlamaConfig, trains: bool) -> list[str]:
     return found
 
 
-def slack(
+def inherited_bounds(
     task: Task,
     dtype: str,
     theirs: Mapping[str, Array],
     exact: Mapping[str, Array],
-    plain: Mapping[str, Array],
+    baseline: Mapping[str, Array],
 ) -> dict[str, Errors]:
-    """Return what a step's bounds inherit from errors that have rows of their own.
+    """Return by name the errors that a step's results may inherit from others with their own rows.
 
-    The gradient norm is one sum over all parameters in the dtype under test; the oracle sums
-    it in float64, so that its float32 run says nothing of that error. Clipping hands on what
-    there was of it, up to its bound. What a gradient may be off, AdamW's first step inherits.
+    The gradient norm is one sum over all parameters in the dtype under test; the oracle sums it
+    in float64, so that its float32 baseline says nothing of that error. Clipping multiplies every
+    gradient by its error, which counts up to its bound. AdamW's first step inherits the error
+    that a gradient may have.
     """
     found: dict[str, Errors] = {}
     shapes = parameter_shapes(task.config)
@@ -82,32 +85,35 @@ def slack(
         if norm_name not in exact:
             continue
         norm = float(exact[norm_name].item())
-        factor = min(1.0, task.clips[run] / norm) if norm > 0 else 1.0
-        handed_on = 0.0
+        factor = min(1.0, task.clip_limits[run] / norm) if norm > 0 else 1.0
+        of_norm = 0.0
         if factor < 1.0:
-            handed_on = summed
+            of_norm = summed
             if norm_name in theirs:
-                handed_on = min(summed, errors(theirs[norm_name], exact[norm_name]).worst)
+                of_norm = min(summed, errors(theirs[norm_name], exact[norm_name]).worst)
         found[norm_name] = Errors(summed, summed, summed)
         for name in shapes:
             gradient, step = exact[f"grad {name}"], exact[f"{run} step {name}"]
-            limit = bound(gradient, [plain[f"grad {name}"]], dtype)
-            grown = through_adam(limit, np.abs(gradient) * factor, np.abs(step) / STEP.lr)
-            found[f"{run} step {name}"] = Errors(*(handed_on + part for part in grown))
-            found[f"{run} exp_avg {name}"] = Errors(*[handed_on] * 3)
+            limit = error_bound(gradient, [baseline[f"grad {name}"]], dtype)
+            grown = through_adam(
+                limit, np.abs(gradient) * factor, np.abs(step) / HYPERPARAMETERS.lr
+            )
+            found[f"{run} step {name}"] = Errors(*(of_norm + part for part in grown))
+            found[f"{run} exp_avg {name}"] = Errors(*[of_norm] * 3)
     return found
 
 
 def through_adam(limit: Errors, gradient: Array, step: Array) -> Errors:
-    """Return what an error of ``limit`` in a gradient [1, R, C] can make of the first step.
+    """Return the error of AdamW's first step from an error of ``limit`` in a gradient [1, R, C].
 
     The step is g / (|g| + eps): a change d of g moves it by at most d eps / (|g| - d + eps)^2,
     which is little for a large gradient and d / eps for one that vanishes.
     """
+    eps = HYPERPARAMETERS.adam_eps
 
-    def moved(d: Any) -> Array:
-        moved: Array = d * STEP.adam_eps / (np.maximum(gradient - d, 0.0) + STEP.adam_eps) ** 2
-        return moved
+    def change(d: Any) -> Array:
+        change: Array = d * eps / (np.maximum(gradient - d, 0.0) + eps) ** 2
+        return change
 
     def rms(x: Array, axis: int | None = None) -> Array:
         return np.sqrt(np.mean(x * x, axis=axis, keepdims=True))
@@ -116,9 +122,9 @@ def through_adam(limit: Errors, gradient: Array, step: Array) -> Errors:
         return float(np.max(np.divide(error, size, out=np.zeros_like(error), where=size > 0)))
 
     return Errors(
-        rms=ratio(rms(moved(limit.rms * rms(gradient))), rms(step)),
+        rms=ratio(rms(change(limit.rms * rms(gradient))), rms(step)),
         worst=ratio(
-            moved(limit.worst * gradient.max()).max(keepdims=True), step.max(keepdims=True)
+            change(limit.worst * gradient.max()).max(keepdims=True), step.max(keepdims=True)
         ),
-        token=ratio(rms(moved(limit.token * rms(gradient, -1)), -1), rms(step, -1)),
+        token=ratio(rms(change(limit.token * rms(gradient, -1)), -1), rms(step, -1)),
     )

@@ -1,8 +1,8 @@
-"""The oracle with known bugs in it, on the other side's own input to every operation.
+"""Run the oracle with known bugs in it, on the other side's own input to every operation.
 
-All bugs are tried on one stage before the next, so that its parameters are read once. A stage
-that never looks up an operation that a bug replaces is not run again: its values are the honest
-ones.
+All bugs are tried on one stage before the next, so that its parameters are read once. Where a
+stage looks up no operation that a bug replaces, its activations are the bug-free oracle's, and it
+is not run again.
 """
 
 import math
@@ -17,35 +17,46 @@ from reference_np.mutants import Mutant
 from reference_np.ops import Array
 from reference_np.tolerances import Errors, errors
 
+from .comparison import Comparison
 from .judging import KL, Row
-from .problem import Problem
-from .replay import Activations, Inputs, Key, Once, Replay, finite, inputs, stream_before
-from .trace_file import Call, chain
+from .replay import (
+    Activations,
+    CachedParams,
+    Key,
+    Replay,
+    TablesAndMask,
+    finite_only,
+    is_layer,
+    stage_input,
+    tables_and_masks,
+)
+from .trace_file import Call, call_chain
 
-# Two ways of rounding one thing err alike within this, typically: a port may round a sum that the
-# catalogue's bug keeps. TF32 and bfloat16 differ by 8: of several, the closest is named.
+# A port's rounding errs like the catalogue's within this factor, typically: it may round a sum
+# that the catalogue's bug keeps. TF32 and bfloat16 differ by 8: of several, the closest is named.
 SIZE_FACTOR = 10.0
-# Rounding touches everything; a wrong weight or channel does not. This part of the elements must
-# err by a tenth of the error's rms.
+# Rounding touches everything; a wrong weight or channel does not. More than this part of the
+# elements must err by a tenth of the error's rms.
 TOUCHED = 0.1
-# Logits of a random head have about this correlation with the right ones, or less.
+# Logits of a random head correlate with the right ones by about this, or less.
 UNRELATED = 0.2
 
 Bugs = tuple[Mutant, ...]
 
 
 class Effect(NamedTuple):
-    """The error of one activation once a suspect's bugs are in the oracle."""
+    """What a suspect's bugs make of one activation, measured against the other side's."""
 
-    fits: bool  # theirs within the bound
-    error: float  # theirs against it, relative rms
-    # How unlike a bug that is known by its size or by nothing, 1 at the limit; else infinite.
-    unlike: float
-    moves: bool  # it changes this activation at all
+    fits: bool  # the other side's activation is within its bound
+    error: float  # relative rms of the other side's activation against it
+    # How unlike its error is to a bug's that is known by the error's size or by being unrelated:
+    # 1 at the limit, infinite beyond it and for all other bugs.
+    unlikeness: float
+    changes: bool  # it is not the bug-free oracle's activation
 
 
-# Of most bugs on most activations: no error is asked for where a suspect does not fit.
-ELSEWHERE = Effect(fits=False, error=math.inf, unlike=math.inf, moves=True)
+# Of most bugs on most activations: no error is computed where a suspect does not fit.
+NO_FIT = Effect(fits=False, error=math.inf, unlikeness=math.inf, changes=True)
 
 Suspect = tuple[Bugs, Mapping[Key, Effect]]
 
@@ -58,13 +69,13 @@ def with_bugs(bugs: Iterable[Mutant], ops: Ops) -> Ops:
     return namespace
 
 
-def replaced(bugs: Iterable[Mutant]) -> set[str]:
-    """Name the operations that some bugs replace."""
+def replaced_operations(bugs: Iterable[Mutant]) -> set[str]:
+    """Return the names of the operations that bugs replace."""
     return {name for bug in bugs for name in (bug.operation, *bug.also)}
 
 
-class Recorder(SimpleNamespace):
-    """Operations that record which of them are looked up."""
+class LookupRecorder(SimpleNamespace):
+    """Operations that record the name of each one that is looked up, in ``used``."""
 
     def __init__(self, ops: Ops) -> None:
         super().__init__(recorded=ops, used=set())
@@ -74,58 +85,67 @@ class Recorder(SimpleNamespace):
         return getattr(self.recorded, name)
 
 
-class Selection:
-    """Some calls with all that they continue, numbered anew, and the other side's activations."""
+class CallSubset:
+    """Some calls with all that they continue, renumbered, and the other side's activations."""
 
     def __init__(self, calls: Sequence[Call], wanted: Iterable[int], theirs: Activations) -> None:
-        self.places = sorted({at for c in wanted for at in chain(calls, c)})
-        place = {c: index for index, c in enumerate(self.places)}
+        self.indices = sorted({at for c in wanted for at in call_chain(calls, c)})
+        renumbered = {c: index for index, c in enumerate(self.indices)}
         self.calls = [
-            call._replace(after=None if call.after is None else place[call.after])
-            for call in (calls[c] for c in self.places)
+            call._replace(after=None if call.after is None else renumbered[call.after])
+            for call in (calls[c] for c in self.indices)
         ]
-        self.theirs = {(place[c], name): v for (c, name), v in theirs.items() if c in place}
+        self.theirs = {
+            (renumbered[c], name): value for (c, name), value in theirs.items() if c in renumbered
+        }
 
-    def keys_of(self, found: Activations) -> dict[Key, Array]:
-        """Return activations under the numbers that the calls had before."""
-        return {(self.places[index], name): value for (index, name), value in found.items()}
+    def with_original_indices(self, found: Activations) -> dict[Key, Array]:
+        """Return activations under the indices that their calls had before."""
+        return {(self.indices[index], name): value for (index, name), value in found.items()}
 
-    def enters(self, stage: int) -> bool:
-        """Return whether the other side gives the stream that enters a stage, of every call."""
-        name = stream_before(stage)
+    def has_stage_input(self, stage: int) -> bool:
+        """Return whether the other side shows the residual stream that a stage reads, of all."""
+        name = stage_input(stage)
         return not name or all((c, name) in self.theirs for c in range(len(self.calls)))
 
 
 class Trials:
-    """Tries bugs on a few stages, or, where nothing but logits is shown, on the whole model."""
+    """Tries bugs on some stages; on the whole model where the other side shows logits alone."""
 
-    def __init__(self, problem: Problem, rows: Sequence[Row], stages: Sequence[int]) -> None:
-        self.problem = problem
+    def __init__(self, comparison: Comparison, rows: Sequence[Row], stages: Sequence[int]) -> None:
+        self.comparison = comparison
         self.theirs: dict[Key, Array] = {}
         for stage in stages:
-            self.theirs.update(problem.theirs.read(stage))
-        self.usable = finite(self.theirs)
-        found = [r for r in rows if r.name != KL and r.own and problem.stage(r) in stages]
-        self.forced = any(row.fresh for row in found)
-        self.stages = stages if self.forced else problem.stages()
-        self.rows = {(row.call, row.name): row for row in found if bool(row.fresh) == self.forced}
-        self.honest: dict[Key, Array] = {}
+            self.theirs.update(comparison.theirs.read(stage))
+        self.finite_theirs = finite_only(self.theirs)
+        measured = [
+            row
+            for row in rows
+            if row.name != KL and row.operation_error and comparison.stage_of(row) in stages
+        ]
+        self.teacher_forced = any(row.fresh for row in measured)
+        self.stages = stages if self.teacher_forced else comparison.stages()
+        self.rows = {
+            (row.call, row.name): row for row in measured if bool(row.fresh) == self.teacher_forced
+        }
+        self.bug_free: dict[Key, Array] = {}
         for _, values in self._replays([()], {c for c, _ in self.rows}, self.stages):
-            self.honest |= {key: value for key, value in values.items() if key in self.rows}
-        # What cannot be done again, for want of the stream that enters it, is not looked at.
-        self.rows = {key: row for key, row in self.rows.items() if key in self.honest}
+            self.bug_free |= {key: value for key, value in values.items() if key in self.rows}
+        # An activation that the oracle cannot compute again, for want of its stage's residual
+        # stream, is left out.
+        self.rows = {key: row for key, row in self.rows.items() if key in self.bug_free}
         self.failing = {key for key, row in self.rows.items() if row.status == "diverges"}
-        self.unmoved: dict[Key, Effect] = {}  # of whatever bug leaves an activation alone
+        self.unchanged: dict[Key, Effect] = {}  # effects of bugs that leave an activation alone
 
     def effects(
         self, suspects: Sequence[Bugs], advance: Callable[[], None] = lambda: None
     ) -> list[dict[Key, Effect]]:
-        """Compare what each suspect's bugs make of every activation with theirs."""
+        """Return the effect of each suspect's bugs on every activation."""
         return self._effects(suspects, {c for c, _ in self.rows}, self.stages, advance)
 
     def effects_on(self, target: Key, suspects: Sequence[Bugs]) -> list[Effect]:
-        """Compare what each suspect's bugs make of one activation with theirs."""
-        at = self.problem.stage(self.rows[target])
+        """Return the effect of each suspect's bugs on one activation."""
+        at = self.comparison.stage_of(self.rows[target])
         stages = [stage for stage in self.stages if stage <= at]
         found = self._effects(suspects, {target[0]}, stages, lambda: None)
         return [effects[target] for effects in found]
@@ -139,9 +159,8 @@ class Trials:
     ) -> list[dict[Key, Effect]]:
         effects: list[dict[Key, Effect]] = [{} for _ in suspects]
         for index, values in self._replays(suspects, wanted, stages):
-            bugs, found = suspects[index], effects[index]
-            found |= {
-                key: self._effect(key, value, bugs)
+            effects[index] |= {
+                key: self._effect(key, value, suspects[index])
                 for key, value in values.items()
                 if key in self.rows
             }
@@ -153,80 +172,100 @@ class Trials:
     ) -> Iterator[tuple[int, dict[Key, Array]]]:
         """Run the oracle with each suspect's bugs; yield the suspect's index and a stage's values.
 
-        Where they are the honest ones by construction, the very arrays in ``honest`` are given.
+        Where no operation that the stage uses is replaced, the very arrays in ``bug_free`` are
+        yielded.
         """
-        problem = self.problem
-        some = Selection(problem.calls, wanted, self.usable)
-        theirs = some.theirs if self.forced else None
-        recorder = Recorder(problem.plain)
-        given = inputs(problem.config, some.calls, problem.low.dtype, recorder)
-        behind = recorder.used  # the operations behind the tables and masks
-        honest = Replay(problem.config, some.calls, problem.low, recorder, given=given)
-        variants = self._variants(suspects, some, given, behind)
-        apart = [False] * len(suspects)  # whose streams are not the honest ones
+        comparison, params = self.comparison, self.comparison.baseline_params
+        config = comparison.config
+        subset = CallSubset(comparison.calls, wanted, self.finite_theirs)
+        theirs = subset.theirs if self.teacher_forced else None
+        recorder = LookupRecorder(comparison.baseline_ops)
+        inputs = tables_and_masks(config, subset.calls, params.dtype, recorder)
+        input_ops = recorder.used  # what tables and masks are computed by
+        bug_free = Replay(config, subset.calls, params, recorder, inputs=inputs)
+        variants = self._variants(suspects, subset, inputs, input_ops)
+        diverged = [False] * len(suspects)  # whose residual streams are not the bug-free ones
         for stage in stages:
-            params, recorder.used = Once(problem.low), set()
-            values = some.keys_of(honest.run(stage, theirs, params))
-            values = {key: self.honest.get(key, value) for key, value in values.items()}
-            used = recorder.used | (behind if 0 <= stage < problem.config.n_layers else set())
-            enters = self.forced and some.enters(stage)
+            stage_params, recorder.used = CachedParams(params), set()
+            values = subset.with_original_indices(bug_free.run(stage, theirs, stage_params))
+            values = {key: self.bug_free.get(key, value) for key, value in values.items()}
+            used = recorder.used | (input_ops if is_layer(config, stage) else set())
+            is_given = self.teacher_forced and subset.has_stage_input(stage)
             for index, (bugs, replay) in enumerate(zip(suspects, variants, strict=True)):
-                if used.isdisjoint(replaced(bugs)) and (enters or not apart[index]):
-                    replay.follow(honest)
-                    apart[index] = False
-                    yield index, values
+                is_untouched = used.isdisjoint(replaced_operations(bugs))
+                diverged[index] = not (is_untouched and (is_given or not diverged[index]))
+                if diverged[index]:
+                    run = replay.run(stage, theirs, stage_params)
+                    yield index, subset.with_original_indices(run)
                 else:
-                    apart[index] = True
-                    yield index, some.keys_of(replay.run(stage, theirs, params))
+                    replay.copy_state(bug_free)
+                    yield index, values
 
     def _variants(
-        self, suspects: Sequence[Bugs], some: Selection, honest: list[Inputs], behind: set[str]
+        self,
+        suspects: Sequence[Bugs],
+        subset: CallSubset,
+        inputs: list[TablesAndMask],
+        input_ops: set[str],
     ) -> list[Replay]:
-        """Return a replay with each suspect's bugs; tables and masks are shared where alike."""
-        problem = self.problem
-        computed: dict[tuple[str, ...], list[Inputs]] = {(): honest}
-        found = []
-        for bugs in suspects:
-            ops = with_bugs(bugs, problem.plain)
-            touching = tuple(bug.name for bug in bugs if not behind.isdisjoint(replaced([bug])))
-            if touching not in computed:
-                computed[touching] = inputs(problem.config, some.calls, problem.low.dtype, ops)
-            given = computed[touching]
-            found.append(Replay(problem.config, some.calls, problem.low, ops, given=given))
-        return found
+        """Return a replay with each suspect's bugs; those with the same tables and masks share.
 
-    def _unmoved(self, key: Key) -> Effect:
-        """Compare the honest oracle's value of an activation with theirs."""
-        if key not in self.unmoved:
-            own, error = self.rows[key].own, errors(self.theirs[key], self.honest[key])
-            assert own is not None
-            fits = error.within(own.loosest)
-            self.unmoved[key] = Effect(fits, error.rms, math.inf, moves=False)
-        return self.unmoved[key]
+        ``inputs`` are the bug-free tables and masks, ``input_ops`` what they are computed by.
+        """
+        comparison, params = self.comparison, self.comparison.baseline_params
+        computed: dict[tuple[str, ...], list[TablesAndMask]] = {(): inputs}
+        replays = []
+        for bugs in suspects:
+            ops = with_bugs(bugs, comparison.baseline_ops)
+            of_inputs = tuple(
+                bug.name for bug in bugs if not input_ops.isdisjoint(replaced_operations([bug]))
+            )
+            if of_inputs not in computed:
+                computed[of_inputs] = tables_and_masks(
+                    comparison.config, subset.calls, params.dtype, ops
+                )
+            replays.append(
+                Replay(comparison.config, subset.calls, params, ops, inputs=computed[of_inputs])
+            )
+        return replays
+
+    def _unchanged(self, key: Key) -> Effect:
+        """Return the effect of a bug that leaves an activation as the bug-free oracle has it."""
+        if key not in self.unchanged:
+            measure = self.rows[key].operation_error
+            assert measure is not None
+            error = errors(self.theirs[key], self.bug_free[key])
+            fits = error.within(measure.loosest_bound)
+            self.unchanged[key] = Effect(fits, error.rms, math.inf, changes=False)
+        return self.unchanged[key]
 
     def _effect(self, key: Key, value: Array, bugs: Bugs) -> Effect:
-        row, theirs, honest = self.rows[key], self.theirs[key], self.honest[key]
-        assert row.own is not None
-        # As of most: a bug touches its own operation's alone.
-        if value is honest or (value.shape == honest.shape and (value == honest).all()):
-            return self._unmoved(key)
-        bound = row.own.loosest
-        unlike = math.inf
-        alone = bugs[0].known_by if len(bugs) == 1 and row.status == "diverges" else "value"
-        if alone == "size" and _everywhere(theirs - honest):
-            sizes = errors(value, honest).rms, self._unmoved(key).error
+        """Return the effect of bugs that make ``value`` of an activation."""
+        row, theirs, bug_free = self.rows[key], self.theirs[key], self.bug_free[key]
+        assert row.operation_error is not None
+        # True of most activations: a bug touches those of its own operation alone.
+        if value is bug_free or (value.shape == bug_free.shape and (value == bug_free).all()):
+            return self._unchanged(key)
+        bound = row.operation_error.loosest_bound
+        unlikeness = math.inf
+        known_by = bugs[0].known_by if len(bugs) == 1 and row.status == "diverges" else "value"
+        if known_by == "size" and _is_everywhere(theirs - bug_free):
+            sizes = errors(value, bug_free).rms, self._unchanged(key).error
             if min(sizes) > 0 and max(sizes) < math.inf:
-                unlike = abs(math.log(sizes[0] / sizes[1])) / math.log(SIZE_FACTOR)
-        elif alone == "nothing" and errors(value, honest).rms > row.own.bound.rms:
-            unlike = abs(correlation(theirs, honest)) / UNRELATED
-        if unlike == math.inf and _is_out(theirs, value, bound):
-            return ELSEWHERE
+                unlikeness = abs(math.log(sizes[0] / sizes[1])) / math.log(SIZE_FACTOR)
+        elif known_by == "nothing" and errors(value, bug_free).rms > row.operation_error.bound.rms:
+            unlikeness = abs(correlation(theirs, bug_free)) / UNRELATED
+        if unlikeness == math.inf and _worst_is_out(theirs, value, bound):
+            return NO_FIT
         error = errors(theirs, value)
-        return Effect(error.within(bound), error.rms, unlike, moves=True)
+        return Effect(error.within(bound), error.rms, unlikeness, changes=True)
 
 
-def _is_out(theirs: Array, value: Array, bound: Errors) -> bool:
-    """Return whether the worst element alone is over the bound: most are, and this is quick."""
+def _worst_is_out(theirs: Array, value: Array, bound: Errors) -> bool:
+    """Return whether the worst element alone is over the bound, as is true of most suspects.
+
+    This is quicker than ``errors``.
+    """
     if theirs.shape != value.shape:
         return True
     with np.errstate(invalid="ignore"):
@@ -234,12 +273,12 @@ def _is_out(theirs: Array, value: Array, bound: Errors) -> bool:
     return not worst <= bound.worst * np.abs(value).max()
 
 
-def _everywhere(error: Array) -> bool:
+def _is_everywhere(error: Array) -> bool:
     return bool(np.mean(np.abs(error) > 0.1 * np.sqrt(np.mean(error**2))) > TOUCHED)
 
 
 def correlation(a: Array, b: Array) -> float:
-    """Return the mean correlation over the last axis."""
+    """Return the mean correlation of two arrays over their last axis."""
     a, b = (x - x.mean(axis=-1, keepdims=True) for x in (a, b))
     size = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
     return float(np.mean((a * b).sum(-1) / np.where(size == 0, 1.0, size)))

@@ -1,4 +1,4 @@
-"""All that a comparison is about: the model, the calls, both sides."""
+"""One comparison: model, calls, the oracle's parameters and the other side's activations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,25 +14,25 @@ from reference_np.ops import Array
 
 from .axes import Order, as_declared
 from .judging import KL, Row
-from .replay import Key, Weights, stage_names, stream_before
+from .replay import EMBEDDING_STAGE, Key, RoundedParams, stage_input, stage_names
 from .sides import Recording
-from .trace_file import Call, Trace
+from .trace_file import Call, TraceFile
 
 
-class Theirs:
-    """The other side's activations in float64, read stage by stage.
+class TheirActivations:
+    """Reads the other side's activations in float64, stage by stage.
 
-    Where one is found to be stored with its axes in another order than declared, that is kept
-    here, and what is read from then on is in the declared order.
+    An activation that is found to be stored with its axes in another order than declared is
+    returned in the declared order from then on.
     """
 
-    def __init__(self, trace: Trace, config: LlamaConfig, n_calls: int) -> None:
+    def __init__(self, trace: TraceFile, config: LlamaConfig, n_calls: int) -> None:
         self._trace, self._config, self._n_calls = trace, config, n_calls
         self._orders: dict[Key, Order] = {}
 
     def read(self, stage: int) -> dict[Key, Array]:
-        """Read the activations of a stage, and the streams that enter it."""
-        wanted = [*stage_names(self._config, stage), stream_before(stage)]
+        """Return a stage's activations and the residual streams that it reads."""
+        wanted = [*stage_names(self._config, stage), stage_input(stage)]
         found = {
             (c, name): self._trace.read(c, name) for c in range(self._n_calls) for name in wanted
         }
@@ -41,56 +41,56 @@ class Theirs:
         return wide | {key: as_declared(wide[key], order) for key, order in orders.items()}
 
     def reorder(self, orders: Mapping[Key, Order]) -> bool:
-        """Take in the orders of axes that were found; return whether any is new."""
+        """Add orders of axes by activation; return whether any is new."""
         new = orders.keys() - self._orders.keys()
         self._orders.update(orders)
         return bool(new)
 
     def is_reordered(self, key: Key) -> bool:
-        """Return whether an activation was found to be in another order."""
+        """Return whether an activation is stored with its axes in another order."""
         return key in self._orders
 
 
-class Problem(NamedTuple):
-    """Everything that is compared: a config, calls, two precisions of the weights, theirs."""
+class Comparison(NamedTuple):
+    """A config, calls, the oracle's parameters in two precisions, the other side's activations."""
 
     config: LlamaConfig  # with as many layers as the other side ran
     calls: Sequence[Call]
-    exact: Weights
-    low: Weights  # the same in the dtype of the baseline
+    exact_params: RoundedParams  # the values of the precision under test, in float64
+    baseline_params: RoundedParams  # the same values in the dtype of the baseline
     recording: Recording
-    theirs: Theirs
-    first: int  # the first layer compared
+    theirs: TheirActivations
+    first_layer: int  # of those that are compared
 
     @property
     def dtype(self) -> str:
         """The precision under test."""
-        return self.low.precision
+        return self.baseline_params.precision
 
     @property
-    def plain(self) -> Ops:
-        """The baseline's operations."""
+    def baseline_ops(self) -> Ops:
+        """The operations of the baseline, the oracle in the precision under test."""
         half = self.dtype in ("bfloat16", "float16")
         return plain_ops(self.dtype) if half else reference_ops
 
     def stages(self) -> Sequence[int]:
         """Return the stages compared; a range of layers has no head unless it ends there."""
-        whole = self.config.n_layers == self.exact.checkpoint.config.n_layers
-        first = -1 if self.first == 0 else self.first
+        whole = self.config.n_layers == self.exact_params.checkpoint.config.n_layers
+        first = EMBEDDING_STAGE if self.first_layer == 0 else self.first_layer
         return range(first, self.config.n_layers + whole)
 
-    def stage(self, row: Row) -> int:
-        """Return the stage that a row belongs to."""
+    def stage_of(self, row: Row) -> int:
+        """Return the stage of a row's activation."""
         if row.name == "embed":
-            return -1
+            return EMBEDDING_STAGE
         return self.config.n_layers if row.layer is None else row.layer
 
     def expected(self) -> list[Key]:
-        """Name all that must be there, in the order of computation."""
+        """Return all activations to compare, in the order of computation."""
         return [key for stage in self.stages() for key in self.keys(stage)]
 
     def keys(self, stage: int) -> list[Key]:
-        """Name what a stage is judged by: of calls that show their logits alone, those."""
+        """Return a stage's activations to compare: the logits alone of calls that show no more."""
         return [
             (c, name)
             for c, covers in enumerate(self.recording.coverage)
@@ -99,27 +99,27 @@ class Problem(NamedTuple):
         ]
 
     def names(self, stage: int) -> list[str]:
-        """Name what a stage is judged by."""
+        """Return the names of a stage's activations to compare, in any call."""
         names = stage_names(self.config, stage)
-        # In float64 the logits' own bound is far below what a KL can tell.
+        # In float64 the logits' own bound is far below what a KL can resolve.
         kl = stage == self.config.n_layers and self.dtype != "float64"
         return [*names, KL] if kl else names
 
-    def forces(self) -> bool:
-        """Return whether the other side shows more than logits."""
+    def has_activations(self) -> bool:
+        """Return whether the other side shows more than logits in any call."""
         return "activations" in self.recording.coverage
 
 
-def make_problem(
+def make_comparison(
     path: Path,
     config: LlamaConfig,
     calls: Sequence[Call],
     dtype: str,
     recording: Recording,
-    first: int,
-) -> Problem:
-    """Open the weights in both precisions."""
-    exact = Weights(path, dtype, "float64")
-    low = exact if dtype == "float64" else Weights(path, dtype, "float32")
-    theirs = Theirs(recording.trace, config, len(calls))
-    return Problem(config, calls, exact, low, recording, theirs, first)
+    first_layer: int,
+) -> Comparison:
+    """Open the checkpoint's parameters in both precisions, and the recorded activations."""
+    exact = RoundedParams(path, dtype, "float64")
+    baseline = exact if dtype == "float64" else RoundedParams(path, dtype, "float32")
+    theirs = TheirActivations(recording.trace, config, len(calls))
+    return Comparison(config, calls, exact, baseline, recording, theirs, first_layer)
