@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +30,8 @@ from llama_torch.common.files import finish, publish_folder
 from llama_torch.model.config import ModelConfig
 from llama_torch.tokenizer.pieces import is_ranks
 from tools.conversion.hf_checkpoint import read_hf, write_hf
-from tools.conversion.llama3_tokenizer import hf_tokenizer
+from tools.conversion.lazy_weights import write_file
+from tools.conversion.llama3_tokenizer import hf_tokenizer, meta_tokenizer
 from tools.conversion.meta_checkpoint import META_FILES, read_meta, write_meta
 from tools.conversion.meta_params import check_expressible
 from tools.conversion.token_ids import (
@@ -37,6 +39,7 @@ from tools.conversion.token_ids import (
     complete_ids,
     ids_of_files,
     ids_of_flags,
+    require_ids,
     write_generation_config,
 )
 
@@ -140,22 +143,24 @@ def copy_around(source: Path, folder: Path, config: ModelConfig, to: str) -> Non
     """Copy the tokenizer and what else stands beside the weights, or convert it.
 
     Llama 3's list of ranks is Meta's tokenizer.model alone: beside Hugging Face's form it stands
-    in ``original``, as released, and a tokenizer.json is made of it where there is none.
+    in ``original``, as released. Where the form to write lacks its file, it is made of the other's.
     """
     for name in AROUND.split():
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    pieces, original = folder / "tokenizer.model", folder / ORIGINAL
-    if to == "meta" and not pieces.exists() and (source / ORIGINAL).is_file():
-        shutil.copyfile(source / ORIGINAL, pieces)
-    if to == "meta" or not (pieces.exists() and is_ranks(source / "tokenizer.model")):
-        return
-    if not (folder / "tokenizer.json").exists():
-        for name, text in hf_tokenizer(source / "tokenizer.model", config).items():
+    pieces, fast, original = (folder / n for n in ("tokenizer.model", "tokenizer.json", ORIGINAL))
+    if to == "meta" and not pieces.exists():
+        if (source / ORIGINAL).is_file():
+            shutil.copyfile(source / ORIGINAL, pieces)
+        elif fast.exists() and (ranks := meta_tokenizer(source / fast.name, config)):
+            write_file(pieces, partial(Path.write_bytes, data=ranks))
+    elif to == "hf" and pieces.exists() and is_ranks(source / pieces.name):
+        made = {} if fast.exists() else hf_tokenizer(source / pieces.name, config)
+        for name, text in made.items():
             if not (folder / name).exists():
-                (folder / name).write_text(text, encoding="utf-8")
-    original.parent.mkdir()
-    pieces.rename(original)
+                write_file(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        original.parent.mkdir()
+        pieces.rename(original)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,8 +187,10 @@ def _main(argv: Sequence[str]) -> int:
     filed = ids_of_files(beside, model.config.vocab_size)
     flagged = ids_of_flags(settings.bos_token_id, settings.eos_token_id, model.config.vocab_size)
     ids = filed | flagged
-    if (form, to) == ("meta", "hf"):
-        ids = complete_ids(ids, beside, model.config, filed)
+    if to == "hf":
+        ids = complete_ids(ids, beside, model.config)
+    if (form, to) == ("meta", "hf"):  # whose params.json has no place for them
+        require_ids(ids, filed, beside)
     with new_directory(target) as folder:
         copy_around(beside, folder, model.config, to)
         if to == "hf":
@@ -191,7 +198,7 @@ def _main(argv: Sequence[str]) -> int:
         else:
             write_meta(folder, model, dtype, settings.shards)
         if ids and ((form, to) != ("hf", "hf") or (folder / GENERATION_FILE).exists()):
-            write_generation_config(folder, ids, flagged)  # params.json has no place for them
+            write_generation_config(folder, ids, flagged)
     _print_summary(settings, model.config, form, to)
     return 0
 

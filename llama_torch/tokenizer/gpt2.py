@@ -161,14 +161,14 @@ def vocab_and_merges(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[l
     Merges stand in the order of their tokens' ranks, as the tokenizers library applies them. A
     token that merging never makes of its bytes has none.
     """
-    spell = _byte_spelling()
+    spell = byte_spelling()
     vocab = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
     pairs = (_last_merge(t, ranks) for t in sorted(ranks, key=ranks.__getitem__) if len(t) > 1)
     merges = [["".join(spell[b] for b in part) for part in pair] for pair in pairs if pair]
     return vocab, merges
 
 
-def _byte_spelling() -> list[str]:
+def byte_spelling() -> list[str]:
     """Return GPT-2's printable character for each byte (Radford et al. 2019, section 2.2).
 
     Printable Latin-1 bytes stand for themselves; the others take 256, 257, ... in order.

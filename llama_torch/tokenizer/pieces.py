@@ -47,11 +47,9 @@ class SentencePiece(Tokenizer):
                 f"{path}: not a SentencePiece model; put the checkpoint's tokenizer.json beside it"
             ) from None
         super().__init__(special, max([len(pieces) - 1, *special.values()]) + 1)
-        processor = self.processor
-        if processor.bos_id() >= 0:
-            self.bos, self.prefix = pieces[processor.bos_id()].text, (processor.bos_id(),)
-        if processor.eos_id() >= 0:
-            self.eos = pieces[processor.eos_id()].text
+        names = {id_: name for name, id_ in special.items()}  # those of renamed pieces, too
+        bos, eos = self.processor.bos_id(), self.processor.eos_id()  # -1 where there is none
+        self.bos, self.prefix, self.eos = names.get(bos), (bos,) * (bos >= 0), names.get(eos)
         if settings.add_bos_token is False:
             self.prefix = ()
         self.proto = proto

@@ -70,6 +70,15 @@ def test_end_tokens_and_their_places(folders: dict[str, Path], tmp_path: Path) -
             end_ids(folder, tokenizer, VOCAB)
 
 
+def test_a_renamed_end_token_ends_a_text(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["pieces"], tmp_path / "copy")
+    renamed = {"2": {"content": "<end>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": renamed}))
+    tokenizer = load_tokenizer(folder, VOCAB)
+    assert (tokenizer.bos, tokenizer.eos) == ("<s>", "<end>")
+    assert end_ids(folder, tokenizer, VOCAB) == {2}
+
+
 def test_stop_tokens_are_single_tokens(tokenizers: dict[str, Tokenizer]) -> None:
     assert tokenizers["bytes"].token_id("<|end|>", "--stop-tokens") == 1
     assert tokenizers["gpt2"].token_id("\n", "--stop-tokens") == 198

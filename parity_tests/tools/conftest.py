@@ -1,4 +1,4 @@
-"""compare.py's command, run in this process."""
+"""compare.py's command, run in this process, and a checkpoint that convert.py wrote."""
 
 import json
 import sys
@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from llama_torch import load
 from tools import compare
 
+from ..support.llama3_ranks import a_llama3, encoding, gpt2_ranks
+from .commands import Converted, run_convert
 from .comparing import CONFIG, write
 
 
@@ -56,3 +59,11 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Callable:
         return f"{name}:it"
 
     return register
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["3", "3.1"])
+def converted(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Converted:
+    folder = tmp_path_factory.mktemp("llama3")
+    a_llama3(folder / "a", gpt2_ranks(), request.param)
+    run_convert(folder / "a", folder / "b")
+    return Converted(folder / "a", folder / "b", encoding(gpt2_ranks()), load(folder / "b"))

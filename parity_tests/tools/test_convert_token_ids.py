@@ -161,6 +161,20 @@ def test_an_end_without_a_beginning_is_as_it_was(tmp_path: Path) -> None:
     assert token_ids(tmp_path / "b") == [{"eos_token_id": 4}] * 2
 
 
+def test_hugging_faces_form_may_tell_none(tmp_path: Path) -> None:
+    """Its tokenizer is asked; where that tells none either, nothing is written as before."""
+    an_hf(tmp_path / "a", LlamaConfig(24, 2, 6, 2, 4, 40, 500))
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    del config["bos_token_id"], config["eos_token_id"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    run_convert(tmp_path / "a", tmp_path / "b", "--to", "hf")
+    byte_level(tmp_path / "a")
+    run_convert(tmp_path / "a", tmp_path / "c", "--to", "hf")
+    told = [json.loads((tmp_path / name / "config.json").read_text()) for name in "bc"]
+    assert [content.get("eos_token_id") for content in told] == [None, 1]
+    assert [content.get("bos_token_id") for content in told] == [None, 0]
+
+
 @pytest.mark.parametrize("pad", [-1, 30])
 def test_padding_beyond_the_vocabulary_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], pad: int

@@ -1,33 +1,27 @@
 """convert.py: Llama 3's tokenizer.model becomes a tokenizer.json that encodes as tiktoken does."""
 
-import base64
+import itertools
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_torch import TextModel, load
-from llama_torch.common.errors import InputError
+from llama_torch import load
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.tokenizer import Tokenizer
-from tools import convert
 
 from ..support.llama3_ranks import (
     N_RANKS,
     a_llama3,
     encoding,
     gpt2_ranks,
-    lines,
     token_ids,
     with_tokens,
 )
-from .commands import run_convert
+from .commands import Converted, run_convert
 
 SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|reserved_special_token_7|>"]
 # Characters that Python's table of Unicode has: those of newer versions the libraries may not know.
@@ -38,23 +32,6 @@ pieces = st.one_of(
     st.sampled_from(["the ", "1234567", "don't", "WE'LL", "🙂\u200d🙂", "  x\r\n\r\n", *SPECIAL]),
 )
 texts = st.lists(pieces, max_size=6).map("".join)
-
-
-class Converted(NamedTuple):
-    """A checkpoint before and after, and tiktoken's encoding of its ranks."""
-
-    source: Path
-    folder: Path
-    tiktoken: tiktoken.Encoding
-    model: TextModel
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["3", "3.1"])
-def converted(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Converted:
-    folder = tmp_path_factory.mktemp("llama3")
-    a_llama3(folder / "a", gpt2_ranks(), request.param)
-    run_convert(folder / "a", folder / "b")
-    return Converted(folder / "a", folder / "b", encoding(gpt2_ranks()), load(folder / "b"))
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +77,23 @@ def test_any_list_of_tokens_merges_as_tiktoken_merges_it(
         assert tokenizer.encode(text) == encoding(ranks).encode_ordinary(text)
 
 
+def strings(characters: str, *lengths: int) -> list[str]:
+    products = (itertools.product(characters, repeat=n) for n in lengths)
+    return ["".join(string) for product in products for string in product]
+
+
+def test_a_text_is_cut_as_tiktoken_cuts_it(tmp_path: Path) -> None:
+    """All tokens of two and three characters are there, so that ids tell where a text is cut."""
+    characters = "aS1 \n\r'."
+    endings = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'Re", "'LL", "'\u017f", "'x"]
+    endings = [f"{ending}a" for ending in endings]
+    tokens = [*strings(characters, 2, 3), *endings, *(ending[1:] for ending in endings)]
+    ranks = with_tokens(map(str.encode, [*tokens, "1111", "    "]))
+    ours, theirs = tokenizer_of(tmp_path, ranks), encoding(ranks)
+    for text in [*strings(characters, 1, 2, 3, 4), *(f"a{ending}" for ending in endings)]:
+        assert ours.encode(text) == theirs.encode_ordinary(text), repr(text)
+
+
 def test_the_order_of_the_lines_says_nothing(tmp_path: Path) -> None:
     ranks = gpt2_ranks(400)
     tokenizer = tokenizer_of(tmp_path, dict(reversed(ranks.items())))
@@ -127,91 +121,6 @@ def test_special_tokens_as_meta_names_them(converted: Converted) -> None:
     ids = {"bos_token_id": N_RANKS, "eos_token_id": sorted(converted.model.end_ids)}
     ids |= {"pad_token_id": N_RANKS + 4} if is_31 else {}
     assert token_ids(converted.folder) == [ids, ids]
-
-
-def test_metas_own_file_comes_back(converted: Converted, tmp_path: Path) -> None:
-    """Beside Hugging Face's form it is where released checkpoints have it."""
-    assert not (converted.folder / "tokenizer.model").exists()
-    run_convert(converted.folder, tmp_path / "c")
-    run_convert(tmp_path / "c", tmp_path / "d")
-    for name in ("c/tokenizer.model", "d/original/tokenizer.model"):
-        assert (tmp_path / name).read_bytes() == lines(gpt2_ranks())
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        assert (tmp_path / "d" / name).read_bytes() == (converted.folder / name).read_bytes()
-
-
-def test_beside_hugging_faces_form_it_is_refused_with_the_remedy(
-    converted: Converted, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(converted.folder, tmp_path / "a")
-    (folder / "original" / "tokenizer.model").rename(folder / "tokenizer.model")
-    assert load(folder).encode("Hi") == converted.model.encode("Hi")  # by its tokenizer.json
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
-    remedy = r"a/tokenizer\.model: not a SentencePiece .* tools/convert\.py .*/a NEW_DIR --to hf"
-    with pytest.raises(InputError, match=remedy):
-        load(folder)
-    run_convert(folder, tmp_path / "b", "--to", "hf")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "b" / name).read_bytes() == (converted.folder / name).read_bytes()
-
-
-def line_of(token: bytes, rank: int) -> bytes:
-    return base64.b64encode(token) + b" %d\n" % rank
-
-
-def changed(number: int, text: bytes) -> Callable[[bytes], bytes]:
-    """Replace one line, counted from 1."""
-
-    def edit(raw: bytes) -> bytes:
-        rows = raw.splitlines(keepends=True)
-        rows[number - 1] = text
-        return b"".join(rows)
-
-    return edit
-
-
-DAMAGED: list[tuple[Callable[[bytes], bytes], str]] = [
-    (changed(7, b"J!== 6\n"), "line 7: 'J!==' is not a token in base64"),
-    (changed(1, b"IR== 0\n"), "line 1: 'IR==' is not a token in base64"),  # a bit beyond the byte
-    (changed(7, b"Jw 6\n"), "line 7: 'Jw' is not a token in base64"),
-    (changed(7, b" 6\n"), "line 7: '' is not a token in base64"),
-    (changed(7, b"\n"), "line 7: '' is not a token in base64"),
-    (changed(7, b"Jw==\n"), "line 7: '' is not a rank"),
-    (changed(7, b"Jw== -6\n"), "line 7: '-6' is not a rank"),
-    (changed(7, b"Jw== 06\n"), "line 7: '06' is not a rank"),
-    (changed(7, b"Jw== \xc2\xb2\n"), "line 7: '\\xc2\\xb2' is not a rank"),
-    (changed(7, b"Jw== " + b"9" * 5000 + b"\n"), "is not a rank"),
-    (changed(301, line_of(b"never", 7)), "line 301: the rank 7 is that of line 8, too"),
-    (changed(301, line_of(b"!", 300)), "line 301: the token b'!' is that of line 1, too"),
-    (changed(301, line_of(b"never", 999)), "rank 300 is missing"),
-    (changed(301, b""), "rank 300 is missing"),
-    (changed(34, line_of(b"never", 33)), "1 single bytes have no rank (0x42 is the first)"),
-    (changed(301, line_of(b"<|eot_id|>", 300)), "<|eot_id|> is a token of text there"),
-    (lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1], "has 399 ranks, to which 256 special"),
-    (lambda raw: raw[:-2], "line 400: the rank 39 is that of line 40, too"),
-    (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
-    (lambda raw: b"\n" + raw, "not a SentencePiece model"),
-    (lambda raw: b"", "not a SentencePiece model"),
-]
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGED, ids=[text for _, text in DAMAGED])
-def test_a_damaged_file_is_one_line_and_nothing_is_written(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    damage: Callable[[bytes], bytes],
-    message: str,
-) -> None:
-    source = a_llama3(tmp_path / "a", gpt2_ranks(400))
-    raw = (source / "tokenizer.model").read_bytes()
-    (source / "tokenizer.model").write_bytes(damage(raw))
-    assert convert.main([str(source), str(tmp_path / "b")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert error.startswith(f"error: {source / 'tokenizer.model'}: ")
-    assert message in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 def test_a_template_places_special_tokens(converted: Converted, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(path: Path, save: Callable[[Path], None]) -> None:
+def write_file(path: Path, save: Callable[[Path], object]) -> None:
     """Let ``save`` write a file; InputError, which names it, where there is no room."""
     try:
         save(path)

@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer in Hugging Face's form: ``tokenizer.json`` and ``tokenizer_config.json``."""
+"""Llama 3's tokenizer: from Meta's ``tokenizer.model`` to ``tokenizer.json``, and back."""
 
 import json
 from collections.abc import Mapping
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_torch.common.errors import InputError
+from llama_torch.common.files import read_json
 from llama_torch.model.config import ModelConfig
-from llama_torch.tokenizer.gpt2 import vocab_and_merges
+from llama_torch.tokenizer.gpt2 import byte_spelling, vocab_and_merges
 
-from .token_ranks import read_ranks
+from .token_ranks import ranks_text, read_ranks
 
 N_SPECIAL = 256
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
@@ -61,6 +62,50 @@ def hf_tokenizer(path: Path, config: ModelConfig) -> dict[str, str]:
     return {
         "tokenizer.json": json.dumps(_tokenizer(ranks, special), ensure_ascii=False),
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def meta_tokenizer(path: Path, config: ModelConfig) -> bytes | None:
+    """Return the tokenizer.model of which ``path``, a tokenizer.json, is Hugging Face's form.
+
+    None where it is another tokenizer's than a Llama 3's. It may list more merges for a token than
+    its last: these pairs meet in no text.
+    """
+    try:
+        content = read_json(path)
+        ranks = _ranks(content["model"]["vocab"], config.vocab_size - N_SPECIAL)
+        expected = _tokenizer(ranks, special_tokens(config, len(ranks)))
+        wanted = expected["model"]["merges"]
+        listed = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+        kept = set(wanted)
+        found = _outline(content) | {"merges": [merge for merge in listed if merge in kept]}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return ranks_text(ranks) if found == _outline(expected) | {"merges": wanted} else None
+
+
+def _ranks(vocab: Mapping[str, int], n_ranks: int) -> dict[bytes, int]:
+    """Return the ranks in order; KeyError or ValueError for those of no list of ranks."""
+    byte_of = {character: byte for byte, character in enumerate(byte_spelling())}
+    by_rank = {rank: bytes(byte_of[c] for c in token) for token, rank in vocab.items()}
+    if len(vocab) != n_ranks:
+        raise ValueError("another number of tokens")
+    return {by_rank[rank]: rank for rank in range(n_ranks)}
+
+
+def _outline(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides on the ids of a text, but for vocabulary and merges."""
+    split, byte_level = content["pre_tokenizer"]["pretokenizers"]
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    model = content["model"]
+    return {
+        "split": {key: split[key] for key in ("type", "pattern", "behavior", "invert")},
+        "bytes": {key: byte_level[key] for key in ("type", "add_prefix_space", "use_regex")},
+        "normalizer": content.get("normalizer"),
+        "model": (model["type"], model["ignore_merges"], model.get("dropout")),
+        # Reserved ones are named otherwise here and there.
+        "special": {name: id_ for name, id_ in added.items() if name in LLAMA_31.values()},
+        "ids": sorted(added.values()),
     }
 
 

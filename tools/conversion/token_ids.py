@@ -57,22 +57,27 @@ def ids_of_files(folder: Path, vocab_size: int) -> TokenIds:
     return ids
 
 
-def complete_ids(ids: TokenIds, folder: Path, config: ModelConfig, filed: TokenIds) -> TokenIds:
-    """Return the ids to write for a checkpoint of Meta's form, whose params.json tells none.
+def complete_ids(ids: TokenIds, folder: Path, config: ModelConfig) -> TokenIds:
+    """Return ids, which files and flags tell, and beside them those that the tokenizer does.
 
-    Beside ``ids``, which flags and files tell, those that the tokenizer does, or else a vocabulary
-    of Llama 2's or 3's size. Raises InputError where these tell no end token; no BOS is good
-    enough where the files that tell an end token have none.
+    Where there is no tokenizer, a vocabulary of Llama 2's or 3's size tells them.
     """
-    if BOS not in ids or EOS not in ids:
-        ids = _ids_of_vocabulary(folder, config) | _ids_of_tokenizer(folder, config) | ids
+    if BOS in ids and EOS in ids:
+        return ids
+    return _ids_of_vocabulary(folder, config) | _ids_of_tokenizer(folder, config) | ids
+
+
+def require_ids(ids: TokenIds, filed: TokenIds, folder: Path) -> None:
+    """Raise InputError that asks for flags where no end token is told.
+
+    No BOS is good enough where the files that tell an end token have none.
+    """
     if EOS not in ids or (BOS not in ids and EOS not in filed):
         flags = [f"--{key.replace('_', '-')}" for key in (EOS, BOS) if key not in ids]
         raise InputError(
             f"{folder}: no file tells which token ends a text or begins one; give "
             f"{' and '.join(flags)}, or put the checkpoint's tokenizer there"
         )
-    return ids
 
 
 def _ids_of_vocabulary(folder: Path, config: ModelConfig) -> TokenIds:

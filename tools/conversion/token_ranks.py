@@ -1,10 +1,11 @@
-"""Read Llama 3's ``tokenizer.model``: the ranks of a byte-level BPE, in the form of tiktoken.
+"""Read and write Llama 3's ``tokenizer.model``: the ranks of a byte-level BPE, in tiktoken's form.
 
 Each line is one token: its bytes in base64, a space, and its rank, which is its id.
 """
 
 import base64
 import binascii
+from collections.abc import Mapping
 from pathlib import Path
 
 from llama_torch.common.errors import InputError
@@ -37,6 +38,12 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             "file again"
         )
     return ranks
+
+
+def ranks_text(ranks: Mapping[bytes, int]) -> bytes:
+    """Return the content of a file of ranks, in their order."""
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    return b"".join(lines)
 
 
 def _parse(line: bytes, place: str) -> tuple[bytes, int]:
