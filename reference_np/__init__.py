@@ -1,7 +1,8 @@
 """LLaMA 2 in pure NumPy: the specification that every other implementation is held to.
 
 Read in this order: ops and model beside the paper, with config and naming at hand; then grad
-and optim for the training step, tolerances for how close is close enough (plain is its baseline
-in low precision), mutants and training_mutants for the bugs that must be seen, checkpoint for
-the files.
+and optim for the training step and sampling for generation; tolerances for the error bounds, with
+low_precision for the baseline they start from; mutants and training_mutants for the bugs that a
+test must tell apart; checkpoint for the files; backend for the protocol of an implementation
+under test.
 """

@@ -1,11 +1,13 @@
-"""The protocol of a backend, through which an implementation is tested: NumPy in and out."""
+"""The protocol of a backend: an implementation under test, with NumPy arrays in and out."""
 
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from .config import InputError, LlamaConfig
@@ -18,18 +20,20 @@ Params = Mapping[str, Array]
 
 
 class Backend:
-    """What a porter writes. Only ``logits`` is required; copy ``template.py`` and fill it in.
+    """The methods of an implementation under test; only ``logits`` is required.
 
-    Deriving from this class is optional: any object (or class, or module) with these methods
-    will do. For what you do not offer, leave the method out or raise NotImplementedError with
-    a reason; it is counted as not covered, never as passed. Every call brings all it needs and
-    must not depend on calls before it.
+    Copy ``parity_tests/backends/template.py`` and fill it in. Deriving from this class is
+    optional: any object (or class, or module) with these methods will do. Leave a method out, or
+    raise NotImplementedError with a reason, where your implementation has no such function; the
+    test is counted as not covered, never as passed. Every call brings all it needs and must not
+    depend on calls before it.
 
-    dtypes   the precisions you compute in, most precise first, among "float64", "float32",
-             "bfloat16" and "float16". float64 is worth having: it leaves rounding nowhere to
-             hide a bug. Without it the first one listed is judged beside plain NumPy in that
-             precision. Parameters arrive in the precision under test (bfloat16 as ml_dtypes').
-    share    the part of the examples that you can afford, 1.0 for all.
+    dtypes            the precisions you compute in, most precise first, among "float64",
+                      "float32", "bfloat16" and "float16". In float64 rounding is too small to
+                      hide a bug. Without it the first one listed is judged beside plain NumPy in
+                      that precision. Parameters arrive in the precision under test (bfloat16 as
+                      ml_dtypes').
+    example_fraction  the fraction of the examples to run, above 0 and at most 1.0 (all).
 
     The arguments, where B is the batch, T the tokens of this call, S = cached + T, V the
     vocabulary:
@@ -48,7 +52,7 @@ class Backend:
     """
 
     dtypes: Sequence[str] = ("float64", "float32")
-    share: float = 1.0
+    example_fraction: float = 1.0
 
     def logits(
         self,
@@ -100,21 +104,23 @@ class Backend:
         """Return the activations, as ``trace`` does, and the new cache, as ``decode`` does."""
         raise NotImplementedError("traced_decode")
 
-    def held(self, config: LlamaConfig, params: Params) -> Params:
-        """Return the weights, float64, that ``params`` become where they are held quantised.
+    def effective_params(self, config: LlamaConfig, params: Params) -> Params:
+        """Return the weights that are computed with, dequantised, in float64.
 
-        For those alone whose weights are no longer the ones given: the oracle then gets these.
-        Judge them in float64, whose tolerance does not depend on the given ones.
+        Only for a backend that quantises its weights: the oracle then computes with the returned
+        ones. Such a backend is best judged in float64, whose tolerance does not depend on the
+        precision of the given ones.
         """
-        raise NotImplementedError("held")
+        raise NotImplementedError("effective_params")
 
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
     ) -> tuple[float, Mapping[str, Array]]:
         """Return the mean loss over every valid target of all batches, and its gradients.
 
-        A batch is (tokens [B, T], targets [B, T], positions, mask); a target of -100 does not
-        count. z_loss adds that many times (log Z)^2 for each valid target.
+        A batch is (tokens [B, T], targets [B, T], positions, mask); a target of -100 is ignored.
+        ``z_loss (log Z)^2`` is added to each valid target's loss. Gradients are by parameter name,
+        each of its parameter's shape.
         """
         raise NotImplementedError("loss_and_grads")
 
@@ -126,15 +132,15 @@ class Backend:
         hyper: Hyperparameters,
         steps: int,
     ) -> Mapping[str, Any]:
-        """Take ``steps`` AdamW steps, each over all ``batches``; hyper is reference_np.optim's.
+        """Take ``steps`` AdamW steps as reference_np.optim does, each over all ``batches``.
 
         Return "loss" and "grad_norm" (before clipping), each [steps], and "params",
-        "exp_avg" and "exp_avg_sq" (the moments after the last step), each by parameter name.
+        "exp_avg" and "exp_avg_sq" (the moments) after the last step, each by parameter name.
         """
         raise NotImplementedError("train")
 
 
-# Names for the shipped ones; anybody else's is package.module:object.
+# Short names of the backends in this repository; any other is package.module:object.
 SHIPPED = {
     "torch": "parity_tests.backends.torch_backends:eager",
     "torch-math": "parity_tests.backends.torch_backends:math",
@@ -187,3 +193,22 @@ def load(spec: str, flag: str = "--backend") -> Any:
 def dtypes_of(backend: Any) -> tuple[str, ...]:
     """Return the precisions that a backend computes in, most precise first."""
     return tuple(getattr(backend, "dtypes", None) or Backend.dtypes)
+
+
+def example_fraction_of(backend: Any) -> float:
+    """Return the fraction of the examples to run; ``share`` is its former name."""
+    default = getattr(backend, "example_fraction", Backend.example_fraction)
+    return float(getattr(backend, "share", default))
+
+
+def effective_params_of(backend: Any, config: LlamaConfig, params: Params) -> Params:
+    """Return the backend's dequantised weights in float64; ``params`` where it quantises none.
+
+    ``held`` is the former name of the method.
+    """
+    for name in ("held", "effective_params"):
+        if callable(method := getattr(backend, name, None)):
+            with suppress(NotImplementedError):
+                dequantised: Params = method(config, params)
+                return dequantised
+    return {name: value.astype(np.float64) for name, value in params.items()}

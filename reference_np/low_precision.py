@@ -1,8 +1,8 @@
-"""The plainest low-precision Llama: every operation in float32, its result rounded once.
+"""A Llama in low precision: every operation computed in float32, its result rounded once.
 
-It is the independent baseline of tier 3 in tolerances: what an honest implementation that keeps
-its activations in bfloat16 or float16, and accumulates in float32, must lose; or one that keeps
-them in float32 and multiplies matrices in TF32, which rounds what goes into a product.
+It is the independent baseline of tier 3 in tolerances: its error is that of a correct
+implementation which stores its activations in bfloat16 or float16 and accumulates in float32; or,
+for "tf32", which stores them in float32 and rounds the inputs of its matrix products.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ import numpy as np
 from . import grad, ops
 from .ops import Array
 
-# Operations whose results such a model stores. RoPE's tables stay in float32.
+# Operations whose results are stored in low precision. RoPE's tables stay in float32.
 STORED = (
     "embed",
     "linear",
@@ -30,10 +30,11 @@ PRODUCTS = ("linear", "attention_scores", "attention_mix")
 
 
 def round_to(x: Array, dtype: str) -> Array:
-    """Round a float32 array to ``bfloat16``, ``float16`` or ``tf32`` values, ties to even."""
+    """Round a float32 array to bfloat16, float16 or tf32 values, ties to even; float32 again."""
     if dtype == "float16":
         return x.astype(np.float16).astype(np.float32)
-    # These are float32 without its lowest bits: add just under half of them, one more if odd.
+    # The other two are float32 without its lowest bits. Adding just under half of the dropped
+    # range, and one more where the lowest kept bit is odd, makes truncation round half to even.
     dropped = 13 if dtype == "tf32" else 16
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     half = np.uint32((1 << (dropped - 1)) - 1)
@@ -41,33 +42,33 @@ def round_to(x: Array, dtype: str) -> Array:
     return np.where(np.isfinite(x), rounded.view(np.float32), x)
 
 
-def plain_ops(dtype: str) -> SimpleNamespace:
-    """Return ops for ``forward`` that compute as ``dtype`` does; parameters float32."""
+def rounded_ops(dtype: str) -> SimpleNamespace:
+    """Return the operations of ``forward``, float32 in and out, rounded to ``dtype``."""
     return _replaced(dict(vars(ops)), dtype, STORED, PRODUCTS)
 
 
-def plain_vjps(dtype: str) -> SimpleNamespace:
-    """Return vjps for ``backward`` that compute as ``dtype`` does; parameters float32."""
-    operations = dict(vars(grad.REFERENCE))
+def rounded_vjps(dtype: str) -> SimpleNamespace:
+    """Return the operations of ``backward``, float32 in and out, rounded to ``dtype``."""
+    operations = dict(vars(grad.REFERENCE_VJPS))
     return _replaced(operations, dtype, operations, [f"{name}_vjp" for name in PRODUCTS])
 
 
 def _replaced(
     operations: dict[str, Any], dtype: str, stored: Iterable[str], products: Iterable[str]
 ) -> SimpleNamespace:
-    """Round what products read, for tf32, or else what operations store."""
+    """Return the operations, rounding the inputs of ``products`` for tf32, else every result."""
 
-    def low(x: Any) -> Any:
+    def rounded(x: Any) -> Any:
         if isinstance(x, tuple):
-            return tuple(map(low, x))
-        is_value = isinstance(x, np.ndarray) and x.dtype == np.float32
-        return round_to(x, dtype) if is_value else x
+            return tuple(map(rounded, x))
+        is_float32 = isinstance(x, np.ndarray) and x.dtype == np.float32
+        return round_to(x, dtype) if is_float32 else x
 
-    def storing(operation: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: low(operation(*args))
+    def round_result(operation: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: rounded(operation(*args))
 
-    def reading(operation: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: operation(*map(low, args))
+    def round_inputs(operation: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: operation(*map(rounded, args))
 
-    names, rounding = (products, reading) if dtype == "tf32" else (stored, storing)
+    names, rounding = (products, round_inputs) if dtype == "tf32" else (stored, round_result)
     return SimpleNamespace(**operations | {name: rounding(operations[name]) for name in names})

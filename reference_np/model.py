@@ -1,4 +1,4 @@
-"""The whole forward pass: token ids in, logits and the new cache out.
+"""The forward pass of LLaMA 2 (Touvron et al. 2023): token ids in, logits and the new cache out.
 
 Axes: B batch, T query position (this call's tokens), S key position (cache and this call),
 D dim, H query heads, N key/value heads, K head_dim, V vocabulary.
@@ -20,14 +20,14 @@ Ops = ModuleType | SimpleNamespace
 
 
 class Cache(NamedTuple):
-    """Rotated keys and values of every layer so far, each [B, N, S, K]. Never written to."""
+    """The rotated keys and the values of every layer, each [B, N, S, K]; never written to."""
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
 
     @property
     def length(self) -> int:
-        """Key positions held, padding included."""
+        """The number of cached positions S, padding included."""
         return int(self.keys[0].shape[2])
 
 
@@ -48,6 +48,8 @@ def forward(
 ) -> tuple[Array, Cache]:
     """Compute logits [B, T, V] and the cache that continues the sequence.
 
+    x = E[tokens], then ``x = block(x)`` n_layers times, and ``logits = norm(x) W_head^T``.
+
     params     Hugging Face name -> array, all float32 or all float64; may be lazy: each
                tensor is read once (a tied embedding twice), one layer at a time.
     tokens_BT  int [B, T], ids below config.vocab_size.
@@ -61,7 +63,7 @@ def forward(
     Raises InputError for ids outside the vocabulary and for misshapen arguments.
     """
     start = 0 if cache is None else cache.length
-    positions, mask = defaults(tokens_BT, positions, mask, start, config, ops)
+    positions, mask = fill_and_check_inputs(tokens_BT, positions, mask, start, config, ops)
     x_BTD = ops.embed(ops.read(params, EMBED, config), tokens_BT)
     trace("embed", x_BTD)
     tables = ops.rope_tables(positions, config, x_BTD.dtype)
@@ -84,7 +86,7 @@ def head(
     trace: Trace = no_trace,
     ops: Ops = reference_ops,
 ) -> Array:
-    """Norm the stream that leaves the last block and project it onto the vocabulary: [B, T, V]."""
+    """Return ``norm(x) W_head^T`` [B, T, V], the logits of the last block's output x [B, T, D]."""
     x_BTD = ops.rms_norm(x_BTD, ops.read(params, NORM, config), config.norm_eps)
     trace("norm", x_BTD)
     logits_BTV: Array = ops.linear(x_BTD, ops.read(params, LM_HEAD, config))
@@ -95,7 +97,7 @@ def head(
 def layer_params(
     params: Mapping[str, Array], i: int, config: LlamaConfig, ops: Ops = reference_ops
 ) -> dict[str, Array]:
-    """Read layer ``i``'s parameters, by their names below ``model.layers.{i}.``."""
+    """Return layer ``i``'s parameters, by their names below ``model.layers.{i}.``."""
     return {
         name: ops.read(params, f"model.layers.{i}.{name}", config) for name in layer_shapes(config)
     }
@@ -181,7 +183,7 @@ def _prefixed(trace: Trace, prefix: str) -> Trace:
     return trace if trace is no_trace else lambda name, value: trace(prefix + name, value)
 
 
-def defaults(
+def fill_and_check_inputs(
     tokens: Array,
     positions: Array | None,
     mask: Array | None,
@@ -189,10 +191,10 @@ def defaults(
     config: LlamaConfig,
     ops: Ops = reference_ops,
 ) -> tuple[Array, Array]:
-    """Return positions [B or 1, T] and mask [B or 1, T, S], the defaults where they are None.
+    """Return positions [B or 1, T] and mask [B or 1, T, S], filled in where they are None.
 
     The default positions follow ``start`` cached tokens, the default mask is causal. Raises
-    InputError for ids outside the vocabulary and for misshapen arguments.
+    InputError for token ids outside the vocabulary and for arguments of a wrong shape or dtype.
     """
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
         raise InputError(

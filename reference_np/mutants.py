@@ -1,6 +1,6 @@
 """Known porting bugs of the forward pass, each as one replaced operation of ops.
 
-A mutant is what somebody's port really did (the citation names the report) or a classic slip.
+A mutant is a bug of a published port (its citation names the report) or a common slip.
 ``forward(..., ops=mutant.apply(ops))`` is the whole model with that one bug in it. The bugs of
 training code are in training_mutants.
 """
@@ -20,25 +20,31 @@ from .naming import EMBED, LM_HEAD
 from .ops import Array
 
 Tables = tuple[Array, Array]
-SLIP = "a slip in deriving it by hand"
+# Citations of bugs without a report.
+COMMON_SLIP = "a common slip"
+DERIVATION_SLIP = "a slip in deriving it by hand"
 
 
 class Mutant(NamedTuple):
-    """One bug: its name, what it does, where it was seen, and the operation that it replaces."""
+    """One bug, as the replacement of one operation of ops, grad or optim."""
 
     name: str
-    sentence: str
-    citation: str
-    operation: str
-    replacement: Callable[..., Any]
-    # What changes with it: an operation's own inverse, or all others of its kind.
+    sentence: str  # what the bug does
+    citation: str  # reports of it
+    operation: str  # the name of the replaced operation
+    replacement: Callable[..., Any]  # of the same signature
+    # Further replacements by name: an operation's inverse, or all others of its kind.
     also: Mapping[str, Callable[..., Any]] = MappingProxyType({})
-    # What stays the same from port to port and so tells the bug: mostly the "value". Roundings
-    # differ in their details and leave the "size" of the error; a random weight leaves "nothing".
+    # The property of the error that is equal in every port with the bug, by which it is known:
+    # mostly the "value". Roundings differ in their details and leave the "size" of the error; a
+    # random weight leaves "nothing".
     known_by: str = "value"
 
     def apply(self, reference: ModuleType | SimpleNamespace) -> SimpleNamespace:
-        """Return ``reference`` with this bug in it, unchanged if the bug is not one of its own."""
+        """Return the operations of ``reference`` with this bug, if the replaced one is among them.
+
+        ``reference`` is ops, grad.REFERENCE_VJPS or optim.REFERENCE_RULES.
+        """
         operations = dict(vars(reference))
         if self.operation in operations:
             operations |= {self.operation: self.replacement, **self.also}
@@ -46,7 +52,7 @@ class Mutant(NamedTuple):
 
 
 def round_bits(x: Array, bits: int) -> Array:
-    """Round to ``bits`` significant bits: 8 are bfloat16's, 11 TF32's and float16's."""
+    """Round to ``bits`` significant bits, ties to even: 8 for bfloat16, 11 for TF32 and float16."""
     mantissa, exponent = np.frexp(x)
     rounded: Array = np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
     return rounded.astype(x.dtype, copy=False)
@@ -129,8 +135,8 @@ def _norm_weight_plus_one(x: Array, w: Array, eps: float) -> Array:
 
 def _rope_interleaved(x: Array, cos: Array, sin: Array) -> Array:
     halves = np.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
-    turned = np.split(ops.apply_rope(halves, cos, sin), 2, axis=-1)
-    return np.stack(turned, axis=-1).reshape(x.shape)
+    rotated = np.split(ops.apply_rope(halves, cos, sin), 2, axis=-1)
+    return np.stack(rotated, axis=-1).reshape(x.shape)
 
 
 def _rope_backwards(x: Array, cos: Array, sin: Array) -> Array:
@@ -184,9 +190,9 @@ def _scaling_uniform(positions: Array, config: LlamaConfig, dtype: DTypeLike) ->
 
 
 def _scaling_unsmoothed(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
-    border = config.rope_low_freq_factor  # no passage: scaled wholly or not at all
-    sharp = replace(config, rope_high_freq_factor=border * (1 + 1e-12))
-    return ops.rope_tables(positions, sharp, dtype)
+    low = config.rope_low_freq_factor  # nothing in between: scaled wholly or not at all
+    unsmoothed = replace(config, rope_high_freq_factor=low * (1 + 1e-12))
+    return ops.rope_tables(positions, unsmoothed, dtype)
 
 
 def _columns(positions: Array, config: LlamaConfig, dtype: DTypeLike) -> Tables:
@@ -284,7 +290,7 @@ def _residual_dropped(x: Array, h: Array) -> Array:
 
 
 def _with_inputs(bits: int) -> dict[str, Callable[..., Array]]:
-    """Return every matrix product of the model, its inputs rounded to ``bits``."""
+    """Return the model's matrix products by name, their inputs rounded to ``bits``."""
 
     def rounded(product: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
         return lambda a, b: product(round_bits(a, bits), round_bits(b, bits))
@@ -296,7 +302,6 @@ def _with_inputs(bits: int) -> dict[str, Callable[..., Array]]:
 _TF32, _BF16 = _with_inputs(11), _with_inputs(8)
 
 
-PLAIN = "a common slip"
 FORWARD = (
     Mutant(
         "rope_interleaved",
@@ -373,11 +378,13 @@ FORWARD = (
     Mutant(
         "norm_weight_plus_one",
         "norm weights read as offsets from one, as Gemma stores them",
-        PLAIN,
+        COMMON_SLIP,
         "rms_norm",
         _norm_weight_plus_one,
     ),
-    Mutant("rope_backwards", "the rotation runs backwards", PLAIN, "apply_rope", _rope_backwards),
+    Mutant(
+        "rope_backwards", "the rotation runs backwards", COMMON_SLIP, "apply_rope", _rope_backwards
+    ),
     Mutant(
         "rope_tables_bf16",
         "RoPE's cos and sin kept in bfloat16",
@@ -420,7 +427,7 @@ FORWARD = (
     Mutant(
         "rope_frequencies_not_doubled",
         "frequencies theta^(-i/K) instead of theta^(-2i/K)",
-        PLAIN,
+        COMMON_SLIP,
         "rope_tables",
         _frequencies_not_doubled,
     ),
@@ -434,14 +441,14 @@ FORWARD = (
     Mutant(
         "rope_scaling_uniform",
         "llama3 scaling divides every frequency, as linear scaling does",
-        PLAIN,
+        COMMON_SLIP,
         "rope_tables",
         _scaling_uniform,
     ),
     Mutant(
         "rope_scaling_unsmoothed",
         "llama3 scaling without the passage between its two thresholds",
-        PLAIN,
+        COMMON_SLIP,
         "rope_tables",
         _scaling_unsmoothed,
     ),
@@ -487,7 +494,7 @@ FORWARD = (
         "causal_mask",
         _mask_top_left,
     ),
-    Mutant("mask_forgotten", "no causal mask", PLAIN, "causal_mask", _mask_all),
+    Mutant("mask_forgotten", "no causal mask", COMMON_SLIP, "causal_mask", _mask_all),
     Mutant(
         "cache_first_row",
         "the cache stores the first row's keys and values for every row of a batch",
@@ -505,14 +512,14 @@ FORWARD = (
     Mutant(
         "scores_unscaled",
         "attention scores without 1/sqrt(K)",
-        PLAIN,
+        COMMON_SLIP,
         "attention_scores",
         _scores_unscaled,
     ),
     Mutant(
         "scores_scaled_by_width",
         "attention scores divided by K instead of sqrt(K)",
-        PLAIN,
+        COMMON_SLIP,
         "attention_scores",
         _scores_scaled_by_width,
     ),
@@ -527,7 +534,7 @@ FORWARD = (
     Mutant(
         "softmax_before_mask",
         "the mask multiplies the weights after softmax: they no longer sum to one",
-        PLAIN,
+        COMMON_SLIP,
         "masked_softmax",
         _softmax_before_mask,
     ),
@@ -539,8 +546,14 @@ FORWARD = (
         _silu_on_product,
     ),
     Mutant("silu_on_up", "SiLU on up instead of gate", "mlx-lm#767", "swiglu", _silu_on_up),
-    Mutant("gelu_for_silu", "GELU (tanh form) for SiLU", PLAIN, "swiglu", _gelu),
-    Mutant("residual_dropped", "a residual connection is missing", PLAIN, "add", _residual_dropped),
+    Mutant("gelu_for_silu", "GELU (tanh form) for SiLU", COMMON_SLIP, "swiglu", _gelu),
+    Mutant(
+        "residual_dropped",
+        "a residual connection is missing",
+        COMMON_SLIP,
+        "add",
+        _residual_dropped,
+    ),
     Mutant(
         "head_from_embedding",
         "lm_head overwritten by the embeddings",

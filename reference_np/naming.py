@@ -1,4 +1,4 @@
-"""The one table of parameter names and shapes, and the one table of activation names and axes.
+"""Names and shapes of the parameters; names and axes of the activations.
 
 Axes: B batch, T query position, D dim, H query heads, N key/value heads, K head_dim,
 F hidden_dim, V vocabulary.
@@ -10,12 +10,12 @@ EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 
-# Buffers that old Hugging Face checkpoints stored although the config determines them.
+# Buffers that old Hugging Face checkpoints store although the config determines them.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Return one layer's parameters, by the name below ``model.layers.{i}.``, to their shapes.
+    """Return the shapes of one layer's parameters, by their names below ``model.layers.{i}.``.
 
     Matrices are stored [out, in]: ``y = x @ W.T``.
     """
@@ -35,9 +35,9 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Return every parameter's Hugging Face name and shape, in model order.
+    """Return every parameter's shape by its Hugging Face name, in model order.
 
-    With tied embeddings there is no ``lm_head.weight``: the embedding serves as both.
+    With tied embeddings there is no ``lm_head.weight``: the head is the embedding.
     """
     shapes: dict[str, tuple[int, ...]] = {EMBED: (config.vocab_size, config.dim)}
     for layer in range(config.n_layers):
@@ -52,25 +52,25 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 # One layer's activations in the order they are computed.
 LAYER_AXES = {
     "attn_norm": "BTD",  # input RMSNorm
-    "q": "BTHK",  # before the rotation
+    "q": "BTHK",  # before RoPE
     "k": "BTNK",
     "v": "BTNK",
-    "q_rope": "BTHK",
+    "q_rope": "BTHK",  # after RoPE
     "k_rope": "BTNK",
-    "attn": "BTHK",  # mixed values, each head apart
+    "attn": "BTHK",  # softmax(scores) v, before o_proj
     "attn_proj": "BTD",  # after o_proj
-    "attn_residual": "BTD",  # the stream after attention
-    "ffn_norm": "BTD",
+    "attn_residual": "BTD",  # block input + attn_proj
+    "ffn_norm": "BTD",  # post-attention RMSNorm
     "gate": "BTF",
     "up": "BTF",
     "ffn": "BTF",  # silu(gate) * up
     "ffn_proj": "BTD",  # after down_proj
-    "residual": "BTD",  # the stream leaving the layer
+    "residual": "BTD",  # attn_residual + ffn_proj, the block's output
 }
 
 
 def activation_axes(config: LlamaConfig) -> dict[str, str]:
-    """Return every traced activation's name and axes, in model order."""
+    """Return every activation's axes by its name, in model order."""
     axes = {"embed": "BTD"}
     for layer in range(config.n_layers):
         for name, letters in LAYER_AXES.items():

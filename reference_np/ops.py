@@ -1,4 +1,4 @@
-"""LLaMA 2's operations as pure functions, each beside its equation.
+"""LLaMA 2's operations as pure functions, each with its equation.
 
 Axes: B batch, T query position, S key position, D dim, H query heads, N key/value heads,
 R query heads per key/value head (H = N * R), K head_dim, F hidden_dim, V vocabulary.
@@ -19,31 +19,31 @@ from .naming import EMBED, LM_HEAD
 
 Array = NDArray[Any]
 
-IGNORE = -100  # a target that does not count, the field's convention
+IGNORE = -100  # a target that adds nothing to the loss, as PyTorch's ignore_index
 
 
 def read(params: Mapping[str, Array], name: str, config: LlamaConfig) -> Array:
-    """Read one parameter by its Hugging Face name; a tied head is the embedding itself."""
+    """Return one parameter by its Hugging Face name; with tied embeddings the head is E [V, D]."""
     return params[EMBED if name == LM_HEAD and config.tie_embeddings else name]
 
 
 def embed(weight_VD: Array, tokens_BT: Array) -> Array:
-    """Look up token vectors: [B, T] -> [B, T, D]."""
+    """Return the token embeddings ``E[tokens]``: [V, D], [B, T] -> [B, T, D]."""
     vectors: Array = weight_VD[tokens_BT]
     return vectors
 
 
 def linear(x: Array, weight: Array) -> Array:
-    """Apply ``x @ W.T`` over the last axis: [..., in], [out, in] -> [..., out]. No bias."""
+    """Return ``x W^T`` over the last axis: [..., in], [out, in] -> [..., out]; without bias."""
     # One 2-D product: NumPy hands it to BLAS whole instead of looping over the batch.
     y: Array = x.reshape(-1, x.shape[-1]) @ weight.T
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def rms_norm(x: Array, weight_D: Array, eps: float) -> Array:
-    """Divide by the root mean square: ``x / sqrt(mean(x^2) + eps) * w`` (Zhang and Sennrich 2019).
+    """Return ``x / sqrt(mean(x^2) + eps) * w``, RMSNorm: [..., D] -> the same.
 
-    [..., D] -> [..., D]. eps is inside the root; nothing is subtracted.
+    The mean is over the last axis; eps is inside the root (Zhang and Sennrich 2019, eq. 4).
     """
     mean_square = np.vecdot(x, x)[..., None] / x.shape[-1]
     y: Array = x / np.sqrt(mean_square + eps) * weight_D
@@ -53,8 +53,8 @@ def rms_norm(x: Array, weight_D: Array, eps: float) -> Array:
 def rope_frequencies(config: LlamaConfig) -> Array:
     """Return the rotary frequencies [K / 2] in float64: ``theta^(-2 i / K)`` (Su et al. 2021).
 
-    Scaled for contexts longer than the trained one: "linear" is ``f / factor`` (Chen et al. 2023,
-    position interpolation); "llama3" is ``f (g + (1 - g) / factor)`` with
+    For contexts longer than the trained one they are scaled: "linear" is ``f / factor`` (Chen et
+    al. 2023, position interpolation); "llama3" is ``f (g + (1 - g) / factor)`` with
     ``g = clip((L f / (2 pi) - low) / (high - low), 0, 1)``, L being the original context
     (Grattafiori et al. 2024, section 3.4, as released with Llama 3.1): a frequency that turns more
     than ``high`` times within L stays, one that turns less than ``low`` times is divided.
@@ -72,11 +72,10 @@ def rope_frequencies(config: LlamaConfig) -> Array:
 
 
 def rope_tables(positions_BT: Array, config: LlamaConfig, dtype: DTypeLike) -> tuple[Array, Array]:
-    """Return cos and sin of every rotation angle, each [B, T, K / 2] (Su et al. 2021, eq. 15).
+    """Return cos(m f_i) and sin(m f_i) for position m: [B, T] -> two [B, T, K / 2].
 
-    Angle i at position m is m times frequency i. Computed in float64 whatever the model's
-    dtype, and rounded once: at position 65,536 a float32 product is already off by 4e-3
-    radians.
+    As in Su et al. 2021, eq. 15. Computed in float64 whatever ``dtype`` is, and rounded to it
+    once: at position 65,536 a float32 product is already off by 4e-3 radians.
     """
     angles = positions_BT[..., None].astype(np.float64) * rope_frequencies(config)
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
@@ -96,17 +95,17 @@ def apply_rope(x_BTHK: Array, cos: Array, sin: Array) -> Array:
 
 
 def split_heads(x_BTE: Array, head_dim: int) -> Array:
-    """Cut the last axis into heads: [B, T, H * K] -> [B, T, H, K], head-major."""
+    """Split the last axis into heads: [B, T, H * K] -> [B, T, H, K], head-major."""
     return x_BTE.reshape(*x_BTE.shape[:-1], -1, head_dim)
 
 
 def merge_heads(x_BTHK: Array) -> Array:
-    """Join the heads again: [B, T, H, K] -> [B, T, H * K]."""
+    """Concatenate the heads: [B, T, H, K] -> [B, T, H * K], the inverse of ``split_heads``."""
     return x_BTHK.reshape(*x_BTHK.shape[:-2], -1)
 
 
 def group_queries(q_BTHK: Array, n_kv_heads: int) -> Array:
-    """Put each query head beside its key/value head: [B, T, H, K] -> [B, N, R, T, K].
+    """Group the query heads by key/value head: [B, T, H, K] -> [B, N, R, T, K].
 
     Query head h reads key/value head ``h // R`` (Ainslie et al. 2023): consecutive query
     heads share one.
@@ -117,13 +116,13 @@ def group_queries(q_BTHK: Array, n_kv_heads: int) -> Array:
 
 
 def ungroup_queries(x_BNRTK: Array) -> Array:
-    """Undo ``group_queries``: [B, N, R, T, K] -> [B, T, H, K]."""
+    """Return the heads in one axis: [B, N, R, T, K] -> [B, T, H, K], as before grouping."""
     batch, groups, repeats, length, width = x_BNRTK.shape
     return x_BNRTK.transpose(0, 3, 1, 2, 4).reshape(batch, length, groups * repeats, width)
 
 
 def attention_scores(q_BNRTK: Array, k_BNSK: Array) -> Array:
-    """Return ``q . k / sqrt(K)``: [B, N, R, T, S] (Vaswani et al. 2017, eq. 1)."""
+    """Return ``q k^T / sqrt(K)`` [B, N, R, T, S] (Vaswani et al. 2017, eq. 1)."""
     batch, groups, repeats, length, width = q_BNRTK.shape
     # R and T share one axis for the product, so that no key is copied for its R readers.
     rows = q_BNRTK.reshape(batch, groups, repeats * length, width)
@@ -134,9 +133,9 @@ def attention_scores(q_BNRTK: Array, k_BNSK: Array) -> Array:
 def masked_softmax(scores_BNRTS: Array, mask_BTS: Array) -> Array:
     """Return attention weights [B, N, R, T, S]: ``exp(s - max s) / sum exp(s - max s)`` over S.
 
-    Both run over the keys that ``mask`` allows (True = may attend); elsewhere a weight is 0. The
-    row's largest allowed score is subtracted first, so exp cannot overflow. A query that
-    may attend to nothing (padding) gets all-zero weights rather than 0 / 0.
+    Maximum and sum run over the keys that ``mask`` [B, T, S] allows (True = may attend); the
+    weight of any other key is 0. Subtracting the row's maximum keeps exp from overflowing. A query
+    that may attend to no key (padding) gets all-zero weights rather than 0 / 0.
     """
     # In place on a copy: scores are the largest arrays of a long prompt, and np.where is slow.
     weights = scores_BNRTS.copy()
@@ -158,12 +157,12 @@ def attention_mix(weights_BNRTS: Array, v_BNSK: Array) -> Array:
 
 
 def sigmoid(x: Array) -> Array:
-    """Return ``1 / (1 + e^-x)`` without overflow: exp only sees a non-positive argument.
+    """Return ``1 / (1 + e^-x)`` of every element, for x < 0 as ``e^x / (1 + e^x)``.
 
-    For x < 0 it is written e^x / (1 + e^x).
+    The argument of exp is never positive, so exp cannot overflow.
     """
     decay = np.exp(-np.abs(x))
-    # The numerator is 1 where x >= 0; elsewhere it is the decay, which is never above 1.
+    # The numerator: 1 where x >= 0, elsewhere the decay e^x, which is below 1.
     y: Array = np.maximum(decay, x >= 0) / (1.0 + decay)
     return y
 
@@ -174,21 +173,22 @@ def silu(x: Array) -> Array:
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """Return ``silu(gate) * up`` [B, T, F]: SiLU acts on the gate alone (Shazeer 2020, eq. 6)."""
+    """Return ``silu(gate) * up``, each [B, T, F] (Shazeer 2020, eq. 6)."""
     return silu(gate) * up
 
 
 def log_sum_exp(logits: Array) -> Array:
-    """Return ``log(sum(exp(l)))`` over the last axis, kept as an axis of one; cannot overflow."""
+    """Return ``log(sum(exp(l)))`` over the last axis: [..., V] -> [..., 1]; cannot overflow."""
     top = logits.max(axis=-1, keepdims=True)
     total: Array = top + np.log(np.sum(np.exp(logits - top), axis=-1, keepdims=True))
     return total
 
 
 def cross_entropy_sum(logits_BTV: Array, targets_BT: Array, z_loss: float = 0.0) -> Array:
-    """Return ``sum(log Z - l_t + z_loss (log Z)^2)`` in nats, a scalar array.
+    """Return ``sum(log Z - l_target + z_loss (log Z)^2)`` in nats, a scalar array.
 
-    The sum is over every b and t whose target [B, T] is not IGNORE; l_t is the target's logit.
+    The sum is over every position whose target [B, T] is not IGNORE; l_target is the target's
+    logit, log Z the log-sum-exp of all V.
     """
     valid = targets_BT != IGNORE
     log_z = log_sum_exp(logits_BTV)[..., 0][valid]
@@ -204,7 +204,7 @@ def add(x_BTD: Array, h_BTD: Array) -> Array:
 
 
 def extend(past_BNSK: Array, new_BNTK: Array) -> Array:
-    """Append this call's keys or values to the cached ones: [B, N, S + T, K]."""
+    """Append this call's keys or values to the cached: [B, N, S, K] -> [B, N, S + T, K]."""
     return np.concatenate([past_BNSK, new_BNTK], axis=2)
 
 
@@ -214,9 +214,9 @@ def next_positions(length: int, start: int) -> Array:
 
 
 def causal_mask(n_queries: int, n_keys: int) -> Array:
-    """Return the causal default [T, S]: the last query lines up with the last key.
+    """Return the causal mask [T, S]: query t may attend to key s where ``s <= S - T + t``.
 
-    With a cache there are more keys than queries, and query t stands at key ``S - T + t``.
+    With a cache there are more keys than queries; the last query is the last key's token.
     """
     query = np.arange(n_keys - n_queries, n_keys)[:, None]
     return np.arange(n_keys) <= query

@@ -1,4 +1,4 @@
-"""The training step: accumulation, clipping, AdamW, schedule; pure functions of their inputs."""
+"""The training step as pure functions: accumulation, clipping, AdamW, learning rate schedule."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from .ops import IGNORE, Array
 
 Params = dict[str, Array]
 
-# torch's clip_grad_norm_ divides by norm + 1e-6; a specification of trainers keeps it.
+# Added to the norm before dividing, as torch's clip_grad_norm_ does.
 CLIP_EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Hyperparameters of a run (Llama 2 paper, section 2.2); the trainer's flags' names."""
+    """Hyperparameters of a training run, named as the trainer's flags (Llama 2, section 2.2)."""
 
     lr: float = 3e-4
     beta1: float = 0.9
@@ -37,15 +37,15 @@ class Hyperparameters:
 
 
 class OptState(NamedTuple):
-    """AdamW's memory: steps taken, first and second moments by parameter name."""
+    """AdamW's state; the moments have their parameters' names and shapes."""
 
-    step: int
-    exp_avg: Params
-    exp_avg_sq: Params
+    step: int  # optimizer steps taken
+    exp_avg: Params  # first moments m
+    exp_avg_sq: Params  # second moments v
 
 
 class Metrics(NamedTuple):
-    """What one step reports, and the gradients it computed."""
+    """Loss, gradient norm, learning rate and gradients of one optimizer step."""
 
     loss: float  # mean over the step's valid targets, before the update
     grad_norm: float  # global, before clipping
@@ -54,47 +54,48 @@ class Metrics(NamedTuple):
 
 
 def init_state(params: Mapping[str, Array]) -> OptState:
-    """Return AdamW's state before the first step: zero moments."""
+    """Return AdamW's state before the first step: step 0 and zero moments."""
     zeros = [{name: np.zeros_like(value) for name, value in params.items()} for _ in range(2)]
     return OptState(0, *zeros)
 
 
 def learning_rate(step: int, hyper: Hyperparameters) -> float:
-    """Return the rate of step t (from 0): linear warmup, then cosine to the final rate.
+    """Return the learning rate of step t (from 0): linear warmup, then cosine decay.
 
     ``lr (t + 1) / w`` for t < w, then ``lr (r + (1 - r) (1 + cos(pi p)) / 2)`` with
-    ``p = min(1, (t - w) / (steps - 1 - w))`` and r the final ratio (Llama 2 paper, section 2.2).
+    ``p = min(1, (t - w) / (steps - 1 - w))``, w the warmup steps and r the ratio of the final to
+    the highest rate (Llama 2 paper, section 2.2).
     """
     warmup = min(hyper.warmup_steps, hyper.steps)
     if step < warmup:
         return hyper.lr * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, hyper.steps - 1 - warmup))
-    floor = hyper.final_lr_ratio
-    return hyper.lr * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    ratio = hyper.final_lr_ratio
+    return hyper.lr * (ratio + (1.0 - ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def global_norm(grads: Mapping[str, Array]) -> float:
-    """Return the Euclidean norm of all gradients together, accumulated in float64."""
+    """Return ``sqrt(sum g^2)`` over every element of every gradient, summed in float64."""
     return math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values()))
 
 
 def clip(grads: Mapping[str, Array], max_norm: float) -> tuple[Grads, float]:
-    """Scale all gradients by one factor so that their global norm is at most ``max_norm``.
+    """Return ``g min(1, max_norm / (|g| + 1e-6))`` of every gradient, and the norm |g| before.
 
-    ``g min(1, max_norm / (|g| + 1e-6))``; returns them and the norm before (Pascanu et al. 2013).
+    |g| is the global norm, so that all are scaled by one factor (Pascanu et al. 2013).
     """
     norm = global_norm(grads)
     factor = min(1.0, max_norm / (norm + CLIP_EPS))
     return {name: g * factor for name, g in grads.items()}, norm
 
 
-def decays(value: Array) -> bool:
-    """Return whether a parameter decays: matrices do, norm weights do not."""
-    return value.ndim >= 2
+def decays(p: Array) -> bool:
+    """Return whether weight decay applies to a parameter: to matrices, not to norm weights."""
+    return p.ndim >= 2
 
 
 def adamw(
-    value: Array,
+    p: Array,
     g: Array,
     m: Array,
     v: Array,
@@ -103,17 +104,17 @@ def adamw(
     decay: float,
     hyper: Hyperparameters,
 ) -> tuple[Array, Array, Array]:
-    """Update one parameter at step ``step`` (from 1); return it and its moments.
+    """Return one parameter p and its moments m and v after step t (``step``, from 1).
 
-    ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, and with m' = m / (1 - b1^t),
-    v' = v / (1 - b2^t): ``p = p (1 - lr decay) - lr m' / (sqrt(v') + eps)`` (Loshchilov and Hutter
-    2019, algorithm 2). All have the parameter's shape; decay never enters the moments.
+    ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, and with m_hat = m / (1 - b1^t),
+    v_hat = v / (1 - b2^t): ``p = p (1 - lr decay) - lr m_hat / (sqrt(v_hat) + eps)`` (Loshchilov
+    and Hutter 2019, algorithm 2). All have the parameter's shape; decay never enters the moments.
     """
     m = hyper.beta1 * m + (1.0 - hyper.beta1) * g
     v = hyper.beta2 * v + (1.0 - hyper.beta2) * (g * g)
     m_hat = m / (1.0 - hyper.beta1**step)
     v_hat = v / (1.0 - hyper.beta2**step)
-    updated: Array = value * (1.0 - lr * decay) - lr * m_hat / (np.sqrt(v_hat) + hyper.adam_eps)
+    updated: Array = p * (1.0 - lr * decay) - lr * m_hat / (np.sqrt(v_hat) + hyper.adam_eps)
     return updated, m, v
 
 
@@ -121,15 +122,16 @@ def accumulate(
     params: Mapping[str, Array],
     batches: Sequence[Batch],
     config: LlamaConfig,
-    hyper: Hyperparameters,
-    vjps: grad.Vjps = grad.REFERENCE,
+    z_loss: float = 0.0,
+    vjps: grad.Vjps = grad.REFERENCE_VJPS,
     ops: Ops = ops,
 ) -> tuple[float, Grads]:
-    """Return the mean loss over every valid target of every batch, and its gradient.
+    """Return the mean loss over every valid target of every batch, and its gradients.
 
-    One divisor for the whole step: in a mean of the batches' means a token of a batch with few
-    valid targets would count for more. ``ops`` and ``vjps`` compute the forward and the backward
-    pass. Raises InputError where nothing is valid.
+    ``sum over batches of cross_entropy_sum / n_valid``, n_valid being the valid targets of all
+    batches: in a mean of the batches' means a token of a batch with few valid targets would weigh
+    more. ``z_loss``, ``vjps`` and ``ops`` as in grad.loss_and_grads. Raises InputError where no
+    target is valid.
     """
     n_valid = int(sum(np.sum(batch.targets != IGNORE) for batch in batches))
     if n_valid == 0:
@@ -138,15 +140,15 @@ def accumulate(
     total: Grads = {}
     for batch in batches:
         part, grads = grad.loss_and_grads(
-            params, batch, config, n_valid=n_valid, z_loss=hyper.z_loss, vjps=vjps, ops=ops
+            params, batch, config, n_valid=n_valid, z_loss=z_loss, vjps=vjps, ops=ops
         )
         loss += part
         total = {name: total[name] + g if total else g for name, g in grads.items()}
     return loss, total
 
 
-# What train_step calls; a namespace with some replaced is a trainer with a bug.
-REFERENCE = SimpleNamespace(accumulate=accumulate, clip=clip, adamw=adamw, decays=decays)
+# The rules of ``train_step``; a namespace with some replaced is a trainer with a bug.
+REFERENCE_RULES = SimpleNamespace(accumulate=accumulate, clip=clip, adamw=adamw, decays=decays)
 
 
 def train_step(
@@ -156,28 +158,32 @@ def train_step(
     config: LlamaConfig,
     hyper: Hyperparameters,
     *,
-    rules: ModuleType | SimpleNamespace = REFERENCE,
-    vjps: grad.Vjps = grad.REFERENCE,
+    rules: ModuleType | SimpleNamespace = REFERENCE_RULES,
+    vjps: grad.Vjps = grad.REFERENCE_VJPS,
 ) -> tuple[Params, OptState, Metrics]:
-    """Take one whole optimizer step; nothing that goes in is changed.
+    """Return the parameters, AdamW's state and the metrics after one optimizer step.
 
-    Computes in the dtype of the parameters, float32 or float64.
+    Accumulates the gradients of ``batches``, clips them and applies AdamW at the step's learning
+    rate, in the dtype of the parameters, float32 or float64. Changes none of its arguments.
+    ``rules`` and ``vjps`` are its operations. Raises InputError where no target is valid.
     """
-    loss, grads = rules.accumulate(params, batches, config, hyper, vjps)
+    loss, grads = rules.accumulate(params, batches, config, hyper.z_loss, vjps)
     clipped, norm = rules.clip(grads, hyper.grad_clip)
     lr, step = learning_rate(state.step, hyper), state.step + 1
     updated: dict[str, tuple[Any, ...]] = {
         name: rules.adamw(
-            value,
+            p,
             clipped[name],
             state.exp_avg[name],
             state.exp_avg_sq[name],
             step,
             lr,
-            hyper.weight_decay if rules.decays(value) else 0.0,
+            hyper.weight_decay if rules.decays(p) else 0.0,
             hyper,
         )
-        for name, value in params.items()
+        for name, p in params.items()
     }
-    new, m, v = ({name: parts[i] for name, parts in updated.items()} for i in range(3))
-    return new, OptState(step, m, v), Metrics(loss, norm, lr, grads)
+    new_params, exp_avg, exp_avg_sq = (
+        {name: parts[i] for name, parts in updated.items()} for i in range(3)
+    )
+    return new_params, OptState(step, exp_avg, exp_avg_sq), Metrics(loss, norm, lr, grads)

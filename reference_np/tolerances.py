@@ -1,14 +1,14 @@
-"""How close is close enough. Every bound of the tests and of compare.py, with its reasoning.
+"""The error bounds of the tests and of compare.py, with their reasoning.
 
 Three tiers, from sharp to wide:
 
-1. ``LOGIC``: both sides in float64. Rounding is some 1e-15, so 1e-10 hides no wrong eps,
-   theta, mask or head order.
-2. ``dot_bound``: one operation at its own precision, against the float64 result.
-3. ``composed_bound``: many operations in low precision, against an independent plain
-   computation in the same precision.
+1. ``FLOAT64_TOLERANCE``: both implementations in float64. Rounding is some 1e-15, so 1e-10 hides
+   no wrong eps, theta, mask or head order.
+2. ``dot_bound``, ``attention_bound``: one operation in its precision u, against its float64 result.
+3. ``composed_bound``: many operations in low precision, against the error of a baseline, an
+   independent plain NumPy implementation in the same precision.
 
-Errors are always computed in float64, and a NaN or an infinity is an infinite error.
+Errors are computed in float64; a NaN or an infinity is an infinite error.
 """
 
 import math
@@ -20,7 +20,7 @@ import numpy as np
 from . import ops
 from .ops import Array
 
-# Half the gap between 1 and the next number: the relative error of one rounding.
+# Half the gap between 1 and the next number, u: the largest relative error of one rounding.
 UNIT_ROUNDOFF = {
     "float64": 2.0**-53,
     "float32": 2.0**-24,
@@ -28,15 +28,15 @@ UNIT_ROUNDOFF = {
     "bfloat16": 2.0**-8,
 }
 
-# Tier 1: the largest error over the largest value of the tensor.
-LOGIC = 1e-10
+# Tier 1: bounds the largest error over the largest value of the tensor.
+FLOAT64_TOLERANCE = 1e-10
 
 # Tier 2: multiplies sqrt(n) u. The probabilistic bound of Ipsen and Zhou (arXiv 1906.10465)
 # fails with probability 2 exp(-lambda^2 / 2): at 6, once in 3e7 elements.
 LAMBDA = 6.0
 
-# Tier 2, in attention. What one exponential may err by, in roundings: torch's CPU kernels ask for
-# 20 units in the last place and no more; that is counted as LAMBDA standard deviations.
+# Tier 2, in attention. The error of one exponential, in roundings: torch's CPU kernels ask for at
+# most 20 units in the last place, 40 roundings, which are counted as LAMBDA standard deviations.
 EXP_ROUNDINGS = 40.0 / LAMBDA
 # Roundings of a weight besides its exponential's: the exponential stored, the division, the
 # weight stored, and one by which online softmax scales again what it has summed.
@@ -46,23 +46,25 @@ SCORE_ROUNDINGS = 3.0
 # Constants that scale every score alike, each rounded: log2(e), and two square roots of the scale.
 SCORE_CONSTANTS = 3.0
 
-BOUND_CELLS = 2**24  # scores for which the bound is computed at a time: some GiB
+MAX_SCORES = 2**24  # attention scores per chunk of attention_bound: some GiB
 
-# Tier 3: an implementation may be this many times worse than the plain baseline ...
-FACTOR = 3.0
-# ... plus this many roundings of the value itself, for baselines that are exact or lucky. An
-# average over many elements is rarely lucky. The largest error is a single draw, and where one
-# element outgrows the others (a product of gate and up) its plain twin can be right by chance.
+# Tier 3: an implementation's error may be this many times the baseline's ...
+BASELINE_FACTOR = 3.0
+# ... plus this many roundings of the value itself, for baselines that are exact, or right by
+# chance. An average over many elements is rarely right by chance. The largest error is a single
+# draw, and where one element is much larger than the others (a product of gate and up) the
+# baseline's can be.
 FLOOR_ROUNDINGS = 8.0
 FLOOR_ROUNDINGS_WORST = 24.0
 # A loop that adds n products one after the other errs by this many sqrt(n) roundings of the sum,
 # root mean square: its partial sums grow with sqrt(k), and a number is rounded by 0.42 u on
-# average. A BLAS library adds blocks apart, so that a plain baseline shows several times less.
-ONE_BY_ONE = 0.3
+# average. A BLAS library sums blocks separately, so that the baseline's error is several times
+# less.
+SEQUENTIAL_SUM_ROUNDINGS = 0.3
 
 
-def logic_error(actual: Array, expected: Array) -> float:
-    """Return the largest error over the largest expected value (tier 1)."""
+def max_relative_error(actual: Array, expected: Array) -> float:
+    """Return ``max |actual - expected| / max |expected|`` (tier 1); inf for another shape."""
     difference = _difference(actual, expected)
     if difference is None:
         return math.inf
@@ -72,10 +74,11 @@ def logic_error(actual: Array, expected: Array) -> float:
 
 
 def dot_bound(abs_dot: Array, exact: Array, n: int, unit: float) -> Array:
-    """Bound the error of a length-n dot product whose terms' absolute values sum to ``abs_dot``.
+    """Bound the error of every dot product y = x^T w of length ``n`` (tier 2).
 
-    ``|y - y64| <= lambda sqrt(n) u |x|^T |w| + u |y|`` (tier 2). Scaled by |x|^T |w| and not by
-    |y|: after cancellation y may be tiny while its error is not.
+    ``|y - y64| <= lambda sqrt(n) u |x|^T |w| + u |y|``, where ``abs_dot`` is |x|^T |w|, ``exact``
+    y and ``unit`` u; all of the shape of y. Scaled by |x|^T |w| and not by |y|: after cancellation
+    y may be tiny while its error is not.
     """
     bound: Array = LAMBDA * math.sqrt(n) * unit * abs_dot + unit * np.abs(exact)
     return bound
@@ -84,48 +87,52 @@ def dot_bound(abs_dot: Array, exact: Array, n: int, unit: float) -> Array:
 def attention_bound(
     q_BTHK: Array, k_BNSK: Array, v_BNSK: Array, mask_BTS: Array, dtype: str
 ) -> Array:
-    """Bound the error of every element of attention's output [B, T, H, K] (tier 2).
+    """Bound the error of every element of attention's output [B, T, H, K] in ``dtype`` (tier 2).
+
+    The arguments are float64, q and k rotated: q [B, T, H, K], k and v [B, N, S, K], mask
+    [B, T, S].
 
     An error e_j of score j multiplies its weight p_j by 1 + e_j, and as the weights are divided
-    by their sum, the output o = sum p_j v_j moves by ``sum p_j e_j (v_j - o)``: what all keys
-    share moves nothing. A score errs in proportion to ``|q|^T |k_j| / sqrt(K)``, not to itself.
-    Errors that each key has of its own (its dot product, its exponential) add up as
-    ``lambda sqrt(sum p_j^2 e_j^2 (v_j - o)^2)``. Those that hang together (the query scaled
-    before the product, a constant rounded) are held by Cauchy and Schwarz:
-    ``sqrt(sum p_j e_j^2) sqrt(sum p_j (v_j - o)^2)``. The mix is a sum in any order.
+    by their sum, the output o = sum p_j v_j moves by ``sum p_j e_j (v_j - o)``: an error common
+    to all keys cancels. A score errs in proportion to ``|q|^T |k_j| / sqrt(K)``, not to itself.
+    Errors independent between keys (of a dot product, of an exponential) add up as
+    ``lambda sqrt(sum p_j^2 e_j^2 (v_j - o)^2)``. Correlated ones (the query scaled before the
+    product, a constant rounded) are bounded by the Cauchy-Schwarz inequality:
+    ``sqrt(sum p_j e_j^2) sqrt(sum p_j (v_j - o)^2)``. The sum over keys may be in any order.
     """
     group = partial(ops.group_queries, n_kv_heads=k_BNSK.shape[1])
     bound: Array = np.empty(q_BTHK.shape, q_BTHK.dtype)
-    rows = max(1, BOUND_CELLS // (mask_BTS.size // mask_BTS.shape[1] * q_BTHK.shape[2]))
-    for at in range(0, q_BTHK.shape[1], rows):  # a long prompt's scores are large arrays
-        some = slice(at, at + rows)
-        found = _mix_bound(group(q_BTHK[:, some]), k_BNSK, v_BNSK, mask_BTS[:, some], dtype)
-        bound[:, some] = ops.ungroup_queries(found)
+    rows = max(1, MAX_SCORES // (mask_BTS.size // mask_BTS.shape[1] * q_BTHK.shape[2]))
+    for start in range(0, q_BTHK.shape[1], rows):  # a long prompt's scores are large arrays
+        chunk = slice(start, start + rows)
+        part = _mix_bound(group(q_BTHK[:, chunk]), k_BNSK, v_BNSK, mask_BTS[:, chunk], dtype)
+        bound[:, chunk] = ops.ungroup_queries(part)
     return bound
 
 
 def _mix_bound(q_BNRTK: Array, k_BNSK: Array, v_BNSK: Array, mask_BTS: Array, dtype: str) -> Array:
-    """Return attention_bound of some queries [B, N, R, T, K]."""
+    """Return attention_bound of a chunk of queries, both [B, N, R, T, K]."""
     unit = UNIT_ROUNDOFF[dtype]
-    sums = min(unit, UNIT_ROUNDOFF["float32"])  # products are added in float32 at least
+    sum_unit = min(unit, UNIT_ROUNDOFF["float32"])  # products are summed in float32 at least
     mix, v_squared = ops.attention_mix, v_BNSK * v_BNSK
     scores = ops.attention_scores(q_BNRTK, k_BNSK)
     p = ops.masked_softmax(scores, mask_BTS)
     out = mix(p, v_BNSK)
     sizes = ops.attention_scores(np.abs(q_BNRTK), np.abs(k_BNSK))
-    # How far each score is below the row's top, which is subtracted from it.
+    # The row's maximum less each score: the exponential's argument, which is rounded.
     below = -np.log(p / p.max(axis=-1, keepdims=True), out=np.zeros_like(p), where=p > 0)
-    rounded = SCORE_ROUNDINGS * sizes + below + WEIGHT_ROUNDINGS + EXP_ROUNDINGS * sums / unit
-    own = p**2 * (q_BNRTK.shape[-1] * (sums * sizes) ** 2 + (unit * rounded) ** 2)
+    roundings = SCORE_ROUNDINGS * sizes + below + WEIGHT_ROUNDINGS + EXP_ROUNDINGS * sum_unit / unit
+    # p_j^2 e_j^2 of the errors that are independent between keys, then its sum with (v_j - o)^2.
+    own = p**2 * (q_BNRTK.shape[-1] * (sum_unit * sizes) ** 2 + (unit * roundings) ** 2)
     own_spread = mix(own, v_squared) - 2 * out * mix(own, v_BNSK) + out**2 * _total(own)
     scores_spread = _total(p * scores**2) - _total(p * scores) ** 2
     shared = _root(_total(p * sizes**2)) + SCORE_CONSTANTS * _root(scores_spread)
     spread = _root(mix(p, v_squared) - out**2)
-    # In no order is a partial sum much larger than the sum and a random walk of its terms.
+    # In any order a partial sum is hardly larger than the sum plus a random walk of the terms.
     partial_sums = 2 * np.abs(out) + _root(mix(p**2, v_squared))
-    order = np.sqrt(np.sum(p > 0, axis=-1, keepdims=True)) * sums * partial_sums
-    alone = LAMBDA * (_root(own_spread) + order)
-    bound: Array = alone + unit * (shared * spread + WEIGHT_ROUNDINGS * np.abs(out))
+    order = np.sqrt(np.sum(p > 0, axis=-1, keepdims=True)) * sum_unit * partial_sums
+    independent = LAMBDA * (_root(own_spread) + order)
+    bound: Array = independent + unit * (shared * spread + WEIGHT_ROUNDINGS * np.abs(out))
     return bound
 
 
@@ -135,45 +142,45 @@ def _total(x: Array) -> Array:
 
 
 def _root(x: Array) -> Array:
-    """Return the square root of what cancellation may have made less than zero."""
+    """Return ``sqrt(max(x, 0))``, for an x that cancellation may have made less than zero."""
     root: Array = np.sqrt(np.maximum(x, 0.0))
     return root
 
 
 class Errors(NamedTuple):
-    """Errors of one tensor against the exact one, each relative to the tensor's own size."""
+    """Errors of one tensor against its exact values, each relative to the tensor's size."""
 
-    rms: float  # root mean square of the error over that of the value
+    rms: float  # root mean square of the error over that of the values
     worst: float  # largest error over largest value
-    token: float  # the worst token's own rms: an average hides one wrong token in 4096
+    token: float  # the largest rms of a single token: an average hides one wrong token in 4096
 
     def within(self, bound: "Errors") -> bool:
         """Return whether every error is finite and at most its bound.
 
-        An infinite error is within nothing: a NaN in the baseline must not excuse another.
+        An infinite error is within no bound: a NaN in the baseline must not excuse another.
         """
         return all(e <= limit and e < math.inf for e, limit in zip(self, bound, strict=True))
 
     def share(self, bound: "Errors") -> float:
-        """Return the largest error as a share of its bound; infinite where the error is."""
+        """Return the largest of ``error / bound``; infinite where an error is."""
         return max(self.shares(bound))
 
     def shares(self, bound: "Errors") -> list[float]:
-        """Return each error as a share of its bound; infinite where the error is."""
+        """Return ``error / bound`` of each error; infinite where the error is."""
         pairs = zip(self, bound, strict=True)
         return [_ratio(error, limit) if error < math.inf else error for error, limit in pairs]
 
 
 def errors(actual: Array, exact: Array) -> Errors:
-    """Measure ``actual`` against ``exact`` [B, T, ...]; another shape is an infinite error."""
+    """Return the errors of ``actual`` against ``exact`` [B, T, ...]; inf for another shape."""
     difference = _difference(actual, exact)
     if difference is None:
         return Errors(math.inf, math.inf, math.inf)
     exact = exact.astype(np.float64, copy=False)
     size2, error2 = _mean_square(exact), _mean_square(difference)
     whole = math.sqrt(float(size2.mean()))
-    # A token far smaller than the others (an attention output of exactly zero for padding) is
-    # measured against the tensor's own rounding instead of against nothing.
+    # The error of a token far smaller than the others (an attention output of zero for padding)
+    # is relative to the tensor's own rounding, not to zero.
     size = np.maximum(np.sqrt(size2), whole * UNIT_ROUNDOFF["float32"])
     return Errors(
         rms=_ratio(math.sqrt(float(error2.mean())), whole),
@@ -183,22 +190,22 @@ def errors(actual: Array, exact: Array) -> Errors:
 
 
 def _mean_square(x: Array) -> Array:
-    """Return the mean of the squares of every token [B, T] of [B, T, ...]."""
+    """Return the mean square of every token: [B, T, ...] -> [B, T]."""
     x = x.reshape(x.shape + (1,) * (3 - x.ndim))  # of fewer axes every element is a token
     rows = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     mean: Array = np.einsum("bti,bti->bt", rows, rows) / rows.shape[-1]
     return mean
 
 
-def errors_beside(actual: Array, exact: Array, allowed: Array) -> tuple[Errors, Errors]:
-    """Measure ``actual`` against ``exact`` where ``allowed`` bounds every element [B, T, ...].
+def errors_and_bounds(actual: Array, exact: Array, bounds: Array) -> tuple[Errors, Errors]:
+    """Return the errors of ``actual`` against ``exact``, and their bounds; all [B, T, ...].
 
-    Return the errors and their bounds. The worst element and token are those that take the
-    largest share of their own bound: one that may err a lot excuses no other. A bound that is
-    not finite excuses nothing.
+    ``bounds`` has one bound for each element. The worst element and token are those of the
+    largest ``error / bound``, not of the largest error: an element with a wide bound excuses no
+    other. Where a bound is not finite, every error counts.
     """
     difference = _difference(actual, exact)
-    if difference is None or not np.isfinite(allowed).all():
+    if difference is None or not np.isfinite(bounds).all():
         return errors(actual, exact), Errors(0, 0, 0)
     over_token = tuple(range(2, exact.ndim))
 
@@ -209,59 +216,63 @@ def errors_beside(actual: Array, exact: Array, allowed: Array) -> tuple[Errors, 
     difference, size = np.abs(difference), by_token(exact)
     whole = math.sqrt(float(np.mean(size**2)))
     sizes = np.maximum(size, whole * UNIT_ROUNDOFF["float32"])  # as in errors
-    element = np.argmax(_ratios(difference, allowed))
-    token = np.argmax(_ratios(by_token(difference), by_token(allowed)))
+    element = np.argmax(_ratios(difference, bounds))
+    token = np.argmax(_ratios(by_token(difference), by_token(bounds)))
     error, bound = (
         Errors(
             rms=_ratio(math.sqrt(float(np.mean(x**2))), whole),
             worst=_ratio(float(x.flat[element]), float(np.abs(exact).max())),
             token=_ratio(float(by_token(x).flat[token]), float(sizes.flat[token])),
         )
-        for x in (difference, allowed)
+        for x in (difference, bounds)
     )
     return error, bound
 
 
-def one_by_one(n_terms: int, dtype: str) -> float:
-    """Return the relative error, root mean square, of sums of ``n_terms`` added in a plain loop.
+def sequential_sum_error(n_terms: int, dtype: str) -> float:
+    """Return the relative error, root mean square, of ``n_terms`` products added in a plain loop.
 
-    0 for no terms. Whatever the dtype, sums are taken in float32 at least.
+    ``0.3 sqrt(n) u``; 0 for no terms. u is at most float32's: sums are float32 at least.
     """
-    return ONE_BY_ONE * math.sqrt(n_terms) * min(UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF["float32"])
+    return (
+        SEQUENTIAL_SUM_ROUNDINGS
+        * math.sqrt(n_terms)
+        * min(UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF["float32"])
+    )
 
 
 def composed_bound(baseline: Errors, dtype: str) -> Errors:
-    """Return ``FACTOR * baseline + floor`` for each kind of error (tier 3).
+    """Return ``BASELINE_FACTOR * baseline + floor`` for each kind of error (tier 3).
 
-    ``baseline`` holds the errors of a plain implementation in the same dtype against the same
-    exact values: how PyTorch's own accuracy check and FlashAttention's tests judge a kernel.
+    ``baseline`` has the errors of a plain implementation in the same dtype against the same exact
+    values. PyTorch's accuracy check and FlashAttention's tests judge a kernel in this way.
     """
     unit = UNIT_ROUNDOFF[dtype]
     return Errors(
-        rms=FACTOR * baseline.rms + FLOOR_ROUNDINGS * unit,
-        worst=FACTOR * baseline.worst + FLOOR_ROUNDINGS_WORST * unit,
-        token=FACTOR * baseline.token + FLOOR_ROUNDINGS * unit,
+        rms=BASELINE_FACTOR * baseline.rms + FLOOR_ROUNDINGS * unit,
+        worst=BASELINE_FACTOR * baseline.worst + FLOOR_ROUNDINGS_WORST * unit,
+        token=BASELINE_FACTOR * baseline.token + FLOOR_ROUNDINGS * unit,
     )
 
 
 def kl_per_token(actual_BTV: Array, exact_BTV: Array) -> Array:
-    """Return KL(exact || actual) in nats for every token [B, T], from logits."""
+    """Return KL(exact || actual) in nats of every token's logits: [B, T, V] -> [B, T]."""
     p, q = _log_softmax(exact_BTV), _log_softmax(actual_BTV)
     divergence: Array = np.sum(np.exp(p) * (p - q), axis=-1)
     return divergence
 
 
 def kl_bound(baseline: float, largest_logit: float, dtype: str) -> float:
-    """Bound one token's KL in nats, given the plain baseline's and the largest |logit|.
+    """Bound one token's KL in nats, from the baseline's KL and the largest |logit|.
 
-    KL is quadratic in the logits' error, so FACTOR enters squared. The floor is what the
+    KL is quadratic in the logits' error, so BASELINE_FACTOR enters squared. The floor is what the
     roundings allowed to a single logit can make of it: errors d within +-b give KL at most
     (2 b)^2 / 8 (Hoeffding's lemma for log E[exp(d)] - E[d]); and what float64 makes of the
     difference of two logarithms.
     """
     computing = FLOOR_ROUNDINGS_WORST * UNIT_ROUNDOFF["float64"] * (1.0 + largest_logit)
     rounding = FLOOR_ROUNDINGS_WORST * UNIT_ROUNDOFF[dtype] * largest_logit
-    return FACTOR**2 * max(baseline, 0.0) + rounding**2 / 2 + computing
+    return BASELINE_FACTOR**2 * max(baseline, 0.0) + rounding**2 / 2 + computing
 
 
 def _log_softmax(logits: Array) -> Array:
@@ -272,12 +283,12 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def _difference(actual: Array, expected: Array) -> Array | None:
-    """Return actual - expected in float64, or None where that says nothing."""
+    """Return actual - expected in float64; None for another shape or where it is not finite."""
     if actual.shape != expected.shape:
         return None
     with np.errstate(invalid="ignore"):
         difference: Array = actual.astype(np.float64) - expected.astype(np.float64, copy=False)
-    # What is not finite on either side is not finite here, nor is what overflows.
+    # A value that is not finite on either side makes the difference NaN or infinite.
     if not np.isfinite(difference).all():
         return None
     return difference

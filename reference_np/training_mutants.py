@@ -1,7 +1,7 @@
 """Known bugs of training code, each as one replaced operation of grad or optim.
 
-A mutant is what somebody's trainer really did, or the classic slip in deriving a gradient by
-hand. The suite tells each from the reference by many times the tolerance.
+A mutant is a bug of a published trainer (its citation names the report) or a common slip in
+deriving a gradient by hand. The suite tells each from the reference by many times the tolerance.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from . import grad, ops, optim
 from .config import LlamaConfig
 from .grad import Batch, Grads
-from .mutants import SLIP, Mutant, round_bits
+from .mutants import DERIVATION_SLIP, Mutant, round_bits
 from .ops import IGNORE, Array
 from .optim import Hyperparameters
 
@@ -107,10 +107,10 @@ def _mean_of_means(
     params: Mapping[str, Array],
     batches: Sequence[Batch],
     config: LlamaConfig,
-    hyper: Hyperparameters,
+    z_loss: float,
     vjps: grad.Vjps,
 ) -> tuple[float, Grads]:
-    parts = [optim.accumulate(params, [batch], config, hyper, vjps) for batch in batches]
+    parts = [optim.accumulate(params, [batch], config, z_loss, vjps) for batch in batches]
     loss = sum(loss for loss, _ in parts) / len(parts)
     total = {n: np.sum([g[n] for _, g in parts], axis=0) for n in params}
     return loss, {n: g / len(parts) for n, g in total.items()}
@@ -210,84 +210,84 @@ TRAINING = (
     Mutant(
         "norm_without_mean",
         "RMSNorm's gradient treats the root as a constant",
-        SLIP,
+        DERIVATION_SLIP,
         "rms_norm_vjp",
         _norm_without_mean,
     ),
     Mutant(
         "norm_weight_from_input",
         "the norm weight's gradient uses x, not the normalised x",
-        SLIP,
+        DERIVATION_SLIP,
         "rms_norm_vjp",
         _norm_weight_from_input,
     ),
     Mutant(
         "norm_weight_twice",
         "the norm weight enters the input's gradient twice",
-        SLIP,
+        DERIVATION_SLIP,
         "rms_norm_vjp",
         _norm_weight_twice,
     ),
     Mutant(
         "softmax_diagonal",
         "softmax's gradient keeps the Jacobian's diagonal only",
-        SLIP,
+        DERIVATION_SLIP,
         "masked_softmax_vjp",
         _softmax_diagonal,
     ),
     Mutant(
         "softmax_without_sum",
         "softmax's gradient drops the subtracted sum",
-        SLIP,
+        DERIVATION_SLIP,
         "masked_softmax_vjp",
         _softmax_without_sum,
     ),
     Mutant(
         "rope_forward_angle",
         "the gradient is rotated forward instead of back",
-        SLIP,
+        DERIVATION_SLIP,
         "apply_rope_vjp",
         _rope_forward_angle,
     ),
     Mutant(
         "rope_identity",
         "the gradient is not rotated at all",
-        SLIP,
+        DERIVATION_SLIP,
         "apply_rope_vjp",
         _rope_identity,
     ),
     Mutant(
         "scores_without_scale",
         "the 1/sqrt(K) of the scores is missing from their gradient",
-        SLIP,
+        DERIVATION_SLIP,
         "attention_scores_vjp",
         _scores_without_scale,
     ),
     Mutant(
         "keys_from_first_head",
         "a shared key's gradient comes from one of its query heads",
-        SLIP,
+        DERIVATION_SLIP,
         "attention_scores_vjp",
         _keys_from_first_head,
     ),
     Mutant(
         "keys_averaged",
         "a shared key's gradient is averaged over its query heads, not summed",
-        SLIP,
+        DERIVATION_SLIP,
         "attention_scores_vjp",
         _keys_averaged,
     ),
     Mutant(
         "values_from_first_head",
         "a shared value's gradient comes from one of its query heads",
-        SLIP,
+        DERIVATION_SLIP,
         "attention_mix_vjp",
         _values_from_first_head,
     ),
     Mutant(
         "embedding_forgotten",
         "an embedding is trained by its use as the head alone",
-        SLIP,
+        DERIVATION_SLIP,
         "embed_vjp",
         _embed_forgotten,
     ),
@@ -308,35 +308,35 @@ TRAINING = (
     Mutant(
         "silu_without_second_term",
         "SiLU's gradient is sigmoid(x) alone",
-        SLIP,
+        DERIVATION_SLIP,
         "swiglu_vjp",
         _silu_without_second_term,
     ),
     Mutant(
         "up_from_gate",
         "the up projection's gradient skips the activation",
-        SLIP,
+        DERIVATION_SLIP,
         "swiglu_vjp",
         _up_from_gate,
     ),
     Mutant(
         "loss_per_row",
         "the loss is divided by the rows of the batch, not by its tokens",
-        SLIP,
+        DERIVATION_SLIP,
         "cross_entropy_vjp",
         _loss_per_row,
     ),
     Mutant(
         "padding_learnt",
         "ignored targets are learnt as token 0",
-        SLIP,
+        DERIVATION_SLIP,
         "cross_entropy_vjp",
         _padding_learnt,
     ),
     Mutant(
         "z_loss_forgotten",
         "the z-loss is reported and never differentiated",
-        SLIP,
+        DERIVATION_SLIP,
         "cross_entropy_vjp",
         _z_loss_forgotten,
     ),
@@ -347,11 +347,23 @@ TRAINING = (
         "accumulate",
         _mean_of_means,
     ),
-    Mutant("clip_each", "clipping is done for each tensor alone", SLIP, "clip", _clip_each),
     Mutant(
-        "clip_always", "gradients under the limit are scaled up to it", SLIP, "clip", _clip_always
+        "clip_each", "clipping is done for each tensor alone", DERIVATION_SLIP, "clip", _clip_each
     ),
-    Mutant("clip_by_value", "elements are clipped, not the norm", SLIP, "clip", _clip_by_value),
+    Mutant(
+        "clip_always",
+        "gradients under the limit are scaled up to it",
+        DERIVATION_SLIP,
+        "clip",
+        _clip_always,
+    ),
+    Mutant(
+        "clip_by_value",
+        "elements are clipped, not the norm",
+        DERIVATION_SLIP,
+        "clip",
+        _clip_by_value,
+    ),
     Mutant(
         "adam_uncorrected",
         "Adam without bias correction (PARITY 21)",
@@ -369,7 +381,7 @@ TRAINING = (
     Mutant(
         "adam_step_from_one_too_many",
         "bias correction counts one step too many",
-        SLIP,
+        DERIVATION_SLIP,
         "adamw",
         _step_one_too_many,
     ),
@@ -383,9 +395,11 @@ TRAINING = (
     Mutant(
         "decay_without_rate",
         "decoupled decay is not scaled by the learning rate",
-        SLIP,
+        DERIVATION_SLIP,
         "adamw",
         _decay_without_rate,
     ),
-    Mutant("decay_on_norms", "norm weights decay too", SLIP, "decays", lambda value: True),
+    Mutant(
+        "decay_on_norms", "norm weights decay too", DERIVATION_SLIP, "decays", lambda value: True
+    ),
 )

@@ -4,7 +4,7 @@
 
 The other side is run and recorded first; then the oracle goes through the same calls one layer
 at a time, in float64 (which counts as exact) and in the dtype under test (which says how much
-error honest rounding makes; the other side may be FACTOR times worse).
+error honest rounding makes; the other side may be BASELINE_FACTOR times worse).
 """
 
 import json

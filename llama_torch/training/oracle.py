@@ -17,10 +17,9 @@ from torch import Tensor
 
 from reference_np import grad, ops, optim
 from reference_np.config import LlamaConfig
-from reference_np.low_precision import plain_ops, plain_vjps
+from reference_np.low_precision import rounded_ops, rounded_vjps
 from reference_np.naming import LM_HEAD
 from reference_np.ops import Array
-from reference_np.optim import Hyperparameters
 
 from ..model.config import ModelConfig
 from .batch import Batch
@@ -100,13 +99,12 @@ def compute(
     float64 and float32 are NumPy's own arithmetic; a lower precision is simulated.
     """
     is_own = precision in ("float64", "float32")
-    forward_ops = SimpleNamespace(**vars(ops if is_own else plain_ops(precision)))
+    forward_ops = SimpleNamespace(**vars(ops if is_own else rounded_ops(precision)))
     # The mean over the targets is taken in float64.
     forward_ops.cross_entropy_sum = lambda *given: np.float64(ops.cross_entropy_sum(*given))
     head = partial(ops.read, params, LM_HEAD, config)
-    recorder = _Recorder(grad.REFERENCE if is_own else plain_vjps(precision), head)
-    hyper = Hyperparameters(z_loss=z_loss)
-    loss, grads = optim.accumulate(params, batches, config, hyper, recorder.vjps, forward_ops)
+    recorder = _Recorder(grad.REFERENCE_VJPS if is_own else rounded_vjps(precision), head)
+    loss, grads = optim.accumulate(params, batches, config, z_loss, recorder.vjps, forward_ops)
     logits = np.concatenate([x.reshape(1, -1, config.vocab_size) for x in recorder.logits], axis=1)
     by_layer = recorder.softmax_norms(len(batches), config.n_layers)
     in_head = float(_cancellation(np.array(recorder.head_norms)))

@@ -35,13 +35,13 @@ class Static(Torch):
         self.int8 = int8
         if int8:
             self.dtypes = ("float64",)
-            self.held = self._held
+            self.effective_params = self._dequantized
 
     def _model(self, config: LlamaConfig, params: Params) -> Llama:
         model = super()._model(config, params)
         return quantize(model) if self.int8 else model
 
-    def _held(self, config: LlamaConfig, params: Params) -> Params:
+    def _dequantized(self, config: LlamaConfig, params: Params) -> Params:
         # On the CPU, so that the GPU's quantisation is held to it.
         model = quantize(Torch()._model(config, params))
         return {name: value.numpy() for name, value in dequantize(model).items()}
@@ -209,15 +209,15 @@ def _only_plain(own_cache: StaticCache, tokens: Array, positions: Array, mask: A
         raise NotImplementedError("it takes neither positions nor a mask")
 
 
-_SOME: Mapping[str, Any] = {"share": 0.3}
+_SOME: Mapping[str, Any] = {"example_fraction": 0.3}
 FLOATS: Sequence[str] = ("float64", "float32")
 static = Static(**_SOME)
 int8 = Static(int8=True, **_SOME)
 numpy_step = Numpy(dtypes=FLOATS, **_SOME)
 cuda_static = Static("cuda", **_SOME)
-cuda_kernels = Kernels("cuda", dtypes=(*FLOATS, *HALVES), share=0.05)
-cuda_kernels_int8 = Kernels("cuda", int8=True, share=0.05)
-cuda_batch_kernels = BatchKernels("cuda", dtypes=(*FLOATS, *HALVES), share=0.05)
-cuda_batch_kernels_int8 = BatchKernels("cuda", int8=True, share=0.05)
-cuda_graph = Graph("graph", share=0.3)
-cuda_graph_compiled = Graph("compiled", share=0.02)
+cuda_kernels = Kernels("cuda", dtypes=(*FLOATS, *HALVES), example_fraction=0.05)
+cuda_kernels_int8 = Kernels("cuda", int8=True, example_fraction=0.05)
+cuda_batch_kernels = BatchKernels("cuda", dtypes=(*FLOATS, *HALVES), example_fraction=0.05)
+cuda_batch_kernels_int8 = BatchKernels("cuda", int8=True, example_fraction=0.05)
+cuda_graph = Graph("graph", example_fraction=0.3)
+cuda_graph_compiled = Graph("compiled", example_fraction=0.02)

@@ -115,7 +115,7 @@ class Jax(LogitsByDecode):
     """The functions above, NumPy in and out."""
 
     dtypes = ("float64", "float32")
-    share = 0.2  # every operation of every new shape is compiled
+    example_fraction = 0.2  # every operation of every new shape is compiled
 
     def decode(
         self, config: Any, params: Params, tokens: Any, positions: Any, mask: Any, cache: Any

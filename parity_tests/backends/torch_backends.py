@@ -36,10 +36,10 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
         kernel: SDPBackend | None = None,
         compiler: str = "",
         dtypes: Sequence[str] = ("float64", "float32", *HALVES),
-        share: float = 1.0,
+        example_fraction: float = 1.0,
     ) -> None:
         self.device, self.kernel, self.compiler = torch.device(device), kernel, compiler
-        self.dtypes, self.share = dtypes, share
+        self.dtypes, self.example_fraction = dtypes, example_fraction
 
     def decode(
         self,
@@ -188,13 +188,13 @@ def optim_config(hyper: Hyperparameters) -> OptimConfig:
     return OptimConfig(**{name: value for name, value in vars(hyper).items() if name != "steps"})
 
 
-_SOME = {"share": 0.3}
+_SOME = {"example_fraction": 0.3}
 eager = Torch()
 math = Torch(kernel=SDPBackend.MATH, **_SOME)
 flash = Torch(kernel=SDPBackend.FLASH_ATTENTION, **_SOME)
-compiled = Torch(compiler="inductor", share=0.02)
+compiled = Torch(compiler="inductor", example_fraction=0.02)
 cuda = Torch("cuda")
 cuda_math = Torch("cuda", SDPBackend.MATH, **_SOME)
 cuda_flash = Torch("cuda", SDPBackend.FLASH_ATTENTION, dtypes=HALVES, **_SOME)
 cuda_efficient = Torch("cuda", SDPBackend.EFFICIENT_ATTENTION, dtypes=("float32", *HALVES), **_SOME)
-cuda_compiled = Torch("cuda", compiler="inductor", share=0.02)
+cuda_compiled = Torch("cuda", compiler="inductor", example_fraction=0.02)

@@ -1,7 +1,7 @@
 """What the conformance tests measure: every error as a share of its tolerance, and a record.
 
 One tolerance module judges every backend. In float64 an error is the largest difference over
-the largest value, against LOGIC; below that the same scenario is run on a plain NumPy
+the largest value, against FLOAT64_TOLERANCE; below that the same scenario is run on a plain NumPy
 implementation in the same precision, and its error sets the bound.
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from reference_np.tolerances import (
-    LOGIC,
+    FLOAT64_TOLERANCE,
     composed_bound,
     errors,
     kl_bound,
     kl_per_token,
-    logic_error,
+    max_relative_error,
 )
 
 from . import drawn
@@ -73,7 +73,7 @@ class Judge:
         run: Scenario,
         exact: Outputs,
         *,
-        logic: float = LOGIC,
+        logic: float = FLOAT64_TOLERANCE,
         average: bool = False,
     ) -> None:
         """Run a scenario on the backend; fail where an output exceeds its bound.
@@ -93,7 +93,7 @@ class Judge:
         assert not missing, f"missing: {', '.join(missing)}"
         for name, value in exact.items():
             if dtype == "float64":
-                self.note(name, logic_error(actual[name], value) / logic, dtype)
+                self.note(name, max_relative_error(actual[name], value) / logic, dtype)
                 continue
             error, floor = errors(actual[name], value), errors(plain[name], value)
             # A baseline that overflowed would excuse anything.

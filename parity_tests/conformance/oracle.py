@@ -10,7 +10,7 @@ from reference_np import grad, ops, optim
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
-from reference_np.low_precision import plain_ops
+from reference_np.low_precision import rounded_ops
 from reference_np.model import Cache, forward
 from reference_np.mutants import Mutant
 from reference_np.optim import Hyperparameters
@@ -22,13 +22,13 @@ class Oracle:
     """reference_np behind the protocol, with any of its operations replaced."""
 
     dtypes: Sequence[str] = ("float64", "float32")
-    share = 1.0
+    example_fraction = 1.0
 
     def __init__(
         self,
         ops: ModuleType | SimpleNamespace = ops,
-        vjps: SimpleNamespace = grad.REFERENCE,
-        rules: SimpleNamespace = optim.REFERENCE,
+        vjps: SimpleNamespace = grad.REFERENCE_VJPS,
+        rules: SimpleNamespace = optim.REFERENCE_RULES,
     ) -> None:
         self.ops, self.vjps, self.rules = ops, vjps, rules
 
@@ -68,9 +68,7 @@ class Oracle:
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
     ) -> tuple[float, Mapping[str, Array]]:
-        return self.rules.accumulate(
-            params, batches, config, Hyperparameters(z_loss=z_loss), self.vjps
-        )
+        return self.rules.accumulate(params, batches, config, z_loss, self.vjps)
 
     def train(
         self,
@@ -98,7 +96,9 @@ class WithBug(Oracle):
     dtypes = ("float64",)
 
     def __init__(self, mutant: Mutant) -> None:
-        super().__init__(*(mutant.apply(part) for part in (ops, grad.REFERENCE, optim.REFERENCE)))
+        super().__init__(
+            *(mutant.apply(part) for part in (ops, grad.REFERENCE_VJPS, optim.REFERENCE_RULES))
+        )
         in_forward = hasattr(ops, mutant.operation)
         for name in ("loss_and_grads", "train") if in_forward else IN_FORWARD:
             setattr(self, name, None)
@@ -108,7 +108,7 @@ class Plain(Oracle):
     """The baseline of a precision: the oracle in float32, or storing less than that."""
 
     def __init__(self, dtype: str) -> None:
-        super().__init__(ops if dtype in ("float32", "float64") else plain_ops(dtype))
+        super().__init__(ops if dtype in ("float32", "float64") else rounded_ops(dtype))
 
     def decode(self, config: LlamaConfig, params: Params, *rest: Any) -> tuple[Array, Cache]:
         return super().decode(config, _float32(params), *rest)

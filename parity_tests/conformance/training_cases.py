@@ -17,7 +17,7 @@ from .strategies import Array, Params, configs, random_params, seeds, seeing_its
 
 # Ten steps feed each step's rounding to the next, through an optimizer that divides by
 # sqrt(v) + 1e-5: some 1e-16 * 1e5 * 10 at most.
-STEPS_LOGIC = 1e-9
+STEPS_TOLERANCE = 1e-9
 
 
 class TrainingCase(NamedTuple):

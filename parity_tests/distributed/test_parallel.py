@@ -16,7 +16,7 @@ from reference_np.optim import Hyperparameters
 from reference_np.tolerances import UNIT_ROUNDOFF
 
 from ..conformance.strategies import random_params
-from ..conformance.training_cases import STEPS_LOGIC, TrainingCase, random_batch
+from ..conformance.training_cases import STEPS_TOLERANCE, TrainingCase, random_batch
 from ..support.devices import on_every_device
 from ..support.jobs import Command, Job, launch_command
 from ..support.torch_training import Trained, distances, oracle_train
@@ -121,7 +121,7 @@ def test_a_step_of_many_is_the_oracles(trained, world: int, layout: Layout, case
     actual, _ = trained(world)[layout, case]
     expected = oracle_train(cases()[case], STEPS, np.float64)
     errors = distances(actual, expected)
-    assert max(errors.values()) <= STEPS_LOGIC, errors
+    assert max(errors.values()) <= STEPS_TOLERANCE, errors
     assert actual.losses[0] != actual.losses[-1]
 
 

@@ -21,12 +21,12 @@ from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
 from reference_np.tolerances import (
+    FLOAT64_TOLERANCE,
     FLOOR_ROUNDINGS,
-    LOGIC,
     UNIT_ROUNDOFF,
     composed_bound,
     errors,
-    logic_error,
+    max_relative_error,
 )
 
 from ..backends.decoding_backends import BatchKernels, Kernels
@@ -58,24 +58,24 @@ def _words_without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def require_close(found: Array, exact: Array, plain: Array | None, dtype: str) -> None:
-    """Hold logits to LOGIC in float64, else to plain NumPy's error in the same precision."""
+    """Hold logits to FLOAT64_TOLERANCE in float64, else to plain NumPy's error in it."""
     if plain is None:
-        assert logic_error(found, exact) <= LOGIC
+        assert max_relative_error(found, exact) <= FLOAT64_TOLERANCE
         return
     bound = composed_bound(errors(plain, exact), dtype)
     assert errors(found, exact).share(bound) <= 1
 
 
 def require_decoding(
-    kind: Any, config: LlamaConfig, held: str, lengths: list[int], positions_too: bool
+    kind: Any, config: LlamaConfig, precision: str, lengths: list[int], positions_too: bool
 ) -> None:
     """Decode rows of these lengths token by token, padded on the left, as the oracle does."""
-    dtype = "float64" if held == "int8" else held
+    dtype = "float64" if precision == "int8" else precision
     params = {n: v.astype(DTYPES[dtype]) for n, v in random_params(config, 7).items()}
-    backend = kind(DEVICE.type, int8=held == "int8")
+    backend = kind(DEVICE.type, int8=precision == "int8")
     exact_params = {n: v.astype(np.float64) for n, v in params.items()}
-    if held == "int8":
-        exact_params = backend.held(config, params)
+    if precision == "int8":
+        exact_params = backend.effective_params(config, params)
     positions, mask, real = padded(lengths, left=True)
     # Rotation is relative: with positions one apart in every row, any row's would do for all.
     positions *= np.arange(1, len(lengths) + 1)[:, None]
@@ -105,10 +105,10 @@ NARROW = {"qkv": (2, 32, 4), "ffn": (4, 32, 4), "one": (4, 32, 2)}
 INT8 = {"qkv": (4, 8, 2), "ffn": (4, 8, 4), "one": (4, 8, 2)}
 
 
-@pytest.mark.parametrize("held", ["float64", "float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", SHAPES if ON_GPU else INTERPRETED_SHAPES)
 def test_one_sequence_is_decoded_as_the_oracle_computes_it(
-    shape: str, held: str, monkeypatch: pytest.MonkeyPatch
+    shape: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a cache whose columns that are not written yet hold something."""
     from llama_torch.inference import triton_step
@@ -117,7 +117,7 @@ def test_one_sequence_is_decoded_as_the_oracle_computes_it(
     if not ON_GPU:
         shapes = INTERPRETED_SHAPES
         monkeypatch.setattr(triton_step, "TILES", {"narrow": NARROW, "int8": INT8})
-    require_decoding(Kernels, shapes[shape], held, [3], positions_too=False)
+    require_decoding(Kernels, shapes[shape], precision, [3], positions_too=False)
 
 
 # A program takes 64 rows of a matrix and 256 bytes of its columns at a time: 32 of float64.
@@ -130,7 +130,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize(
-    ("shape", "held", "rows", "splits"),
+    ("shape", "precision", "rows", "splits"),
     [
         ("less_than_a_block", "float64", 3, 1),
         ("less_than_a_block", "int8", 3, 4),
@@ -144,14 +144,14 @@ BATCHES = {
     ],
 )
 def test_several_sequences_are_decoded_as_the_oracle_computes_them(
-    shape: str, held: str, rows: int, splits: int, monkeypatch: pytest.MonkeyPatch
+    shape: str, precision: str, rows: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of unequal length, each at its own positions, with products in so many shares."""
     from llama_torch.inference import triton_batch_step
 
     monkeypatch.setattr(triton_batch_step, "SPLITS", (splits,))
     lengths = [3, 2, *[1 + i % 3 for i in range(rows - 2)]]
-    require_decoding(BatchKernels, BATCHES[shape], held, lengths, positions_too=True)
+    require_decoding(BatchKernels, BATCHES[shape], precision, lengths, positions_too=True)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,11 @@ def test_attention_joins_its_shares_of_many_keys(
             inputs.cache_position.fill_(length - 1)
             buffers.attend(0, mixed)
             found = mixed.view(case.expected.shape).cpu().numpy()
-            assert logic_error(found, case.expected) <= LOGIC, (length, scale, offset)
+            assert max_relative_error(found, case.expected) <= FLOAT64_TOLERANCE, (
+                length,
+                scale,
+                offset,
+            )
 
 
 def attention_case(

@@ -9,7 +9,13 @@ from reference_np.config import InputError, LlamaConfig
 from reference_np.model import forward
 from reference_np.mutants import FORWARD, Mutant
 from reference_np.naming import activation_axes, parameter_shapes
-from reference_np.tolerances import LOGIC, composed_bound, errors, kl_per_token, logic_error
+from reference_np.tolerances import (
+    FLOAT64_TOLERANCE,
+    composed_bound,
+    errors,
+    kl_per_token,
+    max_relative_error,
+)
 
 from ..backends.torch_model import torch_forward, torch_model
 from ..conformance.strategies import Array, Case, cases, cast, random_params, wide_cases
@@ -43,8 +49,8 @@ def test_every_activation_in_float64(case: Case) -> None:
     assert actual.keys() == exact.keys()
     for name, value in exact.items():
         assert actual[name].dtype == np.float64
-        error = logic_error(actual[name], value)
-        assert error <= LOGIC, f"{name}: {error}"
+        error = max_relative_error(actual[name], value)
+        assert error <= FLOAT64_TOLERANCE, f"{name}: {error}"
 
 
 @given(case=wide_cases())
@@ -146,5 +152,8 @@ def test_known_bugs_cross_the_tolerance_ten_times(mutant: Mutant) -> None:
                 new = tokens[:, :length]
                 logits, cache = forward(params, new, config, cache=cache, ops=ops)
                 found.append(logits)
-        margins += [logic_error(a, b) / LOGIC for a, b in zip(broken, honest, strict=True)]
+        margins += [
+            max_relative_error(a, b) / FLOAT64_TOLERANCE
+            for a, b in zip(broken, honest, strict=True)
+        ]
     assert max(margins) >= 10

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from reference_np.tolerances import Errors, composed_bound, errors, kl_per_token, logic_error
+from reference_np.tolerances import Errors, composed_bound, errors, kl_per_token, max_relative_error
 
 pytestmark = pytest.mark.numeric
 
@@ -17,14 +17,14 @@ def test_nan_and_infinity_are_infinite_errors(bad: float) -> None:
     broken = EXACT.copy()
     broken[1, 3, 2] = bad
     for pair in ((broken, EXACT), (EXACT, broken), (broken, broken)):
-        assert logic_error(*pair) == math.inf
+        assert max_relative_error(*pair) == math.inf
         assert errors(*pair) == Errors(math.inf, math.inf, math.inf)
         for bound in (1e9, math.inf):
             assert not errors(*pair).within(Errors(bound, bound, bound))
 
 
 def test_another_shape_is_an_infinite_error() -> None:
-    assert logic_error(EXACT[:1], EXACT) == math.inf
+    assert max_relative_error(EXACT[:1], EXACT) == math.inf
     assert errors(EXACT[:, :1], EXACT).rms == math.inf
 
 

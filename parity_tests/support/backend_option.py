@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference_np.backend import SHIPPED, dtypes_of, load
+from reference_np.backend import SHIPPED, dtypes_of, example_fraction_of, load
 from reference_np.config import InputError
 from reference_np.mutants import FORWARD
 from reference_np.training_mutants import TRAINING
@@ -152,8 +152,9 @@ def lacks(item: Any) -> str:
 
 def _limited(item: Any) -> Any:
     """Return the test with as many examples as its backend can afford."""
-    share = getattr(backend_of(item), "share", 1.0)
     # Hypothesis begins with the smallest example there is, which shows nothing.
-    examples = max(3, math.ceil(share * settings.default.max_examples))
+    examples = max(
+        3, math.ceil(example_fraction_of(backend_of(item)) * settings.default.max_examples)
+    )
     test = given(data=st.data())(item.obj.hypothesis.inner_test)
     return settings(max_examples=examples)(test)

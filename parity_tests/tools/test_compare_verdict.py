@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes, parameter_shapes
-from reference_np.tolerances import Errors, composed_bound, errors_beside
+from reference_np.tolerances import Errors, composed_bound, errors_and_bounds
 from tools.comparison import judging
 
 from ..backends.torch_model import save_numpy
@@ -75,7 +75,7 @@ def test_a_baseline_that_overflowed_excuses_nothing() -> None:
         assert both == judging.error_bound(exact, [close], "float32")
         assert both.rms > none.rms
         allowed = np.full_like(exact, bad)
-        error, limit = errors_beside(exact * 1.5, exact, allowed)
+        error, limit = errors_and_bounds(exact * 1.5, exact, allowed)
         assert error.rms == pytest.approx(0.5)
         assert not error.within(limit)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.mutants import Mutant
-from reference_np.tolerances import attention_bound, errors_beside
+from reference_np.tolerances import attention_bound, errors_and_bounds
 from tools import compare
 from tools.comparison import differences
 from tools.comparison.inputs import make_calls
@@ -38,7 +38,7 @@ def drawn(seed: int, keys: int) -> tuple[tuple[Array, Array, Array, Array], Arra
 def test_every_order_of_attentions_sums_is_within_its_bound(seed: int, keys: int) -> None:
     given, exact, allowed = drawn(seed, keys)
     for name, found in honest_outputs(*given).items():
-        error, bound = errors_beside(found, exact, allowed)
+        error, bound = errors_and_bounds(found, exact, allowed)
         assert error.within(bound), f"{name}: {error.share(bound):.3g} of the bound"
 
 
@@ -48,7 +48,7 @@ def test_a_lower_precision_in_attention_is_beyond_its_bound(
     bug: Mutant, seed: int, keys: int
 ) -> None:
     given, exact, allowed = drawn(seed, keys)
-    error, bound = errors_beside(attention(*given, bug.apply(ops)), exact, allowed)
+    error, bound = errors_and_bounds(attention(*given, bug.apply(ops)), exact, allowed)
     assert error.share(bound) > 1
 
 
@@ -61,7 +61,7 @@ def test_the_bound_of_attention_does_not_depend_on_how_it_is_cut(
     mask = np.ones((1, 2, keys), dtype=bool)
     mask[:, 0, keys // 2 + 1 :] = False
     whole = attention_bound(q, k, v, mask, "float32")
-    monkeypatch.setattr("reference_np.tolerances.BOUND_CELLS", 1)
+    monkeypatch.setattr("reference_np.tolerances.MAX_SCORES", 1)
     assert np.allclose(attention_bound(q, k, v, mask, "float32"), whole, rtol=1e-4, atol=0)
     seen = slice(0, keys // 2 + 1)
     few = attention_bound(q[:, :1], k[:, :, seen], v[:, :, seen], mask[:, :1, seen], "float32")

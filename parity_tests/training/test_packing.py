@@ -14,7 +14,7 @@ from llama_torch.training.batch import pack_documents, to_batch
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, loss_and_grads
 from reference_np.ops import IGNORE
-from reference_np.tolerances import LOGIC
+from reference_np.tolerances import FLOAT64_TOLERANCE
 
 from ..backends.torch_model import torch_model
 from ..conformance.drawn import Draw, composite, described
@@ -81,16 +81,16 @@ def test_a_packed_row_is_its_documents_alone(case: Packed) -> None:
     found, grads_of = step.accumulate(model, [packed])
     # A probability next to one is known to a rounding of one, however little it leaves to learn.
     known = 1e-3
-    assert found.item() == pytest.approx(loss, rel=LOGIC, abs=LOGIC * known)
+    assert found.item() == pytest.approx(loss, rel=FLOAT64_TOLERANCE, abs=FLOAT64_TOLERANCE * known)
     largest = max(map(size, expected.values()))
     for name, parameter in model.named_parameters():
         scale = max(size(expected[name]), 1e-3 * largest, known)
-        assert size(grads_of[parameter].numpy() - expected[name]) <= LOGIC * scale, name
+        assert size(grads_of[parameter].numpy() - expected[name]) <= FLOAT64_TOLERANCE * scale, name
     windows = [torch.from_numpy(case.window)]
     val_loss = validate.validation_loss(
         model, windows, lambda window: pack_documents(window, case.end)
     )
-    assert val_loss == pytest.approx(loss, rel=LOGIC, abs=LOGIC * known)
+    assert val_loss == pytest.approx(loss, rel=FLOAT64_TOLERANCE, abs=FLOAT64_TOLERANCE * known)
 
 
 def test_what_is_packed() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from reference_np import ops as reference_ops
 from reference_np.config import LlamaConfig
-from reference_np.low_precision import plain_ops
+from reference_np.low_precision import rounded_ops
 from reference_np.model import Ops
 from reference_np.ops import Array
 
@@ -71,7 +71,7 @@ class Comparison(NamedTuple):
     def baseline_ops(self) -> Ops:
         """The operations of the baseline, the oracle in the precision under test."""
         half = self.dtype in ("bfloat16", "float16")
-        return plain_ops(self.dtype) if half else reference_ops
+        return rounded_ops(self.dtype) if half else reference_ops
 
     def stages(self) -> Sequence[int]:
         """Return the stages compared; a range of layers has no head unless it ends there."""

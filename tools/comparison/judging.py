@@ -8,14 +8,14 @@ import numpy as np
 
 from reference_np.ops import Array
 from reference_np.tolerances import (
-    LOGIC,
+    FLOAT64_TOLERANCE,
     Errors,
     composed_bound,
     errors,
-    errors_beside,
+    errors_and_bounds,
     kl_bound,
     kl_per_token,
-    one_by_one,
+    sequential_sum_error,
 )
 
 from .replay import Activations, Key
@@ -128,7 +128,7 @@ class Reference(NamedTuple):
         if self.element_bounds is None:
             return by_baseline
         widest = errors(self.exact + self.element_bounds, self.exact)
-        derived = Measure(*errors_beside(theirs, self.exact, self.element_bounds), widest)
+        derived = Measure(*errors_and_bounds(theirs, self.exact, self.element_bounds), widest)
         return min(derived, by_baseline, key=lambda measure: measure.share)
 
 
@@ -159,10 +159,10 @@ def error_bound(exact: Array, baselines: Sequence[Array], dtype: str, n_terms: i
     may add term by term where the baseline adds pairwise.
     """
     if dtype == "float64":
-        return Errors(LOGIC, LOGIC, LOGIC)
+        return Errors(FLOAT64_TOLERANCE, FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
     found = (errors(baseline, exact) for baseline in baselines)
     usable = [error for error in found if all(map(math.isfinite, error))]
-    least = one_by_one(n_terms, dtype)
+    least = sequential_sum_error(n_terms, dtype)
     largest = Errors(*map(max, zip(Errors(least, least, least), *usable, strict=True)))
     return composed_bound(largest, dtype)
 

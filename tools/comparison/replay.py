@@ -19,11 +19,16 @@ from reference_np import ops as reference_ops
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.low_precision import round_to
-from reference_np.model import Ops, block, defaults, head, layer_params
+from reference_np.model import Ops, block, fill_and_check_inputs, head, layer_params
 from reference_np.model import Trace as TraceCallback
 from reference_np.naming import EMBED, LAYER_AXES
 from reference_np.ops import Array
-from reference_np.tolerances import FACTOR, UNIT_ROUNDOFF, attention_bound, one_by_one
+from reference_np.tolerances import (
+    BASELINE_FACTOR,
+    UNIT_ROUNDOFF,
+    attention_bound,
+    sequential_sum_error,
+)
 
 from .axes import Order, as_declared, find_order
 from .trace_file import Call, n_cached
@@ -82,7 +87,9 @@ def tables_and_masks(
     found = []
     for c, call in enumerate(calls):
         start = n_cached(calls, c)
-        positions, mask = defaults(call.tokens, call.positions, call.mask, start, config, ops)
+        positions, mask = fill_and_check_inputs(
+            call.tokens, call.positions, call.mask, start, config, ops
+        )
         found.append((ops.rope_tables(positions, config, dtype), mask))
     return found
 
@@ -270,11 +277,11 @@ class Replay:
             self.attention_bounds[key] = self._attention_bound(c, used, cache)
             if seed:
                 signs = _signs(value.shape, stage, c, seed)
-                value += signs * self.attention_bounds[key] / FACTOR
+                value += signs * self.attention_bounds[key] / BASELINE_FACTOR
         elif seed and (n := n_terms(self.config, kind)):
             signs = _signs(value.shape, zlib.crc32(name.encode()), c, seed)
             size = np.sqrt(np.mean(value**2, axis=-1, keepdims=True))
-            value += signs * (one_by_one(n, self.params.precision) * size)
+            value += signs * (sequential_sum_error(n, self.params.precision) * size)
 
     def _attention_bound(self, c: int, used: Mapping[str, Array], cache: LayerCache) -> Array:
         """Return what each element of a call's attention output [B, T, H, K] may err."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from llama_torch.common.files import atomic_write
 from reference_np.checkpoint import parse_json
 from reference_np.config import InputError, LlamaConfig
-from reference_np.model import defaults
+from reference_np.model import fill_and_check_inputs
 from reference_np.naming import LAYER_AXES, activation_axes
 from reference_np.ops import Array
 from reference_np.tolerances import UNIT_ROUNDOFF
@@ -194,7 +194,7 @@ class TraceFile:
                 )
             )
             try:
-                defaults(*calls[c][1:4], n_cached(calls, c), self.config)
+                fill_and_check_inputs(*calls[c][1:4], n_cached(calls, c), self.config)
             except InputError as error:
                 raise self._error(f"call {c}: {error}") from None
             if after is not None and len(tokens) != len(calls[after].tokens):

@@ -41,16 +41,15 @@ from .trials import Effect, Suspect
 def gradients(
     task: Task,
     params: Mapping[str, Array],
-    vjps: SimpleNamespace = grad.REFERENCE,
-    rules: SimpleNamespace = optim.REFERENCE,
+    vjps: SimpleNamespace = grad.REFERENCE_VJPS,
+    rules: SimpleNamespace = optim.REFERENCE_RULES,
 ) -> tuple[float, Mapping[str, Array]]:
     """Return the oracle's loss and its gradients by name, in the dtype of the parameters.
 
     ``vjps``: the backward operations; ``rules``: the steps of training.
     """
-    hyper = replace(HYPERPARAMETERS, z_loss=task.z_loss)
     found: tuple[float, Mapping[str, Array]] = rules.accumulate(
-        params, task.batches, task.config, hyper, vjps
+        params, task.batches, task.config, task.z_loss, vjps
     )
     return found
 
@@ -60,7 +59,7 @@ def step_values(
     params: Mapping[str, Array],
     loss_and_grads: tuple[float, Mapping[str, Array]],
     trains: bool,
-    rules: SimpleNamespace = optim.REFERENCE,
+    rules: SimpleNamespace = optim.REFERENCE_RULES,
 ) -> dict[str, Array]:
     """Return all results of the oracle's step by name, given its loss and gradients.
 
@@ -239,7 +238,7 @@ def diagnose_step(
     trains = any(row.name.startswith(RUNS) for row in rows)
     suspects: list[Suspect] = []
     for bug in TRAINING:
-        vjps, rules = bug.apply(grad.REFERENCE), bug.apply(optim.REFERENCE)
+        vjps, rules = bug.apply(grad.REFERENCE_VJPS), bug.apply(optim.REFERENCE_RULES)
         wrong = step_values(task, exact, gradients(task, exact, vjps, rules), trains, rules)
         baseline = wrong
         if low is not exact:
