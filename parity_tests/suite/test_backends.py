@@ -74,6 +74,20 @@ def test_a_backend_that_cannot_be_had(spec: str, message: str) -> None:
         backend.load(spec)
 
 
+def test_former_names_of_a_backends_members_are_read() -> None:
+    class Former(Oracle):
+        share = 0.25
+
+        def held(self, config, params):
+            return {name: 2 * value for name, value in params.items()}
+
+    former, one = Former(), {"norm": np.ones(1)}
+    assert backend.example_fraction_of(former) == 0.25
+    assert backend.effective_params_of(former, None, one) == {"norm": 2.0}
+    assert backend.example_fraction_of(Oracle()) == 1.0
+    assert backend.effective_params_of(backend.Backend(), None, one) == one
+
+
 class OddPrecision(Oracle):
     """Says that it computes in something that the suite does not know."""
 
