@@ -2,8 +2,7 @@
 
 Three tiers, from sharp to wide:
 
-1. ``FLOAT64_TOLERANCE``: both implementations in float64. Rounding is some 1e-15, so 1e-10 hides
-   no wrong eps, theta, mask or head order.
+1. ``FLOAT64_TOLERANCE``: both in float64. Rounding is some 1e-15: 1e-10 hides no wrong eps or mask.
 2. ``dot_bound``, ``attention_bound``: one operation in its precision u, against its float64 result.
 3. ``composed_bound``: many operations in low precision, against the error of a baseline, an
    independent plain NumPy implementation in the same precision.
@@ -51,15 +50,13 @@ MAX_SCORES = 2**24  # attention scores per chunk of attention_bound: some GiB
 # Tier 3: an implementation's error may be this many times the baseline's ...
 BASELINE_FACTOR = 3.0
 # ... plus this many roundings of the value itself, for baselines that are exact, or right by
-# chance. An average over many elements is rarely right by chance. The largest error is a single
-# draw, and where one element is much larger than the others (a product of gate and up) the
-# baseline's can be.
+# chance. An average over many elements is rarely right by chance; the largest error, a single
+# draw, can be, where one element is much larger than the others (a product of gate and up).
 FLOOR_ROUNDINGS = 8.0
 FLOOR_ROUNDINGS_WORST = 24.0
 # A loop that adds n products one after the other errs by this many sqrt(n) roundings of the sum,
 # root mean square: its partial sums grow with sqrt(k), and a number is rounded by 0.42 u on
-# average. A BLAS library sums blocks separately, so that the baseline's error is several times
-# less.
+# average. BLAS sums blocks separately, so that the baseline's error is several times less.
 SEQUENTIAL_SUM_ROUNDINGS = 0.3
 
 
@@ -76,9 +73,8 @@ def max_relative_error(actual: Array, expected: Array) -> float:
 def dot_bound(abs_dot: Array, exact: Array, n: int, unit: float) -> Array:
     """Bound the error of every dot product y = x^T w of length ``n`` (tier 2).
 
-    ``|y - y64| <= lambda sqrt(n) u |x|^T |w| + u |y|``, where ``abs_dot`` is |x|^T |w|, ``exact``
-    y and ``unit`` u; all of the shape of y. Scaled by |x|^T |w| and not by |y|: after cancellation
-    y may be tiny while its error is not.
+    ``|y - y64| <= lambda sqrt(n) u |x|^T |w| + u |y|``; ``abs_dot`` is |x|^T |w|, ``unit`` u. Not
+    scaled by |y| alone: after cancellation y may be tiny while its error is not.
     """
     bound: Array = LAMBDA * math.sqrt(n) * unit * abs_dot + unit * np.abs(exact)
     return bound
@@ -122,7 +118,7 @@ def _mix_bound(q_BNRTK: Array, k_BNSK: Array, v_BNSK: Array, mask_BTS: Array, dt
     # The row's maximum less each score: the exponential's argument, which is rounded.
     below = -np.log(p / p.max(axis=-1, keepdims=True), out=np.zeros_like(p), where=p > 0)
     roundings = SCORE_ROUNDINGS * sizes + below + WEIGHT_ROUNDINGS + EXP_ROUNDINGS * sum_unit / unit
-    # p_j^2 e_j^2 of the errors that are independent between keys, then its sum with (v_j - o)^2.
+    # p_j^2 e_j^2 of the errors independent between keys, then the sum of it times (v_j - o)^2.
     own = p**2 * (q_BNRTK.shape[-1] * (sum_unit * sizes) ** 2 + (unit * roundings) ** 2)
     own_spread = mix(own, v_squared) - 2 * out * mix(own, v_BNSK) + out**2 * _total(own)
     scores_spread = _total(p * scores**2) - _total(p * scores) ** 2
@@ -179,8 +175,7 @@ def errors(actual: Array, exact: Array) -> Errors:
     exact = exact.astype(np.float64, copy=False)
     size2, error2 = _mean_square(exact), _mean_square(difference)
     whole = math.sqrt(float(size2.mean()))
-    # The error of a token far smaller than the others (an attention output of zero for padding)
-    # is relative to the tensor's own rounding, not to zero.
+    # A far smaller token (padding's attention output, zero) errs relative to the tensor's rounding.
     size = np.maximum(np.sqrt(size2), whole * UNIT_ROUNDOFF["float32"])
     return Errors(
         rms=_ratio(math.sqrt(float(error2.mean())), whole),
@@ -201,8 +196,8 @@ def errors_and_bounds(actual: Array, exact: Array, bounds: Array) -> tuple[Error
     """Return the errors of ``actual`` against ``exact``, and their bounds; all [B, T, ...].
 
     ``bounds`` has one bound for each element. The worst element and token are those of the
-    largest ``error / bound``, not of the largest error: an element with a wide bound excuses no
-    other. Where a bound is not finite, every error counts.
+    largest ``error / bound``: one with a wide bound excuses no other. A bound that is not finite
+    excuses no error.
     """
     difference = _difference(actual, exact)
     if difference is None or not np.isfinite(bounds).all():
