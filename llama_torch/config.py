@@ -15,8 +15,8 @@ class DataConfig:
     """Where the text comes from."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs (.txt .md .jsonl .parquet), or a folder of token shards (see python
-    -m llama_torch.prepare); none = Python's own help topics."""
+    """Files, folders or globs (.txt .md .jsonl, also .gz or .zst; .parquet), or a folder of token
+    shards (see python -m llama_torch.prepare); none = Python's own help topics."""
     weights: tuple[float, ...] = ()
     """Share of the training windows for each of --data; none = all of --data is one text."""
     text_field: str = "text"

@@ -34,7 +34,8 @@ class EvaluateConfig:
 
     load: LoadConfig
     data: tuple[str, ...] = ()
-    """Files, folders or globs (.txt .md .jsonl .parquet); none = Python's own help topics."""
+    """Files, folders or globs (.txt .md .jsonl, also .gz or .zst; .parquet); none = Python's own
+    help topics."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet records."""
     context: int = 0

@@ -18,7 +18,8 @@ class PrepareConfig:
     """Tokenise text into a folder of shards, which --data of llama_torch.train takes."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs (.txt .md .jsonl .parquet); none = Python's own help topics."""
+    """Files, folders or globs (.txt .md .jsonl, also .gz or .zst; .parquet); none = Python's own
+    help topics."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet records."""
     out: str = ""

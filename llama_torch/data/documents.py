@@ -7,14 +7,17 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import InputError
+from ..common.notes import note
+from ..common.torchrun import is_main_process
 from ..tokenizer.gpt2 import END_OF_TEXT_ID, gpt2_ids, located
-from .text_files import STRUCTURED, help_topics
+from .formats import STRUCTURED, is_compressed, open_decompressed, text_format
+from .text_files import help_topics
 
 PIECE = 1 << 20  # bytes of text tokenised at a time
 ROWS = 64  # rows of a .parquet file decoded at a time
@@ -31,28 +34,52 @@ class Piece(NamedTuple):
 
     path: Path | None
     file: int  # index in the list of files
-    start: int  # offset in the file: bytes, or rows of a .parquet file
-    content: bytes | tuple[str, ...]  # a slice of the file, or whole documents
+    start: int  # offset in the file: decompressed bytes, or rows of a .parquet file
+    content: bytes | tuple[str | None, ...]  # a slice of the file, or whole documents; None = null
     is_last: bool  # the last piece of its file
     n_bytes: int  # bytes of the file it covers, estimated for .parquet
 
 
+class NullCount:
+    """Counts the records whose text is null, which are left out, for a line on stderr."""
+
+    def __init__(self) -> None:
+        self.n, self.first = 0, Path()
+
+    def add(self, piece: Piece, n: int) -> None:
+        """Add the ``n`` nulls of a piece."""
+        self.first = piece.path if n and not self.n and piece.path else self.first
+        self.n += n
+
+    def print(self) -> None:
+        """Print the count, on the main process, unless it is 0."""
+        if self.n and is_main_process():
+            s = "s" * (self.n > 1)
+            note(f"--data: {self.n} record{s} left out whose text is null, first in {self.first}")
+
+
 def documents(files: Sequence[Path], text_field: str) -> Iterator[str]:
     """Yield the text of every document; without files, of Python's help topics."""
+    nulls = NullCount()
     if not files:
         yield from help_topics()
     for path in files:
-        found = (text for piece in pieces([path], text_field) for text in texts(piece, text_field))
-        if path.suffix in STRUCTURED:
-            yield from found
+        if text_format(path) in STRUCTURED:
+            for piece in pieces([path], text_field):
+                yield from texts(piece, text_field)
+                nulls.add(piece, null_texts(piece, text_field))
         else:
+            found = (t for piece in pieces([path], text_field) for t in texts(piece, text_field))
             yield "".join(found)
+    nulls.print()
 
 
 def document_place(files: Sequence[Path], text_field: str, number: int) -> str:
     """Return the file and place of the ``number``-th document, for a message; reads them again."""
     for path in files:
-        n = 1 if path.suffix not in STRUCTURED else sum(1 for _ in documents([path], text_field))
+        n = 1
+        if text_format(path) in STRUCTURED:
+            n = sum(1 for piece in pieces([path], text_field) for _ in texts(piece, text_field))
         if number <= n:
             return f"--data {path}: document {number}"
         number -= n
@@ -72,7 +99,7 @@ def pieces(
     for number, path in enumerate(files[file:], file):
         offset = start if number == file else 0
         try:
-            if path.suffix == ".parquet":
+            if text_format(path) == ".parquet":
                 yield from _parquet_pieces(path, number, offset, text_field)
             else:
                 yield from _file_pieces(path, number, offset)
@@ -81,22 +108,37 @@ def pieces(
 
 
 def _file_pieces(path: Path, number: int, start: int) -> Iterator[Piece]:
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if start == 0 and file.read(len(BOM)) == BOM:
-            start = len(BOM)
-        while start < size:
-            file.seek(start)
-            content = file.read(PIECE)
-            if path.suffix == ".jsonl":
-                content += file.readline()
-            elif start + len(content) < size:
-                content = content[: _border(content)]
-            if not content:
-                raise InputError(f"--data {path}: shrank while it was read; run this again")
-            end = start + len(content)
-            yield Piece(path, number, start, content, end >= size, len(content))
-            start = end
+    is_jsonl = text_format(path) == ".jsonl"
+    with open_decompressed(path) as file:
+        size = 0 if is_compressed(path) else os.fstat(file.fileno()).st_size
+        rest = file.read(len(BOM)) if start == 0 else b""
+        if rest == BOM:
+            start, rest = len(BOM), b""
+        file.seek(start + len(rest))
+        # A compressed file is read once, forwards: it has no cheap way back, and no known size.
+        rest = rest or file.read(1)
+        while rest:
+            rest += file.read(PIECE + 1 - len(rest))
+            content, rest = _cut_record(rest, file) if is_jsonl else _cut_text(rest)
+            rest = rest or file.read(1)
+            yield Piece(path, number, start, content, not rest, len(content))
+            start += len(content)
+        if start < size:
+            raise InputError(f"--data {path}: shrank while it was read; run this again")
+
+
+def _cut_record(content: bytes, file: IO[bytes]) -> tuple[bytes, bytes]:
+    """Return PIECE + 1 bytes and the rest of the last line; nothing remains."""
+    is_whole = len(content) <= PIECE or content.endswith(b"\n")
+    return (content if is_whole else content + file.readline()), b""
+
+
+def _cut_text(content: bytes) -> tuple[bytes, bytes]:
+    """Return up to PIECE bytes, cut at a border unless they are all, and the remaining ones."""
+    if len(content) <= PIECE:
+        return content, b""
+    cut = _border(content[:PIECE])
+    return content[:cut], content[cut:]
 
 
 def _border(content: bytes) -> int:
@@ -123,15 +165,15 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
         table = pyarrow.parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False)
         row_bytes = path.stat().st_size / max(1, table.metadata.num_rows)
         done, n_characters = 0, 0
-        found: list[str] = []
+        found: list[str | None] = []
         for batch in table.iter_batches(ROWS, columns=[text_field], use_threads=False):
             skipped = min(len(batch), max(0, start - done))
             done += len(batch)
-            for text in filter(None, batch.column(text_field).slice(skipped).to_pylist()):
-                if not isinstance(text, str):
+            for text in batch.column(text_field).slice(skipped).to_pylist():
+                if not isinstance(text, str | None):
                     raise KeyError(f"a value is {type(text).__name__}")
                 found.append(text)
-                n_characters += len(text)
+                n_characters += len(text or " ")  # a null takes memory too
             if n_characters >= PIECE:
                 n_bytes = int(row_bytes * (done - start))
                 yield Piece(path, number, start, tuple(found), False, n_bytes)
@@ -145,12 +187,19 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
 
 
 def texts(piece: Piece, text_field: str) -> Iterator[str]:
-    """Yield the texts of a piece's documents, or its part of one document."""
-    return (text for _, text in _numbered(piece, text_field))
+    """Yield the texts of a piece's documents, or its part of one document; nulls are left out."""
+    return (text for _, text in _numbered(piece, text_field) if text is not None)
 
 
-def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str]]:
-    """Yield (number, text) of a piece's documents; ``_place`` takes the number."""
+def null_texts(piece: Piece, text_field: str) -> int:
+    """Count a piece's records whose text is null."""
+    if isinstance(piece.content, bytes) and b"null" not in piece.content:
+        return 0
+    return sum(text is None for _, text in _numbered(piece, text_field))
+
+
+def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str | None]]:
+    """Yield (number, text or null) of a piece's documents; ``_place`` takes the number."""
     if not isinstance(piece.content, bytes):
         yield from enumerate(piece.content, 1)
         return
@@ -163,7 +212,7 @@ def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str]]:
         ) from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     assert piece.path is not None
-    if piece.path.suffix == ".jsonl":
+    if text_format(piece.path) == ".jsonl":
         yield from _records(piece, text, text_field)
     else:
         yield 1, text
@@ -173,22 +222,22 @@ def _place(piece: Piece, number: int) -> str:
     """Return the file and place of a piece's text, for an error message."""
     if piece.path is None:
         return f"Python's help topic {number}"
-    if piece.path.suffix == ".jsonl":
+    if text_format(piece.path) == ".jsonl":
         return f"--data {piece.path}: line {_lines_before(piece.path, piece.start) + number}"
-    if piece.path.suffix == ".parquet":
+    if text_format(piece.path) == ".parquet":
         return f"--data {piece.path}: text {number} of the rows from {piece.start} on"
     return f"--data {piece.path}: the text from byte {piece.start} on"
 
 
-def _records(piece: Piece, content: str, text_field: str) -> Iterator[tuple[int, str]]:
+def _records(piece: Piece, content: str, text_field: str) -> Iterator[tuple[int, str | None]]:
     for number, line in enumerate(io.StringIO(content), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)[text_field]
         except (ValueError, KeyError, TypeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
+            text = 0
+        if not isinstance(text, str | None):
             assert piece.path is not None
             raise InputError(
                 f"--data {piece.path}: line {_lines_before(piece.path, piece.start) + number} is "
@@ -199,7 +248,7 @@ def _records(piece: Piece, content: str, text_field: str) -> Iterator[tuple[int,
 
 
 def _lines_before(path: Path, offset: int) -> int:
-    with path.open("rb") as file:
+    with open_decompressed(path) as file:
         return sum(
             file.read(min(PIECE, offset - at)).count(b"\n") for at in range(0, offset, PIECE)
         )
@@ -212,8 +261,10 @@ def encode(piece: Piece, text_field: str) -> NDArray[np.uint32]:
     """
     found: list[int] = []
     ends = piece.is_last or not isinstance(piece.content, bytes)
-    ends = ends or (piece.path is not None and piece.path.suffix in STRUCTURED)
+    ends = ends or (piece.path is not None and text_format(piece.path) in STRUCTURED)
     for number, text in _numbered(piece, text_field):
+        if text is None:
+            continue
         with located(partial(_place, piece, number)):
             ids = gpt2_ids(text)
         found += [*ids, END_OF_TEXT_ID] if ids and ends else ids

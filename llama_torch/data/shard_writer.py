@@ -28,7 +28,7 @@ from ..common.errors import InputError
 from ..common.files import atomic_write, read_json, try_lock, write_text
 from ..tokenizer.gpt2 import RANKS_SHA256, gpt2
 from . import documents
-from .documents import Piece
+from .documents import NullCount, Piece
 from .shards import (
     DTYPES,
     FORMAT,
@@ -113,7 +113,7 @@ def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) 
     done = _resume(folder, _Done(text.key, shard_tokens), np.dtype(DTYPES[dtype]).itemsize)
     pieces = documents.pieces(text.files, text.text_field, done.file, done.start)
     with _progress(text) as advance, closing(_encoded(text, pieces, workers, lock, advance)) as ids:
-        advance(sum(size for size, _ in text.stamps[: done.file]) + done.start)
+        advance(sum(text.sizes[: done.file]) + done.start)
         stream = _Stream(ids, done.skip)
         while stream.more():
             path = folder / _shard_name(len(done.shards))
@@ -202,22 +202,27 @@ def _encoded(
     text: Text, pieces: Iterator[Piece], workers: int, lock: int, advance: Any
 ) -> Generator[tuple[Piece, Ids], None, None]:
     """Yield every piece with its ids, in order; about two pieces a worker are in memory."""
-    n_pieces = 1 + sum(size for size, _ in text.stamps) // documents.PIECE
+    n_pieces = 1 + sum(text.sizes) // documents.PIECE
     workers = min(workers or len(os.sched_getaffinity(0)), n_pieces)
+    nulls = NullCount()
     if workers == 1:
         for piece in pieces:
-            yield piece, documents.encode(piece, text.text_field)
+            ids, n_nulls = _encode(piece, text.text_field)
+            nulls.add(piece, n_nulls)
+            yield piece, ids
             advance(piece.n_bytes)
+        nulls.print()
         return
     gpt2()  # loaded before the fork, so that workers share its memory
     pool = ProcessPoolExecutor(
         workers, get_context("fork"), initializer=_begin_worker, initargs=(os.getpid(), lock)
     )
-    pending: deque[tuple[Piece, Future[Ids]]] = deque()
+    pending: deque[tuple[Piece, Future[tuple[Ids, int]]]] = deque()
 
     def first() -> tuple[Piece, Ids]:
         piece, future = pending.popleft()
-        ids = future.result()
+        ids, n_nulls = future.result()
+        nulls.add(piece, n_nulls)
         advance(piece.n_bytes)
         return piece._replace(content=()), ids
 
@@ -227,11 +232,12 @@ def _encoded(
             warnings.simplefilter("ignore", DeprecationWarning)
             pool.submit(int)
         for piece in pieces:
-            pending.append((piece, pool.submit(documents.encode, piece, text.text_field)))
+            pending.append((piece, pool.submit(_encode, piece, text.text_field)))
             if len(pending) > 2 * workers:
                 yield first()
         while pending:
             yield first()
+        nulls.print()
     except BrokenProcessPool:
         raise InputError(
             "a process that tokenises was killed (out of memory?); what is done is kept: run "
@@ -239,6 +245,11 @@ def _encoded(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _encode(piece: Piece, text_field: str) -> tuple[Ids, int]:
+    """Return a piece's ids, and how many of its records have null for text."""
+    return documents.encode(piece, text_field), documents.null_texts(piece, text_field)
 
 
 def _begin_worker(parent: int, lock: int) -> None:
@@ -269,5 +280,5 @@ def _progress(text: Text) -> Iterator[Any]:
         disable=not console.is_terminal,
         transient=True,
     ) as bar:
-        task = bar.add_task("", total=sum(size for size, _ in text.stamps))
+        task = bar.add_task("", total=sum(text.sizes))
         yield partial(bar.advance, task)

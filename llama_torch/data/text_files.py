@@ -1,16 +1,18 @@
 """Find the text files of --data, and hash their content and its encoding."""
 
-import glob
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..common.errors import InputError
+from ..common.notes import note
+from ..common.torchrun import is_main_process
 from ..tokenizer.gpt2 import RANKS_SHA256
+from .folder_walk import Found, search
+from .formats import ENDINGS, READABLE, STRUCTURED, ending, open_decompressed, text_format
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-STRUCTURED = (".jsonl", ".parquet")
 # Part of every content key: change it with anything that changes the tokens of a text, or the
 # windows that a run reads.
 CACHE_VERSION = "2"
@@ -23,51 +25,79 @@ class Text(NamedTuple):
     text_field: str
     key: str  # hash of the content and of the encoding
     stamps: tuple[tuple[int, int], ...]  # each file's size and modification time, before reading
+    sizes: tuple[int, ...]  # of each file, in bytes, decompressed
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Expand files, folders and globs to text files in sorted order, each once."""
-    found: dict[Path, None] = {}
+    """Return the text files that files, folders and globs name, in order, each once.
+
+    For folders and globs a line on stderr counts the files, and those passed over. Raises
+    InputError for a name that stands for no text file.
+    """
+    files: dict[str, Path] = {}  # by real path: a file that several names lead to is read once
+    searched: dict[str, Found] = {}
     for pattern in patterns:
         path = Path(pattern)
         if not pattern:
             raise InputError("--data '' names nothing; give a file, a folder or a glob")
-        if path.is_dir():
-            matches = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
-        elif path.is_file():
-            matches = [path]
-        else:
-            matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-            matches = [p for p in matches if p.is_file()]
-        if not matches:
+        if path.is_file():
+            if ending(path) not in ENDINGS:
+                raise InputError(f"--data {path}: not one of {READABLE}; rename or convert it")
+            files.setdefault(os.path.realpath(path), path)
+            continue
+        found = searched[pattern] = search(pattern)
+        if not found.files:
+            passed_over = found.describe_passed_over()
             raise InputError(
-                f"--data {pattern}: no file found; give a file, a folder that holds "
-                f"{' '.join(SUFFIXES)} files, or a glob"
+                f"--data {pattern}: no file found{passed_over and f' (passed over: {passed_over})'}"
+                f"; give a file, a folder that holds {READABLE}, or a glob"
             )
-        found |= dict.fromkeys(matches)
-    wrong = [str(path) for path in found if path.suffix not in SUFFIXES]
-    if wrong:
-        raise InputError(
-            f"--data {wrong[0]}: not one of {' '.join(SUFFIXES)}; rename or convert it"
-        )
-    return list(found)
+        for real, path in found.files.items():
+            files.setdefault(real, path)
+    _note_searched(searched)
+    return list(files.values())
+
+
+def _note_searched(searched: dict[str, Found]) -> None:
+    """Print how many files of folders and globs are read, on the main process."""
+    if not searched or not is_main_process():
+        return
+    total = Found()
+    for found in searched.values():
+        total.files |= found.files
+        total.passed_over += found.passed_over
+        total.hidden += found.hidden
+    name = next(iter(searched)) if len(searched) == 1 else f"{len(searched)} folders and globs"
+    n, passed_over = len(total.files), total.describe_passed_over()
+    note(
+        f"--data {name}: {n} file{'s' * (n > 1)}"
+        + (f"; passed over: {passed_over}" if passed_over else "")
+    )
+
+
+def names_text(pattern: str) -> bool:
+    """Return whether a value of --data is a file, a folder or a glob of text files."""
+    return Path(pattern).exists() or bool(search(pattern).files)
 
 
 def identify(files: Sequence[Path], text_field: str) -> Text:
-    """Return the files as a Text, with the hash of their bytes, formats and the encoding."""
-    stamps = tuple(map(_stamp, files))
+    """Return the files as a Text, with the hash of their bytes, formats and the encoding.
+
+    Bytes are hashed decompressed: a text has the same key whether it is compressed or not, and a
+    damaged file is an InputError before any of it is tokenised.
+    """
+    stamps, sizes = tuple(map(_stamp, files)), []
     digest = hashlib.sha256(f"{CACHE_VERSION} {RANKS_SHA256}".encode())
     if not files:
         for text in help_topics():
             digest.update(hashlib.sha256(text.encode()).digest())
     for path in files:
-        digest.update(f"{path.suffix} {text_field if path.suffix in STRUCTURED else ''}".encode())
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise InputError(f"--data {path}: cannot be read ({error})") from None
-    return Text(tuple(files), text_field, digest.hexdigest()[:32], stamps)
+        name = text_format(path)
+        digest.update(f"{name} {text_field if name in STRUCTURED else ''}".encode())
+        with open_decompressed(path) as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]
+            sizes.append(file.tell())
+    return Text(tuple(files), text_field, digest.hexdigest()[:32], stamps, tuple(sizes))
 
 
 def require_unchanged(text: Text) -> None:

@@ -1,6 +1,7 @@
 """Choose, claim, lock and check a run directory."""
 
 import dataclasses
+import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from ..common.errors import InputError
 from ..common.files import read_json, try_lock, write_text
 from ..common.torchrun import is_launched, job_name
 from ..config import TrainConfig
+from ..data.text_files import names_text
 from ..distributed.parallel import Parallel
 
 RUN_FILE = "run.json"
@@ -41,11 +43,32 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
         _require_free(Path(config.out))
         return config
     out = Path(early.out) if early.out else _latest_run()
-    stored = _stored(out)["settings"]
+    record = _stored(out)
+    stored = record["settings"]
     if not is_launched():  # one process resumes what many began
         stored.pop("parallel", None)
     defaults = [*cli.as_flags(stored | {"out": str(out), "config": ""}), *defaults]
-    return cli.parse(TrainConfig, argv, defaults)
+    config = cli.parse(TrainConfig, argv, defaults)
+    if list(config.data.data) != stored.get("data", {}).get("data"):
+        return config  # named anew
+    data = tuple(_find_again(name, record.get("directory", "")) for name in config.data.data)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
+
+
+def _find_again(pattern: str, directory: str) -> str:
+    """Return a stored value of --data, relative to here or to where the run began; InputError."""
+    if os.path.isabs(pattern) or names_text(pattern):
+        return pattern
+    # The directory's own name may hold a glob's characters.
+    for above in (directory, glob.escape(directory)) if directory else ():
+        if names_text(os.path.join(above, pattern)):
+            return os.path.join(above, pattern)
+    here = os.getcwd()
+    began = f" nor in {directory}, where the run began" if directory not in ("", here) else ""
+    raise InputError(
+        f"--resume: --data {pattern}: no file found in {here}{began}; name the same text by "
+        "--data, or run this in the folder that holds it"
+    )
 
 
 def flags_after_restart(argv: Sequence[str]) -> Sequence[str]:
@@ -133,7 +156,9 @@ def check_resume_config(config: TrainConfig, data_key: str | None = None) -> Non
     identity = _merge(TrainConfig().identity(), stored["identity"])
     differing = _differences(identity, config.identity())
     if data_key is not None and stored.get("data_key") != data_key:
-        differing.append("the text of --data has changed")
+        began, here = stored.get("directory", ""), os.getcwd()
+        where = f" (this is {here}; it began in {began})" if began not in ("", here) else ""
+        differing.append(f"the text of --data has changed{where}")
     if differing:
         raise InputError(
             f"--resume: {out} belongs to another config: {'; '.join(differing)}; drop these "
@@ -174,6 +199,7 @@ def claim(config: TrainConfig, data_key: str) -> None:
         "identity": config.identity(),
         "data_key": data_key,
         "job": job_name(),
+        "directory": os.getcwd(),  # where a relative --data is looked for again
         "settings": dataclasses.asdict(dataclasses.replace(config, profile=False)),
     }
     try:
