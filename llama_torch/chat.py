@@ -1,4 +1,4 @@
-"""Talk with a checkpoint in a terminal: ``python -m llama_torch.chat --ckpt DIR``."""
+"""Chat with a checkpoint in a terminal: ``python -m llama_torch.chat --ckpt DIR``."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,13 @@ HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends a
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Talk with a checkpoint: /reset forgets, /exit leaves, Ctrl-C ends an answer."""
+    """Chat with a checkpoint: /reset forgets, /exit leaves, Ctrl-C ends an answer."""
 
     load: LoadConfig
     system: str = ""
-    """What the model is told first; empty = nothing."""
+    """System message, the first of the conversation; empty = none."""
     template: str = ""
-    """Jinja file, or "llama2" for Llama 2's [INST] form; empty = the checkpoint's own."""
+    """Jinja file, or "llama2" for Llama 2's [INST] form; empty = the checkpoint's own template."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=512))
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
@@ -43,17 +43,17 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(ChatConfig, argv)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
-    for stream in (sys.stdin, sys.stdout):  # whatever the terminal's encoding cannot say
+    for stream in (sys.stdin, sys.stdout):  # of characters that the terminal's encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     model = load_from(config.load, config.template, config.decoding)
-    model.chat_template  # noqa: B018  (a checkpoint without one is refused before the first word)
+    model.chat_template  # noqa: B018  (a checkpoint without one is refused before the prompt)
     print(HELP)
     return Conversation(model, config).run()
 
 
 class Conversation:
-    """A conversation in the terminal: its messages, and the loop that continues it."""
+    """Messages of a conversation in the terminal, and the loop that reads and answers."""
 
     def __init__(self, model: TextModel, config: ChatConfig) -> None:
         self.model, self.config = model, config
@@ -63,11 +63,11 @@ class Conversation:
         self.turn = 0
 
     def run(self) -> int:
-        """Read, answer, repeat; return the exit code."""
+        """Read messages and print answers until the user leaves; return the exit code."""
         while True:
             try:
                 said = input("> ").strip()
-            except (EOFError, RuntimeError):  # the second: there is no stdin at all
+            except (EOFError, RuntimeError):  # RuntimeError: the process has no stdin
                 print()
                 return 0
             except KeyboardInterrupt:
@@ -82,11 +82,11 @@ class Conversation:
                 self._exchange(said)
 
     def _exchange(self, said: str) -> None:
-        """Print the answer; forget a refused message, keep an interrupted answer as it is."""
+        """Print the answer to a message; drop a refused message, keep an interrupted answer."""
         answer = ""
         try:
             messages, ids = self._fitting([*self.messages, {"role": "user", "content": said}])
-            # Another seed each turn, so that asking again may give another answer.
+            # Another seed each turn, so that the same question may get another answer.
             sampling = self.config.sampling
             sampling = dataclasses.replace(sampling, seed=(sampling.seed + self.turn) % 2**63)
             self.turn += 1
@@ -102,7 +102,11 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def _fitting(self, messages: list[Message]) -> tuple[list[Message], list[int]]:
-        """Return the conversation, less the oldest exchanges if they leave no room, and its ids."""
+        """Return the messages and their token ids, without the oldest exchanges if they do not fit.
+
+        They fit if they leave ``max_new_tokens`` or a quarter of the context for the answer. Raises
+        InputError where the last message alone fills the context.
+        """
         limit, oldest = self.model.model.config.max_seq_len, len(self.start)
         room = min(self.config.sampling.max_new_tokens, limit // 4)
         kept = list(messages)

@@ -1,13 +1,13 @@
-"""Measure a checkpoint: ``python -m llama_torch.evaluate --ckpt DIR --data FILE [FILE ...]``.
+"""Perplexity of a checkpoint: ``python -m llama_torch.evaluate --ckpt DIR --data FILE [FILE ...]``.
 
-Every document is scored on its own, and every token of it once (the first only where there is a
-BOS or EOS to stand before it), by windows that read ``context`` tokens at most. The first window
-scores all that it predicts, each later one the next ``stride`` tokens; the last is as full as the
-others and ends with the document.
+Every document is scored on its own, and every token of it once (the first only if the tokenizer
+has a BOS or EOS to put before it), in windows of at most ``context`` tokens. The first window
+scores all tokens that it predicts, each later one the next ``stride`` tokens; the last ends with
+the document, and reads as many tokens as the others.
 
-With the stride as long as the window, these are the windows of EleutherAI's
-lm-evaluation-harness (model ``hf``, tasks of the type ``loglikelihood_rolling``), and so is the
-result. Where its tokenizer puts a BOS before the text, it scores that too, unless told
+With the stride as long as the window, windows and result are those of EleutherAI's
+lm-evaluation-harness (model ``hf``, tasks of the type ``loglikelihood_rolling``). Where the
+tokenizer puts a BOS before the text, the harness scores that too, unless it is given
 ``--model_args add_bos_token=False``.
 """
 
@@ -37,7 +37,7 @@ class EvaluateConfig:
     """Files, folders or globs (.txt .md .jsonl, also .gz or .zst; .parquet); none = Python's own
     help topics."""
     text_field: str = "text"
-    """Field that holds the text in .jsonl and .parquet records."""
+    """Name of the text field in .jsonl and .parquet records."""
     context: int = 0
     """Tokens in a window; 0 = the model's context."""
     stride: int = 0
@@ -54,7 +54,7 @@ class EvaluateConfig:
 
 
 def describe(found: Measurement, tokenizer: Tokenizer) -> str:
-    """Return the figures as text, with counts, window and stride."""
+    """Return a measurement as lines of text: figures, counts, window and stride."""
     before = " ".join(ascii(tokenizer.names.get(id_, id_)) for id_ in found.before)
     unscored = f"after {before}" if before else "without its first token, whose bytes count"
     return (

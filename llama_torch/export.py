@@ -1,4 +1,4 @@
-"""Write a run's model from a checkpoint of any form: ``python -m llama_torch.export runs/1``."""
+"""Export a run's model from a training checkpoint: ``python -m llama_torch.export runs/1``."""
 
 import sys
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from .training.state_tensors import export_model
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a Hugging Face model directory from a checkpoint, also of a run that went on in shards.
+    """Write a Hugging Face model directory from a training checkpoint, whole or in shards.
 
-    A run whose processes each held the model has written it already; one with --fsdp or --tp does
-    at its end. This is for the time before, and for older checkpoints.
+    A run without --fsdp and --tp writes its model directory at every checkpoint; one with them at
+    its end. This command is for the time before that, and for earlier checkpoints.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

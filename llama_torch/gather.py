@@ -1,4 +1,4 @@
-"""The command ``llama_torch.export`` by its former name, ``python -m llama_torch.gather``."""
+"""Former name of the command ``llama_torch.export``: ``python -m llama_torch.gather``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Write text: ``python -m llama_torch.generate --ckpt DIR --prompt TEXT [TEXT ...]``."""
+"""Generate text: ``python -m llama_torch.generate --ckpt DIR --prompt TEXT [TEXT ...]``."""
 
 import io
 import json
@@ -15,17 +15,17 @@ from .inference.text_model import TextModel, load_from
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Write text from a checkpoint."""
+    """Generate text from a checkpoint."""
 
     load: LoadConfig
     prompt: tuple[str, ...]
-    """Text to continue; several are continued together."""
+    """Prompts: texts to continue, together if there are several."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     prefill_chunk: int = PREFILL_CHUNK
-    """Tokens of the prompts read in one forward pass: less memory, the same answer."""
+    """Prompt tokens in one forward pass; fewer take less memory, for the same answer."""
     json: bool = False
-    """One JSON object a prompt: text, token ids, why it ended, log-probabilities."""
+    """Print a JSON object for each prompt: text, token ids, finish reason, log-probabilities."""
 
     def __post_init__(self) -> None:
         check(bool(self.prompt), "prompt", self.prompt, "must not be empty")
@@ -45,23 +45,25 @@ def _main(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     if len(config.prompt) > 1 or config.json or config.sampling.logprobs >= 0:
-        _write_all(model, config)
+        _print_all(model, config)
     else:
-        _write_as_it_comes(model, config)
+        _stream_one(model, config)
     return 0
 
 
-def _write_as_it_comes(model: TextModel, config: GenerateConfig) -> None:
+def _stream_one(model: TextModel, config: GenerateConfig) -> None:
+    """Print one prompt and its completion, piece by piece."""
     ids = model.encode(config.prompt[0])
     pieces = model.stream_ids(ids, config.sampling, config.prefill_chunk)
-    first = next(pieces, "")  # so that a refused prompt prints nothing else
+    first = next(pieces, "")  # a prompt that is refused prints no more than the error
     print(config.prompt[0] + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
 
-def _write_all(model: TextModel, config: GenerateConfig) -> None:
+def _print_all(model: TextModel, config: GenerateConfig) -> None:
+    """Print all completions, as JSON or as text with a line for each token's log-probabilities."""
     completions = model.generate_batch(config.prompt, config.sampling, config.prefill_chunk)
     for prompt, completion in zip(config.prompt, completions, strict=True):
         if config.json:
@@ -75,10 +77,12 @@ def _write_all(model: TextModel, config: GenerateConfig) -> None:
 
 
 def _show(model: TextModel, id_: int) -> str:
+    """Return a token as text: a special token's name, or the quoted text of another."""
     return model.tokenizer.names.get(id_) or repr(model.tokenizer.decode([id_]))
 
 
 def _record(prompt: str, completion: Completion) -> dict[str, object]:
+    """Return the JSON object of one completion."""
     return {
         "prompt": prompt,
         "text": completion.text,

@@ -1,4 +1,4 @@
-"""Tokenise text beforehand: ``python -m llama_torch.prepare --data texts/ --out DIR``."""
+"""Tokenise text into shards: ``python -m llama_torch.prepare --data texts/ --out DIR``."""
 
 import sys
 import time
@@ -15,21 +15,21 @@ from .data.text_files import find_files, identify
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Tokenise text into a folder of shards, which --data of llama_torch.train takes."""
+    """Tokenise text into a folder of shards, for --data of llama_torch.train."""
 
     data: tuple[str, ...] = ()
     """Files, folders or globs (.txt .md .jsonl, also .gz or .zst; .parquet); none = Python's own
     help topics."""
     text_field: str = "text"
-    """Field that holds the text in .jsonl and .parquet records."""
+    """Name of the text field in .jsonl and .parquet records."""
     out: str = ""
-    """Folder to write; if an earlier run of this was stopped there, it goes on."""
+    """Folder to write; an earlier run that was stopped there is resumed."""
     workers: int = 0
-    """Processes that tokenise; 0 = one for each CPU core."""
+    """Number of tokenising processes; 0 = one for each CPU core."""
     shard_tokens: int = 1 << 26
     """Tokens in a shard."""
     verify: str = ""
-    """Folder of shards to compare with their checksums, instead of writing one."""
+    """Folder of shards to verify against their checksums; nothing is written."""
 
     def __post_init__(self) -> None:
         check_positive(self, "shard_tokens")
@@ -59,6 +59,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _verify(shards: TokenShards) -> int:
+    """Print the shards whose checksums differ; return the exit code."""
     damaged = damaged_shards(shards)
     for name in damaged:
         print(f"{shards.folder / name}: is not what was written; its checksum differs")

@@ -1,1 +1,1 @@
-"""Text from a trained model."""
+"""Inference: prefill, decode and sample; the Python interface."""

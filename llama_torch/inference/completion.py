@@ -1,4 +1,4 @@
-"""The text of one prompt's continuation, assembled token by token."""
+"""Completions: the text and tokens that follow one prompt, assembled token by token."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,16 @@ class Completion:
     """The continuation of one prompt."""
 
     text: str  # without the prompt, end tokens and stop texts
-    tokens: tuple[Token, ...]  # all drawn, with their log-probabilities where asked for
+    tokens: tuple[Token, ...]  # all sampled tokens; log-probabilities where requested
     finish_reason: FinishReason
 
 
 class CompletionBuilder:
-    """One row's tokens and text so far, and why it stopped."""
+    """Collects one row's tokens and text, and the reason why it ends.
+
+    ``ids`` are the prompt's token ids; ``end_ids`` the checkpoint's end tokens. Raises InputError
+    for a stop token of ``settings`` that is not one token.
+    """
 
     def __init__(
         self,
@@ -37,18 +41,18 @@ class CompletionBuilder:
         self.finish_reason: FinishReason | None = None
 
     def add(self, token: Token) -> FinishReason | None:
-        """Add a token and its text; return the reason if it is the row's last."""
+        """Add a token and its text; return the finish reason, None if the row continues."""
         self.tokens.append(token)
         piece = "" if token.id in self.stop_ids else self.detokenizer.push(token.id)
         if self._finish_reason(token):
             piece += "" if self.detokenizer.stopped else self.detokenizer.finish()
-            # The text that finish() released may hold a stop text: asked again.
+            # The text that finish() releases may complete a stop text.
             self.finish_reason = self._finish_reason(token)
         self.pieces.append(piece)
         return self.finish_reason
 
     def build(self) -> Completion:
-        """Return the text and tokens of a row that has stopped."""
+        """Return the Completion of a row that has ended."""
         assert self.finish_reason is not None
         return Completion("".join(self.pieces), tuple(self.tokens), self.finish_reason)
 

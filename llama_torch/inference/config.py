@@ -1,4 +1,4 @@
-"""Settings: of one request, of loading a model, of how its tokens are computed."""
+"""Settings of inference: of sampling, of loading a checkpoint, of decoding."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,42 +15,45 @@ PREFILL_CHUNK = 512
 
 
 def check_choice(name: str, value: object, kind: Any) -> None:
-    """Raise InputError for a value that is not one of a Literal's values."""
+    """Raise InputError unless ``value`` is one of the values of ``kind``, a Literal."""
     if value not in get_args(kind):
         raise InputError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
 
 
 def check_chunk(size: int) -> None:
-    """Raise InputError unless a prefill chunk's size is positive and below 2^31."""
+    """Raise InputError unless ``size``, the tokens of a prefill chunk, is in [1, 2^31)."""
     check(0 < size < 2**31, "prefill_chunk", size, "must be positive and below 2^31")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Settings of one request: the distribution to draw from, the seed, when to stop."""
+    """Settings of one request: the distribution to sample from, the seed, when to stop.
+
+    The order in which they apply is in sampling.py. Raises InputError for a value out of range.
+    """
 
     max_new_tokens: int = 128
-    """Most tokens to write."""
+    """Maximum number of new tokens."""
     temperature: float = 0.8
-    """Divides the logits; 0 = greedy."""
+    """Divisor of the logits; 0 = greedy."""
     top_k: int = 0
-    """Sample from this many likeliest tokens; 0 = all."""
+    """Sample from the k most probable tokens; 0 = all."""
     top_p: float = 0.95
-    """Sample from the likeliest tokens that hold this much probability; 1 = all."""
+    """Sample from the fewest most probable tokens whose probabilities sum to this; 1 = all."""
     min_p: float = 0.0
-    """Sample from tokens at least this likely beside the likeliest; 0 = all."""
+    """Sample from tokens of at least this times the largest probability; 0 = all."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens already seen, and multiplies negative ones; 1 = none."""
+    """Divisor of positive logits of tokens already seen, factor of negative ones; 1 = none."""
     seed: int = 0
-    """Seed of the draws; the prompts of one call have it, the next, and so on."""
+    """Seed of the samples; prompt i of several has seed + i."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer and are not part of it: the first that is complete ends it."""
+    """Texts that end the answer, and are left out of it: the first that is complete ends it."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end the answer, besides the checkpoint's own end tokens."""
     ignore_eos: bool = False
-    """Write on after the checkpoint's own end tokens."""
+    """Continue after the checkpoint's own end tokens."""
     logprobs: int = -1
-    """Report each token's log-probability, and those of this many likeliest; -1 = none."""
+    """Report each token's log-probability, and those of the n most probable; -1 = none."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_tokens"):
@@ -84,16 +87,16 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """Settings of loading: the checkpoint, its device and its precision."""
+    """Settings of loading a model: its checkpoint, device and precision."""
 
     ckpt: str
     """Model directory or .safetensors file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run."""
+    """Device of the model; auto = a GPU if there is one."""
     dtype: Dtype = "float32"
     """Precision of the weights in memory."""
     quantize: Quantize = "none"
-    """Hold the matrices as int8 and a scale a row: half of bfloat16's memory."""
+    """int8 = matrices as int8 with a scale for each row: half of bfloat16's memory."""
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, Dtype)
@@ -102,14 +105,14 @@ class LoadConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """Settings of decoding: rounding aside, none of them changes which tokens are written."""
+    """Settings of decoding: none of them changes the tokens, rounding aside."""
 
     decoding: Decoding = "auto"
-    """How a step runs; auto = the quickest mode for the device and the length asked for."""
+    """Mode of the decoding steps; auto = the quickest for the device and the new tokens."""
     draft: str = ""
-    """A smaller model of the same vocabulary whose guesses are checked several at a time."""
+    """Draft model of the same vocabulary, for speculative decoding; empty = none."""
     guesses: int = 4
-    """Tokens that it guesses at a time."""
+    """Draft tokens verified at a time."""
 
     def __post_init__(self) -> None:
         check_types(self)

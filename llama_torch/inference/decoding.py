@@ -1,11 +1,11 @@
-"""Ways to compute the next token's logits: one protocol, and the choice between its modes.
+"""The decoding step's protocol, its modes, and the choice between them.
 
-mode      step                    computes a token by
-eager     EagerStep               calling the model. Any device, any batch.
-numpy     NumpyStep               NumPy, whose products of one row are quicker: one row, CPU.
-graph     GraphStep(TorchForward) the model on every column, captured in a CUDA graph.
+mode      step                    computes a token's logits with
+eager     EagerStep               the model: any device, any number of rows.
+numpy     NumpyStep               NumPy, whose matrix-vector products are quicker: one row, CPU.
+graph     GraphStep(TorchForward) the model on every cache column, captured in a CUDA graph.
 compiled  GraphStep(TorchForward) the same after torch.compile: seconds, cached on disk.
-kernels   GraphStep(TritonStep, or TritonBatchStep for up to 64 rows): Triton, captured likewise.
+kernels   GraphStep(TritonStep for one row, TritonBatchStep for 2 to 64): Triton, in a CUDA graph.
 
 speculative.py has a step that verifies draft tokens. Suffixes: B row, V vocabulary.
 """
@@ -25,31 +25,35 @@ from .cuda_graph import GraphStore
 from .eager_step import EagerStep
 from .numpy_step import NumpyStep
 
-CAPTURED_MODES = ("graph", "compiled", "kernels")  # modes that a CUDA graph replays
+CAPTURED_MODES = ("graph", "compiled", "kernels")  # modes that replay a CUDA graph
 
 MIN_GRAPH_TOKENS = 32  # fewer new tokens than this do not repay the capture of a graph
 
 MIN_TRITON_VERSION = (3, 6)  # the oldest that compiles the kernels; torch 2.11 has it
 
-MAX_KERNEL_BATCH = 64  # of the kernels: the products of more are not bound by reading the weights
+MAX_KERNEL_BATCH = 64  # rows of the kernels: with more, reading the weights is no longer the limit
 
 
 class DecodeStep(Protocol):
-    """Computes the logits after one more token of every row, on a cache that it writes."""
+    """Computes the logits [B, V] after one more token of every row, with a cache that it writes."""
 
     @property
     def is_captured(self) -> bool:
-        """Whether the rows are fixed, and a step may be launched before its tokens are read."""
+        """Whether a CUDA graph is replayed.
+
+        Its rows are fixed, finished or not, and the next step can be launched before the host
+        has read the tokens.
+        """
 
     @property
     def cache(self) -> StaticCache:
-        """The rows' keys and values. Prefill writes them, then each step the next column."""
+        """The rows' keys and values: prefill writes the prompts' columns, each step one more."""
 
     def begin(self, padding: Sequence[int]) -> None:
-        """Continue after the cache's last column, each row after so many columns of padding."""
+        """Continue after the cache's last column; row i has ``padding[i]`` columns of padding."""
 
     def decode(self, tokens_B: Tensor) -> Tensor:
-        """Return the logits [B, V] after int64 tokens [B]."""
+        """Return the logits [B, V] after one token a row, int64 [B]."""
 
     def close(self) -> None:
         """Release the step for later requests; it must not be used afterwards."""
@@ -64,16 +68,17 @@ def make_step(
     graphs: GraphStore | None = None,
     tokens_per_step: int = 1,
 ) -> DecodeStep:
-    """Return the step that continues ``rows`` sequences by ``n_tokens``, with its cache.
+    """Return a decoding step and its cache for ``rows`` sequences of ``n_tokens`` new tokens.
 
-    ``cache_size`` is the number of columns that the prompts and those tokens take. Captured steps
-    come from ``graphs`` and run ``tokens_per_step`` tokens of a row. Raises InputError where the
-    mode asked for cannot run, or memory does not suffice.
+    ``cache_size`` is the number of columns that the prompts and the new tokens take. Captured
+    steps are taken from ``graphs`` (None: captured anew) and run ``tokens_per_step`` tokens of a
+    row at a time. Raises InputError where the mode ``decoding`` cannot run, or memory does not
+    suffice.
     """
     assert graphs is None or graphs.model is model
     mode = choose_mode(decoding, model, rows, n_tokens)
     if mode in CAPTURED_MODES:
-        # The last token written is not run on; only a step of several goes past it.
+        # A step of several tokens that begins at one of the last columns writes beyond them.
         cache_size += tokens_per_step - 1
         return (graphs or GraphStore(model)).take(rows, cache_size, mode, tokens_per_step)
     weight = model.model.embed_tokens.weight
@@ -82,16 +87,17 @@ def make_step(
 
 
 def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
-    """Return the mode that continues ``rows`` sequences by ``n_tokens`` tokens; never "auto".
+    """Return the mode for ``rows`` sequences of ``n_tokens`` new tokens; never "auto".
 
-    Raises InputError where the mode asked for cannot run.
+    ``decoding`` other than "auto" is returned as it is. Raises InputError where it cannot run.
     """
     if decoding == "eager":
         return decoding
     weight = model.model.embed_tokens.weight
     on_gpu = weight.device.type == "cuda"
     has_kernels = on_gpu and rows <= MAX_KERNEL_BATCH and _has_kernels()
-    # A batch needs tensor cores that take its precision through Triton, or torch's are quicker.
+    # Without tensor cores for the weights' precision (16 bits, from Ampere on), Triton's products
+    # of several rows are slower than torch's.
     has_tensor_cores = (
         weight.itemsize == 2 and on_gpu and torch.cuda.get_device_capability(weight.device) >= (8,)
     )
@@ -118,6 +124,7 @@ def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> D
 
 
 def _has_kernels() -> bool:
+    """Return whether torch is built for NVIDIA GPUs, with a triton that compiles the kernels."""
     if torch.version.hip is not None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Prefill, and the decoding step that calls the model as it stands.
+"""Prefill, and the decoding step that calls the model without a captured graph.
 
 Suffixes: B row, T query position, S key position (cache column), D dim, V vocabulary.
 """
@@ -14,7 +14,11 @@ from ..model.masks import left_padded_causal_mask
 
 
 class EagerStep:
-    """The model on the columns written so far: a DecodeStep for any device and any batch."""
+    """The model's forward pass on the columns written so far: a DecodeStep for any batch.
+
+    Prefill uses it in every mode: captured steps have a fixed number of tokens, and NumpyStep
+    takes one at a time.
+    """
 
     is_captured = False
 
@@ -23,26 +27,29 @@ class EagerStep:
         self.padding: Sequence[int] = ()
 
     def begin(self, padding: Sequence[int]) -> None:
-        """Take each row's number of padding columns; see DecodeStep."""
+        """Set the number of padding columns of each row; see DecodeStep."""
         self.padding = padding
 
     def prefill(self, tokens_BT: Tensor, chunk: int) -> Tensor:
-        """Return the logits [B, V] after the last of the tokens, read ``chunk`` at a time."""
+        """Return the logits [B, V] after the last of the tokens, int64 [B, T].
+
+        A forward pass takes ``chunk`` columns, so that its activations fit in memory.
+        """
         for part_BT in tokens_BT.split(chunk, dim=1):
             logits_BV = self.model.head(self._hidden(part_BT)[:, -1])
         return logits_BV
 
     def decode(self, tokens_B: Tensor) -> Tensor:
-        """Return the logits [B, V] after one more token a row."""
+        """Return the logits [B, V] after one token a row, int64 [B]."""
         return self.prefill(tokens_B[:, None], 1)
 
     def decode_row(self, tokens: Sequence[int]) -> Tensor:
-        """Return the logits [T, V] after each of a single row's tokens."""
+        """Return the logits [T, V] after each of one row's T tokens."""
         row_BT = torch.tensor([tokens], device=self.cache.keys.device)
         return self.model.head(self._hidden(row_BT)[0])
 
     def close(self) -> None:
-        """Keep nothing."""
+        """Do nothing: no step is kept for later requests."""
 
     def _hidden(self, tokens_BT: Tensor) -> Tensor:
         positions_BT, mask_BTS = self._positions_and_mask(tokens_BT.shape[1])
@@ -52,7 +59,10 @@ class EagerStep:
         return hidden_BTD
 
     def _positions_and_mask(self, n_tokens: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return positions [B, T] and mask [B, T, S] of the next columns; None: the defaults."""
+        """Return positions [B, T] and mask [B, T, S] of the next T columns.
+
+        Both are None, the model's defaults, where no row is padded.
+        """
         if not any(self.padding):
             return None, None
         device, start = self.cache.keys.device, self.cache.length

@@ -1,9 +1,9 @@
-"""Generation: prefill the prompts, then sample a token a row and decode it, in turn.
+"""Generation: prefill the prompts, then sample a token of each row and decode it, in turn.
 
-Prompts of unequal length are continued together, padded on the left. The padding has no part in
-the answer: a row's positions count its own tokens and its mask hides the padding
-(model/masks.py). How a token is decoded is decoding.py's; when a row ends, ``finish_reason``'s.
-Suffixes: B row, T position, V vocabulary.
+Prompts of unequal length are continued together, padded on the left. The padding does not change
+the result: a row's positions count its own tokens, and its mask hides the padding
+(model/masks.py). decoding.py chooses how a token is decoded; ``finish_reason`` decides when a row
+ends. Suffixes: B row, T position, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -42,10 +42,10 @@ class Token(NamedTuple):
 def finish_reason(
     token: Token, stop_ids: Collection[int] = (), has_stop_text: bool = False
 ) -> FinishReason | None:
-    """Return the reason why generation stops after a token, or None if it continues.
+    """Return the reason why a row ends with a token, or None if it continues.
 
-    "stop": the token is an end token, or completes one of the stop texts. "length": the row has
-    ``max_new_tokens`` tokens, or fills the context. At the last token allowed, "stop" wins.
+    "stop": the token is one of ``stop_ids``, or completes a stop text (``has_stop_text``).
+    "length": the row has ``max_new_tokens`` tokens, or fills the context. Where both hold, "stop".
     """
     if token.id in stop_ids or has_stop_text:
         return "stop"
@@ -54,25 +54,27 @@ def finish_reason(
 
 @dataclass
 class Row:
-    """One sequence of a batch."""
+    """State of one sequence in a batch."""
 
-    prompt: int  # its prompt's index
+    prompt: int  # the prompt's index
     settings: SamplingConfig
     generator: torch.Generator
-    remaining: int  # tokens still to write
-    padding: int  # columns before its first token
+    remaining: int  # tokens still to sample
+    padding: int  # padding columns before the first token
     is_finished: bool = False
 
 
 class DecodeBatch:
-    """Sequences decoded together; each gives the tokens it gives alone.
+    """Sequences decoded together; each gets the tokens that it gets alone.
 
-    ``prefill`` reads the prompts, once. After it ``sample`` returns one token a row that is not
-    finished, and ``decode_one_token`` is told which rows are finished and runs the model on the
-    rest. ``decoding`` is the mode, see decoding.py; ``step`` a step of the caller's own instead.
-    Captured steps come from ``graphs`` and return there (None: they are not kept).
-    Raises InputError for an empty prompt, one that fills the context, and ids outside the
-    vocabulary.
+    Call ``prefill`` once; then ``sample``, which returns a token of each unfinished row, and
+    ``decode_one_token``, which takes the rows that have ended, in turn; ``close`` at the end.
+
+    ``settings`` has an entry for each of the ``prompts``, which are token ids. ``prefill_chunk``
+    is the number of prompt columns in one forward pass, ``decoding`` the mode (see decoding.py),
+    ``graphs`` the store of captured steps (None: they are not kept), ``step`` a decoding step in
+    place of the mode's. Raises InputError for an empty prompt, one that fills the context, ids
+    outside the vocabulary, and a mode that cannot run.
     """
 
     @torch.inference_mode()
@@ -92,8 +94,7 @@ class DecodeBatch:
         self.model, self.prompts, self.prefill_chunk = model, prompts, prefill_chunk
         self.device = model.model.embed_tokens.weight.device
         longest = max(map(len, prompts))
-        # All rows that are computed: the unfinished, and in a captured step, whose shapes are
-        # fixed, the finished ones too.
+        # All rows that are computed: a captured step, whose shapes are fixed, keeps finished ones.
         self.rows = [
             Row(
                 prompt=i,
@@ -114,24 +115,27 @@ class DecodeBatch:
 
     @property
     def unfinished(self) -> list[int]:
-        """The prompts, by index, whose rows are not finished."""
+        """Indices of the prompts whose rows are not finished."""
         return [row.prompt for row in self.rows if not row.is_finished]
 
     @torch.inference_mode()
     def prefill(self) -> None:
-        """Run the model on the prompts, ``prefill_chunk`` columns at a time."""
+        """Run the model on the prompts, ``prefill_chunk`` columns at a time, and fill the cache."""
         padding = [row.padding for row in self.rows]
         rows = zip(padding, self.prompts, strict=True)
         tokens_BT = torch.tensor([[0] * n + list(p) for n, p in rows], device=self.device)
         eager = EagerStep(self.model, self.step.cache)
         eager.begin(padding)
-        # With padding on the left the last column is every row's last token.
+        # Padding is on the left: the last column is the last token of every row.
         self.logits_BV = eager.prefill(tokens_BT, self.prefill_chunk)
         self.step.begin(padding)
 
     @torch.inference_mode()
     def sample(self) -> list[Token]:
-        """Sample the next token of every row that is not finished."""
+        """Return the next token of every unfinished row.
+
+        Raises InputError where a logit is not finite.
+        """
         logits_BV = self.logits_BV
         is_finite = logits_BV.isfinite().all()
         if self.seen_BV is not None:
@@ -139,13 +143,13 @@ class DecodeBatch:
         if all(row.settings.temperature == 0 for row in self.rows):
             ids_B = logits_BV.argmax(-1)
         else:
-            # Drawn on the CPU, so that samples do not depend on the device.
+            # The CPU's generator, so that samples do not depend on the device.
             uniform = [
                 torch.rand((), dtype=torch.float64, generator=row.generator) for row in self.rows
             ]
             probs_BV = token_probabilities(logits_BV, self.sampling)
             ids_B = draw(probs_BV, torch.stack(uniform).to(self.device))
-        # A draw from NaN lies outside the vocabulary, and is refused only further down.
+        # A draw from NaN lies outside the vocabulary; the logits' check comes further down.
         self.ids_B = ids_B = ids_B.clamp(max=logits_BV.shape[-1] - 1)
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, ids_B[:, None], True)
@@ -166,9 +170,9 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def decode_one_token(self, finished: Collection[int] = ()) -> None:
-        """Leave out the finished rows (prompts' indices) and run the model on the others' tokens.
+        """Mark rows as finished (by their prompts' indices); decode the other rows' tokens.
 
-        A captured step computes the finished rows too, and they are not reported.
+        A captured step computes the finished rows too; ``sample`` leaves them out.
         """
         for row in self.rows:
             row.is_finished |= row.prompt in finished
@@ -185,7 +189,7 @@ class DecodeBatch:
         self.step.close()
 
     def _read_ahead(self, results: Tensor) -> list[int]:
-        """Return the results as numbers, read while the GPU runs the next decoding step."""
+        """Return the results, int64 [B + 1], read while the GPU runs the next decoding step."""
         host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
         host.copy_(results, non_blocking=True)
         copied = torch.cuda.Event()
@@ -197,7 +201,7 @@ class DecodeBatch:
         return host.tolist()
 
     def _seen_tokens(self) -> Tensor | None:
-        """Return the prompts' tokens as a mask [B, V]; None where no row asks for a penalty."""
+        """Return a mask [B, V] of each prompt's tokens; None where no row has a penalty."""
         if all(row.settings.repetition_penalty == 1 for row in self.rows):
             return None
         shape = len(self.prompts), self.model.config.vocab_size
@@ -207,7 +211,7 @@ class DecodeBatch:
         return seen_BV
 
     def _select_rows(self, indices: list[int]) -> None:
-        """Keep the rows ``indices``, without the columns that are padding in all of them."""
+        """Keep the rows ``indices``; drop the columns that are padding in all of them."""
         self.rows = [self.rows[i] for i in indices]
         index = torch.tensor(indices, device=self.device)
         self.sampling, self.ids_B = self.sampling.select_rows(index), self.ids_B[index]
@@ -219,7 +223,7 @@ class DecodeBatch:
         self.step.begin([row.padding for row in self.rows])
 
     def _to_tokens(self, ids: list[int]) -> list[Token]:
-        """Return the tokens of the unfinished rows, with log-probabilities where requested."""
+        """Return the unfinished rows' tokens, with log-probabilities where requested."""
         tokens = []
         logprobs_BV = self.logits_BV.double().log_softmax(-1) if self._wants_logprobs() else None
         for i, (row, id_) in enumerate(zip(self.rows, ids, strict=True)):
@@ -241,7 +245,7 @@ class DecodeBatch:
 def generate_tokens(
     batch: DecodeBatch, finish: Callable[[Token], FinishReason | None] = finish_reason
 ) -> Iterator[Token]:
-    """Yield every row's tokens, rows mixed, until ``finish`` has named a reason for each row."""
+    """Yield the tokens of all rows, interleaved, until ``finish`` has given each row a reason."""
     try:
         batch.prefill()
         while batch.unfinished:
@@ -263,10 +267,9 @@ def generate(
     decoding: Decoding = "auto",
     graphs: GraphStore | None = None,
 ) -> Iterator[int]:
-    """Yield the token ids after one prompt until a token of ``stop`` (not yielded) or a limit.
+    """Yield the token ids after one prompt, until a token of ``stop`` (not yielded) or a limit.
 
-    The limits are ``max_new_tokens`` and the model's context. Raises InputError as DecodeBatch
-    does.
+    The limits are ``max_new_tokens`` and the context. Raises InputError as DecodeBatch does.
     """
     batch = DecodeBatch(model, [prompt], [settings], decoding=decoding, graphs=graphs)
     for token in generate_tokens(batch, lambda token: finish_reason(token, stop)):
@@ -275,12 +278,12 @@ def generate(
 
 
 def new_token_limit(model: Llama, prompt: Sequence[int], settings: SamplingConfig) -> int:
-    """Return how many tokens may follow a prompt: ``max_new_tokens``, or as many as fit."""
+    """Return the number of new tokens: ``max_new_tokens``, or as many as the context holds."""
     return min(settings.max_new_tokens, model.config.max_seq_len - len(prompt))
 
 
 def require_fitting(model: Llama, prompt: Sequence[int]) -> None:
-    """Raise InputError for a prompt that this model cannot continue by a single token."""
+    """Raise InputError for an empty prompt, one that fills the context, or an unknown token id."""
     config = model.config
     if not 0 < len(prompt) < config.max_seq_len:
         raise InputError(

@@ -1,10 +1,10 @@
-"""The decoding step of one sequence on the CPU, in NumPy: a product per matrix at memory speed.
+"""The decoding step of one sequence on the CPU, in NumPy.
 
-One row of activations against a matrix is bound by the memory that holds the matrix. There one
-``np.vecdot`` (a BLAS dot product a row) reads about twice as fast as torch's ``F.linear``, and
-NumPy's calls begin sooner than torch's, of which a step needs hundreds.
-Suffixes and shapes: D dim, H query heads, N key/value heads, R query heads a key/value head,
-K head_dim, F hidden_dim, S key position, V vocabulary.
+A matrix-vector product is bound by reading the matrix from memory. ``np.vecdot`` (a BLAS dot
+product for each row) reads about twice as fast there as torch's ``F.linear``, and a NumPy call,
+of which a step makes hundreds, has less overhead than a torch call.
+Suffixes and shapes: D dim, H query heads, N key/value heads, R query heads per key/value head,
+K head_dim, F hidden_dim, S key position (cache column), V vocabulary.
 """
 
 import itertools
@@ -25,12 +25,12 @@ from ..model.rope import rope_tables
 
 Array = NDArray[Any]
 
-# Bytes of a matrix from which a second thread brings more than waking it costs (some 30 us).
+# Matrices of fewer bytes are read by one thread: waking another takes some 30 us.
 MIN_SPLIT_BYTES = 16 << 20
 
 
 class _Layer(NamedTuple):
-    """A block's weights and its layer of the cache, all of them views."""
+    """A block's weights and its layer of the cache, as views of torch's memory."""
 
     attn_norm: Array  # [D]
     q: Array  # [H, K, D]
@@ -46,10 +46,10 @@ class _Layer(NamedTuple):
 
 
 class NumpyStep:
-    """The step of one sequence: a DecodeStep, see decoding.py.
+    """Decoding step of one sequence: a DecodeStep, see decoding.py.
 
-    It reads the model's weights and writes the cache where they are, without a copy: neither
-    may be replaced while this is in use.
+    Reads the model's weights and writes the cache in place, through views: the tensors of either
+    must not be replaced while the step is in use.
     """
 
     is_captured = False
@@ -67,7 +67,7 @@ class NumpyStep:
             )
         ]
         cos, sin = rope_tables(torch.arange(cache.size)[None], config, cache.keys.dtype)
-        # For the two halves of a head, which are rotated as one: [S, 2, K / 2].
+        # Tables [S, 2, K / 2] for both halves of a head: x' = x cos + swapped(x) (-sin, sin).
         self.cos = torch.stack([cos[0, :, 0], cos[0, :, 0]], dim=1).numpy()
         self.sin = torch.stack([-sin[0, :, 0], sin[0, :, 0]], dim=1).numpy()
 
@@ -83,7 +83,7 @@ class NumpyStep:
 
     @staticmethod
     def supports(model: Llama) -> bool:
-        """Return whether the weights are plain CPU matrices in float32 or float64."""
+        """Return whether the layers are plain and on a CPU, all in float32 or all in float64."""
         weights = list(model.parameters())
         plain = (nn.Linear, Embedding, nn.RMSNorm)
         return (
@@ -94,16 +94,16 @@ class NumpyStep:
         )
 
     def begin(self, padding: Sequence[int]) -> None:
-        """Continue from the cache's length; one sequence has no padding."""
+        """Continue after the cache's last column; one sequence has no padding."""
         assert not any(padding)
 
     def close(self) -> None:
-        """Keep nothing."""
+        """Do nothing: no step is kept for later requests."""
 
     def decode(self, tokens_B: Tensor) -> Tensor:
-        """Return the logits [1, V] after one token; its keys and values go to the cache."""
+        """Return the logits [1, V] after one token, int64 [1]; write its keys and values."""
         x = self.embed[int(tokens_B)].copy()
-        with np.errstate(over="ignore"):  # exp(-gate) may be infinite, and the result is right
+        with np.errstate(over="ignore"):  # exp(-g) may be inf: g / inf is 0, as it should be
             for layer in self.layers:
                 self._attend(layer, x)
                 self._feed_forward(layer, x)
@@ -113,7 +113,7 @@ class NumpyStep:
         return torch.from_numpy(logits)
 
     def _attend(self, layer: _Layer, x: Array) -> None:
-        """Add attention's output to the residual stream ``x`` [D]."""
+        """Add the attention output to the residual stream ``x`` [D], in place."""
         slot = self.cache.length
         h, n_heads = self._rms_norm(x, layer.attn_norm), len(layer.q)
         self._matvec(layer.q, h, self.qk[:n_heads])
@@ -137,7 +137,10 @@ class NumpyStep:
         x += self.out
 
     def _feed_forward(self, layer: _Layer, x: Array) -> None:
-        """Add SwiGLU's output ``(g / (1 + exp(-g)) * u) Wd`` to the residual stream ``x`` [D]."""
+        """Add ``(g / (1 + exp(-g)) * u) Wd^T`` (SwiGLU) to the residual stream ``x`` [D], in place.
+
+        g = h Wg^T and u = h Wu^T, weights [out, in] (Shazeer 2020, eq. 6).
+        """
         h, gate, up = self._rms_norm(x, layer.ffn_norm), self.gate, self.up
         self._matvec(layer.gate, h, gate)
         self._matvec(layer.up, h, up)
@@ -150,13 +153,13 @@ class NumpyStep:
         x += self.out
 
     def _rms_norm(self, x: Array, weight: Array) -> Array:
-        """Return RMSNorm of ``x`` [D]: in a buffer, until the next call."""
+        """Return RMSNorm ``x / sqrt(mean(x^2) + eps) * weight`` [D], in a buffer that is reused."""
         np.multiply(x, weight, out=self.h)
         self.h *= 1 / math.sqrt(float(x.dot(x)) / len(x) + self.eps)
         return self.h
 
     def _matvec(self, weight: Array, x: Array, out: Array) -> None:
-        """Multiply ``weight`` [..., n] by ``x`` [n] into ``out`` [...]."""
+        """Store the product of ``weight`` [..., n] and ``x`` [n] in ``out`` [...]."""
         if weight.nbytes < MIN_SPLIT_BYTES or self.n_threads == 1:
             np.vecdot(weight, x, out=out)
             return
@@ -171,13 +174,16 @@ class NumpyStep:
 
 
 def _view(tensor: Tensor) -> Array:
+    """Return a NumPy view of a CPU tensor."""
     return tensor.detach().numpy()
 
 
 def _layer(block: Block, head_dim: int, keys: Array, values: Array) -> _Layer:
+    """Return views of a block's weights, and of its cache [1, N, S, K]."""
     attention, mlp = block.self_attn, block.mlp
 
     def heads(projection: nn.Linear) -> Array:
+        """Return the weight [heads, K, D] of a projection [heads K, D]."""
         return _view(projection.weight).reshape(-1, head_dim, projection.in_features)
 
     return _Layer(

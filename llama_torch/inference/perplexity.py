@@ -1,6 +1,6 @@
-"""Loss of a model on documents, measured in windows with a stride.
+"""Perplexity of a model on documents, read in windows with a stride.
 
-Suffixes: B window, T position, D dim, S scored token of all the batch.
+Suffixes: B window, T position, D dim, S scored token of the whole batch.
 """
 
 import math
@@ -22,37 +22,37 @@ from ..tokenizer.tokenizer import Tokenizer
 
 FIGURES = "perplexity", "bits_per_byte", "tokens_per_second"
 
-POOL_BATCHES = 32  # batches whose windows are sorted by length together, so that little is padding
+POOL_BATCHES = 32  # batches whose windows are sorted by length together, to need little padding
 
 Pair = tuple[Tensor, Tensor]  # tokens and targets, both [T] (a window) or [B, T] (a batch)
 
 
 @dataclass
 class Measurement:
-    """Settings, counts and summed loss of one evaluation; the figures follow from them."""
+    """Settings, counts and summed loss of one evaluation, and the figures computed from them."""
 
-    context: int  # tokens that a window reads at most
-    stride: int  # tokens that each window after a document's first scores
-    before: tuple[int, ...]  # ids before each document; none: its first token is not scored
-    documents: int = 0  # that are not empty
-    bytes: int = 0  # of the documents, in UTF-8, whether their first token is scored or not
-    tokens: int = 0  # scored
-    nats: float = 0.0  # sum of -log p(token)
-    seconds: float = 0.0  # of the forward passes
+    context: int  # maximum number of tokens in a window
+    stride: int  # scored tokens of each window after a document's first
+    before: tuple[int, ...]  # ids before each document; empty: its first token is not scored
+    documents: int = 0  # number of documents that are not empty
+    bytes: int = 0  # UTF-8 bytes of the documents, those of unscored first tokens included
+    tokens: int = 0  # number of scored tokens
+    nats: float = 0.0  # sum of -log p(token) over them
+    seconds: float = 0.0  # wall time of the forward passes
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the mean loss per token: comparable within one tokenizer."""
+        """Exponential of the mean loss per token; comparable between models of one tokenizer."""
         return math.exp(min(self.nats / self.tokens, 700.0))  # exp overflows just above
 
     @property
     def bits_per_byte(self) -> float:
-        """Loss in bits per byte of text: comparable whatever the tokenizer."""
+        """Loss in bits per byte of text; comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
     @property
     def tokens_per_second(self) -> float:
-        """Scored tokens per second of the forward passes."""
+        """Scored tokens per second of the forward passes' wall time."""
         return self.tokens / self.seconds
 
 
@@ -65,12 +65,17 @@ def evaluate(
     batch_size: int = 8,
     place: Callable[[int], str] = "--data: document {}".format,
 ) -> Measurement:
-    """Return the summed loss over documents, with counts and times.
+    """Return the loss of a model, summed over documents, with counts and times.
 
-    ``context`` 0 is the model's, ``stride`` 0 half the window. ``place`` returns, for a document's
-    number, where it stands, for errors.
-    Raises InputError for one, for a window longer than the model's context, a stride longer than
-    the window, texts without a token to score, and a loss that is not finite.
+    texts       the documents, each scored on its own.
+    context     tokens in a window; 0: the model's context.
+    stride      scored tokens of each window after the first; 0: half the window.
+    batch_size  windows in one forward pass.
+    place       returns, for a document's number (from 1), the place to name in an error.
+
+    Raises InputError for a document that is not valid text or that the tokenizer cannot encode,
+    a window longer than the model's context, a stride longer than the window, texts without a
+    token to score, and a loss that is not finite.
     """
     longest = model.config.max_seq_len
     context = context or longest
@@ -93,16 +98,16 @@ def evaluate(
 
 
 def prefix_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids before a document, unscored: the prefix, else BOS, else EOS, else none."""
+    """Return the unscored ids before each document: the prefix, else BOS, else EOS, else none."""
     name = tokenizer.bos or tokenizer.eos
     return tokenizer.prefix or (() if name is None else (tokenizer.special[name],))
 
 
 def spans(length: int, first: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Cut ``length`` ids, of which those from ``first`` on are scored, into windows.
+    """Yield windows (start, scored, end) over ``length`` ids, scoring each from ``first`` on once.
 
-    Yields (start, scored, end): the model reads ids[start : end - 1], which is at most
-    ``context`` of them, and its predictions of ids[scored:end] count.
+    The model reads ids[start : end - 1], at most ``context`` of them, and its predictions of
+    ids[scored:end] are scored: ``stride`` of them after the first window.
     """
     assert 0 < stride <= context
     scored = first
@@ -115,7 +120,7 @@ def spans(length: int, first: int, context: int, stride: int) -> Iterator[tuple[
 def _windows(
     found: Measurement, tokenizer: Tokenizer, texts: Iterable[str], place: Callable[[int], str]
 ) -> Iterator[Pair]:
-    """Yield the windows of all documents; count documents and bytes in ``found``."""
+    """Yield the windows (tokens and targets) of all documents; count those in ``found``."""
     for number, text in enumerate(texts, 1):
         try:
             n_bytes = len(text.encode())
@@ -136,7 +141,10 @@ def _windows(
 
 
 def _batches(windows: Iterator[Pair], size: int) -> Iterator[Pair]:
-    """Yield windows stacked by length; padding comes last, where causal attention hides it."""
+    """Yield batches [B, T] of windows of similar lengths, padded on the right.
+
+    Causal attention hides the padding; its targets are IGNORE_INDEX.
+    """
     while pool := list(islice(windows, POOL_BATCHES * size)):
         pool.sort(key=lambda window: len(window[0]))
         for i in range(0, len(pool), size):
@@ -146,10 +154,13 @@ def _batches(windows: Iterator[Pair], size: int) -> Iterator[Pair]:
 
 @torch.inference_mode()
 def nll(model: Llama, tokens_BT: Tensor, targets_BT: Tensor) -> float:
-    """Return the sum in nats of -log p(target) over the targets that are not IGNORE_INDEX."""
+    """Return the negative log-likelihood in nats, summed over targets other than IGNORE_INDEX.
+
+    ``tokens_BT`` and ``targets_BT`` are int64 [B, T].
+    """
     weight = model.head_weight
     hidden_BTD, _ = model.model(tokens_BT.to(weight.device))
     targets_BT = targets_BT.to(weight.device)
-    scored = targets_BT != IGNORE_INDEX  # the others' logits would cost as much
+    scored = targets_BT != IGNORE_INDEX  # the logits of other positions are not computed
     hidden_SD, targets_S = hidden_BTD[scored], targets_BT[scored]
     return loss_sum(hidden_SD[None], weight, targets_S[None]).item()

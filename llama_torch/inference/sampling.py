@@ -1,7 +1,7 @@
-"""Sample the next token from logits, for every row of a batch with its own settings.
+"""Sampling of the next token from logits, each row of a batch with its own settings.
 
-The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p. The oracle is
-reference_np.sampling. Suffixes: B row, V vocabulary.
+The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p. The
+specification is reference_np/sampling.py. Suffixes: B row, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .config import SamplingConfig
 
 
 class SamplingTensors(NamedTuple):
-    """The settings of a batch's rows, each [B, 1]."""
+    """Sampling settings of a batch's rows as tensors, each [B, 1]; see SamplingConfig."""
 
     temperature: Tensor
     top_k: Tensor
@@ -26,7 +26,7 @@ class SamplingTensors(NamedTuple):
     def from_configs(
         cls, rows: Sequence[SamplingConfig], device: torch.device
     ) -> "SamplingTensors":
-        """Stack the settings of each row, in the rows' order."""
+        """Stack the settings of the rows, in order: top_k as int64, the others as float64."""
         return cls(
             *(
                 torch.tensor([[getattr(row, name)] for row in rows], device=device, dtype=dtype)
@@ -41,15 +41,16 @@ class SamplingTensors(NamedTuple):
         )
 
     def select_rows(self, rows: Tensor) -> "SamplingTensors":
-        """Return the settings of the rows of index int64 [n]."""
+        """Return the settings of the rows ``rows``, int64 [n]."""
         return SamplingTensors(*(setting[rows] for setting in self))
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
-    """Return logits [B, V] with the repetition penalty (Keskar et al. 2019, section 4.1), float64.
+    """Return the logits [B, V] with the repetition penalty [B, 1] on seen tokens, in float64.
 
-    A positive logit is divided by the penalty and a negative one multiplied, as every port of
-    the method does: the paper divides, which favours repetition where logits are negative.
+    ``seen_BV`` is bool. A positive logit is divided by the penalty and a negative one multiplied,
+    as Hugging Face does; the paper (Keskar et al. 2019, section 4.1) divides all, which favours
+    repetition where logits are negative.
     """
     logits_BV = logits_BV.double()
     penalized_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
@@ -57,23 +58,23 @@ def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
 
 
 def token_probabilities(logits_BV: Tensor, settings: SamplingTensors) -> Tensor:
-    """Return the distributions [B, V] to draw from, in float64.
+    """Return the probabilities [B, V] to draw from, in float64, given logits [B, V].
 
-    top-k keeps the k likeliest; top-p the smallest set of likeliest tokens among those that
-    holds at least p of what they hold (Holtzman et al. 2020); min-p those at least that share
-    as likely as the likeliest (Nguyen et al. 2024). Of equals, the lower ids come first. The
-    likeliest is always kept, and alone at temperature 0.
+    top-k keeps the k most probable tokens; top-p, of those, the smallest set of the most probable
+    whose sum is at least p of theirs (Holtzman et al. 2020); min-p the tokens whose probability is
+    at least min_p times the largest (Nguyen et al. 2024). Ties are broken by the lower id. The most
+    probable token is always kept; at temperature 0 it has probability 1.
     """
     # float64: in float32 the cumulative sum of 50,257 probabilities reaches 1 before its end.
     ordered, order = torch.sort(logits_BV.double(), dim=-1, descending=True, stable=True)
     greedy = settings.temperature == 0
-    # The largest is 0 at any temperature, and cannot overflow.
+    # Differences from the largest logit: 0 and below, so that no temperature overflows exp.
     ordered = (ordered - ordered[:, :1]) / torch.where(greedy, 1.0, settings.temperature)
     rank = torch.arange(ordered.shape[-1], device=ordered.device)
     n_kept = torch.where(greedy, 1, settings.top_k)
     ordered = ordered.masked_fill((n_kept > 0) & (rank >= n_kept), -torch.inf)
     probs = ordered.softmax(-1)
-    mass_before = probs.cumsum(-1) - probs  # what the likelier tokens hold
+    mass_before = probs.cumsum(-1) - probs  # the sum of the more probable tokens
     is_cut = (settings.top_p < 1) & (mass_before >= settings.top_p)
     is_cut |= probs < settings.min_p * probs[:, :1]
     probs = probs.masked_fill(is_cut, 0.0)
@@ -82,9 +83,12 @@ def token_probabilities(logits_BV: Tensor, settings: SamplingTensors) -> Tensor:
 
 
 def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Return the token [B] at which each row's cumulative sum exceeds its draw from [0, 1)."""
+    """Return the token ids [B] at which the rows' cumulative probabilities exceed ``uniform``.
+
+    ``probs_BV`` need not sum to exactly 1; ``uniform_B`` are draws from [0, 1), float64 [B].
+    """
     cumulative = probs_BV.cumsum(-1)
     total = cumulative[:, -1:]
-    # Rounding may make the product equal to the whole sum, which no cumulative sum exceeds.
+    # Rounding may make the product equal to the total, which no cumulative sum exceeds.
     target = torch.minimum(uniform_B[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)[:, 0]

@@ -1,10 +1,10 @@
 """Speculative decoding: a draft model proposes tokens, the target model verifies several at once.
 
-Verifying costs about as much as decoding one token, since the weights are read once (Leviathan et
-al. 2022). A draft token is accepted if it is the token that the target model samples, so the text
-is the same with and without a draft, as a sample is a function of the seed. (Up to rounding:
-products of several rows round differently from those of one, which in float32 seldom changes a
-sampled token, and in half precision sometimes does.)
+Verifying several tokens takes about as long as decoding one, since the weights are read once
+(Leviathan et al. 2022). A draft token is accepted if it is the token that is sampled from the
+target model's logits. A sample is a function of logits and seed, so the tokens are those without
+a draft model, up to rounding: products of several rows round differently from those of one, which
+in float32 seldom changes a sampled token, and in half precision sometimes does.
 Suffixes: B row, T position, V vocabulary.
 """
 
@@ -35,9 +35,10 @@ def speculative_batch(
     n_draft_tokens: int = 4,
     graphs: GraphStore | None = None,
 ) -> DecodeBatch:
-    """Return a batch of one sequence, decoded with ``n_draft_tokens`` draft tokens at a time.
+    """Return a DecodeBatch of one prompt that verifies ``n_draft_tokens`` draft tokens at a time.
 
-    Raises InputError for a draft of another vocabulary, and a mode that cannot verify draft tokens.
+    Raises InputError for a draft model of another vocabulary, a mode that cannot verify draft
+    tokens, and the prompts that DecodeBatch refuses.
     """
     if draft.config.vocab_size != model.config.vocab_size:
         raise InputError(
@@ -61,9 +62,12 @@ def speculative_batch(
 
 
 class SpeculativeStep:
-    """A DecodeStep of one sequence that verifies draft tokens; see decoding.py."""
+    """DecodeStep of one sequence that verifies draft tokens; see decoding.py.
 
-    is_captured = False  # the next tokens to run depend on the one sampled
+    ``target`` is the target model's step; ``n_tokens`` the number of new tokens.
+    """
+
+    is_captured = False  # the tokens of the next forward pass depend on the one sampled
 
     def __init__(
         self,
@@ -74,22 +78,26 @@ class SpeculativeStep:
         n_draft_tokens: int,
     ) -> None:
         self.target, self.draft, self.n_draft_tokens = target, draft, n_draft_tokens
-        self.token_ids = list(prompt)  # token ids of the prompt and those sampled after it
+        self.token_ids = list(prompt)  # the prompt and the tokens sampled after it
         self.max_length = len(prompt) + n_tokens
         self.draft_tokens: list[int] = []  # draft tokens verified but not yet sampled
         self.logits_TV = torch.empty(0)  # logits after the last token and each draft token
 
     @property
     def cache(self) -> StaticCache:
-        """The model's cache."""
+        """The target model's cache."""
         return self.target.cache
 
     def begin(self, padding: Sequence[int]) -> None:
-        """Continue from the cache's length; one sequence has no padding."""
+        """Continue after the cache's last column; one sequence has no padding."""
         self.target.begin(padding)
 
     def decode(self, tokens_B: Tensor) -> Tensor:
-        """Return the logits [1, V] after one token; no forward pass for a draft token."""
+        """Return the logits [1, V] after one token, int64 [1].
+
+        An accepted draft token's logits are known already. For any other token the draft model
+        proposes the next ones, and the target model runs on all of them.
+        """
         token = int(tokens_B)
         self.token_ids.append(token)
         if self.draft_tokens and self.draft_tokens[0] == token:
@@ -110,7 +118,7 @@ class SpeculativeStep:
 
 
 class DraftModel:
-    """A draft model that continues token ids greedily, with its own cache."""
+    """Draft model, which continues token ids greedily, with a cache of ``size`` columns."""
 
     def __init__(self, model: Llama, size: int, prefill_chunk: int) -> None:
         weight = model.model.embed_tokens.weight
@@ -123,11 +131,11 @@ class DraftModel:
     def propose(self, token_ids: Sequence[int], count: int) -> list[int]:
         """Return ``count`` token ids after ``token_ids``, or as many as the draft's context holds.
 
-        ``token_ids`` is the last call's token ids, possibly shortened, followed by new ones.
+        All of them but the last must be those of the last call, followed by tokens it returned.
         """
         n_fitting = self.model.config.max_seq_len - len(token_ids)
         draft_tokens: list[int] = []
-        # The cache holds at most all token ids but the newest.
+        # Drop the columns of rejected draft tokens; the newest token is not in the cache yet.
         self.cache.length = min(self.cache.length, len(token_ids) - 1)
         tokens = token_ids[self.cache.length :]
         while len(draft_tokens) < min(count, n_fitting):
@@ -136,7 +144,7 @@ class DraftModel:
         return draft_tokens
 
     def _logits(self, tokens: Sequence[int]) -> Tensor:
-        """Return the logits [V] after ``tokens``, which follow those in the cache."""
+        """Return the logits [V] after ``tokens``, which follow the tokens in the cache."""
         row_BT = torch.tensor([tokens], device=self.cache.keys.device)
         if self.numpy_step and len(tokens) == 1:
             return self.numpy_step.decode(row_BT[0])[0]

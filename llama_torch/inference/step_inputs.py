@@ -1,4 +1,4 @@
-"""The tensors that a captured step reads: written in place, never replaced.
+"""Input tensors of a captured decoding step: written in place, as a graph reads fixed addresses.
 
 Suffixes: B row, T token of this step, S key position (cache column).
 """
@@ -32,7 +32,7 @@ class StepInputs:
         self.key_mask = torch.ones(rows, size, dtype=torch.bool, device=device)
 
     def begin(self, length: int, padding: Sequence[int]) -> None:
-        """Go on at column ``length``, each row after so many columns of padding."""
+        """Continue at column ``length``; row i has ``padding[i]`` columns of padding."""
         self.padding.copy_(torch.tensor(padding)[:, None])
         torch.ge(self.key_positions, self.padding, out=self.key_mask)
         new = length + torch.arange(self.n_tokens, device=self.cache_position.device)
@@ -40,10 +40,10 @@ class StepInputs:
         self.positions.copy_((new - self.padding).clamp(min=0))
 
     def advance(self) -> None:
-        """Go on behind the step's tokens."""
+        """Move the positions on by the step's number of tokens."""
         self.positions.add_(self.n_tokens)
         self.cache_position.add_(self.n_tokens)
 
     def mask(self) -> Tensor:
-        """Return the mask [B, T, S] on all columns, those not written yet hidden."""
+        """Return the causal mask [B, T, S] over all columns; those not yet written are hidden."""
         return left_padded_causal_mask(self.key_positions, self.cache_position, self.padding)

@@ -1,4 +1,4 @@
-"""The Python interface: a model, its tokenizer and its chat template, loaded together.
+"""The Python interface: a model with its tokenizer and its chat template.
 
 ::
 
@@ -40,11 +40,11 @@ from .speculative import speculative_batch
 
 
 class TextModel:
-    """A language model with its tokenizer and chat template. Made by ``load``.
+    """A language model with its tokenizer and chat template; returned by ``load``.
 
     The keyword arguments of ``generate``, ``stream``, ``chat`` and ``stream_chat`` are the fields
-    of SamplingConfig, which documents them. All methods raise InputError for settings and prompts
-    that cannot be honoured.
+    of SamplingConfig, which documents them. All methods raise InputError for settings out of
+    range, a prompt that is no text or does not fit the context, and logits that are not finite.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class TextModel:
 
     @cached_property
     def chat_template(self) -> ChatTemplate | Llama2Template:
-        """The template that encodes a conversation; InputError where the checkpoint has none."""
+        """The chat template, which encodes a conversation; InputError if there is none."""
         return load_chat_template(self.ckpt, self.tokenizer, self._template)
 
     def encode(self, prompt: str) -> list[int]:
-        """Return a prompt's ids, one BOS first where the checkpoint was trained with it."""
+        """Return a prompt's token ids, with a BOS first if the checkpoint was trained with one."""
         if has_surrogates(prompt):
             raise InputError("the prompt is not valid text; correct it")
         with located(f"--prompt {prompt[:20]!r}"):
@@ -89,7 +89,7 @@ class TextModel:
         ignore_eos: bool = False,
         logprobs: int = -1,
     ) -> Completion:
-        """Return the continuation of one prompt."""
+        """Return the completion of one prompt."""
         settings = SamplingConfig(
             max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
             stop_tokens, ignore_eos, logprobs,
@@ -102,9 +102,10 @@ class TextModel:
         settings: SamplingConfig | Sequence[SamplingConfig],
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> list[Completion]:
-        """Continue prompts of any lengths together, each as it would be alone.
+        """Return the completions of prompts of any lengths, each the one that it has alone.
 
-        With one SamplingConfig for all, each prompt's seed is one more than the last one's.
+        ``settings`` is one SamplingConfig for each prompt, or one for all: then prompt i has seed
+        + i. ``prefill_chunk`` is the number of prompt tokens in one forward pass.
         """
         if isinstance(settings, SamplingConfig):
             settings = [
@@ -130,7 +131,7 @@ class TextModel:
         ignore_eos: bool = False,
         logprobs: int = -1,
     ) -> Iterator[str]:
-        """Yield the continuation of one prompt as it is written, in whole characters."""
+        """Yield the completion of one prompt piece by piece, in whole characters."""
         settings = SamplingConfig(
             max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
             stop_tokens, ignore_eos, logprobs,
@@ -153,7 +154,7 @@ class TextModel:
         ignore_eos: bool = False,
         logprobs: int = -1,
     ) -> Completion:
-        """Return the answer to a conversation: ``[{"role": "user", "content": "Hello"}]``."""
+        """Return the answer to a conversation, ``[{"role": "user", "content": "Hello"}]``."""
         settings = SamplingConfig(
             max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
             stop_tokens, ignore_eos, logprobs,
@@ -176,7 +177,7 @@ class TextModel:
         ignore_eos: bool = False,
         logprobs: int = -1,
     ) -> Iterator[str]:
-        """Yield the answer to a conversation as it is written."""
+        """Yield the answer to a conversation piece by piece, in whole characters."""
         settings = SamplingConfig(
             max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
             stop_tokens, ignore_eos, logprobs,
@@ -186,7 +187,7 @@ class TextModel:
     def stream_ids(
         self, ids: Sequence[int], settings: SamplingConfig, prefill_chunk: int = PREFILL_CHUNK
     ) -> Iterator[str]:
-        """Yield the text that continues token ids."""
+        """Yield the completion of a prompt's token ids piece by piece."""
         return self._stream_rows([ids], [self._builder(ids, settings)], prefill_chunk)
 
     def _complete(
@@ -206,7 +207,7 @@ class TextModel:
         builders: Sequence[CompletionBuilder],
         prefill_chunk: int,
     ) -> Iterator[str]:
-        """Continue all rows to their ends; yield the new text of each token, rows mixed."""
+        """Continue all rows to their ends; yield each token's new text, rows interleaved."""
         if not rows:
             return
         settings, decoding = [builder.settings for builder in builders], self.decoding.decoding
@@ -241,8 +242,9 @@ def load(
     """Load a model directory (or .safetensors file) with its tokenizer.
 
     ``template`` is "llama2" or a Jinja file, for a checkpoint without a chat template; the
-    others are the fields of LoadConfig and DecodingConfig. Raises InputError for whatever
-    cannot be read or does not fit together.
+    others are the fields of LoadConfig and DecodingConfig. Raises InputError for an argument out
+    of range, a file that cannot be read or is not supported, and a tokenizer that does not fit
+    the model.
     """
     return load_from(
         LoadConfig(str(ckpt), device, dtype, quantize),
@@ -254,7 +256,7 @@ def load(
 def load_from(
     config: LoadConfig, template: str = "", decoding: DecodingConfig | None = None
 ) -> TextModel:
-    """Load the checkpoint that the command line's flags name."""
+    """Load the model of ``config``, and the draft model of ``decoding``; see ``load``."""
     path, device = Path(config.ckpt), pick_device(config.device)
     dtype = getattr(torch, config.dtype)
     model = load_model(path, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""The decoding step of several sequences as Triton kernels; see kernels/decode_batch.py."""
+"""The decoding step of several sequences in Triton kernels; see kernels/decode_batch.py."""
 
 from typing import Any
 
@@ -11,18 +11,19 @@ from ..model.llama import Llama
 from .step_inputs import StepInputs
 from .triton_step import TritonBuffers, matrix_of, next_power_of_2
 
-# Rows of a program, bytes of an input (as many weights of a row, whatever their precision) that it
-# reads at a time, and tiles under way: the quickest of a dozen tried on one H100 with the 7B shape
-# and 32 sequences, bfloat16 and int8.
+# Rows of a program; bytes of an input that it reads at a time (and as many weights of each row as
+# these are elements); and tiles being read ahead: the quickest of a dozen tried on one H100 with
+# the 7B shape and 32 sequences, bfloat16 and int8.
 ROWS, READ_BYTES, STAGES = 64, 256, 5
-SPLITS = (1, 2, 4)  # shares of a matrix's columns, if it has too few rows to occupy the GPU
-PROGRAMS = 2048  # of attention, which has much more to read than one sequence's
+SPLITS = (1, 2, 4)  # parts of a matrix's columns, if it has too few rows to occupy the GPU
+PROGRAMS = 2048  # attention programs wanted: several sequences have more keys than one
 
 
 class TritonBatchStep:
-    """The kernels of several sequences' step, up to decoding.MAX_KERNEL_BATCH: a Forward.
+    """Forward pass of up to decoding.MAX_KERNEL_BATCH sequences' tokens in Triton kernels.
 
-    As TritonStep, with a token, a position and a row of ``key_mask`` for each sequence.
+    A Forward, as TritonStep is, with a token, a position and a row of ``key_mask`` for each
+    sequence.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ class TritonBatchStep:
         self.partial_sums = buffers.zeros(max(SPLITS), self.rows, max(widths))
 
     def copy_weights(self) -> None:
-        """Do nothing: every weight is read in place."""
+        """Do nothing: the kernels read every weight in place."""
 
     def launch(self) -> Tensor:
-        """Launch the decoding step's kernels; return the logits [M, 1, V]."""
+        """Launch the kernels of a forward pass; return the logits [M, 1, V]."""
         c, model, buffers = self.config, self.model.model, self.buffers
         inputs = buffers.inputs
         buffers.look_up()
@@ -96,6 +97,7 @@ class TritonBatchStep:
         return buffers.logits[:, None]
 
     def _norm(self, norm: nn.RMSNorm, splits: int) -> None:
+        """Add the last product, of so many splits (0: none), to the residual stream; norm that."""
         c, buffers = self.config, self.buffers
         decode_batch.add_norm[(self.rows,)](
             buffers.residual, self.partial_sums, norm.weight, self.normed, self.rows, c.norm_eps,
@@ -103,13 +105,18 @@ class TritonBatchStep:
         )  # fmt: skip
 
     def _project(self, x: Tensor, *linears: nn.Module, out: Tensor | None = None) -> int:
-        """Multiply by up to three matrices into ``partial_sums`` or ``out``; return the splits."""
+        """Store x's products with up to three matrices; return the number of splits.
+
+        They are stored side by side: partial sums [splits, M, N_A + N_B + N_C] in
+        ``partial_sums``, or sums in ``out``.
+        """
         matrices = [matrix_of(linear) for linear in linears]
         weights = [matrix.weight for matrix in matrices]
         n_in = weights[0].shape[1]
         n_outs = [len(w) for w in weights] + [0] * (3 - len(weights))
         programs = sum(-(-n // ROWS) for n in n_outs)
-        # A program occupies a multiprocessor: what counts is how often all of them take one.
+        # A program occupies a multiprocessor: the time is the number of rounds of programs over
+        # all multiprocessors, each round 1 / splits long.
         splits = min(
             (1,) if out is not None else SPLITS,
             key=lambda splits: -(-programs * splits // self.n_multiprocessors) / splits,

@@ -1,4 +1,4 @@
-"""The decoding step of one sequence as Triton kernels, and its buffers, shared with a batch's.
+"""The decoding step of one sequence in Triton kernels, and the buffers of steps of any batch.
 
 Names: M sequence, D dim, H query heads, K head_dim, S key position (cache column), V vocabulary.
 """
@@ -17,11 +17,12 @@ from ..model.llama import Llama
 from ..model.rope import rope_tables
 from .step_inputs import StepInputs
 
-MAX_SPLITS = 64  # of a head's keys: one warp joins them
-KEYS_PER_BLOCK = 32  # that such a program reads at a time
-PROGRAMS = 512  # of attention: four for each multiprocessor of the largest GPUs
+MAX_SPLITS = 64  # programs among which the keys of one head are split: one warp joins their results
+KEYS_PER_BLOCK = 32  # keys that an attention program reads at a time
+PROGRAMS = 512  # attention programs wanted: four for each multiprocessor of the largest GPUs
 # Rows, columns (of int8, words of four) and warps of a program: the quickest of some ten tried for
-# each on one H200, with the 7B shape ("wide", "int8") and the 1.1B shape ("narrow").
+# each on one H200, with the 7B shape ("wide", "int8") and the 1.1B shape ("narrow"). "one" is a
+# kernel of one matrix.
 TILES = {
     "wide": {"qkv": (2, 4096, 8), "ffn": (2, 4096, 4), "one": (8, 1024, 2)},
     "narrow": {"qkv": (2, 1024, 4), "ffn": (4, 1024, 4), "one": (4, 1024, 2)},
@@ -30,13 +31,17 @@ TILES = {
 
 
 class TritonBuffers:
-    """Launch options, tables and buffers that the steps of one and of several sequences share.
+    """Launch options, rotary tables and buffers of the Triton steps for one and several sequences.
 
-    The residual stream [M, D], queries ``q`` [M, H K] and ``logits`` [M, V] are float32 (float64
-    for float64 weights). ``key_mask`` (bool [M, S], or None: all) are the columns that the tokens
-    may attend to, among those up to their own. ``n_positions`` is one more than the largest
-    position (0: the cache's size), ``programs`` the number that attention is divided into, and
-    ``planes`` that of kernels/decode.py.
+    ``residual`` [M, D], the residual stream, the queries ``q`` [M, H K] and ``logits`` [M, V] are
+    in ``acc_dtype``: float32, or float64 for float64 weights.
+
+    inputs       tokens, positions and cache position, one token a sequence.
+    key_mask     bool [M, S], False on cache columns to hide; None: none. A token attends to
+                 columns up to its own.
+    n_positions  number of rotary positions, one more than the largest; 0: the cache's size.
+    programs     number of attention programs wanted; more than one a head splits its keys.
+    planes       number of planes of a kernel's input, see kernels/decode.py.
     """
 
     def __init__(
@@ -54,7 +59,8 @@ class TritonBuffers:
         config, self.embedding = model.config, model.model.embed_tokens.weight
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        # A kernel may begin before its predecessor's end, from compute capability 9 on.
+        # Programmatic dependent launch, from compute capability 9 on: a kernel may begin before
+        # the one before it has ended.
         self.is_gpu = self.device.type == "cuda"
         is_early = self.is_gpu and torch.cuda.get_device_capability(self.device)[0] >= 9
         self.launch_options: dict[str, Any] = {"PDL": is_early} | (
@@ -81,11 +87,11 @@ class TritonBuffers:
         self.splits_done = torch.zeros(heads, dtype=torch.int32, device=self.device)
 
     def zeros(self, *shape: int) -> Tensor:
-        """Return zeros of a shape, in the accumulation dtype."""
+        """Return zeros of a shape, in ``acc_dtype``."""
         return torch.zeros(*shape, dtype=self.acc_dtype, device=self.device)
 
     def look_up(self) -> None:
-        """Store the tokens' embeddings in the residual stream [rows, D]."""
+        """Store the tokens' embeddings in the residual stream [M, D]."""
         dim = self.config.dim
         block = next_power_of_2(dim, 1024)
         decode.look_up[(-(-dim // block), self.rows)](
@@ -93,7 +99,10 @@ class TritonBuffers:
         )
 
     def attend(self, i: int, out: Tensor) -> None:
-        """Attend from ``q`` to layer ``i`` of the cache, up to the decoding step's column."""
+        """Store the attention output [M, H K] of ``q`` over layer ``i`` of the cache in ``out``.
+
+        Keys and values are those up to the step's cache position.
+        """
         c = self.config
         decode.attend[(self.rows * c.n_heads, self.n_splits)](
             self.q, self.cache.keys[i], self.cache.values[i], self.key_mask,
@@ -105,10 +114,11 @@ class TritonBuffers:
 
 
 class TritonStep:
-    """The kernels of one sequence's step: a Forward, see cuda_graph.py and kernels/decode.py.
+    """Forward pass of one sequence's token in Triton kernels: a Forward, see cuda_graph.py.
 
-    ``launch`` reads the inputs' token, position and column (one token), and writes that column of
-    the cache and the logits.
+    ``launch`` reads token, position and cache position of the inputs, and writes that column of
+    the cache, and the logits. The kernels are those of kernels/decode.py; the arguments those of
+    TritonBuffers.
     """
 
     def __init__(
@@ -132,14 +142,14 @@ class TritonStep:
         self.hidden = buffers.zeros(self.config.hidden_dim)
 
     def copy_weights(self) -> None:
-        """Copy the norms' weights, which may have changed, where they are kept in planes."""
+        """Copy the norms' weights, which may have changed, into the planes of int8 kernels."""
         if self.planes > 1:
             weights = torch.stack([norm.weight.detach() for norm in self.norms])
             in_order = weights.view(len(weights), -1, self.planes).transpose(1, 2)
             self.norms_in_planes.view_as(in_order).copy_(in_order)
 
     def launch(self) -> Tensor:
-        """Launch the decoding step's kernels; return the logits [1, 1, V]."""
+        """Launch the kernels of a forward pass; return the logits [1, 1, V]."""
         c, model, buffers = self.config, self.model.model, self.buffers
         buffers.look_up()
         layer: Any
@@ -157,10 +167,11 @@ class TritonStep:
         return buffers.logits[:, None]
 
     def _attention(self, i: int, layer: Any) -> None:
+        """Add the attention block's output to the residual stream; write the cache."""
         c, attention, buffers = self.config, layer.self_attn, self.buffers
         keys, values = buffers.cache.keys[i], buffers.cache.values[i]
         half = c.head_dim // 2
-        # Rows of one head: as many as a power of two that divides it.
+        # A program's rows are of one head: at most the largest power of two that divides K / 2.
         tile = self._tile("qkv", attention.q_proj, half & -half)
         pairs = (c.n_heads + 2 * c.n_kv_heads) * half
         q, k, v = (self._matrix(getattr(attention, f"{name}_proj")) for name in "qkv")
@@ -175,6 +186,7 @@ class TritonStep:
         self._project_add(attention.o_proj, self.attn_out)
 
     def _feed_forward(self, layer: Any) -> None:
+        """Add the feed-forward block's output to the residual stream."""
         c, buffers = self.config, self.buffers
         gate, up = self._matrix(layer.mlp.gate_proj), self._matrix(layer.mlp.up_proj)
         tile = self._tile("ffn", layer.mlp.gate_proj)
@@ -186,6 +198,7 @@ class TritonStep:
         self._project_add(layer.mlp.down_proj, self.hidden)
 
     def _project_add(self, linear: Any, x: Tensor) -> None:
+        """Add the product of a layer's matrix and ``x`` to the residual stream."""
         n_out, n_in = linear.weight.shape
         matrix = self._matrix(linear)
         tile = self._tile("one", linear)
@@ -195,6 +208,7 @@ class TritonStep:
         )  # fmt: skip
 
     def _tile(self, kind: str, linear: nn.Module, max_rows: int = 1 << 30) -> dict[str, int]:
+        """Return the rows, columns and warps of a program for a layer's matrix, from TILES."""
         matrix = self._matrix(linear)
         width = "int8" if matrix.is_int8 else "wide" if self.config.dim >= 4096 else "narrow"
         rows, block, warps = TILES[width][kind]
@@ -205,7 +219,7 @@ class TritonStep:
         return tile | {"num_warps": warps}
 
     def _matrix(self, linear: nn.Module) -> "Matrix":
-        """Return a layer's matrix, int8 in words of as many as there are planes."""
+        """Return a layer's matrix; an int8 one as int32 words of four weights, with four planes."""
         matrix = matrix_of(linear)
         if matrix.is_int8 and self.planes > 1:
             return matrix._replace(weight=matrix.weight.view(torch.int32))
@@ -213,7 +227,7 @@ class TritonStep:
 
 
 class Matrix(NamedTuple):
-    """A layer's weight [out, in], and the scales [out] of an int8 one (else any tensor)."""
+    """A layer's weight [out, in], with the scales [out] of an int8 weight (else unused)."""
 
     weight: Tensor
     scale: Tensor
@@ -221,7 +235,7 @@ class Matrix(NamedTuple):
 
 
 def matrix_of(linear: Any) -> Matrix:
-    """Return the matrix of a layer, or of an embedding that is the head too."""
+    """Return the matrix of a linear layer, or of an embedding that is the output projection too."""
     if isinstance(linear, Int8Linear):
         return Matrix(linear.weight, linear.scale, True)
     return Matrix(linear.weight, linear.weight, False)

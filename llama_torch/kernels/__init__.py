@@ -1,1 +1,1 @@
-"""Triton kernels."""
+"""Triton kernels: decoding of one and of several sequences, and cross-entropy."""

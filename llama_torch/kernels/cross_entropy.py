@@ -1,6 +1,6 @@
 """Triton kernel that replaces logits by the gradient of their cross-entropy, in place.
 
-Suffixes: N position of a piece (not key/value heads), V vocabulary.
+Suffixes: N position of a chunk (not key/value heads), V vocabulary.
 """
 
 import torch
@@ -23,10 +23,14 @@ def _row(
     IGNORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute log Z of one row of logits [V], then store (softmax - one-hot) * ``scale`` in it.
+    """Compute log Z of one row of logits, then replace the row by its gradient.
 
-    ``logits_ptr`` points to [N, width], of which ``vocab_size`` columns count; ``targets_ptr`` and
-    ``losses_ptr`` to [N]. The z-loss adds z_loss * (log Z)^2.
+    gradient = scale * (softmax * (1 + 2 z_loss log Z) - one_hot(target)), of the loss
+    log Z - logit(target) + z_loss (log Z)^2, which is stored without ``scale``.
+
+    logits_ptr   [N, width]; columns from ``vocab_size`` on are padding, and become zero.
+    targets_ptr  int64 [N]; the rows of IGNORE become zero.
+    losses_ptr   float32 [N], written.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * width
@@ -39,7 +43,8 @@ def _row(
             zeros = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
             tl.store(logits_ptr + at, zeros, mask=at < width)
     else:
-        # Every lane has its own running maximum and sum, so that no step waits for the others.
+        # Every lane has its own running maximum and sum (online softmax, Milakov and Gimelshein
+        # 2018), so that no step waits for a reduction over lanes.
         most = tl.full((BLOCK,), -1e30, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocab_size, BLOCK):
@@ -64,10 +69,11 @@ def _row(
 def differentiate(
     logits_NV: Tensor, targets_N: Tensor, vocab_size: int, scale: float, z_loss: float
 ) -> Tensor:
-    """Replace contiguous logits [N, V] by the derivative of ``scale`` times their loss.
+    """Replace contiguous logits [N, width] by d(scale * loss)/d(logits); return ``scale * loss``.
 
-    Returns that loss, float64. As ``_logits_to_grad_`` of model/loss.py, on a GPU, computed in
-    float32; logits are float32 or narrower.
+    The loss is summed over positions, as a float64 scalar. The arguments are those of
+    ``_logits_to_grad_`` in model/loss.py; logits are float32 or narrower, and the computation is
+    in float32.
     """
     n_rows, width = logits_NV.shape
     losses = torch.empty(n_rows, dtype=torch.float32, device=logits_NV.device)

@@ -1,19 +1,30 @@
-"""Triton kernels that decode one token of one sequence: five a layer, each reads its weights once.
+"""Triton kernels that decode one token of one sequence: five a layer, each weight read once.
 
-(``look_up`` and ``attend`` take several, and serve decode_batch.py too.)
+(``look_up`` and ``attend`` take several sequences, and serve decode_batch.py too.)
 
-A product of one row and a matrix is bound by the memory that holds the matrix. A kernel of it
-loses most time at its beginning and end, so the operations between two matrices are fused into
-their kernels (the norm before, the rotation, SwiGLU or residual after), and each kernel starts to
-read its weights before its predecessor has finished (programmatic dependent launch, CUDA
-Programming Guide, on GPUs that have it): ``gdc_wait`` stands after the first read.
+A matrix-vector product is bound by reading the matrix from memory. Its kernel loses most time at
+its beginning and end, so the operations between two matrices are fused into their kernels (the
+norm before, the rotation, SwiGLU or residual after), and each kernel begins to read its weights
+before the preceding kernel has finished (programmatic dependent launch, CUDA Programming Guide,
+on GPUs that have it): ``gdc_wait`` comes after the first read.
 
 Sums are float32 (float64 for float64 weights) and the residual stream stays in that precision.
-int8 weights have one float32 scale a row, multiplied into the finished sum. They are read as words
-of four, and their input is stored in four PLANES, numbers 0, 4, 8, ..., then 1, 5, 9, ...: a thread
-that reads 16 bytes of weights and of each plane holds matching numbers, which in plain order would
-have to pass through shared memory.
-Names: D dim, H query heads, N key/value heads, K head_dim, F hidden_dim, S key position.
+int8 weights have one float32 scale for each row, multiplied into the finished sum. They are read as
+words of four, and their input is stored in four PLANES, elements 0, 4, 8, ..., then 1, 5, 9, ...: a
+thread that reads 16 bytes of weights and of each plane has the elements that belong together, which
+in plain order would have to pass through shared memory.
+
+Arguments of the kernels, where S is the number of cache columns:
+
+x, stream    [D] or the product's input [n], in planes; the residual stream, which is ``sums``
+norm         RMSNorm's weight [D], in planes, or None
+w, scale     weight [out, in] (int8: words [out, in / 4]) and its scales [out]
+cos, sin     rotary tables [positions, K / 2]
+position     int64 [rows], the rotary position; ``column`` int64 [1], the cache column
+q            [rows, H, K]; ``keys`` and ``values`` [rows, N, S, K], ``size`` = S
+ROWS, BLOCK  rows of a matrix, and columns (words) of each, that a program reads at a time
+sums, PDL    dtype of the sums; whether to use programmatic dependent launch
+Names: D dim, H query heads, N key/value heads, K head_dim, F hidden_dim.
 """
 
 import triton
@@ -28,9 +39,9 @@ def look_up(
     DIM: tl.constexpr, BLOCK: tl.constexpr,
     PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Store the embedding of each sequence's token in the residual stream.
+    """Store the embedding of each sequence's token in the residual stream ``stream`` [rows, D].
 
-    ``table`` [V, D], ``token`` int64 [rows], ``stream`` [rows, D].
+    ``table`` [V, D] is the embedding's weight, ``token`` int64 [rows].
     """
     _begin(PDL)
     _wait(PDL)
@@ -46,10 +57,10 @@ def _rotate_and_store(
     a, b, i, inside, row, head, cos, sin, position, column, q, keys, values, size,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
-    """Rotate pairs (a, b) at ``i`` and ``i + K / 2`` of one head of q or k; store them, or v.
+    """Rotate the pairs (a, b) = (x_i, x_{i + K/2}) of one head of q or k; store them, or v.
 
-    q goes to ``q`` [rows, H, K], k and v to ``column`` of the cache [rows, N, size, K]. ``head``
-    numbers the heads of q, k and v consecutively; ``cos`` and ``sin`` are [positions, K / 2].
+    q is stored in ``q`` [rows, H, K], k and v in ``column`` of the cache [rows, N, size, K].
+    ``head`` counts the heads of q, then those of k, then those of v.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     if head < HEADS + KV_HEADS:
@@ -82,10 +93,10 @@ def norm_qkv_rope(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm, project to q, k and v, rotate q and k; store k and v in the cache's ``column``.
+    """Norm ``x`` [D], project to q, k and v, rotate q and k; store q, and k and v in the cache.
 
-    A program computes ROWS pairs (i, i + K / 2) of one head, which are rotated together. ``x`` [D],
-    ``w_q`` [H K, D], ``w_k`` and ``w_v`` [N K, D], their scales one a row.
+    A program computes ROWS pairs (i, i + K / 2) of one head. ``w_q`` is [H K, D], ``w_k`` and
+    ``w_v`` [N K, D]; their scales have one element for each row.
     """
     _begin(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -116,12 +127,19 @@ def attend(
     SPLITS: tl.constexpr, SLOTS: tl.constexpr,
     PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one query head over its share of the keys; the last share to finish joins all.
+    """Store attention's output for one query head; a program reads one of SPLITS parts of the keys.
 
-    Softmax in parts (Milakov and Gimelshein 2018), the keys in SPLITS shares so that few heads
-    still fill the GPU (Dao et al. 2023, flash-decoding). ``arrived`` counts the shares done. A
-    head is one of the HEADS of one sequence, which has a row of ``allowed``. The mask is
-    ``left_padded_causal_mask`` of model/masks.py: a token always attends to itself.
+    Softmax in parts (Milakov and Gimelshein 2018), so that few heads still fill the GPU (Dao et
+    al. 2023, flash-decoding). A program writes its unnormalised sum of values, maximum score and
+    sum of exponentials; the last program of a head to finish, by the count ``arrived``, combines
+    those of all. The mask is ``left_padded_causal_mask`` of model/masks.py: a token always attends
+    to itself.
+
+    allowed       bool [rows, S], False on hidden columns; None: none
+    partial       [rows H SPLITS, K], ``tops`` and ``totals`` [rows H SPLITS]: results of parts
+    arrived       int32 [rows H], zero before and after
+    out           [rows, H K], in planes
+    WIDTH, SLOTS  K and SPLITS rounded up to powers of two; GROUP = H / N
     """
     _begin(PDL)
     _wait(PDL)
@@ -184,7 +202,7 @@ def project_add(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Project, and add the product [D] to the residual stream, in place."""
+    """Add the product ``w x`` [N_OUT] of ``w`` [N_OUT, N_IN] to the residual stream, in place."""
     _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N_OUT
@@ -202,7 +220,10 @@ def norm_swiglu(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm, project to gate and up, and store ``silu(gate) * up`` [F] (Shazeer 2020, eq. 6)."""
+    """Norm ``x`` [D], project to gate and up, store ``silu(gate) * up`` [F] (Shazeer 2020, eq. 6).
+
+    ``w_gate`` and ``w_up`` are [F, D], F = HIDDEN.
+    """
     _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < HIDDEN
@@ -222,7 +243,10 @@ def norm_project(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm, and project onto the vocabulary: logits [V]."""
+    """Norm ``x`` [D] and project onto the vocabulary: store the logits ``out`` [V].
+
+    ``w`` is [V, D], V = N_OUT and D = N_IN.
+    """
     _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N_OUT

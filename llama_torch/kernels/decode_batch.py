@@ -1,13 +1,15 @@
 """Triton kernels that decode one token of several sequences: nine a layer.
 
-Reading the weights still takes most of the time, and products are laid out for it: a program holds
-the sums of some rows of a matrix for every sequence, and reads those rows once through the tensor
-cores, several tiles ahead. Where a matrix has too few rows to occupy the GPU, its columns are split
-among programs too. The partial sums are added by the kernel after the product (a norm, the
-rotation, SwiGLU), which reads all of a sequence's elements anyway.
+Reading the weights still takes most of the time, and the products are laid out for it: a program
+has the sums of some rows of a matrix for every sequence, and reads those rows once, several tiles
+ahead, for the tensor cores. Where a matrix has too few rows to occupy the GPU, its columns are
+split among programs too. The next kernel (a norm, the rotation, SwiGLU) adds the partial sums,
+as it reads all of a sequence's elements anyway.
 
 Sums and the residual stream are float32 (float64 for float64 weights); a matrix's input is in the
-model's precision. ``gdc_wait`` and int8 weights as in decode.py.
+model's precision, and its plain order. ``gdc_wait`` and the scales of int8 weights are as in
+decode.py, and so are the arguments of the kernels. ``parts`` are partial sums [SPLITS, M, n] of a
+product of n outputs; ``n_rows`` is M.
 Names: M sequence (row), D dim, H query heads, N key/value heads, K head_dim, F hidden_dim.
 """
 
@@ -17,12 +19,12 @@ import triton.language as tl
 from .decode import _rotate_and_store
 from .gemv import _begin, _wait
 
-FETCHED = tl.constexpr(8)  # lines of 128 bytes of each row
+FETCHED = tl.constexpr(8)  # lines of 128 bytes of each row that are prefetched
 
 
 @triton.jit
 def _joined(parts, at, inside, stride, SPLITS: tl.constexpr):
-    """Return the sum of a product's SPLITS partial sums, which are ``stride`` apart."""
+    """Return a product's elements ``at``: the sum of SPLITS partial sums, ``stride`` apart."""
     total = tl.load(parts + at, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(parts + split * stride + at, mask=inside, other=0.0)
@@ -35,7 +37,10 @@ def add_norm(
     DIM: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add a product (none if SPLITS is 0) to the residual stream [M, D]; store its norm."""
+    """Add a product (if SPLITS > 0) to the residual stream [M, D]; store its RMSNorm in ``out``.
+
+    A program computes one sequence's row. ``parts`` is [SPLITS, M, D].
+    """
     _begin(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
@@ -67,10 +72,10 @@ def project(
     PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, QUANTIZED: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Multiply x [PADDED, N_IN] by up to three matrices; store shares of [M, N_A + N_B + N_C].
+    """Store x [PADDED, N_IN] times up to three matrices as ``out`` [SPLITS, M, N_A + N_B + N_C].
 
-    A program has ROWS rows of one matrix and one of SPLITS shares of their columns. x has zeros in
-    the rows beyond M.
+    A program computes ROWS rows of one matrix, over one of SPLITS parts of their columns. ``w_a``
+    is [N_A, N_IN], and so on; x has zeros in the rows beyond M.
     """
     _begin(PDL)
     program = tl.program_id(0)
@@ -122,7 +127,10 @@ def rope(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rotate one head of one sequence; store keys and values in the cache's ``column``."""
+    """Rotate one head of one sequence; store it in ``q``, or in ``column`` of the cache.
+
+    ``parts`` is [SPLITS, M, (H + 2 N) K]: q, k and v side by side.
+    """
     _begin(PDL)
     _wait(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
@@ -144,7 +152,10 @@ def swiglu(
     parts, out, n_rows, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Store ``silu(gate) * up`` [M, F] (Shazeer 2020, eq. 6) of shares of [M, 2 F]."""
+    """Store ``silu(gate) * up`` [M, F] (Shazeer 2020, eq. 6), F = HIDDEN.
+
+    ``parts`` is [SPLITS, M, 2 F]: gate and up side by side.
+    """
     _begin(PDL)
     _wait(PDL)
     row = tl.program_id(0)

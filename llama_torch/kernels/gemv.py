@@ -7,20 +7,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _begin(PDL: tl.constexpr):
+    """Let the next kernel begin, with programmatic dependent launch."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def _wait(PDL: tl.constexpr):
-    """Wait for the preceding kernel; before it, its outputs must not be read or overwritten."""
+    """Wait for the preceding kernel, whose outputs must not be read or overwritten before."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def _tile(w, rows, start, n_in: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """Return weights [rows, BLOCK] from column ``start`` on; zeros outside the matrix."""
+    """Return the weights [ROWS, BLOCK] of rows ``rows`` from column ``start`` on, zero-padded."""
     columns = start + tl.arange(0, BLOCK)
     at = w + rows[:, None].to(tl.int64) * n_in + columns[None, :]
     if EVEN:
@@ -41,7 +42,7 @@ def _plane(
     x, norm, start, plane: tl.constexpr,
     n: tl.constexpr, BLOCK: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
-    """Return part of the input [BLOCK], times the norm's weight if given, and its squares."""
+    """Return BLOCK elements of one plane of x, times the norm's weight if given; their squares."""
     columns = start + tl.arange(0, BLOCK)
     inside = columns < n
     at = plane * n + _place(columns, n, PLANES)
@@ -57,7 +58,11 @@ def _input(
     x, norm, start, n_in: tl.constexpr, BLOCK: tl.constexpr,
     WORDS: tl.constexpr, PLANES: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile's input [BLOCK]: where its weights are WORDS, one of each plane."""
+    """Return a tile's input a, b, c, d and its squares, each [BLOCK].
+
+    Where weights are read as WORDS of four, a, b, c and d are of the four planes; else only a is
+    used.
+    """
     if WORDS:
         n: tl.constexpr = n_in // 4
         a, squares_a = _plane(x, norm, start, 0, n, BLOCK, 1, sums)
@@ -73,11 +78,11 @@ def _input(
 
 @triton.jit
 def _numbers(words, sums: tl.constexpr):
-    """Return the four int8 weights of each word as numbers.
+    """Return the four int8 weights of each word as four tensors of ``sums``.
 
-    The GPU's own conversion from int8 has a quarter of the other operations' rate. Behind a
-    float's exponent of 2^23 an integer is its own mantissa: four are made unsigned at once, each
-    is put behind the exponent, and the exponent subtracted.
+    The GPU's instruction for it has a quarter of the other operations' rate. The bits of the float
+    2^23 + n, for n < 2^23, end in those of n: the four are made unsigned at once (n = weight +
+    128), each is put in the low byte of 2^23, and 2^23 + 128 is subtracted.
     """
     a, b, c, d = tl.inline_asm_elementwise(
         """{ .reg .b32 four; xor.b32 four, $4, 0x80808080;
@@ -93,9 +98,10 @@ def _numbers(words, sums: tl.constexpr):
 
 @triton.jit
 def _products(tile, a, b, c, d, sums: tl.constexpr, TOGETHER: tl.constexpr):
-    """Return a tile times the input, summed within each thread: [ROWS, BLOCK / TOGETHER].
+    """Return a tile times the input, summed over TOGETHER elements: [ROWS, BLOCK / TOGETHER].
 
-    A sum for each weight would take registers that are needed for reads under way.
+    TOGETHER elements belong to one thread. A sum for each weight would take registers that the
+    reads ahead need.
     """
     if tile.dtype == tl.int32:
         w_a, w_b, w_c, w_d = _numbers(tile, sums)
@@ -111,11 +117,14 @@ def _dot(
     n_in: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Return ``rms_norm(x) @ w[rows]`` [ROWS]; the root mean square divides the finished sum."""
+    """Return ``w[rows] rms_norm(x)`` [ROWS], or without the norm where ``norm`` is None.
+
+    The root mean square divides the finished sum, so that x is read once.
+    """
     WORDS: tl.constexpr = w.dtype.element_ty == tl.int32
     n: tl.constexpr = n_in // 4 if WORDS else n_in
     EVEN: tl.constexpr = n % BLOCK == 0
-    # Consecutive numbers of one thread's read of 16 bytes.
+    # Consecutive elements of one thread's read of 16 bytes.
     TOGETHER: tl.constexpr = min(BLOCK, 128 // w.dtype.element_ty.primitive_bitwidth)
     tile = _tile(w, rows, 0, n, BLOCK, EVEN)
     _wait(PDL)
@@ -140,7 +149,7 @@ def _dots(
     n_in: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PLANES: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Return the products of two sets of rows with one normed input, each [ROWS]."""
+    """Return ``w_1[rows_1] rms_norm(x)`` and ``w_2[rows_2] rms_norm(x)``, each [ROWS]."""
     WORDS: tl.constexpr = w_1.dtype.element_ty == tl.int32
     n: tl.constexpr = n_in // 4 if WORDS else n_in
     EVEN: tl.constexpr = n % BLOCK == 0

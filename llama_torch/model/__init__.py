@@ -1,4 +1,4 @@
-"""The model: its config, its layers, its cache and its loss."""
+"""The LLaMA 2 architecture: config, layers, key/value caches, masks and loss."""
 
 from .config import ModelConfig
 from .llama import Llama

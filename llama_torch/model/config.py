@@ -1,4 +1,4 @@
-"""The architecture of one model, and its Hugging Face ``config.json`` form."""
+"""The architecture's hyperparameters, and their form in Hugging Face's ``config.json``."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..common.errors import InputError, check, check_positive, check_types
 
-# ModelConfig field -> Hugging Face key. The rotary ones have two places; see _rope_fields.
+# ModelConfig field -> Hugging Face key. The rotary fields have two places; see _rope_fields.
 HF_KEYS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -21,7 +21,7 @@ HF_KEYS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 
-# ModelConfig field -> key below rope_scaling, and which of them each kind of scaling has.
+# ModelConfig field -> key in rope_scaling; and the fields that each rope_type has.
 ROPE_KEYS = {
     "rope_factor": "factor",
     "rope_low_freq_factor": "low_freq_factor",
@@ -31,7 +31,7 @@ ROPE_KEYS = {
 
 ROPE_USES = {"default": (), "linear": ("rope_factor",), "llama3": tuple(ROPE_KEYS)}
 
-# Keys that would change the result, with the value that does not.
+# Keys whose other values would change the result -> the value that is supported.
 NEUTRAL = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -43,7 +43,7 @@ NEUTRAL = {
     "rope_interleaved": False,
 }
 
-# Keys that say how a model is used, stored or reported, and never what it computes.
+# Keys about a model's use, storage or description, which do not change the result.
 INERT = (
     "architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward do_sample "
     "dtype eos_token_id finetuning_task id2label initializer_range is_llama_config label2id "
@@ -56,40 +56,44 @@ INERT = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture (paper section 2.2). The defaults train in minutes on two CPU cores."""
+    """Hyperparameters of the architecture (Touvron et al. 2023, section 2.2).
+
+    The defaults train in minutes on two CPU cores. Raises InputError for values out of range or
+    that contradict each other.
+    """
 
     dim: int = 256
     """Width of the residual stream."""
     n_layers: int = 4
-    """Number of blocks."""
+    """Number of transformer blocks."""
     n_heads: int = 8
-    """Query heads."""
+    """Number of query heads."""
     n_kv_heads: int = 4
-    """Key/value heads; fewer than --n-heads is grouped-query attention."""
+    """Number of key/value heads; fewer than --n-heads is grouped-query attention."""
     head_dim: int = 0
     """Width of one head; 0 = dim / n_heads."""
     hidden_dim: int = 0
     """Width of the feed-forward network; 0 = the paper's int(8 dim / 3) rounded up to 32."""
     vocab_size: int = 50257
-    """Token ids; the GPT-2 encoding has 50257."""
+    """Number of token ids; the GPT-2 encoding has 50257."""
     max_seq_len: int = 256
-    """Context length in tokens: the window trained on and the longest generated."""
+    """Context length in tokens: of a training window, and of prompt and answer."""
     norm_eps: float = 1e-5
-    """RMSNorm's epsilon, inside the square root."""
+    """RMSNorm's epsilon, added inside the square root."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True
     """Use the token embedding as the output projection too."""
     rope_type: Literal["default", "linear", "llama3"] = "default"
-    """Scaling of the rotary frequencies; the next flags say how."""
+    """Scaling of the rotary frequencies, with the following factors."""
     rope_factor: float = 1.0
-    """Low frequencies (linear: all of them) are divided by this."""
+    """Divisor of low frequencies (linear: of all)."""
     rope_low_freq_factor: float = 1.0
-    """llama3: waves longer than the original context over this are wholly scaled."""
+    """llama3: frequencies of fewer turns in the original context are divided by the factor."""
     rope_high_freq_factor: float = 4.0
-    """llama3: waves shorter than the original context over this are not scaled."""
+    """llama3: frequencies of more turns in the original context are not scaled."""
     rope_original_max_seq_len: int = 8192
-    """llama3: the context before scaling."""
+    """llama3: the original context length, before scaling."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -126,7 +130,11 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Build from ``config.json`` keys; refuse by name whatever would change the result."""
+        """Return the config of ``config.json``'s keys.
+
+        Raises InputError that names ``source`` and every key that is unknown, missing, or has a
+        value that would change the result.
+        """
         known = {*HF_KEYS.values(), *INERT.split(), "rope_theta", "rope_scaling", "rope_parameters"}
         problems = [
             f"{key}={value!r} (supported: {NEUTRAL[key]!r})"
@@ -149,7 +157,7 @@ class ModelConfig:
             got = values[name]
             if type(getattr(cls, name)) is not int or got is None:
                 continue
-            # Zero means "derive it" on the command line, and nothing in a file.
+            # Zero means "derive it" on the command line alone.
             if type(got) is not int or not 0 < got < 2**31:
                 raise InputError(f"{source}: {key} must be a positive integer, got {got!r}")
         derived = {"n_kv_heads": values["n_heads"], "head_dim": 0, "tie_embeddings": False}
@@ -163,15 +171,15 @@ class ModelConfig:
         except InputError as error:
             message = str(error)
             for name, key in (HF_KEYS | ROPE_KEYS | {"rope_theta": "rope_theta"}).items():
-                # A flag's name means nothing in a file.
+                # The file has keys, not flags.
                 message = message.replace(f"--{name.replace('_', '-')} ", f"{key} ")
             raise InputError(f"{source}: {message}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the ``config.json`` form; ``from_hf`` of it is this config again.
+        """Return the keys of ``config.json``, from which ``from_hf`` builds an equal config.
 
         The rotary base and scaling are written in both of their places: older readers know
-        only the first.
+        only the first (rope_theta and rope_scaling).
         """
         scaling = {ROPE_KEYS[name]: getattr(self, name) for name in ROPE_USES[self.rope_type]}
         scaling = {"rope_type": self.rope_type, **scaling}
@@ -187,9 +195,9 @@ class ModelConfig:
 
 
 def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the rotary base and scaling from both of their places, and the problems found.
+    """Return the rotary fields of both of their places, and a list of problems found.
 
-    A base that is nowhere is 10000, the paper's.
+    Without a base in either place it is 10000, the paper's.
     """
     problems, thetas, scalings = [], [hf.get("rope_theta")], []
     for place in ("rope_scaling", "rope_parameters"):

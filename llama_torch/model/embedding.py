@@ -1,4 +1,4 @@
-"""Token embeddings whose gradient is summed in float32 or wider on every device.
+"""Token embedding whose gradient is summed in float32 or wider on every device.
 
 Suffixes: B batch, T position, P positions of all rows, V vocabulary, D dim.
 """
@@ -16,17 +16,17 @@ class Embedding(nn.Embedding):
     """``nn.Embedding`` whose gradient is summed in float32 or wider."""
 
     def reset_parameters(self) -> None:
-        """Draw the weights, where there is memory: on the meta device it imports for seconds."""
+        """Draw the weights, but not on the meta device, where torch would import for seconds."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Look up the rows [B, T, D] of tokens."""
+        """Return the embeddings [B, T, D] of tokens, int64 [B, T]."""
         return embed(tokens_BT, self.weight)
 
 
 def embed(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
-    """Look up the rows [B, T, D] of tokens; the gradient is summed in float32 or wider.
+    """Return the embeddings [B, T, D] of tokens; the gradient is summed in float32 or wider.
 
     torch's CPU kernel adds the gradients of a token's occurrences in the weight's own precision:
     in bfloat16 a sum of ones stops at 256. Its CUDA kernel for few tokens does the same with the
@@ -56,10 +56,10 @@ class _Float32SumEmbedding(torch.autograd.Function):
 
 
 def sum_by_token(tokens_P: Tensor, d_PD: Tensor, vocab_size: int) -> Tensor:
-    """Return the sum [V, D] of each token's rows of ``d``, taken in float32 and rounded once.
+    """Return the sum [V, D] of the rows of ``d`` of each token, in float32 and rounded once.
 
-    On a CPU a float32 [V, D] would take longer to get than the sums: there each token is summed
-    where one of its occurrences stands, so that the others add zero to that.
+    On a CPU, allocating a float32 [V, D] would take longer than the sums: there the rows of a
+    token are summed into the row of one of its occurrences, and its other rows stay zero.
     """
     if tokens_P.is_cuda:
         kernel = torch.ops.aten.embedding_dense_backward

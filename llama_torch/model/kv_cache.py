@@ -1,6 +1,6 @@
-"""Key/value caches: an immutable one that grows, and a static one written in place.
+"""Key/value caches: ``Cache``, which is immutable and grows, and ``StaticCache``, written in place.
 
-Axes: L layer, B batch, N key/value heads, S key position (column), T this call's tokens,
+Axes: L layer, B batch, N key/value heads, S key position (cache column), T token of this call,
 K head_dim.
 """
 
@@ -16,22 +16,22 @@ from .config import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """One layer's rotated keys and values [B, N, S, K]. Never written to."""
+    """One layer's rotated keys, and values, each [B, N, S, K]; never written to."""
 
     keys: Tensor
     values: Tensor
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all keys and values [B, N, S + T, K], with k and v [B, N, T, K] the last."""
+        """Return keys and values [B, N, S + T, K]: the cached ones, then k and v [B, N, T, K]."""
         return torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
 
 
 class StaticLayerCache(NamedTuple):
-    """One layer of a StaticCache, [B, N, S, K], and the column of the next keys and values.
+    """One layer of a StaticCache [B, N, S, K], and the column of the next keys and values.
 
-    Where ``start`` is a tensor (int64 [T], a column for each token), ``extend`` returns every
-    column, written or not, so that no shape depends on it and a CUDA graph can capture the call:
-    the mask must hide the columns not written yet.
+    Where ``start`` is a tensor (int64 [T], the columns of the tokens), ``extend`` returns every
+    column, written or not: shapes do not depend on it, so a CUDA graph can capture the call, and
+    the mask must hide the columns not yet written.
     """
 
     keys: Tensor
@@ -39,7 +39,10 @@ class StaticLayerCache(NamedTuple):
     start: int | Tensor
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, N, T, K] in place; return all keys and values [B, N, S, K]."""
+        """Write k and v [B, N, T, K] in place; return views of keys and values [B, N, S, K].
+
+        S is the number of columns up to the last one written, or all where ``start`` is a tensor.
+        """
         if isinstance(self.start, Tensor):
             self.keys.index_copy_(2, self.start, k)
             self.values.index_copy_(2, self.start, v)
@@ -51,14 +54,14 @@ class StaticLayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Rotated keys and values of every layer so far, each [B, N, S, K]. Never written to."""
+    """Rotated keys, and values, of every layer, each [B, N, S, K]; never written to."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
     @property
     def length(self) -> int:
-        """The number of key positions, padding included."""
+        """Number of key positions S, padding included."""
         return self.keys[0].shape[2]
 
     def layer(self, i: int) -> LayerCache:
@@ -67,10 +70,10 @@ class Cache(NamedTuple):
 
 
 class StaticCache:
-    """Cache of ``size`` columns, allocated once: keys and values [L, B, N, S, K].
+    """Cache allocated once for ``rows`` rows and ``size`` columns: keys and values [L, B, N, S, K].
 
-    A forward pass writes its keys and values here and returns the cache itself. Columns from
-    ``length`` on are free; reducing ``length`` drops the newest. Raises InputError where
+    A forward pass writes its keys and values in place and returns this object. Columns from
+    ``length`` on are free; reducing ``length`` drops the newest columns. Raises InputError where
     there is no memory for it.
     """
 
@@ -96,14 +99,14 @@ class StaticCache:
         return StaticLayerCache(self.keys[i], self.values[i], self.length)
 
     def clear(self) -> None:
-        """Drop all columns, and set them to zero."""
+        """Drop all columns, and set them to zero in place."""
         self.keys.zero_()
         self.values.zero_()
         self.length = 0
 
     def select_rows(self, rows: Tensor, drop: int) -> None:
-        """Keep the rows of index int64 [n], without their first ``drop`` columns, in new memory."""
-        self.keys = self._selected(self.keys, rows, drop)  # one after the other: less memory
+        """Keep rows ``rows``, int64 [n], without their first ``drop`` columns, in new memory."""
+        self.keys = self._selected(self.keys, rows, drop)  # before the values: frees memory
         self.values = self._selected(self.values, rows, drop)
         self.length -= drop
 
@@ -115,9 +118,9 @@ class StaticCache:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Return zeros: attention multiplies masked values by zero, and zero times NaN is NaN.
+    """Return zeros of a shape. Attention multiplies masked values by zero, and 0 * NaN is NaN.
 
-    On the CPU NumPy allocates them: its pages take no memory until they are written. Raises
+    On a CPU NumPy allocates them: its pages take no memory until they are written. Raises
     InputError where there is no memory for them.
     """
     n_bytes = math.prod(shape) * dtype.itemsize

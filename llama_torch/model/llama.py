@@ -1,4 +1,4 @@
-"""The LLaMA 2 architecture as torch modules whose paths are Hugging Face's parameter names.
+"""The LLaMA 2 architecture as torch modules, whose parameters have Hugging Face's names.
 
 Suffixes: B batch, T query position (this call's tokens), S key position (cache and this call),
 D dim, F hidden_dim, H query heads, N key/value heads, K head_dim, V vocabulary.
@@ -24,11 +24,11 @@ Trace = Callable[[str, Tensor], None]
 
 
 def no_trace(name: str, value: Tensor) -> None:
-    """Ignore one activation."""
+    """Discard an activation: the trace of a call that records none."""
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention; with n_kv_heads == n_heads, multi-head."""
+    """Grouped-query self-attention (Ainslie et al. 2023); multi-head if n_kv_heads == n_heads."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,10 +50,14 @@ class Attention(nn.Module):
         past: LayerCache | StaticLayerCache | None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the output [B, T, D] and the extended keys and values [B, N, S, K].
+        """Return ``softmax(q k^T / sqrt(K)) v Wo^T`` [B, T, D], and keys and values [B, N, S, K].
 
-        mask is bool [B, 1, T, S]; None with ``is_causal`` is the causal mask of a call without
-        a cache, and None without it lets every query attend to every key. See masks.py.
+        h_BTD      the normed residual stream.
+        tables     cos and sin of the rotation angles, see rope.py.
+        mask       bool [B, 1, T, S]. None: causal if ``is_causal``, which is for calls without a
+                   cache; else every query attends to every key. See masks.py.
+        past       the layer's cache; the keys and values returned include its own.
+        trace      called with the name and value of each activation.
         """
         shape = (*h_BTD.shape[:2], -1, self.head_dim)
         q_BTHK = self.q_proj(h_BTD).view(shape)
@@ -68,18 +72,18 @@ class Attention(nn.Module):
         q, k, v = q_BTHK.transpose(1, 2), k_BTNK.transpose(1, 2), v_BTNK.transpose(1, 2)
         if past is not None:
             k, v = past.extend(k, v)
-        mixed_BHTK = F.scaled_dot_product_attention(
+        attn_BHTK = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped
         )
-        mixed_BTHK = mixed_BHTK.transpose(1, 2)
-        trace("attn", mixed_BTHK)
-        out_BTD = self.o_proj(mixed_BTHK.flatten(2))
+        attn_BTHK = attn_BHTK.transpose(1, 2)
+        trace("attn", attn_BTHK)
+        out_BTD = self.o_proj(attn_BTHK.flatten(2))
         trace("attn_proj", out_BTD)
         return out_BTD, (k, v)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: ``(silu(h Wg^T) * (h Wu^T)) Wd^T``, weights [out, in] (Shazeer 2020)."""
+    """SwiGLU: ``(silu(h Wg^T) * (h Wu^T)) Wd^T``, weights [out, in] (Shazeer 2020, eq. 6)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,7 +104,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm residual block: attention, then the feed-forward network."""
+    """One pre-norm residual block: ``x += attention(norm(x))``, then ``x += ffn(norm(x))``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -118,7 +122,11 @@ class Block(nn.Module):
         past: LayerCache | StaticLayerCache | None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the residual stream [B, T, D] after this block, and its keys and values."""
+        """Return the residual stream [B, T, D] after this block, and the keys and values.
+
+        Arguments and keys and values are those of Attention.forward, but for ``x_BTD``, the
+        residual stream before the block.
+        """
         h_BTD = self.input_layernorm(x_BTD)
         trace("attn_norm", h_BTD)
         h_BTD, present = self.self_attn(h_BTD, tables, mask, is_causal, past, trace)
@@ -132,12 +140,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: everything below the vocabulary projection."""
+    """Embedding, blocks and final norm: the model without its vocabulary projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # Arguments of torch.utils.checkpoint, for training that recomputes without compilation.
+        # Arguments of torch.utils.checkpoint, if blocks are to be recomputed in backward passes.
         self.recompute: dict[str, Any] | None = None
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -152,7 +160,7 @@ class Decoder(nn.Module):
         cache: Cache | StaticCache | None = None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, Cache | StaticCache]:
-        """Return the normed stream [B, T, D] and the extended cache; see Llama.forward."""
+        """Return the normed residual stream [B, T, D] and the extended cache; see Llama.forward."""
         start = 0 if cache is None else cache.length
         length, device = tokens_BT.shape[1], tokens_BT.device
         if positions is None:
@@ -186,7 +194,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A LLaMA 2 language model. ``state_dict()`` is the checkpoint's content, name for name."""
+    """The LLaMA 2 language model; ``state_dict()`` has a checkpoint's names and shapes."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -197,7 +205,7 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The vocabulary projection [V, D]: the embedding itself where the two are tied."""
+        """The vocabulary projection [V, D]; the embedding's weight where the two are tied."""
         embedding = self.model.embed_tokens.weight
         if self.config.tie_embeddings:
             return embedding
@@ -215,15 +223,16 @@ class Llama(nn.Module):
         trace: Trace = no_trace,
         project: bool = True,
     ) -> tuple[Tensor, Cache | StaticCache]:
-        """Return the logits [B, T, V] and the cache that continues the sequence.
+        """Return the logits [B, T, V] and the cache extended by this call.
 
-        positions  int [B, T], the rotary positions; default: they follow the cache.
+        tokens_BT  token ids, int64 [B, T].
+        positions  rotary positions, int64 [B, T]; default: they follow the cache.
         mask       bool [B, T, S], True = may attend; default: causal. See masks.py.
-        cache      the cache that an earlier call returned; it is not changed, unless it is
-                   a StaticCache, which is written to.
-        trace      called with every named activation as it is computed.
-        project    False: return the normed stream [B, T, D] instead, from which the loss takes
-                   its logits piece by piece.
+        cache      the cache that an earlier call returned. A Cache is not changed; a StaticCache
+                   is written in place.
+        trace      called with the name and value of each activation.
+        project    False: return the normed residual stream [B, T, D] in place of the logits, for
+                   a loss that computes them chunk by chunk.
         """
         x_BTD, cache = self.model(
             tokens_BT, positions=positions, mask=mask, cache=cache, trace=trace
@@ -235,31 +244,31 @@ class Llama(nn.Module):
         return logits_BTV, cache
 
     def head(self, x_BTD: Tensor) -> Tensor:
-        """Project the normed stream onto the vocabulary: [..., D] -> [..., V]."""
+        """Return the logits [..., V] of the normed residual stream [..., D]."""
         tied = self.config.tie_embeddings
         logits: Tensor = F.linear(x_BTD, self.head_weight) if tied else self.lm_head(x_BTD)
         return logits
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draw every matrix from N(0, 0.02^2); norms start at one.
+        """Draw every matrix from N(0, 0.02^2), and set the norms to one, in place.
 
-        The two projections that write to the residual stream are drawn smaller by
-        sqrt(2 * n_layers), so that the stream's variance does not grow with depth
-        (Radford et al. 2019, section 2.3; the Llama 2 paper states no initialisation).
+        The standard deviation of the two projections that add to the residual stream is divided
+        by sqrt(2 n_layers), so that the stream's variance does not grow with depth (Radford et
+        al. 2019, section 2.3; the Llama 2 paper states no initialisation).
         """
         for part in self.parts():
             self.init_part(part, generator)
 
     def parts(self) -> list[nn.Module]:
-        """Return the modules that together hold every parameter, in the parameters' order."""
+        """Return modules that together have every parameter, in the order of ``parameters()``."""
         decoder = self.model
         head = [] if self.config.tie_embeddings else [self.lm_head]
         return [decoder.embed_tokens, *decoder.layers, decoder.norm, *head]
 
     @torch.no_grad()
     def init_part(self, part: nn.Module, generator: torch.Generator) -> None:
-        """Draw the weights of one of ``parts``; all in their order are ``init_weights``."""
+        """Draw the weights of one of ``parts()``; ``init_weights`` draws all, in that order."""
         residual = 0.02 / math.sqrt(2 * self.config.n_layers)
         for name, weight in part.named_parameters():
             if weight.ndim == 1:
@@ -272,4 +281,5 @@ class Llama(nn.Module):
 
 
 def _prefixed(trace: Trace, prefix: str) -> Trace:
+    """Return a trace that puts ``prefix`` before every name."""
     return trace if trace is no_trace else lambda name, value: trace(prefix + name, value)

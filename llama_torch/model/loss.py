@@ -1,4 +1,7 @@
-"""Next-token cross-entropy, computed in chunks: all the logits are never in memory at once.
+"""Next-token cross-entropy and its backward pass, in chunks of positions.
+
+Logits of one chunk are in memory at a time: with a vocabulary of 50,257 the logits of a training
+step are larger than the model.
 
 Suffixes: B batch, T position, P positions of a chunk (not key/value heads), D dim, V vocabulary.
 """
@@ -13,20 +16,22 @@ from torch import Tensor
 
 IGNORE_INDEX = -100  # a target that is left out of the loss, as in torch's cross_entropy
 
-# Bytes of logits in memory at a time. With a vocabulary of 50,257 the logits of a training step
-# are larger than the model. A GPU needs larger products for its full speed, and has more memory.
+# Bytes of a chunk's logits. A GPU needs larger products for its full speed, and has more memory.
 CHUNK_BYTES = 1 << 26
 CHUNK_BYTES_CUDA = 1 << 29
-ROWS = 16  # rows of logits differentiated at a time on a CPU: they stay in its cache
+ROWS = 16  # rows of logits differentiated at a time on a CPU: they fit its cache
 # Rows of logits are padded to a multiple of this many elements: products of unaligned rows take
-# half as long again, on a CPU (a cache line of float32) and on a GPU (bfloat16 tensor cores).
+# 1.5 times as long, on a CPU (a cache line of float32) and on a GPU (bfloat16 tensor cores).
 ROW_MULTIPLE = 64
 
 
 def _chunks(
     hidden_BTD: Tensor, vocab_size: int, targets_BT: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield hidden [P, D] and targets [P] in chunks of one size whose logits fit CHUNK_BYTES."""
+    """Yield hidden [P, D] and targets [P] of chunks whose logits fit CHUNK_BYTES.
+
+    All chunks have the same size, but the last, which may be smaller.
+    """
     hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     n_bytes = CHUNK_BYTES_CUDA if hidden.is_cuda else CHUNK_BYTES
     n_chunks = -(-len(targets) // max(1, n_bytes // (vocab_size * hidden.itemsize)))
@@ -37,10 +42,12 @@ def _chunks(
 def loss_sum(
     hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, z_loss: float = 0.0
 ) -> Tensor:
-    """Return the summed ``-log p(target)`` in nats over targets other than IGNORE_INDEX.
+    """Return the sum of ``-log p(target)``, in nats, over targets other than IGNORE_INDEX.
 
-    ``z_loss`` adds that many times (log Z)^2, which keeps the normaliser Z near one (PaLM,
-    section 5). Computed in float32 or wider; summed in float64.
+    ``hidden_BTD`` is the normed residual stream, ``head_VD`` the vocabulary projection,
+    ``targets_BT`` int64. ``z_loss * (log Z)^2`` is added for each target, which keeps the
+    normaliser Z near one (Chowdhery et al. 2022, section 5). Computed in float32 or wider; the sum
+    is a float64 scalar.
     """
     total = torch.zeros((), dtype=torch.float64, device=hidden_BTD.device)
     for hidden, targets in _chunks(hidden_BTD, head_VD.shape[0], targets_BT):
@@ -57,22 +64,24 @@ def loss_sum(
 def backward_loss(
     hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, divisor: float, z_loss: float = 0.0
 ) -> Tensor:
-    """Run the backward pass of ``loss_sum / divisor`` through head and model; return that loss.
+    """Run the backward pass of ``L = loss_sum / divisor`` through head and model; return L.
 
-    ``hidden_BTD`` is the model's output, with its graph; ``head_VD`` the vocabulary projection;
-    ``targets_BT`` int64. Gradients are added to every parameter's ``grad``; the loss is a float64
-    scalar in nats. ``divisor`` is the divisor of a whole training step: micro-batches with
-    different counts of valid targets must share it, or a mean of means results.
+    hidden_BTD  the model's normed residual stream, with its autograd graph.
+    head_VD     the vocabulary projection.
+    targets_BT  int64, IGNORE_INDEX where a position has no target.
+    divisor     the number of valid targets of the whole training step: micro-batches with
+                different numbers must share it, or the result is a mean of means.
 
-    Per chunk: logits -> dL/dlogits in place; dL/dhead and dL/dhidden are accumulated. Then one
-    hidden.backward(dL/dhidden) runs through the model.
+    L is a float64 scalar in nats; gradients are added to every parameter's ``grad``. Per chunk the
+    logits are replaced by dL/dlogits, and dL/dhead and dL/dhidden are computed from it. Then one
+    ``hidden.backward(dL/dhidden)`` runs through the model.
     """
     weight_VD = _pad_head(head_VD)
     total = torch.zeros((), dtype=torch.float64, device=head_VD.device)
     d_hidden_PD = torch.empty_like(hidden_BTD).flatten(0, 1)
     chunks = _chunks(hidden_BTD, len(head_VD), targets_BT)
     d_head, start = None, 0
-    if head_VD.dtype != torch.bfloat16:  # wide enough to accumulate in
+    if head_VD.dtype != torch.bfloat16:  # else chunks are summed in float32
         head_VD.grad = torch.zeros_like(head_VD) if head_VD.grad is None else head_VD.grad
         d_head = head_VD.grad
     for hidden_PD, targets_P in chunks:
@@ -90,9 +99,9 @@ def backward_loss(
 
 
 def _pad_head(head_VD: Tensor) -> Tensor:
-    """Return the head with zero rows up to a multiple of ROW_MULTIPLE, for bfloat16 on a GPU.
+    """Return the head, in bfloat16 on a GPU with zero rows up to a multiple of ROW_MULTIPLE.
 
-    The copy takes less than one hundredth of the products' time; checkpoints hold no padding.
+    The copy takes less than a hundredth of the products' time; checkpoints have no padding.
     """
     padding = -len(head_VD) % ROW_MULTIPLE
     if not padding or head_VD.dtype != torch.bfloat16 or not head_VD.is_cuda:
@@ -101,29 +110,31 @@ def _pad_head(head_VD: Tensor) -> Tensor:
 
 
 def _logits(hidden_PD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Return the logits [P, V] of a chunk, on a CPU in a buffer of aligned rows."""
     if hidden_PD.is_cuda:
         return hidden_PD @ weight_VD.T
     n_rows, vocab_size = len(hidden_PD), len(weight_VD)
     width = vocab_size + -vocab_size % ROW_MULTIPLE
     padded = _buffer(n_rows * width, hidden_PD.dtype).view(n_rows, width)
     # oneDNN's bfloat16 product on a CPU with AMX reads these columns too, and multiplies them by
-    # zero, which makes NaN of the NaN or infinity that memory never written may hold.
+    # zero: NaN or infinity in memory that was never written would make the product NaN.
     padded[:, vocab_size:] = 0
     return torch.mm(hidden_PD, weight_VD.T, out=padded[:, :vocab_size])
 
 
 @functools.lru_cache(maxsize=1)
 def _cached_buffer(power_of_two: int, dtype: torch.dtype) -> Tensor:
+    """Return the buffer of the last call if that had the same arguments, else a new one."""
     return torch.empty(power_of_two, dtype=dtype)
 
 
 def _buffer(elements: int, dtype: torch.dtype) -> Tensor:
-    """Return a buffer [elements], reused between training steps: new memory costs page faults."""
+    """Return a buffer [elements], reused by later calls: new memory costs page faults."""
     return _cached_buffer(1 << (elements - 1).bit_length(), dtype)[:elements]
 
 
 def _add_product(total: Tensor | None, d_logits_PV: Tensor, hidden_PD: Tensor) -> Tensor:
-    """Return total + d_logits^T hidden [V, D]; a sum of several chunks is float32 or wider."""
+    """Return ``total + d_logits^T hidden`` [V, D]; a bfloat16 product is added in float32."""
     if total is None:
         return d_logits_PV.T @ hidden_PD
     if d_logits_PV.dtype == torch.bfloat16:
@@ -134,9 +145,10 @@ def _add_product(total: Tensor | None, d_logits_PV: Tensor, hidden_PD: Tensor) -
 def _logits_to_grad_(
     logits_PV: Tensor, targets_P: Tensor, vocab_size: int, scale: float, z_loss: float
 ) -> Tensor:
-    """Replace logits by the gradient of ``scale`` times their loss, in place; return that loss.
+    """Replace the logits by d(scale * loss)/d(logits), in place; return ``scale * loss``.
 
-    Columns from ``vocab_size`` on are padding: probability and gradient are zero.
+    The loss is that of ``loss_sum`` over the chunk; ``scale * loss`` is a float64 scalar. Columns
+    from ``vocab_size`` on are padding: their probabilities and gradients are zero.
     """
     kernel = _kernel() if logits_PV.is_cuda and logits_PV.dtype != torch.float64 else None
     if kernel:
@@ -151,7 +163,11 @@ def _logits_to_grad_(
 
 
 def _rows_to_grad_(logits_PV: Tensor, targets_P: Tensor, scale: float, z_loss: float) -> Tensor:
-    upcast = _upcast(logits_PV)  # itself, unless it was narrow
+    """Do the same for logits without padding, in torch.
+
+    d(loss)/d(logits) = softmax * (1 + 2 z_loss log Z) - one_hot(target).
+    """
+    upcast = _upcast(logits_PV)  # the same tensor if float32 or float64
     row = torch.arange(len(targets_P), device=targets_P.device)
     target, is_valid = targets_P.clamp(min=0), targets_P != IGNORE_INDEX
     target_logit, max_logit = upcast[row, target], upcast.amax(-1)
@@ -168,6 +184,7 @@ def _rows_to_grad_(logits_PV: Tensor, targets_P: Tensor, scale: float, z_loss: f
 
 @functools.cache
 def _kernel() -> Any:
+    """Return the module of the Triton kernel, or None where triton is not installed."""
     try:
         from ..kernels import cross_entropy
     except ModuleNotFoundError as error:
@@ -178,6 +195,7 @@ def _kernel() -> Any:
 
 
 def _upcast(x: Tensor) -> Tensor:
+    """Return ``x`` in float32, or as it is if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE), in the rotate-half form of Hugging Face's weights.
+"""Rotary position embeddings (RoPE, Su et al. 2021), in the rotate-half form of Hugging Face.
 
 Suffixes: B batch, T position, H query or key heads, K head_dim.
 """
@@ -14,11 +14,11 @@ RopeTables = tuple[Tensor, Tensor]  # cos and sin, each [B, T, 1, K / 2]
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Return the rotary frequencies [K / 2] in float64, scaled as ``rope_type`` says.
+    """Return the rotary frequencies ``theta^(-2i / K)`` [K / 2], scaled, in float64.
 
-    "linear" divides them all by the factor (Chen et al. 2023); "llama3" those that turn less
-    than ``rope_low_freq_factor`` times in the original context, and in part those up to
-    ``rope_high_freq_factor`` times (Grattafiori et al. 2024, as released with Llama 3.1).
+    rope_type "linear" divides all by ``rope_factor`` (Chen et al. 2023). "llama3" (Grattafiori et
+    al. 2024, as released with Llama 3.1) divides those that turn less than ``rope_low_freq_factor``
+    times in the original context, and interpolates up to ``rope_high_freq_factor`` turns.
     """
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
     frequencies: Tensor = config.rope_theta ** (-pairs / config.head_dim)
@@ -33,10 +33,10 @@ def rope_frequencies(config: ModelConfig, device: torch.device | None = None) ->
 
 
 def rope_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> RopeTables:
-    """Return cos and sin of every rotation angle, each [B, T, 1, K / 2] (Su et al. 2021, eq. 15).
+    """Return cos and sin of the rotation angles, each [B, T, 1, K / 2] (Su et al. 2021, eq. 15).
 
-    Computed in float64 and rounded once, to float32 unless the model itself is float64:
-    bfloat16 cannot tell position 257 from 256.
+    An angle is position times frequency, in float64. The tables are rounded once: to float32, or
+    not at all if ``dtype`` is float64 (bfloat16 cannot represent position 257).
     """
     frequencies = rope_frequencies(config, positions_BT.device)
     angles = positions_BT[..., None, None].double() * frequencies
@@ -45,7 +45,10 @@ def rope_tables(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -
 
 
 def apply_rope(x_BTHK: Tensor, tables: RopeTables) -> Tensor:
-    """Return ``x`` [B, T, H, K] with each pair (i, i + K / 2) rotated, in the tables' precision."""
+    """Return ``x`` [B, T, H, K] with each pair (a, b) = (x_i, x_{i + K/2}) rotated.
+
+    To (a cos - b sin, b cos + a sin), in the tables' precision, rounded to the dtype of ``x``.
+    """
     cos, sin = tables
     first, second = x_BTHK.to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,4 +1,4 @@
-"""The GPT-2 encoding, from ranks the package carries, and its Hugging Face files."""
+"""The GPT-2 encoding, built from merge ranks in this package, and its Hugging Face files."""
 
 import base64
 import hashlib
@@ -20,19 +20,19 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
-LONG = 100_000  # blanks in a row that the library is given before something else, at most
-BLANK = r"[^\S\x1c-\x1f]"  # Unicode's white space; Python counts four control characters more
+LONG = 100_000  # maximum run of blanks, followed by other text, that is passed to tiktoken
+BLANK = r"[^\S\x1c-\x1f]"  # Unicode's white space; Python's \s has four control characters more
 
 
 class EncodingError(InputError):
-    """A text that a tokenizer's library fails on; ``located`` adds where the text stands."""
+    """A text that a tokenizer library cannot encode; ``located`` adds the text's place."""
 
 
 @contextmanager
 def guarded(library: str, text: str) -> Iterator[None]:
-    """Raise EncodingError where a library written in Rust panics on a text.
+    """Raise EncodingError where ``library``, written in Rust, panics on ``text``.
 
-    The panic has no public name and is no Exception: nothing else would report it.
+    A panic's class has no public name and is no subclass of Exception, so it is told by its name.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def guarded(library: str, text: str) -> Iterator[None]:
 
 @contextmanager
 def located(place: str | Callable[[], str]) -> Iterator[None]:
-    """Raise InputError for an EncodingError, with the text's place (or its function) in front."""
+    """Raise InputError for an EncodingError, its message preceded by ``place`` or its result."""
     try:
         yield
     except EncodingError as error:
@@ -59,7 +59,7 @@ def located(place: str | Callable[[], str]) -> Iterator[None]:
 
 
 def _ranks() -> dict[bytes, int]:
-    """Return the merge ranks; refuse a damaged file, which would shift every id after it."""
+    """Return the merge ranks; InputError for a damaged file, which would shift later ids."""
     raw = (resources.files("llama_torch.assets") / "gpt2.tiktoken").read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     if digest != RANKS_SHA256:
@@ -73,7 +73,7 @@ def _ranks() -> dict[bytes, int]:
 
 @lru_cache(maxsize=1)
 def gpt2() -> tiktoken.Encoding:
-    """Return tiktoken's GPT-2 encoding, without the network."""
+    """Return tiktoken's GPT-2 encoding, without a download."""
     return tiktoken.Encoding(
         name="gpt2",
         pat_str=r50k_pat_str,
@@ -84,7 +84,7 @@ def gpt2() -> tiktoken.Encoding:
 
 
 def gpt2_ids(text: str) -> list[int]:
-    """Return the GPT-2 ids of ordinary text, however long its runs of blanks are.
+    """Return the GPT-2 token ids of ordinary text, with runs of blanks of any length.
 
     Raises EncodingError where tiktoken panics.
     """
@@ -94,12 +94,12 @@ def gpt2_ids(text: str) -> list[int]:
 
 
 def _cut_long_runs(text: str) -> list[str]:
-    """Cut text before the last blank of every long run that something else follows.
+    """Return text cut before the last blank of every long run that other text follows.
 
-    GPT-2's pattern always begins a piece there: it leaves the last blank of a run to what
-    follows, and looks at nothing before. The ids of the parts are those of the whole.
+    GPT-2's pattern always begins a match there, as it leaves the last blank of a run to the next
+    match, and has no lookbehind. So the ids of the parts are those of the whole text.
     """
-    # Quickly: a long run fills one of these stretches.
+    # A quick check first: a run longer than LONG fills one of these slices.
     half = max(1, LONG // 2)
     if not any(text[i : i + half].isspace() for i in range(0, len(text), half)):
         return [text]
@@ -110,7 +110,7 @@ def _cut_long_runs(text: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def hf_files() -> dict[str, str]:
-    """Return the files from which ``transformers.AutoTokenizer`` builds the same encoding."""
+    """Return the files, text by name, from which transformers.AutoTokenizer builds the same."""
     special = {
         "id": END_OF_TEXT_ID,
         "content": END_OF_TEXT,
@@ -156,10 +156,10 @@ def hf_files() -> dict[str, str]:
 
 
 def vocab_and_merges(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[list[str]]]:
-    """Return the ids of tokens, and the pair that each is merged of, in printable characters.
+    """Return the tokens' ids, and the pairs that they are merged from, in printable characters.
 
-    Merges stand in the order of their tokens' ranks, as the tokenizers library applies them. A
-    token that merging never makes of its bytes has none.
+    Pairs are in the order of their tokens' ranks, in which the tokenizers library applies them. A
+    token that no merges of its bytes lead to has no pair.
     """
     spell = byte_spelling()
     vocab = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
@@ -171,7 +171,7 @@ def vocab_and_merges(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[l
 def byte_spelling() -> list[str]:
     """Return GPT-2's printable character for each byte (Radford et al. 2019, section 2.2).
 
-    Printable Latin-1 bytes stand for themselves; the others take 256, 257, ... in order.
+    Printable Latin-1 bytes are spelled as themselves; the others as 256, 257, ... in order.
     """
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in plain]
@@ -179,9 +179,9 @@ def byte_spelling() -> list[str]:
 
 
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """Return the two parts whose merge makes ``token``: apply all merges that come before it.
+    """Return the two parts that merge into ``token``, after all merges of lower rank.
 
-    [] where its bytes merge to no two parts.
+    Returns [] where those merges do not leave two parts.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:

@@ -1,4 +1,4 @@
-"""``--profile``: write torch's profile of a few training steps."""
+"""``--profile``: torch's profiler over a few training steps, written as a Chrome trace."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule
 
-TRACE_FILE = "trace.json"
+TRACE_FILE = "trace.json"  # in the run directory
 
 PROFILED_STEPS = 3
 
@@ -15,9 +15,9 @@ PROFILED_STEPS = 3
 def profiling(
     out: Path, steps: int, print_line: Callable[[str], None]
 ) -> Iterator[Callable[[object], None]]:
-    """Profile some of ``steps`` training steps into ``out``/trace.json.
+    """Profile PROFILED_STEPS of ``steps`` training steps; write ``out``/trace.json.
 
-    Yields the function to call after each training step.
+    Yields a function to call after every training step, with anything as its argument.
     """
     path = out / TRACE_FILE
 
@@ -25,9 +25,9 @@ def profiling(
         profiler.export_chrome_trace(str(path))
         print_line(f"trace of {PROFILED_STEPS} steps in {path}; ui.perfetto.dev opens it")
 
-    # The first steps compile and allocate.
+    # Not the first steps, which compile and allocate.
     wait = max(0, min(5, steps - PROFILED_STEPS - 1))
     when = schedule(wait=wait, warmup=1, active=PROFILED_STEPS, repeat=1)
-    # One cycle, so that acc_events changes nothing but a warning that events are not added up.
+    # With one cycle acc_events has no effect but to silence a warning that cycles are not summed.
     with profile(schedule=when, on_trace_ready=save, acc_events=True) as profiler:
         yield lambda done: profiler.step()
