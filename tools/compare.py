@@ -1,10 +1,10 @@
-"""Compare a checkpoint's computation with the NumPy oracle's, and name the bug where they part.
+"""Compare an implementation's activations with the NumPy oracle's, and name the bug if any.
 
 ``python tools/compare.py ckpt.safetensors``; exit code 0: within bounds, 1: not, 2: bad input.
 
-The other side is run and recorded first; then the oracle goes through the same calls one layer
-at a time, in float64 (which counts as exact) and in the dtype under test (which says how much
-error honest rounding makes; the other side may be BASELINE_FACTOR times worse).
+The other side is run first and its activations are recorded. Then the oracle runs the same calls,
+layer by layer, in float64, which counts as exact, and in the dtype under test. The error of the
+latter is the baseline: the other side's may be BASELINE_FACTOR times as large.
 """
 
 import json
@@ -68,7 +68,7 @@ def _main(argv: Sequence[str]) -> int:
     with (
         progress() as start,
         tempfile.TemporaryDirectory() as folder,
-        np.errstate(all="ignore"),  # what is not finite is reported by its name
+        np.errstate(all="ignore"),  # the report names activations that are not finite
     ):
         report = run_comparison(
             settings, checkpoint, side, calls, batches, layers, start, Path(folder)
@@ -116,7 +116,10 @@ def _in(path: Path, checkpoint: Checkpoint) -> bool:
 def _input(
     settings: CompareConfig, side: Side, config: LlamaConfig
 ) -> tuple[np.ndarray, Sequence[Call]]:
-    """Return the token ids and the calls to run; a trace brings its own."""
+    """Return the token ids [n] and the calls to run; a trace has its own calls, and no ids.
+
+    Raises InputError for flags of the input beside a trace.
+    """
     if side.trace is not None:
         for flag in ("prompt", "file", "ids", "tokens"):
             if getattr(settings, flag):
@@ -135,6 +138,6 @@ def _input(
 
 
 if __name__ == "__main__":
-    # A kill that can be caught still removes the recording.
+    # SystemExit, so that SIGTERM too removes the recording.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

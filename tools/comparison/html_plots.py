@@ -1,4 +1,4 @@
-"""The drawings of a comparison's HTML page, as SVG."""
+"""Draw the plots of a comparison's HTML page, as SVG."""
 
 import math
 import re
@@ -27,16 +27,16 @@ from .report_rows import (
 
 Axes = Any  # matplotlib is optional
 
-LOOKS = {"inherited": ("#3584e4", "o"), "fresh": ("#e08a1e", "D")}
+LOOKS = {"inherited": ("#3584e4", "o"), "fresh": ("#e08a1e", "D")}  # colour, marker
 
 COLOURS = ("#3584e4", "#e08a1e", "#2aa876", "#9a6dd7", "#d6579b", "#7a8a99")  # on white and black
 
 RED = "#e01b24"
 
-INK = "#010203"  # stands for the page's text colour, light or dark
+INK = "#010203"  # replaced by the page's text colour, light or dark
 
 RC: dict[Any, Any] = {
-    "svg.hashsalt": "llama",  # the same report is the same page
+    "svg.hashsalt": "llama",  # ids do not vary from run to run
     "svg.fonttype": "none",
     "font.size": 8,
     "axes.spines.top": False,
@@ -49,7 +49,7 @@ RC: dict[Any, Any] = {
 
 
 class Decades:
-    """A log axis that has room for zero: heights are log10; zero is below the lowest decade."""
+    """A vertical log axis of at most ``most`` decades, with zero below the lowest of them."""
 
     def __init__(self, values: Iterable[float], most: int = 24) -> None:
         values = [value for value in values if value < math.inf]
@@ -61,19 +61,19 @@ class Decades:
             self.low, lowest = self.low - 1, "0"
         step = math.ceil((self.high - self.low) / 5)
         self.ticks = list(range(self.high, self.low - 1, -step))
-        if lowest:  # makes way for its label
+        if lowest:  # no tick where its label is
             self.ticks = [tick for tick in self.ticks if tick - self.low > step / 2] + [self.low]
         self.labels = [_power(tick) for tick in self.ticks]
         self.labels[-1] = lowest or self.labels[-1]
 
     def heights(self, values: Array | Sequence[float]) -> Array:
-        """Return where to draw the values; NaN for those that are not finite."""
+        """Return log10 of the values, at least the lowest on the axis; NaN where not finite."""
         array = np.asarray(values, dtype=np.float64)
         array = np.where(np.isfinite(array), array, np.nan)
         return np.maximum(np.log10(np.maximum(array, 1e-300)), self.low)
 
     def apply(self, axes: Axes, first: int, last: int) -> None:
-        """Make this the vertical axis, over ``first`` to ``last``."""
+        """Set this as the vertical axis of a plot over ``first`` to ``last``."""
         margin = 0.4 + (last - first) / 50
         axes.set_xlim(first - margin, last + margin)
         axes.set_ylim(self.low, self.high)
@@ -81,7 +81,7 @@ class Decades:
         axes.grid(alpha=0.15, linewidth=0.6)
 
     def cross(self, axes: Axes, places: Array) -> None:
-        """Mark what has no height, at the top."""
+        """Draw crosses at the top, for values that are not finite."""
         axes.plot(places, np.full(len(places), self.high), "x", color=RED, ms=4, clip_on=False)
 
 
@@ -100,15 +100,15 @@ def _figure(width: float, height: float) -> Axes:
 
 
 def _svg(axes: Axes, name: str, label: str) -> str:
-    """Return the figure as an <svg> element; ``name`` keeps its ids apart from the others'."""
+    """Return the figure as an <svg> element; ``name`` is a prefix that makes its ids unique."""
     file = StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    axes.figure.savefig(file, format="svg", metadata=nothing)
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    axes.figure.savefig(file, format="svg", metadata=no_metadata)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    size = f'role="img" aria-label="{escape(label)}"'
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: size, svg, count=1)
+    role = f'role="img" aria-label="{escape(label)}"'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: role, svg, count=1)
 
 
 def depth_section(rows: Sequence[RowEntry], names: Sequence[str]) -> str:
@@ -117,8 +117,8 @@ def depth_section(rows: Sequence[RowEntry], names: Sequence[str]) -> str:
         return ""
     layered = [row for row in rows if row["layer"] is not None]
     others = [row for row in rows if row["layer"] is None]
-    found = [row[part] for row in layered for part in PARTS if row[part]]
-    scale = Decades(finite_or_inf(e["rms"]) for error in found for e in (error, error["bound"]))
+    measured = [row[part] for row in layered for part in PARTS if row[part]]
+    scale = Decades(finite_or_inf(e["rms"]) for error in measured for e in (error, error["bound"]))
     legend = "".join(
         f'<li><i style="color: {LOOKS[part][0]}"></i>{part} error</li><li>'
         f'<i style="color: {LOOKS[part][0]}; border-top-style: dashed"></i>its bound</li>'
@@ -134,11 +134,11 @@ def depth_section(rows: Sequence[RowEntry], names: Sequence[str]) -> str:
         axes.set_xlabel("layer")
         counts = Counter(status for calls in layers for status in {r["status"] for r in calls})
         bad = [s for s in STATUSES[:-1] if counts[s]]
-        said = ", ".join(f'<span class="{css_class(s)}">{s} in {counts[s]}</span>' for s in bad)
-        state = f"{said} of {len(layers)}" if bad else '<span class="ok">ok</span>'
+        listed = ", ".join(f'<span class="{css_class(s)}">{s} in {counts[s]}</span>' for s in bad)
+        state = f"{listed} of {len(layers)}" if bad else '<span class="ok">ok</span>'
         plots += f'<figure><figcaption><b><code>{escape(kind)}</code></b><span class="soft">'
-        picture = _svg(axes, f"depth{number}", f"errors of {kind}")
-        plots += f"{state}</span></figcaption>{picture}</figure>"
+        svg = _svg(axes, f"depth{number}", f"errors of {kind}")
+        plots += f"{state}</span></figcaption>{svg}</figure>"
     worst = [worst_row(calls, PARTS) for calls in group_by(others, itemgetter("kind")).values()]
     unit = '<p class="soft">logits.kl is the KL of the worst token, in nats.</p>'
     unit = unit if any(row["kind"] == "logits.kl" for row in others) else ""
@@ -154,7 +154,7 @@ def depth_section(rows: Sequence[RowEntry], names: Sequence[str]) -> str:
 
 
 def _draw_errors(axes: Axes, scale: Decades, part: str, rows: Sequence[RowEntry]) -> None:
-    """Draw one error of one activation kind, a row for every layer, and its bound."""
+    """Draw one error of one activation kind, and its bound, over the layers of ``rows``."""
     colour, marker = LOOKS[part]
     layers = np.array([row["layer"] for row in rows])
     errors = scale.heights([rms_of(row[part]) for row in rows])
@@ -172,8 +172,8 @@ def predictions_section(report: Mapping[str, Any]) -> str:
     calls, logits = report["calls"], report["logits"]
     if not logits:
         return ""
-    roots: list[int] = []  # of every call: the first of those whose cache it continues
-    starts: list[int] = []  # and its first position
+    roots: list[int] = []  # by call: the first of the calls that it continues
+    starts: list[int] = []  # by call: its first position
     for number, call in enumerate(calls):
         after = call["after"]
         roots.append(number if after is None else roots[after])
@@ -206,35 +206,35 @@ def predictions_section(report: Mapping[str, Any]) -> str:
     )
 
 
-def heat_map_section(found: Mapping[str, Any] | None, names: Sequence[str]) -> str:
-    """Return the picture of the first diverging tensor's errors [T, cells]."""
-    if found is None or not found["error"]:
+def heat_map_section(heat_map: Mapping[str, Any] | None, names: Sequence[str]) -> str:
+    """Return the heat map of the first diverging activation's errors [T, cells]; "" for none."""
+    if heat_map is None or not heat_map["error"]:
         return ""
-    error = np.array([[finite_or_inf(value) for value in row] for row in found["error"]])
-    tokens, per_cell = len(error), found["channels_per_cell"]
+    error = np.array([[finite_or_inf(value) for value in row] for row in heat_map["error"]])
+    tokens, per_cell = len(error), heat_map["channels_per_cell"]
     step = math.ceil(tokens / MOST_TOKENS)
     error = np.maximum.reduceat(error, range(0, tokens, step), axis=0)
     scale = Decades(error.flat, most=8)
     axes = _figure(4.2, 2.8)
-    picture = axes.imshow(
+    image = axes.imshow(
         scale.heights(error),
         cmap="viridis",
         vmin=scale.low,
         vmax=scale.high,
         aspect="auto",
         interpolation="none",
-        extent=(0, found["channels"], tokens, 0),
+        extent=(0, heat_map["channels"], tokens, 0),
     )
     axes.set_facecolor(RED)  # shows where there is no finite error
     axes.set(xlabel="channel", ylabel="token")
-    bar = axes.figure.colorbar(picture, ax=axes, pad=0.02, label="relative error")
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, label="relative error")
     bar.set_ticks(scale.ticks, labels=scale.labels)
     bar.outline.set_visible(False)
     cell = f"A cell is {counted(per_cell, 'channel')} of {counted(step, 'token')}. "
     red = "Red: not finite." if np.isinf(error).any() else ""
     return (
-        f'<section><h2>The first divergence</h2><p class="soft"><code>{escape(found["name"])}'
-        f"</code> ({escape(call_title(found, names))}, row {found['row']}). "
+        f'<section><h2>The first divergence</h2><p class="soft"><code>{escape(heat_map["name"])}'
+        f"</code> ({escape(call_title(heat_map, names))}, row {heat_map['row']}). "
         f"{cell if max(per_cell, step) > 1 else ''}{red}</p>"
         f"{_svg(axes, 'heat', 'errors by token and channel')}</section>"
     )

@@ -61,7 +61,10 @@ summary { cursor: pointer; margin: .8rem 0; }
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """Return the report (schema llama-compare/1) as one HTML page."""
+    """Return the report (schema llama-compare/1) as one HTML page.
+
+    Raises InputError where matplotlib is not installed.
+    """
     try:
         import matplotlib as mpl
     except ImportError:
@@ -89,7 +92,7 @@ def page(report: Mapping[str, Any]) -> str:
 
 
 def _summary(report: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return what is wrong in words, and what was compared."""
+    """Return the diagnosis and the first divergence in words, all notes, and the inputs."""
     training = report["training"] or {"diagnosis": [], "unexplained": 0, "notes": []}
     text = _diagnosis(report, "") + _diagnosis(training, "Training step: ")
     if (first := report["first_divergence"]) is not None:
@@ -121,9 +124,12 @@ def _note(text: str) -> str:
 
 
 def _diagnosis(part: Mapping[str, Any], where: str) -> str:
-    """Return the known bugs that explain what diverges, and how much none explains."""
-    said = [found["sentence"] for found in part["diagnosis"]]
+    """Return the sentences of explanations, and how many diverging rows have none.
+
+    ``part``: the report, or its part about training; ``where``: what the sentences begin with.
+    """
+    sentences = [explanation["sentence"] for explanation in part["diagnosis"]]
     if part["unexplained"]:
         rows = counted(part["unexplained"], "diverging row")
-        said.append(f"None of the known bugs explains {rows}.")
-    return "".join(f'<p class="bug">{where}{escape(sentence)}</p>' for sentence in said)
+        sentences.append(f"None of the known bugs explains {rows}.")
+    return "".join(f'<p class="bug">{where}{escape(sentence)}</p>' for sentence in sentences)

@@ -1,4 +1,4 @@
-"""The tables of a comparison's HTML page."""
+"""Write the tables of a comparison's HTML page."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from .report_rows import (
     wrong_rows,
 )
 
-MOST_FAILED, MOST_ROWS, MOST_TOKENS = 200, 2000, 512
+MOST_FAILED, MOST_ROWS, MOST_TOKENS = 200, 2000, 512  # in the tables and in the heat map
 
 
 def rows_section(rows: Sequence[RowEntry], parts: Sequence[str], names: Sequence[str]) -> str:
-    """Return the rows that went wrong by themselves, and all of them folded away."""
+    """Return a table of the wrong rows, and one of all rows, folded away."""
     counts = Counter(row["status"] for row in rows)
-    said = ", ".join(f"{status}: {counts[status]}" for status in STATUSES if counts[status])
-    said = said or "nothing compared"
+    summary = ", ".join(f"{status}: {counts[status]}" for status in STATUSES if counts[status])
+    summary = summary or "nothing compared"
     return (
-        f'<p class="soft">{said}. Errors and bounds are root mean squares; "of bound" is the '
+        f'<p class="soft">{summary}. Errors and bounds are root mean squares; "of bound" is the '
         "largest of the rms, worst-element and worst-token errors as a share of its own bound."
         f"</p>{rows_table(wrong_rows(rows), parts, names, MOST_FAILED)}<details><summary>All "
         f"{counted(len(rows), 'row')}</summary>{rows_table(rows, parts, names)}</details>"
@@ -33,7 +33,10 @@ def rows_section(rows: Sequence[RowEntry], parts: Sequence[str], names: Sequence
 def rows_table(
     rows: Sequence[RowEntry], parts: Sequence[str], names: Sequence[str], most: int = MOST_ROWS
 ) -> str:
-    """Return every error beside its bound; calls only where there are ``names`` of them."""
+    """Return a table of at most ``most`` rows: the errors ``parts`` beside their bounds.
+
+    It has a column of calls where there are ``names`` of them.
+    """
     if not rows:
         return ""
     text = '<div class="scroll"><table><thead><tr><th rowspan="2">name</th>'

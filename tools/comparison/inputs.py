@@ -1,4 +1,4 @@
-"""What a comparison runs: the calls made of a text, of token ids, or of nothing at all.
+"""Make the calls of a comparison from a text, from token ids, or from a text of Python's own.
 
 Axes: B batch, T tokens of the call, S cached + T.
 """
@@ -16,14 +16,18 @@ from reference_np.ops import Array
 
 from .trace_file import Call
 
-CHUNK = 2  # tokens of the second, longer-than-one call on a cache
-PADDED, FAR = 16, 8  # the most tokens of the two runs that test masks and large positions
+CHUNK = 2  # tokens of the second call, the one on a cache with more than one token
+PADDED, FAR = 16, 8  # largest lengths of the left-padded run and of that at the context's end
 
 
 def token_ids(
     config: LlamaConfig, *, prompt: str, file: str, ids: Sequence[int], limit: int
 ) -> Array:
-    """Return int64 [n], at most ``limit``: what was asked for, or text that every machine has."""
+    """Return the ids of ``ids``, ``prompt``, ``file`` or a text of Python's own, int64 [<= limit].
+
+    Raises InputError for more than one of them, an id outside the vocabulary, a vocabulary that
+    the text's tokenizer does not fit, and a file without text.
+    """
     if sum(map(bool, (prompt, file, ids))) > 1:
         raise InputError("--prompt, --file and --ids exclude each other; give one of them")
     if ids:
@@ -40,7 +44,7 @@ def token_ids(
             f"{'--prompt' if prompt else '--file'} needs the GPT-2 encoding, and vocab_size "
             f"{config.vocab_size} is too small for it; give --ids, or neither"
         )
-    else:  # a model of some other vocabulary: the text's bytes, folded into its ids
+    else:  # a vocabulary too small for GPT-2's: the text's bytes, modulo its size
         found = [byte % config.vocab_size for byte in text.encode()[:limit]]
     if not found:
         raise InputError(f"--file {file}: holds no text; give another")
@@ -48,13 +52,13 @@ def token_ids(
 
 
 def make_calls(ids: Array, config: LlamaConfig, lengths: Sequence[int], steps: int) -> list[Call]:
-    """Return the calls of all runs: a run for each length, one with padding, one far out.
+    """Return the calls of a run for each length, of a left-padded run and of the context's end.
 
-    Every length is run with the defaults for positions and mask: a prompt of that length, a
-    chunk of two tokens on its cache, then ``steps`` single tokens. Its batch has two different
-    rows, the ids and the ids shifted, since with one row a mixed-up batch is invisible. The
-    padded run decodes too, with its own positions and mask; the last run stands at the end of
-    the model's context, where rounded angles show.
+    A run of a length has the default positions and mask: a prompt [2, T], ``CHUNK`` tokens on its
+    cache, then ``steps`` single tokens. Its two rows are the ids and the ids shifted, since an
+    exchange of equal rows would not show. The left-padded run has positions and a mask of its own
+    and decodes one token. The last call is at the end of the context, where rounded rotary angles
+    show.
     """
     calls: list[Call] = []
     extra = [CHUNK] * (steps > 0) + [1] * steps
@@ -74,7 +78,7 @@ def make_calls(ids: Array, config: LlamaConfig, lengths: Sequence[int], steps: i
 
 
 def _padded(ids: Array, config: LlamaConfig, index: int) -> list[Call]:
-    """Two rows of unequal length, padded on the left, and a token after each."""
+    """Return a prompt [2, T] whose second row is padded on the left, and a token after each row."""
     length = min(PADDED, len(ids) + 1, config.max_seq_len - 1)
     if length < 2:
         return []
@@ -85,7 +89,9 @@ def _padded(ids: Array, config: LlamaConfig, index: int) -> list[Call]:
     tokens[~real] = 0
     positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
     allowed = np.tril(np.ones((length + 1, length + 1), dtype=bool)) & real[:, None]
-    allowed |= np.eye(length + 1, dtype=bool)  # padding sees itself: no row is all masked
+    allowed |= np.eye(
+        length + 1, dtype=bool
+    )  # padding attends to itself: no row of the mask is empty
     prompt = Call(
         "padded", tokens[:, :-1], positions[:, :-1], np.ascontiguousarray(allowed[:, :-1, :-1])
     )
@@ -100,14 +106,14 @@ def _padded(ids: Array, config: LlamaConfig, index: int) -> list[Call]:
 
 
 def _far(ids: Array, config: LlamaConfig) -> Call:
-    """One row at the last positions of the context."""
+    """Return a call of one row [1, T] at the last positions of the context."""
     length = min(FAR, config.max_seq_len)
     positions = np.arange(config.max_seq_len - length, config.max_seq_len)[None]
     return Call(f"position {positions[0, 0]:,} on", _cycle(ids, length, 0)[None], positions)
 
 
 def _two_rows(ids: Array, length: int, shift: int, config: LlamaConfig) -> Array:
-    """Return the ids, and the ids shifted, [2, length]; two rows that differ at every place."""
+    """Return the ids and the ids shifted [2, length], repeated, and made to differ everywhere."""
     first, second = _cycle(ids, length, 0), _cycle(ids, length, shift)
     return np.stack([first, np.where(first == second, (second + 1) % config.vocab_size, second)])
 

@@ -12,9 +12,9 @@ from .judging import REORDERED, RIGHT
 
 RowEntry = Mapping[str, Any]
 
-PARTS = ("inherited", "fresh")  # the errors of a row
+PARTS = ("inherited", "fresh")  # a row's errors
 UNMEASURED = ("missing", "not finite", "misshapen", REORDERED)
-STATUSES = ("diverges", *UNMEASURED, "inherits", "ok")  # the order in which they are listed
+STATUSES = ("diverges", *UNMEASURED, "inherits", "ok")  # in the order of the page's lists
 
 
 def short_name(row: RowEntry) -> str:
@@ -34,7 +34,7 @@ def inheriting_rows(rows: Iterable[RowEntry]) -> list[RowEntry]:
 
 
 def finite_or_inf(value: float | None) -> float:
-    """Return the value; infinity where it is not finite, which the report writes as null."""
+    """Return the value, or infinity for null, which stands for what is not finite in a report."""
     return value if value is not None and math.isfinite(value) else math.inf
 
 
@@ -53,7 +53,7 @@ def is_out(row: RowEntry, part: str) -> bool:
 
 
 def worst_row(rows: Sequence[RowEntry], parts: Sequence[str]) -> RowEntry:
-    """Return the row that errs most: out of bound before within, then the largest rms."""
+    """Return the row of the largest error: out of bound before within, then by its rms."""
 
     def badness(row: RowEntry) -> tuple[int, float]:
         sizes = [rms_of(row[part]) for part in parts if row[part]]
@@ -65,7 +65,7 @@ def worst_row(rows: Sequence[RowEntry], parts: Sequence[str]) -> RowEntry:
 def group_by(
     rows: Iterable[RowEntry], key: Callable[[RowEntry], Hashable]
 ) -> dict[Any, list[RowEntry]]:
-    """Return the rows by their key, in the order in which the keys come up."""
+    """Return the rows by their key, in the order of their first rows."""
     groups: dict[Any, list[RowEntry]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)

@@ -1,4 +1,4 @@
-"""Run Hugging Face's Llama, in float64 throughout where asked to, and read its activations."""
+"""Run transformers' Llama, in float64 throughout if that is its dtype, and read its activations."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +17,10 @@ from .empty_weights import without_weights
 
 
 class LiftFloat32(torch.overrides.TorchFunctionMode):
-    """Turn every cast to float32 into one to float64.
+    """Replaces every cast to float32 by one to float64.
 
-    Hugging Face's Llama computes its norms and rotary tables in float32 whatever the model's
-    dtype, which would limit the comparison to some 1e-7: too coarse to see a wrong epsilon.
+    transformers' Llama computes its norms and rotary tables in float32 whatever the model's
+    dtype. That would limit a comparison to some 1e-7, too coarse to see a wrong epsilon.
     """
 
     def __torch_function__(
@@ -31,7 +31,7 @@ class LiftFloat32(torch.overrides.TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.view:  # not a cast: how files are read
+        if func is torch.Tensor.view:  # no cast: files are read by it
             return func(*args, **kwargs)
         if func is torch.Tensor.float:
             return args[0].to(torch.float64)
@@ -42,9 +42,10 @@ class LiftFloat32(torch.overrides.TorchFunctionMode):
 
 
 def config_from(hf: Mapping[str, Any], n_layers: int) -> Any:
-    """Their config from a config.json's content.
+    """Return transformers' config of a config.json's content, with ``n_layers`` layers.
 
-    Without the special tokens, that a small vocabulary has no room for.
+    Special tokens are left out: a small vocabulary may have no room for them. Raises
+    NotImplementedError for a config that transformers cannot run.
     """
     if hf["hidden_size"] % hf["num_attention_heads"]:
         raise NotImplementedError("dim is not a multiple of n_heads")
@@ -54,11 +55,11 @@ def config_from(hf: Mapping[str, Any], n_layers: int) -> Any:
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """Build the model of their config with parameters on the meta device."""
+    """Build the model of transformers' config, its parameters on the meta device."""
     with without_weights():
         model: Any = transformers.LlamaForCausalLM(config)
         model = model.to(dtype).eval()
-    # Frequencies are no parameter: real, and not rounded with the rest.
+    # The rotary frequencies are no parameter: they are needed, and must not be rounded to dtype.
     with LiftFloat32() if dtype == torch.float64 else nullcontext():
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model
@@ -71,12 +72,15 @@ def call(
     mask: Array | None,
     cache: DynamicCache | None = None,
 ) -> tuple[torch.Tensor, DynamicCache]:
-    """Return logits [B, T, V] and the longer cache; ``cache`` itself is not changed."""
+    """Return the logits [B, T, V] of tokens [B, T] and the cache with them added.
+
+    positions: int64 [B, T]; mask: bool [B, T, S], True = may attend. ``cache`` is not changed.
+    """
     dtype = model.dtype
     cache = DynamicCache() if cache is None else copy.deepcopy(cache)
     start = cache.get_seq_length()
     batch, length = tokens.shape
-    if mask is None:  # left out, it would have them read jumps in positions as borders
+    if mask is None:  # without one, transformers takes jumps in positions for borders of texts
         mask = np.tril(np.ones((1, length, start + length), bool), start)
     mask = np.broadcast_to(mask, (batch, *mask.shape[1:]))
     added = torch.zeros(mask.shape, dtype=dtype)
@@ -95,7 +99,7 @@ def call(
 
 @contextmanager
 def tracing(model: Any, note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Give ``note`` every activation of a call under its name here, read off their modules."""
+    """Call ``note`` with the name and value of every activation that the model computes."""
     tracer = _Tracer(note, model.config.head_dim)
     inner, real_rotary = model.model, modeling_llama.apply_rotary_pos_emb
 
@@ -120,18 +124,19 @@ def tracing(model: Any, note: Callable[[str, torch.Tensor], None]) -> Iterator[N
 
 
 class _Tracer:
-    """Hooks on their modules, which name what passes them by the layer that runs."""
+    """Hooks on transformers' modules, which name activations by the layer that is running."""
 
     def __init__(self, note: Callable[[str, torch.Tensor], None], head_dim: int) -> None:
-        self.give, self.head_dim = note, head_dim
+        self._note, self.head_dim = note, head_dim
         self.prefix = ""
         self.handles: list[Any] = []
 
     def note(self, name: str, value: torch.Tensor) -> None:
-        self.give(self.prefix + name, value)
+        """Pass on an activation, its name prefixed with the layer's."""
+        self._note(self.prefix + name, value)
 
     def on(self, module: Any, name: str, heads: bool = False, of_input: bool = False) -> None:
-        """Note a module's output (or input), [B, T, H * K] as [B, T, H, K] where it is heads."""
+        """Note a module's output, or its input; with ``heads``, [B, T, H * K] as [B, T, H, K]."""
 
         def view(value: torch.Tensor) -> torch.Tensor:
             return value.unflatten(-1, (-1, self.head_dim)) if heads else value
@@ -143,7 +148,7 @@ class _Tracer:
         self.handles.append(hook)
 
     def watch(self, layer: Any, index: int) -> None:
-        """Note the activations of one block."""
+        """Note the activations of layer ``index``."""
 
         def enter(*_: Any) -> None:
             self.prefix = f"layers.{index}."
