@@ -1,13 +1,12 @@
-"""Speed beside other programs, measured alternately in one run: ``python tools/bench.py``.
+"""Measure speed beside other programs, alternately in one run: ``python tools/bench.py``.
 
-All sides get the same shape, weights, dtype, threads and tokens, and are called in turn. A speed
-is the median of several repeats, and a ratio the median of the ratios of neighbouring repeats,
-so that a machine whose speed drifts still gives a fair one. Training has processes of its own
-(training.py), and a table with what each side needs of memory, and ours of the processor. The
-other table's last column is ours beside what the machine was measured to give in the same run:
-the memory's speed for decoding (the bytes of the matrices read for each token, from the first
-new token to the last, beside a plain matrix-vector product), the same matrix products alone for
-the rest.
+All sides have the same shape, weights, dtype, threads and tokens, and are called in turn. A speed
+is the median of several repeats, and a ratio the median of the ratios within a repeat, so that a
+drift of the machine's speed cancels. Training runs in processes of its own (training.py); its table
+has each side's memory and our model FLOPs utilisation. In the other table the last column is our
+speed as a fraction of a limit measured in the same run: for decoding the memory's speed (bytes of
+the matrices read per second, from the first new token to the last, beside those of a
+matrix-vector product), for other works the speed of their matrix products alone.
 """
 
 import json
@@ -30,14 +29,14 @@ if __name__ == "__main__":
 from llama_torch.common import cli
 from llama_torch.common.device import pick_device
 from llama_torch.common.errors import InputError
-from tools.benchmarks.timing import Row, Setup
+from tools.benchmarks.timing import Setup, SpeedRow
 from tools.benchmarks.training import TrainRow
 from tools.benchmarks.works import WORKS
 
 ON_CPU = ("train", "decode", "prefill", "numpy-prefill", "numpy-decode")
 ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")
 Work = Literal["train", "decode", "prefill", "batch32", "int8", "numpy-prefill", "numpy-decode"]
-MOST_TOKENS = 8192  # decoded after a prompt: more takes hours
+MOST_TOKENS = 8192  # decoded after a prompt; more takes hours
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _main(argv: Sequence[str]) -> int:
         config.compiled_peer,
     )
     console = Console(stderr=True)
-    rows: list[Row | TrainRow] = []
+    rows: list[SpeedRow | TrainRow] = []
     for work in works:
         with console.status(work):  # shown on a terminal
             rows += WORKS[work](setup)
@@ -104,8 +103,8 @@ def _main(argv: Sequence[str]) -> int:
     return 0
 
 
-def show(rows: Sequence[Row | TrainRow], setup: Setup) -> None:
-    """Print the tables of what was measured."""
+def show(rows: Sequence[SpeedRow | TrainRow], setup: Setup) -> None:
+    """Print the tables of training and of the other works."""
     name = torch.cuda.get_device_name() if setup.device.type == "cuda" else "CPU"
     title = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     title += f", median of {setup.repeats}"
@@ -113,7 +112,7 @@ def show(rows: Sequence[Row | TrainRow], setup: Setup) -> None:
     console.width = max(console.width, 100) if not console.is_terminal else console.width
     if trained := [row for row in rows if isinstance(row, TrainRow)]:
         console.print(training_table(trained, title))
-    if others := [row for row in rows if isinstance(row, Row)]:
+    if others := [row for row in rows if isinstance(row, SpeedRow)]:
         console.print(inference_table(others, title))
 
 
@@ -134,7 +133,7 @@ def training_table(rows: Sequence[TrainRow], title: str) -> Table:
     return table
 
 
-def inference_table(rows: Sequence[Row], title: str) -> Table:
+def inference_table(rows: Sequence[SpeedRow], title: str) -> Table:
     """Return the table of the other works."""
     headings = "work", "shape", "dtype", "ours", "peer", "peer's", "ratio", "of limit"
     table = new_table(title, headings)
@@ -152,7 +151,7 @@ def inference_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def new_table(title: str, headings: Sequence[str]) -> Table:
-    """Return a table without rows; words on the left, numbers on the right."""
+    """Return a table without rows; columns of words are aligned left, of numbers right."""
     table = Table(title=title)
     for heading in headings:
         left = heading in ("work", "shape", "dtype", "peer")
@@ -161,14 +160,14 @@ def new_table(title: str, headings: Sequence[str]) -> Table:
 
 
 def speed(tokens_per_second: float | None) -> str:
-    """Write a speed with three digits or more."""
+    """Return a speed as text with three digits or more; "-" for None."""
     if tokens_per_second is None:
         return "-"
     return f"{tokens_per_second:,.{0 if tokens_per_second >= 100 else 1}f}"
 
 
 def gib(size: int | None) -> str:
-    """Write a number of bytes in GiB."""
+    """Return a number of bytes as text, in GiB; "-" for None."""
     return "-" if size is None else f"{size / 2**30:.2f}"
 
 

@@ -1,10 +1,10 @@
-"""Does our training learn what a plain loop learns? ``python tools/learning.py --data FILE``.
+"""Compare our training's losses with a plain loop's: ``python tools/learning.py --data FILE``.
 
 For each seed, our step and a plain loop around transformers' Llama start from the same weights,
-and take the same windows, schedule and AdamW. On a CPU both compute in float32, where they may
-differ by rounding alone. On a GPU ours has bfloat16 weights whose lower halves the optimizer
-keeps, and the plain loop float32 weights under autocast: the spread over seeds says how much of
-their difference is chance.
+and take the same windows, schedule and AdamW. On a CPU both compute in float32, and differ by
+rounding alone. On a GPU ours has bfloat16 weights whose lower halves the optimizer keeps, and the
+plain loop float32 weights under autocast: the deviation over seeds says how much of their
+difference is chance.
 """
 
 import json
@@ -82,7 +82,7 @@ class LearningConfig:
 
 
 class Run(NamedTuple):
-    """What one seed gave: training losses every --log-every steps, and the final one held out."""
+    """The losses of one seed: in training, every --log-every steps, and the final validation's."""
 
     seed: int
     steps: list[int]
@@ -116,7 +116,7 @@ def run_seed(config: TrainConfig, corpus: Corpus, device: torch.device) -> Run:
     model, optimizer = build(config.model, config.optim, config.seed, dtype, device)
     compile_blocks(model, config.compile, config.recompute)
     clip = config.optim.grad_clip
-    logged: dict[int, tuple[Tensor, Tensor]] = {}  # on the device: nothing waits for them
+    logged: dict[int, tuple[Tensor, Tensor]] = {}  # kept on the device, without synchronising it
     for step, window in enumerate(windows(config, corpus)):
         lr = learning_rate(step, config.steps, config.optim)
         ours, _ = train_step(model, optimizer, [to_batch(window)], lr=lr, grad_clip=clip)
@@ -137,7 +137,7 @@ def run_seed(config: TrainConfig, corpus: Corpus, device: torch.device) -> Run:
 
 
 def windows(config: TrainConfig, corpus: Corpus) -> Iterator[Tensor]:
-    """Return the windows that the trainer would take."""
+    """Return the windows [B, T + 1] of the trainer's steps."""
     return train_batches(
         corpus,
         config.model.max_seq_len,
@@ -150,7 +150,10 @@ def windows(config: TrainConfig, corpus: Corpus) -> Iterator[Tensor]:
 
 
 def make_peer(config: TrainConfig, device: torch.device) -> Any:
-    """Return transformers' model with the weights that ours begins with."""
+    """Return transformers' model with our initial weights.
+
+    Raises InputError where transformers is not installed.
+    """
     model = Llama(config.model)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     peer = transformers_peer(model.to(device), device)
@@ -163,7 +166,7 @@ def make_peer(config: TrainConfig, device: torch.device) -> Any:
 def evaluate_peer(
     peer: Any, windows: Sequence[Tensor], device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Return the mean loss in nats per token over ``windows``, as evaluate does of ours."""
+    """Return the peer's mean loss over ``windows`` [B, T + 1], in nats per token."""
     total, n_valid = torch.zeros((), dtype=torch.float64, device=device), 0
     for window in windows:
         tokens, targets, *_ = to_batch(window).to(device)
@@ -176,7 +179,7 @@ def evaluate_peer(
 
 
 def show(runs: Sequence[Run], title: str) -> None:
-    """Print the table: final validation losses, their means and deviations."""
+    """Print a table of the final validation losses, their means and standard deviations."""
     table = Table(title=title, caption="validation loss after the last step, nats per token")
     for heading in ("seed", "ours", "transformers", "ours - transformers"):
         table.add_column(heading, justify="right")
@@ -193,7 +196,7 @@ def show(runs: Sequence[Run], title: str) -> None:
 
 
 def written(values: Sequence[float]) -> list[str]:
-    """Write our loss, the peer's and their difference."""
+    """Return our loss, the peer's and their difference as text."""
     ours, peer, difference = values
     return [f"{ours:.4f}", f"{peer:.4f}", f"{difference:+.4f}"]
 

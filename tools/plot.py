@@ -24,7 +24,10 @@ class PlotConfig:
 
 
 def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of one scalar of a run."""
+    """Return the steps and values of one scalar of a run.
+
+    Raises InputError for a directory without it.
+    """
     folder = run / "tensorboard"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory; give the directory of a training run")
@@ -37,13 +40,13 @@ def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
 
 
 def draw(run: Path, out: Path) -> None:
-    """Write the picture."""
+    """Draw a run's losses into ``out``, .svg, .png or .pdf."""
     try:
         import matplotlib as mpl
     except ImportError:
         raise InputError("drawing needs matplotlib; pip install 'llama-parity[plot]'") from None
     mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "llama"  # the same curve is the same file
+    mpl.rcParams["svg.hashsalt"] = "llama"  # ids do not vary from run to run
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")

@@ -1,7 +1,7 @@
-"""Write a checkpoint of random weights in a known shape, to measure with.
+"""Write a checkpoint of random weights in a Llama 2's shape, to measure speed and memory with.
 
-``python tools/random_checkpoint.py /tmp/llama7b --shape 7b``: one shard a layer, in the memory
-of one.
+``python tools/random_checkpoint.py /tmp/llama7b --shape 7b``. Each layer is a shard, drawn and
+written in the memory of one.
 """
 
 import dataclasses
@@ -55,11 +55,14 @@ class ShapeConfig:
 
 
 def write(out: Path, config: ModelConfig, dtype: torch.dtype, seed: int) -> None:
-    """Draw every matrix from N(0, 0.02^2) as the trainer does, a layer to a shard."""
+    """Write config.json, the index and the shards, drawn from the trainer's initialisation.
+
+    Matrices are N(0, 0.02^2), residual projections 0.02 / sqrt(2 n_layers); vectors are ones.
+    """
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
     generator = torch.Generator().manual_seed(seed)
-    residual = 0.02 / math.sqrt(2 * config.n_layers)
+    residual_std = 0.02 / math.sqrt(2 * config.n_layers)
     shards: dict[str, list[str]] = {}
     for name in shapes:
         part = f"layer-{int(name.split('.')[2]):03}" if ".layers." in name else "rest"
@@ -67,10 +70,10 @@ def write(out: Path, config: ModelConfig, dtype: torch.dtype, seed: int) -> None
     for file, names in shards.items():
         tensors = {}
         for name in names:
-            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             drawn = torch.ones(shapes[name])
             if drawn.ndim > 1:
-                drawn.normal_(0.0, residual if writes else 0.02, generator=generator)
+                drawn.normal_(0.0, residual_std if is_residual else 0.02, generator=generator)
             tensors[name] = drawn.to(dtype)
         atomic_write(out / file, partial(save_file, tensors))
     weight_map = {name: file for file, names in shards.items() for name in names}

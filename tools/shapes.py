@@ -1,4 +1,4 @@
-"""The shapes of models that the benchmarks know by name."""
+"""Define the model shapes that the benchmarks know by name."""
 
 from llama_torch.model.config import ModelConfig
 

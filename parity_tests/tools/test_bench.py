@@ -13,7 +13,7 @@ import torch
 from llama_torch.model.config import ModelConfig
 from tools import bench
 from tools.benchmarks import training, training_side
-from tools.benchmarks.timing import Setup, Side, alternate, same_tokens
+from tools.benchmarks.timing import Setup, TimedCall, same_tokens, time_alternately
 from tools.benchmarks.training_side import Result
 from tools.shapes import SHAPES
 
@@ -47,7 +47,7 @@ def test_the_command_prints_a_table() -> None:
 
 
 def test_rows_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    row = bench.Row("decode", "15m", "float32", 2.0, "llama.cpp", None, None, 0.5)
+    row = bench.SpeedRow("decode", "15m", "float32", 2.0, "llama.cpp", None, None, 0.5)
     other = bench.TrainRow("train", "15m", "float32", 2.0, 0.5, 9, "transformers", None, None, None)
     monkeypatch.setitem(bench.WORKS, "decode", lambda setup: [row])
     monkeypatch.setitem(bench.WORKS, "train", lambda setup: [other])
@@ -56,7 +56,7 @@ def test_rows_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 @contextmanager
-def worker_here(job: training_side.Job) -> Iterator[training.Ask]:
+def worker_here(job: training_side.Job) -> Iterator[training.TakeSteps]:
     """Take a side's steps in this process, where its own would only cost the time to start."""
     asked: list[int] = []
     results = training_side.run(job)
@@ -73,15 +73,15 @@ def test_training_is_measured_and_a_side_that_fails_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a smaller shape, and a side that there is none of; it and ours have a process each."""
-    own = training.worker
+    own = training.side_process
 
-    def worker(job: training_side.Job) -> AbstractContextManager[training.Ask]:
+    def worker(job: training_side.Job) -> AbstractContextManager[training.TakeSteps]:
         return own(job) if job.side in ("ours", "missing") else worker_here(job)
 
     small = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(SHAPES, "default", small)
-    monkeypatch.setattr(training, "worker", worker)
+    monkeypatch.setattr(training, "side_process", worker)
     monkeypatch.setattr(training, "ON_CPU", ("ours", "transformers", "plain loop", "missing"))
     assert bench.main([*TINY, "--works", "train"]) == 0
     out, err = capsys.readouterr()
@@ -102,9 +102,9 @@ def test_training_tables_without_ours() -> None:
     turns = [Result([], 1, 5.0, 1e9), Result([0.5], 1, 5.0, 1e9), Result([0.25], 2, 5.0, 1e9)]
     config = ModelConfig()
     with_ours = {"ours": turns, "plain loop": [turn._replace(peak_bytes=7) for turn in turns]}
-    row = training.rows(setup, config, 4, "float32", with_ours)[1]
+    row = training.training_rows(setup, config, 4, "float32", with_ours)[1]
     assert row[3:] == (3072, row.mfu, 2, "plain loop", 3072, 7, 1)
-    [row] = training.rows(setup, config, 4, "float32", {"plain loop": turns})[1:2]
+    [row] = training.training_rows(setup, config, 4, "float32", {"plain loop": turns})[1:2]
     assert row[3:] == (None, None, None, "plain loop", 3072, 2, None)
 
 
@@ -120,12 +120,12 @@ def test_training_losses_that_differ_are_refused() -> None:
 def test_sides_that_differ_are_not_timed() -> None:
     setup = Setup("default", "float32", torch.device("cpu"), 1, 4, 4, False)
     calls = {"ours": [1, 2], "peer": [1, 2], "(limit)": None, "ours, otherwise": [3]}
-    sides: dict[str, Side | None] = {n: Side(lambda t=t: t, 1) for n, t in calls.items()}
-    assert set(alternate(sides, setup, same_tokens)) == set(calls)
-    sides["peer"] = Side(lambda: [1, 3], 1)
+    sides: dict[str, TimedCall | None] = {n: TimedCall(lambda t=t: t, 1) for n, t in calls.items()}
+    assert set(time_alternately(sides, setup, same_tokens)) == set(calls)
+    sides["peer"] = TimedCall(lambda: [1, 3], 1)
     with pytest.raises(RuntimeError, match="decode different tokens"):
-        alternate(sides, setup, same_tokens)
-    assert alternate(sides, setup._replace(dtype="bfloat16"), same_tokens)
+        time_alternately(sides, setup, same_tokens)
+    assert time_alternately(sides, setup._replace(dtype="bfloat16"), same_tokens)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""llama.cpp as a peer: our weights in its file format, and its greedy decoding of them.
+"""Write our weights in llama.cpp's file format, and decode with llama.cpp.
 
-Needs ``llama-cpp-python`` and ``gguf``. llama.cpp's own C interface is called, a call a token,
-so that no Python of its binding is timed.
+Needs ``llama-cpp-python`` and ``gguf``. llama.cpp's C interface is called directly, once a token,
+so that none of the binding's Python is timed.
 """
 
 import tempfile
@@ -54,22 +54,22 @@ def write_gguf(path: Path, model: Llama) -> None:
 
 
 def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows so that the rotated pairs (i, i + K / 2) of a head become (2i, 2i + 1)."""
+    """Return a matrix [H * K, D] whose rotated pairs of rows (i, i + K / 2) are (2i, 2i + 1)."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 class LlamaCpp:
-    """A GGUF model in llama.cpp, on torch's number of threads, with a float32 cache.
+    """Runs a GGUF model in llama.cpp, on torch's number of threads, with a float32 cache.
 
-    ``flash`` is its fused attention: faster over a prompt, slower for one token, and rounded to
-    half precision in between (its logits then err by 1e-4 of the largest, without by 1e-6).
+    ``flash`` selects its fused attention, faster for a prompt and slower for one token. It rounds
+    to half precision inside: logits err by 1e-4 of the largest, without it by 1e-6.
     """
 
     def __init__(self, path: Path, length: int, flash: bool) -> None:
         import llama_cpp
 
         self.lib: Any = llama_cpp
-        # Kept: the library calls it for as long as it logs.
+        # Kept on self, since the library calls it whenever it logs.
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self.quiet, None)
         llama_cpp.llama_backend_init()
@@ -91,7 +91,7 @@ class LlamaCpp:
         )
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Run the next tokens of the sequence; return the last one's logits [V], a view."""
+        """Run the next tokens of the sequence; return a view of the last one's logits [V]."""
         ids = (self.lib.llama_token * len(tokens))(*tokens)
         if self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ids, len(tokens))):
             raise RuntimeError("llama.cpp failed to decode")
@@ -99,19 +99,19 @@ class LlamaCpp:
         return np.ctypeslib.as_array(found, shape=(self.vocab_size,))
 
     def prefill(self, prompt: Sequence[int]) -> np.ndarray:
-        """Forget what came before, run a prompt and return its last logits [V]."""
+        """Clear the cache, run a prompt and return its last logits [V]."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
         return self.logits(prompt)
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        """Decode greedily after a prompt."""
+        """Return ``new_tokens`` greedily decoded token ids after a prompt."""
         tokens = [int(self.prefill(prompt).argmax())]
         while len(tokens) < new_tokens:
             tokens.append(int(self.logits(tokens[-1:]).argmax()))
         return tokens
 
     def close(self) -> None:
-        """Give back what the library holds."""
+        """Free the context and the model."""
         self.lib.llama_free(self.context)
         self.lib.llama_model_free(self.model)
 

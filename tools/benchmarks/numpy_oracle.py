@@ -1,7 +1,7 @@
-"""The oracle's speed: beside its own matrix products alone, and beside a plain NumPy Llama.
+"""Measure the oracle beside its own matrix products, and beside a plain NumPy Llama.
 
-The products are the least that any NumPy program of this shape spends; what the oracle takes
-beyond them is its own overhead. The peer is the model as it is commonly written in NumPy.
+No NumPy program of a shape is faster than its products; the rest of the oracle's time is
+overhead. The peer is Llama as it is commonly written in NumPy.
 
 Axes as in reference_np.ops: B batch, T query position, S key position, D dim, H query heads,
 N key/value heads, K head_dim, V vocabulary.
@@ -18,11 +18,11 @@ from reference_np.model import forward
 from reference_np.naming import EMBED, LM_HEAD, NORM, layer_shapes, parameter_shapes
 from reference_np.ops import Array, group_queries
 
-PlainCache = list[tuple[Array, Array]]  # each layer's keys and values, [B, S, N, K]
+PlainCache = list[tuple[Array, Array]]  # each layer's keys and values, both [B, S, N, K]
 
 
 class Trio(NamedTuple):
-    """One work as calls without arguments: the oracle, the peer, the oracle's products alone."""
+    """One work as three functions without arguments: oracle, peer, the oracle's products alone."""
 
     ours: Callable[[], object]
     peer: Callable[[], object]
@@ -30,7 +30,7 @@ class Trio(NamedTuple):
 
 
 def prefill(config: LlamaConfig, length: int, seed: int) -> Trio:
-    """Return the forward pass of ``length`` tokens at once, without a cache."""
+    """Return the forward pass of ``length`` tokens without a cache."""
     params, tokens = random_model(config, length, seed)
 
     def ours() -> Array:
@@ -44,7 +44,7 @@ def prefill(config: LlamaConfig, length: int, seed: int) -> Trio:
 
 
 def decode(config: LlamaConfig, start: int, steps: int, seed: int) -> Trio:
-    """Return ``steps`` forward passes of one token each, on a cache of ``start``."""
+    """Return ``steps`` forward passes of one token each, on a cache of ``start`` tokens."""
     params, tokens = random_model(config, start + steps, seed)
     _, cache = forward(params, tokens[:, :start], config)
     _, plain_cache = plain_forward(params, tokens[:, :start], config)
@@ -70,7 +70,7 @@ def decode(config: LlamaConfig, start: int, steps: int, seed: int) -> Trio:
 
 
 def random_model(config: LlamaConfig, length: int, seed: int) -> tuple[dict[str, Array], Array]:
-    """Return float32 parameters that keep activations near one, and tokens [1, T]."""
+    """Return float32 parameters that keep activations near one, and token ids [1, T]."""
     rng = np.random.default_rng(seed)
     params = {
         name: np.ones(shape, np.float32)
@@ -82,9 +82,9 @@ def random_model(config: LlamaConfig, length: int, seed: int) -> tuple[dict[str,
 
 
 def assert_same(ours: Array, peer: Array) -> None:
-    """Speed says nothing of two sides that compute different things."""
+    """Raise RuntimeError where two sides' logits differ by more than float32 rounds."""
     error = np.abs(ours - peer).max() / np.abs(peer).max()
-    if not error <= 1e-4:  # float32 rounding over a few layers, beside logits of unlike sign
+    if not error <= 1e-4:  # over a few layers
         raise RuntimeError(f"the two sides' logits differ by {error:.1e} of the largest")
 
 
@@ -94,9 +94,9 @@ def products(
     calls: Sequence[tuple[int, int]],
     seed: int,
 ) -> Callable[[], None]:
-    """Return the oracle's matrix products alone, for calls of T queries on S keys each.
+    """Return a function that runs the oracle's matrix products, for ``calls`` of (T, S) each.
 
-    The same weights, shapes and layouts as in the forward pass, on numbers drawn beforehand.
+    Weights, shapes and layouts are those of the forward pass; other operands are drawn before.
     """
     rng = np.random.default_rng(seed)
 
@@ -107,7 +107,7 @@ def products(
     head = params[EMBED if config.tie_embeddings else LM_HEAD]
     matrices = [name for name, shape in layer_shapes(config).items() if len(shape) == 2]
     sizes = {params[f"model.layers.0.{name}"].shape[1] for name in matrices}
-    # Each layer has its own keys and values, which are as cold in memory as the oracle's.
+    # Each layer has its own keys and values, so that they are as rarely in cache as the oracle's.
     longest = max(n_keys for _, n_keys in calls)
     cached = [draw(2, 1, longest, groups, width).swapaxes(2, 3) for _ in range(config.n_layers)]
     operands: list[tuple[Array, Array]] = []
@@ -130,7 +130,7 @@ def products(
     return run
 
 
-# The peer: one float32 checkpoint, and every habit that costs.
+# The peer: the habits of plain NumPy code that cost time.
 
 
 def plain_forward(
@@ -139,10 +139,10 @@ def plain_forward(
     config: LlamaConfig,
     cache: PlainCache | None = None,
 ) -> tuple[Array, PlainCache]:
-    """Compute logits [B, T, V] and the longer cache, as a Llama in NumPy is commonly written.
+    """Return logits [B, T, V] and the longer cache, as a Llama in NumPy commonly computes them.
 
-    Tables and mask are float64 and new in every call, and widen what they touch; each key/value
-    head is copied for every query head that reads it; softmax and SiLU are their textbook forms.
+    Tables and mask are float64, which widens the activations, and computed anew in every call; each
+    key/value head is copied for its query heads; softmax and SiLU are their textbook forms.
     """
     start = 0 if cache is None else cache[0][0].shape[1]
     length = tokens_BT.shape[1]
@@ -167,13 +167,13 @@ def plain_forward(
 
 
 def plain_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Apply RMSNorm."""
+    """Return x / rms(x) * weight over the last axis."""
     y: Array = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
     return y
 
 
 def plain_rope(x_BTHK: Array, cos: Array, sin: Array) -> Array:
-    """Rotate pairs (i, i + K / 2)."""
+    """Return queries or keys with their pairs (i, i + K / 2) rotated; cos, sin [T, K / 2]."""
     first, second = np.split(x_BTHK, 2, axis=-1)
     cos, sin = cos[None, :, None], sin[None, :, None]
     return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
@@ -188,7 +188,7 @@ def plain_attention(
     mask: Array,
     past: tuple[Array, Array] | None,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Apply self-attention with every key/value head repeated; return the longer keys, values."""
+    """Return self-attention's output [B, T, D] and the longer keys and values [B, S, N, K]."""
     batch, length, _ = h_BTD.shape
     q, k, v = (
         (h_BTD @ layer[f"self_attn.{name}_proj.weight"].T).reshape(

@@ -1,4 +1,4 @@
-"""Timing several sides in turn, and what comes of it: the core of bench.py."""
+"""Time the calls of several sides alternately, and compute their speeds and ratios."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ READS = 10  # matrix-vector products in one timing of the memory
 
 
 class Setup(NamedTuple):
-    """What every work is measured with."""
+    """The settings of a benchmark, the same for every work."""
 
     shape: str
     dtype: str
@@ -24,13 +24,13 @@ class Setup(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
+        """The dtype as torch has it."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
 
 
-class Row(NamedTuple):
-    """One line of the table; speeds in tokens/s."""
+class SpeedRow(NamedTuple):
+    """One row of the table of all works but training; speeds in tokens/s."""
 
     work: str
     shape: str
@@ -42,35 +42,37 @@ class Row(NamedTuple):
     limit: float | None  # ours as a fraction of the limit; None: none was measured
 
 
-class Side(NamedTuple):
-    """A call to be timed, and how much it does: tokens, or bytes."""
+class TimedCall(NamedTuple):
+    """A function to time, and the amount of one call: tokens, or bytes."""
 
     call: Callable[[], Any]
     amount: float
 
 
-# By name, in the table's order: "ours", its peers (None: not installed), "(a limit)" in brackets.
-Sides = dict[str, Side | None]
+# By name, in the table's order: "ours", peers (None: not installed), and limits, "(in brackets)".
+TimedCalls = dict[str, TimedCall | None]
 Speeds = Mapping[str, Sequence[float]]
-Same = Callable[[Any, Any], None]  # raises where ours and a peer's computed different things
+AssertSame = Callable[[Any, Any], None]  # (our result, a peer's): raises where they differ
 
 
-def alternate(sides: Sides, setup: Setup, same: Same | None = None) -> dict[str, list[float]]:
-    """Time all in turn, after one uncounted call of each; return amounts per second.
+def time_alternately(
+    sides: TimedCalls, setup: Setup, same: AssertSame | None = None
+) -> dict[str, list[float]]:
+    """Time all sides in turn, ``setup.repeats`` times; return amounts per second by name.
 
-    The uncounted calls' results are compared: speed says nothing of sides that compute
-    different things. In less than float32 they may round apart.
+    Each side is called once before, untimed, and its result compared by ``same``: the speeds of
+    sides that compute different things say nothing. Not so below float32, where they round apart.
     """
-    here = {name: side for name, side in sides.items() if side}
-    results = {name: side.call() for name, side in here.items()}
+    installed = {name: side for name, side in sides.items() if side}
+    results = {name: side.call() for name, side in installed.items()}
     if same is not None and setup.dtype == "float32":
-        for name in here:
+        for name in installed:
             if not name.startswith(("ours", "(")):
                 same(results["ours"], results[name])
     del results
-    speeds: dict[str, list[float]] = {name: [] for name in here}
+    speeds: dict[str, list[float]] = {name: [] for name in installed}
     for _ in range(setup.repeats):
-        for name, side in here.items():
+        for name, side in installed.items():
             synchronize(setup.device)
             start = time.perf_counter()
             side.call()
@@ -80,42 +82,44 @@ def alternate(sides: Sides, setup: Setup, same: Same | None = None) -> dict[str,
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has run all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def paired(ours: Sequence[float], others: Sequence[float]) -> float:
-    """Return the median ratio of neighbours: fair on a machine whose speed drifts."""
+def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
+    """Return the median of ratios within a turn, in which a drift of the machine cancels."""
     return statistics.median(a / b for a, b in zip(ours, others, strict=True))
 
 
-def rows(
-    work: str, shape: str, dtype: str, sides: Sides, speeds: Speeds, limit: float | None = None
-) -> list[Row]:
-    """Return a row for each peer."""
+def speed_rows(
+    work: str, shape: str, dtype: str, sides: TimedCalls, speeds: Speeds, limit: float | None = None
+) -> list[SpeedRow]:
+    """Return a row for each peer; ``limit``: our speed as a fraction of the limit."""
     ours = speeds["ours"]
-    made = []
+    rows = []
     for peer in sides:
         if peer == "ours" or peer.startswith("("):
             continue
         theirs = speeds.get(peer)
         speed = None if theirs is None else statistics.median(theirs)
-        ratio = None if theirs is None else paired(ours, theirs)
-        made.append(Row(work, shape, dtype, statistics.median(ours), peer, speed, ratio, limit))
-    return made
+        ratio = None if theirs is None else median_ratio(ours, theirs)
+        rows.append(
+            SpeedRow(work, shape, dtype, statistics.median(ours), peer, speed, ratio, limit)
+        )
+    return rows
 
 
 def same_tokens(ours: list[int], peer: list[int]) -> None:
-    """Raise RuntimeError unless both decoded the same."""
+    """Raise RuntimeError unless both sides decoded the same token ids."""
     if ours != peer:
         raise RuntimeError("the two sides decode different tokens; their speed says nothing")
 
 
 def same_numbers(ours: Any, peer: Any) -> None:
-    """Raise RuntimeError beyond what llama.cpp's half-precision attention rounds away.
+    """Raise RuntimeError where logits, or a loss, differ by over 1e-3 of the largest.
 
-    Of logits, or a loss.
+    llama.cpp's half-precision attention rounds that much.
     """
     ours, peer = torch.as_tensor(ours), torch.as_tensor(peer)
     error = (ours - peer).abs().max() / peer.abs().max()
@@ -123,21 +127,21 @@ def same_numbers(ours: Any, peer: Any) -> None:
         raise RuntimeError(f"the two sides' results differ by {error:.1e} of the largest")
 
 
-def memory_sides(device: torch.device) -> Sides:
-    """Return plain matrix-vector products; the fastest of them is what the memory gives."""
+def memory_reads(device: torch.device) -> TimedCalls:
+    """Return matrix-vector products; the fastest measures the memory's bytes per second."""
     on_cuda = device.type == "cuda"
     size, dtype = ((65536, 16384), torch.bfloat16) if on_cuda else ((49152, 576), torch.float32)
     matrix = torch.ones(size, dtype=dtype, device=device)
     vector = torch.ones(size[1], dtype=dtype, device=device)
     amount = READS * matrix.nbytes
-    sides: Sides = {"(torch.mv)": Side(lambda: repeat(torch.mv, matrix, vector), amount)}
+    sides: TimedCalls = {"(torch.mv)": TimedCall(lambda: repeat(torch.mv, matrix, vector), amount)}
     if not on_cuda:
         operands = matrix.numpy(), vector.numpy()
-        sides["(numpy)"] = Side(lambda: repeat(np.matmul, *operands), amount)
+        sides["(numpy)"] = TimedCall(lambda: repeat(np.matmul, *operands), amount)
     return sides
 
 
 def repeat(product: Callable[[Any, Any], object], matrix: Any, vector: Any) -> None:
-    """Multiply often enough to be timed."""
+    """Multiply ``READS`` times, long enough to time."""
     for _ in range(READS):
         product(matrix, vector)

@@ -1,7 +1,7 @@
-"""Training beside other loops: the work "train" of bench.py, each side in a process of its own.
+"""Measure training beside other loops, the work "train" of bench.py.
 
-Memory once used and code once compiled stay with a process, so a side that shared one would be
-measured with another's. training_side.py is such a process.
+Each side runs in a process of its own, training_side.py, since a process keeps the memory it has
+used and the code it has compiled.
 """
 
 import json
@@ -22,18 +22,18 @@ from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from llama_torch.training.throughput import flops_per_token
 
-from .timing import Setup, paired
+from .timing import Setup, median_ratio
 from .training_side import Job, Result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FACTOR_CUDA = 3  # as many steps are timed on a GPU, whose steps are short
+FACTOR_CUDA = 3  # times as many steps are timed on a GPU, where steps are short
 ON_CPU = ("ours", "transformers", "plain loop", "plain loop, compiled")
 # Compiled as a whole, before torch 2.14, transformers' model builds a mask: no flash attention.
 ON_CUDA = ("ours", "transformers, compiled", "transformers, blocks compiled")
 
 
 class TrainRow(NamedTuple):
-    """One line of the training table; speeds in tokens/s, memory in bytes. None: it failed."""
+    """One row of the training table; speeds in tokens/s, memory in bytes. None: the side failed."""
 
     work: str
     shape: str
@@ -47,35 +47,35 @@ class TrainRow(NamedTuple):
     ratio: float | None
 
 
-Ask = Callable[[int], Result | None]
-Found = list[Result]
+TakeSteps = Callable[[int], Result | None]  # number of steps -> their result; None: it failed
 
 
 def measure(setup: Setup, model: ModelConfig, batch_size: int) -> list[TrainRow]:
-    """Time every side's training step; a side that fails says why on stderr, in one line.
+    """Time every side's training step; return a row for each peer of ours.
 
-    On a CPU, whose speed drifts, all processes live together and take a step in turn. A GPU's
-    memory is for one at a time, and training there is in bfloat16, whatever ``setup`` says.
+    On a CPU, whose speed drifts, all processes run at once and take a step in turn. On a GPU, whose
+    memory one needs for itself, they run one after another, in bfloat16 whatever ``setup`` says.
+    The error of a side that fails is printed on stderr, in one line.
     """
     on_cuda = setup.device.type == "cuda"
     names = ON_CUDA if on_cuda else ON_CPU
     dtype = "bfloat16" if on_cuda else setup.dtype
     turns = [0, setup.repeats * FACTOR_CUDA] if on_cuda else [0, *[1] * setup.repeats]
     if on_cuda:
-        torch.cuda.empty_cache()  # what earlier works left is for the sides to use
-    results: dict[str, Found] = {}
+        torch.cuda.empty_cache()  # frees what earlier works allocated
+    results: dict[str, list[Result]] = {}
     for together in [[name] for name in names] if on_cuda else [names]:
         with ExitStack() as stack:
             jobs = [Job(name, model, batch_size, dtype, setup.device.type) for name in together]
-            asks = {job.side: stack.enter_context(worker(job)) for job in jobs}
+            asks = {job.side: stack.enter_context(side_process(job)) for job in jobs}
             results |= take_turns(asks, turns)
         same_losses({name: found[0].loss_first for name, found in results.items()}, dtype)
-    return rows(setup, model, batch_size, dtype, results)
+    return training_rows(setup, model, batch_size, dtype, results)
 
 
-def take_turns(asks: Mapping[str, Ask], turns: Sequence[int]) -> dict[str, Found]:
-    """Have every side take so many steps in each turn; leave out a side that fails."""
-    results: dict[str, Found] = {name: [] for name in asks}
+def take_turns(asks: Mapping[str, TakeSteps], turns: Sequence[int]) -> dict[str, list[Result]]:
+    """Return each side's results of ``turns``, numbers of steps, without the sides that failed."""
+    results: dict[str, list[Result]] = {name: [] for name in asks}
     for steps in turns:
         for name in list(results):
             result = asks[name](steps)
@@ -87,8 +87,8 @@ def take_turns(asks: Mapping[str, Ask], turns: Sequence[int]) -> dict[str, Found
 
 
 @contextmanager
-def worker(job: Job) -> Iterator[Ask]:
-    """Start a side's process; yield what has it take some steps, None where it failed."""
+def side_process(job: Job) -> Iterator[TakeSteps]:
+    """Start a side's process; yield a function that times some steps in it."""
     text = json.dumps(job._asdict() | {"model": asdict(job.model)})
     command = [sys.executable, "-m", "tools.benchmarks.training_side", text]
     pipe = subprocess.PIPE
@@ -98,42 +98,46 @@ def worker(job: Job) -> Iterator[Ask]:
             command, cwd=ROOT, bufsize=0, stdin=pipe, stdout=pipe, stderr=errors
         ) as process,
     ):
-        given, replies = process.stdin, process.stdout
-        assert given
+        requests, replies = process.stdin, process.stdout
+        assert requests
         assert replies
 
-        def ask(steps: int) -> Result | None:
+        def take_steps(steps: int) -> Result | None:
             with suppress(BrokenPipeError):  # it may have ended already
-                given.write(b"%d\n" % steps)
+                requests.write(b"%d\n" % steps)
             if reply := replies.readline():
                 return Result(**json.loads(reply))
             status = process.wait()
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
-            named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-            why = (named or lines or [f"ended with {status}"])[-1]
+            errors_named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+            why = (errors_named or lines or [f"ended with {status}"])[-1]
             print(f"train: {job.side}: {why}", file=sys.stderr)
             return None
 
-        yield ask
+        yield take_steps
 
 
 def same_losses(losses: dict[str, float], dtype: str) -> None:
-    """Raise RuntimeError unless all began with the same loss."""
-    most = 1e-4 if dtype == "float32" else 1e-2
+    """Raise RuntimeError unless the first losses of all sides are ours."""
+    tolerance = 1e-4 if dtype == "float32" else 1e-2
     ours = losses.get("ours")
     for name, loss in losses.items():
-        if ours is not None and not abs(loss - ours) <= most * abs(ours):
+        if ours is not None and not abs(loss - ours) <= tolerance * abs(ours):
             raise RuntimeError(
                 f"train: the first loss of {name} is {loss:.6f} and ours {ours:.6f}; "
                 "their speed says nothing"
             )
 
 
-def rows(
-    setup: Setup, model: ModelConfig, batch_size: int, dtype: str, results: Mapping[str, Found]
+def training_rows(
+    setup: Setup,
+    model: ModelConfig,
+    batch_size: int,
+    dtype: str,
+    results: Mapping[str, list[Result]],
 ) -> list[TrainRow]:
-    """Return a row for each peer."""
+    """Return a row for each peer, from every side's results."""
     tokens = batch_size * model.max_seq_len
     speeds = {
         name: [tokens / statistics.median(turn.seconds) for turn in found if turn.seconds]
@@ -146,12 +150,12 @@ def rows(
         with torch.device("meta"):
             n_parameters = sum(p.numel() for p in Llama(model).parameters())
         peaks = [turn.peak_flops for turn in results["ours"] if turn.seconds]
-        mfu = flops_per_token(model, n_parameters) * paired(speeds["ours"], peaks)
+        mfu = flops_per_token(model, n_parameters) * median_ratio(speeds["ours"], peaks)
     return [
         TrainRow(
             *("train", setup.shape, dtype, ours, mfu, memory.get("ours")),
             *(peer, medians.get(peer), memory.get(peer)),
-            paired(speeds["ours"], speeds[peer]) if ours and peer in speeds else None,
+            median_ratio(speeds["ours"], speeds[peer]) if ours and peer in speeds else None,
         )
         for peer in (ON_CUDA if setup.device.type == "cuda" else ON_CPU)
         if peer != "ours"

@@ -1,7 +1,7 @@
-"""One side of the training benchmark, in a process of its own.
+"""Run one side of the training benchmark, in a process of its own.
 
-``python -m tools.benchmarks.training_side JOB`` takes a few steps to warm up; then, for each number
-read, it times so many and prints a line of JSON.
+``python -m tools.benchmarks.training_side JOB`` takes a few steps to warm up; then it times as many
+steps as each line of its input says, and prints a line of JSON for each.
 """
 
 import json
@@ -28,14 +28,14 @@ from llama_torch.training.throughput import peak_flops, peak_memory
 from .transformers_peer import peer_loss, plain_step, transformers_peer
 
 WARM_UP = 3  # steps that compile, and allocate the optimizer's state
-# Parameters from which float32 weights, gradients and moments (16 bytes each) leave a GPU no
-# room: there the peer's loop has them all in bfloat16, as such loops have.
+# From this many parameters on, float32 weights, gradients and moments (16 bytes a parameter) do not
+# fit on a GPU: the peer's loop then has them all in bfloat16, as plain loops of that size do.
 LARGE = 4_000_000_000
 Step = Callable[[], Tensor]
 
 
 class Job(NamedTuple):
-    """What one process is to do."""
+    """The settings of one side's process."""
 
     side: str
     model: ModelConfig
@@ -45,16 +45,19 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What it found in one turn."""
+    """The measurements of some steps."""
 
     seconds: Sequence[float]  # of each step
-    peak_bytes: int  # until now
-    loss_first: float  # of its very first step
-    peak_flops: float  # operations per second of the device, now
+    peak_bytes: int  # since the start of the process
+    loss_first: float  # of the first step of the process
+    peak_flops: float  # operations per second of the device, measured after these steps
 
 
 def run(job: Job) -> Iterator[Result]:
-    """Yield a turn for each line read: all sides have the same first weights and tokens."""
+    """Yield a result for each line of stdin, a number of steps.
+
+    All sides have the same initial weights and tokens.
+    """
     device = torch.device(job.device)
     config = TrainConfig(model=job.model, dtype=job.dtype)  # type: ignore[arg-type]
     torch.set_float32_matmul_precision(config.matmul_precision)
@@ -65,17 +68,17 @@ def run(job: Job) -> Iterator[Result]:
     generator, size = torch.Generator().manual_seed(1), (job.batch_size, job.model.max_seq_len + 1)
     window = torch.randint(job.model.vocab_size, size, generator=generator)
     step = SIDES[job.side](model, window, config)
-    del model  # the peer's own has its tensors
+    del model  # the side keeps the tensors it needs
     loss_first = step().item()
     for _ in range(WARM_UP - 1):
         step()
     for line in sys.stdin:
-        seconds, memory = times(step, int(line), device), peak_memory(device)
+        seconds, memory = step_seconds(step, int(line), device), peak_memory(device)
         yield Result(seconds, memory, loss_first, peak_flops(device, getattr(torch, job.dtype)))
 
 
-def times(step: Step, n: int, device: torch.device) -> list[float]:
-    """Return the seconds of each of ``n`` steps; a GPU is not made to wait between them."""
+def step_seconds(step: Step, n: int, device: torch.device) -> list[float]:
+    """Return the seconds of each of ``n`` steps, without synchronising a GPU between them."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for _ in range(n):
@@ -93,7 +96,7 @@ def times(step: Step, n: int, device: torch.device) -> list[float]:
 
 
 def ours(model: Llama, window: Tensor, config: TrainConfig) -> Step:
-    """Return our step, set up as the trainer does."""
+    """Return our training step, set up as in the trainer."""
     optimizer = make_adamw(model, config.optim, getattr(torch, config.dtype))
     compile_blocks(model, config.compile, config.recompute)
     batches, optim = [to_batch(window)], config.optim
@@ -101,7 +104,7 @@ def ours(model: Llama, window: Tensor, config: TrainConfig) -> Step:
 
 
 def transformers(model: Llama, window: Tensor, config: TrainConfig, part: str = "model") -> Step:
-    """Return transformers' step; on a GPU with the model, or each of its blocks, compiled."""
+    """Return transformers' step; on a GPU the model, or each of its blocks, is compiled."""
     device = model.head_weight.device
     if device.type == "cuda" and sum(p.numel() for p in model.parameters()) >= LARGE:
         model.to(torch.bfloat16)
@@ -112,23 +115,23 @@ def transformers(model: Llama, window: Tensor, config: TrainConfig, part: str = 
     if device.type == "cuda":
         for module in [peer] if part == "model" else peer.model.layers:
             module.compile()
-    return plain(peer, partial(peer_loss, peer), window, config)
+    return plain_loop_step(peer, partial(peer_loss, peer), window, config)
 
 
 def plain_loop(model: Llama, window: Tensor, config: TrainConfig, compiled: bool = False) -> Step:
-    """Return the loop that is usually written around a model which returns logits."""
+    """Return the step of a plain loop around our model's logits, all of which it keeps."""
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         logits, _ = model(tokens)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    return plain(model, torch.compile(loss) if compiled else loss, window, config)
+    return plain_loop_step(model, torch.compile(loss) if compiled else loss, window, config)
 
 
-def plain(
+def plain_loop_step(
     model: Any, loss: Callable[[Tensor, Tensor], Tensor], window: Tensor, config: TrainConfig
 ) -> Step:
-    """Return a plain loop's step with torch's fused AdamW."""
+    """Return the step of a plain loop with torch's fused AdamW; ``loss`` takes tokens, targets."""
     optim, dtype = config.optim, getattr(torch, config.dtype)
     optimizer = make_adamw(model, optim)
     return partial(
@@ -147,10 +150,13 @@ SIDES: dict[str, Callable[[Llama, Tensor, TrainConfig], Step]] = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do one job."""
+    """Run the command line; return its exit code."""
     fields = json.loads(argv[0])
     job = Job(**(fields | {"model": ModelConfig(**fields["model"])}))
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
+    replies, sys.stdout = (
+        sys.stdout,
+        sys.stderr,
+    )  # libraries print to stderr, so that stdout holds results alone
     for result in run(job):
         print(json.dumps(result._asdict()), file=replies, flush=True)
     return 0

@@ -1,4 +1,4 @@
-"""transformers' Llama as a peer: around our weights, and a plain training step."""
+"""Build transformers' Llama around our weights, and take a plain training step of it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from llama_torch.training.batch import to_batch
 
 
 def transformers_peer(model: Llama, device: torch.device) -> Any:
-    """Build transformers' Llama around the very same tensors; None where it is not installed."""
+    """Return transformers' Llama with the model's own tensors; None where it is not installed."""
     try:
         import transformers
     except ImportError:
@@ -24,15 +24,15 @@ def transformers_peer(model: Llama, device: torch.device) -> Any:
     assert not extra
     assert set(missing) <= {"lm_head.weight"}  # tied
     peer.tie_weights()
-    with device:  # its tables are no part of the state
+    with device:  # its buffers are not in the state dict
         peer.model.rotary_emb = type(peer.model.rotary_emb)(config)
     return peer.eval()
 
 
 def peer_loss(peer: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Return the peer's own loss."""
-    targets = targets.contiguous()  # older releases view them
-    # shift_labels: the targets as they are, without the peer's own shift.
+    """Return the loss that transformers' model computes from tokens and targets [B, T]."""
+    targets = targets.contiguous()  # older releases call view() on them
+    # shift_labels: targets that are shifted already.
     loss: Tensor = peer(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
     return loss
 
@@ -46,7 +46,7 @@ def plain_step(
     grad_clip: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Take the step of a plain training loop, under autocast to the dtype; return its loss."""
+    """Take a plain loop's training step on a window [B, T + 1] under autocast; return its loss."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
     for group in optimizer.param_groups:
@@ -62,5 +62,5 @@ def plain_step(
 
 
 def autocast(device: torch.device, weights: torch.dtype, dtype: torch.dtype) -> torch.autocast:
-    """Return the context in which float32 weights multiply in bfloat16; weights of it need none."""
+    """Return an autocast to bfloat16, enabled where the weights are not of ``dtype``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype != weights)

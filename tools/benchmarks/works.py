@@ -1,6 +1,7 @@
-"""What bench.py measures: each work beside its peers and its limit.
+"""Measure each work of bench.py beside its peers and its limit.
 
-A work is a function from Setup to rows: it makes its sides from the same weights, and times them.
+A work is a function of a Setup that builds its sides from the same weights, times them, and
+returns rows of the table.
 """
 
 import itertools
@@ -25,36 +26,36 @@ from ..shapes import SHAPES
 from . import numpy_oracle, training
 from .llama_cpp_peer import llama_cpp_peer
 from .timing import (
-    Row,
     Setup,
-    Side,
-    Sides,
+    SpeedRow,
     Speeds,
-    alternate,
-    memory_sides,
-    paired,
-    rows,
+    TimedCall,
+    TimedCalls,
+    median_ratio,
+    memory_reads,
     same_numbers,
     same_tokens,
+    speed_rows,
+    time_alternately,
 )
 from .training import TrainRow
 from .transformers_peer import transformers_peer
 
-BATCHES = {"124m": 32, "1.1b": 8, "7b": 1}  # windows in a training step; 4 of other shapes
+BATCHES = {"124m": 32, "1.1b": 8, "7b": 1}  # windows in a training step; 4 for other shapes
 
 PREFILL = 512  # tokens, in one forward pass
 
-ROWS = 32  # of batch32
+ROWS = 32  # sequences of batch32
 
 NUMPY_SHAPE, NUMPY_PREFILL, NUMPY_STEPS = "15m", 256, 64
 
 
 @torch.no_grad()
 def make_model(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> Llama:
-    """Draw a model where it is to run, in the dtype it is to have.
+    """Draw a model on its device, in its dtype, from N(0, 1 / fan-in).
 
-    Every matrix keeps the variance of what it multiplies. As the trainer draws them, blocks add
-    little at first, and with a tied head any model would repeat its last token, right or wrong.
+    The trainer's initialisation would not do: its blocks add little to the residual stream, and
+    with a tied head any model, right or wrong, would repeat its last token.
     """
     with torch.device("meta"):
         model = Llama(shape).to(dtype)
@@ -69,22 +70,22 @@ def make_model(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
 
 
 def model_for(setup: Setup, context: int) -> Llama:
-    """Return the asked-for shape with a context of this length."""
+    """Return a model of the setup's shape with a context of ``context`` tokens."""
     shape = SHAPES[setup.shape].to_hf() | {"max_position_embeddings": context}
     return make_model(ModelConfig.from_hf(shape), setup.torch_dtype, setup.device)
 
 
 def prompts_for(model: Llama, n_rows: int, length: int) -> list[list[int]]:
-    """Return different prompts of one length."""
+    """Return ``n_rows`` different prompts of ``length`` token ids."""
     ids = itertools.count(1000)
     return [[next(ids) % model.config.vocab_size for _ in range(length)] for _ in range(n_rows)]
 
 
 @contextmanager
 def llama_cpp(
-    model: Llama, setup: Setup, flash: bool, side: Callable[[Any], Side]
-) -> Iterator[Sides]:
-    """Yield llama.cpp's side where it is a peer: in float32 on the CPU."""
+    model: Llama, setup: Setup, flash: bool, side: Callable[[Any], TimedCall]
+) -> Iterator[TimedCalls]:
+    """Yield llama.cpp's side; nothing where it is no peer, which it is in float32 on the CPU."""
     if setup.device.type != "cpu" or setup.dtype != "float32":
         yield {}
         return
@@ -93,29 +94,29 @@ def llama_cpp(
 
 
 def train(setup: Setup) -> list[TrainRow]:
-    """Measure optimizer steps of the asked-for shape."""
+    """Measure optimizer steps."""
     batch_size = setup.batch_size or BATCHES.get(setup.shape, 4)
     return training.measure(setup, SHAPES[setup.shape], batch_size)
 
 
-# Greedy decoding, from a prompt as long as the answer. Its limit is the memory's speed.
+# Greedy decoding after a prompt of as many tokens. Its limit is the memory's speed.
 
 
 class Decoding:
-    """Our decoding of some prompts, and how fast each call went on after the first tokens."""
+    """Decodes prompts with our model, and keeps each call's steps per second after the first."""
 
     def __init__(self, model: Llama, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         self.model, self.prompts, self.new_tokens = model, prompts, new_tokens
         self.settings = SamplingConfig(new_tokens, temperature=0)
         self.graphs = GraphStore(model)
         self.steps_per_second: list[float] = []
-        # A step reads every matrix once; the embedding is looked up, unless it is the head too.
-        read = [t.nbytes for t in model.state_dict().values() if t.ndim > 1]
+        # A step reads every matrix once, but for an embedding that is not the head too.
+        sizes = [t.nbytes for t in model.state_dict().values() if t.ndim > 1]
         tied = model.config.tie_embeddings
-        self.bytes = sum(read) - (0 if tied else model.model.embed_tokens.weight.nbytes)
+        self.bytes_per_step = sum(sizes) - (0 if tied else model.model.embed_tokens.weight.nbytes)
 
     def __call__(self) -> list[int]:
-        """Return the new tokens, those of one step together."""
+        """Return the new token ids, step by step."""
         tokens, times = [], []
         for token in self._tokens():
             tokens.append(token)
@@ -130,26 +131,28 @@ class Decoding:
         batch = DecodeBatch(self.model, self.prompts, settings, graphs=self.graphs)
         return (token.id for token in generate_tokens(batch))
 
-    def side(self) -> Side:
-        """Return it as a side."""
-        return Side(self, self.new_tokens * len(self.prompts))
+    def side(self) -> TimedCall:
+        """Return the call to time, in tokens."""
+        return TimedCall(self, self.new_tokens * len(self.prompts))
 
     def limit(self, setup: Setup, speeds: Speeds) -> float:
-        """Return the bytes read per second in the timed calls beside the memory's."""
-        read = [self.bytes * steps for steps in self.steps_per_second[-setup.repeats :]]
+        """Return our bytes read per second as a fraction of the memory's, over the timed calls."""
+        read = [self.bytes_per_step * steps for steps in self.steps_per_second[-setup.repeats :]]
         memory = [speeds[name] for name in speeds if name.startswith("(")]
-        return paired(read, [max(each) for each in zip(*memory, strict=True)])
+        return median_ratio(read, [max(each) for each in zip(*memory, strict=True)])
 
 
-def decoding_rows(work: str, dtype: str, ours: Decoding, peers: Sides, setup: Setup) -> list[Row]:
-    """Time ours, the peers and the memory."""
-    sides = {"ours": ours.side()} | peers | memory_sides(setup.device)
-    speeds = alternate(sides, setup, same_tokens)
-    return rows(work, setup.shape, dtype, sides, speeds, ours.limit(setup, speeds))
+def decoding_rows(
+    work: str, dtype: str, ours: Decoding, peers: TimedCalls, setup: Setup
+) -> list[SpeedRow]:
+    """Time ours, the peers and the memory; return a row for each peer."""
+    sides = {"ours": ours.side()} | peers | memory_reads(setup.device)
+    speeds = time_alternately(sides, setup, same_tokens)
+    return speed_rows(work, setup.shape, dtype, sides, speeds, ours.limit(setup, speeds))
 
 
-def peer_generate(peer: Any, ours: Decoding, **settings: Any) -> Side | None:
-    """Return transformers' greedy decoding; its tokens in the order of ours."""
+def peer_generate(peer: Any, ours: Decoding, **settings: Any) -> TimedCall | None:
+    """Return transformers' greedy decoding, its token ids step by step as ours; None without it."""
     if peer is None:
         return None
     inputs = torch.tensor(ours.prompts, device=peer.device)
@@ -167,52 +170,53 @@ def peer_generate(peer: Any, ours: Decoding, **settings: Any) -> Side | None:
         )
         return [int(token) for token in out[:, inputs.shape[1] :].T.flatten().tolist()]
 
-    return Side(call, ours.side().amount)
+    return TimedCall(call, ours.side().amount)
 
 
-def decode(setup: Setup) -> list[Row]:
-    """Measure one sequence."""
+def decode(setup: Setup) -> list[SpeedRow]:
+    """Measure decoding of one sequence."""
     n, model = setup.new_tokens, model_for(setup, 2 * setup.new_tokens)
     ours = Decoding(model, prompts_for(model, 1, n), n)
     peer = transformers_peer(model, setup.device)
-    peers: Sides = {"transformers": peer_generate(peer, ours)}
+    peers: TimedCalls = {"transformers": peer_generate(peer, ours)}
     if setup.compiled_peer:
         compiled = peer_generate(peer, ours, cache_implementation="static")
         peers["transformers, static cache, compiled"] = compiled
 
-    def side(cpp: Any) -> Side:
-        return Side(lambda: cpp.generate(ours.prompts[0], n), n)
+    def side(cpp: Any) -> TimedCall:
+        return TimedCall(lambda: cpp.generate(ours.prompts[0], n), n)
 
     with llama_cpp(model, setup, False, side) as cpp:
         return decoding_rows("decode", setup.dtype, ours, peers | cpp, setup)
 
 
-def batch32(setup: Setup) -> list[Row]:
-    """Measure many sequences together, beside one of them alone."""
+def batch32(setup: Setup) -> list[SpeedRow]:
+    """Measure decoding of ``ROWS`` sequences together, beside one of them alone."""
     n, model = setup.new_tokens, model_for(setup, 2 * setup.new_tokens)
     prompts = prompts_for(model, ROWS, n)
     ours, alone = Decoding(model, prompts, n), Decoding(model, prompts[:1], n)
     theirs = peer_generate(transformers_peer(model, setup.device), ours)
-    peers: Sides = {"ours, batch 1": alone.side(), "transformers": theirs}
+    peers: TimedCalls = {"ours, batch 1": alone.side(), "transformers": theirs}
     return decoding_rows("batch32 decode", setup.dtype, ours, peers, setup)
 
 
-def int8(setup: Setup) -> list[Row]:
-    """Measure one sequence with int8 weights, beside the same model as it was."""
+def int8(setup: Setup) -> list[SpeedRow]:
+    """Measure decoding of one sequence with int8 weights, beside the setup's dtype."""
     from llama_torch.inference.quantization import quantize
 
-    n, plain = setup.new_tokens, model_for(setup, 2 * setup.new_tokens)
-    quantised = model_for(setup, 2 * n)
-    quantize(quantised)
-    ours, peer = (Decoding(model, prompts_for(plain, 1, n), n) for model in (quantised, plain))
+    n, original = setup.new_tokens, model_for(setup, 2 * setup.new_tokens)
+    quantized = model_for(setup, 2 * n)
+    quantize(quantized)
+    prompts = prompts_for(original, 1, n)
+    ours, peer = (Decoding(model, prompts, n) for model in (quantized, original))
     return decoding_rows("decode", "int8", ours, {f"ours, {setup.dtype}": peer.side()}, setup)
 
 
-# A prompt alone. Its limit is the speed of its matrix products.
+# One forward pass of a prompt. Its limit is the speed of its matrix products.
 
 
-def prefill(setup: Setup) -> list[Row]:
-    """Measure one forward pass that leaves a cache and the last position's logits."""
+def prefill(setup: Setup) -> list[SpeedRow]:
+    """Measure one forward pass that returns a cache and the last position's logits [V]."""
     model = model_for(setup, PREFILL)
     [prompt] = prompts_for(model, 1, PREFILL)
     tokens = torch.tensor([prompt], device=setup.device)
@@ -228,16 +232,21 @@ def prefill(setup: Setup) -> list[Row]:
         logits: Tensor = peer(tokens, use_cache=True, logits_to_keep=1).logits
         return logits[0, -1]
 
-    sides: Sides = {"ours": Side(ours, PREFILL), "transformers": peer and Side(theirs, PREFILL)}
-    with llama_cpp(model, setup, True, lambda cpp: Side(lambda: cpp.prefill(prompt), PREFILL)) as c:
-        sides |= c | {"(products)": Side(products(model, PREFILL), PREFILL)}
-        speeds = alternate(sides, setup, same_numbers)
-    limit = paired(speeds["ours"], speeds["(products)"])
-    return rows("prefill", setup.shape, setup.dtype, sides, speeds, limit)
+    sides: TimedCalls = {
+        "ours": TimedCall(ours, PREFILL),
+        "transformers": peer and TimedCall(theirs, PREFILL),
+    }
+    with llama_cpp(
+        model, setup, True, lambda cpp: TimedCall(lambda: cpp.prefill(prompt), PREFILL)
+    ) as c:
+        sides |= c | {"(products)": TimedCall(products(model, PREFILL), PREFILL)}
+        speeds = time_alternately(sides, setup, same_numbers)
+    limit = median_ratio(speeds["ours"], speeds["(products)"])
+    return speed_rows("prefill", setup.shape, setup.dtype, sides, speeds, limit)
 
 
 def products(model: Llama, length: int) -> Callable[[], None]:
-    """Return a prompt's matrix products alone: every linear map, and attention."""
+    """Return a function that runs a prompt's matrix products: linear layers and attention."""
     config, head = model.config, model.head_weight
     heads, groups, width = config.n_heads, config.n_kv_heads, config.head_dim
 
@@ -265,17 +274,17 @@ def products(model: Llama, length: int) -> Callable[[], None]:
 
 def oracle(
     work: str, tokens: int, make: Callable[[LlamaConfig], numpy_oracle.Trio], setup: Setup
-) -> list[Row]:
-    """Measure the oracle, a plain NumPy Llama and the oracle's products, on the CPU."""
+) -> list[SpeedRow]:
+    """Measure the oracle, a plain NumPy Llama and the oracle's matrix products, on the CPU."""
     trio = make(LlamaConfig.from_hf(SHAPES[NUMPY_SHAPE].to_hf()))
     names = ("ours", "plain NumPy", "(products)")
-    sides: Sides = {n: Side(call, tokens) for n, call in zip(names, trio, strict=True)}
-    speeds = alternate(sides, setup)
-    limit = paired(speeds["ours"], speeds["(products)"])
-    return rows(work, NUMPY_SHAPE, "float32", sides, speeds, limit)
+    sides: TimedCalls = {n: TimedCall(call, tokens) for n, call in zip(names, trio, strict=True)}
+    speeds = time_alternately(sides, setup)
+    limit = median_ratio(speeds["ours"], speeds["(products)"])
+    return speed_rows(work, NUMPY_SHAPE, "float32", sides, speeds, limit)
 
 
-WORKS: dict[str, Callable[[Setup], Sequence[Row | TrainRow]]] = {
+WORKS: dict[str, Callable[[Setup], Sequence[SpeedRow | TrainRow]]] = {
     "train": train,
     "decode": decode,
     "prefill": prefill,
