@@ -1,4 +1,4 @@
-"""What Hypothesis draws: the same on every machine, and told by the numbers that rebuild it."""
+"""Hypothesis draws that are equal on every machine and print as the labelled numbers drawn."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.control import current_build_context
 from hypothesis.internal.conjecture import providers
 
-# For ``find``: the first example that has a property, the same everywhere.
+# For ``find``: the first example with a property, equal on every machine.
 SEARCH = settings(
     max_examples=500,
     phases=[Phase.generate],
@@ -18,93 +18,93 @@ SEARCH = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-# The labelled values of the outermost strategy that is being drawn, if one is.
-_numbers: list[dict[str, Any]] = []
-# Those of the example that was drawn last, for the line that tells of a failure.
-latest: dict[str, Any] = {}
-_example: Any = None  # Hypothesis's own context of it
+# While a strategy is being drawn: one dict, the labelled values of the outermost strategy.
+_outermost: list[dict[str, Any]] = []
+# The labelled values of the example drawn last, for the message of a failure.
+last_example: dict[str, Any] = {}
+_example: Any = None  # Hypothesis's context of that example
 
 
 def ignore_constants() -> None:
-    """Keep the examples apart from the constants of whatever modules are imported.
+    """Make the examples independent of the constants in imported modules.
 
-    Hypothesis draws some of its numbers and texts from the source files of local modules that are
-    loaded, in derandomised profiles as well: the examples of a test would depend on which tests
-    run beside it, and on every edit of a constant anywhere.
+    Hypothesis draws some of its numbers and texts from the source files of imported local modules,
+    in derandomised profiles as well: the examples of a test would depend on the tests that run in
+    the same process, and on every edit of a constant anywhere.
     """
-    assert callable(providers._get_local_constants)  # or the patch would be of nothing
-    nothing = providers.Constants()
-    providers._get_local_constants = lambda: nothing
+    assert callable(providers._get_local_constants)  # or the patch would have no effect
+    no_constants = providers.Constants()
+    providers._get_local_constants = lambda: no_constants
 
 
 class Draw:
-    """A ``draw`` that keeps every labelled value in ``numbers``."""
+    """A ``draw`` that records every labelled value in ``numbers``."""
 
     def __init__(self, draw: st.DrawFn, numbers: dict[str, Any]) -> None:
         self._draw, self.numbers = draw, numbers
 
     def __call__(self, strategy: st.SearchStrategy[Any], label: str | None = None) -> Any:
-        """Draw a value, and keep it under its label."""
+        """Draw a value, and record it under its label."""
         value = self._draw(strategy, label=label)
         if label:
-            keep(self.numbers, label, value)
+            record(self.numbers, label, value)
         return value
 
 
-def keep(numbers: dict[str, Any], label: str, value: Any) -> None:
-    """Keep a value under its label, or under ``label#2`` and so on."""
+def record(numbers: dict[str, Any], label: str, value: Any) -> None:
+    """Record a value under its label, a second one under ``label#2`` and so on."""
     same = sum(name.split("#")[0] == label for name in numbers)
     numbers[f"{label}#{same + 1}" if same else label] = value
 
 
 def composite(function: Callable[..., Any]) -> Callable[..., st.SearchStrategy[Any]]:
-    """Make a composite strategy whose ``draw`` is a Draw; nested ones share their numbers.
+    """Return a composite strategy whose ``draw`` is a Draw; nested strategies share ``numbers``.
 
-    ``latest`` has the numbers of all strategies that one example draws.
+    The labelled values of all strategies of one example are added to ``last_example``.
     """
 
     @st.composite
     @functools.wraps(function)
     def recorded(draw: st.DrawFn, *args: Any, **kwargs: Any) -> Any:
         global _example
-        is_outermost = not _numbers
+        is_outermost = not _outermost
         if is_outermost:
-            _numbers.append({})
+            _outermost.append({})
             if _example is not (_example := current_build_context()):
-                latest.clear()
+                last_example.clear()
         try:
-            return function(Draw(draw, _numbers[0]), *args, **kwargs)
+            return function(Draw(draw, _outermost[0]), *args, **kwargs)
         finally:
             if is_outermost:
-                for label, value in _numbers.pop().items():
-                    keep(latest, label.split("#")[0], value)
+                for label, value in _outermost.pop().items():
+                    record(last_example, label.split("#")[0], value)
 
     return recorded
 
 
-class Told(tuple[Any, ...]):
-    """A tuple of large values that prints as the numbers that rebuild it."""
+class LabelledTuple(tuple[Any, ...]):
+    """A tuple of large values, printed as the labelled numbers it was made from."""
 
     numbers: Mapping[str, Any]
 
     def __repr__(self) -> str:
-        """List the numbers."""
-        return f"({listed(self.numbers)})"
+        """Return the numbers in place of the values."""
+        return f"({format_numbers(self.numbers)})"
 
 
-def told(values: Iterable[Any], numbers: Mapping[str, Any]) -> Told:
-    """Return the values as a tuple that prints as ``numbers``."""
-    made = Told(values)
-    made.numbers = numbers
-    return made
+def labelled(values: Iterable[Any], numbers: Mapping[str, Any]) -> LabelledTuple:
+    """Return the values as a tuple that is printed as ``numbers``."""
+    result = LabelledTuple(values)
+    result.numbers = numbers
+    return result
 
 
-def listed(numbers: Mapping[str, Any]) -> str:
-    """List labelled values in the order in which they were drawn."""
+def format_numbers(numbers: Mapping[str, Any]) -> str:
+    """Return ``label=value, ...`` in the order in which the values were drawn."""
     return ", ".join(f"{label}={value!r}" for label, value in numbers.items())
 
 
-def described(case: Any) -> str:
-    """Describe a case by the few numbers that rebuild it, or by its config where none are kept."""
-    made_from = listed(case.numbers) if case.numbers else f"config={case.config}"
-    return f"{type(case).__name__}({made_from})"
+def describe_case(case: Any) -> str:
+    """Return a case's type and the numbers it was made from, or its config if it has none."""
+    text = format_numbers(case.numbers) if case.numbers else f"config={case.config}"
+    return f"{type(case).__name__}({text})"

@@ -1,4 +1,4 @@
-"""The oracle itself as a backend: honest, with a bug, or rounding as a plain implementation."""
+"""The oracle as a backend: unchanged, with one known bug, or as the baseline of a precision."""
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType, SimpleNamespace
@@ -15,11 +15,16 @@ from reference_np.model import Cache, forward
 from reference_np.mutants import Mutant
 from reference_np.optim import Hyperparameters
 
-IN_FORWARD = ("logits", "decode", "trace", "traced_decode")
+FORWARD_METHODS = ("logits", "decode", "trace", "traced_decode")
+TRAINING_METHODS = ("loss_and_grads", "train")
 
 
 class Oracle:
-    """reference_np behind the protocol, with any of its operations replaced."""
+    """reference_np as a backend, with the operations that are given.
+
+    ``ops`` are those of the forward pass, ``vjps`` of the backward pass, ``rules`` of a training
+    step; the methods are described in reference_np/backend.py.
+    """
 
     dtypes: Sequence[str] = ("float64", "float32")
     example_fraction = 1.0
@@ -41,8 +46,8 @@ class Oracle:
         mask: Array | None,
         cache: Cache | None,
     ) -> tuple[Array, Cache]:
-        given: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache}
-        return forward(params, tokens, config, **given, ops=self.ops)
+        inputs: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache}
+        return forward(params, tokens, config, **inputs, ops=self.ops)
 
     def logits(self, *arguments: Any) -> Array:
         return self.decode(*arguments, None)[0]
@@ -56,11 +61,11 @@ class Oracle:
         mask: Array | None,
         cache: Cache | None,
     ) -> tuple[Mapping[str, Array], Cache]:
-        found: dict[str, Array] = {}
-        given: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache}
-        note = found.__setitem__
-        _, cache = forward(params, tokens, config, **given, ops=self.ops, trace=note)
-        return found, cache
+        activations: dict[str, Array] = {}
+        inputs: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache}
+        trace = activations.__setitem__
+        _, cache = forward(params, tokens, config, **inputs, ops=self.ops, trace=trace)
+        return activations, cache
 
     def trace(self, *arguments: Any) -> Mapping[str, Array]:
         return self.traced_decode(*arguments, None)[0]
@@ -91,7 +96,7 @@ class Oracle:
 
 
 class WithBug(Oracle):
-    """The oracle with one known bug; it offers only what that bug can reach."""
+    """The oracle with one known bug, without the methods that the bug does not change."""
 
     dtypes = ("float64",)
 
@@ -99,13 +104,15 @@ class WithBug(Oracle):
         super().__init__(
             *(mutant.apply(part) for part in (ops, grad.REFERENCE_VJPS, optim.REFERENCE_RULES))
         )
+        # A bug of the forward pass is tested by the forward methods, one of the training step by
+        # the training methods; without the others no test is run in vain.
         in_forward = hasattr(ops, mutant.operation)
-        for name in ("loss_and_grads", "train") if in_forward else IN_FORWARD:
+        for name in TRAINING_METHODS if in_forward else FORWARD_METHODS:
             setattr(self, name, None)
 
 
-class Plain(Oracle):
-    """The baseline of a precision: the oracle in float32, or storing less than that."""
+class Baseline(Oracle):
+    """The baseline of a precision: the oracle in float32, or rounding every result to less."""
 
     def __init__(self, dtype: str) -> None:
         super().__init__(ops if dtype in ("float32", "float64") else rounded_ops(dtype))

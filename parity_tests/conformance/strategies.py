@@ -1,7 +1,9 @@
-"""Hypothesis strategies for everything a Llama computes with.
+"""Hypothesis strategies for configs, weights, tokens, positions, masks and whole calls.
 
-Weights and activations come from NumPy's generator with a drawn seed: Hypothesis shrinks the
-shapes, which is where porting bugs live, and leaves the numbers dense.
+Weights and tokens come from NumPy's generator with a drawn seed: Hypothesis shrinks the shapes,
+where porting bugs are, and leaves the weights dense.
+
+Axes: B batch, T query position (this call's tokens), S key position (cache and this call).
 """
 
 import itertools
@@ -16,7 +18,7 @@ from reference_np.config import LlamaConfig
 from reference_np.model import Cache
 from reference_np.naming import parameter_shapes
 
-from .drawn import Draw, composite, described
+from .drawn import Draw, composite, describe_case
 
 Array = NDArray[Any]
 Params = dict[str, Array]
@@ -26,7 +28,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @composite
 def scalings(draw: Draw) -> dict[str, Any]:
-    """Scaling of the rotary frequencies: thresholds that fall among those of any small head."""
+    """Draw LlamaConfig's fields of rotary scaling; thresholds within a small head's frequencies."""
     kind = draw(st.sampled_from(["default", "linear", "llama3", "llama3"]), label="rope_type")
     if kind == "default":
         return {}
@@ -45,9 +47,10 @@ def scalings(draw: Draw) -> dict[str, Any]:
 
 @composite
 def configs(draw: Draw, least_width: int = 1) -> LlamaConfig:
-    """Any small architecture: n_rep != n_kv_heads, odd counts, dim unrelated to the heads.
+    """Draw a small architecture: n_rep != n_kv_heads, odd counts, dim unrelated to the heads.
 
-    transformers insists that dim be a multiple of n_heads, even with an explicit head_dim.
+    dim is a multiple of n_heads in half of them, as transformers requires even with an explicit
+    head_dim. ``least_width`` is the least dim and hidden_dim.
     """
     n_kv_heads = draw(st.integers(1, 4), label="n_kv_heads")
     n_rep = draw(st.integers(1, 4), label="n_rep")
@@ -69,9 +72,9 @@ def configs(draw: Draw, least_width: int = 1) -> LlamaConfig:
 
 
 def random_params(config: LlamaConfig, seed: int, embed_scale: float = 1.0) -> Params:
-    """Draw float64 parameters that keep activations near one, whatever the widths.
+    """Return random float64 parameters by name that keep activations near one at every width.
 
-    Norm weights are spread around one, so that a forgotten or misplaced one shows.
+    Norm weights are spread around one, so that a missing or misplaced one changes the result.
     """
     rng = np.random.default_rng(seed)
     params = {}
@@ -87,26 +90,27 @@ def random_params(config: LlamaConfig, seed: int, embed_scale: float = 1.0) -> P
 
 
 class Case(NamedTuple):
-    """One call of a model, whole."""
+    """A model and the arguments of one call without a cache (S = T)."""
 
     config: LlamaConfig
     params: Params  # float64
     tokens: Array  # int64 [B, T]
     positions: Array | None  # int64 [B, T]
-    mask: Array | None  # bool [B, T, S]
-    numbers: Mapping[str, Any] | None = None  # what it was made from
+    mask: Array | None  # bool [B, T, S], True = may attend
+    numbers: Mapping[str, Any] | None = None  # the labelled draws it was made from
 
     def __repr__(self) -> str:
-        """Print the few numbers that rebuild the case, in place of its arrays."""
-        return described(self)
+        """Return the labelled draws in place of the arrays."""
+        return describe_case(self)
 
 
 @composite
-def params_of(draw: Draw, config: LlamaConfig) -> Params:
-    """Parameters for ``config``; small embeddings make the norms' epsilon count.
+def params_for(draw: Draw, config: LlamaConfig) -> Params:
+    """Draw the float64 parameters of ``config``, by name.
 
-    Extreme ones: norm weights of either sign and a hundredfold size, and every other token's
-    vector so near to zero that epsilon alone decides what its norm makes of it.
+    Small embeddings make the norm's epsilon matter. Extreme parameters have norm weights of either
+    sign and a hundredfold size, and every other token's embedding so near zero that epsilon
+    dominates its mean square.
     """
     scale = draw(st.sampled_from([1.0, 1e-3, 30.0]), label="embed scale")
     params = random_params(config, draw(seeds, label="weights seed"), scale)
@@ -120,8 +124,8 @@ def params_of(draw: Draw, config: LlamaConfig) -> Params:
 
 
 @composite
-def tokens_of(draw: Draw, config: LlamaConfig, max_batch: int = 3, min_length: int = 1) -> Array:
-    """Token ids [B, T]."""
+def tokens_for(draw: Draw, config: LlamaConfig, max_batch: int = 3, min_length: int = 1) -> Array:
+    """Draw token ids [B, T]."""
     batch = draw(st.integers(1, max_batch), label="batch")
     length = draw(st.integers(min_length, 12), label="length")
     rng = np.random.default_rng(draw(seeds, label="tokens seed"))
@@ -130,15 +134,15 @@ def tokens_of(draw: Draw, config: LlamaConfig, max_batch: int = 3, min_length: i
 
 @composite
 def masks(draw: Draw, batch: int, n_queries: int, n_keys: int) -> Array:
-    """Any boolean mask, rows that may attend to nothing included."""
+    """Draw a boolean mask [B, T, S], queries that may attend to no key included."""
     rng = np.random.default_rng(draw(seeds, label="mask seed"))
     density = draw(st.sampled_from([0.1, 0.5, 0.9]), label="mask density")
     return rng.random((batch, n_queries, n_keys)) < density
 
 
 @composite
-def positions_of(draw: Draw, batch: int, length: int) -> Array:
-    """Any positions: repeated, out of order, far past every context."""
+def positions_for(draw: Draw, batch: int, length: int) -> Array:
+    """Draw positions [B, T]: repeated, out of order, far past every context length."""
     highest = draw(st.sampled_from([20, 4096, 70_000]), label="highest position")
     rng = np.random.default_rng(draw(seeds, label="positions seed"))
     positions = rng.integers(0, highest, (batch, length))
@@ -148,27 +152,31 @@ def positions_of(draw: Draw, batch: int, length: int) -> Array:
 
 @composite
 def cases(draw: Draw, masked: bool = True) -> Case:
-    """Any call without a cache: default or arbitrary positions and mask."""
+    """Draw a call without a cache: positions and mask arbitrary or None; None unless ``masked``."""
     config = draw(configs())
-    tokens = draw(tokens_of(config))
+    tokens = draw(tokens_for(config))
     batch, length = tokens.shape
-    positions = draw(st.none() | positions_of(batch, length)) if masked else None
+    positions = draw(st.none() | positions_for(batch, length)) if masked else None
     mask = draw(st.none() | masks(batch, length, length)) if masked else None
-    return Case(config, draw(params_of(config)), tokens, positions, mask, draw.numbers)
+    return Case(config, draw(params_for(config)), tokens, positions, mask, draw.numbers)
 
 
-def seeing_itself(mask: Array) -> Array:
-    """Let every query attend to itself: what a query sees that may see nothing is nobody's rule."""
+def with_diagonal(mask: Array) -> Array:
+    """Return the mask [B, T, S] in which every query may also attend to its own key.
+
+    The output of a query that may attend to no key is not defined by any convention.
+    """
     n_queries, n_keys = mask.shape[1:]
     return mask | np.eye(n_queries, n_keys, n_keys - n_queries, dtype=bool)
 
 
 @composite
 def wide_cases(draw: Draw, for_transformers: bool = False) -> Case:
-    """Calls on which low precision can be judged by an average: wide, and well conditioned.
+    """Draw a call wide and well conditioned enough to compare low precision by root mean squares.
 
-    Attention scores stay near one. Were they large, one rounded score would decide a whole
-    token, and the ratio of two honest errors, each a single draw, has no useful bound.
+    Attention scores stay near one. With large scores the rounding of one score would change a
+    whole token, and the ratio of two correct implementations' errors, each a single draw, has no
+    useful bound.
     """
     n_kv_heads = draw(st.integers(1, 3), label="n_kv_heads")
     n_heads = n_kv_heads * draw(st.integers(1, 4), label="n_rep")
@@ -186,8 +194,8 @@ def wide_cases(draw: Draw, for_transformers: bool = False) -> Case:
         tie_embeddings=draw(st.booleans(), label="tie_embeddings"),
         **draw(scalings()),
     )
-    tokens = draw(tokens_of(config, min_length=8))
-    positions = draw(st.none() | positions_of(*tokens.shape))
+    tokens = draw(tokens_for(config, min_length=8))
+    positions = draw(st.none() | positions_for(*tokens.shape))
     params = random_params(config, draw(seeds, label="weights seed"))
     for name, value in params.items():
         if "q_proj" in name:
@@ -196,33 +204,34 @@ def wide_cases(draw: Draw, for_transformers: bool = False) -> Case:
 
 
 @composite
-def splits(draw: Draw, length: int) -> list[int]:
-    """Cut ``length`` into chunk sizes that sum to it."""
+def chunk_sizes(draw: Draw, length: int) -> list[int]:
+    """Draw the sizes of consecutive chunks, which sum to ``length``."""
     cuts = draw(st.sets(st.integers(1, length - 1)), label="cuts") if length > 1 else set()
     edges = [0, *sorted(cuts), length]
     return [end - start for start, end in itertools.pairwise(edges)]
 
 
-def model_for(dtype: str) -> st.SearchStrategy[Case]:
-    """A model and tokens: anything in float64, well conditioned where averages must judge."""
+def unmasked_cases_for(dtype: str) -> st.SearchStrategy[Case]:
+    """Return the strategy of cases without a mask: any in float64, else well conditioned ones."""
     return cases(masked=False) if dtype == "float64" else wide_cases()
 
 
 @composite
-def calls(draw: Draw, dtype: str) -> Case:
-    """Any call without a cache, with weights of that precision and masks that anyone can obey."""
+def cases_for(draw: Draw, dtype: str) -> Case:
+    """Draw a case for a precision, with a mask by which every query may attend to itself."""
     case = draw(cases() if dtype == "float64" else wide_cases())
     mask = case.mask
     if mask is None and dtype != "float64" and draw(st.booleans(), label="masked"):
         mask = draw(masks(*case.tokens.shape, case.tokens.shape[1]))
-    mask = None if mask is None else seeing_itself(mask)
+    mask = None if mask is None else with_diagonal(mask)
     return case._replace(mask=mask)
 
 
 def padded(lengths: list[int], left: bool) -> tuple[Array, Array, Array]:
-    """Positions [B, T], mask [B, T, T] and real [B, T] of rows padded on one side.
+    """Return positions [B, T], mask [B, T, T] and real [B, T] of rows padded to one length.
 
-    Real tokens see the real ones before them; padding sees itself as well.
+    ``real`` is False for padding. A token may attend to the real tokens up to itself, padding also
+    to itself. Padding is on the left or on the right.
     """
     longest = max(lengths)
     column = np.arange(longest)
@@ -230,12 +239,12 @@ def padded(lengths: list[int], left: bool) -> tuple[Array, Array, Array]:
     end = start + np.array(lengths)[:, None]
     real = (column >= start) & (column < end)
     causal = np.tril(np.ones((longest, longest), bool))
-    mask = seeing_itself(causal & real[:, None, :])
+    mask = with_diagonal(causal & real[:, None, :])
     return np.clip(column - start, 0, None), mask, real
 
 
 def packed(lengths: list[int]) -> tuple[Array, Array]:
-    """Positions [1, T] and block-diagonal causal mask [1, T, T] of documents laid end to end."""
+    """Return positions [1, T] and block-diagonal causal mask [1, T, T] of packed documents."""
     document = np.repeat(np.arange(len(lengths)), lengths)
     positions = np.concatenate([np.arange(n) for n in lengths])
     same = document[:, None] == document[None, :]
@@ -243,11 +252,11 @@ def packed(lengths: list[int]) -> tuple[Array, Array]:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Round every parameter to ``dtype``."""
+    """Return the parameters rounded to ``dtype``."""
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
 def caches_equal(left: Cache, right: Cache) -> bool:
-    """Return whether two caches hold the same bits."""
+    """Return whether two caches are equal element for element."""
     pairs = zip(left.keys + left.values, right.keys + right.values, strict=True)
     return all(np.array_equal(a, b) for a, b in pairs)

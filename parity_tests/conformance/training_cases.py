@@ -12,11 +12,11 @@ from reference_np.grad import Batch
 from reference_np.ops import IGNORE
 from reference_np.optim import Hyperparameters
 
-from .drawn import Draw, composite, described
-from .strategies import Array, Params, configs, random_params, seeds, seeing_itself, wide_cases
+from .drawn import Draw, composite, describe_case
+from .strategies import Array, Params, configs, random_params, seeds, wide_cases, with_diagonal
 
-# Ten steps feed each step's rounding to the next, through an optimizer that divides by
-# sqrt(v) + 1e-5: some 1e-16 * 1e5 * 10 at most.
+# Of the results of ten steps: every step amplifies the rounding of those before it, as AdamW
+# divides by sqrt(v) + 1e-5: some 1e-16 * 1e5 * 10 at most.
 STEPS_TOLERANCE = 1e-9
 
 
@@ -27,32 +27,32 @@ class TrainingCase(NamedTuple):
     params: Params  # float64
     batches: list[Batch]
     hyper: Hyperparameters
-    numbers: Mapping[str, Any] | None = None  # what it was made from
+    numbers: Mapping[str, Any] | None = None  # the labelled draws it was made from
 
     def __repr__(self) -> str:
-        """Print the few numbers that rebuild the case, in place of its arrays."""
-        return described(self)
+        """Return the labelled draws in place of the arrays."""
+        return describe_case(self)
 
 
 def random_batch(rng: np.random.Generator, config: LlamaConfig, custom: bool) -> Batch:
-    """Draw a micro-batch with ignored targets, and with its own positions and mask if asked."""
+    """Return a random micro-batch with ignored targets; if ``custom``, with positions and mask."""
     shape = (int(rng.integers(1, 4)), int(rng.integers(2, 9)))
     tokens, targets = rng.integers(0, config.vocab_size, (2, *shape))
     targets[rng.random(shape) < rng.choice([0.0, 0.3, 0.8])] = IGNORE
-    targets[0, 0] = 0  # at least one counts
+    targets[0, 0] = 0  # at least one valid target
     if not custom:
         return Batch(tokens, targets)
-    mask = seeing_itself(rng.random((*shape, shape[1])) < 0.6)
+    mask = with_diagonal(rng.random((*shape, shape[1])) < 0.6)
     return Batch(tokens, targets, rng.integers(0, 5000, shape), mask)
 
 
 @composite
 def training_cases(draw: Draw, conditioned: bool = False) -> TrainingCase:
-    """Any model, split, mask and positions; clipping that bites and clipping that does not.
+    """Draw a model, micro-batches with and without a mask, and a clipping limit high or low.
 
     ``conditioned`` keeps training from being chaotic, so that rounding in one step is still
-    rounding ten steps later: an RMSNorm of one number is its sign, and any step across zero
-    turns the model over.
+    rounding ten steps later: an RMSNorm over one element is its sign, and a step across zero
+    changes every output.
     """
     config = draw(configs(least_width=16 if conditioned else 1))
     rng = np.random.default_rng(draw(seeds, label="batches seed"))
@@ -71,7 +71,7 @@ def training_cases(draw: Draw, conditioned: bool = False) -> TrainingCase:
     return TrainingCase(config, params, batches, hyper, draw.numbers)
 
 
-def training_for(dtype: str, conditioned: bool = False) -> st.SearchStrategy[TrainingCase]:
+def training_cases_for(dtype: str, conditioned: bool = False) -> st.SearchStrategy[TrainingCase]:
     """Return the strategy of training cases for a precision, float64 or float32."""
     if dtype == "float64":
         return training_cases(conditioned)
@@ -86,9 +86,9 @@ def training_for(dtype: str, conditioned: bool = False) -> st.SearchStrategy[Tra
     )
 
 
-def fixed_cases() -> list[TrainingCase]:
-    """A few cases that between them can show every training bug."""
-    found = []
+def fixed_training_cases() -> list[TrainingCase]:
+    """Return four cases of which at least one shows each training bug."""
+    cases = []
     for seed, (tied, clip, z_loss) in enumerate(
         [(False, 1e3, 0.0), (True, 0.05, 1e-2), (True, 1e3, 1e-2), (False, 0.05, 0.0)]
     ):
@@ -96,10 +96,10 @@ def fixed_cases() -> list[TrainingCase]:
         config = LlamaConfig(12, 2, 6, 2, 6, 20, 17, tie_embeddings=tied)
         batches = [random_batch(rng, config, custom) for custom in (False, True, False)]
         hyper = Hyperparameters(lr=1e-2, grad_clip=clip, z_loss=z_loss, warmup_steps=3, steps=12)
-        found.append(TrainingCase(config, random_params(config, seed), batches, hyper))
-    return found
+        cases.append(TrainingCase(config, random_params(config, seed), batches, hyper))
+    return cases
 
 
-def size(value: Array | float) -> float:
-    """The largest absolute value."""
+def max_abs(value: Array | float) -> float:
+    """Return the largest absolute value."""
     return float(np.max(np.abs(value), initial=0.0))

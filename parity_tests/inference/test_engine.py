@@ -23,7 +23,7 @@ from reference_np.config import LlamaConfig
 from reference_np.model import forward
 
 from ..backends.torch_model import torch_model
-from ..conformance.drawn import Draw, composite, told
+from ..conformance.drawn import Draw, composite, labelled
 from ..conformance.strategies import Array, cast, configs, random_params, seeds
 
 pytestmark = pytest.mark.numeric
@@ -48,7 +48,7 @@ def rows(draw: Draw) -> Any:
     prompts = draw(st.lists(st.lists(ids, min_size=1, max_size=7), min_size=2, max_size=4))
     lengths = [draw(st.integers(1, 6), label="new tokens") for _ in prompts]
     params = random_params(config, draw(seeds, label="weights seed"))
-    return told((config, params, prompts, lengths), draw.numbers)
+    return labelled((config, params, prompts, lengths), draw.numbers)
 
 
 def near_tie(config: LlamaConfig, params: dict[str, Array], text: list[int], other: int) -> bool:

@@ -31,7 +31,7 @@ from reference_np.tolerances import (
 
 from ..backends.decoding_backends import BatchKernels, Kernels
 from ..backends.torch_model import torch_model
-from ..conformance.oracle import Plain
+from ..conformance.oracle import Baseline
 from ..conformance.strategies import Array, padded, random_params
 
 ON_GPU = torch.cuda.is_available()
@@ -82,7 +82,7 @@ def require_decoding(
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, real.shape)
     given = (tokens, positions, mask) if positions_too else (tokens, None, None)
     exact = forward(exact_params, tokens, config, positions=given[1], mask=given[2])[0]
-    plain = None if dtype == "float64" else Plain(dtype).logits(config, params, *given)
+    plain = None if dtype == "float64" else Baseline(dtype).logits(config, params, *given)
     found, _ = backend.decode(config, params, *given, None)
     require_close(np.asarray(found), exact, plain, dtype)
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from reference_np.model import Cache, forward
 
 from ..backends.torch_model import torch_forward, torch_model
-from ..conformance.drawn import Draw, composite, told
-from ..conformance.strategies import caches_equal, configs, params_of, splits, tokens_of
+from ..conformance.drawn import Draw, composite, labelled
+from ..conformance.strategies import caches_equal, chunk_sizes, configs, params_for, tokens_for
 
 pytestmark = pytest.mark.numeric
 
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.numeric
 @composite
 def split_runs(draw: Draw) -> Any:
     config = draw(configs())
-    tokens = draw(tokens_of(config, min_length=2))
-    values = config, draw(params_of(config)), tokens, draw(splits(tokens.shape[1]))
-    return told(values, draw.numbers)
+    tokens = draw(tokens_for(config, min_length=2))
+    values = config, draw(params_for(config)), tokens, draw(chunk_sizes(tokens.shape[1]))
+    return labelled(values, draw.numbers)
 
 
 @given(run=split_runs())

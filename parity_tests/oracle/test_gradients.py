@@ -15,7 +15,7 @@ from reference_np.ops import IGNORE
 from reference_np.tolerances import FLOAT64_TOLERANCE
 
 from ..conformance.strategies import Array
-from ..conformance.training_cases import TrainingCase, size, training_cases
+from ..conformance.training_cases import TrainingCase, max_abs, training_cases
 from ..planted.operations import scaled
 from ..support.torch_training import torch_grads
 
@@ -107,8 +107,8 @@ def test_a_third_voice_differentiates_the_same(case: TrainingCase) -> None:
     theirs.backward()
     assert loss == pytest.approx(theirs.item(), rel=FLOAT64_TOLERANCE)
     for name, tensor in tensors.items():
-        difference = size(grads[name] - tensor.grad.numpy())
-        assert difference <= FLOAT64_TOLERANCE * max(size(grads[name]), 1e-3), name
+        difference = max_abs(grads[name] - tensor.grad.numpy())
+        assert difference <= FLOAT64_TOLERANCE * max(max_abs(grads[name]), 1e-3), name
 
 
 @given(case=training_cases())
@@ -117,5 +117,5 @@ def test_loss_and_gradients_in_float64(case: TrainingCase) -> None:
     torch_loss, their_grads = torch_grads(case, np.float64)
     assert torch_loss == pytest.approx(loss, rel=FLOAT64_TOLERANCE)
     for name, expected in grads.items():
-        scale = max(size(expected), 1e-3 * max(map(size, grads.values())))
-        assert size(their_grads[name] - expected) <= FLOAT64_TOLERANCE * scale, name
+        scale = max(max_abs(expected), 1e-3 * max(map(max_abs, grads.values())))
+        assert max_abs(their_grads[name] - expected) <= FLOAT64_TOLERANCE * scale, name

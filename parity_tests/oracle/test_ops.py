@@ -24,7 +24,7 @@ from reference_np.tolerances import (
 )
 
 from ..backends.torch_model import torch_config
-from ..conformance.strategies import Array, masks, positions_of, scalings, seeds
+from ..conformance.strategies import Array, masks, positions_for, scalings, seeds
 
 pytestmark = pytest.mark.numeric
 
@@ -78,7 +78,7 @@ def heads_of(width: int, **change: Any) -> LlamaConfig:
 )
 def test_rope_tables(half: int, theta: float, scaling: dict[str, Any], data: st.DataObject) -> None:
     config = heads_of(2 * half, rope_theta=theta, **scaling)
-    positions = data.draw(positions_of(2, 5))
+    positions = data.draw(positions_for(2, 5))
     tensor = torch.from_numpy(positions)
     for dtype, bound in ((np.float64, FLOAT64_TOLERANCE), (np.float32, 2 * U32)):
         expected = ops.rope_tables(positions, config, dtype)
@@ -110,7 +110,7 @@ def test_rope_scaling_is_what_was_published() -> None:
 
 @given(seed=seeds, half=st.integers(1, 16), heads=st.integers(1, 5), data=st.data())
 def test_apply_rope(seed: int, half: int, heads: int, data: st.DataObject) -> None:
-    positions = data.draw(positions_of(2, 3))
+    positions = data.draw(positions_for(2, 3))
     x, config = draw_array(seed, 2, 3, heads, 2 * half), heads_of(2 * half)
     tensor = torch.from_numpy(positions)
     tables = rope.rope_tables(tensor, torch_config(config), torch.float64)

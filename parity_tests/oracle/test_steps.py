@@ -19,7 +19,12 @@ from reference_np.tolerances import BASELINE_FACTOR, FLOOR_ROUNDINGS, UNIT_ROUND
 
 from ..backends.torch_backends import optim_config
 from ..conformance.strategies import Params, cast, random_params, seeds, wide_cases
-from ..conformance.training_cases import STEPS_TOLERANCE, TrainingCase, fixed_cases, training_cases
+from ..conformance.training_cases import (
+    STEPS_TOLERANCE,
+    TrainingCase,
+    fixed_training_cases,
+    training_cases,
+)
 from ..support.torch_training import Trained, distances, oracle_train, torch_train
 
 pytestmark = pytest.mark.numeric
@@ -73,7 +78,7 @@ def test_whole_steps_in_float32(case: Any, z_loss: float, seed: int) -> None:
 
 @lru_cache(maxsize=1)
 def trained_by_torch() -> tuple[tuple[TrainingCase, Trained], ...]:
-    return tuple((case, torch_train(case, 3, np.float64)) for case in fixed_cases())
+    return tuple((case, torch_train(case, 3, np.float64)) for case in fixed_training_cases())
 
 
 def margin(**bug: Any) -> tuple[float, str]:

@@ -97,19 +97,18 @@ class OddPrecision(Oracle):
 def test_a_missing_output_fails() -> None:
     one = np.ones((1, 1, 1))
     with pytest.raises(AssertionError, match="missing: b"):
-        Judge().compare(None, "float64", lambda it: {"a": one}, {"a": one, "b": one})
+        Judge().compare(None, "float64", lambda model: {"a": one}, {"a": one, "b": one})
 
 
 def test_not_a_number_fails() -> None:
     one = np.ones((1, 1, 1))
     with pytest.raises(AssertionError, match="times its tolerance"):
-        Judge().compare(None, "float64", lambda it: {"a": one * np.nan}, {"a": one})
+        Judge().compare(None, "float64", lambda model: {"a": one * np.nan}, {"a": one})
 
 
 def test_what_a_process_recorded_arrives_whole() -> None:
     there, here = Judge(), Judge()
-    there.current = ("logits", "mine")
-    there.entry.not_covered["no masks"] += 2
-    there.note("logits", 0.5, "float64")
+    there.begin("logits", "mine").not_covered["no masks"] += 2
+    there.record("logits", 0.5, "float64")
     here.add(there.records())
     assert here.entries == there.entries

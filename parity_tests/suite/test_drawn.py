@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ..conformance import drawn
 from ..conformance.drawn import SEARCH
-from ..conformance.strategies import calls, cases, wide_cases
+from ..conformance.strategies import cases, cases_for, wide_cases
 from ..conformance.training_cases import training_cases
 from ..support.jobs import environment
 
@@ -84,8 +84,8 @@ def test_a_large_example_does_not_hide_the_failure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    [cases(), wide_cases(), calls("float64"), calls("bfloat16"), training_cases()],
-    ids=["cases", "wide_cases", "calls", "calls_bfloat16", "training_cases"],
+    [cases(), wide_cases(), cases_for("float64"), cases_for("bfloat16"), training_cases()],
+    ids=["cases", "wide_cases", "cases_for_float64", "cases_for_bfloat16", "training_cases"],
 )
 def test_a_case_prints_as_what_rebuilds_it(strategy: st.SearchStrategy) -> None:
     longest = find(strategy, lambda case: case.config.n_layers > 1, settings=SEARCH)
@@ -98,7 +98,7 @@ def test_a_case_prints_as_what_rebuilds_it(strategy: st.SearchStrategy) -> None:
 def test_a_tuple_of_large_values_prints_as_its_numbers() -> None:
     @drawn.composite
     def large(draw: drawn.Draw) -> tuple:
-        return drawn.told(("x" * draw(st.just(9999), label="length"), 1), draw.numbers)
+        return drawn.labelled(("x" * draw(st.just(9999), label="length"), 1), draw.numbers)
 
     text, one = made = find(large(), lambda _: True, settings=SEARCH)
     assert (len(text), one) == (9999, 1)
@@ -115,11 +115,11 @@ def test_numbers_of_nested_strategies_are_listed_together() -> None:
         draw(inner())
         draw(inner())
         draw(st.just("x"), label="outer")
-        return drawn.listed(draw.numbers)
+        return drawn.format_numbers(draw.numbers)
 
     expected = "inner=3, inner#2=3, outer='x'"
     assert find(outer(), lambda _: True, settings=SEARCH) == expected
-    assert drawn.listed(drawn.latest) == expected
+    assert drawn.format_numbers(drawn.last_example) == expected
 
 
 def test_a_failure_tells_of_every_strategy_of_its_example() -> None:
@@ -133,7 +133,7 @@ def test_a_failure_tells_of_every_strategy_of_its_example() -> None:
     @given(one("a"), one("b"), st.data())
     def test(a: int, b: int, data: st.DataObject) -> None:
         data.draw(one("a"))
-        found.append(drawn.listed(drawn.latest))
+        found.append(drawn.format_numbers(drawn.last_example))
 
     test()
     assert set(found) == {"a=3, b=3, a#2=3"}

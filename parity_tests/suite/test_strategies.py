@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
 from ..conformance.drawn import SEARCH
-from ..conformance.strategies import Case, calls, cases, model_for, padded, splits, wide_cases
+from ..conformance.strategies import (
+    Case,
+    cases,
+    cases_for,
+    chunk_sizes,
+    padded,
+    unmasked_cases_for,
+    wide_cases,
+)
 from ..conformance.training_cases import TrainingCase, training_cases
 
 
@@ -34,36 +42,36 @@ CORNERS: dict[str, tuple[st.SearchStrategy, Callable[[Any], bool]]] = {
         cases(),
         lambda c: c.config.n_heads > 2 and c.config.dim % c.config.n_heads == 0,
     ),
-    "positions past 4096": (calls("float64"), lambda c: 4095 <= highest(c) < 65_536),
-    "positions past 65,536": (calls("float64"), lambda c: highest(c) > 65_536),
-    "default positions": (calls("float64"), lambda c: c.positions is None and c.mask is None),
-    "custom mask": (calls("float64"), lambda c: c.mask is not None and not c.mask.all()),
+    "positions past 4096": (cases_for("float64"), lambda c: 4095 <= highest(c) < 65_536),
+    "positions past 65,536": (cases_for("float64"), lambda c: highest(c) > 65_536),
+    "default positions": (cases_for("float64"), lambda c: c.positions is None and c.mask is None),
+    "custom mask": (cases_for("float64"), lambda c: c.mask is not None and not c.mask.all()),
     "a query that sees nothing": (
         cases(),
         lambda c: c.mask is not None and not c.mask.any(axis=-1).all(),
     ),
-    "single token": (calls("float64"), lambda c: c.tokens.shape[1] == 1),
-    "batch": (calls("float64"), lambda c: len(c.tokens) == 3),
-    "tied": (calls("float64"), lambda c: c.config.tie_embeddings),
-    "untied": (calls("float64"), lambda c: not c.config.tie_embeddings),
+    "single token": (cases_for("float64"), lambda c: c.tokens.shape[1] == 1),
+    "batch": (cases_for("float64"), lambda c: len(c.tokens) == 3),
+    "tied": (cases_for("float64"), lambda c: c.config.tie_embeddings),
+    "untied": (cases_for("float64"), lambda c: not c.config.tie_embeddings),
     "large weights": (
-        calls("float64"),
+        cases_for("float64"),
         lambda c: max(np.abs(v).max() for n, v in c.params.items() if v.ndim == 1) > 3,
     ),
     "near-zero rows": (
-        calls("float64"),
+        cases_for("float64"),
         lambda c: (
             c.config.vocab_size > 1
             and embedding_sizes(c).min() < 1e-6
             and embedding_sizes(c).max() > 1e-4
         ),
     ),
-    "low precision, masked": (calls("bfloat16"), lambda c: c.mask is not None),
-    "low precision, past 65,536": (calls("bfloat16"), lambda c: highest(c) > 65_536),
+    "low precision, masked": (cases_for("bfloat16"), lambda c: c.mask is not None),
+    "low precision, past 65,536": (cases_for("bfloat16"), lambda c: highest(c) > 65_536),
     "low precision, grouped": (wide_cases(), lambda c: c.config.n_heads > c.config.n_kv_heads > 1),
-    "decoding one by one": (splits(6), lambda sizes: sizes == [1] * 6),
-    "chunked prefill": (splits(6), lambda sizes: len(sizes) > 1 and max(sizes) > 1),
-    "prefill, then one": (splits(6), lambda sizes: sizes == [5, 1]),
+    "decoding one by one": (chunk_sizes(6), lambda sizes: sizes == [1] * 6),
+    "chunked prefill": (chunk_sizes(6), lambda sizes: len(sizes) > 1 and max(sizes) > 1),
+    "prefill, then one": (chunk_sizes(6), lambda sizes: sizes == [5, 1]),
     "micro-batches of unequal counts": (
         training_cases(),
         lambda c: len({int((b.targets >= 0).sum()) for b in c.batches}) > 1,
@@ -86,7 +94,7 @@ def test_corners_are_reached(corner: str) -> None:
 @pytest.mark.parametrize(
     ("strategy", "out_of_reach"),
     [
-        (model_for("float64"), lambda c: c.config.n_kv_heads > 4),
+        (unmasked_cases_for("float64"), lambda c: c.config.n_kv_heads > 4),
         (training_cases(), lambda c: isinstance(c, TrainingCase) and not c.batches),
     ],
     ids=["cases", "training cases"],
@@ -113,7 +121,7 @@ def test_padding_is_what_it_says(left: bool) -> None:
 
 def test_calls_let_every_query_see_itself() -> None:
     case = find(
-        calls("float64"),
+        cases_for("float64"),
         lambda c: c.mask is not None and c.tokens.shape[1] > 3 and not c.mask.all(),
         settings=SEARCH,
     )

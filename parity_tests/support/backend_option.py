@@ -1,7 +1,7 @@
 """Which implementations the conformance tests run on: ``--backend`` and ``--mutants``.
 
 ``--backend package.module:object`` (or PARITY_BACKEND) tests that implementation alone, through
-test_conformance.py; ``--mutants`` runs the same tests on the oracle with each known bug in it.
+test_conformance.py, as many examples as its ``example_fraction`` asks; ``--mutants`` runs the same tests on the oracle with each known bug in it.
 """
 
 import importlib.util

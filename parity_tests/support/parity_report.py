@@ -32,8 +32,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 def _judged(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     test = pyfuncitem.originalname
     words = [test.removeprefix("test_"), *other_parameters(pyfuncitem)]
-    JUDGE.current = (" ".join(words), backend_name(pyfuncitem))
-    entry, lacking = JUDGE.entry, lacks(pyfuncitem)
+    entry = JUDGE.begin(" ".join(words), backend_name(pyfuncitem))
+    lacking = lacks(pyfuncitem)
     if lacking:
         entry.not_covered[f"{lacking} is not offered"] += 1
         pytest.skip(f"not covered: {lacking} is not offered")

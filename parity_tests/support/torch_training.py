@@ -8,7 +8,7 @@ from ..backends.torch_backends import eager
 from ..conformance.strategies import Params, cast
 from ..conformance.training_cases import (
     TrainingCase,
-    size,
+    max_abs,
 )
 
 
@@ -29,9 +29,9 @@ def worst(actual: Params, expected: Params) -> float:
     leaves of it says nothing.
     """
     assert actual.keys() == expected.keys()
-    scale = max(size(value) for value in expected.values())
-    differences = (size(actual[name] - expected[name]) for name in expected)
-    return max(differences) / scale if scale > 0 else max(map(size, actual.values()))
+    scale = max(max_abs(value) for value in expected.values())
+    differences = (max_abs(actual[name] - expected[name]) for name in expected)
+    return max(differences) / scale if scale > 0 else max(map(max_abs, actual.values()))
 
 
 def oracle_train(case: TrainingCase, steps: int, dtype: Any, **bug: Any) -> Trained:

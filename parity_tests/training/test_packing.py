@@ -17,9 +17,9 @@ from reference_np.ops import IGNORE
 from reference_np.tolerances import FLOAT64_TOLERANCE
 
 from ..backends.torch_model import torch_model
-from ..conformance.drawn import Draw, composite, described
+from ..conformance.drawn import Draw, composite, describe_case
 from ..conformance.strategies import Array, Params, configs, random_params, seeds
-from ..conformance.training_cases import size
+from ..conformance.training_cases import max_abs
 
 pytestmark = pytest.mark.numeric
 
@@ -35,7 +35,7 @@ class Packed(NamedTuple):
 
     def __repr__(self) -> str:
         """Print the few numbers that rebuild the case, in place of its arrays."""
-        return described(self)
+        return describe_case(self)
 
 
 @composite
@@ -82,10 +82,12 @@ def test_a_packed_row_is_its_documents_alone(case: Packed) -> None:
     # A probability next to one is known to a rounding of one, however little it leaves to learn.
     known = 1e-3
     assert found.item() == pytest.approx(loss, rel=FLOAT64_TOLERANCE, abs=FLOAT64_TOLERANCE * known)
-    largest = max(map(size, expected.values()))
+    largest = max(map(max_abs, expected.values()))
     for name, parameter in model.named_parameters():
-        scale = max(size(expected[name]), 1e-3 * largest, known)
-        assert size(grads_of[parameter].numpy() - expected[name]) <= FLOAT64_TOLERANCE * scale, name
+        scale = max(max_abs(expected[name]), 1e-3 * largest, known)
+        assert max_abs(grads_of[parameter].numpy() - expected[name]) <= FLOAT64_TOLERANCE * scale, (
+            name
+        )
     windows = [torch.from_numpy(case.window)]
     val_loss = validate.validation_loss(
         model, windows, lambda window: pack_documents(window, case.end)

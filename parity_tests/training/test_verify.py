@@ -22,7 +22,7 @@ from llama_torch.training.batch import Batch, to_batch
 from llama_torch.training.optimizer import make_adamw
 from reference_np.ops import IGNORE
 
-from ..conformance.drawn import Draw, composite, told
+from ..conformance.drawn import Draw, composite, labelled
 from ..conformance.strategies import packed, seeds
 from ..support.trainer_runs import scalars, stop_after, unsampled_run
 
@@ -86,7 +86,7 @@ def trained(draw: Draw) -> Any:
         batches = [pack(batch, rng) if is_packed else batch for batch in batches]
         if any(loss.count_valid(batch.targets) for batch in batches):
             step.train_step(made, optimizer, batches, lr=lr, grad_clip=1.0, z_loss=z_loss)
-    return told((made, batches, z_loss), draw.numbers)
+    return labelled((made, batches, z_loss), draw.numbers)
 
 
 @given(case=trained())

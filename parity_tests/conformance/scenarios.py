@@ -1,0 +1,90 @@
+"""Parts of the conformance tests: parameters, expected outputs, rows and chunks of a case."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from reference_np.backend import dtypes_of, effective_params_of
+from reference_np.config import LlamaConfig
+from reference_np.model import forward
+
+from .strategies import Array, Case, Params, padded, unmasked_cases_for
+from .training_cases import TrainingCase
+
+ML_DTYPES = {"bfloat16": ml_dtypes.bfloat16}  # those that NumPy knows by no name
+
+
+def best_dtype(backend: Any) -> str:
+    """Return the most precise dtype that a backend computes in."""
+    return dtypes_of(backend)[0]
+
+
+def rounded_and_exact_params(
+    backend: Any, case: Case | TrainingCase, dtype: str
+) -> tuple[Params, Params]:
+    """Return the parameters in ``dtype``, and in float64 those that the backend computes with."""
+    low = {n: v.astype(ML_DTYPES.get(dtype, dtype)) for n, v in case.params.items()}
+    return low, effective_params_of(backend, case.config, low)
+
+
+def oracle_logits(
+    params: Params,
+    config: LlamaConfig,
+    tokens: Array,
+    positions: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """Return the oracle's logits [B, T, V] of one pass without a cache."""
+    return forward(params, tokens, config, positions=positions, mask=mask)[0]
+
+
+def run_in_chunks(method: Callable, case: Case, params: Params, sizes: list[int]) -> list[Any]:
+    """Call ``decode`` or ``traced_decode`` on chunks of T; return each call's output, no cache."""
+    parts, cache = [], None
+    for chunk in np.split(case.tokens, np.cumsum(sizes)[:-1], axis=1):
+        part, cache = method(case.config, params, chunk, None, None, cache)
+        parts.append(part)
+    return parts
+
+
+def draw_rows(
+    backend: Any, data: st.DataObject, dtype: str
+) -> tuple[LlamaConfig, list[Array], Params, Params]:
+    """Draw a config and one to three rows of tokens; also return rounded and exact parameters."""
+    case = data.draw(unmasked_cases_for(dtype))
+    longest = case.tokens.shape[1]
+    rows = [row[: data.draw(st.integers(1, longest), label="row length")] for row in case.tokens]
+    return case.config, rows, *rounded_and_exact_params(backend, case, dtype)
+
+
+def pad_rows(rows: list[Array], left: bool) -> tuple[Array, Array, Array, Array]:
+    """Return tokens, positions and real [B, T], and mask [B, T, T] third, of padded rows."""
+    positions, mask, real = padded([len(row) for row in rows], left)
+    tokens = np.zeros(real.shape, np.int64)
+    tokens[real] = np.concatenate(rows)
+    return tokens, positions, mask, real
+
+
+def training_dtype(backend: Any) -> str:
+    """Return the backend's best dtype; skip the test where it is less precise than float32.
+
+    Trained parameters are kept in float32 at least.
+    """
+    dtype = best_dtype(backend)
+    if dtype not in ("float64", "float32"):
+        pytest.skip("not covered: training needs float32 or float64")
+    return dtype
+
+
+def concatenated(values: Mapping[str, Array], names: list[str]) -> Array:
+    """Return all tensors as one row [1, 1, n], so that an error is relative to all of them."""
+    return np.concatenate([np.asarray(values[n], np.float64).ravel() for n in names])[None, None]
+
+
+def as_row(value: Any) -> Array:
+    """Return n numbers as float64 [1, 1, n], the shape [B, T, ...] that errors expects."""
+    return np.asarray(value, np.float64).reshape(1, 1, -1)
