@@ -1,4 +1,4 @@
-"""Porting bugs planted in torch: ``parity_tests.planted:bug.NAME`` is a backend with one."""
+"""A Llama in torch with known porting bugs: ``parity_tests.planted:bug.NAME`` is a backend."""
 
 from .port import bug
 

@@ -1,4 +1,7 @@
-"""The planted bugs, each as replaced operations."""
+"""The planted bugs by name, each as replacements of operations.
+
+A bug that needs no more than a line is a lambda in the table at the end.
+"""
 
 import dataclasses
 import math
@@ -27,16 +30,14 @@ from .operations import (
     scaled,
 )
 
-# The bugs too long for the table below.
-
 
 def to_halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Hugging Face's conversion: each head's rows from (pair, half) to (half, pair) order."""
+    """Reorder each head's rows of a matrix [out, in] from (pair, half) to (half, pair)."""
     return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_pairs(weight: Tensor, n_heads: int) -> Tensor:
-    """The inverse: back to Meta's order, each pair's two rows together."""
+    """Reorder each head's rows from (half, pair) to (pair, half), Meta's order."""
     return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -65,26 +66,28 @@ def tied_head_random(params: Params, name: str, config: LlamaConfig) -> Tensor:
 
 
 def tf32(x: Tensor) -> Tensor:
-    """Round to 10 explicit mantissa bits: to nearest, ties to even."""
+    """Round to TF32's 10 explicit mantissa bits, to nearest, ties to even."""
     bits = x.float().view(torch.int32)
     return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32).to(x)
 
 
 def bf16(x: Tensor) -> Tensor:
+    """Round to bfloat16."""
     return x.bfloat16().to(x)
 
 
-def products(low: Operation) -> dict[str, Operation]:
-    """Every matrix product of the model, its inputs rounded."""
+def products(rounding: Operation) -> dict[str, Operation]:
+    """Return the matrix products by name, their inputs rounded by ``rounding``."""
 
     def rounded(product: Operation) -> Operation:
-        return lambda a, b: product(low(a), low(b))
+        return lambda a, b: product(rounding(a), rounding(b))
 
-    made = (linear, attention_scores, attention_mix)
-    return {product.__name__: rounded(product) for product in made}
+    originals = (linear, attention_scores, attention_mix)
+    return {product.__name__: rounded(product) for product in originals}
 
 
 def lower(dtype: torch.dtype) -> torch.dtype:
+    """Return the next precision below: float32 for float64, else bfloat16."""
     return torch.float32 if dtype == torch.float64 else torch.bfloat16
 
 
@@ -92,52 +95,58 @@ def norm_low_precision(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x * torch.rsqrt(mean_square(x.to(lower(x.dtype))).to(x) + eps))
 
 
-def rope_frequencies_bf16(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+def rope_frequencies_bf16(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
     kept = rope_frequencies(config).bfloat16()  # a buffer that model.bfloat16() cast
-    return cos_sin(at, kept.double(), dtype)
+    return cos_sin(positions, kept.double(), dtype)
 
 
-def rope_angles_float32(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+def rope_angles_float32(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
     pairs = torch.arange(0, config.head_dim, 2).float()
     inv_freq = 1.0 / config.rope_theta ** (pairs / config.head_dim)
-    return cos_sin(at, scaled(inv_freq, config), dtype)
+    return cos_sin(positions, scaled(inv_freq, config), dtype)
 
 
-def rope_frequencies_not_doubled(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+def rope_frequencies_not_doubled(
+    positions: Tensor, config: LlamaConfig, dtype: torch.dtype
+) -> Tables:
     pairs = torch.arange(config.head_dim // 2, dtype=torch.float64)
-    return cos_sin(at, scaled(config.rope_theta ** (-pairs / config.head_dim), config), dtype)
+    return cos_sin(
+        positions, scaled(config.rope_theta ** (-pairs / config.head_dim), config), dtype
+    )
 
 
-def rope_decode_tables(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
-    return (rope_theta_ignored if at.shape[1] == 1 else rope_tables)(at, config, dtype)
+def rope_decode_tables(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    return (rope_theta_ignored if positions.shape[1] == 1 else rope_tables)(
+        positions, config, dtype
+    )
 
 
-def rope_theta_ignored(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
-    return rope_tables(at, dataclasses.replace(config, rope_theta=1e4), dtype)
+def rope_theta_ignored(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    return rope_tables(positions, dataclasses.replace(config, rope_theta=1e4), dtype)
 
 
-def rope_scaling_ignored(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+def rope_scaling_ignored(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
-    return cos_sin(at, config.rope_theta ** (-pairs / config.head_dim), dtype)
+    return cos_sin(positions, config.rope_theta ** (-pairs / config.head_dim), dtype)
 
 
-def rope_scaling_uniform(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+def rope_scaling_uniform(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
     factor = 1.0 if config.rope_type == "default" else config.rope_factor
-    return rope_scaling_ignored(at / factor, config, dtype)
+    return rope_scaling_ignored(positions / factor, config, dtype)
 
 
-def rope_scaling_unsmoothed(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+def rope_scaling_unsmoothed(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
     if config.rope_type != "llama3":
-        return rope_tables(at, config, dtype)
+        return rope_tables(positions, config, dtype)
     plain = rope_frequencies(dataclasses.replace(config, rope_type="default"))
     turns = plain * config.rope_original_max_seq_len / (2 * math.pi)
     slow = turns <= config.rope_low_freq_factor
-    return cos_sin(at, torch.where(slow, plain / config.rope_factor, plain), dtype)
+    return cos_sin(positions, torch.where(slow, plain / config.rope_factor, plain), dtype)
 
 
-def left_padding_in_positions(at: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
-    columns = torch.arange(1 - at.shape[1], 1) + at.max()  # the same for every row
-    return rope_tables(columns.expand_as(at), config, dtype)
+def left_padding_in_positions(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Tables:
+    columns = torch.arange(1 - positions.shape[1], 1) + positions.max()  # the same for every row
+    return rope_tables(columns.expand_as(positions), config, dtype)
 
 
 def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -177,11 +186,11 @@ _BY_OPERATION: dict[str, dict[str, Operation]] = {
         "norm_weight_plus_one": lambda x, w, eps: rms_norm(x, 1 + w, eps),
     },
     "rope_tables": {
-        "rope_tables_bf16": lambda at, config, dtype: tuple(
-            table.to(dtype) for table in rope_tables(at, config, torch.bfloat16)
+        "rope_tables_bf16": lambda positions, config, dtype: tuple(
+            table.to(dtype) for table in rope_tables(positions, config, torch.bfloat16)
         ),
         "rope_frequencies_bf16": rope_frequencies_bf16,
-        "rope_positions_bf16": lambda at, *rest: rope_tables(at.bfloat16(), *rest),
+        "rope_positions_bf16": lambda positions, *rest: rope_tables(positions.bfloat16(), *rest),
         "rope_angles_float32": rope_angles_float32,
         "rope_theta_ignored": rope_theta_ignored,
         "rope_scaling_ignored": rope_scaling_ignored,
@@ -223,7 +232,7 @@ _BY_OPERATION: dict[str, dict[str, Operation]] = {
     },
 }
 
-# Each bug's name to the operations that it replaces, and what by.
+# By each bug's name, the replaced operations by their names.
 BUGS: dict[str, dict[str, Operation]] = {
     name: {operation: bug}
     for operation, bugs in _BY_OPERATION.items()

@@ -1,4 +1,8 @@
-"""The operations of a compact Llama in torch, each of which can be replaced."""
+"""The operations of a compact Llama in torch, each of which can be replaced.
+
+Axes: B batch, T query position (this call's tokens), S key position (cache and this call),
+D dim, H query heads, N key/value heads, K head_dim, F hidden_dim, V vocabulary.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,16 +26,13 @@ Tables = tuple[Tensor, Tensor]
 
 Cache = list[tuple[Tensor, Tensor]]  # each layer's rotated keys and values [B, N, S, K]
 
-Note = Callable[[str, Tensor], None]
+Trace = Callable[[str, Tensor], None]
 
 Operation = Callable[..., Any]
 
 
-# The honest operations.
-
-
 def read(params: Params, name: str, config: LlamaConfig) -> Tensor:
-    """Read one parameter by its Hugging Face name; a tied head is the embedding itself."""
+    """Return one parameter by its Hugging Face name; a tied head is the embedding."""
     if name == LM_HEAD and config.tie_embeddings:
         name = EMBED
     return torch.from_numpy(np.array(params[name]))  # a copy: torch warns of read-only arrays
@@ -54,12 +55,13 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
-    """theta^(-2i/K) in float64, scaled as the config says: [K / 2]."""
+    """Return theta^(-2i/K) [K / 2] in float64, scaled by the config's rope_type."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
     return scaled(config.rope_theta ** -(pairs / config.head_dim), config)
 
 
 def scaled(frequencies: Tensor, config: LlamaConfig) -> Tensor:
+    """Return the frequencies [K / 2] scaled by the config's rope_type."""
     if config.rope_type == "default":
         return frequencies
     slow = frequencies / config.rope_factor
@@ -68,14 +70,14 @@ def scaled(frequencies: Tensor, config: LlamaConfig) -> Tensor:
     wave = 2 * math.pi / frequencies
     longest = config.rope_original_max_seq_len / config.rope_low_freq_factor
     shortest = config.rope_original_max_seq_len / config.rope_high_freq_factor
-    # Between the two, the share kept falls linearly with 1 / wave.
-    share = (1 / wave - 1 / longest) / (1 / shortest - 1 / longest)
-    mixed = torch.where(wave > longest, slow, share * frequencies + (1 - share) * slow)
+    # Between the two wavelengths the kept fraction is linear in 1 / wave.
+    kept = (1 / wave - 1 / longest) / (1 / shortest - 1 / longest)
+    mixed = torch.where(wave > longest, slow, kept * frequencies + (1 - kept) * slow)
     return torch.where(wave < shortest, frequencies, mixed)
 
 
 def cos_sin(positions_BT: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tables:
-    """Both tables [B, T, 1, K / 2], computed in the frequencies' precision and rounded once."""
+    """Return cos and sin [B, T, 1, K / 2], computed in the frequencies' dtype and rounded once."""
     angles = positions_BT[..., None, None].to(frequencies.dtype) * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -85,13 +87,13 @@ def rope_tables(positions_BT: Tensor, config: LlamaConfig, dtype: torch.dtype) -
 
 
 def apply_rope(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotate-half form: pairs (i, i + K / 2)."""
+    """Rotate the pairs (i, i + K / 2) of [B, T, H, K]: the rotate-half form."""
     first, second = x_BTHK.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 def repeat_kv(x_BNSK: Tensor, n_rep: int) -> Tensor:
-    """One key/value head for every query head, h // n_rep for head h: [B, H, S, K]."""
+    """Return key/value head ``h // n_rep`` for every query head h: [B, N, S, K] -> [B, H, S, K]."""
     return x_BNSK.repeat_interleave(n_rep, dim=1)
 
 
@@ -100,7 +102,7 @@ def attention_scores(q_BHTK: Tensor, k_BHSK: Tensor) -> Tensor:
 
 
 def masked_softmax(scores_BHTS: Tensor, mask_BTS: Tensor) -> Tensor:
-    """Attention weights [B, H, T, S]; a query that may attend to nothing gets zeros."""
+    """Return attention weights [B, H, T, S]; zeros for a query that may attend to no key."""
     mask = mask_BTS[:, None]
     weights = scores_BHTS.masked_fill(~mask, -math.inf).softmax(-1)
     return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
@@ -119,22 +121,22 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
 
 
 def add(x_BTD: Tensor, h_BTD: Tensor) -> Tensor:
-    """The residual stream plus a sublayer's output."""
+    """Return the residual stream plus a sublayer's output, both [B, T, D]."""
     return x_BTD + h_BTD
 
 
 def extend(past_BNSK: Tensor, new_BNTK: Tensor) -> Tensor:
-    """Append this call's keys or values to the cached ones."""
+    """Append this call's keys or values to the cached: [B, N, S + T, K]."""
     return torch.cat([past_BNSK, new_BNTK], dim=2)
 
 
 def next_positions(length: int, start: int) -> Tensor:
-    """Positions [T] of ``length`` tokens that follow ``start`` cached ones."""
+    """Return the positions [T] of ``length`` tokens that follow ``start`` cached ones."""
     return torch.arange(start, start + length)
 
 
 def causal_mask(n_queries: int, n_keys: int) -> Tensor:
-    """The causal default [T, S]: the last query lines up with the last key."""
+    """Return the causal mask [T, S]: the last query is the last key's token."""
     return torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
 
 
@@ -155,17 +157,21 @@ def forward(
     positions: Tensor | None,
     mask: Tensor | None,
     cache: Cache | None,
-    note: Note,
+    trace: Trace,
     ops: SimpleNamespace,
 ) -> tuple[Tensor, Cache]:
-    """Logits [B, T, V] and the longer cache; positions [B, T] and mask [B, T, S] have defaults."""
+    """Return logits [B, T, V] and the longer cache.
+
+    ``ops`` are the operations. Positions [B, T] follow the cache and mask [B, T, S] is causal
+    where they are None.
+    """
     length, start = tokens_BT.shape[1], cache[0][0].shape[2] if cache else 0
     if positions is None:
         positions = ops.next_positions(length, start)[None]
     if mask is None:
         mask = ops.causal_mask(length, start + length)[None]
     x = ops.embed(ops.read(params, EMBED, config), tokens_BT)
-    note("embed", x)
+    trace("embed", x)
     tables = ops.rope_tables(positions, config, x.dtype)
     presents = []
     for i in range(config.n_layers):
@@ -173,24 +179,24 @@ def forward(
         def weight(name: str, i: int = i) -> Tensor:
             return ops.read(params, f"model.layers.{i}.{name}.weight", config)
 
-        def say(name: str, value: Tensor, i: int = i) -> Tensor:
-            note(f"layers.{i}.{name}", value)
+        def traced(name: str, value: Tensor, i: int = i) -> Tensor:
+            trace(f"layers.{i}.{name}", value)
             return value
 
-        h = say("attn_norm", ops.rms_norm(x, weight("input_layernorm"), config.norm_eps))
+        h = traced("attn_norm", ops.rms_norm(x, weight("input_layernorm"), config.norm_eps))
         past = cache[i] if cache else None
-        h, present = attention(h, weight, config, tables, mask, past, say, ops)
+        h, present = attention(h, weight, config, tables, mask, past, traced, ops)
         presents.append(present)
-        x = say("attn_residual", ops.add(x, say("attn_proj", h)))
-        h = say("ffn_norm", ops.rms_norm(x, weight("post_attention_layernorm"), config.norm_eps))
-        gate = say("gate", ops.linear(h, weight("mlp.gate_proj")))
-        up = say("up", ops.linear(h, weight("mlp.up_proj")))
-        h = ops.linear(say("ffn", ops.swiglu(gate, up)), weight("mlp.down_proj"))
-        x = say("residual", ops.add(x, say("ffn_proj", h)))
+        x = traced("attn_residual", ops.add(x, traced("attn_proj", h)))
+        h = traced("ffn_norm", ops.rms_norm(x, weight("post_attention_layernorm"), config.norm_eps))
+        gate = traced("gate", ops.linear(h, weight("mlp.gate_proj")))
+        up = traced("up", ops.linear(h, weight("mlp.up_proj")))
+        h = ops.linear(traced("ffn", ops.swiglu(gate, up)), weight("mlp.down_proj"))
+        x = traced("residual", ops.add(x, traced("ffn_proj", h)))
     x = ops.rms_norm(x, ops.read(params, NORM, config), config.norm_eps)
-    note("norm", x)
+    trace("norm", x)
     logits = ops.linear(x, ops.read(params, LM_HEAD, config))
-    note("logits", logits)
+    trace("logits", logits)
     return logits, presents
 
 
@@ -201,21 +207,22 @@ def attention(
     tables: Tables,
     mask: Tensor,
     past: tuple[Tensor, Tensor] | None,
-    say: Callable[[str, Tensor], Tensor],
+    traced: Callable[[str, Tensor], Tensor],
     ops: SimpleNamespace,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One layer's attention [B, T, D], and its keys and values [B, N, S, K], cached ones first."""
+    """Return one layer's attention [B, T, D], and its keys and values [B, N, S, K]."""
     heads = (-1, config.head_dim)
     q_BTHK, k_BTNK, v_BTNK = (
-        say(n, ops.linear(h_BTD, weight(f"self_attn.{n}_proj")).unflatten(-1, heads)) for n in "qkv"
+        traced(n, ops.linear(h_BTD, weight(f"self_attn.{n}_proj")).unflatten(-1, heads))
+        for n in "qkv"
     )
-    q = say("q_rope", ops.apply_rope(q_BTHK, *tables)).transpose(1, 2)
-    k = say("k_rope", ops.apply_rope(k_BTNK, *tables)).transpose(1, 2)
+    q = traced("q_rope", ops.apply_rope(q_BTHK, *tables)).transpose(1, 2)
+    k = traced("k_rope", ops.apply_rope(k_BTNK, *tables)).transpose(1, 2)
     v = v_BTNK.transpose(1, 2)
     if past is not None:
         k, v = ops.extend(past[0], k), ops.extend(past[1], v)
     scores = ops.attention_scores(q, ops.repeat_kv(k, config.n_rep))
     weights = ops.masked_softmax(scores, mask)
     mixed_BHTK = ops.attention_mix(weights, ops.repeat_kv(v, config.n_rep))
-    mixed_BTHK = say("attn", mixed_BHTK.transpose(1, 2))
+    mixed_BTHK = traced("attn", mixed_BHTK.transpose(1, 2))
     return ops.linear(ops.merge_heads(mixed_BTHK), weight("self_attn.o_proj")), (k, v)

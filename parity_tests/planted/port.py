@@ -1,11 +1,8 @@
-"""Porting bugs planted in torch: a compact Llama whose every operation can be replaced.
+"""Backends with planted bugs: a compact Llama in torch, one operation of which is replaced.
 
-It shares nothing with llama_torch or with the oracle's own mutants, so that a diagnosis made
-with those has something independent to name. Each bug is written as a porter would write it;
-everything around it stays right.
-
-Axes: B batch, T query position (this call's tokens), S key position (cache and this call),
-D dim, H query heads, N key/value heads, K head_dim, F hidden_dim, V vocabulary.
+It shares no code with llama_torch or with the oracle's mutants, so that compare.py's diagnosis,
+which uses those, is tested on independent implementations. Each bug is written as a porter would
+write it; all other operations are right.
 """
 
 from types import SimpleNamespace
@@ -22,7 +19,7 @@ from .operations import OPERATIONS, Array, Cache, Params, forward
 
 
 class Planted:
-    """The model with one bug of BUGS, or with none, behind the protocol of backends."""
+    """The model as a backend, with one bug of BUGS by its name, or with none."""
 
     dtypes = ("float64", "float32")
 
@@ -34,8 +31,8 @@ class Planted:
         return self.traced_decode(*arguments)[0]["logits"]
 
     def decode(self, *arguments: Any) -> tuple[Array, Cache]:
-        found, cache = self.traced_decode(*arguments)
-        return found["logits"], cache
+        activations, cache = self.traced_decode(*arguments)
+        return activations["logits"], cache
 
     def trace(self, *arguments: Any) -> dict[str, Array]:
         return self.traced_decode(*arguments)[0]
@@ -49,18 +46,20 @@ class Planted:
         mask: Array | None,
         cache: Cache | None = None,
     ) -> tuple[dict[str, Array], Cache]:
-        """Every activation of a call that continues ``cache``, and the longer cache."""
-        found: dict[str, Array] = {}
-        at, see = (None if x is None else torch.from_numpy(np.array(x)) for x in (positions, mask))
-        ids = torch.from_numpy(np.array(tokens))
+        """Return every activation of a call that continues ``cache``, and the longer cache."""
+        activations: dict[str, Array] = {}
+        # Copies: torch warns of read-only arrays.
+        inputs = (
+            None if x is None else torch.from_numpy(np.array(x)) for x in (tokens, positions, mask)
+        )
 
-        def note(name: str, value: Tensor) -> None:
-            found[name] = value.numpy()
+        def trace(name: str, value: Tensor) -> None:
+            activations[name] = value.numpy()
 
         with torch.no_grad():
-            cache = forward(config, params, ids, at, see, cache, note, self.ops)[1]
-        return found, cache
+            _, cache = forward(config, params, *inputs, cache, trace, self.ops)
+        return activations, cache
 
 
-# Each planted port by its bug's name, for ``compare.py --against parity_tests.planted:bug.NAME``.
+# Each model by its bug's name, for ``compare.py --against parity_tests.planted:bug.NAME``.
 bug = SimpleNamespace(**{name: Planted(name) for name in BUGS})

@@ -1,6 +1,7 @@
-"""Training bugs planted in torch: planted's model under autograd, with a hand-written step.
+"""Backends with planted training bugs: the model of operations under autograd, and AdamW by hand.
 
-Where a bug is in a gradient, the value stays right and the gradient is that of something else.
+Where the bug is in a gradient, the operation's value is right and its gradient is that of another
+function (``gradient_of``).
 """
 
 import math
@@ -26,34 +27,40 @@ Tensors = dict[str, Tensor]
 
 
 def gradient_of(wrong: Tensor, value: Tensor) -> Tensor:
-    """``value``, whose gradient is that of ``wrong``."""
+    """Return ``value``, with the gradient of ``wrong``; both of one shape."""
     return value.detach() + wrong - wrong.detach()
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float, kind: str) -> Tensor:
+def rms_norm(x: Tensor, w: Tensor, eps: float, bug: str) -> Tensor:
+    """Return RMSNorm [..., D] with the gradient of a norm's bug, by its name."""
     right = planted.rms_norm(x, w, eps)
     root = (planted.mean_square(x) + eps).sqrt()
-    if kind == "norm_without_mean":
+    if bug == "norm_without_mean":
         return gradient_of(x / root.detach() * w, right)
-    if kind == "norm_weight_from_input":
+    if bug == "norm_weight_from_input":
         return gradient_of(x / root * w.detach() + x.detach() * w, right)
     return gradient_of(x / root * w.detach() ** 2 + (x / root).detach() * w, right)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor, diagonal: bool) -> Tensor:
+    """Return softmax with the Jacobian's diagonal alone, or without its subtracted sum."""
     right = planted.masked_softmax(scores, mask)
     p = right.detach()
     return gradient_of(p * (1 - p) * scores if diagonal else p * scores, right)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, turned: bool) -> Tensor:
-    # The transpose of a rotation is the rotation back: this one's gradient is turned forward.
-    wrong = planted.apply_rope(x, cos, -sin) if turned else x
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, forward: bool) -> Tensor:
+    """Return RoPE whose gradient is rotated forward, or not at all."""
+    # A rotation's gradient is the rotation by -angle: of the rotation by -angle, it is forward.
+    wrong = planted.apply_rope(x, cos, -sin) if forward else x
     return gradient_of(wrong, planted.apply_rope(x, cos, sin))
 
 
-def shared_by(n_rep: int, average: bool) -> Callable[[Tensor], Tensor]:
-    """Repeated heads [B, H, S, K] that hand back less than the sum of their gradients."""
+def wrong_sharing(n_rep: int, average: bool) -> Callable[[Tensor], Tensor]:
+    """Return an identity of repeated heads [B, H, S, K] whose gradients do not add up.
+
+    They are averaged over the ``n_rep`` query heads, or come from the first one alone.
+    """
 
     def share(heads: Tensor) -> Tensor:
         if average:
@@ -65,16 +72,16 @@ def shared_by(n_rep: int, average: bool) -> Callable[[Tensor], Tensor]:
 
 
 def embed_last(weight: Tensor, tokens: Tensor) -> Tensor:
-    """Of a token's several places in a batch, only the last is learnt from."""
+    """Return embeddings [B, T, D] of which only a token's last occurrence has a gradient."""
     flat = tokens.flatten().tolist()
-    last = {token: place for place, token in enumerate(flat)}
-    keep = torch.tensor([last[token] == place for place, token in enumerate(flat)])
+    last = {token: index for index, token in enumerate(flat)}
+    keep = torch.tensor([last[token] == index for index, token in enumerate(flat)])
     right = planted.embed(weight, tokens)
     return gradient_of(right * keep.view(*tokens.shape, 1), right)
 
 
 class NarrowSum(torch.autograd.Function):
-    """An embedding whose gradient is added up in bfloat16, one occurrence after the other."""
+    """An embedding whose gradient is summed in bfloat16, one occurrence after the other."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
@@ -90,24 +97,25 @@ class NarrowSum(torch.autograd.Function):
         return total.to(weight.dtype), None
 
 
-def swiglu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, bug: str) -> Tensor:
+    """Return SwiGLU [B, T, F] with the gradient of one of its bugs, by its name."""
     right = planted.swiglu(gate, up)
-    if kind == "up_from_gate":
+    if bug == "up_from_gate":
         return gradient_of(F.silu(gate) * up.detach() + gate.detach() * up, right)
     wrong = gate.sigmoid().detach() * gate * up.detach() + F.silu(gate).detach() * up
     return gradient_of(wrong, right)
 
 
 def operations(bug: str, n_rep: int) -> dict[str, Operation]:
-    """What a bug of the model's gradient replaces."""
-    share = shared_by(n_rep, bug == "keys_averaged")
+    """Return the operations that a bug of the model's gradients replaces; none for other bugs."""
+    share = wrong_sharing(n_rep, bug == "keys_averaged")
     if bug.startswith("norm_"):
         return {"rms_norm": lambda x, w, eps: rms_norm(x, w, eps, bug)}
     if bug.startswith("softmax_"):
         return {"masked_softmax": lambda s, m: masked_softmax(s, m, bug == "softmax_diagonal")}
     if bug.startswith("rope_"):
-        turned = bug == "rope_forward_angle"
-        return {"apply_rope": lambda x, cos, sin: apply_rope(x, cos, sin, turned)}
+        forward = bug == "rope_forward_angle"
+        return {"apply_rope": lambda x, cos, sin: apply_rope(x, cos, sin, forward)}
     if bug.startswith("keys_"):
         return {"attention_scores": lambda q, k: planted.attention_scores(q, share(k))}
     table: dict[str, dict[str, Operation]] = {
@@ -125,7 +133,7 @@ def operations(bug: str, n_rep: int) -> dict[str, Operation]:
 
 
 class PlantedTrainer(Planted):
-    """The honest copy, trained with one bug or none."""
+    """The model without a bug of the forward pass, trained with one training bug or none."""
 
     def __init__(self, bug: str = "") -> None:
         super().__init__()
@@ -181,17 +189,17 @@ class PlantedTrainer(Planted):
         return loss.item(), {name: t.grad for name, t in tensors.items()}
 
     def _loss(self, logits: Tensor, targets: Tensor, n: int, z_loss: float) -> Tensor:
-        flat, z = targets.flatten(), logits.logsumexp(-1)
-        own = F.cross_entropy(logits, flat, ignore_index=-100, reduction="sum")
-        squares = (z.square() * (flat != -100)).sum()
-        right = (own + z_loss * squares) / n
+        flat, log_z = targets.flatten(), logits.logsumexp(-1)
+        nll = F.cross_entropy(logits, flat, ignore_index=-100, reduction="sum")
+        squares = (log_z.square() * (flat != -100)).sum()
+        right = (nll + z_loss * squares) / n
         if self.bug == "loss_per_row":
-            return gradient_of((own + z_loss * squares) / len(targets), right)
+            return gradient_of((nll + z_loss * squares) / len(targets), right)
         if self.bug == "padding_learnt":
-            every = F.cross_entropy(logits, flat.clamp(min=0), reduction="sum")
-            return gradient_of((every + z_loss * z.square().sum()) / n, right)
+            with_padding = F.cross_entropy(logits, flat.clamp(min=0), reduction="sum")
+            return gradient_of((with_padding + z_loss * log_z.square().sum()) / n, right)
         if self.bug == "z_loss_forgotten":
-            return gradient_of(own / n, right)
+            return gradient_of(nll / n, right)
         return right
 
     def _clipped(self, g: Tensor, norm: float, limit: float) -> Tensor:
@@ -207,16 +215,16 @@ class PlantedTrainer(Planted):
         decay = hyper.weight_decay if decays else 0.0
         if self.bug == "decay_in_gradient":
             g, decay = g + decay * p, 0.0
-        rate = 1.0 if self.bug == "decay_without_rate" else hyper.lr
+        decay_rate = 1.0 if self.bug == "decay_without_rate" else hyper.lr
         step = 2 if self.bug == "adam_step_from_one_too_many" else 1
         m, v = (1 - hyper.beta1) * g, (1 - hyper.beta2) * g.square()
         m_hat, v_hat = m / (1 - hyper.beta1**step), v / (1 - hyper.beta2**step)
         if self.bug == "adam_uncorrected":
             m_hat, v_hat = m, v
-        down = v_hat.sqrt() + hyper.adam_eps
+        denominator = v_hat.sqrt() + hyper.adam_eps
         if self.bug == "adam_eps_inside":
-            down = (v_hat + hyper.adam_eps).sqrt()
-        return p - rate * decay * p - hyper.lr * m_hat / down, m
+            denominator = (v_hat + hyper.adam_eps).sqrt()
+        return p - decay_rate * decay * p - hyper.lr * m_hat / denominator, m
 
 
 def _tensors(params: Params) -> Tensors:

@@ -1,7 +1,8 @@
 """Which implementations the conformance tests run on: ``--backend`` and ``--mutants``.
 
-``--backend package.module:object`` (or PARITY_BACKEND) tests that implementation alone, through
-test_conformance.py, as many examples as its ``example_fraction`` asks; ``--mutants`` runs the same tests on the oracle with each known bug in it.
+``--backend package.module:object`` (or PARITY_BACKEND) runs test_conformance.py on that
+implementation alone; ``--mutants`` runs it on the oracle with each known bug. A backend's
+``example_fraction`` sets the number of examples.
 """
 
 import importlib.util
