@@ -1,4 +1,4 @@
-"""Which implementations the conformance tests run on: ``--backend`` and ``--mutants``.
+"""The options --backend and --mutants: the implementations that the conformance tests run on.
 
 ``--backend package.module:object`` (or PARITY_BACKEND) runs test_conformance.py on that
 implementation alone; ``--mutants`` runs it on the oracle with each known bug. A backend's
@@ -26,7 +26,7 @@ from ..conformance.oracle import WithBug
 
 CONFORMANCE = Path(__file__).parent.parent / "conformance"
 MUTANTS = {mutant.name: mutant for mutant in (*FORWARD, *TRAINING)}
-HONEST = "torch"  # stands beside the mutants
+HONEST = "torch"  # the correct implementation whose errors are printed beside the mutants'
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,8 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--mutants", action="store_true", help="run the suite against every known bug")
 
 
-def chosen(config: pytest.Config) -> list[str]:
-    """Return the names of the backends asked for; empty = the default ones."""
+def requested_backends(config: pytest.Config) -> list[str]:
+    """Return the backends named by --backend or PARITY_BACKEND; empty for the default ones."""
     named = config.getoption("backend") or []
     return named or list(filter(None, [os.environ.get("PARITY_BACKEND")]))
 
@@ -51,18 +51,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(method): what a backend must offer for this test")
     config.addinivalue_line("markers", "numeric: its numbers depend on the processor's kernels")
     JUDGE.only_record = config.getoption("mutants")
-    if JUDGE.only_record and chosen(config):
+    if JUDGE.only_record and requested_backends(config):
         raise pytest.UsageError("--mutants and --backend exclude each other; leave one out")
     try:
-        for name in chosen(config):
+        for name in requested_backends(config):
             load(name)
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Import no other test of ours where an implementation or the mutants are asked for."""
-    asked_for = chosen(config) or config.getoption("mutants")
+    """Skip every test outside conformance/, without importing it, under --backend and --mutants."""
+    asked_for = requested_backends(config) or config.getoption("mutants")
     ours = CONFORMANCE.parent in collection_path.parents
     inside = collection_path.is_relative_to(CONFORMANCE)
     return True if asked_for and ours and not inside else None
@@ -74,21 +74,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if JUDGE.only_record:
         names = [HONEST, *MUTANTS]
     else:
-        names = chosen(metafunc.config) or list(backends.DEFAULT)
+        names = requested_backends(metafunc.config) or list(backends.DEFAULT)
     metafunc.parametrize("backend", [_parameter(name) for name in names])
 
 
 def _parameter(name: str) -> Any:
-    """Return a backend's name, to be imported when its first test runs, or a mutant."""
+    """Return the pytest parameter of a backend's name or of a mutant.
+
+    A backend is imported when its first test runs.
+    """
     if JUDGE.only_record and name in MUTANTS:
         return pytest.param(WithBug(MUTANTS[name]), id=name)
-    reason = _why_not(name)
+    reason = _skip_reason(name)
     marks = [pytest.mark.skip(reason=reason)] if reason else []
     return pytest.param(name, id=name, marks=marks)
 
 
-def _why_not(name: str) -> str:
-    """Return why a shipped backend cannot run here; "" if it can."""
+def _skip_reason(name: str) -> str:
+    """Return the reason for which a shipped backend cannot run on this machine; "" if it can."""
     needed = {"jax": ["jax"], "transformers": ["torch", "transformers"]}.get(name, ["torch"])
     for package in needed if name in SHIPPED else []:
         if not importlib.util.find_spec(package):
@@ -108,20 +111,20 @@ def backend_of(item: Any) -> Any:
 
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if chosen(config) or JUDGE.only_record:
+    if requested_backends(config) or JUDGE.only_record:
         others = [item for item in items if not is_conformance(item)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if is_conformance(item)]
-    if JUDGE.only_record:  # a bug is run through what it can reach
-        items[:] = [item for item in items if not lacks(item)]
+    if JUDGE.only_record:  # a mutant has only the methods that its bug changes
+        items[:] = [item for item in items if not unsupported_by_backend(item)]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Import the test's backend, and draw as many examples as it can afford."""
+    """Import the test's backend, and set its number of examples."""
     if is_conformance(item) and not item.get_closest_marker("skip"):
         item.callspec.params["backend"] = backend_of(item)
-        item.obj = _limited(item)
+        item.obj = _with_its_examples(item)
 
 
 def is_conformance(item: pytest.Item) -> bool:
@@ -130,7 +133,7 @@ def is_conformance(item: pytest.Item) -> bool:
 
 
 def backend_name(item: Any) -> str:
-    """Return the backend's id: the part of the item's that no other parameter made."""
+    """Return the backend's part of a test's id."""
     ids = item.callspec.id
     for other in other_parameters(item):
         ids = ids.removeprefix(f"{other}-").removesuffix(f"-{other}")
@@ -142,8 +145,8 @@ def other_parameters(item: Any) -> list[str]:
     return [str(value) for key, value in item.callspec.params.items() if key != "backend"]
 
 
-def lacks(item: Any) -> str:
-    """Return the method or precision that this test needs and its backend does not offer."""
+def unsupported_by_backend(item: Any) -> str:
+    """Return the method or precision that a test needs and its backend lacks; "" if none."""
     backend, method = backend_of(item), item.get_closest_marker("needs").args[0]
     if not callable(getattr(backend, method, None)):
         return str(method)
@@ -151,9 +154,9 @@ def lacks(item: Any) -> str:
     return "" if dtype is None or dtype in dtypes_of(backend) else dtype
 
 
-def _limited(item: Any) -> Any:
-    """Return the test with as many examples as its backend can afford."""
-    # Hypothesis begins with the smallest example there is, which shows nothing.
+def _with_its_examples(item: Any) -> Any:
+    """Return the test with the backend's fraction of the profile's examples, at least three."""
+    # Hypothesis begins with the smallest example there is, which can show few bugs.
     examples = max(
         3, math.ceil(example_fraction_of(backend_of(item)) * settings.default.max_examples)
     )

@@ -1,4 +1,4 @@
-"""Share a run of whole folders among processes, one a core, where pytest-xdist is installed."""
+"""Run whole folders of tests on several processes, one a core, where pytest-xdist is installed."""
 
 import gc
 import os
@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 
 THREADS = int(os.environ.get("PARITY_THREADS", "1"))  # of torch and NumPy, in each process
-WORKERS = 8  # processes at most; more would wait for each other's imports
+WORKERS = 8  # processes at most, as all import torch at once
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Choose the number of processes.
+    """Set the number of processes.
 
-    A single file or test is run at once: every process imports torch for some seconds.
+    A single file or test runs in this one: every further process imports torch for some seconds.
     """
     option = config.option
     whole = all(Path(arg).is_dir() for arg in config.args) and not option.keyword
     if hasattr(config, "workerinput") or option.collectonly:
         return
-    # These need the terminal, or one test in one process.
+    # These options need the terminal, or one test in one process.
     if option.usepdb or option.trace or option.capture == "no" or option.reproduce:
         return
     if getattr(option, "numprocesses", 0) is None and whole:

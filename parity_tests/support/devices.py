@@ -1,4 +1,4 @@
-"""Marks for tests that run on every device there is."""
+"""Marks of tests that run on the CPU and on a GPU."""
 
 import pytest
 import torch

@@ -1,3 +1,3 @@
-"""Environment variables that tests set, and that the processes they start inherit."""
+"""Environment variables that tests set and their subprocesses inherit."""
 
 POISONED = "PARITY_POISON"  # set where uninitialised memory holds NaN

@@ -1,4 +1,4 @@
-"""Which examples Hypothesis draws: the profiles, and ``--reproduce`` for one failing example."""
+"""Hypothesis's profiles, and the option --reproduce for one failing example."""
 
 import os
 import re
@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from ..conformance import drawn
-from .backend_option import chosen
+from .backend_option import requested_backends
 
 COMMON = {
-    "deadline": None,  # the first example pays for torch's warm-up
+    "deadline": None,  # the first example includes torch's warm-up
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
     "print_blob": True,
 }
-# The same examples on every machine: a newcomer's green is CI's. To search is to ask for it.
+# The first two draw the same examples on every machine, so that a run here is CI's.
 settings.register_profile("quick", max_examples=5, derandomize=True, **COMMON)
 settings.register_profile("default", max_examples=50, derandomize=True, **COMMON)
 settings.register_profile("search", max_examples=15, derandomize=False, **COMMON)
@@ -41,7 +41,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)  # after the backend's number of examples is set
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let the test run the example asked for alone."""
+    """Let the test run only the example of --reproduce."""
     blob = item.config.getoption("reproduce")
     if blob:
         reproduce = hypothesis.reproduce_failure(hypothesis.__version__, blob.encode())
@@ -56,14 +56,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
         notes = " ".join(_notes(call.excinfo.value))
         for blob in re.findall(r"@reproduce_failure\('[^']*', b'([^']*)'\)", notes):
             line = f"pytest '{item.nodeid}' --reproduce {blob}"
-            line += "".join(f" --backend {name}" for name in chosen(item.config))
+            line += "".join(f" --backend {name}" for name in requested_backends(item.config))
             line += " --poison" if item.config.getoption("poison") else ""
             found.sections.append(("run this example again", line))
     return found
 
 
 def _notes(error: BaseException) -> Iterator[str]:
-    """Yield an error's notes; of several that one test found, those of each."""
+    """Yield the notes of an error, or of each error of a group."""
     yield from getattr(error, "__notes__", ())
     for inner in getattr(error, "exceptions", ()):
         yield from _notes(inner)

@@ -1,4 +1,4 @@
-"""Commands that several tests ask about, run once in a process of their own."""
+"""Subprocesses whose results several tests check, each run once."""
 
 import os
 import shutil
@@ -11,25 +11,32 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 
-Command = Sequence[object]  # what follows ``python``
+Command = Sequence[object]  # the arguments of ``python``
 
 
 def torchrun_command(
     world: int, *arguments: object, more: Sequence[str] = (), forks: bool = False
 ) -> tuple[object, ...]:
-    """Return what follows ``python``; torchrun's processes may share their imports as forks."""
+    """Return the arguments of ``python`` that run a module under torchrun on ``world`` processes.
+
+    ``more`` are torchrun's flags; with ``forks`` its processes are forks of one that has imported
+    the module (workers/torchrun.py).
+    """
     run = "parity_tests.workers.torchrun" if forks else "torch.distributed.run"
     return "-m", run, "--standalone", *more, "--nproc-per-node", world, "-m", *arguments
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without what pytest and its plug-ins put there."""
+    """Return this process's environment without pytest's variables, and with ``more``."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     return kept | more
 
 
 class Job:
-    """One command; ``make`` writes what it needs into its folder, and returns it."""
+    """One Python command, run once; ``make`` writes its input files into a folder and returns it.
+
+    With ``in_folder`` it runs in that folder, else in the repository's root.
+    """
 
     def __init__(self, make: Callable[[Path], Command], in_folder: bool = False) -> None:
         self._make, self._in_folder = make, in_folder
@@ -38,14 +45,14 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Return the folder of its files, which is removed when the job goes."""
+        """Return the folder of its files, which is removed with the job."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp())
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder
 
     def done(self) -> subprocess.CompletedProcess[str]:
-        """Return what the command said, after running it if nobody has."""
+        """Return the ended process, its exit code and output; the first call runs it."""
         if self._done is None:
             places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._done = subprocess.run(
@@ -64,5 +71,8 @@ class Job:
 
 
 def launch_command(world: int, *arguments: object) -> tuple[object, ...]:
-    """Return what follows ``python`` where nothing is asked of torchrun itself; quicker."""
+    """Return the arguments of ``python`` that run a module on ``world`` processes of one job.
+
+    Quicker than torchrun, for tests that need neither its restarts nor its signals.
+    """
     return "-m", "parity_tests.workers.launch", world, *arguments

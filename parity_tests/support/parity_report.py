@@ -1,4 +1,4 @@
-"""Tell the judge which test runs, fail a test that covered nothing, and print the last lines."""
+"""Record errors by test and backend, skip or fail tests that compared nothing, print the tables."""
 
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -11,29 +11,29 @@ from .backend_option import (
     HONEST,
     MUTANTS,
     backend_name,
-    chosen,
     is_conformance,
-    lacks,
     other_parameters,
+    requested_backends,
+    unsupported_by_backend,
 )
 
-# What the processes of a shared run computed on; empty where this one computed by itself.
+# The processors and libraries of pytest-xdist's processes; empty without pytest-xdist.
 computed_by: set[str] = set()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """Tell the judge which test runs; nothing covered is not a pass."""
+    """Begin a conformance test's record; a test that compared nothing does not pass."""
     if not is_conformance(pyfuncitem):
         return (yield)
-    return (yield from _judged(pyfuncitem))
+    return (yield from _recorded(pyfuncitem))
 
 
-def _judged(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+def _recorded(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     test = pyfuncitem.originalname
     words = [test.removeprefix("test_"), *other_parameters(pyfuncitem)]
     entry = JUDGE.begin(" ".join(words), backend_name(pyfuncitem))
-    lacking = lacks(pyfuncitem)
+    lacking = unsupported_by_backend(pyfuncitem)
     if lacking:
         entry.not_covered[f"{lacking} is not offered"] += 1
         pytest.skip(f"not covered: {lacking} is not offered")
@@ -54,7 +54,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         lines = (
             summary_tables.mutation_table(JUDGE.entries, MUTANTS, HONEST)
             if JUDGE.only_record
-            else summary_tables.backend_table(JUDGE.entries, in_full=bool(chosen(config)))
+            else summary_tables.backend_table(
+                JUDGE.entries, in_full=bool(requested_backends(config))
+            )
         )
         terminalreporter.section("parity")
         for line in lines:
@@ -63,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take over the record of a process that ends (a hook of pytest-xdist's)."""
+    """Add the record of a process that ends (a hook of pytest-xdist's)."""
     output = getattr(node, "workeroutput", {})
     JUDGE.add(output.get("judged", []))
     computed_by.update(output.get("computed_by", []))
@@ -71,7 +73,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Fail a run of the whole suite that a mutant survives; hand on what a process recorded."""
+    """Fail a run of the whole suite that a mutant survives; send a process's record to the main."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["judged"] = JUDGE.records()
         session.config.workeroutput["computed_by"] = [processors.describe()]

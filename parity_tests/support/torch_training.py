@@ -1,4 +1,4 @@
-"""Run the torch trainer's own functions on training cases."""
+"""Training steps of the oracle and of the torch trainer on a training case, and their distance."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from ..conformance.training_cases import (
 
 
 class Trained(NamedTuple):
-    """What k steps leave behind."""
+    """The results of k optimizer steps: per step losses and norms, then parameters and moments."""
 
     losses: list[float]
     norms: list[float]
@@ -23,10 +23,10 @@ class Trained(NamedTuple):
 
 
 def worst(actual: Params, expected: Params) -> float:
-    """Return the largest error of a tensor over the largest of all tensors' values.
+    """Return the largest error of all tensors over the largest value of all tensors.
 
-    Not over its own: one tensor's gradient can vanish (nothing to attend to), and what rounding
-    leaves of it says nothing.
+    Not relative to each tensor: one tensor's gradient can vanish (no key to attend to) and be
+    nothing but rounding.
     """
     assert actual.keys() == expected.keys()
     scale = max(max_abs(value) for value in expected.values())
@@ -35,6 +35,7 @@ def worst(actual: Params, expected: Params) -> float:
 
 
 def oracle_train(case: TrainingCase, steps: int, dtype: Any, **bug: Any) -> Trained:
+    """Take ``steps`` steps of the oracle in ``dtype``; ``bug`` has train_step's vjps or rules."""
     params = cast(case.params, dtype)
     state = optim.init_state(params)
     losses, norms = [], []
@@ -50,29 +51,29 @@ def oracle_train(case: TrainingCase, steps: int, dtype: Any, **bug: Any) -> Trai
 
 
 def distances(actual: Trained, expected: Trained) -> dict[str, float]:
-    """Relative errors of all that training leaves behind."""
-    found = {
+    """Return the relative errors of losses, norms, parameters and moments, by name."""
+    errors = {
         "loss": max(abs(a / e - 1) for a, e in zip(actual.losses, expected.losses, strict=True))
     }
     pairs = zip(actual.norms, expected.norms, strict=True)
     # As a model fits its batch the gradient vanishes, by cancellation; its error is what the
     # parameters' rounding makes of it, on the scale of the gradients that moved them.
-    found["norm"] = max(abs(a - e) for a, e in pairs) / max(*expected.norms, 1e-12)
+    errors["norm"] = max(abs(a - e) for a, e in pairs) / max(*expected.norms, 1e-12)
     for kind in ("params", "exp_avg", "exp_avg_sq"):
-        found[kind] = worst(getattr(actual, kind), getattr(expected, kind))
-    return found
+        errors[kind] = worst(getattr(actual, kind), getattr(expected, kind))
+    return errors
 
 
 def torch_grads(case: TrainingCase, dtype: Any) -> tuple[float, Params]:
-    """Loss and gradients from the trainer's own accumulation."""
+    """Return loss and gradients of the torch trainer's accumulation, in ``dtype``."""
     params, hyper = cast(case.params, dtype), case.hyper
     loss, grads = eager.loss_and_grads(case.config, params, case.batches, hyper.z_loss)
     return loss, dict(grads)
 
 
 def torch_train(case: TrainingCase, steps: int, dtype: Any) -> Trained:
-    """Take ``steps`` steps with the functions that ``python -m llama_torch.train`` runs."""
+    """Take ``steps`` steps in ``dtype`` by the functions of ``python -m llama_torch.train``."""
     params = cast(case.params, dtype)
-    found = eager.train(case.config, params, case.batches, case.hyper, steps)
+    results = eager.train(case.config, params, case.batches, case.hyper, steps)
     kinds = ("loss", "grad_norm", "params", "exp_avg", "exp_avg_sq")
-    return Trained(*(found[kind] for kind in kinds))
+    return Trained(*(results[kind] for kind in kinds))
