@@ -1,10 +1,10 @@
-"""The implementations that the suite runs by itself; reference_np/backend.py has the protocol."""
+"""Backends of this repository's implementations; reference_np/backend.py has the protocol."""
 
 from reference_np.backend import SHIPPED
 
 CUDA = tuple(name for name in SHIPPED if name.startswith("cuda"))
 
-# These compile every new shape, for seconds; and jax is an extra.
+# Not run by default: these compile every new shape for seconds, and jax is an extra.
 SLOW = (
     "torch-compile",
     "cuda-compile",

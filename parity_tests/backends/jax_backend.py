@@ -1,7 +1,7 @@
-"""Llama in JAX behind the protocol: written for this suite, from the equations alone.
+"""A Llama in JAX as a backend, written for this suite from the equations alone.
 
-Another framework, other idioms (einsum, autodiff of a pure function), nothing shared with the
-oracle but the arguments. ``pip install -e '.[jax]'``.
+It uses einsum and automatic differentiation of a pure function, and shares no code with the
+oracle. ``pip install -e '.[jax]'``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm, in float32 or wider."""
+    """Return RMSNorm [..., D], computed in float32 or wider."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scaled = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
     return (scaled * w).astype(x.dtype)
 
 
 def frequencies(config: LlamaConfig) -> np.ndarray:
-    """Rotary frequencies [K / 2], scaled as the config says."""
+    """Return the rotary frequencies [K / 2], scaled by the config's rope_type."""
     plain = config.rope_theta ** -(np.arange(config.head_dim // 2) / (config.head_dim // 2))
     if config.rope_type == "default":
         return plain
@@ -49,7 +49,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention: q [B, T, H, K], k and v [B, S, N, K], mask [B, T, S]."""
+    """Return attention [B, T, H * K] of q [B, T, H, K], k, v [B, S, N, K], mask [B, T, S]."""
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("btnrk,bsnk->bnrts", q, k, preferred_element_type=wide)
@@ -67,7 +67,7 @@ def forward(
     mask: jax.Array | None,
     cache: list | None,
 ) -> tuple[jax.Array, list]:
-    """Return logits and, for each layer, the keys and values so far."""
+    """Return logits [B, T, V] and the cache: each layer's keys and values [B, S, N, K]."""
     start = 0 if cache is None else cache[0][0].shape[1]
     length = tokens.shape[1]
     if positions is None:
@@ -99,7 +99,7 @@ def forward(
 def loss_sum(
     params: Mapping[str, jax.Array], batch: Batch, config: LlamaConfig, z_loss: float
 ) -> jax.Array:
-    """Sum the loss of the targets that count."""
+    """Return the summed loss of the valid targets."""
     logits, _ = forward(config, params, *(_array(batch[i]) for i in (0, 2, 3)), None)
     targets, counts = jnp.maximum(batch.targets, 0), batch.targets != -100
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -112,7 +112,7 @@ def _array(value: Array | None) -> jax.Array | None:
 
 
 class Jax(LogitsByDecode):
-    """The functions above, NumPy in and out."""
+    """The functions above as a backend."""
 
     dtypes = ("float64", "float32")
     example_fraction = 0.2  # every operation of every new shape is compiled

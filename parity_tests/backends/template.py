@@ -15,7 +15,7 @@ class YourLlama:
     dtypes = ("float32",)  # what it computes in, most precise first
 
     def logits(self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any) -> Any:
-        """Return [B, T, V]."""
+        """Return the logits [B, T, V]."""
         if positions is not None or mask is not None:
             raise NotImplementedError("only causal masks and consecutive positions")
         raise NotImplementedError("call your implementation here")

@@ -1,4 +1,4 @@
-"""llama_torch behind the protocol: eager, with its attention kernel pinned, compiled, on a GPU."""
+"""Backends of llama_torch: eager, with one attention kernel, compiled, on a GPU."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ HALVES = ("bfloat16", "float16")
 
 
 class Torch(LogitsByDecode, TraceByTracedDecode):
-    """llama_torch on one device, with its attention kernel left to torch or pinned."""
+    """llama_torch on one device, with torch's choice of attention kernel or with ``kernel``."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
         cache: Cache | None,
     ) -> tuple[Array, Cache]:
         model = self._model(config, params)
-        given = [self._tensor(x) for x in (tokens, positions, mask)]
+        inputs = [self._tensor(x) for x in (tokens, positions, mask)]
         cache = self._before(model, tokens, cache)
         with torch.no_grad(), self._pinned(), self._compiled(model):
-            logits, cache = model(given[0], positions=given[1], mask=given[2], cache=cache)
+            logits, cache = model(inputs[0], positions=inputs[1], mask=inputs[2], cache=cache)
         return _array(logits), cache
 
     def traced_decode(
@@ -68,17 +68,19 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
     ) -> tuple[Mapping[str, Array], Cache]:
         if self.compiler:
             raise NotImplementedError("tracing stops compilation")
-        found: dict[str, Array] = {}
-        given = [self._tensor(x) for x in (tokens, positions, mask)]
+        activations: dict[str, Array] = {}
+        inputs = [self._tensor(x) for x in (tokens, positions, mask)]
 
-        def note(name: str, value: torch.Tensor) -> None:
-            found[name] = _array(value)
+        def trace(name: str, value: torch.Tensor) -> None:
+            activations[name] = _array(value)
 
         with torch.no_grad(), self._pinned():
             model = self._model(config, params)
             cache = self._before(model, tokens, cache)
-            _, cache = model(given[0], positions=given[1], mask=given[2], cache=cache, trace=note)
-        return found, cache
+            _, cache = model(
+                inputs[0], positions=inputs[1], mask=inputs[2], cache=cache, trace=trace
+            )
+        return activations, cache
 
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
@@ -119,7 +121,7 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
         return found
 
     def _before(self, model: Llama, tokens: Array, cache: Any) -> Any:
-        """Return the cache that the model is to continue."""
+        """Return the cache to pass to the model for a call that continues ``cache``."""
         return cache
 
     def _model(self, config: LlamaConfig, params: Params) -> Llama:
@@ -149,7 +151,7 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
             yield
             return
         with warnings.catch_warnings(), sdpa_kernel(self.kernel):
-            warnings.simplefilter("ignore")  # torch explains why a kernel will not do
+            warnings.simplefilter("ignore")  # torch's reasons for which a kernel does not apply
             try:
                 yield
             except RuntimeError as error:
@@ -160,10 +162,10 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
 
 @contextmanager
 def _compiling(model: Llama, compiler: str) -> Iterator[None]:
-    """Compile every block; the sizes of batch, tokens and cache stay symbols.
+    """Compile every block with dynamic sizes of batch, tokens and cache: one graph for all.
 
-    One graph serves all blocks. What an earlier model compiled is dropped first: past a limit
-    torch would quietly stop compiling.
+    Graphs of earlier models are dropped first, as past a limit torch stops compiling without an
+    error.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's compiler uses what torch deprecates
@@ -179,12 +181,12 @@ def _array(value: torch.Tensor) -> Array:
 
 
 def to_torch(batch: Batch) -> TrainingBatch:
-    """Copy a batch to torch."""
+    """Return a copy of a batch as torch tensors."""
     return TrainingBatch(*(None if x is None else torch.from_numpy(np.array(x)) for x in batch))
 
 
 def optim_config(hyper: Hyperparameters) -> OptimConfig:
-    """The trainer's settings for the oracle's hyperparameters."""
+    """Return the trainer's OptimConfig of the oracle's hyperparameters."""
     return OptimConfig(**{name: value for name, value in vars(hyper).items() if name != "steps"})
 
 

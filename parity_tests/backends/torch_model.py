@@ -1,4 +1,4 @@
-"""The torch side of a comparison: the same config and weights, NumPy in and NumPy out."""
+"""Build and run llama_torch's model from the oracle's config and weights, NumPy in and out."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,19 +21,19 @@ Array = NDArray[Any]
 
 
 def torch_config(config: LlamaConfig) -> ModelConfig:
-    """Return the other package's config of the same model."""
+    """Return llama_torch's config of the oracle's."""
     return ModelConfig(**dataclasses.asdict(config))
 
 
 def save_numpy(
     tensors: Mapping[str, Array], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; safetensors 0.8.0 by itself misorders what is not contiguous."""
+    """Write arrays to a safetensors file; safetensors 0.8.0 misorders arrays not contiguous."""
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path, metadata)
 
 
 def torch_model(config: LlamaConfig, params: Mapping[str, Array]) -> Llama:
-    """Build the torch model around ``params``, in their dtype, strictly by name."""
+    """Return the torch model with ``params``, in their dtype; names must match exactly."""
     with without_weights():
         model = Llama(torch_config(config))
     tensors = {name: torch.from_numpy(value.copy()) for name, value in params.items()}
@@ -50,7 +50,7 @@ def torch_forward(
     mask: Array | None = None,
     cache: Cache | None = None,
 ) -> tuple[Array, Cache, dict[str, Array]]:
-    """Run the torch model where its weights are; return logits, cache and trace."""
+    """Return logits [B, T, V], cache and activations of the torch model, on its device."""
     device = model.head_weight.device
     trace: dict[str, Array] = {}
 
@@ -72,7 +72,7 @@ def torch_forward(
 
 
 def write_model(folder: Path, config: ModelConfig, seed: int = 0) -> None:
-    """Write a model with freshly drawn weights into ``folder``, as a Hugging Face directory."""
+    """Write a model with random weights into ``folder``, as a Hugging Face directory."""
     model = Llama(config)
     model.init_weights(torch.Generator().manual_seed(seed))
     write_directory_files(folder, config)

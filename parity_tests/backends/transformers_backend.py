@@ -1,4 +1,4 @@
-"""Hugging Face's Llama behind the protocol, computing in float64 throughout where asked to."""
+"""Hugging Face's Llama as a backend, in float64 throughout for float64 parameters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from .mixins import LogitsByDecode, TraceByTracedDecode
 
 
 class Transformers(LogitsByDecode, TraceByTracedDecode):
-    """``LlamaForCausalLM`` with eager attention; every mask is handed over as numbers to add."""
+    """``LlamaForCausalLM`` with eager attention; masks are passed as terms of the scores."""
 
     dtypes = ("float64", "float32", "bfloat16", "float16")
 
@@ -30,15 +30,15 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
         mask: Array | None,
         cache: DynamicCache | None,
     ) -> tuple[Mapping[str, Array], DynamicCache]:
-        found: dict[str, Array] = {}
+        activations: dict[str, Array] = {}
 
-        def note(name: str, value: torch.Tensor) -> None:
-            found[name] = value.to(torch.promote_types(value.dtype, torch.float32)).numpy()
+        def trace(name: str, value: torch.Tensor) -> None:
+            activations[name] = value.to(torch.promote_types(value.dtype, torch.float32)).numpy()
 
         model = self._model(config, params)
-        with torch.no_grad(), tracing(model, note):
-            _, cache = call(model, tokens, self._covered(model, positions), mask, cache)
-        return found, cache
+        with torch.no_grad(), tracing(model, trace):
+            _, cache = call(model, tokens, self._supported(model, positions), mask, cache)
+        return activations, cache
 
     def decode(
         self,
@@ -51,7 +51,7 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
     ) -> tuple[Array, DynamicCache]:
         model = self._model(config, params)
         with torch.no_grad():
-            out, cache = call(model, tokens, self._covered(model, positions), mask, cache)
+            out, cache = call(model, tokens, self._supported(model, positions), mask, cache)
         return out.to(torch.promote_types(out.dtype, torch.float32)).numpy(), cache
 
     def loss_and_grads(
@@ -63,7 +63,7 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
         count = sum(int(np.sum(batch.targets != -100)) for batch in batches)
         total = 0.0
         for batch in batches:
-            positions = self._covered(model, batch.positions)
+            positions = self._supported(model, batch.positions)
             logits, _ = call(model, batch.tokens, positions, batch.mask)
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten(), reduction="sum"
@@ -84,9 +84,10 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
         model.tie_weights()  # assigning made two parameters of a tied one
         return model.requires_grad_(True)
 
-    def _covered(self, model: Any, positions: Array | None) -> Array | None:
+    def _supported(self, model: Any, positions: Array | None) -> Array | None:
         if positions is not None and model.dtype == torch.float32 and positions.max() > 256:
-            # They multiply in float32: 4 times the bound at position 4096, 140 times at 65,536.
+            # transformers computes angles in float32: its error is 4 times the bound at position
+            # 4096, 140 times at 65,536.
             raise NotImplementedError("rotary angles in float32 at large positions")
         return positions
 

@@ -20,7 +20,11 @@ VERIFIERS = (
 
 
 def whole() -> str:
-    """Draw the packages at the top; who may import llama_torch may import its verifiers too."""
+    """Return a flowchart of the top packages.
+
+    llama_torch's modules that import the oracle are a box of their own, to which the arrows of
+    packages that import llama_torch are left out.
+    """
     arrows = {
         (_group(part), _group(other)) for part, allowed in ALLOWED.items() for other in allowed
     }
@@ -34,7 +38,7 @@ def whole() -> str:
 
 
 def _group(part: str) -> str:
-    """Return the box that stands for a part in the drawing of the whole."""
+    """Return the box of a part in the flowchart of the top packages."""
     if part in VERIFIERS:
         return VERIFYING
     if part.startswith("parity_tests") and part != "parity_tests.conformance":
@@ -43,7 +47,7 @@ def _group(part: str) -> str:
 
 
 def inside() -> str:
-    """Draw the packages of llama_torch; "library" stands for those that are in its frame."""
+    """Return a flowchart of llama_torch's packages; "library" is the frame around most of them."""
     library = [part for part in LIBRARY if part not in EVERYWHERE]
     arrows: list[tuple[str, str]] = []
     for part, allowed in ALLOWED.items():
@@ -84,7 +88,7 @@ DRAWINGS = {"whole": whole, "inside": inside}
 
 
 def redrawn(text: str) -> str:
-    """Return a page with its marked blocks drawn anew; ValueError where one is not there."""
+    """Return a page's text with its marked blocks drawn again; ValueError where one is missing."""
     for name, draw in DRAWINGS.items():
         opening = f"<!-- drawn: {name} -->\n```mermaid\n"
         before, found, after = text.partition(opening)

@@ -1,4 +1,4 @@
-"""Read the project's pages: fenced blocks, the commands in them, links, and names in the text."""
+"""Parse the project's pages: fenced blocks, commands in them, links, and names in the text."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
 FENCE = re.compile(r"^```(.*)$")
-# A comment before a block says in which folder it runs, or why it does not run.
+# The comment before a block: the folder to run it in, or the reason not to run it.
 NOTE = re.compile(r"^<!-- (run in|not run): (.+) -->$")
 # The operators between the commands of one line.
 OPERATORS = ("&&", "||", ";", "|", "&")
@@ -38,7 +38,7 @@ class Command(NamedTuple):
 
 
 def pages(root: Path = ROOT) -> dict[str, str]:
-    """Read every page by its path."""
+    """Return the text of every page by its path."""
     paths = sorted(path for pattern in PAGES for path in root.glob(pattern))
     return {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in paths}
 
@@ -73,7 +73,7 @@ def commands(block: Block) -> Iterator[Command]:
 
 
 def split_commands(place: str, line: str) -> Iterator[Command]:
-    """Yield the commands of one line, without what the environment is given before them."""
+    """Yield the commands of one line, without the variables set before them."""
     words: list[str] = []
     for word in [*shlex.split(line, comments=True), ";"]:
         if word not in OPERATORS:
@@ -87,7 +87,7 @@ def split_commands(place: str, line: str) -> Iterator[Command]:
 
 
 def prose(text: str) -> str:
-    """Return a page's text without its blocks, and with as many lines."""
+    """Return a page's text with every line of a block emptied."""
     inside, kept = False, []
     for line in text.splitlines():
         kept.append("" if inside or FENCE.match(line) else line)
@@ -96,7 +96,7 @@ def prose(text: str) -> str:
 
 
 def spans(text: str) -> list[str]:
-    """Return what stands between backticks, outside blocks."""
+    """Return the texts between backticks, outside blocks."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(text))]
 
 
@@ -106,6 +106,6 @@ def links(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the names under which GitHub links to a page's headings."""
+    """Return the anchors that GitHub makes of a page's headings."""
     titles = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""Which part of the project may import which: one table, and what the sources import."""
+"""The table of allowed imports between the project's parts, and the imports of the sources."""
 
 import ast
 import sys
@@ -104,7 +104,7 @@ class Import(NamedTuple):
 
 
 def sources(root: Path) -> dict[str, str]:
-    """Read every module of the packages under ``root``, by its dotted name."""
+    """Return the source of every module of the packages under ``root``, by its dotted name."""
     found = {}
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
@@ -115,7 +115,7 @@ def sources(root: Path) -> dict[str, str]:
 
 
 def imports(modules: Mapping[str, str]) -> list[Import]:
-    """List all imports in all sources, those inside functions too, standard library left out."""
+    """Return all imports of the sources, inside functions too, without the standard library's."""
     packages = {name.rpartition(".")[0] for name in modules}
     found = []
     for name, source in modules.items():
@@ -128,7 +128,7 @@ def imports(modules: Mapping[str, str]) -> list[Import]:
 
 @cache  # the tests ask again for all sources beside one of theirs
 def _statements(source: str, package: str) -> tuple[tuple[int, list[str]], ...]:
-    """Return each import statement's line and the dotted names that it asks for."""
+    """Return each import statement's line and its dotted names."""
     return tuple(
         (node.lineno, _named(node, package))
         for node in ast.walk(ast.parse(source))
@@ -137,7 +137,7 @@ def _statements(source: str, package: str) -> tuple[tuple[int, list[str]], ...]:
 
 
 def _named(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
-    """Return the dotted names that an import statement of a module in ``package`` asks for."""
+    """Return the dotted names of an import statement of a module in ``package``."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     base = node.module or ""
@@ -148,7 +148,7 @@ def _named(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
 
 
 def _target(full: str, modules: Mapping[str, str]) -> str:
-    """Return the module of ours that a dotted name is or is defined in, else its package."""
+    """Return our module that a dotted name is or is defined in, else the package of others."""
     if full.partition(".")[0] not in PACKAGES:
         return full.partition(".")[0]
     return full if full in modules else full.rpartition(".")[0]
@@ -161,7 +161,7 @@ def part_of(module: str, table: Mapping[str, object] = ALLOWED) -> str:
 
 
 def violations(found: Iterable[Import]) -> list[str]:
-    """List the imports that the tables do not allow."""
+    """Return a line for each import that the tables do not allow."""
     return [
         f"{importer}:{line} imports {imported}"
         for importer, imported, line in found

@@ -1,4 +1,4 @@
-"""Llama 3's ``tokenizer.model`` in small, and the encoding that tiktoken makes of its ranks."""
+"""A small ``tokenizer.model`` of Llama 3's form, and tiktoken's encoding of its ranks."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ from reference_np.config import LlamaConfig
 
 from .meta_checkpoints import LLAMA3_SCALING, Cut, meta_params, meta_tensors, write_meta
 
-# Copied from the model's card, and no import of the converter's.
+# Copied from the model's card, not imported from the converter.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,26 +23,26 @@ N_SPECIAL = 256
 
 
 def gpt2_ranks(n: int = N_RANKS) -> dict[bytes, int]:
-    """Return the first ranks of GPT-2, which are those of a smaller vocabulary."""
+    """Return the first ``n`` tokens of GPT-2 and their ranks, a smaller vocabulary."""
     encoding = gpt2()
     return {encoding.decode_single_token_bytes(rank): rank for rank in range(n)}
 
 
 def with_tokens(tokens: Iterable[bytes]) -> dict[bytes, int]:
-    """Return the ranks of all single bytes and of these tokens after them."""
+    """Return the ranks of all single bytes, then of these tokens."""
     singles = [bytes([byte]) for byte in range(256)]
     return {token: rank for rank, token in enumerate(dict.fromkeys([*singles, *tokens]))}
 
 
 def encoding(ranks: Mapping[bytes, int]) -> tiktoken.Encoding:
-    """Return tiktoken's own encoding of these ranks, without special tokens."""
+    """Return tiktoken's encoding of these ranks, without special tokens."""
     return tiktoken.Encoding(
         "small", pat_str=PATTERN, mergeable_ranks=dict(ranks), special_tokens={}
     )
 
 
 def lines(ranks: Mapping[bytes, int]) -> bytes:
-    """Return the text of a tokenizer.model."""
+    """Return the content of a tokenizer.model with these ranks."""
     return b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in ranks.items())
 
 
@@ -65,5 +65,5 @@ def token_ids(folder: Path) -> list[dict[str, object]]:
     """Return the special tokens' ids of config.json, and those of generation_config.json."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     files = (folder / "config.json", folder / "generation_config.json")
-    told = [json.loads(path.read_text()) for path in files]
-    return [{name: content[name] for name in names if name in content} for content in told]
+    contents = [json.loads(path.read_text()) for path in files]
+    return [{name: content[name] for name in names if name in content} for content in contents]

@@ -1,4 +1,4 @@
-"""Checkpoints in Meta's form and in Hugging Face's, written and read without the converter."""
+"""Small checkpoints in Meta's and Hugging Face's form, written and read without the converter."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ LLAMA3_SCALING = {
 }
 # The special tokens of every checkpoint here; the smallest vocabulary has two.
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1}
-# Of each layer: Meta's name, rows, columns, the axis that model parallelism cuts.
+# Of each layer: Meta's name, rows, columns, the axis that model parallelism splits.
 LAYER = (
     ("attention.wq", "dim", "dim", 0),
     ("attention.wk", "keys", "dim", 0),
@@ -36,7 +36,7 @@ LAYER = (
 
 
 class Cut(NamedTuple):
-    """A config that Meta's form can express, the dtype to store and the number of files."""
+    """A config that Meta's form can express, the stored dtype, the number of files and a seed."""
 
     config: LlamaConfig
     dtype: torch.dtype
@@ -57,7 +57,7 @@ def write_hf(folder: Path, config: LlamaConfig, tensors: dict[str, Tensor], n_fi
 
 
 def read_hf(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files, by the library alone."""
+    """Return every tensor of a folder's safetensors files, read by the library alone."""
     tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
@@ -72,7 +72,7 @@ def meta_axes(n_layers: int, embedding_axis: int) -> dict[str, int | None]:
 
 
 def meta_tensors(cut: Cut) -> dict[str, Tensor]:
-    """Whole weights by Meta's names, drawn here: the converter has had no part in them."""
+    """Return random weights by Meta's names, unsplit."""
     config = cut.config
     sizes = {"dim": config.dim, "hidden": config.hidden_dim}
     sizes["keys"] = config.n_kv_heads * config.dim // config.n_heads
@@ -97,7 +97,7 @@ def meta_tensors(cut: Cut) -> dict[str, Tensor]:
 
 
 def meta_params(config: LlamaConfig) -> dict[str, Any]:
-    """params.json as released: vocab_size -1, the feed-forward width by Meta's rule."""
+    """Return params.json as released: vocab_size -1, the feed-forward width by Meta's rule."""
     params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads}
     params |= {"n_kv_heads": config.n_kv_heads, "norm_eps": config.norm_eps, "vocab_size": -1}
     params |= {"multiple_of": 1, "rope_theta": config.rope_theta}
@@ -116,7 +116,7 @@ def write_meta(
         part = {"rope.freqs": torch.ones(2)}
         for name, value in tensors.items():
             if (cut_axis := axes.get(name)) is not None:
-                # Not contiguous where columns are cut, and stored so.
+                # Not contiguous where columns are split, and stored so.
                 value = value.tensor_split(shards, cut_axis)[i]
             part[name] = value
         torch.save(part, folder / f"consolidated.{i:02}.pth")
@@ -126,7 +126,7 @@ def write_meta(
 
 
 def read_meta(folder: Path, axis: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """params.json and the whole tensors, joined here along the axes that Meta's loaders assume."""
+    """Return params.json and the tensors, concatenated along the axes of Meta's loaders."""
     params = json.loads((folder / "params.json").read_text())
     parts = [torch.load(path) for path in sorted(folder.glob("*.pth"))]
     axes = meta_axes(params["n_layers"], axis)

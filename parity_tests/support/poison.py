@@ -1,11 +1,11 @@
-"""Poisoned memory: every allocation without content holds NaN, and products are watched.
+"""Fill uninitialised memory with NaN, and check the gaps between the rows of products' operands.
 
-``pytest parity_tests/ --poison`` runs the numeric tests so. A result that depends on memory which
-was never written becomes NaN, or ends in an error, instead of being right by what the memory held.
+Installed by ``pytest parity_tests/ --poison``. A result that depends on memory which was never
+written becomes NaN or raises, instead of being right by chance.
 
-Some kernels read more than their operand: oneDNN's bfloat16 product on a CPU with AMX reads what
-stands between the rows of a view that is wider than its rows, and multiplies it by zero. On other
-processors no test would see that; here every operand's gaps are looked at before the product.
+Some kernels read more than their operand: oneDNN's bfloat16 product on a CPU with AMX reads the
+memory between the rows of a strided view, and multiplies it by zero. On other processors no test
+would show that, so the gaps of every operand are checked before the product.
 """
 
 import functools
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .environment import POISONED
 
-# Parts of the names of the operations that multiply matrices.
+# Substrings of the names of operations that multiply matrices.
 PRODUCTS = ("mm", "mv", "dot", "attention", "linear", "conv")
 
 
@@ -38,11 +38,11 @@ def fill_array(array: Any) -> Any:
 
 
 def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Poison every allocation of this process from now on, and of those that it starts.
+    """Fill every further allocation of this process and of its subprocesses.
 
-    Torch fills its own, in C++ too (``resize_``, ``Tensor.new``, an operation's result), where its
-    algorithms are to be deterministic. In the other processes' and libraries' memory
-    ``MALLOC_PERTURB_`` puts large numbers, if it is set before they start.
+    Torch fills its allocations, in C++ too (``resize_``, ``Tensor.new``, an operation's result),
+    where deterministic algorithms are asked for. The memory of other libraries is filled by
+    ``MALLOC_PERTURB_``, if it is set before the process starts.
     """
     if hasattr(np.empty, "__wrapped__"):
         return
@@ -62,15 +62,15 @@ def _filling(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install_if_asked() -> None:
-    """Poison this process where the one that started it was poisoned."""
+    """Call ``install`` where the parent process had called it."""
     if os.environ.get(POISONED):
         install()
 
 
 def gaps_are_finite(operand: Tensor) -> bool:
-    """Return whether all that stands between an operand's rows in memory is finite.
+    """Return whether the memory between an operand's rows is finite.
 
-    True of an operand without gaps, and of one that holds NaN or infinity itself.
+    True for an operand without gaps, and for one that contains NaN or infinity itself.
     """
     if operand.layout != torch.strided or operand.numel() == 0 or not operand.is_floating_point():
         return True
@@ -96,7 +96,7 @@ class WatchedProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Look at the operands, then compute."""
+        """Check the gaps of the operands, then compute."""
         if any(part in func.__name__ for part in PRODUCTS):
             for operand in args:
                 if type(operand) is Tensor:
@@ -107,7 +107,7 @@ class WatchedProducts(TorchDispatchMode):
 
 @contextmanager
 def watched(item: pytest.Item) -> Iterator[None]:
-    """Watch the products of a test; neither torch.compile nor a CUDA graph can record a watch."""
+    """Check the products of a test, unless it compiles or captures a CUDA graph, which cannot."""
     unwatched = "compile" in item.name or "cuda" in item.nodeid
     if unwatched or not os.environ.get(POISONED):
         yield

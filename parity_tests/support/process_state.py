@@ -1,7 +1,7 @@
-"""What tests find in their process and must not leave behind: threads, precision, caches, memory.
+"""The state of the tests' process: threads, precision, token caches and uninitialised memory.
 
-Torch is looked for among the imported modules and never imported here: the tests of an
-implementation in another framework run without it.
+Torch is never imported here, only found among the imported modules: the tests of an implementation
+in another framework run without it.
 """
 
 import functools
@@ -35,10 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @functools.cache
 def limit_threads(torch: Any) -> None:
-    """Give torch one thread, once.
+    """Set torch's number of threads to THREADS, once.
 
-    Models here are too small for a second one, and threads that wait for each other cost more
-    than they bring wherever something else runs.
+    The models here are too small for a second thread, and waiting threads slow down other
+    processes.
     """
     torch.set_num_threads(THREADS)
 
@@ -50,7 +50,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """Watch the products of a poisoned test."""
+    """Check the operands of a test's products under --poison."""
     if not os.environ.get(POISONED):
         return (yield)
     from . import poison
@@ -63,20 +63,20 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 def _own_token_cache(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keep the tests' token caches out of the user's, in one place for the whole run."""
+    """Put the tests' token caches into one temporary folder of the run, not the user's."""
     folder = Path(tmp_path_factory.getbasetemp()) / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @functools.cache
 def measured_once(peak_flops: Any) -> Any:
-    """Return the function with one answer for each device and precision."""
+    """Return the function, cached by device and precision."""
     return functools.cache(peak_flops)
 
 
 @pytest.fixture(autouse=True)
 def _peak_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this machine can do is the same for every run here."""
+    """Measure the machine's peak speed once for all tests."""
     if MEASURING in sys.modules:
         module = sys.modules[MEASURING]
         monkeypatch.setattr(module, "peak_flops", measured_once(module.peak_flops))
@@ -84,7 +84,7 @@ def _peak_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_precision() -> Iterator[None]:
-    """Undo what a training run sets for its whole process."""
+    """Restore torch's matmul precision, which a training run sets for its whole process."""
     before = "highest"  # torch's default, where the test is the first to import it
     if sys.modules.get("torch"):
         limit_threads(sys.modules["torch"])

@@ -1,8 +1,8 @@
-"""Which processor computes, and the numeric tests as other processors would compute them.
+"""Describe the processor, and run the numeric tests with the kernels of other processors.
 
 ``python -m parity_tests.support.processors`` runs the numeric tests once for each group of settings
-that make PyTorch and NumPy choose the kernels of another processor, and prints what was seen. Exit
-code 0: all green, 1: not. A newer processor's kernels run on no older one; those are named.
+that make PyTorch and NumPy choose the kernels of another processor, and prints the results. Exit
+code 0: all passed, 1: not. Kernels that need a newer processor than this are listed as not run.
 """
 
 import importlib.util
@@ -18,14 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
-# What decides the kernels of products and loops, from the oldest to the newest.
+# The features by which kernels of products and loops are chosen, from the oldest to the newest.
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve")
 # How many threads torch and NumPy get in the tests; see process_state.py.
 THREADS = "PARITY_THREADS"
 
 
 class Processor(NamedTuple):
-    """Settings that amount to one kind of processor."""
+    """Environment variables that choose the kernels of one kind of processor."""
 
     name: str
     needs: str  # a feature without which its kernels do not run
@@ -75,17 +75,14 @@ PROCESSORS = (
 
 
 def features() -> list[str]:
-    """Return the processor's features that decide kernels, as the kernel names them."""
+    """Return those of FEATURES that this processor has."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
     names = found[1].split() if found else []
     return [name for name in FEATURES if name in names]
 
 
 def describe() -> str:
-    """Describe on one line what computes here: processor, its features, torch and NumPy's BLAS.
-
-    Torch is named where it is imported.
-    """
+    """Return one line: processor, its features, torch if imported, and NumPy's BLAS."""
     model = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)
     name = model[1] if model else platform.processor() or platform.machine()
     set_here = [f"{key}={os.environ[key]}" for key in sorted(_settings()) if key in os.environ]
@@ -99,7 +96,7 @@ def describe() -> str:
 
 
 def _blas() -> list[str]:
-    """Return the libraries through which NumPy multiplies matrices, where they can be asked."""
+    """Return NumPy's BLAS libraries; none without threadpoolctl."""
     if not importlib.util.find_spec("threadpoolctl"):
         return []
     import threadpoolctl
@@ -121,7 +118,7 @@ def _cpuinfo() -> str:
 
 
 def run(processor: Processor, arguments: Sequence[str]) -> tuple[bool, str]:
-    """Run the numeric tests as that processor; return whether they passed, and their output."""
+    """Run the numeric tests with a processor's kernels; return whether they passed, and output."""
     command = [sys.executable, "-m", "pytest", "parity_tests", "-q", "-m", "numeric"]
     command += ["--hypothesis-profile", "quick", *arguments]
     given = os.environ | processor.settings

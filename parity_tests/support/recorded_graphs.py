@@ -1,7 +1,7 @@
-"""Recordings that stand in for CUDA graphs on a machine without a GPU.
+"""A substitute of CUDA graphs for machines without a GPU.
 
-A recording runs the step again, and insists on the very memory that it was recorded with, which is
-all that a graph knows.
+A replay runs the recorded step again, and asserts that its tensors are at the addresses of the
+recording, the only ones that a captured graph can read.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,17 +16,17 @@ from llama_torch.inference.cuda_graph import GraphStep
 
 
 class Recording:
-    """Stands in for torch.cuda.CUDAGraph."""
+    """A substitute of torch.cuda.CUDAGraph."""
 
-    recorded: "Recording | None" = None  # the one that is being captured
+    recorded: "Recording | None" = None  # the recording in progress
 
     def keep(self, step: GraphStep, run: Callable[[GraphStep], torch.Tensor]) -> torch.Tensor:
-        """Remember what to run and the memory that it read and wrote."""
+        """Record the step, its function and the addresses of its tensors; return its logits."""
         self.step, self.run, self.memory = step, run, memory_of(step)
         return run(step).clone()
 
     def replay(self) -> None:
-        """Run it again, on the same memory."""
+        """Run the recorded step again; AssertionError where its tensors have moved."""
         assert memory_of(self.step) == self.memory, "a graph is replayed on other memory"
         self.step.logits_BTV.copy_(self.run(self.step))
 
@@ -47,7 +47,7 @@ def memory_of(step: GraphStep) -> list[tuple[int, torch.dtype, torch.Size]]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Record steps where a GPU would capture them."""
+    """Replace torch.cuda's graphs and streams, so that steps are recorded on a CPU."""
 
     @contextmanager
     def graph(recording: Recording) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Runs that accidents end, and how they are held to the uninterrupted one."""
+"""Interrupt training runs, and compare their results with the uninterrupted run's."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ def resume(out: Path, *more: str) -> int:
 
 
 def require_same(one: Path, other: Path) -> None:
-    """Two runs' losses at every step, newest checkpoints and exports are the same, to the bit."""
+    """Assert that two runs' logged values, newest checkpoints and exports are equal to the bit."""
     newest = step_folders.newest(one).relative_to(one)
     assert step_folders.newest(other) == other / newest
     for name in (newest / STATE_FILE, Path("model.safetensors"), Path("best/model.safetensors")):
@@ -59,7 +59,7 @@ def left_over(out: Path) -> list[Path]:
 
 
 def before(name: str, call: int, do: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
-    """Let the ``call``-th call (from 1) of a function that training calls be preceded by ``do``."""
+    """Call ``do`` before the ``call``-th call (from 1) of a function of the training loop."""
     owner = next(module for module in (loop, setup, validate) if hasattr(module, name))
     real, count = getattr(owner, name), itertools.count(1)
 

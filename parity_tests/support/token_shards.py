@@ -1,4 +1,4 @@
-"""Preparations of token shards that are killed or refused, and what they leave."""
+"""Prepare token shards in processes that are killed, or until the disk is full."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def in_child(work: Callable[[], Any]) -> int:
-    """Run ``work`` in a process of its own that shares all that is imported; return its end."""
+    """Run ``work`` in a forked process; return its exit code, negative for a signal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on fork beside threads
         pid = os.fork()
@@ -39,7 +39,7 @@ def in_child(work: Callable[[], Any]) -> int:
 
 
 def killed_at(moment: int, text: Text, folder: Path, workers: int) -> int:
-    """Prepare in a process that is killed when it waits for the disk the ``moment``-th time."""
+    """Prepare in a process that is killed at its ``moment``-th flush; return its exit code."""
 
     def work() -> None:
         moments, real = iter(range(moment)), files.flush
@@ -64,7 +64,7 @@ def refused(work: Callable[[], Any]) -> str:
 
 
 def stopped_at(name: str, text: Text, folder: Path, size: int) -> None:
-    """Prepare until the disk is full at the shard ``name``."""
+    """Prepare with a disk that is full at the shard ``name``; the error must say so."""
     real = files.flush
 
     def flush(path: Path) -> None:

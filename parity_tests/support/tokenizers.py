@@ -1,4 +1,4 @@
-"""Small tokenizers of the three kinds, made on the spot: nothing can be downloaded."""
+"""Train small tokenizers of the three kinds, as the tests download nothing."""
 
 import io
 import json
@@ -23,7 +23,7 @@ pieces = st.one_of(
 )
 texts = st.lists(pieces, max_size=6).map("".join)  # which spell special tokens, too
 
-# Written for these tests, in the manner of the published ones.
+# Chat templates written for these tests, in the manner of the published ones.
 HEADED = """{{ bos_token }}{% for message in messages %}\
 {{ '<|head|>' + message['role'] + '<|/head|>\\n\\n' + message['content'] | trim + '<|end|>' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\\n\\n' }}{% endif %}"""

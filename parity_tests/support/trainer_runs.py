@@ -1,4 +1,4 @@
-"""Run the trainer's command on a small model, and read what it wrote."""
+"""Run the trainer's command on a small model, and read its logs and checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ def scalars(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def state_file(out: Path) -> Path:
-    """Return the newest checkpoint's file, which may not exist."""
+    """Return the path of the newest checkpoint's file, which may not exist."""
     return (step_folders.newest(out) or out / "none") / STATE_FILE
 
 
 class Stopped(KeyboardInterrupt):
-    """What Ctrl-C does, at a chosen step."""
+    """The interrupt of Ctrl-C, raised at a chosen step."""
 
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:

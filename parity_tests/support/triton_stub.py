@@ -1,4 +1,4 @@
-"""A stand-in for triton where it is not installed: enough to import kernels, not to run them."""
+"""A substitute of triton where it is not installed: kernels can be imported, not run."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Stub(ModuleType):
 
 
 def install() -> None:
-    """Let ``import triton`` find the stub, unless it finds triton."""
+    """Make ``import triton`` find the stub where triton is not installed."""
     try:
         import triton  # noqa: F401
     except ModuleNotFoundError:

@@ -1,1 +1,1 @@
-"""Processes that tests start, to kill them or to train together."""
+"""Programs that tests run in subprocesses: trainers to be killed, and processes of one job."""

@@ -1,8 +1,8 @@
-"""One of the processes that test_parallel.py has torchrun start.
+"""One process of test_parallel.py's distributed training jobs.
 
-``torchrun ... -m parity_tests.workers.distributed_steps IN OUT``: IN pickles a list of (Layout,
-TrainingCase); each is trained for its layout's steps, its batches shared out, and the first process
-pickles what came of it.
+``torchrun ... -m parity_tests.workers.distributed_steps IN OUT``: IN is a pickled list of (Layout,
+TrainingCase). Each case is trained for its layout's steps, its batches split between the
+processes, and the first process pickles the results to OUT.
 """
 
 import pickle
@@ -32,7 +32,7 @@ STEPS = 3
 
 
 class Layout(NamedTuple):
-    """How the processes of one job are used."""
+    """The parallel layout, the weights' dtype and the number of steps of one training."""
 
     fsdp: int
     tp: int
@@ -41,21 +41,21 @@ class Layout(NamedTuple):
 
 
 def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
-    """Take a layout's steps; also return the elements of each parameter that this process holds."""
+    """Return the results of a layout's steps, and this process's elements of each parameter."""
     dtype, settings = getattr(torch, layout.dtype), optim_config(case.hyper)
     torch.set_default_dtype(torch.float32 if dtype == torch.bfloat16 else dtype)
     config = torch_config(case.config)
     parallel = Parallel.from_config(ParallelConfig(layout.fsdp, layout.tp), torch.device("cpu"))
-    Llama.init_part = given(case)  # type: ignore[method-assign]
-    model, optimizer = built(parallel, config, dtype, settings)
-    share = len(case.batches) // parallel.data_size
-    mine = case.batches[parallel.data_rank * share :][:share]
+    Llama.init_part = init_from(case)  # type: ignore[method-assign]
+    model, optimizer = build(parallel, config, dtype, settings)
+    per_rank = len(case.batches) // parallel.data_size
+    own_batches = case.batches[parallel.data_rank * per_rank :][:per_rank]
     losses, norms = [], []
     for i in range(layout.steps):
         loss, norm = train_step(
             model,
             optimizer,
-            [to_torch(batch) for batch in mine],
+            [to_torch(batch) for batch in own_batches],
             lr=learning_rate(i, case.hyper.steps, settings),
             grad_clip=settings.grad_clip,
             z_loss=case.hyper.z_loss,
@@ -64,14 +64,14 @@ def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
         losses.append(loss.item())
         norms.append(norm.item())
     named = dict(model.named_parameters())
-    held = [(p.to_local() if isinstance(p, DTensor) else p).numel() for p in named.values()]
+    local_sizes = [(p.to_local() if isinstance(p, DTensor) else p).numel() for p in named.values()]
     state = {n: optimizer.state[p] for n, p in named.items()}
     moments = ({n: whole(s[kind]) for n, s in state.items()} for kind in ("exp_avg", "exp_avg_sq"))
-    return Trained(losses, norms, {n: whole(p) for n, p in named.items()}, *moments), held
+    return Trained(losses, norms, {n: whole(p) for n, p in named.items()}, *moments), local_sizes
 
 
-def built(parallel: Parallel, config: Any, dtype: torch.dtype, settings: OptimConfig) -> Any:
-    """Return model and optimizer as the trainer makes them."""
+def build(parallel: Parallel, config: Any, dtype: torch.dtype, settings: OptimConfig) -> Any:
+    """Return model and optimizer as the trainer builds them."""
     generator = torch.Generator()
     if parallel.is_sharded:
         model = parallel.build_sharded(config, dtype, generator)
@@ -83,8 +83,8 @@ def built(parallel: Parallel, config: Any, dtype: torch.dtype, settings: OptimCo
     return model, optimizer
 
 
-def given(case: TrainingCase) -> Any:
-    """Return an initialisation that takes the case's weights."""
+def init_from(case: TrainingCase) -> Any:
+    """Return a replacement of ``Llama.init_part`` that copies the case's weights."""
 
     def init_part(model: Llama, part: nn.Module, generator: torch.Generator) -> None:
         (prefix,) = (name for name, module in model.named_modules() if module is part)
@@ -96,6 +96,7 @@ def given(case: TrainingCase) -> Any:
 
 
 def whole(tensor: Tensor) -> np.ndarray:
+    """Return a tensor in float64, gathered if it is sharded."""
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.detach().double().numpy().copy()
 

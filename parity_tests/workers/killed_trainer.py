@@ -1,11 +1,9 @@
-"""Kill trainers: ``python -m parity_tests.workers.killed_trainer PLAN.json``.
+"""Run trainers that are killed: ``python -m parity_tests.workers.killed_trainer PLAN.json``.
 
-For test_kills.py.
-
-Imports torch once; each life of the run is a fork, which is killed with SIGKILL after so many
-seconds, or by itself just before its so manieth touch of the run directory (of a write of
-tensors: in the middle of it), or may write no file longer than so many bytes. After each end
-everything that is there must load.
+For test_kills.py. Torch is imported once, and each attempt of the run is a fork. It is killed with
+SIGKILL after a number of seconds, or just before its n-th write to the run directory (for tensors
+in the middle of it), or cannot write a file beyond a number of bytes. After each attempt every
+checkpoint and model must load.
 """
 
 import json
@@ -68,7 +66,7 @@ def in_child(run: Callable[[], int], out: Path, touch: int = 0, seconds: float =
 
 
 def die_at(touch: int, out: Path) -> None:
-    """Let this process die at its ``touch``-th touch of ``out`` from now on; 0 = live."""
+    """Kill this process at its ``touch``-th further write to the directory ``out``; 0: never."""
     left = touch
 
     def touched(before_dying: Callable[[], object] = lambda: None) -> None:
@@ -100,7 +98,10 @@ def die_at(touch: int, out: Path) -> None:
 
 
 def kill_every_commit(out: Path) -> int:
-    """Kill a commit of a third checkpoint before each of its touches; return how many there are."""
+    """Kill commits of a third checkpoint, each before another write; return the number of writes.
+
+    After each kill every checkpoint must be complete or absent.
+    """
     (out / step_folders.FOLDER).mkdir(parents=True)
     for step in (1, 2):
         step_folders.commit(out, step, fill)
@@ -124,13 +125,13 @@ def kill_every_commit(out: Path) -> int:
 
 
 def fill(folder: Path) -> None:
-    """Write what no one may see the half of."""
+    """Write two files, of which a complete checkpoint has both."""
     for name in ("one", "two"):
         (folder / name).write_text(name)
 
 
 def require_readable(out: Path) -> None:
-    """Load everything that a person would take for whole."""
+    """Load every checkpoint and model directory that is not temporary."""
     folders = [path for path in (out / step_folders.FOLDER).glob("*") if path.suffix != ".tmp"]
     for folder in folders:
         tensors, step, _ = training_state.load_state(folder)
@@ -143,7 +144,7 @@ def require_readable(out: Path) -> None:
 
 
 def main(plan_file: str) -> None:
-    """Live as the plan says; print how many lives ended early."""
+    """Run the plan's attempts; print the number of those that were killed."""
     plan = json.loads(Path(plan_file).read_text())
     out = Path(plan["out"])
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""Start a job's processes as torchrun does, forked from one that has imported the program.
+"""Run a job's processes as torchrun does, as forks of one that has imported the program.
 
-``python -m parity_tests.workers.launch WORLD MODULE ARGUMENTS...``: every process of torchrun's
-imports torch for some seconds; these share it. A process that fails ends the others. Tests of
-restarts and of signals use torchrun itself.
+``python -m parity_tests.workers.launch WORLD MODULE ARGUMENTS...``: torchrun's processes each
+import torch for some seconds; forks share it. A process that fails ends the others. Tests of restarts and
+of signals use torchrun itself.
 """
 
 import importlib
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def import_program(module: str) -> Callable[[], int]:
-    """Import a command's module, and do for its forks what each would do; return its ``main``."""
+    """Import a command's module, and all that its forks would import; return its ``main``."""
     main: Callable[[], int] = importlib.import_module(module).main
     import_late("llama_torch.checkpoint.shards")
     if "llama_torch.train" in sys.modules:
@@ -51,19 +51,19 @@ def import_program(module: str) -> Callable[[], int]:
 
 
 def import_late(*more: str) -> None:
-    """Import what a trainer imports late: torch._dynamo is its first optimizer's."""
+    """Import the modules that a trainer imports late: its first optimizer imports torch._dynamo."""
     for module in ("torch._dynamo", "torch.distributed.fsdp", *more):
         importlib.import_module(module)
 
 
 def share_constants() -> None:
-    """Make GPT-2's files, and take this machine's speed as known: a CPU second for each trainer."""
+    """Compute GPT-2's files and fix the machine's speed: one CPU second of each trainer."""
     hf_files()
     patch.object(throughput, "peak_flops", lambda *_: 1e9).start()
 
 
 def fork(rank: int, program: Callable[[], int]) -> int:
-    """Begin one process of the job; return its number."""
+    """Fork one process of the job; return its process id."""
     child = os.fork()
     if child == 0:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -1,8 +1,9 @@
-"""A trainer under torchrun whose second process is signalled: ``... SIGNAL STEP FLAGS``.
+"""A trainer under torchrun whose second process gets a signal: ``... SIGNAL STEP FLAGS``.
 
-Before STEP, in the first attempt alone.
+The signal comes before step STEP, and only in the first attempt.
 """
 
+import itertools
 import os
 import sys
 from typing import Any
@@ -19,13 +20,17 @@ from llama_torch.training.step import train_step
 
 def main() -> int:
     torch.set_num_threads(1)
-    signal_number, at, real, taken = int(sys.argv[1]), int(sys.argv[2]), train_step, [0]
+    signal_number, signalled_step = int(sys.argv[1]), int(sys.argv[2])
+    n_steps = itertools.count(1)
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        taken[0] += 1
-        if taken[0] == at and os.environ["RANK"] == "1" and not torchrun.is_restarted():
+        if (
+            next(n_steps) == signalled_step
+            and os.environ["RANK"] == "1"
+            and not torchrun.is_restarted()
+        ):
             os.kill(os.getpid(), signal_number)
-        return real(*args, **kwargs)
+        return train_step(*args, **kwargs)
 
     with patch.object(loop, "train_step", step):
         return train.main(sys.argv[3:])

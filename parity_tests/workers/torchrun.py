@@ -1,8 +1,8 @@
-"""Run torchrun, with its processes forked from one that has imported the program.
+"""Run torchrun, with its processes as forks of one that has imported the program.
 
 ``python -m parity_tests.workers.torchrun FLAGS... -m MODULE ARGUMENTS...``, as after torchrun.
-Each process that torchrun starts imports torch for some CPU seconds; these share it. Sessions,
-environments, restarts and signals are torchrun's own.
+torchrun's processes each import torch for some CPU seconds; forks share it. Sessions,
+environments, restarts and signals are torchrun's.
 """
 
 import os
@@ -24,7 +24,7 @@ from .launch import import_program
 
 
 class Forked:
-    """A child process, with those methods of subprocess.Popen that torchrun calls."""
+    """A forked process with the methods of subprocess.Popen that torchrun calls."""
 
     def __init__(self, program: Callable[[], int], environment: Mapping[str, str]) -> None:
         self.returncode: int | None = None
@@ -51,7 +51,7 @@ class Forked:
 
 
 def become(environment: Mapping[str, str]) -> None:
-    """Take on what a new process in a session of its own has, and a fork has not."""
+    """Give a fork the session, signal handlers and environment of a new process."""
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
