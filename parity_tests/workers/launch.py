@@ -1,8 +1,8 @@
 """Run a job's processes as torchrun does, as forks of one that has imported the program.
 
 ``python -m parity_tests.workers.launch WORLD MODULE ARGUMENTS...``: torchrun's processes each
-import torch for some seconds; forks share it. A process that fails ends the others. Tests of restarts and
-of signals use torchrun itself.
+import torch for some seconds; forks share it. A process that fails ends the others. Tests of
+restarts and of signals use torchrun itself.
 """
 
 import importlib
