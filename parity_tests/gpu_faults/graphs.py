@@ -1,4 +1,4 @@
-"""Faults of captured steps: their store, their room, what is copied into them."""
+"""Faults of captured steps: their store, their cache, their inputs."""
 
 from .fault import Fault
 
@@ -26,12 +26,12 @@ GRAPHS = (
         "one_precision",
     ),
     Fault(
-        "a step for less room",
+        "a step with a smaller cache",
         CUDA_GRAPH,
         "key = rows, rounded_size, mode,",
         "key = rows, mode,",
         "a longer request runs past the cache",
-        "room_grows",
+        "larger_cache",
     ),
     Fault(
         "a step for fewer rows",
@@ -62,19 +62,19 @@ GRAPHS = (
         CUDA_GRAPH,
         "while len(steps) >= MAX_GRAPHS:",
         "while len(steps) > MAX_GRAPHS:",
-        "memory of more rooms than it says",
-        "room_grows",
+        "more caches in memory than MAX_GRAPHS",
+        "larger_cache",
     ),
     Fault(
         "the newest step dropped",
         CUDA_GRAPH,
         "del steps[next(iter(steps))]",
         "steps.popitem()",
-        "the step that would be met again is not there",
-        "room_grows",
+        "the step that the next request needs is not there",
+        "larger_cache",
     ),
     Fault(
-        "room rounded down",
+        "cache size rounded down",
         CUDA_GRAPH,
         "rounded_size = -(-cache_size // CACHE_MULTIPLE) * CACHE_MULTIPLE",
         "rounded_size = max(1, cache_size // CACHE_MULTIPLE) * CACHE_MULTIPLE",
@@ -82,7 +82,7 @@ GRAPHS = (
         "last_column",
     ),
     Fault(
-        "the room as the last request left it",
+        "a cache with the last request's values",
         CUDA_GRAPH,
         "step.cache.clear()",
         "step.cache.length = 0",
@@ -148,7 +148,7 @@ GRAPHS = (
         "alternate",
     ),
     Fault(
-        "a room that was never written",
+        "a cache of memory that was never written",
         KV_CACHE,
         "return torch.zeros(shape, dtype=dtype, device=device)",
         "return torch.empty(shape, dtype=dtype, device=device)",

@@ -18,24 +18,22 @@ from ..support.tokenizers import KINDS, turns
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {}
+    folders_by_kind = {}
     for kind, make in KINDS.items():
-        folder = made[kind] = tmp_path_factory.mktemp(kind)
+        folder = folders_by_kind[kind] = tmp_path_factory.mktemp(kind)
         vocab = 50257 if kind == "gpt2" else 700
         config = ModelConfig(16, 1, 2, 1, 8, 24, vocab, max_seq_len=400)
         write_model(folder, config, seed=1)
         make(folder)
-    return made
+    return folders_by_kind
 
 
-def talk(
-    folder: Path, said: str, monkeypatch: pytest.MonkeyPatch, *flags: str
-) -> tuple[int, list[str]]:
+def run_chat(folder: Path, lines: str, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     """Run the terminal chat on lines of input; return its exit code."""
-    lines = iter(said.splitlines())
+    remaining = iter(lines.splitlines())
 
     def read(prompt: str) -> str:
-        line = next(lines, None)
+        line = next(remaining, None)
         if line is None:
             raise EOFError
         return line
@@ -50,12 +48,12 @@ def test_the_terminal_chat_remembers_forgets_and_leaves(
     seen: list[list[str]] = []
     encode = ChatTemplate.encode
 
-    def noting(self: ChatTemplate, messages: list) -> list[int]:
+    def recording_encode(self: ChatTemplate, messages: list) -> list[int]:
         seen.append([message["content"] for message in messages])
         return encode(self, messages)
 
-    monkeypatch.setattr(ChatTemplate, "encode", noting)
-    code = talk(
+    monkeypatch.setattr(ChatTemplate, "encode", recording_encode)
+    code = run_chat(
         folders["bytes"], "Hi\n\nMore\n/reset\nNew\n/exit\nno", monkeypatch, "--system", "S"
     )
     assert code == 0
@@ -68,8 +66,8 @@ def test_the_terminal_chat_remembers_forgets_and_leaves(
 def test_a_long_conversation_loses_its_oldest_exchanges(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = "\n".join(f"{i} " + "word " * 20 for i in range(8))
-    assert talk(folders["bytes"], said, monkeypatch, "--ignore-eos") == 0
+    lines = "\n".join(f"{i} " + "word " * 20 for i in range(8))
+    assert run_chat(folders["bytes"], lines, monkeypatch, "--ignore-eos") == 0
     captured = capsys.readouterr()
     assert "(forgot the oldest" in captured.out
     assert captured.err == ""
@@ -88,20 +86,20 @@ def test_a_conversation_that_just_fits_is_kept(
     assert conversation._fitting(messages) == (messages[-kept:], [1] * length * kept)
 
 
-def test_what_cannot_be_said_is_refused_and_the_chat_goes_on(
+def test_a_refused_message_does_not_end_the_chat(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[int] = []
     encode = Llama2Template.encode
 
-    def noting(self: Llama2Template, messages: list) -> list[int]:
+    def recording_encode(self: Llama2Template, messages: list) -> list[int]:
         seen.append(len(messages))
         return encode(self, messages)
 
-    monkeypatch.setattr(Llama2Template, "encode", noting)
-    said = "Hello\n[INST]\n" + "word " * 400 + "\nHi"
-    assert talk(folders["pieces"], said, monkeypatch, "--template", "llama2") == 0
-    # What was said before is not lost by trying to make room for what cannot fit.
+    monkeypatch.setattr(Llama2Template, "encode", recording_encode)
+    lines = "Hello\n[INST]\n" + "word " * 400 + "\nHi"
+    assert run_chat(folders["pieces"], lines, monkeypatch, "--template", "llama2") == 0
+    # Earlier exchanges are not dropped for a message that cannot fit anyway.
     assert seen == [1, 3, 3, 1, 3]
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
@@ -112,7 +110,7 @@ def test_what_cannot_be_said_is_refused_and_the_chat_goes_on(
 def test_a_checkpoint_without_a_template_is_refused_at_once(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert talk(folders["gpt2"], "Hi", monkeypatch) == 2
+    assert run_chat(folders["gpt2"], "Hi", monkeypatch) == 2
     captured = capsys.readouterr()
     assert "has no chat template" in captured.err
     assert captured.out == ""
@@ -135,7 +133,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(
     assert "half an (interrupted)" in capsys.readouterr().out
 
 
-def test_the_interface_chats(folders: dict[str, Path]) -> None:
+def test_chat_and_stream_chat_give_one_answer(folders: dict[str, Path]) -> None:
     model = load(folders["spaced"])
     messages = turns(["Hello"])
     answer = model.chat(messages, max_new_tokens=6, temperature=0.0, ignore_eos=True)

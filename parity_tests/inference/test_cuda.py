@@ -31,19 +31,19 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it has gaps
-def test_a_guard_does_not_wait_for_the_gpu() -> None:
+def test_bad_steps_are_recorded_without_waiting_for_the_gpu() -> None:
     device = torch.device("cuda")
-    most = largest_loss(ModelConfig().vocab_size, 0.0)
-    guard = BadSteps(most, device, lambda step: f"the windows of {step}", [])
+    max_loss = largest_loss(ModelConfig().vocab_size, 0.0)
+    bad_steps = BadSteps(max_loss, device, lambda step: f"the windows of {step}", [])
     norm = torch.ones((), device=device)
     losses = torch.tensor([10.0, math.nan, 40.0], dtype=torch.float64, device=device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        assert all(guard.accept(step, loss, norm) for step, loss in enumerate(losses, 1))
+        assert all(bad_steps.accept(step, loss, norm) for step, loss in enumerate(losses, 1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     with pytest.raises(InputError, match="step 2 is bad: its loss is nan.*the windows of 1"):
-        guard.raise_if_bad()
+        bad_steps.raise_if_bad()
 
 
 @given(case=wide_cases())
@@ -92,7 +92,7 @@ def test_every_mode_writes_the_same(mode: Decoding, int8: bool, case: Case) -> N
 @pytest.mark.parametrize("mode", ["graph", "kernels", "compiled"])
 @given(case=wide_cases())
 @settings(max_examples=3)
-def test_rows_in_a_graph_end_when_they_like(mode: Decoding, case: Case) -> None:
+def test_rows_of_a_captured_batch_end_at_different_lengths(mode: Decoding, case: Case) -> None:
     model = torch_model(case.config, cast(case.params, np.float64)).cuda()
     prompts = [case.tokens[0].tolist(), case.tokens[0, :3].tolist(), [5, 4]]
     each = [SamplingConfig(n, temperature=0) for n in (3, 12, 7)]
@@ -123,7 +123,7 @@ def test_int8_rows_on_tensor_cores(case: Case) -> None:
 @pytest.mark.parametrize("mode", ["auto", "eager"])
 @given(case=wide_cases())
 @settings(max_examples=3)
-def test_guesses_change_nothing(mode: Decoding, case: Case) -> None:
+def test_draft_tokens_change_no_token(mode: Decoding, case: Case) -> None:
     params = cast(case.params, np.float64)
     model, draft = (torch_model(case.config, params).cuda() for _ in range(2))
     with torch.no_grad():

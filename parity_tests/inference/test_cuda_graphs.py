@@ -1,7 +1,7 @@
-"""Captured steps met again: other requests, models, weights, sizes and precisions between them.
+"""Captured steps used again, after other requests, models, weights, cache sizes and precisions.
 
-On a GPU the graphs are CUDA's. Elsewhere a recording stands in for one: it runs the step again, and
-insists on the very memory that it was recorded with, which is all that a graph knows.
+On a GPU the graphs are CUDA's. Elsewhere recordings replace them (support/recorded_graphs.py): they
+run the step again, and assert that it uses the memory that it was recorded with.
 """
 
 import dataclasses
@@ -112,14 +112,14 @@ def test_two_models_alternate(mode: Decoding) -> None:
 @pytest.mark.parametrize(
     "n_columns", [CACHE_MULTIPLE - 1, CACHE_MULTIPLE, CACHE_MULTIPLE + 1, 2 * CACHE_MULTIPLE]
 )
-def test_a_request_may_fill_its_room_to_the_last_column(mode: Decoding, n_columns: int) -> None:
+def test_a_request_may_fill_its_cache_to_the_last_column(mode: Decoding, n_columns: int) -> None:
     model, prompt = make_model(), [1, 2, 3]
     require_the_eager_tokens(model, prompt, n_columns - len(prompt), mode)
     assert steps_of(model)[0].cache.size == -(-n_columns // CACHE_MULTIPLE) * CACHE_MULTIPLE
 
 
 @modes
-def test_room_grows_and_the_least_recent_step_is_dropped(mode: Decoding) -> None:
+def test_a_larger_cache_is_captured_anew_and_the_least_recent_step_dropped(mode: Decoding) -> None:
     model, prompt = make_model(), [1, 2, 3]
     for rounds, kept in ((1, [1]), (2, [1, 2]), (1, [2, 1]), (2, [1, 2]), (3, [2, 3]), (1, [3, 1])):
         require_the_eager_tokens(model, prompt, rounds * CACHE_MULTIPLE - 9, mode)
@@ -139,8 +139,8 @@ def test_more_and_fewer_rows_have_steps_of_their_own(mode: Decoding) -> None:
 
 
 @modes
-def test_padding_is_the_present_requests(mode: Decoding) -> None:
-    """Rows of equal length, of unequal, the other mode round: each row as if alone."""
+def test_padding_of_an_earlier_request_is_not_kept(mode: Decoding) -> None:
+    """Batches of equal and of unequal lengths in turn: each row has the tokens it has alone."""
     model = make_model()
     for lengths in ((4, 4), (4, 1), (2, 6), (4, 4)):
         prompts = [list(range(i + 1, i + 1 + n)) for i, n in enumerate(lengths)]
@@ -153,8 +153,8 @@ def test_padding_is_the_present_requests(mode: Decoding) -> None:
 
 @modes
 @pytest.mark.parametrize("int8", [False, True])
-def test_weights_changed_in_place_are_those_that_count(mode: Decoding, int8: bool) -> None:
-    """The step is met again; norms too, of which the int8 kernels keep a copy."""
+def test_weights_changed_in_place_are_read(mode: Decoding, int8: bool) -> None:
+    """The same step is used again; norms too, of which the int8 kernels have a copy."""
     model, other = make_model(0), make_model(1)
     model, other = (quantize(model), quantize(other)) if int8 else (model, other)
     require_the_eager_tokens(model, [5, 6], 12, mode)
@@ -197,19 +197,19 @@ def test_a_step_serves_one_precision(mode: Decoding) -> None:
         assert wrong <= FLOOR_ROUNDINGS * UNIT_ROUNDOFF["bfloat16"] * eager.logits_BV.float().norm()
 
 
-def test_a_step_of_several_tokens_is_not_taken_for_one_of_one() -> None:
+def test_a_step_of_several_tokens_does_not_serve_a_plain_request() -> None:
     model, draft, prompt = make_model(0), make_model(1), [5, 6, 7]
     expected = greedy(model, prompt, 12, "eager")
     for _ in range(2):
         graphs = store_of(model)
-        guessing = speculative_batch(model, draft, prompt, GREEDY, decoding="graph", graphs=graphs)
-        assert [token.id for token in generate_tokens(guessing)] == expected
+        batch = speculative_batch(model, draft, prompt, GREEDY, decoding="graph", graphs=graphs)
+        assert [token.id for token in generate_tokens(batch)] == expected
         assert greedy(model, prompt, 12, "graph") == expected
 
 
 @modes
-def test_a_broken_models_numbers_do_not_stay_in_the_room(mode: Decoding) -> None:
-    """NaN that a mask hides is multiplied by zero, and stays NaN."""
+def test_nan_of_a_broken_model_does_not_stay_in_the_cache(mode: Decoding) -> None:
+    """A masked NaN is multiplied by zero, and stays NaN."""
     model = make_model()
     broken = model.model.layers[0].self_attn.v_proj.weight
     right = broken.detach().clone()
@@ -225,7 +225,7 @@ def test_a_broken_models_numbers_do_not_stay_in_the_room(mode: Decoding) -> None
 @needs_gpu
 @modes
 def test_what_memory_held_before_does_not_matter(mode: Decoding) -> None:
-    """All memory that the allocator can hand out holds NaN."""
+    """All memory that the allocator reuses is NaN."""
     sizes = [1 << power for power in range(9, 27) for _ in range(32 if power < 20 else 4)]
     poison = [torch.full((n // 8,), torch.nan, dtype=torch.float64, device=DEVICE) for n in sizes]
     del poison
@@ -235,7 +235,7 @@ def test_what_memory_held_before_does_not_matter(mode: Decoding) -> None:
 @needs_gpu
 @modes
 def test_tokens_are_read_after_their_copy(mode: Decoding) -> None:
-    """Behind a GPU that has something else to do, reading ahead of it would show."""
+    """With a GPU kept busy, tokens read before the copy has ended would be wrong."""
     model, found = make_model(), []
     batch = batch_of(model, [[1, 2, 3]], mode)
     batch.prefill()
@@ -251,7 +251,7 @@ def tensors_of(model: Llama) -> list[torch.Tensor]:
 
 
 def test_a_model_keeps_nothing_of_its_graphs() -> None:
-    """They are the store's: a model that has written is copied as one that has not."""
+    """Captured steps belong to the store: generating leaves the model's attributes as they were."""
     model = make_model()
     before = dict(vars(model))
     greedy(model, [1], 12, "graph")

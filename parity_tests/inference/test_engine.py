@@ -1,4 +1,4 @@
-"""Several prompts at once: every row is what it would be alone, and ends when it would."""
+"""Several prompts at once: every row has the tokens that it has alone, and as many."""
 
 import dataclasses
 import sys
@@ -31,10 +31,10 @@ pytestmark = pytest.mark.numeric
 GREEDY = SamplingConfig(max_new_tokens=6, temperature=0)
 
 
-def together(
+def batch_tokens(
     model: Llama, prompts: list[list[int]], each: list[SamplingConfig], chunk: int = 512
 ) -> list[list[int]]:
-    """Continue rows in one batch; each ends after its own number of tokens."""
+    """Return each row's new tokens; rows end after their own ``max_new_tokens``."""
     found = [[] for _ in prompts]
     for token in generate_tokens(DecodeBatch(model, prompts, each, chunk)):
         found[token.row].append(token.id)
@@ -42,7 +42,7 @@ def together(
 
 
 @composite
-def rows(draw: Draw) -> Any:
+def batches(draw: Draw) -> Any:
     config = dataclasses.replace(draw(configs()), max_seq_len=draw(st.integers(8, 24)))
     ids = st.integers(0, config.vocab_size - 1)
     prompts = draw(st.lists(st.lists(ids, min_size=1, max_size=7), min_size=2, max_size=4))
@@ -52,13 +52,13 @@ def rows(draw: Draw) -> Any:
 
 
 def near_tie(config: LlamaConfig, params: dict[str, Array], text: list[int], other: int) -> bool:
-    """Whether the oracle in float64 sees no more than rounding between two choices."""
+    """Return whether two tokens' logits differ by no more than rounding, by the float64 oracle."""
     logits = forward(params, np.array([text[:-1]]), config)[0][0, -1]
     return abs(logits[text[-1]] - logits[other]) <= 1e-4 * np.abs(logits).max()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@given(case=rows(), chunk=st.integers(1, 9))
+@given(case=batches(), chunk=st.integers(1, 9))
 def test_every_row_equals_its_own_single_run(dtype: str, case: Any, chunk: int) -> None:
     """Unequal prompts, unequal ends, any chunks of prefill; tokens are equal, not close.
 
@@ -69,7 +69,7 @@ def test_every_row_equals_its_own_single_run(dtype: str, case: Any, chunk: int) 
     stored = cast(params, np.dtype(dtype))
     model = torch_model(config, stored)
     each = [dataclasses.replace(GREEDY, max_new_tokens=n) for n in lengths]
-    found = together(model, prompts, each, chunk)
+    found = batch_tokens(model, prompts, each, chunk)
     for prompt, settings, row in zip(prompts, each, found, strict=True):
         alone = list(generate(model, prompt, settings))
         if row != alone and dtype == "float32":
@@ -81,7 +81,7 @@ def test_every_row_equals_its_own_single_run(dtype: str, case: Any, chunk: int) 
             assert row == alone
 
 
-@given(case=rows())
+@given(case=batches())
 def test_greedy_with_the_cache_is_the_oracles_choice(case: Any) -> None:
     config, params, prompts, _ = case
     model = torch_model(config, params)
@@ -95,7 +95,7 @@ def test_greedy_with_the_cache_is_the_oracles_choice(case: Any) -> None:
         assert len(text) == min(len(prompt) + 6, config.max_seq_len)
 
 
-@given(case=rows(), seed=st.integers(0, 2**62), data=st.data())
+@given(case=batches(), seed=st.integers(0, 2**62), data=st.data())
 def test_each_row_draws_from_its_own_settings_and_seed(
     case: Any, seed: int, data: st.DataObject
 ) -> None:
@@ -112,7 +112,7 @@ def test_each_row_draws_from_its_own_settings_and_seed(
         dataclasses.replace(data.draw(kinds), max_new_tokens=n, seed=seed + i)
         for i, n in enumerate(lengths)
     ]
-    found = together(model, prompts, each)
+    found = batch_tokens(model, prompts, each)
     for prompt, settings, row in zip(prompts, each, found, strict=True):
         assert row == list(generate(model, prompt, settings))
         text, draws = list(prompt), torch.Generator().manual_seed(settings.seed)
@@ -137,7 +137,7 @@ def small() -> Llama:
     return model
 
 
-def test_limits(small: Llama) -> None:
+def test_generation_ends_at_its_limits_and_its_stop_tokens(small: Llama) -> None:
     long = dataclasses.replace(GREEDY, max_new_tokens=100)
     assert len(list(generate(small, [1] * 9, long))) == 3  # the context holds 12
     assert len(list(generate(small, [1] * 11, long))) == 1
@@ -163,7 +163,7 @@ def test_limits(small: Llama) -> None:
             DecodeBatch(small, [[1], prompt], [GREEDY, GREEDY])
 
 
-def test_the_seed_decides(small: Llama) -> None:
+def test_one_seed_gives_one_text_and_another_seed_another(small: Llama) -> None:
     def write(seed: int) -> list[int]:
         settings = SamplingConfig(max_new_tokens=8, temperature=1.0, seed=seed)
         return list(generate(small, [1, 2], settings))
@@ -221,14 +221,14 @@ def test_positions_count_a_rows_own_tokens(small: Llama) -> None:
         (2, torch.float32, (9, 0), "graph"),
     ],
 )
-def test_the_mode_that_a_gpu_decodes_in(
+def test_the_mode_chosen_on_a_gpu(
     rows: int,
     dtype: torch.dtype,
     capability: tuple[int, int],
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As chosen for a GPU that is not there."""
+    """Chosen for a stand-in of a GPU: the choice reads device, dtype, compute capability."""
     weight = SimpleNamespace(device=torch.device("cuda"), itemsize=dtype.itemsize)
     model: Any = SimpleNamespace(model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)))
     monkeypatch.setattr(numpy_step.NumpyStep, "supports", lambda model: False)

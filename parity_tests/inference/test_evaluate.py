@@ -1,4 +1,4 @@
-"""The command evaluate: what it prints, and what it refuses."""
+"""The command evaluate: its output, and its errors."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command generate: what it writes, and what it refuses."""
+"""The command generate: its output, and its errors."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_the_command_writes_text(model_dir: Path, capsys: pytest.CaptureFixture[
     assert run(capsys, model_dir, "--prompt", "Hello world", "--seed", "1") != first
 
 
-def test_several_prompts_are_what_each_is_alone(
+def test_several_prompts_get_the_completions_that_each_gets_alone(
     model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = ["Hello world, and more", "The", "1 2 3"]
@@ -52,7 +52,7 @@ def test_a_draft_changes_nothing(model_dir: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (("--decoding", "kernels"), "--decoding kernels needs a GPU"),
         (("--decoding", "graph"), "--decoding graph needs a GPU"),
@@ -62,13 +62,13 @@ def test_a_draft_changes_nothing(model_dir: Path, capsys: pytest.CaptureFixture[
     ],
 )
 def test_a_mode_that_cannot_run_is_refused(
-    flags: tuple[str, ...], says: str, model_dir: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], message: str, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "GPU" in says and torch.cuda.is_available():
+    if "GPU" in message and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert generate.main(["--ckpt", str(model_dir), "--prompt", "a", *flags]) == 2
     found = capsys.readouterr()
-    assert says in found.err
+    assert message in found.err
     assert found.out == ""
 
 

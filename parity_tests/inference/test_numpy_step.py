@@ -1,4 +1,4 @@
-"""The step in NumPy is one more implementation: the oracle judges its logits and its cache."""
+"""NumpyStep is held to the oracle, as every backend is: its logits and its cache."""
 
 import itertools
 from typing import Any
@@ -24,11 +24,11 @@ from ..conformance.strategies import Array, Params, cast, unmasked_cases_for
 
 pytestmark = pytest.mark.numeric
 
-BEYOND = 2  # columns of the cache after the last token
+SPARE_COLUMNS = 2  # columns of the cache after the last token
 
 
-class Steps:
-    """Several tokens in one call of the torch model, a single one in a step."""
+class NumpyStepBackend:
+    """Backend that decodes a single token with NumpyStep, and several with the torch model."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -52,13 +52,13 @@ class Steps:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @given(data=st.data())
 @settings(max_examples=40)
-def test_steps_after_a_prefill(dtype: str, data: st.DataObject) -> None:
+def test_steps_after_a_prefill_are_the_oracles(dtype: str, data: st.DataObject) -> None:
     case = data.draw(unmasked_cases_for(dtype), label="case")
     tokens = case.tokens[:1]
     length = tokens.shape[1]
     prefilled = data.draw(st.integers(0, length - 1), label="prefilled")
     low = cast(case.params, dtype)
-    # A product in shares of rows must be the same, whatever the number of rows.
+    # Products split among threads too, whatever the number of rows.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numpy_step, "MIN_SPLIT_BYTES", data.draw(st.sampled_from([0, 2**24])))
         patch.setattr(torch, "get_num_threads", lambda: 3)
@@ -74,13 +74,14 @@ def test_steps_after_a_prefill(dtype: str, data: st.DataObject) -> None:
             assert cache.length == length
             for i in range(case.config.n_layers):  # [1, N, S, K], to be judged token by token
                 for name in ("keys", "values"):
-                    held = np.asarray(getattr(cache, name)[i])
-                    assert np.isnan(held[:, :, length:]).all(), "written past the last token"
-                    outputs[f"layers.{i}.{name}"] = np.swapaxes(held[:, :, :length], 1, 2)
+                    cached = np.asarray(getattr(cache, name)[i])
+                    assert np.isnan(cached[:, :, length:]).all(), "written past the last token"
+                    outputs[f"layers.{i}.{name}"] = np.swapaxes(cached[:, :, :length], 1, 2)
             return outputs
 
         exact = run(Oracle(), {name: value.astype(np.float64) for name, value in low.items()})
-        Judge().compare(Steps(length + BEYOND), dtype, run, exact, rms_only=dtype == "float32")
+        backend = NumpyStepBackend(length + SPARE_COLUMNS)
+        Judge().compare(backend, dtype, run, exact, rms_only=dtype == "float32")
 
 
 def test_a_step_returns_new_logits_and_writes_nothing_but_its_column() -> None:
@@ -102,7 +103,7 @@ def test_a_step_returns_new_logits_and_writes_nothing_but_its_column() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_what_a_step_supports() -> None:
+def test_the_models_that_a_step_supports() -> None:
     config = ModelConfig(dim=12, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=8, vocab_size=9)
     assert NumpyStep.supports(Llama(config))
     assert NumpyStep.supports(Llama(config).double())

@@ -32,7 +32,7 @@ BOS = 28
 
 
 class Letters(Tokenizer):
-    """A character is its own id: texts of chosen ids."""
+    """Tokenizer whose ids are code points, for texts of chosen ids."""
 
     def __init__(self, prefix: Sequence[int] = (BOS,)) -> None:
         super().__init__({"<a>": 25, "<b>": 26, "<c>": 27, "<s>": BOS}, BOS + 1)
@@ -157,7 +157,7 @@ def test_documents_are_scored_alone_whatever_the_batch(
     assert together.documents == len(documents)
 
 
-def test_more_windows_than_are_held_at_once() -> None:
+def test_more_windows_than_one_pool_holds() -> None:
     model = torch_model(CONFIG, random_params(CONFIG, 0))
     text = "\x03\x14\x15\x09\x02\x06\x05" * 30
     few, many = (
@@ -199,7 +199,7 @@ def test_a_pass_holds_one_batch_and_the_logits_of_what_is_scored(
         ((), None, None, []),
     ],
 )
-def test_what_goes_before_a_document(
+def test_the_ids_before_a_document(
     prefix: tuple[int, ...], bos: str | None, eos: str | None, before: list[int]
 ) -> None:
     tokenizer = Letters(prefix)
@@ -243,7 +243,7 @@ def test_a_context_of_one_token_has_a_stride_of_one(uniform: Llama) -> None:
 
 
 def test_a_window_of_the_whole_context_and_a_text_of_one_token(uniform: Llama) -> None:
-    """Each the most or the least that is accepted; and its time is a part of what it took."""
+    """The largest window and the shortest text that are accepted; seconds is part of the time."""
     before = time.perf_counter()
     found = evaluate(uniform, Gpt2(), ["a"], context=12, stride=12)
     assert 0 < found.seconds <= time.perf_counter() - before

@@ -1,4 +1,4 @@
-"""int8 weights: what they stand for, and how far that is from the given ones."""
+"""int8 weights: their distance from the given ones, and their names and products."""
 
 import numpy as np
 import pytest
@@ -33,10 +33,10 @@ def test_every_weight_is_within_half_a_step(
     matrix = torch.from_numpy(rng.standard_normal((rows, width)) * 2.0**exponent)
     matrix[0] = 0
     linear = Int8Linear(matrix)
-    held = linear.weight.double() * linear.scale.double()[:, None]
+    represented = linear.weight.double() * linear.scale.double()[:, None]
     step = matrix.abs().amax(1, keepdim=True) / 127
-    assert (held[0] == 0).all()
-    assert ((held - matrix).abs() <= step * (0.5 + 1e-4)).all()
+    assert (represented[0] == 0).all()
+    assert ((represented - matrix).abs() <= step * (0.5 + 1e-4)).all()
     assert linear.weight.abs().amax(1)[1:].eq(127).all()
 
 
@@ -46,7 +46,7 @@ def test_half_precision_does_not_overflow() -> None:
     assert linear(torch.full((1, 4096), 30.0, dtype=torch.float16)).isfinite().all()
 
 
-def test_a_quantised_head_of_its_own_is_evaluated() -> None:
+def test_an_untied_head_is_evaluated_in_int8() -> None:
     config = ModelConfig(16, 1, 2, 1, vocab_size=50257, max_seq_len=12, tie_embeddings=False)
     model = Llama(config).eval()
     model.init_weights(torch.Generator().manual_seed(0))

@@ -37,7 +37,7 @@ settings = st.builds(
 )
 
 
-def expected(logits: Array, seen: Array, row: SamplingConfig) -> Array:
+def oracle_distribution(logits: Array, seen: Array, row: SamplingConfig) -> Array:
     lower = oracle.penalize(logits, np.flatnonzero(seen), row.repetition_penalty)
     return oracle.token_probabilities(lower, row.temperature, row.top_k, row.top_p, row.min_p)
 
@@ -53,7 +53,7 @@ def test_every_row_has_the_oracles_distribution(rows: list[Array], data: st.Data
     logits = penalize(logits, torch.from_numpy(seen), tensors.repetition_penalty)
     found = token_probabilities(logits, tensors).numpy()
     for i, row in enumerate(each):
-        right = expected(rows[i], seen[i], row)
+        right = oracle_distribution(rows[i], seen[i], row)
         np.testing.assert_allclose(found[i], right, rtol=1e-9, atol=1e-15)
         assert np.array_equal(found[i] > 0, right > 0)
         assert found[i].sum() == pytest.approx(1, abs=1e-12)
@@ -113,7 +113,7 @@ def test_all_means_all_and_tiny_temperatures_are_greedy() -> None:
         ([60.0, 0.0, -1.0], {"top_p": 1.0}, 3),  # the first holds 1, rounded
     ],
 )
-def test_a_share_that_is_reached_exactly(
+def test_tokens_exactly_at_the_limits_of_top_p_and_min_p(
     logits: list[float], row: dict[str, Any], kept: int
 ) -> None:
     settings = SamplingConfig(temperature=1.0, **row)
@@ -184,6 +184,6 @@ def test_draws_follow_the_distribution() -> None:
         ({"stop": ("",)}, "--stop"),
     ],
 )
-def test_a_setting_that_makes_no_sense_names_its_flag(change: dict, flag: str) -> None:
+def test_a_setting_out_of_range_names_its_flag(change: dict, flag: str) -> None:
     with pytest.raises(InputError, match=f"^{flag} "):
         SamplingConfig(**change)

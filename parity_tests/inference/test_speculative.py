@@ -1,4 +1,4 @@
-"""A draft's guesses, right or wrong, never change what is written."""
+"""Speculative decoding: draft tokens, accepted or not, never change the tokens sampled."""
 
 from dataclasses import replace
 from unittest.mock import patch
@@ -21,7 +21,7 @@ from ..conformance.strategies import Case, cast, random_params, wide_cases
 pytestmark = pytest.mark.numeric
 
 
-def written(batch: DecodeBatch) -> list[int]:
+def token_ids(batch: DecodeBatch) -> list[int]:
     return [token.id for token in generate_tokens(batch)]
 
 
@@ -32,7 +32,7 @@ def written(batch: DecodeBatch) -> list[int]:
     temperature=st.sampled_from([0.0, 0.9]),
     penalty=st.sampled_from([1.0, 1.3]),
 )
-def test_the_tokens_are_the_plain_ones(
+def test_tokens_equal_those_without_a_draft(
     case: Case, kind: str, n_draft_tokens: int, temperature: float, penalty: float
 ) -> None:
     params = cast(case.params, np.float64)
@@ -45,14 +45,14 @@ def test_the_tokens_are_the_plain_ones(
     settings = SamplingConfig(12, temperature, repetition_penalty=penalty, seed=3)
     plain = list(generate(model, prompt, settings))
     assert (
-        written(speculative_batch(model, draft, prompt, settings, n_draft_tokens=n_draft_tokens))
+        token_ids(speculative_batch(model, draft, prompt, settings, n_draft_tokens=n_draft_tokens))
         == plain
     )
 
 
 @given(case=wide_cases(), n_draft_tokens=st.integers(1, 6))
-def test_right_guesses_save_passes(case: Case, n_draft_tokens: int) -> None:
-    """A draft that is the model itself is always right: a pass for every n + 1 tokens."""
+def test_accepted_draft_tokens_save_forward_passes(case: Case, n_draft_tokens: int) -> None:
+    """The model as its own draft: every draft token is accepted, n + 1 tokens a forward pass."""
     params = cast(case.params, np.float64)
     model, draft = (torch_model(case.config, params) for _ in range(2))
     settings = SamplingConfig(12, temperature=0)
@@ -60,7 +60,7 @@ def test_right_guesses_save_passes(case: Case, n_draft_tokens: int) -> None:
         model, draft, case.tokens[0, :3].tolist(), settings, n_draft_tokens=n_draft_tokens
     )
     with patch.object(model.model, "forward", wraps=model.model.forward) as passes:
-        tokens = written(batch)
+        tokens = token_ids(batch)
     # The first token needs none but the prompt's own pass.
     assert passes.call_count == 1 + -(-(len(tokens) - 1) // (n_draft_tokens + 1))
 

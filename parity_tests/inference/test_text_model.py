@@ -1,4 +1,4 @@
-"""The Python interface: completions, why they end, and what it refuses."""
+"""The Python interface: completions, their finish reasons, and the calls that it refuses."""
 
 import dataclasses
 import inspect
@@ -22,7 +22,7 @@ def test_a_wrong_argument_is_named(wrong: dict[str, Any], model_dir: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_int8_writes_much_the_same(dtype: str, model_dir: Path) -> None:
+def test_int8_logits_are_near(dtype: str, model_dir: Path) -> None:
     plain, int8 = load(model_dir, dtype=dtype), load(model_dir, dtype=dtype, quantize="int8")
     tokens = torch.tensor([[464, 2134, 13]])
     logits = [model.model(tokens)[0].float() for model in (plain, int8)]
@@ -31,7 +31,7 @@ def test_int8_writes_much_the_same(dtype: str, model_dir: Path) -> None:
     assert len(int8.generate("The", max_new_tokens=4).tokens) == 4
 
 
-def test_why_it_ends(model_dir: Path) -> None:
+def test_the_finish_reason_and_where_the_text_ends(model_dir: Path) -> None:
     model = load(model_dir)
     greedy = {"temperature": 0.0, "max_new_tokens": 6}
     whole = model.generate("The", **greedy)
@@ -41,8 +41,8 @@ def test_why_it_ends(model_dir: Path) -> None:
     cut = model.generate("The", stop=(third,), **greedy)
     assert cut.finish_reason == "stop"
     assert cut.text == whole.text[: whole.text.index(third)]
-    held = model.generate("The", stop=(whole.text[-1] + "?",), **greedy)
-    assert held.text == whole.text  # what might have become a stop text is given out at the end
+    withheld = model.generate("The", stop=(whole.text[-1] + "?",), **greedy)
+    assert withheld.text == whole.text  # the start of a stop text is given out at the end
     by_token = model.generate("The", stop_tokens=(third,), **greedy)
     assert by_token.finish_reason == "stop"
     assert by_token.text == model.tokenizer.decode(token.id for token in by_token.tokens[:-1])
@@ -105,7 +105,7 @@ def test_a_stop_at_the_last_token_allowed_is_a_stop(
 
 
 def test_rows_that_end_at_different_times(model_dir: Path) -> None:
-    """Each with its own settings, stop text and length: what it is alone, token for token."""
+    """Rows with their own settings, stop text and length have the tokens that they have alone."""
     model = load(model_dir)
     prompts = ["Hello world, and more", "The", "1 2 3", "a"]
     each = [
@@ -139,7 +139,9 @@ def test_rows_that_end_at_different_times(model_dir: Path) -> None:
         (lambda m: load(m.ckpt, device="tpu"), "device 'tpu' is not one of"),
     ],
 )
-def test_the_interface_says_what_is_wrong(model_dir: Path, call: Any, message: str) -> None:
+def test_a_call_that_cannot_be_answered_names_the_reason(
+    model_dir: Path, call: Any, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         call(load(model_dir))
 
