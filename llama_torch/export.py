@@ -11,6 +11,7 @@ import tyro
 from .checkpoint import step_folders
 from .common import cli
 from .common.errors import InputError
+from .common.files import new_folder
 from .training import run_dir
 from .training.run_dir import RUN_FILE
 from .training.state_tensors import export_model
@@ -53,8 +54,11 @@ def _main(argv: Sequence[str]) -> int:
     if (target / RUN_FILE).exists() and not target.samefile(out):
         raise InputError(f"--to {target} holds another run; choose another directory")
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        export_model(target, folder, settings.model)
+        if target.is_dir() and any(target.iterdir()):
+            export_model(target, folder, settings.model)  # each file by itself
+        else:
+            with new_folder(target) as temporary:
+                export_model(temporary, folder, settings.model)
     except OSError as error:
         raise InputError(f"--to {target} cannot be written ({error}); choose another") from None
     print(f"{target}: the model of step {folder.name}")

@@ -12,14 +12,35 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from ..common.errors import InputError
 from ..common.files import read_json, write_text
 from ..common.sharded_tensor import is_sharded
+from .shard_index import read_index
 from .state_interface import UnwrittenError
 
 STEPS_FILE = "state.json"
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader of shards, but for the index, which it would unpickle."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.index = read_index(folder)
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        """Return the index that was read before; one process's own index is never asked for."""
+        return self.index
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """torch's planner of a load, but for entries that are no tensors, which it would unpickle."""
+
+    def load_bytes(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refuse an entry that is no tensor; an index of tensors asks for none."""
+        raise ValueError("an entry is no tensor")
 
 
 class StateShards:
@@ -55,12 +76,8 @@ class StateShards:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name, from the metadata alone."""
-        try:
-            entries = dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata
-        except Exception as error:  # damaged pickles raise anything
-            raise InputError(f"{self.folder}: {_damaged(error)}") from None
-        tensors = {n: e for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
-        return {name: tuple(entry.size) for name, entry in tensors.items()}
+        entries: dict[str, Any] = read_index(self.folder).state_dict_metadata
+        return {name: tuple(entry.size) for name, entry in entries.items()}
 
     def read_whole(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the named tensors unsharded, on the CPU; without collective calls."""
@@ -85,8 +102,9 @@ class StateShards:
         # torch warns of every load outside a distributed job, which is the usual case here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch")
         is_alone = alone or not dist.is_initialized()
+        reader = _Reader(self.folder)
         try:
-            dcp.load(tensors, checkpoint_id=self.folder, no_dist=is_alone)
+            dcp.load(tensors, storage_reader=reader, planner=_Planner(), no_dist=is_alone)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
             raise InputError(f"{self.folder}: {_damaged(error)}") from None
 

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from .single_file import SingleFile
-from .state_interface import StateReader, TrainingState
-
-METADATA_FILE = ".metadata"  # of shards, written last: a folder without it is no checkpoint
+from .state_interface import METADATA_FILE, StateReader, TrainingState
 
 
 def open_state(folder: Path) -> StateReader:

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,26 @@ def publish_folder(temporary: Path, final: Path) -> None:
         flush(path)
     temporary.rename(final)
     flush(final.parent)
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes ``final``, a new or an empty one, in one rename.
+
+    On any failure nothing of it is left, nor of the missing folders above ``final``.
+    """
+    top = final = Path(os.path.realpath(final))
+    while not top.parent.is_dir():
+        top = top.parent
+    temporary = top.with_name(f"{top.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        inner = temporary / final.relative_to(top)
+        inner.mkdir(parents=True, exist_ok=True)
+        yield inner
+        publish_folder(temporary, top)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def try_lock(handle: int) -> bool:

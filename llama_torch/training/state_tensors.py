@@ -58,10 +58,11 @@ def export_model(out: Path, folder: Path, config: ModelConfig) -> None:
     damaged or does not fit ``config``.
     """
     reader = open_state(folder)
-    tensors = reader.read_whole(name for name in reader.shapes() if name.startswith(PARAMETER))
-    parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
+    shapes = {n: shape for n, shape in reader.shapes().items() if n.startswith(PARAMETER)}
     with torch.device("meta"):
         expected = {n: tuple(p.shape) for n, p in Llama(config).named_parameters()}
-    require_match(folder, expected, {n: tuple(t.shape) for n, t in parameters.items()})
+    require_match(folder, expected, {n.removeprefix(PARAMETER): s for n, s in shapes.items()})
+    tensors = reader.read_whole(shapes)
+    parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
     write_directory_files(out, config)
     save_model(out, config, parameters)
