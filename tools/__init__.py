@@ -1,1 +1,1 @@
-"""Command-line tools, and what compare.py is made of; no package of its own to install."""
+"""Command-line tools and their parts; they are run from a clone and not installed."""

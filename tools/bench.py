@@ -44,7 +44,7 @@ class BenchConfig:
     """Measure speed beside transformers, llama.cpp and a plain NumPy Llama."""
 
     works: tuple[Work, ...] = ()
-    """What to measure; none = what suits the device."""
+    """Works to measure; none = those that suit the device."""
     shape: Literal["default", "15m", "124m", "135m", "1.1b", "7b"] = "default"
     """Model that trains, decodes and reads prompts; NumPy has the 15m one."""
     repeats: int = 7

@@ -1,4 +1,4 @@
-"""What the tests of compare.py share: a small model, and copies of it that go wrong."""
+"""A small model and faulty copies of it, shared by the tests of compare.py."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ def named(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 class Silent:
-    """A backend that shows nothing but logits."""
+    """A backend that offers logits alone."""
 
     def __init__(self, inner: Planted) -> None:
         self.inner, self.dtypes = inner, inner.dtypes
@@ -44,7 +44,7 @@ class Silent:
 
 
 class Edited(Planted):
-    """The honest copy with one activation changed on its way out."""
+    """The planted port without a bug, with one activation changed in its trace."""
 
     def __init__(self, name: str, edit: Callable) -> None:
         super().__init__()

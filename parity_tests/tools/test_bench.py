@@ -1,4 +1,4 @@
-"""bench.py: a table from a tiny run, and one line for what it cannot measure."""
+"""bench.py: the tables of a tiny run, and one line for a side that fails."""
 
 import json
 import sys
@@ -57,7 +57,7 @@ def test_rows_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 @contextmanager
 def worker_here(job: training_side.Job) -> Iterator[training.TakeSteps]:
-    """Take a side's steps in this process, where its own would only cost the time to start."""
+    """Take a side's steps in this process, to save the start of another."""
     asked: list[int] = []
     results = training_side.run(job)
 
@@ -72,7 +72,7 @@ def worker_here(job: training_side.Job) -> Iterator[training.TakeSteps]:
 def test_training_is_measured_and_a_side_that_fails_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a smaller shape, and a side that there is none of; it and ours have a process each."""
+    """A smaller shape, and a side that does not exist; it and ours have a process each."""
     own = training.side_process
 
     def worker(job: training_side.Job) -> AbstractContextManager[training.TakeSteps]:

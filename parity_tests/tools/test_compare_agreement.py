@@ -1,4 +1,4 @@
-"""compare.py: agreement where there is one, whatever the values and the part compared."""
+"""compare.py: agreement of correct implementations, for all values and ranges of layers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_hugging_faces_llama_passes(tmp_path: Path, run: Callable, against: str)
 
 
 def test_hugging_faces_float32_angles_are_named(ckpt: Path, report: Callable) -> None:
-    """A difference that is really there: position times frequency, multiplied in float32."""
+    """A real difference: transformers multiplies position and frequency in float32."""
     found = report(ckpt, "--against", "hf")
     assert found["first_divergence"]["name"] == "layers.0.q_rope"
     assert found["calls"][found["first_divergence"]["call"]]["name"] == "position 2,040 on"
@@ -53,7 +53,7 @@ def test_hugging_faces_float32_angles_are_named(ckpt: Path, report: Callable) ->
 def test_a_misread_config_is_seen(
     ckpt: Path, report: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each side reads the file for itself; if the oracle is the one to misread it, they part."""
+    """Each side reads the file by its own means; here the oracle misreads it."""
     real = LlamaConfig.from_hf
 
     def misread(hf: dict[str, Any], source: str = "") -> LlamaConfig:
@@ -78,7 +78,7 @@ def test_zeros_are_compared(ckpt: Path, run: Callable, zero: str) -> None:
 def test_a_streamed_model_computes_as_a_loaded_one(
     ckpt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And holds no parameter before or after: one module's are read while it runs."""
+    """It holds no parameter before or after, and one module's while that runs."""
     real, streamed = torch_side.stream_weights, []
     monkeypatch.setattr(
         torch_side,
@@ -122,7 +122,7 @@ def test_a_range_of_layers(tmp_path: Path, report: Callable, offer: Callable) ->
     assert found["verdict"]["expected"] == CALLS * len(kinds)
     found = report(ckpt, "--layers", "2:", *QUICK)
     assert {row["name"] for row in found["rows"]} >= {"layers.2.q", "norm", "logits"}
-    # Only layer 1's first norm sees that the stream it was said to get is not what it got.
+    # Layer 1's first operations read another stream than the trace shows.
     found = report(ckpt, "--against", spec, "--layers", "1", *QUICK)
     wrong = {row["name"] for row in found["rows"] if row["status"] == "diverges"}
     assert wrong == {"layers.1.attn_norm", "layers.1.attn_residual"}

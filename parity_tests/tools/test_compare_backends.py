@@ -1,4 +1,4 @@
-"""compare.py: backends that offer less than everything, or misbehave."""
+"""compare.py: backends that offer a part of the protocol, overwrite their inputs, or fail."""
 
 from collections.abc import Callable
 from pathlib import Path

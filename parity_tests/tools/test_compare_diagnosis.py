@@ -1,4 +1,4 @@
-"""compare.py: the right place and name of a planted bug, and no name for what is none."""
+"""compare.py: the place and the name of a planted bug, and no name for other errors."""
 
 import dataclasses
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_every_known_bug_is_planted() -> None:
 def test_a_planted_bug_is_located_and_named(
     tmp_path: Path, report: Callable, offer: Callable, bug: str, dtype: str
 ) -> None:
-    """The bug written in torch, by somebody else than the catalogue's; nothing else is blamed."""
+    """The bug is planted in torch, independently of the catalogue; no other bug is named."""
     size = {"max_seq_len": 2048, "rope_theta": 5e5, "tie_embeddings": bug == "tied_head_random"}
     size |= {"rope_type": "llama3", "rope_factor": 8.0} if "scaling" in bug else {}
     path = write(tmp_path / "x.safetensors", LlamaConfig(32, 1, 4, 2, 8, 48, 60, **size))
@@ -76,7 +76,7 @@ def test_a_planted_bug_is_located_and_named(
 
 # A row whose positions are all shifted by the same has the same logits: rotations are relative.
 HARMLESS = {"left_padding_in_positions"}
-# At the end of a whole model an error has any size for any reason, and nothing is named by it.
+# At the end of a whole model an error has any size for any reason; no bug is named by it.
 BY_VALUE = {mutant.name for mutant in FORWARD if mutant.known_by == "value"}
 
 
@@ -84,7 +84,7 @@ BY_VALUE = {mutant.name for mutant in FORWARD if mutant.known_by == "value"}
 def test_a_planted_bug_is_named_by_the_logits_alone(
     ckpt: Path, tmp_path: Path, report: Callable, offer: Callable, bug: str
 ) -> None:
-    """From outputs, a bug must be among the few that this input cannot tell apart."""
+    """From logits alone, it is among the few bugs that this input cannot tell apart."""
     if "scaling" in bug:
         scaled = dataclasses.replace(CONFIG, rope_type="llama3", rope_factor=8.0)
         ckpt = write(tmp_path / "scaled.safetensors", scaled)
@@ -100,7 +100,7 @@ def test_a_planted_bug_is_named_by_the_logits_alone(
 
 
 class Damaged(Planted):
-    """The honest copy of other weights."""
+    """The planted port without a bug, on damaged weights."""
 
     def __init__(self, damage: Callable[[str, np.ndarray], np.ndarray]) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def scaled(part: str, factor: float) -> Callable[[str, np.ndarray], np.ndarray]:
 def test_no_bug_is_named_for_what_is_none(
     ckpt: Path, report: Callable, offer: Callable, part: str, factor: float, shown: str
 ) -> None:
-    """An error as large as some rounding's, where that rounding would touch more."""
+    """The error is as large as some rounding's, which would touch more elements."""
     port = Damaged(scaled(part, factor))
     spec = offer(Silent(port) if shown == "logits" else port)
     found = report(ckpt, "--against", spec, *QUICK)
@@ -134,7 +134,7 @@ def test_no_bug_is_named_for_what_is_none(
 def test_a_bug_that_changes_nothing_explains_nothing(
     ckpt: Path, report: Callable, offer: Callable
 ) -> None:
-    """An error just beyond its bound is within it of whatever the oracle's float32 makes."""
+    """An error just beyond its bound is within that bound of the oracle's float32 values."""
 
     def rough(value: np.ndarray) -> np.ndarray:
         return value * (1 + 9e-7 * np.where(np.arange(value.shape[-1]) % 2, 1, -1)).astype("f4")
@@ -160,7 +160,7 @@ def test_a_finding_is_tried_on_every_layer(
     found = report(path, "--against", offer(Mixed("silu_on_up")), *QUICK)
     assert named(found) == [["silu_on_up"]]
     assert found["diagnosis"][0]["explains"] == 6 * QUICK_CALLS
-    # The rotation of what q is said to be is wrong as well.
+    # The rotation of the q that the trace shows is wrong as well.
     assert found["unexplained"] == 2 * QUICK_CALLS
     assert found["diverging"] == 8 * QUICK_CALLS
 
@@ -207,4 +207,4 @@ def test_a_bug_beyond_a_missing_stream_is_no_crash(
 
     found = report(ckpt, "--against", offer(Worse()), *QUICK)
     assert named(found) == [["silu_on_up"]]
-    assert found["unexplained"] == 0  # what is missing is made from what came before it
+    assert found["unexplained"] == 0  # the oracle computes the missing stream from its inputs

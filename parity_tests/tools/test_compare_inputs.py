@@ -38,7 +38,7 @@ def test_calls_are_consistent() -> None:
 
 @pytest.mark.parametrize("ids", [[7], [7, 8], [5, 5, 5, 5], [1, 2, 3] * 9])
 def test_rows_differ_whatever_the_ids(ids: list[int]) -> None:
-    """With two rows alike, a batch whose rows are mixed up would pass."""
+    """With two equal rows, a batch whose rows are exchanged would pass."""
     for call in make_calls(np.array(ids), CONFIG, (len(ids),), 2):
         real = call.tokens if call.mask is None else call.tokens[:, -1:]
         assert len(real) == 1 or (real[0] != real[1]).all()
@@ -87,7 +87,7 @@ def test_the_reports_schema(ckpt: Path, run: Callable, tmp_path: Path, offer: Ca
     path, html = tmp_path / "report.json", tmp_path / "report.html"
     spec = offer(Planted("silu_on_up"))
     code, out, _ = run(ckpt, "--against", spec, "--grads", "--json", path, "--html", html)
-    assert code == 2  # the planted copy does not train
+    assert code == 2  # the planted port offers no gradients
     code, out, _ = run(ckpt, *QUICK, "--against", spec, "--json", path, "--html", html)
     assert code == 1
     found = json.loads(path.read_text())
@@ -103,7 +103,7 @@ def test_the_reports_schema(ckpt: Path, run: Callable, tmp_path: Path, offer: Ca
     page = html.read_text()
     assert found["verdict"]["line"].split(";")[0] in page
     assert "silu_on_up" in page
-    assert "://" not in page.replace("http://www.w3.org", "")  # it needs nothing from anywhere
+    assert "://" not in page.replace("http://www.w3.org", "")  # the page loads nothing
     assert found["verdict"]["line"] in out
 
 

@@ -21,7 +21,7 @@ from .comparing import CALLS, CONFIG, NAMES, QUICK, Edited, write
 
 
 def contents(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Read a file's metadata and tensors."""
+    """Return a file's metadata and tensors."""
     with safe_open(path, framework="np") as file:
         return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -38,7 +38,7 @@ def test_the_oracles_trace_passes_its_own_comparison(
     code, out, _ = run(ckpt, "--against", path)
     assert code == 0
     assert "6 calls" in out
-    with safe_open(path, framework="np") as file:  # what it says it was computed in
+    with safe_open(path, framework="np") as file:  # in the dtype of the metadata
         logits = file.get_tensor("call.0.logits")
     assert logits.dtype == (np.float64 if dtype == "float64" else np.float32)
     if dtype == "bfloat16":
@@ -69,7 +69,7 @@ def test_an_edited_trace_fails_where_it_was_edited(
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple]:
-    """Return a checkpoint, and what is in the oracle's trace of it in a dtype; written once."""
+    """Return a function of a dtype: a checkpoint, its trace's metadata and tensors; cached."""
     folder = tmp_path_factory.mktemp("traced")
     ckpt = write(folder / "ckpt.safetensors", CONFIG)
 
@@ -83,8 +83,8 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple]:
     return make
 
 
-def lying(view: np.ndarray) -> np.ndarray:
-    """Return a transposed array as a writer stores it that looks at nothing but its memory."""
+def in_memory_order(view: np.ndarray) -> np.ndarray:
+    """Return a transposed array as stored by a writer that copies its memory and its shape."""
     order = np.argsort([-stride for stride in view.strides], stable=True)
     return np.ascontiguousarray(view.transpose(order)).reshape(view.shape)
 
@@ -103,12 +103,12 @@ def lying(view: np.ndarray) -> np.ndarray:
 def test_a_transposed_array_is_named(
     report: Callable, traced: Callable, tmp_path: Path, kinds: tuple, axes: tuple, dtype: str
 ) -> None:
-    """And nothing else is: the rest is judged by the numbers that were meant."""
+    """No other activation is: they are judged by the values before the transposition."""
     ckpt, metadata, tensors = traced(dtype)
     path = tmp_path / "trace.safetensors"
     moved = {n: x for n, x in tensors.items() if n.split(".")[-1] in kinds}
     views = {n: np.ascontiguousarray(x.transpose(axes)) for n, x in moved.items()}
-    stored = {n: lying(x.transpose(np.argsort(axes))) for n, x in views.items()}
+    stored = {n: in_memory_order(x.transpose(np.argsort(axes))) for n, x in views.items()}
     save_numpy(tensors | stored, path, metadata)
     found = report(ckpt, "--against", path, "--no-diagnose")
     wrong = {f"call.{r['call']}.{r['name']}" for r in found["rows"] if r["status"] != "ok"}
@@ -122,7 +122,7 @@ def test_a_transposed_array_is_named(
 def test_what_safetensors_makes_of_a_transposed_array(
     ckpt: Path, run: Callable, tmp_path: Path
 ) -> None:
-    """Release 0.8.0 misorders it, and then that is said; one that does not is as good as any."""
+    """Release 0.8.0 misorders it, which is reported; another that does not passes."""
     path = tmp_path / "trace.safetensors"
     run(ckpt, "--trace", path, "--tokens", 5, "--steps", 0)
     metadata, tensors = contents(path)
@@ -139,7 +139,7 @@ def test_what_safetensors_makes_of_a_transposed_array(
 def test_scrambled_numbers_are_no_other_order(
     ckpt: Path, report: Callable, offer: Callable
 ) -> None:
-    """Only what a transposition makes right again is called so."""
+    """A tensor that no transposition makes right diverges."""
     spec = offer(Edited("layers.1.q", lambda x: x[:, ::-1]))
     found = report(ckpt, "--against", spec, *QUICK, "--no-diagnose")
     assert found["first_divergence"]["name"] == "layers.1.q"

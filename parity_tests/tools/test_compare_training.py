@@ -32,13 +32,13 @@ def test_gradients_and_the_step_agree(ckpt: Path, run: Callable, dtype: str) -> 
 @pytest.mark.parametrize(
     ("bug", "dtype"),
     [(bug, "float64") for bug in ("", *(mutant.name for mutant in TRAINING))]
-    # Where what the bug makes rounds worse than what is right.
+    # Bugs whose results round worse than the right ones.
     + [(bug, "float32") for bug in ("", "softmax_diagonal", "adam_eps_inside", "clip_each")],
 )
 def test_a_planted_training_bug_is_named(
     tmp_path: Path, report: Callable, offer: Callable, bug: str, dtype: str
 ) -> None:
-    """Written in torch, under autograd; the forward pass is right."""
+    """The bug is planted in torch, under autograd; the forward pass is right."""
     config = LlamaConfig(16, 1, 4, 2, 4, 24, 60, tie_embeddings=bug == "embedding_forgotten")
     path = write(tmp_path / "x.safetensors", config)
     spec = offer(PlantedTrainer(bug))
@@ -54,7 +54,7 @@ def test_a_planted_training_bug_is_named(
 def test_a_wrong_gradient_is_located(
     ckpt: Path, report: Callable, offer: Callable, dtype: str
 ) -> None:
-    """One KV head's gradient halved: no known bug, and only what depends on it is wrong."""
+    """One KV head's gradient is halved, by no known bug; only its own row diverges."""
 
     class Lossy(Oracle):
         def loss_and_grads(self, *arguments: Any) -> Any:
@@ -79,11 +79,11 @@ def test_a_gradient_that_overflowed_in_the_baseline_excuses_no_step(bad: float) 
     task = task._replace(clip_limits=training_task.clip_limits(made[1]))
     exact = training_step.step_values(task, params, made, trains=True)
     name = "model.layers.0.mlp.up_proj.weight"
-    plain = exact | {f"grad {name}": np.full_like(exact[f"grad {name}"], bad)}
+    baseline = exact | {f"grad {name}": np.full_like(exact[f"grad {name}"], bad)}
     wrong = {n: x * (1.5 if n.endswith(f"step {name}") else 1.0) for n, x in exact.items()}
     steps = {f"{run} step {name}" for run in training_task.RUNS}
     for theirs, expected in ((exact, set()), (wrong, steps)):
-        rows = training_step.compare_step(task, "float32", theirs, exact, plain, trains=True)
+        rows = training_step.compare_step(task, "float32", theirs, exact, baseline, trains=True)
         assert {row.name for row in rows if row.status != "ok"} == expected
 
 

@@ -1,4 +1,4 @@
-"""compare.py: a wrong weight where it is, and bounds that excuse nothing."""
+"""compare.py: the place of a wrong weight, and bounds that no wrong value is within."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from ..planted.port import Planted
 from .comparing import CONFIG, NAMES, QUICK, QUICK_CALLS, Edited, write
 
 ONE_OF_EACH = [n for n in parameter_shapes(CONFIG) if "layers" not in n or "layers.1" in n]
-# Where a wrong weight must first show.
+# The first activation that a wrong weight changes.
 FIRST_SEEN = {
     "embed_tokens": "embed",
     "input_layernorm": "attn_norm",
@@ -42,7 +42,7 @@ FIRST_SEEN = {
 def test_a_corrupted_weight_is_found_where_it_is(
     ckpt: Path, report: Callable, name: str, dtype: str
 ) -> None:
-    """One element of one tensor, on the torch side, off by as much as its tensor's size."""
+    """One element of one tensor is off by 1.0 on the torch side."""
     tensors = load_file(ckpt)
     damaged = tensors[name].copy()
     # Row 32 is the id of a space: a token that the default text holds.
@@ -64,7 +64,7 @@ def test_a_corrupted_weight_is_found_where_it_is(
 
 
 def test_a_baseline_that_overflowed_excuses_nothing() -> None:
-    """Not any finite error; beside a run that did not overflow it counts for nothing."""
+    """It allows no error, and is left out beside a baseline that did not overflow."""
     exact = np.random.default_rng(0).standard_normal((2, 3, 8))
     over, close = exact.astype(np.float32), exact.astype(np.float32)
     none = composed_bound(Errors(0, 0, 0), "float32")

@@ -1,4 +1,4 @@
-"""Honest float32 code passes compare.py, whatever training made of the weights."""
+"""Correct float32 code passes compare.py, also with weights as training leaves them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ CONFIG = LlamaConfig(96, 2, 3, 1, 32, 192, 300, max_seq_len=8192, rope_theta=1e5
 
 
 def drawn(seed: int, keys: int) -> tuple[tuple[Array, Array, Array, Array], Array, Array]:
-    """Return attention's inputs over some keys, its exact output, and what each element may err."""
+    """Return attention's inputs over some keys, its exact output, and its elements' bounds."""
     q, k, v = draw(np.random.default_rng(seed), keys)
     mask = np.ones((1, q.shape[1], keys), dtype=bool)
     wide = q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), mask
@@ -68,7 +68,7 @@ def test_the_bound_of_attention_does_not_depend_on_how_it_is_cut(
     assert np.allclose(few, whole[:, :1], rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("seed", [9, 10, 15, 20])  # false alarms, before luck was reckoned with
+@pytest.mark.parametrize("seed", [9, 10, 15, 20])  # false alarms with one baseline
 def test_peaked_attention_is_no_false_alarm(seed: int, tmp_path: Path) -> None:
     against = [*false_alarms.KERNELS][seed % len(false_alarms.KERNELS)]
     rng = np.random.default_rng(seed)
@@ -87,12 +87,12 @@ def test_sums_taken_term_by_term_are_no_false_alarm(
 def test_what_rounding_may_do_is_tried_before_anything_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other side errs as attention may: right by itself, and carried on through the model."""
+    """The other side is perturbed within rounding: right by itself, beyond inherited bounds."""
     path, trace = tmp_path / "ckpt.safetensors", tmp_path / "trace.safetensors"
     params = false_alarms.trained(CONFIG, np.random.default_rng(0))
     save_numpy(params, path, {"config": CONFIG.to_json()})
     calls = make_calls(np.arange(24), CONFIG, (24,), 1)
-    write_trace(trace, CONFIG, calls, "float32", moved(path, 2))
+    write_trace(trace, CONFIG, calls, "float32", perturbed(path, 2))
     assert compare.main([str(path), "--against", str(trace)]) == 0
     monkeypatch.setattr(differences, "MAX_BASELINES", 1)
     capsys.readouterr()
@@ -100,8 +100,8 @@ def test_what_rounding_may_do_is_tried_before_anything_is_wrong(
     assert "every operation is right by itself, but errors add up" in capsys.readouterr().out
 
 
-def moved(path: Path, way: int) -> Callable[[TraceWriter], None]:
-    """Fill a trace with a plain run that is moved by what rounding may do."""
+def perturbed(path: Path, seed: int) -> Callable[[TraceWriter], None]:
+    """Return a function that fills a trace with a perturbed run of the baseline."""
 
     def fill(writer: TraceWriter) -> None:
         replay = Replay(CONFIG, make_calls(np.arange(24), CONFIG, (24,), 1), weights)
@@ -109,7 +109,7 @@ def moved(path: Path, way: int) -> Callable[[TraceWriter], None]:
             for (c, name), value in replay.run(stage).items():
                 writer.add(c, name, value)
 
-    weights = RoundedParams(path, "float32", "float32", way)
+    weights = RoundedParams(path, "float32", "float32", seed)
     return fill
 
 

@@ -1,4 +1,4 @@
-"""learning.py: our training and a plain transformers loop, beside each other."""
+"""learning.py: the losses of our training and of a plain transformers loop."""
 
 import json
 from pathlib import Path

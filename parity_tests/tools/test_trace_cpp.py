@@ -1,4 +1,4 @@
-"""The C++ side of the trace format: docs/trace_writer.hpp compiles, and readers read it exactly."""
+"""docs/trace_writer.hpp compiles, and its traces are read back exactly."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from ..conformance.strategies import cast, random_params
 DOCS = Path(__file__).parents[2] / "docs"
 HAS_FULL = Path("/dev/full").exists()
 
-# What the example leaves out: text that JSON must escape, odd sizes, every dtype, a scalar.
+# Cases that the example has none of: text that JSON escapes, odd sizes, every dtype, a scalar.
 CORNERS = r"""
 #include <cstdint>
 #include <exception>
@@ -101,7 +101,7 @@ def corners(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*command: object) -> tuple[int, str]:
-    """Return the exit code and what went to stderr."""
+    """Return the exit code and stderr."""
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False
     )
@@ -146,7 +146,7 @@ def test_the_example_writes_what_it_says(example: Path, tmp_path: Path) -> None:
 def test_compare_reads_the_example(
     example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its numbers are made up and most are missing, and compare.py says so."""
+    """Its numbers are invented and most are missing, which compare.py reports."""
     path = tmp_path / "mine.safetensors"
     run(example, path)
     config = LlamaConfig.from_hf(json.loads(load(path)[0]["config"]))

@@ -1,4 +1,4 @@
-"""How Hugging Face's Llama is asked for float64; test_conformance holds both to each other."""
+"""transformers' Llama in float64, which test_conformance compares with the oracle."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from ..conformance.strategies import random_params
 
 
 def test_without_the_lift_the_comparison_is_coarse() -> None:
-    """The lift matters: as it stands, Hugging Face's float64 is float32 inside."""
+    """Without the lift, transformers' float64 model computes in float32 inside."""
     import transformers  # late: it takes seconds
 
     from tools.comparison.transformers_model import config_from

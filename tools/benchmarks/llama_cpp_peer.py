@@ -95,8 +95,8 @@ class LlamaCpp:
         ids = (self.lib.llama_token * len(tokens))(*tokens)
         if self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ids, len(tokens))):
             raise RuntimeError("llama.cpp failed to decode")
-        found = self.lib.llama_get_logits_ith(self.context, -1)
-        return np.ctypeslib.as_array(found, shape=(self.vocab_size,))
+        logits = self.lib.llama_get_logits_ith(self.context, -1)
+        return np.ctypeslib.as_array(logits, shape=(self.vocab_size,))
 
     def prefill(self, prompt: Sequence[int]) -> np.ndarray:
         """Clear the cache, run a prompt and return its last logits [V]."""

@@ -25,8 +25,8 @@ class Setup(NamedTuple):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch has it."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
 
 class SpeedRow(NamedTuple):

@@ -33,10 +33,10 @@ class TheirActivations:
     def read(self, stage: int) -> dict[Key, Array]:
         """Return a stage's activations and the residual streams that it reads."""
         wanted = [*stage_names(self._config, stage), stage_input(stage)]
-        found = {
+        stored = {
             (c, name): self._trace.read(c, name) for c in range(self._n_calls) for name in wanted
         }
-        wide = {key: value.astype(np.float64) for key, value in found.items() if value is not None}
+        wide = {key: value.astype(np.float64) for key, value in stored.items() if value is not None}
         orders = {key: order for key, order in self._orders.items() if key in wide}
         return wide | {key: as_declared(wide[key], order) for key, order in orders.items()}
 
@@ -101,7 +101,7 @@ class Comparison(NamedTuple):
     def names(self, stage: int) -> list[str]:
         """Return the names of a stage's activations to compare, in any call."""
         names = stage_names(self.config, stage)
-        # In float64 the logits' own bound is far below what a KL can resolve.
+        # In float64 the bound of the logits is far tighter than a KL can resolve.
         kl = stage == self.config.n_layers and self.dtype != "float64"
         return [*names, KL] if kl else names
 

@@ -1,4 +1,4 @@
-"""Find the known bugs that make the oracle compute what the other side computed.
+"""Find the known bugs with which the oracle's activations equal the other side's.
 
 Every operation that went wrong is run again by the oracle with each known bug in it, on the
 other side's own input, and then with pairs of bugs. Where the other side shows its logits alone,

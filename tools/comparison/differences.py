@@ -80,10 +80,10 @@ def _exceeds_inherited(rows: Sequence[Row]) -> bool:
 
 
 class PerturbedBaselines:
-    """Runs the free-running baseline again, perturbed in other directions by what rounding may do.
+    """Runs the free-running baseline again, perturbed in other directions by possible rounding.
 
-    How far one rounding grows on its way through the model is a matter of luck (a score of 50 in
-    an exponential makes much of it), and the first baseline may have been luckier than the other
+    How far one rounding grows on its way through the model is a matter of chance (a score of 50 in
+    an exponential makes much of it), and the first baseline may have drawn better than the other
     side. These runs cost as much as the first each, and are made only where its bound is exceeded.
     """
 
@@ -101,12 +101,12 @@ class PerturbedBaselines:
                 self.replays.append(Replay(comparison.config, comparison.calls, moved, ops))
             if comparison.first_layer:
                 start_from_first_layer(comparison, self.replays)
-        found = []
+        by_run = []
         for replay in self.replays:
             for at in (s for s in comparison.stages() if replay.last_stage < s <= stage):
                 activations = replay.run(at)
-            found.append(activations)
-        return found
+            by_run.append(activations)
+        return by_run
 
 
 def _judge_stage(

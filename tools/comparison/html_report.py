@@ -126,7 +126,7 @@ def _note(text: str) -> str:
 def _diagnosis(part: Mapping[str, Any], where: str) -> str:
     """Return the sentences of explanations, and how many diverging rows have none.
 
-    ``part``: the report, or its part about training; ``where``: what the sentences begin with.
+    ``part``: the report, or its part about training; ``where``: a prefix of every sentence.
     """
     sentences = [explanation["sentence"] for explanation in part["diagnosis"]]
     if part["unexplained"]:

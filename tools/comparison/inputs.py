@@ -38,17 +38,17 @@ def token_ids(
     text = prompt or (_read(file) if file else next(iter(documents((), ""))))
     if config.vocab_size >= VOCAB_SIZE:
         with located(f"--file {file}" if file else "--prompt"):
-            found = gpt2_ids(text[: 32 * limit])[:limit]
+            text_ids = gpt2_ids(text[: 32 * limit])[:limit]
     elif prompt or file:
         raise InputError(
             f"{'--prompt' if prompt else '--file'} needs the GPT-2 encoding, and vocab_size "
             f"{config.vocab_size} is too small for it; give --ids, or neither"
         )
     else:  # a vocabulary too small for GPT-2's: the text's bytes, modulo its size
-        found = [byte % config.vocab_size for byte in text.encode()[:limit]]
-    if not found:
+        text_ids = [byte % config.vocab_size for byte in text.encode()[:limit]]
+    if not text_ids:
         raise InputError(f"--file {file}: holds no text; give another")
-    return np.array(found, dtype=np.int64)
+    return np.array(text_ids, dtype=np.int64)
 
 
 def make_calls(ids: Array, config: LlamaConfig, lengths: Sequence[int], steps: int) -> list[Call]:

@@ -160,8 +160,8 @@ def error_bound(exact: Array, baselines: Sequence[Array], dtype: str, n_terms: i
     """
     if dtype == "float64":
         return Errors(FLOAT64_TOLERANCE, FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
-    found = (errors(baseline, exact) for baseline in baselines)
-    usable = [error for error in found if all(map(math.isfinite, error))]
+    measured = (errors(baseline, exact) for baseline in baselines)
+    usable = [error for error in measured if all(map(math.isfinite, error))]
     least = sequential_sum_error(n_terms, dtype)
     largest = Errors(*map(max, zip(Errors(least, least, least), *usable, strict=True)))
     return composed_bound(largest, dtype)

@@ -84,14 +84,14 @@ def tables_and_masks(
     config: LlamaConfig, calls: Sequence[Call], dtype: str, ops: Ops
 ) -> list[TablesAndMask]:
     """Compute every call's RoPE tables [B, T, K / 2] and mask [B, T, S], which all layers read."""
-    found = []
+    inputs = []
     for c, call in enumerate(calls):
         start = n_cached(calls, c)
         positions, mask = fill_and_check_inputs(
             call.tokens, call.positions, call.mask, start, config, ops
         )
-        found.append((ops.rope_tables(positions, config, dtype), mask))
-    return found
+        inputs.append((ops.rope_tables(positions, config, dtype), mask))
+    return inputs
 
 
 class RoundedParams(Mapping[str, Array]):
@@ -144,8 +144,8 @@ class Replay:
     """Runs one variant of the oracle: its operations, its dtype, every call's residual stream.
 
     ``inspects``: derive a bound for each element of attention, and recognise activations of the
-    other side that are stored with their axes in another order. ``inputs``: what
-    ``tables_and_masks`` returns, where it was computed before.
+    other side that are stored with their axes in another order. ``inputs``: the
+    result of ``tables_and_masks``, where it was computed before.
     """
 
     def __init__(
@@ -188,10 +188,10 @@ class Replay:
         """Run a stage of every call whose residual stream is known; return its activations.
 
         ``theirs``, all finite, makes the run teacher-forced. With perturbed parameters each sum,
-        attention's included, is perturbed too, by as much as rounding may do. ``params`` are the
+        attention's included, is perturbed too, within its rounding error. ``params`` are the
         stage's parameters where they were read before.
         """
-        found: dict[Key, Array] = {}
+        activations: dict[Key, Array] = {}
         self.attention_bounds.clear()
         inside = is_layer(self.config, stage)
         params = CachedParams(self.params) if params is None else params
@@ -207,7 +207,7 @@ class Replay:
             if stage >= 0 and not (c in self.streams and ready):
                 continue
             cache = caches.get(call.after, ()) if call.after is not None else ()
-            trace = self._trace_callback(stage, c, cache, theirs, found)
+            trace = self._trace_callback(stage, c, cache, theirs, activations)
             if stage == EMBEDDING_STAGE:
                 weight = self.ops.read(params, EMBED, self.config)
                 self.streams[c] = self.ops.embed(weight, call.tokens)
@@ -227,7 +227,7 @@ class Replay:
                     self.ops,
                 )
         self.last_stage = stage
-        return found
+        return activations
 
     def _trace_callback(
         self,
@@ -235,9 +235,9 @@ class Replay:
         c: int,
         cache: LayerCache,
         theirs: Activations | None,
-        found: dict[Key, Array],
+        activations: dict[Key, Array],
     ) -> TraceCallback:
-        """Return the callback that keeps a call's activations in ``found``.
+        """Return the callback that keeps a call's activations in ``activations``.
 
         With ``theirs`` it then overwrites the oracle's array in place, so that the operations
         after it read the other side's activation.
@@ -250,9 +250,9 @@ class Replay:
             used[kind] = value
             self._bound_and_perturb(key, kind, value, stage, cache, used)
             if theirs is None:
-                found[key] = value
+                activations[key] = value
                 return
-            found[key] = value.copy()
+            activations[key] = value.copy()
             given = theirs.get(key)
             if given is not None and given.shape == value.shape:
                 if self.inspects and (order := find_order(given, value)):
@@ -284,7 +284,7 @@ class Replay:
             value += signs * (sequential_sum_error(n, self.params.precision) * size)
 
     def _attention_bound(self, c: int, used: Mapping[str, Array], cache: LayerCache) -> Array:
-        """Return what each element of a call's attention output [B, T, H, K] may err."""
+        """Return the error bound of each element of a call's attention output [B, T, H, K]."""
         k_BNSK, v_BNSK = used["k_rope"].swapaxes(1, 2), used["v"].swapaxes(1, 2)
         if cache:
             k_BNSK, v_BNSK = self.ops.extend(cache[0], k_BNSK), self.ops.extend(cache[1], v_BNSK)

@@ -146,12 +146,12 @@ def verdict(
 
 def reordered_warning(rows: Sequence[Row], calls: Sequence[Call]) -> str:
     """Return a warning of activations that hold the right numbers in another order, or ""."""
-    found = [row for row in rows if row.status == REORDERED]
-    if not found:
+    wrong = [row for row in rows if row.status == REORDERED]
+    if not wrong:
         return ""
-    more = f", and so do {len(found) - 1} more" if len(found) > 1 else ""
+    more = f", and so do {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return (
-        f"{_place(found[0], calls)} holds the right numbers in another order{more}: it was written "
+        f"{_place(wrong[0], calls)} holds the right numbers in another order{more}: it was written "
         "from a transposed array; write contiguous arrays (np.ascontiguousarray first)."
     )
 

@@ -34,7 +34,7 @@ def inheriting_rows(rows: Iterable[RowEntry]) -> list[RowEntry]:
 
 
 def finite_or_inf(value: float | None) -> float:
-    """Return the value, or infinity for null, which stands for what is not finite in a report."""
+    """Return the value, or infinity for null, the report's spelling of NaN and infinity."""
     return value if value is not None and math.isfinite(value) else math.inf
 
 

@@ -49,15 +49,15 @@ class CompareConfig:
     ids: tuple[int, ...] = ()
     """Token ids to run."""
     tokens: tuple[int, ...] = ()
-    """Lengths of the prompts, each a run of its own; empty = 48, or all of what is given."""
+    """Lengths of the prompts, each a run of its own; empty = 48, or all given text or ids."""
     steps: int = 2
     """Tokens decoded one by one with the cache, after each prompt."""
     layers: str = ""
     """A range like 3:5 (layers 3 and 4): compare these alone, on the other side's input to them."""
     grads: bool = False
-    """Compare a training step as well: loss, every gradient, and what AdamW makes of them."""
+    """Compare a training step as well: loss, every gradient, and AdamW's update."""
     all: bool = False
-    """Show what holds, too."""
+    """Show the activations within their bounds, too."""
     json: str = ""
     """File for the report as JSON; - = standard output, instead of the table."""
     html: str = ""

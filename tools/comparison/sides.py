@@ -16,8 +16,8 @@ class Side(NamedTuple):
 
     title: str
     dtype: str
-    # Runs every call and writes its activations; returns for each call "activations" or "logits",
-    # which is what it shows, or "not covered: " and why. None where there is a trace.
+    # Runs every call and writes its activations; returns each call's coverage: "activations",
+    # "logits" (of those alone), or "not covered: " and why. None where there is a trace.
     write: Callable[[TraceWriter, Sequence[Call], LlamaConfig, Advance], list[str]] | None
     trace: TraceFile | None = None
     backend: Any = None  # for --grads: the name of a backend, as ``reference_np.backend`` loads it
@@ -25,7 +25,7 @@ class Side(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """The other side's activations, and what it shows of every call."""
+    """The other side's activations, and the coverage of every call."""
 
     trace: TraceFile
     coverage: list[str]

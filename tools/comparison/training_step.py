@@ -48,10 +48,10 @@ def gradients(
 
     ``vjps``: the backward operations; ``rules``: the steps of training.
     """
-    found: tuple[float, Mapping[str, Array]] = rules.accumulate(
+    loss_and_grads: tuple[float, Mapping[str, Array]] = rules.accumulate(
         params, task.batches, task.config, task.z_loss, vjps
     )
-    return found
+    return loss_and_grads
 
 
 def step_values(
@@ -65,15 +65,15 @@ def step_values(
 
     ``trains``: with the optimizer's. Matrices are [1, rows, columns], all others [1, 1, n].
     """
-    found = _gradient_values(*loss_and_grads)
+    values = _gradient_values(*loss_and_grads)
     given = SimpleNamespace(**{**vars(rules), "accumulate": lambda *_: loss_and_grads})
     for run in RUNS if trains else ():
         hyper = replace(HYPERPARAMETERS, z_loss=task.z_loss, grad_clip=task.clip_limits[run])
         new, state, metrics = optim.train_step(
             params, optim.init_state(params), task.batches, task.config, hyper, rules=given
         )
-        found |= _update_values(run, metrics.grad_norm, state.exp_avg, params, new)
-    return found
+        values |= _update_values(run, metrics.grad_norm, state.exp_avg, params, new)
+    return values
 
 
 def compare_training(

@@ -56,11 +56,11 @@ def make_batches(ids: Array) -> list[Batch]:
 def quantity_names(config: LlamaConfig, trains: bool) -> list[str]:
     """Return the names of a step's results in order; ``trains``: with the optimizer's."""
     parameters = list(parameter_shapes(config))
-    found = ["loss", *(f"grad {name}" for name in parameters)]
+    names = ["loss", *(f"grad {name}" for name in parameters)]
     for run in RUNS if trains else ():
-        found.append(f"{run} grad_norm")
-        found += [f"{run} {kind} {name}" for kind in ("exp_avg", "step") for name in parameters]
-    return found
+        names.append(f"{run} grad_norm")
+        names += [f"{run} {kind} {name}" for kind in ("exp_avg", "step") for name in parameters]
+    return names
 
 
 def inherited_bounds(
@@ -77,7 +77,7 @@ def inherited_bounds(
     gradient by its error, which counts up to its bound. AdamW's first step inherits the error
     that a gradient may have.
     """
-    found: dict[str, Errors] = {}
+    bounds: dict[str, Errors] = {}
     shapes = parameter_shapes(task.config)
     summed = LAMBDA * math.sqrt(sum(map(math.prod, shapes.values()))) * UNIT_ROUNDOFF[dtype]
     for run in RUNS:
@@ -91,16 +91,16 @@ def inherited_bounds(
             of_norm = summed
             if norm_name in theirs:
                 of_norm = min(summed, errors(theirs[norm_name], exact[norm_name]).worst)
-        found[norm_name] = Errors(summed, summed, summed)
+        bounds[norm_name] = Errors(summed, summed, summed)
         for name in shapes:
             gradient, step = exact[f"grad {name}"], exact[f"{run} step {name}"]
             limit = error_bound(gradient, [baseline[f"grad {name}"]], dtype)
             grown = through_adam(
                 limit, np.abs(gradient) * factor, np.abs(step) / HYPERPARAMETERS.lr
             )
-            found[f"{run} step {name}"] = Errors(*(of_norm + part for part in grown))
-            found[f"{run} exp_avg {name}"] = Errors(*[of_norm] * 3)
-    return found
+            bounds[f"{run} step {name}"] = Errors(*(of_norm + part for part in grown))
+            bounds[f"{run} exp_avg {name}"] = Errors(*[of_norm] * 3)
+    return bounds
 
 
 def through_adam(limit: Errors, gradient: Array, step: Array) -> Errors:

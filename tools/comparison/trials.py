@@ -99,9 +99,9 @@ class CallSubset:
             (renumbered[c], name): value for (c, name), value in theirs.items() if c in renumbered
         }
 
-    def with_original_indices(self, found: Activations) -> dict[Key, Array]:
+    def with_original_indices(self, activations: Activations) -> dict[Key, Array]:
         """Return activations under the indices that their calls had before."""
-        return {(self.indices[index], name): value for (index, name), value in found.items()}
+        return {(self.indices[index], name): value for (index, name), value in activations.items()}
 
     def has_stage_input(self, stage: int) -> bool:
         """Return whether the other side shows the residual stream that a stage reads, of all."""
@@ -145,10 +145,10 @@ class Trials:
 
     def effects_on(self, target: Key, suspects: Sequence[Bugs]) -> list[Effect]:
         """Return the effect of each suspect's bugs on one activation."""
-        at = self.comparison.stage_of(self.rows[target])
-        stages = [stage for stage in self.stages if stage <= at]
-        found = self._effects(suspects, {target[0]}, stages, lambda: None)
-        return [effects[target] for effects in found]
+        last = self.comparison.stage_of(self.rows[target])
+        stages = [stage for stage in self.stages if stage <= last]
+        by_suspect = self._effects(suspects, {target[0]}, stages, lambda: None)
+        return [effects[target] for effects in by_suspect]
 
     def _effects(
         self,
@@ -181,7 +181,7 @@ class Trials:
         theirs = subset.theirs if self.teacher_forced else None
         recorder = LookupRecorder(comparison.baseline_ops)
         inputs = tables_and_masks(config, subset.calls, params.dtype, recorder)
-        input_ops = recorder.used  # what tables and masks are computed by
+        input_ops = recorder.used  # those that tables and masks are computed by
         bug_free = Replay(config, subset.calls, params, recorder, inputs=inputs)
         variants = self._variants(suspects, subset, inputs, input_ops)
         diverged = [False] * len(suspects)  # whose residual streams are not the bug-free ones
