@@ -1,4 +1,4 @@
-"""A run on several processes: the same run on any number of them, and what ends it."""
+"""Runs on several processes equal those on one; restarts, signals and refusals of jobs."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def sharded_run(folder: Path) -> Command:
 
 
 def run_that_loses_a_process(folder: Path) -> Command:
-    """Without a word of where: a job without --out has its run in runs/1."""
+    """Return a job without --out, whose run directory is runs/1."""
     killed = int(signal.SIGKILL), 4, *flags_of(folder), "--fsdp", "2"
     worker = "parity_tests.workers.signalled_trainer"
     return torchrun_command(2, worker, *killed, more=RESTARTS, forks=True)
@@ -90,7 +90,7 @@ def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards() -> Path:
-    """The same run on two processes, each with half of the model."""
+    """Return the directory of the same run on two processes, each with half of the model."""
     done = SHARDED.done()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation loss") == 4  # one process speaks, and tells the end
@@ -110,7 +110,7 @@ def require_same_run(found: Path, expected: Path, first: int = 1) -> None:
 
 
 def back_to(step: int, run: Path, out: Path) -> Path:
-    """Copy a run as it was after ``step``, by the remedy that the README names."""
+    """Copy a run without the checkpoints after ``step``, as the README says."""
     shutil.copytree(run, out, ignore=shutil.ignore_patterns(MODEL_FILE, "tensorboard", "best"))
     for folder in (out / "checkpoints").iterdir():
         if int(folder.name) > step:
@@ -190,7 +190,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(alone: Path) -> N
 
 
 def test_a_signal_may_come_twice_to_a_process_of_a_job() -> None:
-    """From its group, and from torchrun, which passes it on."""
+    """Once from the process group, once from torchrun, which passes it on."""
     with signals(signals_are_duplicated=True) as stop:
         with pytest.raises(Stopped):  # there is no step in hand
             signal.raise_signal(signal.SIGTERM)
@@ -201,7 +201,7 @@ def test_a_signal_may_come_twice_to_a_process_of_a_job() -> None:
 
 
 class Lonely(Parallel):
-    """The second of two processes, to which the first says what it sees in the directory."""
+    """The second of two processes; the first one sees step ``first_sees`` in the directory."""
 
     def __init__(self, first_sees: int) -> None:
         super().__init__()
@@ -220,13 +220,13 @@ class Lonely(Parallel):
 
 @pytest.mark.parametrize(("first_sees", "agrees"), [(6, True), (4, False), (0, False)])
 def test_a_directory_that_is_not_shared(first_sees: int, agrees: bool, alone: Path) -> None:
-    """Of another machine's disk, or of a listing that is out of date."""
+    """As on another machine's disk, or by an outdated listing."""
     with nullcontext() if agrees else pytest.raises(InputError, match="not every process sees"):
         run_dir.require_shared(alone, Lonely(first_sees))
 
 
 class SlowDisk:
-    """A state on its way to a disk that takes it when it is told to."""
+    """An AsyncShardWrite that ends when ``done`` is set or it is waited for."""
 
     def __init__(self, folder: Path, tensors: dict[str, Tensor], group: object) -> None:
         self.folder, self.done = folder, False
@@ -241,7 +241,7 @@ class SlowDisk:
 def test_a_checkpoint_is_there_when_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, whose state is written while training goes on."""
+    """As on a GPU, where the state is written while training continues."""
     monkeypatch.setattr(shard_saver, "AsyncShardWrite", SlowDisk)
     monkeypatch.setattr(Parallel, "is_sharded", True)
     monkeypatch.setattr(Parallel, "control_group", lambda self: None)
@@ -278,7 +278,7 @@ def test_what_cannot_be_shared_out(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """As the first of two processes would say before any of them waits for another."""
+    """Checked on the first of two processes, before any collective call."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(train, "job", nullcontext)
@@ -287,7 +287,7 @@ def test_what_cannot_be_shared_out(
 
 
 def test_one_process_of_a_job_says_what_is_wrong() -> None:
-    """And the others end with it."""
+    """The other processes end with it."""
     done = REFUSED.done()
     assert done.returncode != 0
     assert done.stderr.count("error: --tp 4: 2 processes") == 2  # in each attempt

@@ -1,4 +1,4 @@
-"""Several processes take the step that one takes, which is the oracle's: every way to share it."""
+"""Training steps of several processes equal the oracle's in every parallel layout."""
 
 import math
 import pickle
@@ -40,13 +40,13 @@ BFLOAT16 = {
 
 
 def trained_in(world: int) -> list[tuple[Layout, int]]:
-    """Name what the processes of one job train: layouts, and indices of cases."""
+    """Return the trainings of one job: layouts and indices of cases."""
     layouts = LAYOUTS[world] + BFLOAT16[world]
     return [(layout, i) for layout in layouts for i in range(len(cases()))]
 
 
 def make_job(world: int) -> Job:
-    """Return the job of so many processes: one start for all that it trains."""
+    """Return the job of ``world`` processes, which runs all its trainings."""
 
     def make(folder: Path) -> Command:
         jobs = [(layout, cases()[i]) for layout, i in trained_in(world)]
@@ -72,7 +72,7 @@ NAMED = [
 
 
 def cases() -> list[TrainingCase]:
-    """Four batches of different shapes and counts of valid targets, for up to four processes."""
+    """Return cases of four batches of different shapes and counts of valid targets."""
     found = []
     for seed, (tied, clip, z_loss) in enumerate([(False, 1e3, 0.0), (True, 0.05, 1e-2)]):
         rng = np.random.default_rng(seed)
@@ -85,7 +85,7 @@ def cases() -> list[TrainingCase]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_a_large_gradient(dtype: torch.dtype) -> None:
-    """Torch's own float32 sum is short by 5e-4 here; a bound on the norm is not to hang on it."""
+    """Torch's float32 sum is too small by 5e-4 here."""
     grads = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (2**23 + 5, 3, 0)]
     grads = [grad.to(dtype) for grad in grads]
     exact = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
@@ -96,14 +96,14 @@ def test_the_norm_of_a_large_gradient(dtype: torch.dtype) -> None:
 @on_every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_a_hundred_million_equal_elements(device: str, dtype: torch.dtype) -> None:
-    """The squares all round the same way; torch's own norm is short by 4% on a CPU."""
+    """All squares round the same way; torch's norm is too small by 4% on a CPU."""
     grad = torch.full((10**8,), 0.1, dtype=dtype, device=device)
     assert norm_of([grad]).item() == pytest.approx(1e4 * grad[0].item(), rel=1e-6)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """What the job of each size leaves, by (layout, case)."""
+    """Return a function from a number of processes to its job's results, by (layout, case)."""
 
     @lru_cache
     def of(world: int) -> dict[tuple[Layout, int], tuple[Trained, list[int]]]:
@@ -140,7 +140,7 @@ def test_each_holds_its_share(trained, world: int, layout: Layout) -> None:
 def test_bfloat16_shards_compute_what_a_bfloat16_model_computes(
     trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same loss, to float64's rounding of a sum: gathered weights are the rounded masters."""
+    """Losses are equal to float64's rounding: gathered weights are the rounded masters."""
     monkeypatch.setattr(Llama, "init_part", Llama.init_part)  # train replaces it
     actual, _ = trained(2)[BFLOAT16[2][0], 0]
     alone, _ = train(Layout(1, 1, "bfloat16"), cases()[0])
@@ -165,10 +165,10 @@ def test_bfloat16_gradients_are_added_up_in_float32(
     case: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Over processes and micro-batches, as one process adds them; replicas keep them rounded once.
+    """Over processes and micro-batches as on one process; replicas round the sum once.
 
-    On average a rounding errs by 0.42 of the most that it may; a sum over four in bfloat16 would
-    err by half as much again.
+    The average rounding is 0.42 of the largest; a sum over four in bfloat16 would err by half as
+    much again.
     """
     monkeypatch.setattr(Llama, "init_part", Llama.init_part)  # train replaces it
     actual, _ = trained(world)[layout, case]

@@ -1,4 +1,4 @@
-"""config.json in both packages: the same reading, the same refusals."""
+"""Both packages read the same config.json files alike, and refuse the same ones."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The weights that training begins with, as what they are drawn from says they must be."""
+"""Initial weights against the distribution they are drawn from."""
 
 import itertools
 import math
@@ -33,14 +33,14 @@ def drawn(is_tied: bool, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def deviation(name: str) -> float:
-    """Return the standard deviation that a matrix is drawn with."""
+    """Return the standard deviation of a matrix's distribution."""
     writes_to_stream = "o_proj" in name or "down_proj" in name
     return 0.02 / math.sqrt(2 * LAYERS) if writes_to_stream else 0.02
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 def test_every_matrix_is_drawn_from_its_normal_distribution(is_tied: bool) -> None:
-    """Of n draws the k-th moment is known to sqrt(var / n), of which LAMBDA are allowed."""
+    """The k-th moment of n draws errs by sqrt(var / n), of which LAMBDA are allowed."""
     weights = drawn(is_tied)
     assert len(weights) == 2 + 9 * LAYERS + (not is_tied)
     for name, weight in weights.items():
@@ -55,7 +55,7 @@ def test_every_matrix_is_drawn_from_its_normal_distribution(is_tied: bool) -> No
 
 
 def test_rows_columns_and_matrices_are_independent() -> None:
-    """Correlations of n draws are some 1 / sqrt(n)."""
+    """The correlation of n draws is about 1 / sqrt(n)."""
     scaled = {n: w / deviation(n) for n, w in drawn(is_tied=False).items() if w.ndim == 2}
     for name, weight in scaled.items():
         for rows in (weight, weight.T):
@@ -75,7 +75,7 @@ def test_the_seed_alone_decides() -> None:
 
 
 def test_nothing_is_drawn_where_there_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device torch imports its compiler to draw: seconds of every load."""
+    """Drawing on the meta device would import torch's compiler, for seconds of every load."""
 
     def refuse(_: Any) -> None:
         raise AssertionError("drawn")

@@ -47,7 +47,7 @@ DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bf
 
 @pytest.fixture(autouse=True)
 def _words_without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the interpreter, which has no inline assembly, the same conversion in Triton."""
+    """Replace the kernels' inline assembly, which the interpreter lacks, by the same in Triton."""
     if ON_GPU:
         return
     from llama_torch.kernels import gemv
@@ -58,7 +58,7 @@ def _words_without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def require_close(found: Array, exact: Array, plain: Array | None, dtype: str) -> None:
-    """Hold logits to FLOAT64_TOLERANCE in float64, else to plain NumPy's error in it."""
+    """Assert that logits are within FLOAT64_TOLERANCE, or the bound of the baseline ``plain``."""
     if plain is None:
         assert max_relative_error(found, exact) <= FLOAT64_TOLERANCE
         return
@@ -69,7 +69,7 @@ def require_close(found: Array, exact: Array, plain: Array | None, dtype: str) -
 def require_decoding(
     kind: Any, config: LlamaConfig, precision: str, lengths: list[int], positions_too: bool
 ) -> None:
-    """Decode rows of these lengths token by token, padded on the left, as the oracle does."""
+    """Assert that decoding rows of these lengths, padded on the left, gives the oracle's logits."""
     dtype = "float64" if precision == "int8" else precision
     params = {n: v.astype(DTYPES[dtype]) for n, v in random_params(config, 7).items()}
     backend = kind(DEVICE.type, int8=precision == "int8")
@@ -110,7 +110,7 @@ INT8 = {"qkv": (4, 8, 2), "ffn": (4, 8, 4), "one": (4, 8, 2)}
 def test_one_sequence_is_decoded_as_the_oracle_computes_it(
     shape: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a cache whose columns that are not written yet hold something."""
+    """Cache positions that are not written yet are filled, and must not change the result."""
     from llama_torch.inference import triton_step
 
     shapes = SHAPES
@@ -146,7 +146,7 @@ BATCHES = {
 def test_several_sequences_are_decoded_as_the_oracle_computes_them(
     shape: str, precision: str, rows: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of unequal length, each at its own positions, with products in so many shares."""
+    """Rows of unequal length, each at its own positions; products are split ``splits`` ways."""
     from llama_torch.inference import triton_batch_step
 
     monkeypatch.setattr(triton_batch_step, "SPLITS", (splits,))
@@ -165,9 +165,9 @@ def test_several_sequences_are_decoded_as_the_oracle_computes_them(
 def test_attention_joins_its_shares_of_many_keys(
     shares: int, rows: int, masked: bool, config: LlamaConfig
 ) -> None:
-    """Scores near one, of thousands, and all of them far below zero; what may not be seen is NaN.
+    """Scores near one, of thousands, and all far below zero; masked keys and values are NaN.
 
-    One step serves all lengths: what an earlier call left behind must not be met again.
+    All lengths use the same buffers: the results of an earlier call must not change a later one.
     """
     from llama_torch.inference.triton_step import KEYS_PER_BLOCK, TritonBuffers
 
@@ -208,10 +208,10 @@ def attention_case(
     scale: float,
     offset: float,
 ) -> SimpleNamespace:
-    """Draw q [M, H, K], keys and values [M, N, S, K], which keys are allowed [M, S]; mix them.
+    """Draw q [M, H, K], keys and values [M, N, S, K], allowed [M, S]; compute attention's output.
 
-    Where some are hidden, so is a whole block; and the newest is not marked as allowed: a token
-    always sees itself.
+    If ``masked``, a whole block is hidden, and the newest key is not marked as allowed although it
+    is attended to: a token always attends to itself.
     """
     shape = rows, c.n_kv_heads, length, c.head_dim
     q = rng.standard_normal((rows, c.n_heads, c.head_dim)) * scale
@@ -236,7 +236,7 @@ def attention_case(
 def test_logits_become_their_derivative_in_one_kernel(
     vocab_size: int, padding: int, dtype: torch.dtype
 ) -> None:
-    """Across the kernel's blocks of 4,096 columns; padding that holds large numbers counts not."""
+    """Across the kernel's blocks of 4,096 columns; padding with large numbers is ignored."""
     from llama_torch.kernels.cross_entropy import differentiate
 
     rng = np.random.default_rng(vocab_size)
@@ -278,7 +278,7 @@ def test_logits_become_their_derivative_in_one_kernel(
 def test_a_loss_in_pieces_has_float64s_gradients(
     vocab_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16, with ignored targets and rows of zeros behind the vocabulary."""
+    """In bfloat16, with ignored targets and rows of zeros beyond the vocabulary."""
     monkeypatch.setattr(loss, "CHUNK_BYTES_CUDA", 7 * 2 * vocab_size)
     draw = torch.Generator().manual_seed(vocab_size)
     hidden = (torch.randn(2, 45, 24, generator=draw) / 5).bfloat16()  # logits near one

@@ -1,4 +1,4 @@
-"""Sums over the tokens of a large micro-batch: one rounding of the wide sum, whatever it adds."""
+"""Gradients that are sums over many tokens err by one rounding of the float64 sum."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ END = 3  # of a document, in packed rows
 
 
 def skewed(generator: torch.Generator) -> Tensor:
-    """Draw windows [ROWS, CONTEXT + 1] half of whose tokens are token 0, the rest by Zipf's law."""
+    """Draw windows [ROWS, CONTEXT + 1]: half of the tokens are 0, the rest follow Zipf's law."""
     rest = 1 / torch.arange(1, VOCAB_SIZE, dtype=torch.float64)
     shares = torch.cat([rest.sum()[None], rest])
     drawn = torch.multinomial(shares, ROWS * (CONTEXT + 1), True, generator=generator)
@@ -37,7 +37,7 @@ def skewed(generator: torch.Generator) -> Tensor:
 
 
 def padded(window: Tensor) -> Batch:
-    """Put up to half a row of padding, token 0, before each row's text; nobody sees it."""
+    """Return a batch with up to half a row of padding, token 0, before each row; it is masked."""
     tokens, targets, *_ = to_batch(window)
     width = torch.arange(len(window))[:, None] % (CONTEXT // 2)
     place = torch.arange(CONTEXT)
@@ -57,7 +57,7 @@ INPUTS = {
 
 @contextmanager
 def operands(model: Llama) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Collect by name what each module with a weight was given, and its output's gradient."""
+    """Collect each module's input and its output's gradient, by name, of modules with a weight."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str, module: nn.Module) -> None:
@@ -76,7 +76,7 @@ def operands(model: Llama) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
 
 
 def wide_sum(module: nn.Module, given: Tensor, d_out: Tensor) -> Tensor:
-    """Return the gradient of a module's weight in float64, from its operands as they are."""
+    """Return the gradient of a module's weight in float64, from input and output gradient."""
     d = d_out.double().flatten(0, 1)
     if isinstance(module, nn.Embedding):
         return d.new_zeros(module.weight.shape).index_add_(0, given.flatten(), d)
@@ -87,7 +87,7 @@ def wide_sum(module: nn.Module, given: Tensor, d_out: Tensor) -> Tensor:
 
 
 def head_sum(model: Llama, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return the gradient of the head in float64, from the normed stream as it is."""
+    """Return the gradient of the head [V, D] in float64, from the final norm's output."""
     head = model.head_weight.detach().double().requires_grad_()
     logits = hidden.detach().double().flatten(0, 1) @ head.T
     F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX).backward()
@@ -144,10 +144,10 @@ def test_a_compiled_embedding_sums_the_same() -> None:
 def test_gradients_of_sixteen_thousand_skewed_tokens(
     device: str, is_tied: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of every parameter, in bfloat16 and with its head's gradient from 512 pieces.
+    """Gradients of every parameter in bfloat16, the head's from 512 chunks.
 
-    Against the sum of the very operands, to one rounding; and against the model in float64,
-    whose operands have not been rounded on their way.
+    Against the float64 sum of the same operands, to one rounding; and against the model in float64,
+    whose operands are not rounded.
     """
     for name in ("CHUNK_BYTES", "CHUNK_BYTES_CUDA"):
         monkeypatch.setattr(loss, name, 32 * VOCAB_SIZE * 2)
@@ -191,7 +191,7 @@ def test_gradients_of_sixteen_thousand_skewed_tokens(
 
 @on_every_device
 def test_the_loss_of_ten_million_targets(device: str) -> None:
-    """All alike, so that the sum is known: no mean of a long evaluation loses its end."""
+    """All targets are alike, so that the exact sum is known."""
     n, (hidden, head) = 10**7, (0.3, [1.0, -0.7])
     logits = hidden * torch.tensor(head, dtype=torch.float64)
     exact = n * (logits.logsumexp(0) - logits[0]).item()

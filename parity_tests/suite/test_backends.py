@@ -1,4 +1,4 @@
-"""The suite's own command line: what is not computed is never a pass, and errors are one line."""
+"""The suite's command line: nothing compared is not a pass, and errors are one line."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ..support.jobs import Command, Job
 
 
 def suite(*arguments: str) -> Job:
-    """Return a run of the suite itself."""
+    """Return a run of the suite with these arguments."""
 
     def make(_: Path) -> Command:
         quick = ["--hypothesis-profile", "quick", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -35,7 +35,7 @@ def test_the_template_fails_until_it_computes_something() -> None:
 
 
 class Wrong(Oracle):
-    """The oracle's logits, a millionth too large."""
+    """The oracle, with logits too large by a factor of 1 + 1e-6."""
 
     def logits(self, *arguments):
         return super().logits(*arguments) * (1 + 1e-6)
@@ -89,7 +89,7 @@ def test_former_names_of_a_backends_members_are_read() -> None:
 
 
 class OddPrecision(Oracle):
-    """Says that it computes in something that the suite does not know."""
+    """A backend with an unknown dtype."""
 
     dtypes = ("float8",)
 

@@ -1,4 +1,4 @@
-"""No test is imported, and no command but by what runs it as a user does."""
+"""No module imports a test; only tests and workers import a command, to run its ``main``."""
 
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ CALLERS = (
 
 @cache
 def all_imports() -> list[Import]:
-    """List every import of ours; late, as reading all sources takes a second."""
+    """Return every import of the project; not at import, as it takes a second."""
     return imports(SOURCES)
 
 
@@ -38,7 +38,7 @@ def test_no_test_imports_another() -> None:
 
 
 def test_nothing_but_tests_and_workers_imports_a_command() -> None:
-    """Those call a command's ``main`` in their own process."""
+    """They call a command's ``main`` in their own process."""
     assert set(COMMANDS) <= set(SOURCES)
     assert not imports_of_commands(all_imports())
 

@@ -1,4 +1,4 @@
-"""Every command in the pages parses: by its own parser, which runs nothing."""
+"""Every command in the pages is accepted by its program's parser; nothing is run."""
 
 import argparse
 import contextlib
@@ -48,11 +48,11 @@ MENTIONED = {
 
 
 class Parsed(BaseException):
-    """The command has read its flags, and is not to do more."""
+    """Raised after a command has parsed its flags, to stop it."""
 
 
 def check(command: Command, config: pytest.Config, patch: pytest.MonkeyPatch) -> None:
-    """Raise an error that names the place where a command is not one of ours or cannot parse."""
+    """Parse a command; an error names the page and line of one that is unknown or wrong."""
     program, *arguments = command.words
     if program == "python" and arguments[:1] == ["-m"]:
         check_module(command, arguments[1], arguments[2:], config, patch)
@@ -79,7 +79,7 @@ def check_module(
     config: pytest.Config,
     patch: pytest.MonkeyPatch,
 ) -> None:
-    """Let a module's command read its flags, and go no further."""
+    """Run a module's command until it has parsed its flags."""
     assert name in SOURCES, f"{command.place}: there is no module {name}"
     if name == "parity_tests.support.processors":  # hands them on
         check_pytest(command, arguments, config)
@@ -95,7 +95,7 @@ def check_module(
 
 
 def stop_after(patch: pytest.MonkeyPatch, holder: Any, name: str) -> None:
-    """Let a parser raise Parsed where it would return."""
+    """Make a parser raise Parsed where it would return."""
     real: Callable[..., Any] = getattr(holder, name)
 
     def parse(*args: Any, **kwargs: Any) -> Any:
@@ -134,7 +134,7 @@ def complaint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[[Command], str]:
-    """Return what is wrong with a command; "" if nothing is."""
+    """Return a function from a command to its parser's error; "" if it has none."""
 
     def ask(command: Command) -> str:
         with contextlib.redirect_stdout(io.StringIO()):  # a parser may print its usage
@@ -156,7 +156,7 @@ def test_a_command_parses(words: tuple[str, ...], complaint: Callable[[Command],
 def test_a_command_in_the_text_has_its_flags(
     words: tuple[str, ...], complaint: Callable[[Command], str]
 ) -> None:
-    """The text may leave out what a command requires, and a word may stand for a value."""
+    """Text may leave out required flags, and use a word for a value."""
     assert not UNKNOWN.search(complaint(MENTIONED[words]))
 
 

@@ -1,4 +1,4 @@
-"""The pages are right: their code runs, links lead somewhere, names exist, drawings are current.
+"""The pages are right: code runs, links have targets, names exist, drawings are current.
 
 A ``python`` block runs in an empty folder; after ``<!-- run in: run -->`` in one with a small
 model in runs/1; after ``<!-- not run: REASON -->`` it is only compiled.
@@ -49,7 +49,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_code(block: Block) -> None:
-    """Run a block of Python here; an error names its place."""
+    """Run a block of Python in this process; an error names its page and line."""
     code = compile("\n" * (block.line - 1) + block.text, str(ROOT / block.page), "exec")
     if block.note[0] != "not run":
         exec(code, {"__name__": "block"})
@@ -128,7 +128,7 @@ def test_another_drawing_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unknown_names(text: str) -> list[str]:
-    """Return the paths and dotted names of ours in a page's text that lead nowhere."""
+    """Return the paths and dotted names of the project in a page's text that do not exist."""
     wrong = []
     for span in spans(text):
         is_path = re.fullmatch(r"(?:\w+/)*\w+\.(?:py|md|sh|hpp|cpp)|(?:\w+/)+", span)
@@ -140,7 +140,7 @@ def unknown_names(text: str) -> list[str]:
 
 
 def misplaced(page: str, text: str) -> list[str]:
-    """Return what "`name` in [`file`](path)" says of a file that does not define the name."""
+    """Return each "`name` in [`file`](path)" of a page whose file does not define the name."""
     wrong = []
     for name, path in re.findall(r"`(\w+)`\s+in\s+\[`[^`]+`\]\(([^)]+\.py)\)", prose(text)):
         code = ((ROOT / page).parent / path).read_text(encoding="utf-8")
@@ -161,7 +161,7 @@ def test_a_name_in_the_wrong_file_would_be_seen() -> None:
 
 
 def is_name(dotted: str) -> bool:
-    """Return whether a dotted name is a module of ours or an attribute of one."""
+    """Return whether a dotted name is a module of the project or an attribute of one."""
     module, _, name = dotted.rpartition(".")
     if dotted in SOURCES or not module:
         return dotted in SOURCES

@@ -1,4 +1,4 @@
-"""Examples are the same everywhere, and a failing one says what it was made from."""
+"""Examples are equal on every machine, and a failing one prints the numbers it was made from."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ print(hash(tuple(found)))
 
 
 def draws(folder: Path, imports: str, ignores: bool = True) -> str:
-    """Return a digest of what is drawn in a process of its own."""
+    """Return a digest of the numbers drawn in a subprocess."""
     script = folder / f"draws_{len(imports)}.py"
     script.write_text(
         DRAWS.format(root=str(ROOT), folder=str(folder), ignores=ignores, imports=imports)

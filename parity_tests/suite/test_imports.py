@@ -1,4 +1,4 @@
-"""Who may import whom: read from the sources, held in fresh interpreters, and shown to fail."""
+"""Allowed imports, checked in the sources and in fresh interpreters."""
 
 from functools import cache
 from pathlib import Path
@@ -22,14 +22,14 @@ VERIFIERS = ("llama_torch.training.oracle", "llama_torch.training.error_bounds",
 
 @cache
 def all_imports() -> list[Import]:
-    """List every import of ours; late, as reading all sources takes a second."""
+    """Return every import of the project; not at import, as it takes a second."""
     return imports(SOURCES)
 
 
 def importing(modules: str, first: str = "") -> Job:
-    """Return a fresh interpreter's import of modules; it prints the packages that came with them.
+    """Return a job that imports modules in a fresh interpreter and prints the packages imported.
 
-    ``first`` is run before; what it imports does not count.
+    ``first`` is run before; its imports do not count.
     """
     program = (
         f"import sys\n{first}\nbefore = set(sys.modules)\nimport {modules}\n"
@@ -40,7 +40,7 @@ def importing(modules: str, first: str = "") -> Job:
 
 
 def imported(job: Job) -> set[str]:
-    """Return the third-party packages that a statement brought in."""
+    """Return the packages that a job's statement has imported, without the standard library."""
     done = job.done()
     assert done.returncode == 0, done.stderr
     return {name for name in done.stdout.split() if not name.startswith(("_", "mtrand"))}
@@ -110,14 +110,16 @@ def test_circles_are_found() -> None:
 
 def test_parts_import_each_other_in_no_circle() -> None:
     arrows = {
-        (room(one.importer), room(one.imported)) for one in all_imports() if is_ours(one.imported)
+        (part_for_circles(one.importer), part_for_circles(one.imported))
+        for one in all_imports()
+        if is_ours(one.imported)
     }
     assert len(arrows) > 40
     assert not circles(arrows)
 
 
 def test_modules_import_each_other_in_no_circle() -> None:
-    """Not inside a package either, and not by imports inside functions."""
+    """Neither inside a package nor by imports inside functions."""
     assert not circles_of_modules(all_imports())
 
 
@@ -134,8 +136,8 @@ def circles_of_modules(found: list[Import]) -> list[set[str]]:
     return circles((one.importer, one.imported) for one in found if is_ours(one.imported))
 
 
-def room(module: str) -> str:
-    """Return a module's part; what only --verify-every imports is in training's."""
+def part_for_circles(module: str) -> str:
+    """Return a module's part; the modules of --verify-every count as llama_torch.training."""
     return next((p for p in ["llama_torch.training"] if module.startswith(p)), part_of(module))
 
 
@@ -203,7 +205,7 @@ WITH = importing(VERIFIER)
 
 
 def test_the_torch_package_imports_the_oracle_in_one_module_alone() -> None:
-    """The trainer works without it, until it is asked to verify."""
+    """The trainer needs the oracle for --verify-every alone."""
     found = imported(WITHOUT)
     assert "llama_torch" in found
     assert not found & {"reference_np", "parity_tests", "tools", "transformers"}

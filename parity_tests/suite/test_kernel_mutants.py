@@ -1,4 +1,4 @@
-"""The catalogue of faults for the GPU's code fits the code; kernel_mutants.py runs it on a GPU."""
+"""Every fault of gpu_faults changes one place of the code; kernel_mutants.py runs them on a GPU."""
 
 import ast
 

@@ -1,4 +1,4 @@
-"""Memory that was never written reaches no result, on any processor; and this would be seen."""
+"""--poison fills uninitialised memory, and products that read gaps between rows are refused."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ def test_a_device_context_is_left_alone() -> None:
 
 
 def wide(content: float) -> torch.Tensor:
-    """Return a 3 x 5 view of rows eight apart, with ``content`` between them."""
+    """Return a 3 x 5 view of rows eight elements apart, with ``content`` in the gaps."""
     memory = torch.full((3, 8), content)
     memory[:, :5] = 1.0
     return memory[:, :5]

@@ -1,4 +1,4 @@
-"""What the suite sets for each test is set."""
+"""Threads, precision and caches are as support/process_state.py sets them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The strategies reach the corners they exist for; a corner never drawn is never tested."""
+"""The strategies draw every corner case that they are made for."""
 
 from collections.abc import Callable
 from typing import Any

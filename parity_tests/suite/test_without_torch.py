@@ -1,4 +1,4 @@
-"""An outsider's run needs NumPy, ml_dtypes, safetensors, Hypothesis and pytest, and no torch."""
+"""A run with --backend needs NumPy, ml_dtypes, safetensors, Hypothesis and pytest, not torch."""
 
 from pathlib import Path
 

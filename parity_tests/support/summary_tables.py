@@ -11,6 +11,8 @@ from ..conformance.judge import Entry
 Entries = Mapping[tuple[str, str], Entry]
 GOAL = 10.0  # error / tolerance that every mutant should reach in at least one test
 
+TRACES = ("trace", "chunked_trace")  # the tests of activations
+
 
 def _by_test(entries: Entries, backend: str) -> dict[str, Entry]:
     return {test: entry for (test, name), entry in entries.items() if name == backend}
@@ -56,8 +58,8 @@ def mutation_table(entries: Entries, mutants: Mapping[str, Mutant], honest: str)
     """Yield each mutant's largest error / tolerance and its test, and the score.
 
     ``honest`` names the correct implementation whose error / tolerance in the same test is
-    printed beside it. ``outputs alone`` is the largest margin without the trace, which few
-    implementations offer.
+    printed beside it. ``outputs alone`` is the largest margin without the tests of activations,
+    which few implementations offer.
     """
     honest_entries = _by_test(entries, honest)
     yield f"{'mutant':<30} {'killed by':<18} {'margin':>8} {'honest':>8} {'outputs alone':>14}"
@@ -68,7 +70,8 @@ def mutation_table(entries: Entries, mutants: Mapping[str, Mutant], honest: str)
             continue
         test = max(of_mutant, key=lambda test: of_mutant[test].share)
         share = of_mutant[test].share
-        without_trace = max((e.share for t, e in of_mutant.items() if t != "trace"), default=0.0)
+        outputs = [e.share for t, e in of_mutant.items() if t not in TRACES]
+        without_trace = max(outputs, default=0.0)
         honest_share = honest_entries[test].share if test in honest_entries else 0.0
         verdict = test if share > 1 else ("DEAD: changes nothing" if share == 0 else "SURVIVES")
         weak = "  under the goal" if 1 < share < GOAL else ""

@@ -1,4 +1,4 @@
-"""Small runs that the tests of accidents share."""
+"""Fixtures of small training runs, shared by the tests of interruptions."""
 
 import signal
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def flags(text: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _heard() -> Iterator[None]:
-    """A shell's background jobs, and what they start, ignore Ctrl-C."""
+    """Handle SIGINT, which a shell's background jobs and their children ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not to be trusted: refused, or skipped."""
+"""Steps with a loss or gradient that is not finite or too large end the run or are skipped."""
 
 import math
 import shutil
@@ -26,7 +26,7 @@ from ..workers.killed_trainer import require_readable
 
 
 def spoil(kinds: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let these steps (from 1, by their windows) have a bad loss or gradient."""
+    """Give these steps (from 1) a bad loss or gradient, by ``kinds``."""
     real = step.accumulate
 
     def accumulate(*given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Accidents: kills, signals, full disks, bad steps, two trainers, a clock that jumps."""
+"""Checkpoints that are damaged, incomplete, or cannot be written."""
 
 import errno
 import itertools
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_continues(
 def test_a_run_on_one_process_resumes_without_a_second_state(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shapes decide whether a checkpoint fits; tensors like the state would be its size again."""
+    """A checkpoint is checked by shapes; a second state would double the memory."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoints" / str(STEPS))
@@ -152,7 +152,7 @@ def full(*_: Any) -> None:
 
 
 def nth(real: Any, call: int) -> Any:
-    """Return a function whose ``call``-th call and all later ones find the disk full."""
+    """Return a function that raises ENOSPC from its ``call``-th call on."""
     count = itertools.count(1)
 
     def wrapped(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A run that is killed over and over is the uninterrupted one."""
+"""A run that is killed many times and resumed equals the uninterrupted one."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from ..support.trainer_runs import TEXT
 
 
 def run_that_is_killed(folder: Path) -> Command:
-    """And the same one whole, in one process that imports torch once."""
+    """Return the command of a run with many kills, and of the same run uninterrupted."""
     (folder / "text.txt").write_text(TEXT)
     kills = n_kills()
     rng = random.Random(kills)

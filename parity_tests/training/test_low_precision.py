@@ -1,4 +1,4 @@
-"""Training in bfloat16: gradients no worse than a peer's, float32 weights that lose nothing."""
+"""Training in bfloat16: gradients beside transformers', exact float32 master weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -184,7 +184,7 @@ def take_ten_steps(device: str, seed: int, decay: float, clip: float) -> None:
 def test_a_bfloat16_run_exports_its_float32_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """model.safetensors, best/, the checkpoint and what is gathered of it, to the bit."""
+    """model.safetensors, best/, the checkpoint and its export are equal to the bit."""
     made: list[tuple[Llama, MasterAdamW]] = []
     build = setup.build
 

@@ -1,4 +1,4 @@
-"""Packed rows: each document is what it would be alone, by the oracle and by the trainer."""
+"""Packed rows give the sum of their documents' losses and gradients, by the oracle's."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Packed(NamedTuple):
     numbers: Mapping[str, Any]  # what it was made from
 
     def __repr__(self) -> str:
-        """Print the few numbers that rebuild the case, in place of its arrays."""
+        """Return the labelled draws in place of the arrays."""
         return describe_case(self)
 
 
@@ -51,7 +51,7 @@ def packed_cases(draw: Draw) -> Packed:
 
 
 def documents_of(case: Packed) -> list[Batch]:
-    """Every document, or the part of it that a row reads, as a batch of its own."""
+    """Return every document, or the part of it within a row, as a batch of its own."""
     found = []
     for row in case.window:
         begin = 0

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run after its step, and lose nothing."""
+"""SIGINT and SIGTERM end a run after the current step, with a checkpoint."""
 
 import itertools
 import signal

@@ -1,4 +1,4 @@
-"""What makes a step quick or small must not change it; --profile and --dry-run."""
+"""Compiled, chunked and recomputed steps equal the plain one; --profile and --dry-run."""
 
 import json
 import math
@@ -33,7 +33,7 @@ CPU += ["--n-kv-heads", "1", "--max-seq-len", "16", "--steps", "6", "--sample-ev
 
 
 class Counter(TorchDispatchMode):
-    """Counts operations by name."""
+    """A count of operations by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_logits_become_their_derivative(
 
 
 def test_operations_of_a_token() -> None:
-    """Counted by torch itself, attention's unmasked half included."""
+    """As torch counts them, attention's unmasked half included."""
     config = ModelConfig(64, 2, 4, 2, vocab_size=100, max_seq_len=32, tie_embeddings=False)
     model = Llama(config)
     tokens = torch.randint(100, (3, 32))

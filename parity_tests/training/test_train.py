@@ -1,4 +1,4 @@
-"""Runs of the trainer: what they leave, and that they survive being stopped."""
+"""Runs of the trainer: their files and logs, and resumption after a stop."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def test_a_run_begun_before_a_setting_existed_resumes(tmp_path: Path, text: str)
 
 
 def test_an_export_torn_from_its_state_is_written_again(tmp_path: Path, text: str) -> None:
-    """Killed between the two files of a checkpoint: the state decides."""
+    """After a kill between the two files of a checkpoint the export is written from the state."""
     out = tmp_path / "run"
     assert train.main([*SMALL_RUN, "--data", text, "--out", str(out)]) == 0
     expected = load_file(out / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What the trainer refuses, in one line, and how its flags are read."""
+"""The trainer's errors, of one line each, and the reading of its flags."""
 
 import shutil
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The training step: its loss in pieces, its split, its schedule, its initial weights."""
+"""The training step: chunked loss, micro-batches, learning rates, initial weights."""
 
 import itertools
 import math
@@ -63,7 +63,7 @@ def test_a_step_does_not_depend_on_its_split(
 
 
 class OneOf(Parallel):
-    """One of several processes that share out windows; it keeps what it adds to their total."""
+    """One rank of several that split the windows; it records its terms of the total."""
 
     def __init__(self, rank: int, world: int) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ def test_of_two_new_runs_with_one_number_the_second_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The other one starts and claims runs/1 while this one is being prepared."""
+    """The other run takes runs/1 while this one is set up."""
     monkeypatch.chdir(tmp_path)
     other = run_dir.lock(Path("runs/1"))
     with monkeypatch.context() as patch:
@@ -56,7 +56,7 @@ def test_of_two_new_runs_with_one_number_the_second_is_refused(
 
 
 def test_a_lock_is_not_held_by_what_a_trainer_leaves_behind(tmp_path: Path) -> None:
-    """Data workers, which are forked, live on for seconds after their trainer was killed."""
+    """Forked data workers outlive a killed trainer by seconds."""
     context = multiprocessing.get_context("fork")
     lives = context.Event()
     with run_dir.lock(tmp_path):
@@ -78,7 +78,7 @@ def test_a_lock_is_not_held_by_what_a_trainer_leaves_behind(tmp_path: Path) -> N
 
 @pytest.fixture
 def jumping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the time of day go back a year, and forth and back again, at every look at it."""
+    """Make every call of time.time jump by a year, back or forth."""
     now, jumps = time.time(), itertools.cycle([0.0, -3e7, 4e7, -5e7])
     monkeypatch.setattr(time, "time", lambda: now + next(jumps))
     return

@@ -1,4 +1,4 @@
-"""--verify-every says nothing of what is right, changes nothing and needs memory for itself."""
+"""--verify-every accepts a correct run, does not change it, and checks for its own memory."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def flags(tmp_path: Path) -> list[str]:
 
 
 def pack(batch: Batch, rng: np.random.Generator) -> Batch:
-    """Cut every row into the same documents, whose last tokens have no target."""
+    """Return the batch with every row split into the same documents; their ends have no target."""
     rows, length = batch.tokens.shape
     is_first = rng.random(length) < 0.1
     starts = np.flatnonzero(np.r_[True, is_first[1:], True])
@@ -51,10 +51,10 @@ def pack(batch: Batch, rng: np.random.Generator) -> Batch:
 
 @composite
 def trained(draw: Draw) -> Any:
-    """A small model after a few steps, the micro-batches of the last, and the z-loss.
+    """Draw a small model after a few steps, the micro-batches of the last step, and the z-loss.
 
-    Not so small that nearly all of a gradient cancels (a norm over a few numbers, a softmax over
-    two tokens): how much rounding there is in what is left is a matter of luck.
+    Not so small that nearly all of a gradient cancels (a norm over a few elements, a softmax over
+    two tokens): the relative error of the remainder has no useful bound.
     """
     rng = np.random.default_rng(draw(seeds, label="seed"))
     n_kv_heads = draw(st.integers(1, 3), label="n_kv_heads")
@@ -114,7 +114,7 @@ def test_what_is_right_holds_and_stays_as_it_is(
 def test_a_verified_run_is_the_unverified_one_to_the_bit(
     more: list[str], tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resumed or not: the same losses, parameters and moments."""
+    """Losses, parameters and moments are equal, resumed or not."""
     outs = {name: tmp_path / name for name in ("plain", "verified", "parted")}
     for name, out in outs.items():
         every = [] if name == "plain" else ["--verify-every", "2"]
@@ -140,7 +140,7 @@ def test_a_verified_run_is_the_unverified_one_to_the_bit(
 
 
 def test_a_run_may_be_verified_from_where_it_is_resumed(tmp_path: Path, flags: list[str]) -> None:
-    """Another --verify-every is not another run."""
+    """A resumed run may have another --verify-every."""
     out = str(tmp_path / "run")
     assert train.main([*flags, "--out", out]) == 0
     assert train.main(["--resume", "--out", out, "--verify-every", "3"]) == 0
@@ -159,7 +159,7 @@ def test_what_no_memory_can_hold_is_refused(
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler looks at what torch warns of
 def test_a_compiled_model_is_verified_as_it_trains() -> None:
-    """In the shapes that it was compiled for: a check compiles nothing."""
+    """The check uses the shapes of training, so nothing is compiled again."""
     made = Llama(ModelConfig(16, 2, 2, 1, hidden_dim=24, vocab_size=50, max_seq_len=20))
     made.init_weights(torch.Generator().manual_seed(0))
     optimizer = make_adamw(made, OptimConfig(), torch.bfloat16)

@@ -1,4 +1,4 @@
-"""--verify-every stops a run in which an operation went wrong."""
+"""--verify-every stops a run in which an operation computes wrong values or gradients."""
 
 import dataclasses
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def silu_gradient(patch: Patch) -> None:
 
 
 def attention_gradient(patch: Patch) -> None:
-    """Keys learn nothing."""
+    """Drop the gradient of the keys."""
     real = F.scaled_dot_product_attention
     patch.setattr(
         F,
@@ -91,7 +91,7 @@ def mean_of_means(patch: Patch) -> None:
 
 
 def last_gradient_alone(patch: Patch) -> None:
-    """Of several micro-batches, one."""
+    """Use the last micro-batch alone."""
     real = step.accumulate
     patch.setattr(
         step, "accumulate", lambda model, batches, *rest: real(model, batches[-1:], *rest)
@@ -131,7 +131,7 @@ def test_a_fault_in_the_midst_of_a_run_stops_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Planted in step 3: the check after step 2 holds and the one after step 4 does not."""
+    """A fault from step 3 on: the check after step 2 passes, the one after step 4 fails."""
     out, real, taken = tmp_path / "run", step.train_step, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The oracle that verifies a model: every known bug is beyond its bounds, and rounding is not."""
+"""Bounds of --verify-every's oracle: every known bug exceeds them, and rounding does not."""
 
 import dataclasses
 import itertools
@@ -73,7 +73,7 @@ Z_LOSS = 1e-2
 
 
 class Setting(NamedTuple):
-    """A model and the rows that it is verified on."""
+    """A model and the rows it is verified with."""
 
     config: LlamaConfig
     weights: dict[str, Tensor]
@@ -90,7 +90,7 @@ def setting(dtype: torch.dtype, is_tied: bool) -> Setting:
 
 
 def computed(given: Setting, bug: Mutant | None) -> Observed:
-    """What the oracle computes in float32, with one bug or none."""
+    """Return the oracle's results in float32, with one bug or none."""
     parts: tuple[Any, ...] = (ops, grad.REFERENCE_VJPS, optim.REFERENCE_RULES)
     spec = Oracle(*(parts if bug is None else map(bug.apply, parts)))
     params = {name: weight.float().numpy() for name, weight in given.weights.items()}
@@ -113,7 +113,7 @@ def judged(given: Setting, observed: Observed, precision: str) -> list[BoundedEr
 
 
 def share(precision: str, bug: Mutant | None) -> float:
-    """The largest error as a share of its bound, of a model with tied embeddings or without."""
+    """Return the largest error / bound of a model with tied or untied embeddings."""
     given = [setting(getattr(torch, precision), is_tied) for is_tied in (False, True)]
     measures = [judged(one, computed(one, bug), precision) for one in given]
     return max(m.share for m in itertools.chain(*measures))
@@ -121,7 +121,7 @@ def share(precision: str, bug: Mutant | None) -> float:
 
 @pytest.fixture
 def _references_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute what a model of ``setting`` is judged by once, and not for every bug."""
+    """Compute the reference results of ``setting`` once for all bugs."""
     known: dict[Any, Any] = {}
     real = oracle.compute
 

@@ -1,4 +1,4 @@
-"""Sums of embedding gradients: verified by what their terms allow."""
+"""Verification of embedding gradients, which are sums over tokens, by a bound from their terms."""
 
 import math
 
@@ -24,7 +24,7 @@ Patch = pytest.MonkeyPatch
 def test_a_sum_that_fails_at_the_257th_occurrence_is_seen(
     dtype: torch.dtype, is_tied: bool, monkeypatch: Patch
 ) -> None:
-    """In a micro-batch half of whose tokens are one: added up in bfloat16, as torch's CPU does."""
+    """Half of the micro-batch is one token, whose gradients torch sums in bfloat16 on a CPU."""
     config = ModelConfig(16, 1, 2, 1, vocab_size=50, max_seq_len=128, tie_embeddings=is_tied)
     made = Llama(config)
     made.init_weights(torch.Generator().manual_seed(0))
