@@ -1,4 +1,4 @@
-"""safetensors files as a lazy mapping from parameter name to array."""
+"""Reading of safetensors files, as a lazy mapping from parameter name to array."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ class Checkpoint(Mapping[str, Array]):
     """Parameters of one safetensors file or a (sharded) directory, read one at a time.
 
     Every access reads the tensor from disk and converts it to ``dtype`` (float32 or
-    float64); nothing is kept. ``config`` comes from the file's metadata, else from
+    float64), without a cache. ``config`` comes from the file's metadata, else from
     ``config.json`` beside it; where both exist they must agree.
 
     Raises InputError for a file that is missing, truncated or not safetensors, and for
@@ -37,44 +37,44 @@ class Checkpoint(Mapping[str, Array]):
             name: _Header(self.path / name if self.path.is_dir() else self.path)
             for name in _shard_names(self.path)
         }
-        self._where = self._locate()
+        self._headers = self._find_tensors()
         self.config = _read_config(self.path, self._files)
-        if self.config.tie_embeddings and {EMBED, LM_HEAD} <= self._where.keys():
+        if self.config.tie_embeddings and {EMBED, LM_HEAD} <= self._headers.keys():
             self._drop_tied_head()
-        elif self.config.tie_embeddings and LM_HEAD in self._where:
-            self._where[EMBED] = self._where.pop(LM_HEAD)  # one tensor, of two names
+        elif self.config.tie_embeddings and LM_HEAD in self._headers:
+            self._headers[EMBED] = self._headers.pop(LM_HEAD)  # the tied tensor, stored as the head
         self._check_shapes()
 
     def __getitem__(self, name: str) -> Array:
-        tensor = self._where[name].read(name)
+        tensor = self._headers[name].read(name)
         return tensor.astype(self.dtype, copy=False)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._headers)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._headers)
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold the tensors."""
+        """The files that the tensors are read from."""
         return [header.path for header in self._files.values()]
 
-    def _locate(self) -> dict[str, "_Header"]:
-        where: dict[str, _Header] = {}
+    def _find_tensors(self) -> dict[str, "_Header"]:
+        headers: dict[str, _Header] = {}
         for header in self._files.values():
             for name in header.shapes:
-                if name in where:
+                if name in headers:
                     raise InputError(
-                        f"{header.path}: {name} is also in {where[name].path.name}; keep one"
+                        f"{header.path}: {name} is also in {headers[name].path.name}; keep one"
                     )
                 if not name.endswith(DERIVED_SUFFIX):
-                    where[name] = header
-        return where
+                    headers[name] = header
+        return headers
 
     def _drop_tied_head(self) -> None:
-        head = self._where.pop(LM_HEAD)
-        if not np.array_equal(head.read(LM_HEAD), self._where[EMBED].read(EMBED)):
+        head = self._headers.pop(LM_HEAD)
+        if not np.array_equal(head.read(LM_HEAD), self._headers[EMBED].read(EMBED)):
             raise InputError(
                 f"{head.path}: {LM_HEAD} is not the embedding although tie_word_embeddings is "
                 "true; remove it, or set that to false"
@@ -82,8 +82,10 @@ class Checkpoint(Mapping[str, Array]):
 
     def _check_shapes(self) -> None:
         expected = parameter_shapes(self.config)
-        found = {name: header.shape(name) for name, header in self._where.items()}
-        dtypes = {name: header.dtypes[header.stored(name)] for name, header in self._where.items()}
+        found = {name: header.shape(name) for name, header in self._headers.items()}
+        dtypes = {
+            name: header.dtypes[header.stored_name(name)] for name, header in self._headers.items()
+        }
         problems = describe_mismatch(expected, found)
         problems += [
             f"{name} is stored as {dtype}" for name, dtype in dtypes.items() if dtype not in STORED
@@ -93,7 +95,7 @@ class Checkpoint(Mapping[str, Array]):
 
 
 class _Header:
-    """One safetensors file: what it holds, without its data."""
+    """Metadata, names, shapes and dtypes of one safetensors file, without its data."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,20 +112,20 @@ class _Header:
                 f"{path}: not a complete safetensors file ({error}); save or copy it again"
             ) from None
 
-    def stored(self, name: str) -> str:
-        """Return a parameter's name in the file; a tied embedding may have the head's."""
+    def stored_name(self, name: str) -> str:
+        """Return a parameter's name in the file; a tied embedding may be stored as the head."""
         return LM_HEAD if name == EMBED and EMBED not in self.shapes else name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter."""
-        return self.shapes[self.stored(name)]
+        return self.shapes[self.stored_name(name)]
 
     def read(self, name: str) -> Array:
         """Return a parameter as it is stored."""
         # Opened anew each time: the memory map goes away with the tensor's last use, so that
         # a file of any size is read in the memory of its largest tensor.
         with safe_open(self.path, framework="np") as file:
-            tensor: Array = file.get_tensor(self.stored(name))
+            tensor: Array = file.get_tensor(self.stored_name(name))
         return tensor
 
 
@@ -177,7 +179,7 @@ def _read_config(path: Path, files: Mapping[str, _Header]) -> LlamaConfig:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; InputError names the file."""
+    """Return the JSON object in a file; InputError names the file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -186,7 +188,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, source: str) -> dict[str, Any]:
-    """Parse a JSON object; InputError names its source."""
+    """Return the JSON object in a text; InputError names its ``source``."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

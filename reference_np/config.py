@@ -12,7 +12,7 @@ class InputError(ValueError):
     """Something a user supplied is wrong; the message names it and the remedy."""
 
 
-# LlamaConfig field -> Hugging Face key. The rotary ones have two places; see _rope_places.
+# LlamaConfig field -> Hugging Face key. The rotary fields have two places; see _rope_places.
 HF_KEYS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -26,7 +26,7 @@ HF_KEYS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 
-# LlamaConfig field -> key below rope_scaling, and which of them each kind of scaling has.
+# LlamaConfig field -> key below rope_scaling; and the fields of each kind of scaling.
 ROPE_KEYS = {
     "rope_factor": "factor",
     "rope_low_freq_factor": "low_freq_factor",
@@ -35,7 +35,7 @@ ROPE_KEYS = {
 }
 ROPE_USES = {"default": (), "linear": ("rope_factor",), "llama3": tuple(ROPE_KEYS)}
 
-# Keys that would change the result, with the only values that do not.
+# Keys that change the result, with their only supported values.
 REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu",),
@@ -47,7 +47,7 @@ REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
     "rope_interleaved": (False,),
 }
 
-# Keys that say how a model is used, stored or reported, and never what it computes.
+# Keys of a model's use, storage and reporting, which do not change the result.
 INERT_KEYS = {
     "architectures",
     "attn_implementation",
@@ -87,12 +87,12 @@ INERT_KEYS = {
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Every number that shapes the computation (paper section 2.2 and table 1).
+    """The architecture of a model (Llama 2 paper, section 2.2 and table 1).
 
     ``head_dim`` is explicit: it need not equal ``dim / n_heads``. ``n_kv_heads`` below
     ``n_heads`` is grouped-query attention. ``rope_type`` other than "default" scales the rotary
-    frequencies (see ops.rope_frequencies); the fields after it say how. Raises InputError
-    naming the bad field.
+    frequencies by the fields after it (see ops.rope_frequencies). Raises InputError naming the
+    bad field.
     """
 
     dim: int
@@ -137,15 +137,15 @@ class LlamaConfig:
 
     @property
     def n_rep(self) -> int:
-        """Query heads served by each key/value head."""
+        """The number of query heads that share one key/value head."""
         return self.n_heads // self.n_kv_heads
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """Build from ``config.json`` keys; anything unsupported is refused by name.
+        """Return the config of the keys of a ``config.json``.
 
-        Raises InputError, prefixed with ``source``, for a missing key, a value that would
-        change the result, or a key this implementation does not know.
+        Raises InputError, prefixed with ``source``, for a missing key, an unsupported value that
+        changes the result, or an unknown key.
         """
         refuse_unsupported(hf, source)
         heads = hf.get("num_attention_heads")
@@ -170,12 +170,12 @@ class LlamaConfig:
             return cls(**values)
         except InputError as error:
             message = str(error)
-            for field, key in (HF_KEYS | ROPE_KEYS).items():  # the file's own words
+            for field, key in (HF_KEYS | ROPE_KEYS).items():  # name the file's keys, not ours
                 message = re.sub(rf"\b{field}\b", key, message)
             raise InputError(f"{source}: {message}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the ``config.json`` form; ``from_hf`` of it is this config again."""
+        """Return the keys of a ``config.json``, from which ``from_hf`` makes this config again."""
         hf = {key: getattr(self, field) for field, key in HF_KEYS.items()}
         scaling = {ROPE_KEYS[field]: getattr(self, field) for field in ROPE_USES[self.rope_type]}
         return {
@@ -195,7 +195,7 @@ class LlamaConfig:
 
 
 def refuse_unsupported(hf: Mapping[str, Any], source: str) -> None:
-    """Raise InputError naming every key whose value this architecture cannot honour."""
+    """Raise InputError naming every unknown key and every unsupported value."""
     known = {*HF_KEYS.values(), *INERT_KEYS, "rope_theta", "rope_scaling", "rope_parameters"}
     problems = []
     for key, value in hf.items():
@@ -218,7 +218,7 @@ def refuse_unsupported(hf: Mapping[str, Any], source: str) -> None:
 
 
 def _rope_places(hf: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return what is said of the rotary embedding: the older key's content, then the newer's."""
+    """Return the rotary settings present, by key: the older key's first, then the newer's."""
     places = ("rope_scaling", "rope_parameters")
     return [(place, hf[place]) for place in places if hf.get(place) is not None]
 
@@ -229,10 +229,10 @@ def _is_rope(rope: object) -> bool:
 
 
 def _rope_fields(hf: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Read theta and the scaling from their older and newer places, which must agree.
+    """Return theta and the scaling by field, from their older and newer places, which must agree.
 
-    An absent theta is 10000, the paper's base and the meaning of an absent key in every Llama
-    config. ``refuse_unsupported`` has passed.
+    An absent theta is 10000, the paper's base, as in every Llama config. ``refuse_unsupported``
+    has been called before.
     """
     places = _rope_places(hf)
     thetas = {"rope_theta": hf.get("rope_theta")}

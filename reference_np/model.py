@@ -53,6 +53,7 @@ def forward(
     params     Hugging Face name -> array, all float32 or all float64; may be lazy: each
                tensor is read once (a tied embedding twice), one layer at a time.
     tokens_BT  int [B, T], ids below config.vocab_size.
+    config     the architecture.
     positions  int [B, T], the rotary positions; default: they follow the cache.
     mask       bool [B, T, S], True = may attend; default: causal.
     cache      of the calls before; it is not changed. S counts its positions and the new ones.
