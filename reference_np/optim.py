@@ -104,7 +104,7 @@ def adamw(
     decay: float,
     hyper: Hyperparameters,
 ) -> tuple[Array, Array, Array]:
-    """Return one parameter p and its moments m and v after step t (``step``, from 1).
+    """Return a parameter p and its moments m (exp_avg), v (exp_avg_sq) after step t, from 1.
 
     ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, and with m_hat = m / (1 - b1^t),
     v_hat = v / (1 - b2^t): ``p = p (1 - lr decay) - lr m_hat / (sqrt(v_hat) + eps)`` (Loshchilov

@@ -115,7 +115,7 @@ def _mix_bound(q_BNRTK: Array, k_BNSK: Array, v_BNSK: Array, mask_BTS: Array, dt
     p = ops.masked_softmax(scores, mask_BTS)
     out = mix(p, v_BNSK)
     sizes = ops.attention_scores(np.abs(q_BNRTK), np.abs(k_BNSK))
-    # The row's maximum less each score: the exponential's argument, which is rounded.
+    # The row's maximum less each score: the exponential's argument, negated, which is rounded.
     below = -np.log(p / p.max(axis=-1, keepdims=True), out=np.zeros_like(p), where=p > 0)
     roundings = SCORE_ROUNDINGS * sizes + below + WEIGHT_ROUNDINGS + EXP_ROUNDINGS * sum_unit / unit
     # p_j^2 e_j^2 of the errors independent between keys, then the sum of it times (v_j - o)^2.

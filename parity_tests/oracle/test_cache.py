@@ -1,4 +1,4 @@
-"""The cache is a value, to the bit: the same call gives the same answer."""
+"""No call changes a cache, and the same call gives the same result to the bit."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The whole model's gradient by hand, against differences and two programs that differentiate."""
+"""The whole model's gradients, against central differences and autograd of two models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +52,7 @@ def test_the_models_gradient_against_central_differences(case: TrainingCase) -> 
 
 
 def independent_loss(params: dict[str, torch.Tensor], batch: Batch, config: LlamaConfig) -> Any:
-    """Llama and its loss once more, in torch primitives and complex rotations alone."""
+    """Return the loss of a Llama written in torch primitives and complex rotations."""
     tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
     length, half = tokens.shape[1], config.head_dim // 2
     positions = np.arange(length)[None] if batch.positions is None else batch.positions

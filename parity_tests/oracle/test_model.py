@@ -1,4 +1,4 @@
-"""The whole model, every named activation, in both backends."""
+"""Every activation of the whole model, in the oracle and in torch."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def test_kl_of_honest_float32_is_tiny() -> None:
 
 @given(case=cases())
 def test_nothing_given_or_traced_is_written_to(case: Case) -> None:
-    """A trace may keep what it sees, and a cache may be continued twice: here writing raises."""
+    """Arguments, traced activations and caches are read-only here: writing to them raises."""
 
     def freeze(name: str, value: Array) -> None:
         value.flags.writeable = False

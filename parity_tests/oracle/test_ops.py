@@ -1,4 +1,4 @@
-"""Each operation alone: in float64 to the logic tolerance, in float32 within its own bound."""
+"""Each operation by itself: in float64 within FLOAT64_TOLERANCE, in float32 within its bound."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def test_rms_norm(width: int, rows: int, scale: float, seed: int) -> None:
 
 
 def heads_of(width: int, **change: Any) -> LlamaConfig:
-    """A config whose heads are this wide; nothing else of it matters to the rotary tables."""
+    """Return a config with this head_dim; the rotary tables depend on no other size."""
     return LlamaConfig(8, 1, 1, 1, width, 8, 8, **change)
 
 
@@ -150,7 +150,7 @@ def test_linear(rows: int, width: int, out: int, scale: float, seed: int) -> Non
 
 
 def oracle_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """[B, T, H, K], [B, N, S, K], [B, N, S, K], [B, T, S] -> [B, T, H, K]."""
+    """Return attention [B, T, H, K] of q [B, T, H, K], k, v [B, N, S, K] and mask [B, T, S]."""
     scores = ops.attention_scores(ops.group_queries(q, k.shape[1]), k)
     return ops.ungroup_queries(ops.attention_mix(ops.masked_softmax(scores, mask), v))
 
@@ -201,7 +201,7 @@ def test_attention(
 
 
 def attention_bound(q: Array, k: Array, v: Array, exact: Array) -> float:
-    """Relative bound of float32 attention: a score error d changes every weight by e^d.
+    """Return a relative bound of float32 attention: a score error d scales a weight by e^d.
 
     Scores are dot products (tier 2); the mix is another over at most S weights that sum to one.
     """

@@ -1,4 +1,4 @@
-"""Training steps: the schedule, the update, and the torch trainer held to them over whole steps."""
+"""Training steps: the schedule, the update, and the torch trainer against whole steps."""
 
 from functools import lru_cache
 from typing import Any
@@ -82,7 +82,7 @@ def trained_by_torch() -> tuple[tuple[TrainingCase, Trained], ...]:
 
 
 def margin(**bug: Any) -> tuple[float, str]:
-    """How many times its tolerance the worst error is, and where it shows."""
+    """Return the largest error / tolerance over fixed_training_cases, and its kind."""
     return max(
         (error / STEPS_TOLERANCE, kind)
         for case, theirs in trained_by_torch()

@@ -1,4 +1,4 @@
-"""The bounds themselves: they measure what they say, and nothing slips through."""
+"""The error measures and bounds: NaN, infinity, other shapes and zeros included."""
 
 import math
 

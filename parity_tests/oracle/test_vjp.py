@@ -1,8 +1,8 @@
-"""Each vector-Jacobian product by itself, against differences of the operation that it belongs to.
+"""Each vector-Jacobian product by itself, against central differences of its operation.
 
 With phi(t) = <d_out, f(x + t v)> for a random direction v, <vjp(d_out), v> is phi'(0), and
 D(h) = (phi(h) - phi(-h)) / 2h = phi' + a h^2 + b h^4 + ..., so that |D(2h) - D(h)| = 3 |a| h^2
-bounds what D(h) leaves out; b h^4 is less than what phi is rounded by.
+bounds the truncation error of D(h); b h^4 is less than the rounding error of phi.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ SMALL_SHARE = 1e-4
 
 
 class Sizes(NamedTuple):
-    """The axes of the arrays that an operation is tried on."""
+    """The axis lengths of the arrays that an operation is tested with."""
 
     batch: int
     length: int
@@ -50,7 +50,7 @@ sizes = st.builds(Sizes, *(st.integers(1, most) for most in (4, 4, 4, 4, 3, 6)))
 
 
 class Case(NamedTuple):
-    """One operation: its differentiable inputs, and its product for a gradient of its output."""
+    """An operation, its differentiable inputs, and its vector-Jacobian product."""
 
     forward: Callable[..., Array]
     inputs: list[Array]
@@ -112,7 +112,7 @@ def swiglu(rng: np.random.Generator, n: Sizes, vjp: Callable[..., Any]) -> Case:
 
 
 def cross_entropy(rng: np.random.Generator, n: Sizes, vjp: Callable[..., Any]) -> Case:
-    """The loss of the whole batch over a count of tokens that is not the batch's own."""
+    """Return the summed loss over a count of tokens other than the batch's."""
     logits = rng.standard_normal((n.batch, n.length, VOCAB))
     targets = rng.integers(0, VOCAB, (n.batch, n.length))
     targets[rng.random(targets.shape) < 0.3] = IGNORE
@@ -139,12 +139,12 @@ CASES: dict[str, Callable[[np.random.Generator, Sizes, Callable[..., Any]], Case
 
 
 def products(module: ModuleType) -> set[str]:
-    """Name the vector-Jacobian products that a module has."""
+    """Return the names of a module's vector-Jacobian products."""
     return {name for name, _ in getmembers(module, isfunction) if name.endswith("_vjp")}
 
 
 class Difference(NamedTuple):
-    """How far <d_x, v> is from phi', and how far it may be, for one input."""
+    """The error of <d_x, v> against phi' for one input, and its bound."""
 
     error: float
     bound: float
@@ -172,7 +172,7 @@ def differences(case: Case, rng: np.random.Generator) -> list[Difference]:
 
 
 def rounding(inputs: list[Array], d_out: Array) -> float:
-    """Bound what phi is rounded by.
+    """Return a bound of the rounding error of phi.
 
     Every output is a sum of at most as many terms as the longest axis has, each no larger than
     two inputs' product (or, for a loss, than the square of a logit), and is rounded once for each
