@@ -118,7 +118,7 @@ def make_forward(model: Llama, cache: StaticCache, inputs: StepInputs, mode: Dec
     """Return the forward pass that a graph of ``mode`` captures."""
     if mode != "kernels":
         return TorchForward(model, cache, inputs, mode == "compiled")
-    from .triton_batch_step import TritonBatchStep  # triton comes with torch's CUDA builds alone
+    from .triton_batch_step import TritonBatchStep  # only torch's CUDA builds install triton
     from .triton_step import TritonStep
 
     if len(inputs.tokens) == 1:  # one row has no padding, and so needs no mask

@@ -132,5 +132,5 @@ def _has_kernels() -> bool:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        return False  # it comes with torch's CUDA builds alone
+        return False  # only torch's CUDA builds install it
     return tuple(map(int, triton.__version__.split(".")[:2])) >= MIN_TRITON_VERSION

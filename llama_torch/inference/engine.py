@@ -124,7 +124,7 @@ class DecodeBatch:
         padding = [row.padding for row in self.rows]
         rows = zip(padding, self.prompts, strict=True)
         tokens_BT = torch.tensor([[0] * n + list(p) for n, p in rows], device=self.device)
-        eager = EagerStep(self.model, self.step.cache)
+        eager = EagerStep(self.model, self.step.cache)  # in every mode; see there
         eager.begin(padding)
         # Padding is on the left: the last column is the last token of every row.
         self.logits_BV = eager.prefill(tokens_BT, self.prefill_chunk)

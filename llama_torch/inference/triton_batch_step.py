@@ -49,7 +49,7 @@ class TritonBatchStep:
         self.stages, self.n_multiprocessors = STAGES, 1
         if buffers.is_gpu:
             properties: Any = torch.cuda.get_device_properties(buffers.device)
-            # The sums pass through shared memory at the end; the rest of it holds tiles.
+            # The sums pass through shared memory at the end; the rest of it is for tiles.
             sum_bytes = ROWS * self.padded_rows * buffers.acc_dtype.itemsize
             free_bytes = properties.shared_memory_per_block_optin - sum_bytes
             self.stages = max(

@@ -163,7 +163,7 @@ def _logits_to_grad_(
 
 
 def _rows_to_grad_(logits_PV: Tensor, targets_P: Tensor, scale: float, z_loss: float) -> Tensor:
-    """Do the same for logits without padding, in torch.
+    """Replace logits without padding by their gradient, in torch; return ``scale * loss``.
 
     d(loss)/d(logits) = softmax * (1 + 2 z_loss log Z) - one_hot(target).
     """
@@ -190,7 +190,7 @@ def _kernel() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        return None  # triton comes with torch's CUDA builds alone
+        return None  # only torch's CUDA builds install triton
     return cross_entropy
 
 
