@@ -46,7 +46,7 @@ class Static(Torch):
         model = quantize(Torch()._model(config, params))
         return {name: value.numpy() for name, value in dequantize(model).items()}
 
-    def _before(self, model: Llama, tokens: Array, cache: StaticCache | None) -> StaticCache:
+    def _cache_for(self, model: Llama, tokens: Array, cache: StaticCache | None) -> StaticCache:
         weight, length = model.model.embed_tokens.weight, 0 if cache is None else cache.length
         rows, new = tokens.shape
         # One position more than needed, all filled with 9: positions that are not written yet
@@ -76,7 +76,7 @@ class Stepwise(Static):
         cache: StaticCache | None,
     ) -> tuple[Array, StaticCache]:
         model = self._model(config, params)
-        new_cache = self._before(model, tokens, cache)
+        new_cache = self._cache_for(model, tokens, cache)
         start, (rows, new) = new_cache.length, tokens.shape
         columns = np.arange(start, start + new)
         if positions is None:

@@ -52,7 +52,7 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
     ) -> tuple[Array, Cache]:
         model = self._model(config, params)
         inputs = [self._tensor(x) for x in (tokens, positions, mask)]
-        cache = self._before(model, tokens, cache)
+        cache = self._cache_for(model, tokens, cache)
         with torch.no_grad(), self._pinned(), self._compiled(model):
             logits, cache = model(inputs[0], positions=inputs[1], mask=inputs[2], cache=cache)
         return _array(logits), cache
@@ -76,7 +76,7 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
 
         with torch.no_grad(), self._pinned():
             model = self._model(config, params)
-            cache = self._before(model, tokens, cache)
+            cache = self._cache_for(model, tokens, cache)
             _, cache = model(
                 inputs[0], positions=inputs[1], mask=inputs[2], cache=cache, trace=trace
             )
@@ -120,7 +120,7 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
             found[kind] = {n: _array(optimizer.state[p][kind]) for n, p in named.items()}
         return found
 
-    def _before(self, model: Llama, tokens: Array, cache: Any) -> Any:
+    def _cache_for(self, model: Llama, tokens: Array, cache: Any) -> Any:
         """Return the cache to pass to the model for a call that continues ``cache``."""
         return cache
 

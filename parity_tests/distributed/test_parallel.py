@@ -39,7 +39,7 @@ BFLOAT16 = {
 }
 
 
-def trained_in(world: int) -> list[tuple[Layout, int]]:
+def trainings(world: int) -> list[tuple[Layout, int]]:
     """Return the trainings of one job: layouts and indices of cases."""
     layouts = LAYOUTS[world] + BFLOAT16[world]
     return [(layout, i) for layout in layouts for i in range(len(cases()))]
@@ -49,7 +49,7 @@ def make_job(world: int) -> Job:
     """Return the job of ``world`` processes, which runs all its trainings."""
 
     def make(folder: Path) -> Command:
-        jobs = [(layout, cases()[i]) for layout, i in trained_in(world)]
+        jobs = [(layout, cases()[i]) for layout, i in trainings(world)]
         (folder / "in").write_bytes(pickle.dumps(jobs))
         worker = "parity_tests.workers.distributed_steps"
         return launch_command(world, worker, folder / "in", folder / "out")
@@ -110,7 +110,7 @@ def trained():
         done = JOBS[world].done()
         assert done.returncode == 0, done.stderr
         found = pickle.loads((JOBS[world].folder / "out").read_bytes())
-        return dict(zip(trained_in(world), found, strict=True))
+        return dict(zip(trainings(world), found, strict=True))
 
     return of
 
@@ -127,14 +127,14 @@ def test_a_step_of_many_is_the_oracles(trained, world: int, layout: Layout, case
 
 @pytest.mark.parametrize(("world", "layout"), NAMED)
 def test_each_holds_its_share(trained, world: int, layout: Layout) -> None:
-    _, held = trained(world)[layout, 0]
+    _, local_sizes = trained(world)[layout, 0]
     config = cases()[0].config
     whole = sum(value.size for value in random_params(config, 0).values())
     shards = layout.fsdp or world
     blocks = sum(v.size for n, v in random_params(config, 0).items() if "_proj" in n)
     # Tensor parallelism splits the products of the blocks alone.
     expected = (blocks / layout.tp + whole - blocks) / shards
-    assert sum(held) == pytest.approx(expected, rel=0.02)
+    assert sum(local_sizes) == pytest.approx(expected, rel=0.02)
 
 
 def test_bfloat16_shards_compute_what_a_bfloat16_model_computes(

@@ -183,9 +183,9 @@ def test_attention_joins_its_shares_of_many_keys(
     for length in (1, KEYS_PER_BLOCK, KEYS_PER_BLOCK + 1, 5 * KEYS_PER_BLOCK - 1, size - 1, size):
         for scale, offset in ((1.0, 0.0), (3000.0, 0.0), (1.0, -1e4)):
             case = attention_case(rng, config, rows, length, masked, scale, offset)
-            for room, values in ((cache.keys, case.keys), (cache.values, case.values)):
-                room.fill_(torch.nan)
-                room[0, :, :, :length] = torch.from_numpy(values)
+            for buffer, values in ((cache.keys, case.keys), (cache.values, case.values)):
+                buffer.fill_(torch.nan)
+                buffer[0, :, :, :length] = torch.from_numpy(values)
             allowed.zero_()
             allowed[:, :length] = torch.from_numpy(case.allowed)
             buffers.q.copy_(torch.from_numpy(case.q).flatten(1))
@@ -261,14 +261,14 @@ def test_logits_become_their_derivative_in_one_kernel(
         assert found.item() == pytest.approx(expected.item(), rel=FLOOR_ROUNDINGS * unit)
         kept = UNIT_ROUNDOFF["bfloat16"] if dtype == torch.bfloat16 else unit
         factor = 1 + 2 * z_loss * log_z.detach().abs()[:, None]
-        room = (
+        bound = (
             FLOOR_ROUNDINGS
             * factor
             / 7
             * (kept + unit * exact.detach().abs().amax(1, keepdim=True))
         )
         wrong = (logits[:, :vocab_size].double().cpu() - exact.grad).abs()
-        assert (wrong <= room).all()
+        assert (wrong <= bound).all()
         assert not logits[:, vocab_size:].any()
         assert not logits[8:10].any()
 

@@ -58,7 +58,7 @@ def left_over(out: Path) -> list[Path]:
 # Signals
 
 
-def before(name: str, call: int, do: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
+def call_before(name: str, call: int, do: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
     """Call ``do`` before the ``call``-th call (from 1) of a function of the training loop."""
     owner = next(module for module in (loop, setup, validate) if hasattr(module, name))
     real, count = getattr(owner, name), itertools.count(1)
@@ -71,7 +71,7 @@ def before(name: str, call: int, do: Callable[[], object], patch: pytest.MonkeyP
     patch.setattr(owner, name, wrapped)
 
 
-def send(number: int) -> None:
+def send_signal(number: int) -> None:
     for child in multiprocessing.active_children():  # a terminal's Ctrl-C goes to all
         os.kill(child.pid, number)
     os.kill(os.getpid(), number)

@@ -26,7 +26,7 @@ def flags(text: str) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _heard() -> Iterator[None]:
+def _handle_sigint() -> Iterator[None]:
     """Handle SIGINT, which a shell's background jobs and their children ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield

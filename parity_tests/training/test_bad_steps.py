@@ -18,7 +18,7 @@ from llama_torch.common.errors import InputError
 from llama_torch.data import corpus
 from llama_torch.training import bad_steps, batch, loop, setup, step
 
-from ..support.survival import STEPS, before, numbers, require_same, resume, send
+from ..support.survival import STEPS, call_before, numbers, require_same, resume, send_signal
 from ..support.trainer_runs import scalars
 from ..workers.killed_trainer import require_readable
 
@@ -123,7 +123,7 @@ def test_skipped_steps_change_nothing_and_are_remembered(
     assert not all(torch.equal(one[name], other[name]) for name in one)
     for stop_at in (1, 3, 4):
         with monkeypatch.context() as patch:
-            before("train_step", stop_at, lambda: send(signal.SIGINT), patch)
+            call_before("train_step", stop_at, lambda: send_signal(signal.SIGINT), patch)
             assert train.main([*flags, "--out", str(parted)]) == 130
         assert resume(parted) == 0
         require_same(whole, parted)

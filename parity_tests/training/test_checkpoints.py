@@ -24,7 +24,7 @@ from llama_torch.common import files as checkpoint
 from llama_torch.common.errors import InputError
 from llama_torch.training import loop, restore, step, validate
 
-from ..support.survival import STEPS, left_over, require_same, resume, send
+from ..support.survival import STEPS, left_over, require_same, resume, send_signal
 from ..support.trainer_runs import refused
 from ..workers.killed_trainer import require_readable
 
@@ -121,7 +121,7 @@ def test_the_best_model_is_kept_and_outlives_a_resume(
     def counted(*args: Any, **kwargs: Any) -> Any:
         done.append(done[-1] + 1 if done else 1)
         if done[-1] == 5:
-            send(signal.SIGTERM)
+            send_signal(signal.SIGTERM)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(loop, "train_step", counted)

@@ -17,7 +17,7 @@ from llama_torch.checkpoint import hf, step_folders
 from llama_torch.data import loader
 from llama_torch.training import setup
 
-from ..support.survival import STEPS, before, left_over, require_same, resume, send
+from ..support.survival import STEPS, call_before, left_over, require_same, resume, send_signal
 from ..workers.killed_trainer import require_readable
 
 
@@ -33,7 +33,7 @@ def test_a_signal_ends_the_step_in_hand_and_saves(
 ) -> None:
     out, handlers = tmp_path / "run", [signal.getsignal(n) for n in (signal.SIGINT, number)]
     with monkeypatch.context() as patch:
-        before("train_step", 3, lambda: send(number), patch)
+        call_before("train_step", 3, lambda: send_signal(number), patch)
         assert train.main([*flags, "--save-every=1000", "--out", str(out)]) == code
     error = capsys.readouterr().err
     name = signal.Signals(number).name
@@ -59,7 +59,7 @@ def test_a_signal_to_all_leaves_a_data_worker_at_work(
 
     def interrupted(windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield from itertools.islice(windows, 2)
-        send(signal.SIGINT)
+        send_signal(signal.SIGINT)
         sent.touch()
         yield from windows
 
@@ -75,7 +75,7 @@ def test_a_signal_to_all_leaves_a_data_worker_at_work(
 def test_a_signal_in_the_last_step_finishes_the_run(
     flags: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before("train_step", STEPS, lambda: send(signal.SIGTERM), monkeypatch)
+    call_before("train_step", STEPS, lambda: send_signal(signal.SIGTERM), monkeypatch)
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
     require_same(whole, tmp_path / "run")
 
@@ -101,7 +101,7 @@ def test_a_signal_before_the_first_step_ends_at_once(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        before(where, 1, lambda: send(signal.SIGTERM), patch)
+        call_before(where, 1, lambda: send_signal(signal.SIGTERM), patch)
         assert train.main([*flags, "--out", str(out)]) == 143
     error = capsys.readouterr().err
     assert message in error
@@ -127,10 +127,10 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(
     def interrupted(*args: Any) -> None:
         saved(*args)
         if (out / "checkpoints" / "3.tmp").exists():
-            send(signal.SIGINT)
+            send_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        before("train_step", 3, lambda: send(signal.SIGTERM), patch)
+        call_before("train_step", 3, lambda: send_signal(signal.SIGTERM), patch)
         patch.setattr(hf, "save_file", interrupted)
         assert train.main([*flags, "--out", str(out)]) == 130
     assert step_folders.newest(out).name == "2"
@@ -145,7 +145,7 @@ def test_an_ignored_signal_stays_ignored_and_other_threads_are_left_alone(
 ) -> None:
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:  # as `nohup` and `&` start a process
-        before("train_step", 2, lambda: send(signal.SIGINT), monkeypatch)
+        call_before("train_step", 2, lambda: send_signal(signal.SIGINT), monkeypatch)
         assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:

@@ -15,7 +15,7 @@ from llama_torch import train
 from llama_torch.common.errors import InputError
 from llama_torch.training import run_dir
 
-from ..support.survival import before, require_same, resume, send
+from ..support.survival import call_before, require_same, resume, send_signal
 from ..support.trainer_runs import refused, scalars
 
 # Two trainers
@@ -44,7 +44,7 @@ def test_of_two_new_runs_with_one_number_the_second_is_refused(
     other = run_dir.lock(Path("runs/1"))
     with monkeypatch.context() as patch:
         start = (lambda: train.main(flags)) if first_ends else other.__enter__
-        before("build", 1, start, patch)
+        call_before("build", 1, start, patch)
         assert train.main(flags) == 2
     message = "already holds a run; add --resume" if first_ends else "is in use by another trainer"
     assert f"error: --out runs/1 {message}" in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_a_clock_that_jumps_changes_nothing(
     monkeypatch.chdir(tmp_path)
     for stop_at in (2, 2, 1):
         with monkeypatch.context() as patch:
-            before("train_step", stop_at, lambda: send(signal.SIGTERM), patch)
+            call_before("train_step", stop_at, lambda: send_signal(signal.SIGTERM), patch)
             argv = ["--resume"] if Path("runs").exists() else flags
             assert train.main(argv) == 143
     os.utime("runs/1/checkpoints/5", (0, 0))

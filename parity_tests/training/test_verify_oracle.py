@@ -89,7 +89,7 @@ def setting(dtype: torch.dtype, is_tied: bool) -> Setting:
     return Setting(config, weights, verify.pick(batches))
 
 
-def computed(given: Setting, bug: Mutant | None) -> Observed:
+def oracle_results(given: Setting, bug: Mutant | None) -> Observed:
     """Return the oracle's results in float32, with one bug or none."""
     parts: tuple[Any, ...] = (ops, grad.REFERENCE_VJPS, optim.REFERENCE_RULES)
     spec = Oracle(*(parts if bug is None else map(bug.apply, parts)))
@@ -105,17 +105,17 @@ def computed(given: Setting, bug: Mutant | None) -> Observed:
     return Observed([torch.from_numpy(np.array(x)) for x in logits], found, tensors)
 
 
-def judged(given: Setting, observed: Observed, precision: str) -> list[BoundedError]:
+def bounded_errors(given: Setting, observed: Observed, precision: str) -> list[BoundedError]:
     config = torch_config(given.config)
     return error_bounds.bound_errors(
         config, given.weights, given.batches, observed, precision, Z_LOSS
     )
 
 
-def share(precision: str, bug: Mutant | None) -> float:
+def largest_share(precision: str, bug: Mutant | None) -> float:
     """Return the largest error / bound of a model with tied or untied embeddings."""
     given = [setting(getattr(torch, precision), is_tied) for is_tied in (False, True)]
-    measures = [judged(one, computed(one, bug), precision) for one in given]
+    measures = [bounded_errors(one, oracle_results(one, bug), precision) for one in given]
     return max(m.share for m in itertools.chain(*measures))
 
 
@@ -138,9 +138,9 @@ def _references_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_known_bug_that_can_show_does(precision: str) -> None:
     """In float32 by ten times its bound; in bfloat16 those that are more than its rounding."""
-    assert share(precision, None) < 0.5
+    assert largest_share(precision, None) < 0.5
     unseen = NOT_SHOWN | OF_THE_UPDATE | (FAINT if precision == "bfloat16" else set())
-    shares = {bug.name: share(precision, bug) for bug in (*FORWARD, *TRAINING)}
+    shares = {bug.name: largest_share(precision, bug) for bug in (*FORWARD, *TRAINING)}
     assert unseen == {name for name, found in shares.items() if found <= 1}
     least = min(found for name, found in shares.items() if name not in unseen)
     assert least >= (10 if precision == "float32" else 1)
@@ -183,8 +183,8 @@ def test_products_in_tf32_are_judged_as_such() -> None:
     """Right in their own precision, and wrong where float32 was to be had."""
     given = setting(torch.float32, True)
     bug = next(mutant for mutant in FORWARD if mutant.name == "matmul_tf32")
-    observed = computed(given, bug)
-    as_tf32, as_float32 = (judged(given, observed, kind)[0] for kind in ("tf32", "float32"))
+    observed = oracle_results(given, bug)
+    as_tf32, as_float32 = (bounded_errors(given, observed, kind)[0] for kind in ("tf32", "float32"))
     assert 0.01 < as_tf32.share < 1 < as_float32.share
 
 
@@ -217,23 +217,23 @@ def test_other_tries_are_from_weights_one_rounding_away(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("bad", ["missing", "nan", "shape"])
 def test_what_is_not_there_does_not_hold(bad: str) -> None:
     given = setting(torch.float32, True)
-    observed, name = computed(given, None), "model.layers.1.mlp.up_proj.weight"
+    observed, name = oracle_results(given, None), "model.layers.1.mlp.up_proj.weight"
     grads = dict(observed.grads)
     if bad == "missing":
         del grads[name]
     else:
         grads[name] = grads[name][:1] if bad == "shape" else grads[name] * math.nan
-    found = judged(given, observed._replace(grads=grads), "float32")
+    found = bounded_errors(given, observed._replace(grads=grads), "float32")
     assert [m.parameter for m in found if not m.holds] == [name]
     assert f"1 gradients, worst of {name}: error inf" in verify.complaint(found, Path("none"), 7)
-    found = judged(given, observed._replace(loss=math.nan), "float32")
+    found = bounded_errors(given, observed._replace(loss=math.nan), "float32")
     assert [m.quantity for m in found if not m.holds] == ["loss"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, 1e38])
 def test_weights_that_overflow_are_no_breach(bad: float) -> None:
     given = setting(torch.float32, True)
-    observed = computed(given, None)
+    observed = oracle_results(given, None)
     given.weights["model.layers.1.mlp.up_proj.weight"] *= bad
     with pytest.raises(InputError, match="overflows too; lower --lr"):
-        judged(given, observed, "float32")
+        bounded_errors(given, observed, "float32")
