@@ -59,10 +59,12 @@ def _find_again(pattern: str, directory: str) -> str:
     """Return a stored value of --data, relative to here or to where the run began; InputError."""
     if os.path.isabs(pattern) or names_text(pattern):
         return pattern
-    # The directory's own name may hold a glob's characters.
-    for above in (directory, glob.escape(directory)) if directory else ():
-        if names_text(os.path.join(above, pattern)):
-            return os.path.join(above, pattern)
+    if directory:
+        if os.path.exists(found := os.path.join(directory, pattern)):
+            return found
+        # The directory's own name may hold a glob's characters, and then match a sibling's.
+        if names_text(found := os.path.join(glob.escape(directory), pattern)):
+            return found
     here = os.getcwd()
     began = f" nor in {directory}, where the run began" if directory not in ("", here) else ""
     raise InputError(

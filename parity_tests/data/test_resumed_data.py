@@ -1,6 +1,7 @@
 """A run whose --data was relative, resumed from another working directory."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,27 @@ def test_it_goes_on_with_the_text_where_it_began(
 ) -> None:
     run = begin(data)
     assert train.main(["--resume", "--out", str(run), "--steps", "2"]) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("data", ["t/*.txt", "t", "t/a.txt", "shards"])
+def test_a_directory_that_the_name_of_the_first_matches_is_not_searched(
+    begin: Callable[..., Path],
+    tmp_path: Path,
+    data: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a glob, "here [1]" is "here 1"."""
+    run = begin(data)
+    shutil.copytree(run.parent / "t", tmp_path / "here 1" / "t")
+    (tmp_path / "here 1" / "t" / "a.txt").write_text("another text of many words. " * 100)
+    shutil.copytree(run.parent / "shards", tmp_path / "here 1" / "shards")
+    capsys.readouterr()
+    resume = ["--resume", "--out", str(run)]
+    assert train.main(resume) == 0, capsys.readouterr()
+    for name in ("t", "shards"):
+        (run.parent / name).rename(tmp_path / f"moved {name}")
+    assert train.main(resume) == 2
+    assert f"--data {data}: no file found in" in capsys.readouterr().err
 
 
 def test_text_that_is_found_nowhere_is_one_line(
