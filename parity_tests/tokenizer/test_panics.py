@@ -89,7 +89,8 @@ def test_preparation_names_the_file_and_the_place(
     folder.mkdir()
     (folder / "a.txt").write_text("Before.")
     (folder / name).write_text("\n".join(lines))
-    flags = ["--data", str(folder), "--out", str(out), "--workers", workers]
+    files = [str(folder / "a.txt"), str(folder / name)]
+    flags = ["--data", *files, "--out", str(out), "--workers", workers]
     said = refused(capsys, prepare.main(flags))
     found = [p.start for p in documents.pieces([folder / name], "text") if BAD in str(p.content)]
     place = "line 3" if name == "b.jsonl" else f"the text from byte {found[0]} on"

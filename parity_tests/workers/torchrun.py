@@ -61,7 +61,9 @@ def become(environment: Mapping[str, str]) -> None:
 
 
 def main() -> None:
-    """Run torchrun's command."""
+    """Run torchrun's command, on the CPU."""
+    # torchrun asks CUDA for its devices, and what was forked after that can use none.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     module = sys.argv[sys.argv.index("-m") + 1]
     program = import_program(module)
 
