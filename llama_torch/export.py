@@ -12,8 +12,9 @@ from .checkpoint import step_folders
 from .common import cli
 from .common.errors import InputError
 from .common.files import new_folder
-from .training import run_dir
-from .training.run_dir import RUN_FILE
+from .common.settings import build
+from .model.config import ModelConfig
+from .training.run_file import RUN_FILE, read_run
 from .training.state_tensors import export_model
 
 
@@ -43,7 +44,7 @@ def _main(argv: Sequence[str]) -> int:
     out = Path(config.run)
     if not (out / RUN_FILE).is_file():
         raise InputError(f"{out}: holds no run; name the directory of one")
-    settings = run_dir.resolve_config(["--resume", "--out", config.run])
+    model = build(ModelConfig, read_run(out).settings)
     folder = (
         step_folders.final_folder(out, config.step) if config.step else step_folders.newest(out)
     )
@@ -55,10 +56,10 @@ def _main(argv: Sequence[str]) -> int:
         raise InputError(f"--to {target} holds another run; choose another directory")
     try:
         if target.is_dir() and any(target.iterdir()):
-            export_model(target, folder, settings.model)  # each file by itself
+            export_model(target, folder, model)  # each file by itself
         else:
             with new_folder(target) as temporary:
-                export_model(temporary, folder, settings.model)
+                export_model(temporary, folder, model)
     except OSError as error:
         raise InputError(f"--to {target} cannot be written ({error}); choose another") from None
     print(f"{target}: the model of step {folder.name}")

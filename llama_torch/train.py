@@ -14,7 +14,7 @@ from .distributed.job import PeerLostError, broadcast_object, exit_process, job
 from .training import dry_run, run_dir
 from .training.loop import train
 from .training.progress import perplexity
-from .training.run_dir import RUN_FILE
+from .training.run_file import RUN_FILE
 from .training.setup import check_parallel_layout
 from .training.signals import Stopped
 

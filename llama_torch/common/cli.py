@@ -2,92 +2,54 @@
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from .errors import InputError, VerificationError
+from .settings import Settings, as_default, name_source
 
 C = TypeVar("C")
 
 
-def parse(config_class: type[C], argv: Sequence[str], defaults: Sequence[str] = ()) -> C:
-    """Build ``config_class`` from flags; ``defaults`` are flags that ``argv`` overrides.
+def parse(config_class: type[C], argv: Sequence[str], settings: Settings | None = None) -> C:
+    """Build ``config_class`` from flags; ``settings`` of files are what flags override.
 
-    Raises InputError with tyro's complaint on one line. ``--help`` prints and exits.
+    Raises InputError with tyro's complaint on one line, or naming the file whose value is wrong.
+    ``--help`` prints and exits.
     """
-    complaint = io.StringIO()
+    complaint, settings = io.StringIO(), settings or {}
+    default: dict[str, Any] = {"default": as_default(config_class, settings)} if settings else {}
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            config: C = tyro.cli(
                 config_class,
-                args=[*defaults, *argv],
+                args=argv,
                 config=(tyro.conf.OmitArgPrefixes,),
+                **default,
             )
+            return config
     except SystemExit as exit_:
         if not exit_.code:
             raise
-        raise InputError(_one_line(complaint.getvalue())) from None
-
-
-def toml_flags(path: str, config_class: type[Any]) -> list[str]:
-    """Turn a TOML file into the flags it stands for; sections are for the eye only."""
-    try:
-        with Path(path).open("rb") as file:
-            table = tomllib.load(file)
-    except (OSError, ValueError) as error:  # not TOML, not UTF-8
-        raise InputError(f"--config {path}: cannot be read ({error}); fix the file") from None
-    for key in ("config", "resume"):
-        if key in table:
-            raise InputError(f"--config {path}: {key} belongs on the command line; remove it")
-    known = _field_names(config_class)
-    for section, value in table.items():
-        for key in value if isinstance(value, dict) else (section,):
-            if key not in known:
-                raise InputError(
-                    f"--config {path}: unknown setting {key}; see --help for the names"
-                )
-    return as_flags(table)
-
-
-def _field_names(config_class: type[Any]) -> set[str]:
-    names: set[str] = set()
-    for field in dataclasses.fields(config_class):
-        nested = dataclasses.is_dataclass(field.type)
-        names |= _field_names(field.type) if nested else {field.name}  # type: ignore[arg-type]
-    return names
-
-
-def as_flags(settings: dict[str, Any]) -> list[str]:
-    """Turn ``{"model": {"n_layers": 2}, "data": ["a", "b"]}`` into ``--n-layers=2 --data a b``."""
-    flags: list[str] = []
-    for key, value in settings.items():
-        name = key.replace("_", "-")
-        if isinstance(value, dict):
-            flags += as_flags(value)
-        elif isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list | tuple):
-            flags += [f"--{name}", *map(str, value)]
-        else:  # one word, so that a value may begin with a dash
-            flags.append(f"--{name}={value}")
-    return flags
+        message = name_source(_one_line(complaint.getvalue()), settings, argv)
+        raise InputError(message) from None
 
 
 def early_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Read --config, --out and --resume first: the other flags' defaults depend on them."""
+    """Read --config, --out and --resume first: the other flags' defaults depend on them.
+
+    ``config`` and ``out`` are None where they are not given.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--config", "--out"):
         # A forgotten value is left for tyro to report.
-        parser.add_argument(name, nargs="?", default="", const="")
+        parser.add_argument(name, nargs="?", default=None, const="")
     parser.add_argument("--resume", action="store_true")
     try:
         return parser.parse_known_args(list(argv))[0]

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint import step_folders
 from ..checkpoint.hf import MODEL_FILE, write_directory_files
@@ -15,13 +14,13 @@ from ..checkpoint.single_file import STATE_FILE
 from ..checkpoint.step_folders import BEST
 from ..common import cli
 from ..common.errors import InputError
-from ..common.files import read_json, try_lock, write_text
+from ..common.files import try_lock, write_text
+from ..common.settings import Settings, read_toml
 from ..common.torchrun import is_launched, job_name
-from ..config import TrainConfig
+from ..config import ParallelConfig, TrainConfig
 from ..data.text_files import names_text
 from ..distributed.parallel import Parallel
-
-RUN_FILE = "run.json"
+from .run_file import RUN_FILE, read_run
 
 RUNS = Path("runs")
 
@@ -35,24 +34,31 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
     a setting that is wrong, a directory that holds another run, or one that cannot be written.
     """
     early = cli.early_flags(argv)
-    defaults = cli.toml_flags(early.config, TrainConfig) if early.config else []
-    early = cli.early_flags([*defaults, *argv])  # the TOML file may name --out
+    settings = read_toml(early.config, TrainConfig) if early.config else {}
     if not early.resume:
-        config = cli.parse(TrainConfig, argv, defaults)
+        config = cli.parse(TrainConfig, argv, settings)
         config = dataclasses.replace(config, out=config.out or str(_next_run()))
         _require_free(Path(config.out))
         return config
-    out = Path(early.out) if early.out else _latest_run()
-    record = _stored(out)
-    stored = record["settings"]
+    named = _named_out(early.out, settings)
+    out = Path(named) if named else _latest_run()
+    record = read_run(out)
+    stored = dict(record.settings)
     if not is_launched():  # one process resumes what many began
-        stored.pop("parallel", None)
-    defaults = [*cli.as_flags(stored | {"out": str(out), "config": ""}), *defaults]
-    config = cli.parse(TrainConfig, argv, defaults)
-    if list(config.data.data) != stored.get("data", {}).get("data"):
+        for field in dataclasses.fields(ParallelConfig):
+            stored.pop(field.name, None)
+    config = cli.parse(TrainConfig, argv, stored | settings)
+    config = dataclasses.replace(config, out=str(out))
+    if "data" not in stored or config.data.data != stored["data"].value:
         return config  # named anew
-    data = tuple(_find_again(name, record.get("directory", "")) for name in config.data.data)
+    data = tuple(_find_again(name, record.directory) for name in config.data.data)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
+
+
+def _named_out(flag: str | None, settings: Settings) -> str:
+    """Return the run directory that --out or else a TOML file names; empty = none."""
+    out: str = settings["out"].value if flag is None and "out" in settings else flag or ""
+    return out
 
 
 def _find_again(pattern: str, directory: str) -> str:
@@ -79,14 +85,14 @@ def flags_after_restart(argv: Sequence[str]) -> Sequence[str]:
     It is the run with the job's name, in --out if that was given.
     """
     early = cli.early_flags(argv)
-    if early.config:
-        early = cli.early_flags([*cli.toml_flags(early.config, TrainConfig), *argv])
-    outs = [Path(early.out)] if early.out else list(_runs().values())
+    settings = read_toml(early.config, TrainConfig) if early.config else {}
+    named = _named_out(early.out, settings)
+    outs = [Path(named)] if named else list(_runs().values())
     began = (out for out in outs if (out / RUN_FILE).is_file())
-    found = [out for out in began if _stored(out).get("job") == job_name()]
+    found = [out for out in began if read_run(out).job == job_name()]
     if early.resume or not found:
         return argv
-    return [*argv, "--resume", "--out", str(found[-1])]
+    return [*argv, "--resume", f"--out={found[-1]}"]
 
 
 def require_shared(out: Path, parallel: Parallel) -> None:
@@ -118,15 +124,6 @@ def _latest_run() -> Path:
     return runs[-1]
 
 
-def _stored(out: Path) -> dict[str, Any]:
-    if not (out / RUN_FILE).is_file():
-        raise InputError(f"--resume: {out} holds no run; leave --resume out to start one there")
-    stored = read_json(out / RUN_FILE)
-    if not all(isinstance(stored.get(key), dict) for key in ("identity", "settings")):
-        raise InputError(f"{out / RUN_FILE}: is not this package's; start anew in another --out")
-    return stored
-
-
 def _require_free(out: Path) -> None:
     try:
         _require_free_and_writable(out)
@@ -148,24 +145,6 @@ def _require_free_and_writable(out: Path) -> None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"--out {out} cannot be written below {nearest}; choose another directory")
-
-
-def check_resume_config(config: TrainConfig, data_key: str | None = None) -> None:
-    """Raise InputError unless config and, if given, the data's hash are those of the run."""
-    out = Path(config.out)
-    stored = _stored(out)
-    # A setting that did not exist when the run began had its default's effect.
-    identity = _merge(TrainConfig().identity(), stored["identity"])
-    differing = _differences(identity, config.identity())
-    if data_key is not None and stored.get("data_key") != data_key:
-        began, here = stored.get("directory", ""), os.getcwd()
-        where = f" (this is {here}; it began in {began})" if began not in ("", here) else ""
-        differing.append(f"the text of --data has changed{where}")
-    if differing:
-        raise InputError(
-            f"--resume: {out} belongs to another config: {'; '.join(differing)}; drop these "
-            "flags to continue it, or start a new run with another --out"
-        )
 
 
 @contextmanager
@@ -209,20 +188,3 @@ def claim(config: TrainConfig, data_key: str) -> None:
         write_directory_files(out, config.model)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error}); choose another") from None
-
-
-def _merge(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return ``defaults`` overridden by ``given``, nested dicts merged."""
-    nested = {k: _merge(v, given[k]) for k, v in defaults.items() if isinstance(given.get(k), dict)}
-    return {**defaults, **given, **nested}
-
-
-def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    differing = []
-    for name in sorted(stored.keys() | asked.keys()):
-        there, here = stored.get(name), asked.get(name)
-        if isinstance(there, dict) and isinstance(here, dict):
-            differing += _differences(there, here)
-        elif there != here:
-            differing.append(f"--{name.replace('_', '-')} is {there} there and {here} here")
-    return differing

@@ -27,6 +27,7 @@ from .batch import Batch, pack_documents, to_batch
 from .compile import compile_blocks
 from .optimizer import make_adamw
 from .restore import restore
+from .run_file import check_resume_config
 from .validate import Validation
 
 
@@ -162,12 +163,12 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
         require_memory(config.model)
     resumes = config.resume and not config.dry_run
     if resumes and parallel.is_main_process:
-        run_dir.check_resume_config(config)
+        check_resume_config(config)
         exit_stack.enter_context(run_dir.lock(Path(config.out)))
     with parallel.main_process_first():
         corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
     if resumes and parallel.is_main_process:
-        run_dir.check_resume_config(config, corpus.key)
+        check_resume_config(config, corpus.key)
     torch.set_float32_matmul_precision(config.matmul_precision)
     dtype: torch.dtype = getattr(torch, config.dtype)
     model, optimizer = build(config.model, config.optim, config.seed, dtype, device, parallel)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from llama_torch import train
 from llama_torch.common.errors import InputError
+from llama_torch.common.settings import check_settings
 from llama_torch.config import DataConfig, TrainConfig
 from llama_torch.data import documents
 from llama_torch.data.corpus import Corpus, describe, load_corpus
@@ -18,7 +19,8 @@ from llama_torch.data.loader import train_batches, val_batches
 from llama_torch.data.shard_writer import prepare
 from llama_torch.data.text_files import find_files, identify
 from llama_torch.tokenizer.gpt2 import END_OF_TEXT_ID, gpt2
-from llama_torch.training import loop, run_dir
+from llama_torch.training import loop
+from llama_torch.training.run_file import differences
 from llama_torch.training.step import train_step
 
 WORDS = "the quick brown fox jumps over the lazy dog " * 20
@@ -119,7 +121,8 @@ def test_weights_that_are_none(weights: tuple[float, ...], message: str) -> None
 def test_what_decides_the_losses_is_in_the_identity() -> None:
     one = TrainConfig(data=DataConfig(data=("a", "b"), weights=(0.7, 0.3), cache_dir="x"))
     other = TrainConfig(data=DataConfig(data=("c",), pack_documents=True))
-    differing = run_dir._differences(one.identity(), other.identity())
+    stored = check_settings(one.identity(), TrainConfig, "run.json")
+    differing = differences(stored, other)
     assert [line.split()[0] for line in differing] == ["--pack-documents", "--weights"]
 
 

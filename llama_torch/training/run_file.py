@@ -1,0 +1,77 @@
+"""Read a run's record, run.json: its settings, what a resumed run must share, and its text."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common.errors import InputError
+from ..common.files import read_json
+from ..common.settings import Settings, check_settings
+from ..config import TrainConfig
+
+RUN_FILE = "run.json"
+
+PER_START = ("config", "out", "resume")  # settings of one start of a run, not of the run
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json says of a run, its settings by the names of the config's fields."""
+
+    path: Path
+    settings: Settings
+    identity: Settings  # those that determine the losses
+    data_key: str
+    job: str  # of torchrun; empty without
+    directory: str  # where a relative --data was found; empty in runs of earlier versions
+
+
+def read_run(out: Path) -> RunRecord:
+    """Read the record of the run in ``out``.
+
+    Raises InputError where there is none, and for a record that is damaged, naming file and key.
+    """
+    path = out / RUN_FILE
+    if not path.is_file():
+        raise InputError(f"--resume: {out} holds no run; leave --resume out to start one there")
+    found = read_json(path)
+    texts = [found.get(key, "") for key in ("data_key", "job", "directory")]
+    tables = [found.get(key) for key in ("settings", "identity")]
+    if not all(isinstance(text, str) for text in texts) or "\0" in "".join(texts):
+        raise InputError(f"{path}: data_key, job or directory is not valid text; correct it")
+    if not all(isinstance(table, dict) for table in tables):
+        raise InputError(f"{path}: is not this package's; start anew in another --out")
+    settings, identity = (check_settings(t or {}, TrainConfig, str(path)) for t in tables)
+    for key in PER_START:
+        settings.pop(key, None)
+    return RunRecord(path, settings, identity, *texts)
+
+
+def check_resume_config(config: TrainConfig, data_key: str | None = None) -> None:
+    """Raise InputError unless config and, if given, the data's hash are those of the run."""
+    record = read_run(Path(config.out))
+    differing = differences(record.identity, config)
+    if data_key is not None and record.data_key != data_key:
+        began, here = record.directory, os.getcwd()
+        where = f" (this is {here}; it began in {began})" if began not in ("", here) else ""
+        differing.append(f"the text of --data has changed{where}")
+    if differing:
+        raise InputError(
+            f"--resume: {config.out} belongs to another config: {'; '.join(differing)}; drop these "
+            "flags to continue it, or start a new run with another --out"
+        )
+
+
+def differences(stored: Settings, config: TrainConfig) -> list[str]:
+    """Return a line for each setting that determines the losses and is another in ``config``."""
+    # A setting that did not exist when the run began had its default's effect.
+    there, here = {**_identity(TrainConfig()), **stored}, _identity(config)
+    return [
+        f"--{key.replace('_', '-')} is {there[key].value} there and {here[key].value} here"
+        for key in sorted(here)
+        if there[key].value != here[key].value
+    ]
+
+
+def _identity(config: TrainConfig) -> Settings:
+    return check_settings(config.identity(), TrainConfig, "")
