@@ -217,7 +217,9 @@ def _main(argv: Sequence[str]) -> int:
         with console.status(f"seed {seed}"):  # shown on a terminal
             runs.append(run_seed(settings_for(config, device, seed), corpus, device))
     if config.out:
-        write_text(Path(config.out), json.dumps([run._asdict() for run in runs], indent=1))
+        write_text(
+            Path(config.out).resolve(), json.dumps([run._asdict() for run in runs], indent=1)
+        )
     show(runs, f"{describe(corpus)}; {config.steps} steps on {device}")
     return 0
 

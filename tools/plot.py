@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError
+from llama_torch.common.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def draw(run: Path, out: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(out, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
+    metadata = {"Date": None} if out.suffix == ".svg" else None
+    # A link that the user names is followed.
+    atomic_write(out.resolve(), partial(figure.savefig, dpi=150, metadata=metadata))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common.errors import InputError
+from ..common.files import remove
 from ..common.sharded_tensor import is_sharded
 from .hf import open_safetensors, save_tensors
-from .state_interface import TrainingState
+from .state_interface import TrainingState, UnwrittenError
 from .step_folders import TEMPORARY
 
 STATE_FILE = "training_state.safetensors"
@@ -63,6 +64,7 @@ class SingleFile:
         copy = StateShards(self.folder.with_name(f"{self.folder.name}.shards{TEMPORARY}"))
         is_main_process = not dist.is_initialized() or dist.get_rank() == 0
         if is_main_process:
+            _create(copy.folder)
             copy.write(self.read_whole(like), alone=True)
         _barrier()
         tensors = copy.read_like(like)
@@ -70,6 +72,15 @@ class SingleFile:
         if is_main_process:
             shutil.rmtree(copy.folder, ignore_errors=True)
         return tensors
+
+
+def _create(folder: Path) -> None:
+    """Create an empty folder in place of a killed process's; raise UnwrittenError."""
+    try:
+        remove(folder)
+        folder.mkdir()
+    except OSError as error:
+        raise UnwrittenError(f"{folder}: cannot be written ({error})") from None
 
 
 def _barrier() -> None:

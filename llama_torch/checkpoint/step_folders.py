@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..common.errors import InputError
-from ..common.files import flush, publish_folder
+from ..common.files import flush, publish_folder, remove
 from .hf import MODEL_FILE
 
 FOLDER = "checkpoints"
@@ -101,10 +101,7 @@ def remove_temporary(out: Path) -> None:
     """Remove the temporary files and folders of a killed run; the caller holds the run's lock."""
     names = f"{FOLDER}/*", f"{BEST}", f"{MODEL_FILE}.*", f"{BEST}/{MODEL_FILE}.*"
     for path in (path for name in names for path in out.glob(name + TEMPORARY)):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def steps(out: Path) -> list[int]:

@@ -30,7 +30,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         # In a container every start may have the number of the one that was killed.
         is_own = pid == str(os.getpid())
         if left_over not in _FILLING if is_own else not _alive(pid):
-            _remove(left_over)
+            remove(left_over)
     folder = path.with_name(f"{path.name}.{next(_NUMBERS)}-{os.getpid()}.tmp")
     _FILLING.add(folder)
     try:
@@ -40,12 +40,13 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         finish(temporary)
         temporary.replace(path)
     finally:
-        _remove(folder)
+        remove(folder)
         _FILLING.discard(folder)
     flush(path.parent)
 
 
-def _remove(left_over: Path) -> None:
+def remove(left_over: Path) -> None:
+    """Remove a temporary file or folder; of a link the link alone."""
     if left_over.is_dir() and not left_over.is_symlink():
         shutil.rmtree(left_over, ignore_errors=True)
     else:
@@ -113,6 +114,14 @@ def new_folder(final: Path) -> Iterator[Path]:
         publish_folder(temporary, top)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, made if need be, and return its descriptor; its content is left alone.
+
+    Raises OSError for a link: what it points to is no file of ours.
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def try_lock(handle: int) -> bool:

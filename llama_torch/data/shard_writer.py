@@ -25,7 +25,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from ..common.errors import InputError
-from ..common.files import atomic_write, read_json, try_lock, write_text
+from ..common.files import atomic_write, open_lock, read_json, try_lock, write_text
 from ..tokenizer.gpt2 import RANKS_SHA256, gpt2
 from . import documents
 from .documents import NullCount, Piece
@@ -85,7 +85,7 @@ def _another_text(folder: Path) -> InputError:
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
     """Hold the folder's lock, waiting for another process's; yield its file descriptor."""
-    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = open_lock(folder / LOCK_FILE)
     try:
         if not try_lock(handle):
             print(f"waiting for another process that tokenises into {folder}", file=sys.stderr)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule
 
+from ..common.files import atomic_write
+
 TRACE_FILE = "trace.json"  # in the run directory
 
 PROFILED_STEPS = 3
@@ -22,7 +24,7 @@ def profiling(
     path = out / TRACE_FILE
 
     def save(profiler: profile) -> None:
-        profiler.export_chrome_trace(str(path))
+        atomic_write(path, lambda temporary: profiler.export_chrome_trace(str(temporary)))
         print_line(f"trace of {PROFILED_STEPS} steps in {path}; ui.perfetto.dev opens it")
 
     # Not the first steps, which compile and allocate.

@@ -12,6 +12,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.markup import escape
 
+from .run_dir import EVENTS_FOLDER
 from .setup import Run
 from .tensorboard import EventWriter
 from .throughput import peak_memory, peak_tokens_per_second
@@ -146,7 +147,7 @@ def open_progress(run: Run, exit_stack: ExitStack) -> Progress | NullProgress:
     at_peak = peak_tokens_per_second(config.model, run.n_parameters, run.device, dtype)
     if not run.parallel.is_main_process:
         return NullProgress()
-    folder = Path(config.out) / "tensorboard"
+    folder = Path(config.out) / EVENTS_FOLDER
     first = run.steps_done + 1 if run.steps_done else 0
     writer = exit_stack.enter_context(EventWriter(folder, first))
     return exit_stack.enter_context(

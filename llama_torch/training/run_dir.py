@@ -14,7 +14,7 @@ from ..checkpoint.single_file import STATE_FILE
 from ..checkpoint.step_folders import BEST
 from ..common import cli
 from ..common.errors import InputError
-from ..common.files import try_lock, write_text
+from ..common.files import open_lock, try_lock, write_text
 from ..common.settings import Settings, read_toml
 from ..common.torchrun import is_launched, job_name
 from ..config import ParallelConfig, TrainConfig
@@ -25,6 +25,8 @@ from .run_file import RUN_FILE, read_run
 RUNS = Path("runs")
 
 LOCK_FILE = "lock"
+
+EVENTS_FOLDER = "tensorboard"
 
 
 def resolve_config(argv: Sequence[str]) -> TrainConfig:
@@ -147,6 +149,16 @@ def _require_free_and_writable(out: Path) -> None:
         raise InputError(f"--out {out} cannot be written below {nearest}; choose another directory")
 
 
+def _require_own_folders(out: Path) -> None:
+    """Raise InputError for a link in place of a folder: what is written there is another's."""
+    for name in (step_folders.FOLDER, BEST, EVENTS_FOLDER, LOCK_FILE):
+        if (out / name).is_symlink():
+            raise InputError(
+                f"{out / name}: is a link, and a run writes to its own files alone; put the file "
+                "or folder itself there, or delete the link"
+            )
+
+
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
     """Lock a run directory, made if need be; InputError if another trainer holds its lock.
@@ -156,7 +168,8 @@ def lock(out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK_FILE).open("w")
+        _require_own_folders(out)
+        file = os.fdopen(open_lock(out / LOCK_FILE), "r+b", buffering=0)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error}); choose another") from None
     with file:
