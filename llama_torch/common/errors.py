@@ -42,4 +42,8 @@ def check_text(flag: str, value: str) -> None:
 
 def has_surrogates(text: str) -> bool:
     """Return whether a text holds lone surrogates, as bytes of another encoding are decoded to."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()  # fails for nothing else, and takes no time beside tokenisation
+    except UnicodeEncodeError:
+        return True
+    return False

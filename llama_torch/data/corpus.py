@@ -14,6 +14,7 @@ from ..common.errors import InputError
 from ..config import DataConfig
 from ..tokenizer.gpt2 import VOCAB_SIZE
 from . import order
+from .documents import Nulls
 from .shard_writer import prepare
 from .shards import TokenShards, is_shards
 from .text_files import find_files, identify
@@ -92,7 +93,9 @@ def _open(config: DataConfig, patterns: Sequence[str]) -> TokenShards:
             "it alone, or say with --weights how to mix them"
         )
     if folders:
-        return TokenShards(Path(folders[0]))
+        tokens = TokenShards(Path(folders[0]))
+        Nulls(tokens.index.nulls, tokens.index.first_null_file).print(())
+        return tokens
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(config.cache_dir) if config.cache_dir else home / "llama_torch"
     text = identify(find_files(patterns), config.text_field)

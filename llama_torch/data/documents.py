@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import InputError
+from ..common.errors import InputError, has_surrogates
 from ..common.notes import note
 from ..common.torchrun import is_main_process
 from ..tokenizer.gpt2 import END_OF_TEXT_ID, gpt2_ids, located
@@ -40,38 +40,42 @@ class Piece(NamedTuple):
     n_bytes: int  # bytes of the file it covers, estimated for .parquet
 
 
-class NullCount:
-    """Counts the records whose text is null, which are left out, for a line on stderr."""
+class Nulls(NamedTuple):
+    """The records that are left out since their text is null."""
 
-    def __init__(self) -> None:
-        self.n, self.first = 0, Path()
+    n: int = 0
+    first: int = -1  # index, in the list of files, of the first file with one; -1 = none
 
-    def add(self, piece: Piece, n: int) -> None:
-        """Add the ``n`` nulls of a piece."""
-        self.first = piece.path if n and not self.n and piece.path else self.first
-        self.n += n
+    def plus(self, n: int, file: int) -> "Nulls":
+        """Return the count with the ``n`` nulls of a piece of a file added."""
+        return Nulls(self.n + n, file if n and not self.n else self.first)
 
-    def print(self) -> None:
-        """Print the count, on the main process, unless it is 0."""
+    def print(self, files: Sequence[Path]) -> None:
+        """Print the count, on the main process, unless it is 0; ``files`` may be unknown."""
         if self.n and is_main_process():
+            known = dict(enumerate(files))
+            first = known.get(self.first, f"file {self.first + 1} of the text")
             s = "s" * (self.n > 1)
-            note(f"--data: {self.n} record{s} left out whose text is null, first in {self.first}")
+            note(f"--data: {self.n} record{s} left out whose text is null, first in {first}")
 
 
 def documents(files: Sequence[Path], text_field: str) -> Iterator[str]:
     """Yield the text of every document; without files, of Python's help topics."""
-    nulls = NullCount()
+    nulls = Nulls()
     if not files:
         yield from help_topics()
-    for path in files:
+    for number, path in enumerate(files):
         if text_format(path) in STRUCTURED:
             for piece in pieces([path], text_field):
-                yield from texts(piece, text_field)
-                nulls.add(piece, null_texts(piece, text_field))
+                for _, text in _numbered(piece, text_field):
+                    if text is None:
+                        nulls = nulls.plus(1, number)
+                    else:
+                        yield text
         else:
             found = (t for piece in pieces([path], text_field) for t in texts(piece, text_field))
             yield "".join(found)
-    nulls.print()
+    nulls.print(files)
 
 
 def document_place(files: Sequence[Path], text_field: str, number: int) -> str:
@@ -179,6 +183,11 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
                 yield Piece(path, number, start, tuple(found), False, n_bytes)
                 start, found, n_characters = done, [], 0
         yield Piece(path, number, start, tuple(found), True, int(row_bytes * max(0, done - start)))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--data {path}: a text of the rows from {start} on cannot be read as UTF-8 "
+            f"({error.reason}); convert it"
+        ) from None
     except (pyarrow.ArrowException, KeyError) as error:
         raise InputError(
             f"--data {path}: not a parquet file with a text column {text_field!r} "
@@ -189,13 +198,6 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
 def texts(piece: Piece, text_field: str) -> Iterator[str]:
     """Yield the texts of a piece's documents, or its part of one document; nulls are left out."""
     return (text for _, text in _numbered(piece, text_field) if text is not None)
-
-
-def null_texts(piece: Piece, text_field: str) -> int:
-    """Count a piece's records whose text is null."""
-    if isinstance(piece.content, bytes) and b"null" not in piece.content:
-        return 0
-    return sum(text is None for _, text in _numbered(piece, text_field))
 
 
 def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str | None]]:
@@ -238,11 +240,14 @@ def _records(piece: Piece, content: str, text_field: str) -> Iterator[tuple[int,
         except (ValueError, KeyError, TypeError, RecursionError):
             text = 0
         if not isinstance(text, str | None):
-            assert piece.path is not None
             raise InputError(
-                f"--data {piece.path}: line {_lines_before(piece.path, piece.start) + number} is "
-                f"not a JSON object with a text in {text_field!r}; fix the line or name the field "
-                "with --text-field"
+                f"{_place(piece, number)} is not a JSON object with a text in {text_field!r}; "
+                "fix the line or name the field with --text-field"
+            )
+        if text is not None and has_surrogates(text):
+            raise InputError(
+                f"{_place(piece, number)}: the text in {text_field!r} holds half of a pair of "
+                "\\ud800 to \\udfff, which is no character; correct or remove it"
             )
         yield number, text
 
@@ -254,18 +259,21 @@ def _lines_before(path: Path, offset: int) -> int:
         )
 
 
-def encode(piece: Piece, text_field: str) -> NDArray[np.uint32]:
-    """Return a piece's GPT-2 token ids, uint32 [N]; <|endoftext|> ends each non-empty document.
+def encode(piece: Piece, text_field: str) -> tuple[NDArray[np.uint32], int]:
+    """Return a piece's GPT-2 token ids, uint32 [N], and how many of its records are null.
 
-    Raises InputError, naming file and place, for text that cannot be read or encoded.
+    <|endoftext|> ends each non-empty document. Raises InputError, naming file and place, for text
+    that cannot be read or encoded.
     """
     found: list[int] = []
+    n_nulls = 0
     ends = piece.is_last or not isinstance(piece.content, bytes)
     ends = ends or (piece.path is not None and text_format(piece.path) in STRUCTURED)
     for number, text in _numbered(piece, text_field):
         if text is None:
+            n_nulls += 1
             continue
         with located(partial(_place, piece, number)):
             ids = gpt2_ids(text)
         found += [*ids, END_OF_TEXT_ID] if ids and ends else ids
-    return np.array(found, dtype=np.uint32)
+    return np.array(found, dtype=np.uint32), n_nulls

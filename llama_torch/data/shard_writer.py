@@ -28,7 +28,7 @@ from ..common.errors import InputError
 from ..common.files import atomic_write, open_lock, read_json, try_lock, write_text
 from ..tokenizer.gpt2 import RANKS_SHA256, gpt2
 from . import documents
-from .documents import NullCount, Piece
+from .documents import Nulls, Piece
 from .shards import (
     DTYPES,
     FORMAT,
@@ -72,6 +72,7 @@ def prepare(
     shards = TokenShards(folder)
     if (shards.index.key, shards.index.shard_tokens) != (text.key, shard_tokens):
         raise _another_text(folder)
+    Nulls(shards.index.nulls, shards.index.first_null_file).print(text.files)
     return shards
 
 
@@ -105,6 +106,8 @@ class _Done:
     file: int = 0  # with start: the piece that holds the next shard's first token
     start: int = 0
     skip: int = 0  # tokens of that piece already written
+    nulls: int = 0  # records left out before that piece
+    first_null_file: int = -1  # of the files with one, the first; -1 = none
     shards: tuple[Shard, ...] = ()
 
 
@@ -114,12 +117,13 @@ def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) 
     pieces = documents.pieces(text.files, text.text_field, done.file, done.start)
     with _progress(text) as advance, closing(_encoded(text, pieces, workers, lock, advance)) as ids:
         advance(sum(text.sizes[: done.file]) + done.start)
-        stream = _Stream(ids, done.skip)
+        stream = _Stream(ids, done)
         while stream.more():
             path = folder / _shard_name(len(done.shards))
             shard, highest = _write_shard(path, stream, shard_tokens, DTYPES[dtype])
             done.shards, done.highest = (*done.shards, shard), max(done.highest, highest)
             done.file, done.start, done.skip = *stream.place, stream.used
+            done.nulls, done.first_null_file = stream.nulls_before
             write_text(folder / PROGRESS_FILE, json.dumps(asdict(done)))
     try:
         require_unchanged(text)
@@ -127,7 +131,10 @@ def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) 
         (folder / PROGRESS_FILE).unlink()  # these tokens are of neither text
         raise
     total = sum(shard.tokens for shard in done.shards)
-    index = Index(dtype, RANKS_SHA256, text.key, shard_tokens, total, done.highest, done.shards)
+    index = Index(
+        *(dtype, RANKS_SHA256, text.key, shard_tokens, total, done.highest, done.shards),
+        *stream.nulls,
+    )
     record = {"format": FORMAT, "version": VERSION, **asdict(index)}
     write_text(folder / INDEX_FILE, json.dumps(record, indent=1) + "\n")
 
@@ -173,8 +180,9 @@ def _write_shard(path: Path, stream: "_Stream", n: int, dtype: str) -> tuple[Sha
 class _Stream:
     """The concatenated ids of pieces, and the position in the current piece."""
 
-    def __init__(self, encoded: Iterator[tuple[Piece, Ids]], skip: int) -> None:
-        self.encoded, self.skip = encoded, skip
+    def __init__(self, encoded: Iterator[tuple[Piece, Ids, int]], done: _Done) -> None:
+        self.encoded, self.skip = encoded, done.skip
+        self.nulls = self.nulls_before = Nulls(done.nulls, done.first_null_file)
         self.rest: Ids = np.zeros(0, np.uint32)
         self.place, self.used = (0, 0), 0
 
@@ -184,7 +192,8 @@ class _Stream:
             found = next(self.encoded, None)
             if found is None:
                 return False
-            piece, ids = found
+            piece, ids, n_nulls = found
+            self.nulls_before, self.nulls = self.nulls, self.nulls.plus(n_nulls, piece.file)
             self.place, self.used, self.skip = (piece.file, piece.start), self.skip, 0
             self.rest = ids[self.used :]
         return True
@@ -200,18 +209,17 @@ class _Stream:
 
 def _encoded(
     text: Text, pieces: Iterator[Piece], workers: int, lock: int, advance: Any
-) -> Generator[tuple[Piece, Ids], None, None]:
-    """Yield every piece with its ids, in order; about two pieces a worker are in memory."""
+) -> Generator[tuple[Piece, Ids, int], None, None]:
+    """Yield every piece with its ids and count of nulls, in order.
+
+    About two pieces a worker are in memory.
+    """
     n_pieces = 1 + sum(text.sizes) // documents.PIECE
     workers = min(workers or len(os.sched_getaffinity(0)), n_pieces)
-    nulls = NullCount()
     if workers == 1:
         for piece in pieces:
-            ids, n_nulls = _encode(piece, text.text_field)
-            nulls.add(piece, n_nulls)
-            yield piece, ids
+            yield piece, *documents.encode(piece, text.text_field)
             advance(piece.n_bytes)
-        nulls.print()
         return
     gpt2()  # loaded before the fork, so that workers share its memory
     pool = ProcessPoolExecutor(
@@ -219,12 +227,11 @@ def _encoded(
     )
     pending: deque[tuple[Piece, Future[tuple[Ids, int]]]] = deque()
 
-    def first() -> tuple[Piece, Ids]:
+    def first() -> tuple[Piece, Ids, int]:
         piece, future = pending.popleft()
         ids, n_nulls = future.result()
-        nulls.add(piece, n_nulls)
         advance(piece.n_bytes)
-        return piece._replace(content=()), ids
+        return piece._replace(content=()), ids, n_nulls
 
     try:
         with warnings.catch_warnings():
@@ -232,12 +239,11 @@ def _encoded(
             warnings.simplefilter("ignore", DeprecationWarning)
             pool.submit(int)
         for piece in pieces:
-            pending.append((piece, pool.submit(_encode, piece, text.text_field)))
+            pending.append((piece, pool.submit(documents.encode, piece, text.text_field)))
             if len(pending) > 2 * workers:
                 yield first()
         while pending:
             yield first()
-        nulls.print()
     except BrokenProcessPool:
         raise InputError(
             "a process that tokenises was killed (out of memory?); what is done is kept: run "
@@ -245,11 +251,6 @@ def _encoded(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _encode(piece: Piece, text_field: str) -> tuple[Ids, int]:
-    """Return a piece's ids, and how many of its records have null for text."""
-    return documents.encode(piece, text_field), documents.null_texts(piece, text_field)
 
 
 def _begin_worker(parent: int, lock: int) -> None:

@@ -50,6 +50,8 @@ class Index:
     tokens: int
     highest: int  # id; -1 without tokens
     shards: tuple[Shard, ...]
+    nulls: int = 0  # records of the text that were left out
+    first_null_file: int = -1  # index of the first file with one; -1 = none
 
 
 class TokenShards:

@@ -206,6 +206,16 @@ def test_null_is_left_out_and_counted_in_every_format(
         assert capsys.readouterr().err == line
         note.cache_clear()
     assert ids[0] == ids[1]
+    for name in ("a.parquet", "b.jsonl"):  # what is in the cache says it again
+        files = [(tmp_path / name).rename(tmp_path / f"moved {name}")]
+        prepare(identify(files, "text"), tmp_path / f"{name} out", workers)
+        said = capsys.readouterr().err
+        assert said == f"note: --data: 2 records left out whose text is null, first in {files[0]}\n"
+        note.cache_clear()
+        load_corpus(DataConfig(data=(str(tmp_path / f"{name} out"),), val_fraction=0.4), 50257, 1)
+        line = "note: --data: 2 records left out whose text is null, first in file 1 of the text\n"
+        assert capsys.readouterr().err == line
+        note.cache_clear()
     (tmp_path / "c.jsonl").write_text('{"text": null}\n{"body": null}\n')
     assert "c.jsonl: line 2 is not" in refused(
         lambda: list(documents.documents([tmp_path / "c.jsonl"], "text"))

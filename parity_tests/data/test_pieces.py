@@ -8,7 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_torch.data import documents
+from llama_torch.data.shard_writer import prepare
+from llama_torch.data.text_files import identify
 from llama_torch.tokenizer.gpt2 import gpt2
+
+from ..support.token_shards import refused
 
 # White space of every kind, what GPT-2's pattern treats apart, and characters of 1 to 4 bytes.
 SPACES = "   \n\n\r\t\x0b\x1c\x85\u00a0\u2003\u3000"
@@ -74,3 +78,34 @@ def test_a_column_is_never_whole_in_memory(tmp_path: Path) -> None:
     held = [pool.bytes_allocated() - before for _ in documents.pieces([path], "text")]
     assert len(held) > 10
     assert max(held) < size * 0.7  # some 18 MB are held whatever the size
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_half_of_a_surrogate_pair_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """The tokenizer would replace it by U+FFFD."""
+    monkeypatch.setattr(documents, "PIECE", 50)
+    path = tmp_path / "a.jsonl"
+    pair, half = r'{"text": "\ud83d\ude00"}', r'{"text": "a \ud83d b"}'
+    other = r'{"text": "a", "title": "\ude00"}'
+    path.write_text("\n".join([pair] * 9 + [other] * 9) + "\n")
+    assert list(documents.documents([path], "text")) == ["\U0001f600"] * 9 + ["a"] * 9
+    prepare(identify([path], "text"), tmp_path / "whole", workers)
+    path.write_text("\n".join([pair] * 9 + ["", half, pair]))
+    text = identify([path], "text")
+    for read in (
+        lambda: list(documents.documents([path], "text")),
+        lambda: prepare(text, tmp_path / "out", workers),
+    ):
+        said = refused(read)
+        assert said.startswith(f"--data {path}: line 11: the text in 'text' holds half of a pair")
+
+
+def test_a_text_of_parquet_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array([b"a", b"\xed\xa0\xbd"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    said = refused(lambda: list(documents.documents([tmp_path / "a.parquet"], "text")))
+    assert said.startswith(f"--data {tmp_path}/a.parquet: a text of the rows from 0 on cannot be")

@@ -1,6 +1,7 @@
 """Preparing token shards: the same bytes after a kill, a full disk or a text that changes."""
 
 import errno
+import json
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from llama_torch.common import files
+from llama_torch.common.notes import note
 from llama_torch.data import documents, shard_writer
 from llama_torch.data.shard_writer import prepare
 from llama_torch.data.shards import TokenShards
@@ -54,6 +56,42 @@ def test_what_is_done_is_not_done_again(
     prepare(text, tmp_path / "killed", 1, 1000)
     assert done == whole[len(whole) - len(done) :]
     assert len(done) < len(whole) - 5
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "as an earlier version wrote them"])
+def test_nulls_are_counted_once_whatever_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], old: bool
+) -> None:
+    """A shard ends within pieces, before nulls, between them, and where a piece ends."""
+    monkeypatch.setattr(documents, "PIECE", 200)
+    (tmp_path / "a.txt").write_text("No record.")
+    rows = [*LINES[:2], None, *LINES[2:9], None, None, *[None] * 40, *LINES[9:12], None]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    text = identify(sorted(tmp_path.glob("?.*")), "text")
+    whole = prepare(text, tmp_path / "whole", 1, 31)
+    assert (whole.index.nulls, whole.index.first_null_file) == (rows.count(None), 1)
+    assert len(whole.index.shards) > 4
+    said = f"{rows.count(None)} records left out whose text is null, first in {text.files[1]}\n"
+    assert said in capsys.readouterr().err
+    for shard in whole.index.shards:
+        folder = tmp_path / f"stopped {shard.name}"
+        stopped_at(shard.name, text, folder, 31)
+        assert capsys.readouterr().err == ""
+        if old:
+            path = folder / "progress.json"
+            stored = json.loads(path.read_text())
+            del stored["nulls"], stored["first_null_file"]
+            path.write_text(json.dumps(stored))
+        note.cache_clear()
+        found = prepare(text, folder, 2, 31)
+        printed = capsys.readouterr().err
+        assert old or (said in printed and found.index == whole.index)
+    index = json.loads((tmp_path / "whole" / "index.json").read_text())
+    del index["nulls"], index["first_null_file"]
+    (tmp_path / "whole" / "index.json").write_text(json.dumps(index))
+    capsys.readouterr()
+    assert prepare(text, tmp_path / "whole", 1, 31)[:].tolist() == whole[:].tolist()
+    assert capsys.readouterr().err == ""
 
 
 def test_two_that_prepare_one_folder_both_end_well(
@@ -118,7 +156,7 @@ def test_a_piece_of_many_shards_is_gone_on_with_where_it_stopped(
     (tmp_path / "b.txt").write_text("The end.")
     text = identify(find_files([str(tmp_path)]), "text")
     pieces = list(documents.pieces(text.files, "text"))
-    lengths = [len(documents.encode(piece, "text")) for piece in pieces]
+    lengths = [len(documents.encode(piece, "text")[0]) for piece in pieces]
     assert len(lengths) == 3
     assert min(lengths[:2]) > 100
     size = {
@@ -128,7 +166,7 @@ def test_a_piece_of_many_shards_is_gone_on_with_where_it_stopped(
         "with the text": sum(lengths),
     }[ends]
     found = prepare(text, tmp_path / "whole", 1, size)
-    expected = [i for piece in pieces for i in documents.encode(piece, "text").tolist()]
+    expected = [i for piece in pieces for i in documents.encode(piece, "text")[0].tolist()]
     assert found[:].tolist() == expected
     assert len(found.index.shards) == -(-len(expected) // size)  # none of them empty
     whole = content_of(tmp_path / "whole")

@@ -67,6 +67,7 @@ def test_the_number_of_processes_changes_nothing(text: Text, tmp_path: Path) -> 
         (edit(shards=[{}]), "damaged index ("),
         (edit(shards=None), "damaged index ("),
         (edit(more=1), "damaged index ("),
+        (edit(nulls="2"), "damaged index (nulls is '2')"),
         (edit(dtype="float16"), "damaged index (dtype 'float16'"),
         (edit(shard_tokens=0), "damaged index (dtype 'uint16', 0"),
         (edit(version=2), "index.json: is not of format"),
