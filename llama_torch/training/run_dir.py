@@ -94,7 +94,8 @@ def flags_after_restart(argv: Sequence[str]) -> Sequence[str]:
     found = [out for out in began if read_run(out).job == job_name()]
     if early.resume or not found:
         return argv
-    return [*argv, "--resume", f"--out={found[-1]}"]
+    out = str(found[-1])
+    return [*argv, "--resume", "--out", f"./{out}" if out.startswith("-") else out]
 
 
 def require_shared(out: Path, parallel: Parallel) -> None:
