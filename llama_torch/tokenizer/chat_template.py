@@ -76,7 +76,7 @@ class ChatTemplate:
 
     def _placed(self, text: str) -> list[str | int]:
         known = self.tokenizer
-        return placed(text, known.special, known.single_words, known.normalized)
+        return placed(text, known.special, known.single_words, known.normalized, known.ordinary)
 
 
 def require_messages(messages: Sequence[Message]) -> None:

@@ -1,15 +1,18 @@
 """A tokenizer from ``tokenizer.json`` and the files beside it."""
 
 import json
+import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from .gpt2 import EncodingError, guarded
+from .gpt2 import EncodingError, byte_spelling, guarded
 from .settings import AddedToken, TokenizerSettings
 from .tokenizer import MARKED, Tokenizer, import_library
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte's piece, for characters that have none
 
 
 class Json(Tokenizer):
@@ -18,6 +21,7 @@ class Json(Tokenizer):
     The library gets its special tokens, and what is marked like one (``<|im_start|>`` is not
     always called special), under names with a random word in front that nobody can guess, so that
     no text spells one by accident or on purpose. A special token is handed to it by that name.
+    One that the model makes of text by itself (``ordinary``) keeps its name, and text its ids.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], settings: TokenizerSettings) -> None:
@@ -25,6 +29,9 @@ class Json(Tokenizer):
         self.word = secrets.token_hex(8)
         try:
             added = _all_added(content, settings, path)
+            ordinary = _ordinary(content, settings, {t["content"] for t in added if t["special"]})
+            listed = {t["content"]: t["id"] for t in added if t["content"] in ordinary}
+            added = [t for t in added if t["content"] not in ordinary]
             hidden = {t["content"] for t in added if t["special"]}
             guarded_names = hidden | {t["content"] for t in added if MARKED.fullmatch(t["content"])}
             renamed = _renamed({**content, "added_tokens": added}, guarded_names, self.word)
@@ -33,16 +40,20 @@ class Json(Tokenizer):
             self.tokenizer.no_truncation()  # of the training that made it
             self.tokenizer.no_padding()
             special = {t["content"]: t["id"] for t in added if t["content"] in guarded_names}
-            prefix = _prefix(content.get("post_processor"), special)
+            listed |= special
+            prefix = _prefix(content.get("post_processor"))
         except Exception as error:  # the library raises bare exceptions
             if isinstance(error, InputError) and not isinstance(error, EncodingError):
                 raise
             raise InputError(f"{path}: not a tokenizer ({error}); copy it again") from None
-        for name, id_ in special.items():
-            if self.tokenizer.token_to_id(self.word + name) != id_:
+        for name, id_ in listed.items():
+            known = name if name in ordinary else self.word + name
+            if self.tokenizer.token_to_id(known) != id_:
                 raise InputError(f"{path}: {name!r} cannot have id {id_}; correct its added tokens")
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
-        super().__init__(special, max(vocab.values(), default=-1) + 1, [special[n] for n in hidden])
+        n_ids = max(vocab.values(), default=-1) + 1
+        super().__init__(listed, n_ids, [special[n] for n in hidden])
+        self.ordinary = ordinary
         self.prefix = prefix
         self.single_words = {t["content"] for t in added if t.get("single_word")} & set(special)
         self.normalized = {t["content"] for t in added if t.get("normalized")} & set(special)
@@ -57,9 +68,21 @@ class Json(Tokenizer):
         return str(self.tokenizer.decode(list(ids))).replace(self.word, "")
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Return the ids of text and special tokens; the library sees the tokens' own flags."""
-        names = (self.word + self.names[p] if isinstance(p, int) else p for p in parts)
-        return self.encode("".join(names))
+        """Return the ids of text and special tokens; the library sees the tokens' own flags.
+
+        Ordinary pieces that a template places as tokens have no flags, and divide the text.
+        """
+        ids: list[int] = []
+        run = ""
+        for part in parts:
+            if isinstance(part, str):
+                run += part
+            elif self.names[part] not in self.ordinary:
+                run += self.word + self.names[part]
+            else:
+                ids += [*(self.encode(run) if run else ()), part]
+                run = ""
+        return ids + self.encode(run) if run else ids
 
 
 def _all_added(
@@ -98,7 +121,59 @@ def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
     return vocab if isinstance(vocab, dict) else {name: i for i, (name, _) in enumerate(vocab)}
 
 
-def _renamed(content: dict[str, Any], special: Collection[str], word: str) -> dict[str, Any]:
+def _ordinary(
+    content: dict[str, Any], settings: TokenizerSettings, names: Collection[str]
+) -> set[str]:
+    """Return those of some names that the model itself makes of text.
+
+    They are its base symbols (letters, bytes), and other pieces that are not ``MARKED``: in BPE
+    those that a merge makes; in other models, where trainers put special tokens among the pieces,
+    those that no file lists as added.
+    """
+    model = content["model"]
+    vocab = _vocabulary(model)
+    prefix, suffix = (
+        model.get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix")
+    )
+    is_bytes = "ByteLevel" in _kinds([content.get("pre_tokenizer"), content.get("normalizer")])
+    if "merges" not in model:
+        listed = {t["content"] for t in content.get("added_tokens") or []}
+        words = set(vocab) - listed - set(settings.added)
+    elif model.get("ignore_merges"):
+        words = set(vocab)
+    else:
+        words = {a + b.removeprefix(prefix) for a, b in _pairs(model)}
+
+    def is_base_symbol(name: str) -> bool:
+        letter = name.removeprefix(prefix).removesuffix(suffix) or name
+        is_byte = bool(model.get("byte_fallback")) and BYTE.fullmatch(name)
+        return bool(is_byte) or (letter in byte_spelling() if is_bytes else len(letter) == 1)
+
+    return {
+        name
+        for name in names
+        if name in vocab
+        and (is_base_symbol(name) or (name in words and not MARKED.fullmatch(name)))
+    }
+
+
+def _kinds(part: Any) -> set[str]:
+    """Return the types of all pre-tokenizers, or normalizers, within others."""
+    if isinstance(part, list):
+        return {kind for inner in part for kind in _kinds(inner)}
+    if not isinstance(part, dict):
+        return set()
+    return {str(part.get("type"))} | _kinds([v for v in part.values() if isinstance(v, list)])
+
+
+def _pairs(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what a model merges; older files have the two parts in one string."""
+    for merge in model.get("merges") or ():
+        a, b = merge.split(" ", 1) if isinstance(merge, str) else merge
+        yield a, b
+
+
+def _renamed(content: dict[str, Any], special: set[str], word: str) -> dict[str, Any]:
     """Return the file's content with ``word`` before every special token's name.
 
     Merges that make such a token of text are left out.
@@ -116,8 +191,7 @@ def _renamed(content: dict[str, Any], special: Collection[str], word: str) -> di
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = new(model["unk_token"])
     if model.get("merges"):
-        pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
-        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & set(special)]
+        model["merges"] = [[a, b] for a, b in _pairs(model) if special.isdisjoint((a, b, a + b))]
     # Where a special token stands as a single word was found before it has this name.
     added = [
         {**t, "content": new(t["content"]), "single_word": False} if t["content"] in special else t
@@ -126,13 +200,13 @@ def _renamed(content: dict[str, Any], special: Collection[str], word: str) -> di
     return {**content, "model": model, "added_tokens": added}
 
 
-def _prefix(processor: Any, special: Mapping[str, int]) -> tuple[int, ...]:
+def _prefix(processor: Any) -> tuple[int, ...]:
     """Return the ids that a ``tokenizer.json``'s post-processor puts before any text."""
     if not isinstance(processor, dict):
         return ()
     ids: list[int] = []
     for inner in processor.get("processors", ()):
-        ids = [*_prefix(inner, special), *ids]
+        ids = [*_prefix(inner), *ids]
     for piece in processor.get("single", ()):
         if "SpecialToken" not in piece:
             break

@@ -49,7 +49,7 @@ def _find_tokenizer(
     if fast.is_file():
         content = read_json(fast)
         if _is_gpt2(content) and set(settings.added) <= {END_OF_TEXT}:
-            return Gpt2(), fast
+            return Gpt2(settings.roles.values()), fast
         return Json(fast, content, settings), fast
     if pieces.is_file():
         return SentencePiece(pieces, settings), pieces
@@ -58,7 +58,7 @@ def _find_tokenizer(
             f"{folder}: holds no tokenizer.json and no tokenizer.model, and a vocabulary of "
             f"{vocab_size} is not GPT-2's; copy the checkpoint's tokenizer there"
         )
-    return Gpt2(), ckpt
+    return Gpt2(settings.roles.values()), ckpt
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,7 +91,10 @@ def _is_gpt2(content: dict[str, Any]) -> bool:
 
 
 def _apply_roles(tokenizer: Tokenizer, settings: TokenizerSettings) -> None:
-    """Set BOS, EOS and the other tokens that templates know by name."""
+    """Set BOS, EOS and the other tokens that templates know by name.
+
+    Raises InputError for a BOS or EOS that is a piece of text: a message could begin or end a text.
+    """
     for role in ("bos", "eos"):
         name = settings.roles.get(f"{role}_token")
         if name is not None and name not in tokenizer.special:
@@ -99,7 +102,18 @@ def _apply_roles(tokenizer: Tokenizer, settings: TokenizerSettings) -> None:
                 f"{settings.folder}: {role}_token is {name!r} in tokenizer_config.json (or "
                 "special_tokens_map.json), which the tokenizer does not have; correct one of them"
             )
+        if name in tokenizer.ordinary:
+            raise InputError(
+                f"{settings.folder}: {role}_token is {name!r} in tokenizer_config.json (or "
+                "special_tokens_map.json), an ordinary piece of the tokenizer, which any text may "
+                "contain; name a special token"
+            )
         setattr(tokenizer, role, name or getattr(tokenizer, role))
+    for name in sorted(tokenizer.ordinary):
+        note(
+            f"{settings.folder}: {name!r} is named as a special token and is an ordinary piece of "
+            "the tokenizer; text keeps it, and templates place it as a token"
+        )
     others = settings.roles.items()
     tokenizer.others = {k: v for k, v in others if k not in ("bos_token", "eos_token")}
 

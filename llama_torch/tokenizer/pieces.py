@@ -11,7 +11,7 @@ from .settings import TokenizerSettings
 from .tokenizer import MARKED, Tokenizer, import_library
 
 # The kinds of pieces in a SentencePiece model.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 # Appended to a model's bytes: normalizer_spec.add_dummy_prefix = false.
 NO_PREFIX = b"\x1a\x02\x18\x00"
 
@@ -20,7 +20,7 @@ class SentencePiece(Tokenizer):
     """A ``tokenizer.model``, by the sentencepiece library; BOS first, as Llama 2 has it.
 
     Pieces that are special here become control pieces in the library's copy of the model, which
-    finds those in no text.
+    finds those in no text, unless they are ``ordinary``.
     """
 
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
@@ -36,7 +36,8 @@ class SentencePiece(Tokenizer):
             if not pieces:
                 raise ValueError("no pieces")
             special = _special(pieces, settings, path)
-            ids = {id_ for id_ in special.values() if id_ < len(pieces)}
+            ordinary = _ordinary(pieces, special)
+            ids = {i for name, i in special.items() if i < len(pieces) and name not in ordinary}
             changed = {i: CONTROL for i in ids if pieces[i].kind in (NORMAL, USER_DEFINED)}
             proto = with_kinds(proto, changed)
             self.processor = library.SentencePieceProcessor(model_proto=proto)
@@ -46,7 +47,9 @@ class SentencePiece(Tokenizer):
             raise InputError(
                 f"{path}: not a SentencePiece model; put the checkpoint's tokenizer.json beside it"
             ) from None
-        super().__init__(special, max([len(pieces) - 1, *special.values()]) + 1)
+        hidden = [id_ for name, id_ in special.items() if name not in ordinary]
+        super().__init__(special, max([len(pieces) - 1, *special.values()]) + 1, hidden)
+        self.ordinary = ordinary
         names = {id_: name for name, id_ in special.items()}  # those of renamed pieces, too
         bos, eos = self.processor.bos_id(), self.processor.eos_id()  # -1 where there is none
         self.bos, self.prefix, self.eos = names.get(bos), (bos,) * (bos >= 0), names.get(eos)
@@ -95,14 +98,16 @@ def is_ranks(path: Path) -> bool:
     return first != b"" and first.isascii() and first.decode().isprintable()
 
 
-class Piece(NamedTuple):
+class VocabularyPiece(NamedTuple):
     """One token of a SentencePiece model."""
 
     text: str
     kind: int
 
 
-def _special(pieces: Sequence[Piece], settings: TokenizerSettings, path: Path) -> dict[str, int]:
+def _special(
+    pieces: Sequence[VocabularyPiece], settings: TokenizerSettings, path: Path
+) -> dict[str, int]:
     """Return the special tokens' ids: the model's own, marked, named, renamed or added."""
     special = {
         piece.text: i
@@ -130,6 +135,25 @@ def _special(pieces: Sequence[Piece], settings: TokenizerSettings, path: Path) -
     return special
 
 
+def _ordinary(pieces: Sequence[VocabularyPiece], special: Mapping[str, int]) -> set[str]:
+    """Return the special tokens that are pieces of text: bytes, characters and learned pieces.
+
+    Not one that is MARKED, and not one of several characters that the model's maker defined.
+    """
+
+    def is_ordinary(piece: VocabularyPiece) -> bool:
+        is_text = piece.kind in (NORMAL, USER_DEFINED) and (
+            len(piece.text) == 1 or (piece.kind == NORMAL and not MARKED.fullmatch(piece.text))
+        )
+        return is_text or piece.kind == BYTE
+
+    return {
+        name
+        for name, id_ in special.items()
+        if id_ < len(pieces) and pieces[id_].text == name and is_ordinary(pieces[id_])
+    }
+
+
 # The model's file: protocol buffers' encoding of sentencepiece's ModelProto.
 
 
@@ -140,7 +164,7 @@ def piece_spans(proto: bytes) -> Iterator[tuple[int, int]]:
             yield start, end
 
 
-def read_piece(message: bytes) -> Piece:
+def read_piece(message: bytes) -> VocabularyPiece:
     """Return the piece that one message holds."""
     text, kind = "", NORMAL
     for number, value, start, end in _fields(message):
@@ -148,7 +172,7 @@ def read_piece(message: bytes) -> Piece:
             text = message[start:end].decode()
         elif number == 3:
             kind = value
-    return Piece(text, kind)
+    return VocabularyPiece(text, kind)
 
 
 def with_kinds(proto: bytes, kinds: Mapping[int, int]) -> bytes:

@@ -1,5 +1,6 @@
 """The interface of a tokenizer, and GPT-2's; json_tokenizer.py and pieces.py have the others."""
 
+import contextlib
 import functools
 import re
 from abc import ABC, abstractmethod
@@ -10,7 +11,7 @@ from typing import Any
 import tiktoken
 
 from ..common.errors import InputError
-from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, gpt2, gpt2_ids, located
+from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, byte_spelling, gpt2, gpt2_ids, located
 
 MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # a name in the manner of special tokens
 
@@ -19,6 +20,7 @@ class Tokenizer(ABC):
     """Encodes text to token ids, and decodes them.
 
     special  the tokens that only a chat template can place: their spelling and id.
+    ordinary those of them that are pieces of text as well, which text goes on spelling.
     hidden   the ids that stand for no text; those of the special tokens, unless said.
     n_ids    one more than the highest id.
     prefix   what goes before a prompt: one BOS where the checkpoint was trained with it.
@@ -32,6 +34,7 @@ class Tokenizer(ABC):
     ) -> None:
         self.special, self.n_ids = dict(special), n_ids
         self.hidden = set(special.values() if hidden is None else hidden)
+        self.ordinary: set[str] = set()
         self.prefix: tuple[int, ...] = ()
         self.bos: str | None = None
         self.eos: str | None = None
@@ -87,8 +90,12 @@ class Tokenizer(ABC):
 class Gpt2(Tokenizer):
     """The GPT-2 encoding, through tiktoken."""
 
-    def __init__(self) -> None:
-        super().__init__({END_OF_TEXT: END_OF_TEXT_ID}, VOCAB_SIZE)
+    def __init__(self, named: Iterable[str] = ()) -> None:
+        """Name some of its pieces in ``named``, which templates place then."""
+        ordinary = _gpt2_pieces(named)
+        end = {END_OF_TEXT: END_OF_TEXT_ID}
+        super().__init__(end | ordinary, VOCAB_SIZE, end.values())
+        self.ordinary = set(ordinary)
         self.encoding: tiktoken.Encoding = gpt2()
         self.bos = self.eos = END_OF_TEXT
 
@@ -99,6 +106,17 @@ class Gpt2(Tokenizer):
     def decode_ordinary(self, ids: Sequence[int]) -> str:
         """Return the text of ordinary ids."""
         return self.encoding.decode(ids, errors="replace")
+
+
+def _gpt2_pieces(names: Iterable[str]) -> dict[str, int]:
+    """Return the ids of those of some names that spell a piece of GPT-2's."""
+    byte_of = {character: byte for byte, character in enumerate(byte_spelling())}
+    found = {}
+    for name in names:
+        with contextlib.suppress(KeyError):  # a character that spells no byte, or no piece
+            piece = bytes(byte_of[character] for character in name)
+            found[name] = gpt2().encode_single_token(piece)
+    return {name: id_ for name, id_ in found.items() if id_ != END_OF_TEXT_ID}
 
 
 def import_library(name: str, path: Path) -> Any:

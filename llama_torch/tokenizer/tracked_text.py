@@ -156,15 +156,17 @@ def placed(
     special: Mapping[str, int],
     single_words: Collection[str] = (),
     normalized: Collection[str] = (),
+    ordinary: Collection[str] = (),
 ) -> list[str | int]:
     """Return what a template wrote, in order: text, and the ids of the special tokens it placed.
 
     A special token is spelled by the template's own characters alone; the longest at a place is
     taken. One of ``single_words`` is text beside a letter or digit. Those that are ``normalized``
     are looked for where no other is, as the tokenizers library does it.
-    Raises InputError where characters of unknown origin spell a part of one.
+    Raises InputError where characters of unknown origin spell a part of one, unless it is one of
+    ``ordinary``, which a message may spell.
     """
-    _require_known(text, special)
+    _require_known(text, set(special) - set(ordinary))
     found: list[str | int] = [text] if text else []
     for names in (set(special) - set(normalized), set(special) & set(normalized)):
         ids = {name: special[name] for name in names}
