@@ -34,11 +34,12 @@ class SingleFile:
         """Return the number of steps done, and the steps whose update was skipped."""
         with open_safetensors(self.path) as file:
             metadata = file.metadata() or {}
-        if not metadata.get("step", "").isdigit():
+        step = metadata.get("step", "")
+        if not (step.isascii() and step.isdecimal()):
             raise InputError(
                 f"{self.path}: names no step, so it is not a training state of this package"
             )
-        return int(metadata["step"]), json.loads(metadata.get("skipped", "[]"))
+        return int(step), json.loads(metadata.get("skipped", "[]"))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name, from the header alone."""

@@ -106,7 +106,11 @@ def remove_temporary(out: Path) -> None:
 
 def steps(out: Path) -> list[int]:
     """Return the steps that have a checkpoint, in ascending order."""
-    return sorted(int(path.name) for path in (out / FOLDER).glob("*") if path.name.isdigit())
+    return sorted(
+        int(path.name)
+        for path in (out / FOLDER).glob("*")
+        if path.name.isascii() and path.name.isdecimal()
+    )
 
 
 def _remove(folder: Path) -> None:

@@ -4,6 +4,7 @@ Every key of them is in one of the lists below: honoured, of a value that change
 without any effect on a result. Another key is refused by name.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ INERT = (
     "transformers_version truncation truncation_side truncation_strategy trust_remote_code "
     "unsloth_fixed use_fast vocab_file verbose"
 )
+ID = re.compile("[0-9]{1,18}")
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -120,22 +122,34 @@ def _require_supported(given: Mapping[str, Any], path: Path) -> None:
     problems += [
         f"{key}={value!r} (unknown: remove it if it changes nothing)"[:200]
         for key, value in given.items()
-        if key not in known and key not in NEUTRAL and not key.endswith(("_token", "_token_id"))
+        if key not in known and key not in NEUTRAL and not _names_a_token(key, value)
     ]
     if problems:
         raise InputError(f"{path}: {'; '.join(problems)}")
 
 
+def _names_a_token(key: str, value: Any) -> bool:
+    """Return whether an unlisted key is a token's name or id, and its value one."""
+    if key.endswith("_token_id"):
+        return value is None or type(value) is int
+    return key.endswith("_token") and (value is None or isinstance(_content(value), str))
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a token, which stands alone or with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _read_roles(found: TokenizerSettings, given: Mapping[str, Any], path: Path) -> None:
-    roles = [key for key in given if key.endswith("_token") and key not in HONOURED]
-    for role in (*ROLES, *roles):
-        token = given.get(role)
-        name = token.get("content") if isinstance(token, dict) else token
-        if isinstance(name, bool) or not name:
-            continue  # add_bos_token is none
+    switches = {*SWITCHES, *INERT.split()}  # add_bos_token names none
+    for role, token in given.items():
+        if not role.endswith("_token") or role in switches or token is None:
+            continue
+        name = _content(token)
         if not isinstance(name, str):
-            raise InputError(f"{path}: {role} is {name!r} and no text; correct it")
-        found.roles[role] = name
+            raise InputError(f"{path}: {role} is {token!r} and no text; correct it")
+        if name:
+            found.roles[role] = name
     kind = given.get("tokenizer_class")
     if kind is not None and not isinstance(kind, str):
         raise InputError(f"{path}: tokenizer_class is {kind!r} and no text; correct it")
@@ -149,15 +163,19 @@ def _read_roles(found: TokenizerSettings, given: Mapping[str, Any], path: Path) 
 
 
 def _read_added(found: TokenizerSettings, given: Mapping[str, Any], path: Path) -> None:
-    decoder = given.get("added_tokens_decoder") or {}
+    decoder = given.get("added_tokens_decoder")
+    decoder = {} if decoder is None else decoder
     if not isinstance(decoder, dict):
         raise InputError(f"{path}: added_tokens_decoder is {type(decoder).__name__}; give ids")
     found.has_decoder |= bool(decoder)
     for id_, token in sorted(decoder.items(), key=lambda item: (len(item[0]), item[0])):
-        content = token.get("content") if isinstance(token, dict) else token
-        if not id_.isdigit() or not isinstance(content, str):
+        content = _content(token)
+        if not ID.fullmatch(id_) or not isinstance(content, str):
             raise InputError(f"{path}: added_tokens_decoder has {id_!r}: {token!r}; correct it")
-        flags = {key: bool(token[key]) for key in FLAGS if key in token} if token != content else {}
+        flags = {} if token == content else {key: token[key] for key in FLAGS if key in token}
+        for flag, value in flags.items():
+            if type(value) is not bool:
+                raise InputError(f"{path}: {content!r} has {flag}={value!r}; give true or false")
         _add(found, AddedToken(content, int(id_), flags, f"{path}: added_tokens_decoder"))
     for key in LISTS:
         for name in _names(given.get(key), f"{path}: {key}"):
@@ -166,9 +184,10 @@ def _read_added(found: TokenizerSettings, given: Mapping[str, Any], path: Path) 
 
 
 def _names(given: Any, source: str) -> Iterable[str]:
-    tokens = given.values() if isinstance(given, dict) else given or ()
-    for token in tokens:
-        name = token.get("content") if isinstance(token, dict) else token
+    if given is not None and not isinstance(given, list | dict):
+        raise InputError(f"{source} is {given!r}; give a list of tokens")
+    for token in given.values() if isinstance(given, dict) else given or ():
+        name = _content(token)
         if not isinstance(name, str) or not name:
             raise InputError(f"{source}: {token!r} is no text; correct it")
         yield name

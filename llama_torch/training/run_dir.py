@@ -112,7 +112,7 @@ def require_shared(out: Path, parallel: Parallel) -> None:
 
 
 def _runs() -> dict[int, Path]:
-    numbered = {int(p.name): p for p in RUNS.glob("*") if p.name.isdigit()}
+    numbered = {int(p.name): p for p in RUNS.glob("*") if p.name.isascii() and p.name.isdecimal()}
     return dict(sorted(numbered.items()))
 
 

@@ -78,4 +78,6 @@ class EventWriter:
 
 def _next_number(folder: Path) -> int:
     numbers = (path.name.removeprefix(NAME).split(".")[0] for path in folder.glob(f"{NAME}*"))
-    return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
+    return 1 + max(
+        (int(number) for number in numbers if number.isascii() and number.isdecimal()), default=0
+    )

@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llama_torch.checkpoint import step_folders
 from llama_torch.checkpoint.hf import load_model
+from llama_torch.checkpoint.single_file import SingleFile
 from llama_torch.common import notes
 from llama_torch.common.errors import InputError
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from llama_torch.tokenizer.loading import end_ids, load_tokenizer
+from llama_torch.training import run_dir, tensorboard
 from reference_np.checkpoint import Checkpoint
 from tools import convert
 
@@ -211,3 +214,21 @@ def test_a_text_ends_at_every_end_token_that_a_file_names(
     said = capsys.readouterr().err
     assert said.count("\n") == is_said
     assert ("end tokens differ" in said) == is_said
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "1²", "0x1", ""])
+def test_a_name_that_is_no_decimal_number_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Python's isdigit holds of characters that its int refuses, or reads as other digits."""
+    (tmp_path / "checkpoints" / "12").mkdir(parents=True)
+    (tmp_path / "checkpoints" / name).mkdir(exist_ok=True)
+    assert step_folders.steps(tmp_path) == [12]
+    monkeypatch.setattr(run_dir, "RUNS", tmp_path / "checkpoints")
+    assert run_dir._next_run() == tmp_path / "checkpoints" / "13"
+    for number in ("000007", name):
+        (tmp_path / f"{tensorboard.NAME}{number}.run").touch()
+    assert tensorboard._next_number(tmp_path) == 8
+    save_file({}, tmp_path / "state", {"step": name})
+    with pytest.raises(InputError, match="names no step"):
+        SingleFile(tmp_path / "state").metadata()

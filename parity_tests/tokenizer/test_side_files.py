@@ -179,33 +179,6 @@ def test_a_models_pieces_are_changed_and_nothing_else(kinds: dict[int, int]) -> 
     assert {i for i in range(400) if library.is_control(i)} == {1, 2, *kinds}
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("tokenizer_config.json", {"do_lower_case": True}, "do_lower_case=True (supported: False)"),
-        ("tokenizer_config.json", {"shout": 1}, "shout=1 (unknown: remove it"),
-        ("special_tokens_map.json", {"normalise": "x"}, "normalise='x' (unknown"),
-        ("tokenizer_config.json", {"legacy": "no"}, "legacy is 'no'; give true or false"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "has 'x': {}"),
-        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder is list"),
-        ("tokenizer_config.json", {"extra_special_tokens": [1]}, "1 is no text"),
-        ("tokenizer_config.json", {"pad_token": 3}, "pad_token is 3 and no text"),
-        ("added_tokens.json", {"<x>": "1"}, "'<x>' has id '1'"),
-        ("added_tokens.json", {"<x>": 600}, "'<x>' has id 600, and tokenizer.json gives it 258"),
-        ("added_tokens.json", {"<s>": 5}, "'<s>' has id 5, and tokenizer.json gives it 0"),
-    ],
-)
-def test_what_is_not_supported_is_refused_by_name(
-    tmp_path: Path, file: str, content: Any, message: str
-) -> None:
-    write_json_tokenizer(tmp_path)
-    write(tmp_path / file, content)
-    with pytest.raises(InputError) as caught:
-        load_tokenizer(tmp_path, VOCAB)
-    assert message in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
-
-
 def test_an_ordinary_token_added_to_a_tokenizer_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(model_file((), ()))
     write(tmp_path / "added_tokens.json", {"word": 400})
