@@ -229,6 +229,6 @@ def test_a_name_that_is_no_decimal_number_is_passed_over(
     for number in ("000007", name):
         (tmp_path / f"{tensorboard.NAME}{number}.run").touch()
     assert tensorboard._next_number(tmp_path) == 8
-    save_file({}, tmp_path / "state", {"step": name})
+    save_file({}, tmp_path / "training_state.safetensors", {"step": name})
     with pytest.raises(InputError, match="names no step"):
-        SingleFile(tmp_path / "state").metadata()
+        SingleFile(tmp_path).metadata()
