@@ -4,7 +4,6 @@ Meta's form is described in meta_checkpoint.py.
 """
 
 import math
-import os
 import shutil
 import signal
 import sys
@@ -26,7 +25,7 @@ if __name__ == "__main__":
 from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check
-from llama_torch.common.files import finish, publish_folder
+from llama_torch.common.files import finish, publish_folder, temporary_folder
 from llama_torch.model.config import ModelConfig
 from llama_torch.tokenizer.pieces import is_ranks
 from tools.conversion.hf_checkpoint import read_hf, write_hf
@@ -94,17 +93,12 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: exists already; give a new or an empty directory")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no directory {path.parent}; make it first")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    with temporary_folder(path.with_name(f".{path.name}")) as temporary:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 finish(file)
         publish_folder(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def find_form(path: Path) -> str:
@@ -149,6 +143,9 @@ def copy_around(source: Path, folder: Path, config: ModelConfig, to: str) -> Non
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     pieces, fast, original = (folder / n for n in ("tokenizer.model", "tokenizer.json", ORIGINAL))
+    if to == "hf" and (source / ORIGINAL).is_file():
+        original.parent.mkdir()
+        shutil.copyfile(source / ORIGINAL, original)
     if to == "meta" and not pieces.exists():
         if (source / ORIGINAL).is_file():
             shutil.copyfile(source / ORIGINAL, pieces)
@@ -159,7 +156,7 @@ def copy_around(source: Path, folder: Path, config: ModelConfig, to: str) -> Non
         for name, text in made.items():
             if not (folder / name).exists():
                 write_file(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
-        original.parent.mkdir()
+        original.parent.mkdir(exist_ok=True)
         pieces.rename(original)
 
 
@@ -188,7 +185,7 @@ def _main(argv: Sequence[str]) -> int:
     flagged = ids_of_flags(settings.bos_token_id, settings.eos_token_id, model.config.vocab_size)
     ids = filed | flagged
     if to == "hf":
-        ids = complete_ids(ids, beside, model.config)
+        ids = complete_ids(ids, beside, model.config, by_size=form == "meta")
     if (form, to) == ("meta", "hf"):  # whose params.json has no place for them
         require_ids(ids, filed, beside)
     with new_directory(target) as folder:

@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import glob
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,34 +17,44 @@ from .errors import InputError
 LFS = b"version https://git-lfs"  # how a pointer begins
 _NUMBERS = itertools.count()
 _FILLING: set[Path] = set()  # folders that this process writes to now
+_TEMPORARY = re.compile(r"\.(?:\d+-)?(\d+)\.tmp", re.ASCII)  # after a path's name; of the process
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file, flush it to disk, then rename it to ``path``.
 
     The file stands in a temporary folder, since the writer of safetensors makes another one
-    beside it, which a kill would leave. A kill at any moment leaves the old file or the new one,
-    and at worst a ``.tmp`` folder, which the next write of the same file removes. Its name
-    carries the process, so that two processes that fill one cache do not meet in it.
+    beside it, which a kill would leave. A kill at any moment leaves the old file or the new one.
     """
-    for left_over in path.parent.glob(f"{path.name}.*.tmp"):
-        pid = left_over.name.split(".")[-2].rpartition("-")[2]
+    with temporary_folder(path) as folder:
+        temporary = folder / path.name
+        write(temporary)
+        finish(temporary)
+        temporary.replace(path)
+    flush(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, removed at the end unless it was renamed.
+
+    A kill leaves it, until the next one for the same path is made. Its name carries the process,
+    so that two processes that fill one cache do not meet in it.
+    """
+    for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        named = _TEMPORARY.fullmatch(left_over.name.removeprefix(path.name))
         # In a container every start may have the number of the one that was killed.
-        is_own = pid == str(os.getpid())
-        if left_over not in _FILLING if is_own else not _alive(pid):
+        is_own = named and int(named[1]) == os.getpid()
+        if named and (left_over not in _FILLING if is_own else not _alive(int(named[1]))):
             remove(left_over)
     folder = path.with_name(f"{path.name}.{next(_NUMBERS)}-{os.getpid()}.tmp")
     _FILLING.add(folder)
     try:
         folder.mkdir()
-        temporary = folder / path.name
-        write(temporary)
-        finish(temporary)
-        temporary.replace(path)
+        yield folder
     finally:
         remove(folder)
         _FILLING.discard(folder)
-    flush(path.parent)
 
 
 def remove(left_over: Path) -> None:
@@ -53,10 +65,10 @@ def remove(left_over: Path) -> None:
         left_over.unlink(missing_ok=True)  # as earlier versions left them
 
 
-def _alive(pid: str) -> bool:
+def _alive(pid: int) -> bool:
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+        os.kill(pid, 0)
+    except (OverflowError, ProcessLookupError):
         return False
     except PermissionError:
         return True
@@ -105,15 +117,11 @@ def new_folder(final: Path) -> Iterator[Path]:
     top = final = Path(os.path.realpath(final))
     while not top.parent.is_dir():
         top = top.parent
-    temporary = top.with_name(f"{top.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    with temporary_folder(top) as temporary:
         inner = temporary / final.relative_to(top)
         inner.mkdir(parents=True, exist_ok=True)
         yield inner
         publish_folder(temporary, top)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_lock(path: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_torch.common.files import atomic_write, write_text
+from llama_torch.common.files import atomic_write, new_folder, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -43,6 +43,23 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     atomic_write(path, lambda temporary: temporary.write_text("new") and None)
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_new_folder_is_filled_where_a_killed_process_left_one(tmp_path: Path) -> None:
+    for pid in (os.getpid(), 999999999):
+        (tmp_path / f"out[1].{pid}.tmp" / "below").mkdir(parents=True)
+    with new_folder(tmp_path / "out[1]" / "below") as folder:
+        (folder / "file").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out[1]"]
+    assert (tmp_path / "out[1]" / "below" / "file").read_text() == "whole"
+
+
+def test_what_only_looks_like_a_left_over_is_kept(tmp_path: Path) -> None:
+    names = ["file.old.tmp", "file.1.2.tmp", "file.v9-.tmp", "other.999999999.tmp"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    write_text(tmp_path / "file", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", *names}
 
 
 @pytest.mark.parametrize("is_folder", [True, False])

@@ -122,6 +122,20 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_killed_conversions_left_is_removed_and_no_other_folder(tmp_path: Path) -> None:
+    """In a container every start may have the number of the one that was killed."""
+    an_hf(tmp_path / "a")
+    mine = [".b.old.tmp", ".b.1.2.tmp", "b.9999999.tmp", f".c.{os.getpid()}.tmp", ".b.9-9-9.tmp"]
+    mine += [f".b.{os.getppid()}.tmp"]  # another process's that is alive
+    left_over = [f".b.{os.getpid()}.tmp", f".b.0-{os.getpid()}.tmp", ".b.9999999.tmp"]
+    left_over += [f".b.{'9' * 30}.tmp"]
+    for name in (*mine, *left_over):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("half")
+    run_convert(tmp_path / "a", tmp_path / "b")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", *mine}
+
+
 @pytest.mark.parametrize("to", ["hf", "meta"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str

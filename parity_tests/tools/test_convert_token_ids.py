@@ -175,6 +175,21 @@ def test_hugging_faces_form_may_tell_none(tmp_path: Path) -> None:
     assert [content.get("bos_token_id") for content in told] == [None, 0]
 
 
+@pytest.mark.parametrize("vocab_size", [32_000, 128_256])
+@pytest.mark.parametrize("known", [{}, {"eos_token_id": 7}])
+def test_hugging_faces_form_is_told_none_by_its_size(
+    tmp_path: Path, vocab_size: int, known: dict[str, Any]
+) -> None:
+    an_hf(tmp_path / "a", LlamaConfig(8, 1, 2, 1, 4, 8, vocab_size))
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    del config["bos_token_id"], config["eos_token_id"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | known))
+    run_convert(tmp_path / "a", tmp_path / "b", "--to", "hf")
+    told = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert {key: value for key, value in told.items() if key.endswith("token_id")} == known
+    assert not (tmp_path / "b" / "generation_config.json").exists()
+
+
 @pytest.mark.parametrize("pad", [-1, 30])
 def test_padding_beyond_the_vocabulary_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], pad: int

@@ -23,10 +23,41 @@ def test_metas_own_file_comes_back(converted: Converted, tmp_path: Path) -> None
     assert not (converted.folder / "tokenizer.model").exists()
     run_convert(converted.folder, tmp_path / "c")
     run_convert(tmp_path / "c", tmp_path / "d")
-    for name in ("c/tokenizer.model", "d/original/tokenizer.model"):
+    run_convert(tmp_path / "d", tmp_path / "e", "--to", "hf")
+    for name in ("c/tokenizer.model", "d/original/tokenizer.model", "e/original/tokenizer.model"):
         assert (tmp_path / name).read_bytes() == lines(gpt2_ranks())
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         assert (tmp_path / "d" / name).read_bytes() == (converted.folder / name).read_bytes()
+
+
+def test_a_list_of_ranks_beside_hugging_faces_form_takes_the_place_of_the_original(
+    converted: Converted, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a"
+    shutil.copytree(converted.folder, folder)
+    (folder / "original" / "tokenizer.model").rename(folder / "tokenizer.model")
+    (folder / "original" / "tokenizer.model").write_bytes(b"another")
+    run_convert(folder, tmp_path / "b", "--to", "hf")
+    assert (tmp_path / "b" / "original" / "tokenizer.model").read_bytes() == lines(gpt2_ranks())
+    assert not (tmp_path / "b" / "tokenizer.model").exists()
+
+
+def test_a_tokenizer_json_that_was_cut_off_is_one_line(
+    converted: Converted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a"
+    shutil.copytree(converted.folder, folder)
+    shutil.rmtree(folder / "original")
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-100])
+    for _ in range(2):  # without the ids, the tokenizer is asked for them
+        capsys.readouterr()
+        assert convert.main([str(folder), str(tmp_path / "b")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {path}: is not JSON (")
+        assert error.count("\n") == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+        (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def changed_json(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

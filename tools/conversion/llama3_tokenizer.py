@@ -69,10 +69,10 @@ def meta_tokenizer(path: Path, config: ModelConfig) -> bytes | None:
     """Return the tokenizer.model of which ``path``, a tokenizer.json, is Hugging Face's form.
 
     None where it is another tokenizer's than a Llama 3's. It may list more merges for a token than
-    its last: these pairs meet in no text.
+    its last: these pairs meet in no text. Raises InputError for a file that is not JSON.
     """
+    content = read_json(path)
     try:
-        content = read_json(path)
         ranks = _ranks(content["model"]["vocab"], config.vocab_size - N_SPECIAL)
         expected = _tokenizer(ranks, special_tokens(config, len(ranks)))
         wanted = expected["model"]["merges"]

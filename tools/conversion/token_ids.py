@@ -57,14 +57,16 @@ def ids_of_files(folder: Path, vocab_size: int) -> TokenIds:
     return ids
 
 
-def complete_ids(ids: TokenIds, folder: Path, config: ModelConfig) -> TokenIds:
+def complete_ids(ids: TokenIds, folder: Path, config: ModelConfig, by_size: bool) -> TokenIds:
     """Return ids, which files and flags tell, and beside them those that the tokenizer does.
 
-    Where there is no tokenizer, a vocabulary of Llama 2's or 3's size tells them.
+    ``by_size``: where there is no tokenizer, a vocabulary of Llama 2's or 3's size tells them.
+    Meta's form has no other place for them; Hugging Face's has, and left them out.
     """
     if BOS in ids and EOS in ids:
         return ids
-    return _ids_of_vocabulary(folder, config) | _ids_of_tokenizer(folder, config) | ids
+    sized = _ids_of_vocabulary(folder, config) if by_size else {}
+    return sized | _ids_of_tokenizer(folder, config) | ids
 
 
 def require_ids(ids: TokenIds, filed: TokenIds, folder: Path) -> None:
