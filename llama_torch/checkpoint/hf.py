@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,13 +31,22 @@ DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-STORED = ("F16", "BF16", "F32", "F64")
+# What a parameter may be stored as, by safetensors' names.
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 COMPILED = "_orig_mod."  # how torch.compile's wrapper names its model
 
 PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
 
 ADAPTER = "adapter_config.json"
+
+
+class Stored(NamedTuple):
+    """Where a parameter is stored, and as what."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def write_directory_files(directory: Path, config: ModelConfig) -> None:
@@ -100,33 +110,33 @@ def load_model(
     with torch.device("meta"):
         model = Llama(config)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    require_match(path, expected, {name: shape for name, (_, shape) in files.items()})
-    tensors = {name: read_tensor(file, name, dtype, device) for name, (file, _) in files.items()}
+    require_match(path, expected, {name: where.shape for name, where in files.items()})
+    tensors = {name: read_tensor(files[name].file, name, dtype, device) for name in files}
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
-def locate(path: Path) -> tuple[ModelConfig, dict[str, tuple[Path, tuple[int, ...]]]]:
-    """Read a checkpoint's config, and every parameter's file and shape, without its data.
+def locate(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
+    """Read a checkpoint's config, and every parameter's file, shape and dtype, without its data.
 
     Raises InputError as ``load_model`` does.
     """
     files = weight_files(path)
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    found: dict[str, Stored] = {}
     for file_path in files:
         with open_safetensors(file_path) as file:
             for name in file.keys():  # noqa: SIM118
                 if name.endswith(DERIVED_SUFFIX):
                     continue
                 part = file.get_slice(name)
-                if (stored := part.get_dtype()) not in STORED:
-                    raise InputError(f"{file_path}: {name} is stored as {stored}; save it in float")
+                if (kind := part.get_dtype()) not in DTYPES:
+                    raise InputError(f"{file_path}: {name} is stored as {kind}; save it in float")
                 if name in found:
                     raise InputError(f"{file_path}: {name} is also in another shard; keep one")
-                found[name] = file_path, tuple(part.get_shape())
+                found[name] = Stored(file_path, tuple(part.get_shape()), DTYPES[kind])
     config = read_config(path, files)
     if config.tie_embeddings and {EMBEDDING, HEAD} <= found.keys():
-        _require_equal(found[EMBEDDING][0], found.pop(HEAD)[0])
+        _require_equal(found[EMBEDDING].file, found.pop(HEAD).file)
     elif config.tie_embeddings and HEAD in found:
         found[EMBEDDING] = found.pop(HEAD)  # of two names for one tensor this one was kept
     return config, found
@@ -147,11 +157,11 @@ def read_tensor(
 ) -> Tensor:
     """Read one parameter; without a change of dtype or device it is the file, mapped."""
     with open_safetensors(path) as file:
-        tensor: Tensor = file.get_tensor(stored_as(file, name))
+        tensor: Tensor = file.get_tensor(_stored_as(file, name))
     return tensor.to(device, dtype)
 
 
-def stored_as(file: safe_open, name: str) -> str:
+def _stored_as(file: safe_open, name: str) -> str:
     """Return a parameter's name in a file; a tied embedding may be stored as the head alone."""
     return HEAD if name == EMBEDDING and name not in file.keys() else name  # noqa: SIM118
 

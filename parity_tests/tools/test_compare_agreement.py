@@ -88,7 +88,7 @@ def test_a_streamed_model_computes_as_a_loaded_one(
     config, files = locate(ckpt)
     cpu = torch.device("cpu")
     forward = torch_side.llama_forward(
-        config, lambda n: read_tensor(files[n][0], n, torch.float32), cpu
+        config, lambda n: read_tensor(files[n].file, n, torch.float32), cpu
     )
     found: dict[str, torch.Tensor] = {}
     call = make_calls(np.arange(6), CONFIG, (6,), 0)[0]

@@ -71,7 +71,7 @@ def make_torch_side(kind: str, dtype: str, path: Path, spec: str) -> Side:
     def read(name: str) -> Tensor:
         if own.tie_embeddings and name == LM_HEAD:
             name = EMBED
-        return read_tensor(files[name][0], name, torch_dtype, device)
+        return read_tensor(files[name].file, name, torch_dtype, device)
 
     def write(
         writer: TraceWriter, calls: Sequence[Call], config: LlamaConfig, advance: Advance

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llama_torch.checkpoint.hf import (
@@ -17,11 +16,9 @@ from llama_torch.checkpoint.hf import (
     locate,
     read_tensor,
     require_match,
-    stored_as,
 )
 
 from .lazy_weights import (
-    DTYPES,
     Model,
     Weight,
     label,
@@ -37,16 +34,11 @@ def read_hf(path: Path) -> Model:
     """Open a model directory or a .safetensors file; InputError as ``load_model`` raises it."""
     config, files = locate(path)
     expected = shapes_of(config)
-    require_match(path, expected, {name: shape for name, (_, shape) in files.items()})
-    dtypes: dict[str, torch.dtype] = {}
-    for file in {file for file, _ in files.values()}:
-        with safe_open(file, framework="pt") as opened:
-            for name in (name for name in expected if files[name][0] == file):
-                dtypes[name] = DTYPES[opened.get_slice(stored_as(opened, name)).get_dtype()]
+    require_match(path, expected, {name: where.shape for name, where in files.items()})
     weights = {}
-    for name, shape in expected.items():
-        read = partial(read_tensor, files[name][0], name, dtypes[name])
-        weights[name] = Weight(shape, dtypes[name], read)
+    for name in expected:
+        file, shape, dtype = files[name]
+        weights[name] = Weight(shape, dtype, partial(read_tensor, file, name, dtype))
     return Model(config, weights)
 
 

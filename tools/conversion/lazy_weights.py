@@ -17,8 +17,6 @@ from llama_torch.model.config import ModelConfig
 from reference_np.config import LlamaConfig
 from reference_np.naming import parameter_shapes
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-
 
 @dataclass(frozen=True)
 class Weight:

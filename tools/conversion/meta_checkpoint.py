@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_torch.checkpoint.hf import require_match
+from llama_torch.checkpoint.hf import DTYPES, require_match
 from llama_torch.common.errors import InputError
 from llama_torch.model.config import ModelConfig
 from reference_np.naming import EMBED, LM_HEAD
 
-from .lazy_weights import DTYPES, Model, Weight, shapes_of, shown, stored, write_file, write_json
+from .lazy_weights import Model, Weight, shapes_of, shown, stored, write_file, write_json
 from .meta_params import config_from, is_llama3, params_of, read_params
 
 # Hugging Face's name, below "model." and the layer's number, -> Meta's.
