@@ -35,6 +35,7 @@ from .config import (
 )
 from .cuda_graph import GraphStore
 from .engine import DecodeBatch, generate_tokens
+from .generation_file import check_generation_file
 from .quantization import quantize as quantize_model
 from .speculative import speculative_batch
 
@@ -59,7 +60,12 @@ class TextModel:
         self.ckpt, self.model, self.tokenizer, self._template = ckpt, model, tokenizer, template
         self.decoding, self.draft = decoding or DecodingConfig(), draft
         self.graphs = GraphStore(model)
-        self.end_ids = end_ids(ckpt, tokenizer, model.config.vocab_size)
+
+    @cached_property
+    def end_ids(self) -> set[int]:
+        """The ids that end a text; InputError where generation_config.json cannot be followed."""
+        check_generation_file(self.ckpt if self.ckpt.is_dir() else self.ckpt.parent)
+        return end_ids(self.ckpt, self.tokenizer, self.model.config.vocab_size)
 
     @cached_property
     def chat_template(self) -> ChatTemplate | Llama2Template:

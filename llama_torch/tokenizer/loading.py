@@ -29,6 +29,8 @@ def load_tokenizer(ckpt: Path, vocab_size: int) -> Tokenizer:
     _leave_out_padding(tokenizer, settings, vocab_size)
     if source.name == "tokenizer.json":
         _note_bos(tokenizer, source, settings)
+    if settings.add_eos_token:
+        note(f"{folder}: add_eos_token is not followed: a prompt is continued")
     if settings.clean_up_tokenization_spaces:
         note(
             f"{folder}: clean_up_tokenization_spaces is not done, as in transformers 5 "
@@ -48,6 +50,8 @@ def _find_tokenizer(
     fast, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file():
         content = read_json(fast)
+        if _puts_a_token_last(content.get("post_processor")):
+            note(f"{fast}: a token after a text is left out: a prompt is continued")
         if _is_gpt2(content) and set(settings.added) <= {END_OF_TEXT}:
             return Gpt2(settings.roles.values()), fast
         return Json(fast, content, settings), fast
@@ -59,6 +63,18 @@ def _find_tokenizer(
             f"{vocab_size} is not GPT-2's; copy the checkpoint's tokenizer there"
         )
     return Gpt2(settings.roles.values()), ckpt
+
+
+def _puts_a_token_last(processor: Any) -> bool:
+    """Return whether a ``tokenizer.json``'s post-processor puts a token after a text."""
+    if not isinstance(processor, dict):
+        return False
+    single = processor.get("single") or [{}]
+    return (
+        any(map(_puts_a_token_last, processor.get("processors", ())))
+        or "SpecialToken" in single[-1]
+        or processor.get("type") in ("BertProcessing", "RobertaProcessing")
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -22,27 +22,30 @@ ROLES = (
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 HONOURED = (
     *(*ROLES, *LISTS, "added_tokens_decoder", "add_bos_token", "legacy", "add_prefix_space"),
-    *("chat_template", "clean_up_tokenization_spaces", "tokenizer_class"),
+    *("add_eos_token", "chat_template", "clean_up_tokenization_spaces", "tokenizer_class"),
 )
-SWITCHES = ("add_bos_token", "legacy", "add_prefix_space", "clean_up_tokenization_spaces")
+SWITCHES = (
+    *("add_bos_token", "add_eos_token", "legacy", "add_prefix_space"),
+    "clean_up_tokenization_spaces",
+)
 # Keys that would change the result, with the values that do not.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "do_lower_case": (False,),
     "from_slow": (False,),
+    "init_inputs": ([],),
     "sp_model_kwargs": ({},),
     "split_special_tokens": (False, True),  # what a user writes is text in any case
     "use_default_system_prompt": (False,),
 }
 # Keys that say how a tokenizer is stored, batched, truncated or shown.
 INERT = (
-    "add_eos_token auto_map backend errors fix_mistral_regex "
-    "is_local keep_accents local_files_only max_length model_input_names model_max_length "
+    "auto_map backend errors fix_mistral_regex is_local keep_accents local_files_only "
+    "max_len max_length merges_file model_input_names model_max_length "
     "model_specific_special_tokens name_or_path pad_to_multiple_of pad_token_type_id padding "
     "padding_side processor_class remove_space response_schema return_token_type_ids "
-    "sp_model_file "
-    "spaces_between_special_tokens special_tokens_map_file stride tokenizer_file "
-    "transformers_version truncation truncation_side truncation_strategy trust_remote_code "
-    "unsloth_fixed use_fast vocab_file verbose"
+    "sp_model_file spaces_between_special_tokens special_tokens_map_file stride suffix_first "
+    "tokenizer_file transformers_version truncation truncation_side truncation_strategy "
+    "trust_remote_code unsloth_fixed use_fast verbose vocab_file vocab_size"
 )
 ID = re.compile("[0-9]{1,18}")
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
@@ -78,6 +81,8 @@ class TokenizerSettings:
     """Whether tokenizer_config.json lists the added tokens with their ids."""
     tokenizer_class: str | None = None
     add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    """Whether transformers puts EOS after a text; a prompt, which is continued, has none here."""
     clean_up_tokenization_spaces: bool | None = None
     """Whether transformers 4 takes the space before punctuation out of decoded text."""
     legacy: bool | None = None
@@ -87,21 +92,22 @@ class TokenizerSettings:
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
-    """Return what the files of a folder say; tokenizer_config.json wins.
+    """Return what the files of a folder say.
 
+    With an added_tokens_decoder tokenizer_config.json says all, as in transformers; else
+    special_tokens_map.json replaces its tokens, and added_tokens.json has others.
     Raises InputError for a key that is not known, or has a value that would change the result and
     is not supported.
     """
     found = TokenizerSettings(folder)
-    for name in (MAP, CONFIG):
+    for name in (CONFIG, MAP):
         path = folder / name
-        if path.is_file():
+        if path.is_file() and not found.has_decoder:
             given = read_json(path)
             _require_supported(given, path)
             _read_roles(found, given, path)
             _read_added(found, given, path)
     path = folder / ADDED
-    # A file of older versions: tokenizer_config.json's own list of added tokens replaces it.
     if path.is_file() and not found.has_decoder:
         for name, id_ in read_json(path).items():
             if type(id_) is not int or id_ < 0:
@@ -167,7 +173,7 @@ def _read_added(found: TokenizerSettings, given: Mapping[str, Any], path: Path) 
     decoder = {} if decoder is None else decoder
     if not isinstance(decoder, dict):
         raise InputError(f"{path}: added_tokens_decoder is {type(decoder).__name__}; give ids")
-    found.has_decoder |= bool(decoder)
+    found.has_decoder |= "added_tokens_decoder" in given
     for id_, token in sorted(decoder.items(), key=lambda item: (len(item[0]), item[0])):
         content = _content(token)
         if not ID.fullmatch(id_) or not isinstance(content, str):

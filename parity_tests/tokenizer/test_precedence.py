@@ -1,0 +1,77 @@
+"""Which of the files beside a tokenizer decides, and what no prompt has, as in transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from llama_torch.tokenizer.loading import load_tokenizer
+
+VOCAB = 999
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+NAMES = ("<s>", "</s>", "<a>", "<b>")
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, template: str = "$A") -> None:
+    vocab = {name: i for i, name in enumerate([*NAMES, *LETTERS])}
+    made = tokenizers.Tokenizer(models.BPE(vocab, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(list(NAMES))
+    made.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    made.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("has_decoder", [False, True])
+def test_the_map_replaces_names_where_no_token_is_listed(tmp_path: Path, has_decoder: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_tokenizer(tmp_path)
+    settings: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if has_decoder:
+        token = {"content": "<s>", "special": True}
+        flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+        settings["added_tokens_decoder"] = {"0": token | flags}
+    write(tmp_path, "tokenizer_config.json", settings)
+    write(tmp_path, "special_tokens_map.json", {"bos_token": "<a>", "eos_token": "<b>"})
+    ours = load_tokenizer(tmp_path, VOCAB)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.bos, ours.eos) == (theirs.bos_token, theirs.eos_token)
+    assert ours.bos == ("<s>" if has_decoder else "<a>")
+
+
+@pytest.mark.parametrize(("template", "said"), [("$A", False), ("<s> $A </s>", True)])
+def test_a_token_after_a_text_is_noted_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, said: bool
+) -> None:
+    write_tokenizer(tmp_path, template)
+    write(tmp_path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer = load_tokenizer(tmp_path, VOCAB)
+    assert ("a token after a text is left out" in capsys.readouterr().err) == said
+    assert 1 not in [*tokenizer.prefix, *tokenizer.encode("hi")]
+
+
+def test_add_eos_token_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tokenizer(tmp_path)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": True}
+    write(tmp_path, "tokenizer_config.json", settings)
+    load_tokenizer(tmp_path, VOCAB)
+    assert "add_eos_token is not followed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "suffix_first", "merges_file", "init_inputs"])
+def test_keys_that_saved_tokenizers_have_are_taken(tmp_path: Path, key: str) -> None:
+    """SmolLM2's file has its vocabulary's size, CodeLlama's as transformers saves it another."""
+    values = {"vocab_size": 49152, "suffix_first": False, "merges_file": "x", "init_inputs": []}
+    write_tokenizer(tmp_path)
+    write(tmp_path, "tokenizer_config.json", {key: values[key]})
+    load_tokenizer(tmp_path, VOCAB)
