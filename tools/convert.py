@@ -62,7 +62,7 @@ class ConvertConfig:
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision to store; keep = the source's."""
     shards: int = 1
-    """Meta: number of consolidated files."""
+    """Meta: number of consolidated files; each is in memory, whole, while it is written."""
     max_shard_gb: float = 5.0
     """Hugging Face: largest file, in units of 10^9 bytes."""
     max_seq_len: int = 0

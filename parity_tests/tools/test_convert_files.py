@@ -5,13 +5,17 @@ import os
 import resource
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tools import convert
+from tools.conversion import hf_checkpoint
 
 from ..conformance.strategies import random_params
 from ..support.meta_checkpoints import (
@@ -25,6 +29,7 @@ from ..support.meta_checkpoints import (
     meta_tensors,
     read_hf,
     read_meta,
+    write_hf,
     write_meta,
 )
 from .commands import run_convert
@@ -74,6 +79,42 @@ def test_what_the_files_of_other_years_hold(tmp_path: Path) -> None:
         torch.save(odd, path, _use_new_zipfile_serialization=archive)
         run_convert(tmp_path / "a", tmp_path / f"b{archive}", "--to", "meta")
         assert_same_bits(read_meta(tmp_path / f"b{archive}", 1)[1], tensors)
+
+
+def test_hugging_faces_form_is_written_one_tensor_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another dtype, too, none but the tensor in hand is in memory."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    real, at_once = hf_checkpoint.stored, []
+
+    def stored(*args: Any) -> torch.Tensor:
+        tensor = real(*args)
+        alive.append(weakref.ref(tensor))
+        at_once.append(sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(hf_checkpoint, "stored", stored)
+    run_convert(an_hf(tmp_path / "a"), tmp_path / "b", "--to", "hf", "--dtype", "bfloat16")
+    assert len(at_once) == len(read_hf(tmp_path / "b"))
+    assert max(at_once) == 1
+
+
+def test_tensors_of_several_dtypes_lie_at_multiples_of_their_elements(tmp_path: Path) -> None:
+    config = replace(CONFIG, vocab_size=7)
+    tensors = {n: torch.from_numpy(v).float() for n, v in random_params(config, 0).items()}
+    for i, name in enumerate(tensors):
+        tensors[name] = tensors[name].to([torch.bfloat16, torch.float64, torch.float32][i % 3])
+    write_hf(tmp_path / "a", config, tensors, 1)
+    run_convert(tmp_path / "a", tmp_path / "b", "--to", "hf")
+    assert_same_bits(read_hf(tmp_path / "b"), tensors)
+    data = (tmp_path / "b" / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(data[8 : 8 + length])
+    assert header.pop("__metadata__")["format"] == "pt"
+    for name, entry in header.items():
+        assert entry["data_offsets"][0] % tensors[name].element_size() == 0
 
 
 def test_matrices_that_share_their_memory(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Read and write a Hugging Face model directory, one tensor at a time."""
+"""Read and write a Hugging Face model directory; one tensor is in memory at a time."""
 
 import json
 import math
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from llama_torch.checkpoint.hf import (
+    DTYPES,
     INDEX_FILE,
     MODEL_FILE,
     locate,
@@ -23,11 +23,13 @@ from .lazy_weights import (
     Weight,
     label,
     shapes_of,
-    shown,
     stored,
+    with_progress,
     write_file,
     write_json,
 )
+
+LABELS = {dtype: name for name, dtype in DTYPES.items()}  # dtypes' names in safetensors files
 
 
 def read_hf(path: Path) -> Model:
@@ -76,8 +78,28 @@ def _write_group(
     dtype: torch.dtype | None,
     metadata: dict[str, str],
 ) -> None:
-    tensors = {name: stored(name, model.weights[name], dtype) for name in shown(names, path.name)}
-    write_file(path, partial(save_file, tensors, metadata=metadata))
+    """Write a safetensors file as its format says: length of the header, header, tensors."""
+    # Each lies at a multiple of its element's size, as the library writes them.
+    dtypes = {name: dtype or model.weights[name].dtype for name in names}
+    names = sorted(names, key=lambda name: -dtypes[name].itemsize)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        shape, start = model.weights[name].shape, end
+        end += math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": LABELS[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def save(path: Path) -> None:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in with_progress(names, path.name):
+                content = stored(name, model.weights[name], dtype).flatten().view(torch.uint8)
+                file.write(content.numpy().data)
+                del content  # before the next one is read
+
+    write_file(path, save)
 
 
 def grouped(sizes: Mapping[str, int], limit: float) -> list[list[str]]:

@@ -57,7 +57,7 @@ def label(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def shown(names: Sequence[str] | Mapping[str, object], what: str) -> Iterator[str]:
+def with_progress(names: Sequence[str] | Mapping[str, object], what: str) -> Iterator[str]:
     """Yield names, under a progress bar where stderr is a terminal."""
     console = Console(stderr=True)
     disable = not console.is_terminal

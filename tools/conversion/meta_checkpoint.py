@@ -24,7 +24,7 @@ from llama_torch.common.errors import InputError
 from llama_torch.model.config import ModelConfig
 from reference_np.naming import EMBED, LM_HEAD
 
-from .lazy_weights import Model, Weight, shapes_of, shown, stored, write_file, write_json
+from .lazy_weights import Model, Weight, shapes_of, stored, with_progress, write_file, write_json
 from .meta_params import config_from, is_llama3, params_of, read_params
 
 # Hugging Face's name, below "model." and the layer's number, -> Meta's.
@@ -204,13 +204,16 @@ def check_widths(config: ModelConfig, found: Mapping[str, tuple[int, ...]], path
 
 
 def write_meta(folder: Path, model: Model, dtype: torch.dtype | None, shards: int) -> None:
-    """Write params.json and the consolidated files; a tied model gets both of its matrices."""
+    """Write params.json and the consolidated files; a tied model gets both of its matrices.
+
+    torch.save writes a file at once: all of its tensors are in memory.
+    """
     config = model.config
     embedding_axis = 0 if is_llama3(config.rope_theta) or config.rope_type == "llama3" else 1
     names = shapes_of(replace(config, tie_embeddings=False))
     for shard in range(shards):
         tensors = {}
-        for name in shown(names, f"consolidated.{shard:02}.pth"):
+        for name in with_progress(names, f"consolidated.{shard:02}.pth"):
             tensor = stored(name, model.weights.get(name, model.weights[EMBED]), dtype)
             if (rows := rotary_rows(name, config)) is not None:
                 tensor = tensor[rows.argsort()]
