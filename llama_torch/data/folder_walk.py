@@ -8,14 +8,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from .formats import ENDINGS, ending
+from .formats import ENDINGS, decompressed_name, ending
 
 ANY_DEPTH = "**"
 SHOWN = 5  # kinds of files passed over that a message names
 
 # What may match a pattern and is no file to read.
 FOLDER, UNREADABLE, BROKEN, SPECIAL = "folder", "unreadable folder", "broken link", "special file"
-NOUNS = (FOLDER, UNREADABLE, BROKEN, SPECIAL)
+COPY = "compressed copy"
+PLURALS = {noun: f"{noun}s" for noun in (FOLDER, UNREADABLE, BROKEN, SPECIAL)}
+PLURALS[COPY] = "compressed copies"
 
 States = frozenset[int]  # indices of a pattern's parts that may match the next name; their number
 # itself says that all have matched
@@ -32,7 +34,7 @@ class Found:
     def describe_passed_over(self) -> str:
         """Return the counts of what is not read: "2 .py, 1 broken link, 1 hidden"; else ""."""
         shown = self.passed_over.most_common(SHOWN)
-        counts = [f"{n} {kind}{'s' * (n > 1 and kind in NOUNS)}" for kind, n in shown]
+        counts = [f"{n} {PLURALS.get(kind, kind) if n > 1 else kind}" for kind, n in shown]
         others = self.passed_over.total() - sum(n for _, n in shown)
         counts += [f"{n} {kind}" for kind, n in (("others", others), ("hidden", self.hidden)) if n]
         return ", ".join(counts)
@@ -52,9 +54,10 @@ def search(pattern: str) -> Found:
 
     Files come in the order of their paths, compared name by name. Names that begin with a dot
     are left out, unless the glob's own part begins with one. Symbolic links are followed; a file
-    that several names lead to counts once, by the first.
+    that several names lead to counts once, by the first. Of files of one folder whose names differ
+    in the compression alone the first is read: the plain one, else ``.gz``.
     """
-    found = Found()
+    found, texts = Found(), set[Path]()
     if not os.path.isdir(pattern) and not _is_magic(pattern):
         return found
     folder, parts = _split(pattern)
@@ -63,7 +66,10 @@ def search(pattern: str) -> Found:
             found.passed_over[ending(entry.path) or "without an ending"] += 1
         elif not os.path.isfile(entry.real):
             found.passed_over[SPECIAL] += 1
+        elif decompressed_name(entry.path) in texts:
+            found.passed_over[COPY] += 1
         else:
+            texts.add(decompressed_name(entry.path))
             found.files.setdefault(entry.real, entry.path)
     return found
 

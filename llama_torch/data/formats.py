@@ -29,6 +29,11 @@ def text_format(path: Path) -> str:
     return ending(path).removesuffix(".gz").removesuffix(".zst")
 
 
+def decompressed_name(path: Path) -> Path:
+    """Return a compressed file's path without the ending of its compression, or else its path."""
+    return path.with_suffix("") if is_compressed(path) else path
+
+
 def is_compressed(path: Path) -> bool:
     """Return whether a file is read decompressed."""
     return ending(path).endswith(COMPRESSIONS)

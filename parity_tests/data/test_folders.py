@@ -72,12 +72,25 @@ def every_path(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield path
 
 
-def expected(folder: Path) -> list[Path]:
+def expected(folder: Path, matches: Callable[[Path], object] = lambda _: True) -> list[Path]:
     """Return the first path of every real file, compared name by name."""
     first: dict[Path, Path] = {}
-    for path in sorted((p for p in every_path(folder) if is_text(p.name)), key=lambda p: p.parts):
+    found = sorted((p for p in every_path(folder) if is_text(p.name)), key=lambda p: p.parts)
+    for path in without_copies([p for p in found if matches(p.relative_to(folder))]):
         first.setdefault(path.resolve(), path)
     return list(first.values())
+
+
+def without_copies(paths: list[Path]) -> list[Path]:
+    """Return the paths without those that another one is, but for the compression's ending."""
+    kept: dict[str, Path] = {}
+    for end in (None, ".gz", ".zst"):
+        for path in paths:
+            name = str(path)
+            is_compressed = name.lower().endswith((".gz", ".zst"))
+            if name.lower().endswith(end) if end else not is_compressed:
+                kept.setdefault(name[: -len(end)] if end else name, path)
+    return [path for path in paths if path in kept.values()]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +135,7 @@ def test_a_glob_takes_those_that_it_matches(
         ("**/?.md/**", lambda p: False),
         ("*/", lambda p: len(p.parts) > 1),
     ):
-        wanted = [p for p in expected(folder) if matches(p.relative_to(folder))]
+        wanted = expected(folder, matches)
         if wanted:
             assert find_files([f"{folder}/{pattern}"]) == wanted, pattern
         else:
@@ -143,18 +156,25 @@ def test_links_in_circles_end(tmp_path: Path) -> None:
 def test_a_deep_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deeper than Python's recursion goes."""
     monkeypatch.chdir(tmp_path)
-    for _ in range(1200):
-        os.mkdir("a")
-        os.chdir("a")
-    Path("x.txt").write_text("text")
-    os.chdir(tmp_path)
-    (found,) = find_files(["."])
-    os.chdir(found.parent)
-    Path("x.txt").unlink()
-    for _ in range(1200):
-        os.chdir("..")
-        os.rmdir("a")
-    assert len(found.parts) == 1201
+    depth = 0
+    try:
+        while depth < 1200:
+            os.mkdir("a")
+            os.chdir("a")
+            depth += 1
+        Path("x.txt").write_text("text")
+        os.chdir(tmp_path)
+        (found,) = find_files(["."])
+        assert len(found.parts) == 1201
+    finally:
+        # What removes pytest's folders recurses.
+        os.chdir(tmp_path)
+        for _ in range(depth):
+            os.chdir("a")
+        Path("x.txt").unlink(missing_ok=True)
+        for _ in range(depth):
+            os.chdir("..")
+            os.rmdir("a")
 
 
 def test_hidden_names_are_read_where_they_are_named(tmp_path: Path) -> None:
@@ -196,6 +216,33 @@ def test_one_line_counts_what_is_read_and_passed_over(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert said(str(folder)) == ""
+
+
+def test_a_text_and_its_compressed_copies_are_read_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told by name, in one folder; what the glob leaves out or a name says is read."""
+    names = ["a.txt", "a.txt.gz", "a.TXT.gz", "b.md.GZ", "b.md.zst", "sub/a.txt.gz", "a.md.gz"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+
+    def found(*patterns: str) -> list[str]:
+        note.cache_clear()
+        capsys.readouterr()
+        given = [f"{tmp_path}/{pattern}" for pattern in patterns]
+        return [str(path.relative_to(tmp_path)) for path in find_files(given)]
+
+    kept = ["a.TXT.gz", "a.md.gz", "a.txt", "b.md.GZ", "sub/a.txt.gz"]
+    assert found("") == kept
+    assert capsys.readouterr().err.endswith(": 5 files; passed over: 2 compressed copies\n")
+    assert found("a.txt*") == ["a.txt"]
+    assert capsys.readouterr().err.endswith(": 1 file; passed over: 1 compressed copy\n")
+    assert found("*.gz") == ["a.TXT.gz", "a.md.gz", "a.txt.gz"]
+    assert found("a.txt", "a.txt.gz") == ["a.txt", "a.txt.gz"]
+    key = identify(find_files([f"{tmp_path}/a.txt*"]), "text").key
+    (tmp_path / "a.txt.zst").write_text("written beside it by zstd")
+    assert identify(find_files([f"{tmp_path}/a.txt*"]), "text").key == key
 
 
 def test_a_file_that_joins_or_changes_is_another_text(tmp_path: Path) -> None:
