@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
+from ..common.notes import note
 from .gpt2 import EncodingError, byte_spelling, guarded
-from .settings import AddedToken, TokenizerSettings
+from .settings import FLAGS, AddedToken, TokenizerSettings
 from .tokenizer import MARKED, Tokenizer, import_library
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte's piece, for characters that have none
@@ -20,7 +21,8 @@ class Json(Tokenizer):
 
     The library gets its special tokens, and what is marked like one (``<|im_start|>`` is not
     always called special), under names with a random word in front that nobody can guess, so that
-    no text spells one by accident or on purpose. A special token is handed to it by that name.
+    no text spells one by accident or on purpose. It gets the text between special tokens alone,
+    behind an added token of random letters that stands for the one before: what it finds first.
     One that the model makes of text by itself (``ordinary``) keeps its name, and text its ids.
     """
 
@@ -32,6 +34,7 @@ class Json(Tokenizer):
             ordinary = _ordinary(content, settings, {t["content"] for t in added if t["special"]})
             listed = {t["content"]: t["id"] for t in added if t["content"] in ordinary}
             added = [t for t in added if t["content"] not in ordinary]
+            flags = {flag: {t["content"] for t in added if t.get(flag)} for flag in FLAGS}
             hidden = {t["content"] for t in added if t["special"]}
             guarded_names = hidden | {t["content"] for t in added if MARKED.fullmatch(t["content"])}
             renamed = _renamed({**content, "added_tokens": added}, guarded_names, self.word)
@@ -55,8 +58,37 @@ class Json(Tokenizer):
         super().__init__(listed, n_ids, [special[n] for n in hidden])
         self.ordinary = ordinary
         self.prefix = prefix
-        self.single_words = {t["content"] for t in added if t.get("single_word")} & set(special)
-        self.normalized = {t["content"] for t in added if t.get("normalized")} & set(special)
+        self.single_words = flags["single_word"] & set(special)
+        self.normalized = flags["normalized"] & set(special)
+        self.lstrip = {special[name] for name in flags["lstrip"] & set(special)}
+        self.rstrip = {special[name] for name in flags["rstrip"] & set(special)}
+        self._add_anchors(library, path)
+
+    def _add_anchors(self, library: Any, path: Path) -> None:
+        """Add the tokens that text is encoded behind: text after a normalized token, or another.
+
+        Raises InputError where the normalizer, which sees the former, does not leave it.
+        """
+        self.anchors = {}
+        for normalized in (False, True):
+            name = secrets.token_hex(8) + "0"  # no mark composes with a digit
+            token = library.AddedToken(name, normalized=normalized, special=True)
+            self.tokenizer.add_special_tokens([token])
+            self.anchors[normalized] = (name, self.tokenizer.token_to_id(name))
+        normalizer = self.tokenizer.normalizer
+        if not self.normalized or normalizer is None:
+            return
+        name, token = self.anchors[True][0], min(self.normalized)
+        if name not in normalizer.normalize_str(name):
+            raise InputError(
+                f"{path}: {token!r} is normalized, and the normalizer does not leave letters and "
+                "digits as they are; set the token's normalized to false"
+            )
+        if normalizer.normalize_str(token) not in normalizer.normalize_str("x" + token):
+            note(
+                f"{path}: {token!r} is placed wherever a template writes it (transformers 4 finds "
+                "it after a space alone, as it is normalized)"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text."""
@@ -68,21 +100,26 @@ class Json(Tokenizer):
         return str(self.tokenizer.decode(list(ids))).replace(self.word, "")
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Return the ids of text and special tokens; the library sees the tokens' own flags.
-
-        Ordinary pieces that a template places as tokens have no flags, and divide the text.
-        """
+        """Return the ids of text and special tokens, which have their flags."""
         ids: list[int] = []
-        run = ""
-        for part in parts:
-            if isinstance(part, str):
-                run += part
-            elif self.names[part] not in self.ordinary:
-                run += self.word + self.names[part]
+        before: int | None = None
+        for part in self.stripped(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                before = part
+            elif before is None:
+                ids += self.encode(part)
             else:
-                ids += [*(self.encode(run) if run else ()), part]
-                run = ""
-        return ids + self.encode(run) if run else ids
+                ids += self._encode_after(part, self.names[before] in self.normalized)
+        return ids
+
+    def _encode_after(self, text: str, normalized: bool) -> list[int]:
+        """Return the ids of text that stands after a special token, which may be normalized."""
+        name, id_ = self.anchors[normalized]
+        ids = self.encode(name + text)
+        if ids[:1] != [id_]:
+            raise EncodingError(f"the normalizer changes what stands before {text[:20]!r}")
+        return ids[1:]
 
 
 def _all_added(
@@ -192,9 +229,10 @@ def _renamed(content: dict[str, Any], special: set[str], word: str) -> dict[str,
         model["unk_token"] = new(model["unk_token"])
     if model.get("merges"):
         model["merges"] = [[a, b] for a, b in _pairs(model) if special.isdisjoint((a, b, a + b))]
-    # Where a special token stands as a single word was found before it has this name.
+    # Its flags are followed where it is placed; no text has this name.
+    plain = dict.fromkeys([flag for flag in FLAGS if flag != "special"], False)
     added = [
-        {**t, "content": new(t["content"]), "single_word": False} if t["content"] in special else t
+        {**t, **plain, "content": new(t["content"])} if t["content"] in special else t
         for t in content.get("added_tokens") or []
     ]
     return {**content, "model": model, "added_tokens": added}

@@ -4,16 +4,27 @@ import contextlib
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
 from ..common.errors import InputError
-from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, byte_spelling, gpt2, gpt2_ids, located
+from .gpt2 import (
+    BLANK,
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    VOCAB_SIZE,
+    byte_spelling,
+    gpt2,
+    gpt2_ids,
+    located,
+)
 
 MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # a name in the manner of special tokens
+
+AFTER, BEFORE = re.compile(rf"\A{BLANK}+"), re.compile(rf"(?<!{BLANK}){BLANK}+\Z")
 
 
 class Tokenizer(ABC):
@@ -26,6 +37,7 @@ class Tokenizer(ABC):
     prefix   what goes before a prompt: one BOS where the checkpoint was trained with it.
     bos, eos spellings of the two, where the checkpoint names them.
     single_words, normalized  special tokens that are found in other ways; see ``placed``.
+    lstrip, rstrip  ids of special tokens that take the blanks before, or after, them.
     others   spellings of other tokens by the names that templates have for them (pad_token, ...).
     """
 
@@ -40,6 +52,8 @@ class Tokenizer(ABC):
         self.eos: str | None = None
         self.single_words: set[str] = set()
         self.normalized: set[str] = set()
+        self.lstrip: set[int] = set()
+        self.rstrip: set[int] = set()
         self.others: dict[str, str] = {}
 
     @abstractmethod
@@ -70,6 +84,15 @@ class Tokenizer(ABC):
         for part in parts:
             ids += self.encode(part) if isinstance(part, str) else [part]
         return ids
+
+    def stripped(self, parts: Sequence[str | int]) -> Iterator[str | int]:
+        """Yield text and ids without the blanks that special tokens take; no empty text."""
+        for before, part, after in zip([None, *parts], parts, [*parts[1:], None], strict=False):
+            if isinstance(part, str):
+                part = AFTER.sub("", part) if before in self.rstrip else part
+                part = BEFORE.sub("", part) if after in self.lstrip else part
+            if part != "":
+                yield part
 
     @functools.cached_property
     def names(self) -> dict[int, str]:
