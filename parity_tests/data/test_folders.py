@@ -32,6 +32,11 @@ def trees(draw: st.DrawFn) -> list[tuple[str, str | None]]:
     found: list[tuple[str, str | None]] = []
     for folder, file in draw(st.lists(st.tuples(folders, files), max_size=8), label="files"):
         found.append((f"{folder}/{file}".lstrip("/"), None))
+    copy = st.tuples(
+        st.sampled_from([name for name, _ in found] or ["a.txt"]),
+        st.sampled_from([".gz", ".zst", ".GZ"]),
+    )
+    found += [("".join(c), None) for c in draw(st.lists(copy, max_size=3), label="copies")]
     link = st.tuples(folders, names | files)
     target = folders | st.sampled_from([name for name, _ in found] or [""]) | st.just("none")
     for (folder, name), to in draw(st.lists(st.tuples(link, target), max_size=4), label="links"):
