@@ -29,7 +29,7 @@ BOM = b"\xef\xbb\xbf"  # byte-order mark, skipped
 BORDER = re.compile(rb"(?s:.*)((?<!\r)\n|\r\n| )(?=[!-~\xc3-\xdf\xe4-\xf4]|\xe3[\x81-\xbf])")
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A piece of one file's text, to be tokenised by one process."""
 
     path: Path | None
@@ -92,14 +92,14 @@ def document_place(files: Sequence[Path], text_field: str, number: int) -> str:
 
 def pieces(
     files: Sequence[Path], text_field: str, file: int = 0, start: int = 0
-) -> Iterator[Piece]:
+) -> Iterator[TextPiece]:
     """Yield pieces of about PIECE bytes in order, from the start of a piece on.
 
     A .txt or .md file is cut at BORDER, so that its ids are those of the whole file; PIECE
     bytes without one are cut at their end. A record of .jsonl or .parquet is never cut.
     """
     if not files and file == 0:
-        yield Piece(None, 0, 0, tuple(help_topics()), True, 0)
+        yield TextPiece(None, 0, 0, tuple(help_topics()), True, 0)
     for number, path in enumerate(files[file:], file):
         offset = start if number == file else 0
         try:
@@ -111,7 +111,7 @@ def pieces(
             raise InputError(f"--data {path}: cannot be read ({error})") from None
 
 
-def _file_pieces(path: Path, number: int, start: int) -> Iterator[Piece]:
+def _file_pieces(path: Path, number: int, start: int) -> Iterator[TextPiece]:
     is_jsonl = text_format(path) == ".jsonl"
     with open_decompressed(path) as file:
         size = 0 if is_compressed(path) else os.fstat(file.fileno()).st_size
@@ -125,7 +125,7 @@ def _file_pieces(path: Path, number: int, start: int) -> Iterator[Piece]:
             rest += file.read(PIECE + 1 - len(rest))
             content, rest = _cut_record(rest, file) if is_jsonl else _cut_text(rest)
             rest = rest or file.read(1)
-            yield Piece(path, number, start, content, not rest, len(content))
+            yield TextPiece(path, number, start, content, not rest, len(content))
             start += len(content)
         if start < size:
             raise InputError(f"--data {path}: shrank while it was read; run this again")
@@ -156,7 +156,7 @@ def _border(content: bytes) -> int:
     return cut or len(content)
 
 
-def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Iterator[Piece]:
+def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Iterator[TextPiece]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -180,9 +180,11 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
                 n_characters += len(text or " ")  # a null takes memory too
             if n_characters >= PIECE:
                 n_bytes = int(row_bytes * (done - start))
-                yield Piece(path, number, start, tuple(found), False, n_bytes)
+                yield TextPiece(path, number, start, tuple(found), False, n_bytes)
                 start, found, n_characters = done, [], 0
-        yield Piece(path, number, start, tuple(found), True, int(row_bytes * max(0, done - start)))
+        yield TextPiece(
+            path, number, start, tuple(found), True, int(row_bytes * max(0, done - start))
+        )
     except UnicodeDecodeError as error:
         raise InputError(
             f"--data {path}: a text of the rows from {start} on cannot be read as UTF-8 "
@@ -195,12 +197,12 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
         ) from None
 
 
-def texts(piece: Piece, text_field: str) -> Iterator[str]:
+def texts(piece: TextPiece, text_field: str) -> Iterator[str]:
     """Yield the texts of a piece's documents, or its part of one document; nulls are left out."""
     return (text for _, text in _numbered(piece, text_field) if text is not None)
 
 
-def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str | None]]:
+def _numbered(piece: TextPiece, text_field: str) -> Iterator[tuple[int, str | None]]:
     """Yield (number, text or null) of a piece's documents; ``_place`` takes the number."""
     if not isinstance(piece.content, bytes):
         yield from enumerate(piece.content, 1)
@@ -220,7 +222,7 @@ def _numbered(piece: Piece, text_field: str) -> Iterator[tuple[int, str | None]]
         yield 1, text
 
 
-def _place(piece: Piece, number: int) -> str:
+def _place(piece: TextPiece, number: int) -> str:
     """Return the file and place of a piece's text, for an error message."""
     if piece.path is None:
         return f"Python's help topic {number}"
@@ -231,7 +233,7 @@ def _place(piece: Piece, number: int) -> str:
     return f"--data {piece.path}: the text from byte {piece.start} on"
 
 
-def _records(piece: Piece, content: str, text_field: str) -> Iterator[tuple[int, str | None]]:
+def _records(piece: TextPiece, content: str, text_field: str) -> Iterator[tuple[int, str | None]]:
     for number, line in enumerate(io.StringIO(content), 1):
         if not line.strip():
             continue
@@ -259,7 +261,7 @@ def _lines_before(path: Path, offset: int) -> int:
         )
 
 
-def encode(piece: Piece, text_field: str) -> tuple[NDArray[np.uint32], int]:
+def encode(piece: TextPiece, text_field: str) -> tuple[NDArray[np.uint32], int]:
     """Return a piece's GPT-2 token ids, uint32 [N], and how many of its records are null.
 
     <|endoftext|> ends each non-empty document. Raises InputError, naming file and place, for text

@@ -28,7 +28,7 @@ from ..common.errors import InputError
 from ..common.files import atomic_write, open_lock, read_json, try_lock, write_text
 from ..tokenizer.gpt2 import RANKS_SHA256, gpt2
 from . import documents
-from .documents import Nulls, Piece
+from .documents import Nulls, TextPiece
 from .shards import (
     DTYPES,
     FORMAT,
@@ -40,8 +40,8 @@ from .shards import (
     Index,
     Shard,
     TokenShards,
-    _require_size,
-    _shard_name,
+    require_size,
+    shard_name,
 )
 from .text_files import Text, require_unchanged
 
@@ -119,7 +119,7 @@ def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) 
         advance(sum(text.sizes[: done.file]) + done.start)
         stream = _Stream(ids, done)
         while stream.more():
-            path = folder / _shard_name(len(done.shards))
+            path = folder / shard_name(len(done.shards))
             shard, highest = _write_shard(path, stream, shard_tokens, DTYPES[dtype])
             done.shards, done.highest = (*done.shards, shard), max(done.highest, highest)
             done.file, done.start, done.skip = *stream.place, stream.used
@@ -142,7 +142,7 @@ def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) 
 def _resume(folder: Path, fresh: _Done, width: int) -> _Done:
     path = folder / PROGRESS_FILE
     if not path.is_file():
-        if (folder / _shard_name(0)).exists():
+        if (folder / shard_name(0)).exists():
             raise InputError(
                 f"{folder} holds shards without an index; delete it, or choose another"
             )
@@ -156,7 +156,7 @@ def _resume(folder: Path, fresh: _Done, width: int) -> _Done:
     if (done.key, done.shard_tokens) != (fresh.key, fresh.shard_tokens):
         raise _another_text(folder)
     for shard in done.shards:
-        _require_size(folder, shard, width)
+        require_size(folder, shard, width)
     return done
 
 
@@ -180,7 +180,7 @@ def _write_shard(path: Path, stream: "_Stream", n: int, dtype: str) -> tuple[Sha
 class _Stream:
     """The concatenated ids of pieces, and the position in the current piece."""
 
-    def __init__(self, encoded: Iterator[tuple[Piece, Ids, int]], done: _Done) -> None:
+    def __init__(self, encoded: Iterator[tuple[TextPiece, Ids, int]], done: _Done) -> None:
         self.encoded, self.skip = encoded, done.skip
         self.nulls = self.nulls_before = Nulls(done.nulls, done.first_null_file)
         self.rest: Ids = np.zeros(0, np.uint32)
@@ -208,8 +208,8 @@ class _Stream:
 
 
 def _encoded(
-    text: Text, pieces: Iterator[Piece], workers: int, lock: int, advance: Any
-) -> Generator[tuple[Piece, Ids, int], None, None]:
+    text: Text, pieces: Iterator[TextPiece], workers: int, lock: int, advance: Any
+) -> Generator[tuple[TextPiece, Ids, int], None, None]:
     """Yield every piece with its ids and count of nulls, in order.
 
     About two pieces a worker are in memory.
@@ -225,9 +225,9 @@ def _encoded(
     pool = ProcessPoolExecutor(
         workers, get_context("fork"), initializer=_begin_worker, initargs=(os.getpid(), lock)
     )
-    pending: deque[tuple[Piece, Future[tuple[Ids, int]]]] = deque()
+    pending: deque[tuple[TextPiece, Future[tuple[Ids, int]]]] = deque()
 
-    def first() -> tuple[Piece, Ids, int]:
+    def first() -> tuple[TextPiece, Ids, int]:
         piece, future = pending.popleft()
         ids, n_nulls = future.result()
         advance(piece.n_bytes)

@@ -67,7 +67,7 @@ class TokenShards:
         self.dtype = np.dtype(DTYPES[self.index.dtype])
         self._open: OrderedDict[int, int] = OrderedDict()
         for shard in self.index.shards:
-            _require_size(folder, shard, self.dtype.itemsize)
+            require_size(folder, shard, self.dtype.itemsize)
 
     def __len__(self) -> int:
         return self.index.tokens
@@ -99,7 +99,7 @@ class TokenShards:
         if len(self._open) == OPEN:
             os.close(self._open.popitem(last=False)[1])
         shard = self.index.shards[number]
-        _require_size(self.folder, shard, self.dtype.itemsize)
+        require_size(self.folder, shard, self.dtype.itemsize)
         self._open[number] = os.open(self.folder / shard.name, os.O_RDONLY)
         return self._open[number]
 
@@ -111,7 +111,8 @@ class TokenShards:
             os.close(handle)
 
 
-def _require_size(folder: Path, shard: Shard, width: int) -> None:
+def require_size(folder: Path, shard: Shard, width: int) -> None:
+    """Raise InputError unless a shard's file has its tokens of ``width`` bytes each."""
     path, expected = folder / shard.name, shard.tokens * width
     try:
         found = path.stat().st_size
@@ -129,7 +130,7 @@ def _unusable(path: Path, what: str) -> InputError:
 
 def is_shards(folder: Path) -> bool:
     """Return whether a folder holds token shards, complete or not; the index may be damaged."""
-    if (folder / PROGRESS_FILE).is_file() or (folder / _shard_name(0)).is_file():
+    if (folder / PROGRESS_FILE).is_file() or (folder / shard_name(0)).is_file():
         return True
     try:
         return read_json(folder / INDEX_FILE).get("format") == FORMAT
@@ -172,11 +173,12 @@ def _require_consistent(index: Index) -> None:
     expected = [index.shard_tokens] * whole + [rest] * (rest > 0)
     if [shard.tokens for shard in index.shards] != expected:
         raise ValueError(f"its shards do not add up to {index.tokens} tokens")
-    if [shard.name for shard in index.shards] != [_shard_name(i) for i in range(len(expected))]:
+    if [shard.name for shard in index.shards] != [shard_name(i) for i in range(len(expected))]:
         raise ValueError("its shards are not named in order")
 
 
-def _shard_name(number: int) -> str:
+def shard_name(number: int) -> str:
+    """Return the name of the shard's file of that number, from 0."""
     return f"{number:05d}.bin"
 
 

@@ -11,13 +11,16 @@ from llama_torch import train
 from llama_torch.data.shard_writer import prepare
 from llama_torch.data.text_files import find_files, identify
 
+from ..support.trainer_runs import scalars, stop_after
+
 FLAGS = ["--dim", "8", "--n-layers", "1", "--n-heads", "2", "--n-kv-heads", "1", "--device", "cpu"]
 FLAGS += ["--max-seq-len", "16", "--steps", "2", "--sample-every", "0", "--eval-every", "2"]
+FLAGS += ["--batch-size", "2", "--log-every", "1", "--save-every", "1"]
 
 
 @pytest.fixture
 def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Return the function that trains in a folder on a relative --data; it returns the run."""
+    """Return the function that takes one step of two on a relative --data; it returns the run."""
     here = tmp_path / "here [1]"  # a glob's characters
     (here / "t").mkdir(parents=True)
     (here / "t/a.txt").write_text("a text of many words. " * 100)
@@ -27,7 +30,9 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
     def work(data: str) -> Path:
         monkeypatch.chdir(here)
-        assert train.main(["--data", data, "--out", "run", *FLAGS]) == 0
+        with monkeypatch.context() as patch:
+            stop_after(1, patch)
+            assert train.main(["--data", data, "--out", "run", *FLAGS]) == 130
         monkeypatch.chdir(tmp_path / "other")
         return here / "run"
 
@@ -36,10 +41,20 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 @pytest.mark.parametrize("data", ["t/*.txt", "t", "t/a.txt", "shards"])
 def test_it_goes_on_with_the_text_where_it_began(
-    begin: Callable[..., Path], data: str, capsys: pytest.CaptureFixture[str]
+    begin: Callable[..., Path],
+    data: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With the losses of a run that nothing interrupted."""
     run = begin(data)
-    assert train.main(["--resume", "--out", str(run), "--steps", "2"]) == 0, capsys.readouterr()
+    assert train.main(["--resume", "--out", str(run)]) == 0, capsys.readouterr()
+    monkeypatch.chdir(run.parent)
+    assert train.main(["--data", data, "--out", "whole", *FLAGS]) == 0
+    found, whole = scalars(run), scalars(run.parent / "whole")
+    assert [step for step, _ in whole["train/loss"]] == [1, 2]
+    for tag in ("train/loss", "val/loss"):
+        assert found[tag] == whole[tag]
 
 
 @pytest.mark.parametrize("data", ["t/*.txt", "t", "t/a.txt", "shards"])
@@ -85,6 +100,7 @@ def test_text_that_is_found_nowhere_is_one_line(
         f"error: --resume: --data t/*.txt: no file found in {tmp_path}/other; {remedy}\n"
     )
     assert train.main([*resume, "--data", f"{tmp_path}/moved"]) == 0
+    assert [step for step, _ in scalars(run)["train/loss"]] == [1, 2]
 
 
 def test_the_text_beside_the_command_comes_first(
