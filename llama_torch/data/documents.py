@@ -248,8 +248,8 @@ def _records(piece: TextPiece, content: str, text_field: str) -> Iterator[tuple[
             )
         if text is not None and has_surrogates(text):
             raise InputError(
-                f"{_place(piece, number)}: the text in {text_field!r} holds half of a pair of "
-                "\\ud800 to \\udfff, which is no character; correct or remove it"
+                f"{_place(piece, number)}: the text in {text_field!r} is not valid: it holds half "
+                "of a pair of \\ud800 to \\udfff, which is no character; correct or remove it"
             )
         yield number, text
 

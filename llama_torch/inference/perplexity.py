@@ -124,7 +124,7 @@ def _windows(
     for number, text in enumerate(texts, 1):
         try:
             n_bytes = len(text.encode())
-        except UnicodeEncodeError:  # JSON can spell half of a character
+        except UnicodeEncodeError:  # half of a surrogate pair
             raise InputError(f"{place(number)} is not valid text; correct it") from None
         if not text:
             continue

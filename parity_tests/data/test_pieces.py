@@ -99,7 +99,9 @@ def test_half_of_a_surrogate_pair_is_no_text(
         lambda: prepare(text, tmp_path / "out", workers),
     ):
         said = refused(read)
-        assert said.startswith(f"--data {path}: line 11: the text in 'text' holds half of a pair")
+        assert said.startswith(
+            f"--data {path}: line 11: the text in 'text' is not valid: it holds half"
+        )
 
 
 def test_a_text_of_parquet_that_is_not_utf_8_is_named(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_bad_input_is_one_line(
         ("some.txt", ("--context", -1), "--context must not be negative"),
         ("some.txt", ("--batch-size", 0), "--batch-size must be positive"),
         ("empty.txt", (), "--data: holds no token to score"),
-        ("half.jsonl", (), "half.jsonl: document 1 is not valid text"),
+        ("half.jsonl", (), "half.jsonl: line 1: the text in 'text' is not valid: it holds half of"),
         ("none.txt", (), "none.txt: no file found"),
     ):
         assert run(model_dir, "--data", tmp_path / name, *flags) == 2

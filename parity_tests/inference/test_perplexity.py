@@ -238,6 +238,11 @@ def test_bytes_are_not_characters(uniform: Llama) -> None:
     assert found.bits_per_byte == pytest.approx(bits / found.bytes, rel=1e-6)
 
 
+def test_half_of_a_surrogate_pair_is_no_text(uniform: Llama) -> None:
+    with pytest.raises(InputError, match="^--data: document 2 is not valid text; correct it$"):
+        evaluate(uniform, Gpt2(), ["a b", "a \ud83d b"])
+
+
 def test_a_context_of_one_token_has_a_stride_of_one(uniform: Llama) -> None:
     assert evaluate(uniform, Gpt2(), ["a b c"], context=1).stride == 1
 
