@@ -11,7 +11,7 @@ from ..common.notes import note
 from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .json_tokenizer import Json
 from .pieces import SentencePiece
-from .settings import TokenizerSettings, read_settings
+from .settings import AddedToken, TokenizerSettings, read_settings
 from .tokenizer import Gpt2, Tokenizer
 
 
@@ -52,7 +52,7 @@ def _find_tokenizer(
         content = read_json(fast)
         if _puts_a_token_last(content.get("post_processor")):
             note(f"{fast}: a token after a text is left out: a prompt is continued")
-        if _is_gpt2(content) and set(settings.added) <= {END_OF_TEXT}:
+        if _is_gpt2(content) and not _added_to_gpt2(settings):
             return Gpt2(settings.roles.values()), fast
         return Json(fast, content, settings), fast
     if pieces.is_file():
@@ -61,6 +61,13 @@ def _find_tokenizer(
         raise InputError(
             f"{folder}: holds no tokenizer.json and no tokenizer.model, and a vocabulary of "
             f"{vocab_size} is not GPT-2's; copy the checkpoint's tokenizer there"
+        )
+    if added := _added_to_gpt2(settings):
+        token = added[0]
+        said = "" if token.id is None else f", as id {token.id}"
+        raise InputError(
+            f"{token.source}: adds {token.content!r}{said} to GPT-2's tokens, and {folder} "
+            "holds no tokenizer.json that has it; copy the checkpoint's there"
         )
     return Gpt2(settings.roles.values()), ckpt
 
@@ -77,33 +84,67 @@ def _puts_a_token_last(processor: Any) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _gpt2_json() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(hf_files()["tokenizer.json"])
-    return content
+def _added_to_gpt2(settings: TokenizerSettings) -> list[AddedToken]:
+    """Return the added tokens that are not GPT-2's own."""
+    own = ((END_OF_TEXT, END_OF_TEXT_ID), (END_OF_TEXT, None))
+    return [token for token in settings.added.values() if (token.content, token.id) not in own]
+
+
+# What may differ from GPT-2's own file: no id and no text depends on it.
+FREE_KEYS = {
+    "file": ("truncation", "padding"),
+    "model": ("unk_token", "fuse_unk", "byte_fallback"),  # every byte is in the vocabulary
+    "pre_tokenizer": ("trim_offsets",),
+    "decoder": ("add_prefix_space", "trim_offsets", "use_regex"),
+    "added": ("normalized",),
+}
+# What the tokenizers library takes where a key is left out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "model": {"type": "BPE"},
+    "pre_tokenizer": {"use_regex": True},
+}
 
 
 def _is_gpt2(content: dict[str, Any]) -> bool:
     """Return whether a tokenizer.json is GPT-2's encoding and nothing else."""
     try:
-        model = content["model"]
-        if not VOCAB_SIZE - 1 <= len(model["vocab"]) <= VOCAB_SIZE:
+        if not VOCAB_SIZE - 1 <= len(content["model"]["vocab"]) <= VOCAB_SIZE:
             return False  # before the longer comparison, which most files need not wait for
-        ours = _gpt2_json()
-        vocab = {**model["vocab"], END_OF_TEXT: END_OF_TEXT_ID}
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        added = {token["content"] for token in content["added_tokens"]}
-        splitting = {**ours["pre_tokenizer"], **content["pre_tokenizer"]}
-        post = (content.get("post_processor") or ours["pre_tokenizer"])["type"]
-        kinds = {splitting["type"], content["decoder"]["type"], post}
+        return _comparable(content) == _gpt2_json()
     except (KeyError, TypeError, AttributeError):
         return False
-    return (
-        (vocab, merges) == (ours["model"]["vocab"], ours["model"]["merges"])
-        and added <= {END_OF_TEXT}
-        and content.get("normalizer") is None
-        and (kinds, splitting["add_prefix_space"]) == ({"ByteLevel"}, False)
-    )
+
+
+@functools.lru_cache(maxsize=1)
+def _gpt2_json() -> dict[str, Any]:
+    return _comparable(json.loads(hf_files()["tokenizer.json"]))
+
+
+def _comparable(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json in the one form that all files of the same encoding have."""
+    file = _cut(content, "file")
+    model = _cut(content["model"], "model")
+    model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    added = [_cut(token, "added") for token in content.get("added_tokens") or []]
+    # The end token may stand in the vocabulary, among the added tokens, or in both.
+    ids = {token["content"]: token["id"] for token in added}
+    model["vocab"] = ids | model["vocab"]
+    file["added_tokens"] = added or _gpt2_end()
+    for part in ("pre_tokenizer", "decoder"):
+        file[part] = _cut(content[part], part)
+    if (file.get("post_processor") or {}).get("type") == "ByteLevel":
+        del file["post_processor"]  # it changes offsets alone
+    return file | {"model": model}
+
+
+def _cut(part: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return an object without its free keys, and without those that are null, false or empty."""
+    whole = DEFAULTS.get(name, {}) | part
+    return {key: v for key, v in whole.items() if v and key not in FREE_KEYS[name]}
+
+
+def _gpt2_end() -> list[dict[str, Any]]:
+    return [{"id": END_OF_TEXT_ID, "content": END_OF_TEXT, "special": True}]
 
 
 def _apply_roles(tokenizer: Tokenizer, settings: TokenizerSettings) -> None:
