@@ -162,20 +162,20 @@ def _shard_names(path: Path) -> list[str]:
 
 
 def _read_config(path: Path, files: Mapping[str, _Header]) -> LlamaConfig:
-    stored = next((f for f in files.values() if "config" in f.metadata), None)
-    inner = None
-    if stored is not None:
-        source = f"{stored.path} (metadata)"
-        inner = LlamaConfig.from_hf(parse_json(stored.metadata["config"], source), source)
     beside = (path if path.is_dir() else path.parent) / "config.json"
-    if not beside.is_file():
-        if inner is not None:
-            return inner
+    found = {str(beside): load_json(beside)} if beside.is_file() else {}
+    for file in files.values():
+        if "config" in file.metadata:
+            source = f"{file.path} (metadata)"
+            found[source] = parse_json(file.metadata["config"], source)
+    if not found:
         raise InputError(f"{beside}: no such file, and {path} carries no config; put it there")
-    outer = LlamaConfig.from_hf(load_json(beside), str(beside))
-    if inner not in (None, outer):
-        raise InputError(f"{beside}: contradicts the config stored in {path}; keep one of them")
-    return outer
+    configs = {source: LlamaConfig.from_hf(hf, source) for source, hf in found.items()}
+    first, config = next(iter(configs.items()))
+    for source, other in configs.items():
+        if other != config:
+            raise InputError(f"{first}: contradicts the config stored in {source}; keep one")
+    return config
 
 
 def load_json(path: Path) -> dict[str, Any]:

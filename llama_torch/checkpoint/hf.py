@@ -231,22 +231,23 @@ def _explain_absence(folder: Path) -> None:
 
 def read_config(path: Path, files: list[Path]) -> ModelConfig:
     """Read the config from config.json or the files' metadata; raise InputError if they differ."""
-    inner = None
+    configs: dict[str, ModelConfig] = {}
+    beside = files[0].parent / "config.json"
+    if beside.is_file():
+        configs[str(beside)] = ModelConfig.from_hf(read_json(beside), str(beside))
     for path_ in files:
         with open_safetensors(path_) as file:
             text = (file.metadata() or {}).get("config")
-        if text is not None and inner is None:
+        if text is not None:
             source = f"{path_} (metadata)"
-            inner = ModelConfig.from_hf(parse_json(text, source), source)
-    beside = files[0].parent / "config.json"
-    if not beside.is_file():
-        if inner is not None:
-            return inner
+            configs[source] = ModelConfig.from_hf(parse_json(text, source), source)
+    if not configs:
         raise InputError(f"{beside}: no such file, and {path} carries no config; put it there")
-    outer = ModelConfig.from_hf(read_json(beside), str(beside))
-    if inner not in (None, outer):
-        raise InputError(f"{beside}: contradicts the config stored in {path}; keep one of them")
-    return outer
+    (first, config), *others = configs.items()
+    for source, other in others:
+        if other != config:
+            raise InputError(f"{first}: contradicts the config stored in {source}; keep one")
+    return config
 
 
 @contextlib.contextmanager

@@ -108,9 +108,8 @@ class Llama2Template:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation whose next message is the assistant's."""
         require_messages(messages)
-        said = [m["content"] for m in messages if m["role"] != "assistant"]
         for tag in LLAMA2_TAGS:
-            if any(tag in text for text in said):
+            if any(tag in message["content"] for message in messages):
                 raise InputError(f"a message contains {tag}, which the template alone may")
         messages = _with_system_inside(messages)
         roles = [message["role"] for message in messages]

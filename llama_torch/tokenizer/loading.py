@@ -213,7 +213,8 @@ def _leave_out_padding(tokenizer: Tokenizer, settings: TokenizerSettings, vocab_
 def end_ids(ckpt: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:
     """Return the ids that end a text: those of generation_config.json and config.json, and EOS.
 
-    Where one names a token that another does not, a text ends at either, which is said on stderr.
+    A text ends at any of them. A line on stderr says so where the first of these files that names
+    an end token leaves out one that a later file names.
     Raises InputError for ids beyond the vocabulary.
     """
     folder = ckpt if ckpt.is_dir() else ckpt.parent

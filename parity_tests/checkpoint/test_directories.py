@@ -216,6 +216,33 @@ def test_a_text_ends_at_every_end_token_that_a_file_names(
     assert ("end tokens differ" in said) == is_said
 
 
+@pytest.mark.parametrize("has_file", [True, False])
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_a_config_stored_in_any_shard_is_compared(tmp_path: Path, odd: int, has_file: bool) -> None:
+    """Beside config.json, or with the other shards' where there is none."""
+    tensors, names = weights(), [f"model-{i}.safetensors" for i in range(3)]
+    own = json.dumps(config().to_hf())
+    shards = {names[i]: dict(list(tensors.items())[i::3]) for i in range(3)}
+    weight_map = {tensor: name for name, part in shards.items() for tensor in part}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+    def save(number: int, metadata: dict[str, str]) -> None:
+        save_file(shards[names[number]], tmp_path / names[number], {"format": "pt", **metadata})
+
+    for number in range(3):  # one shard has none
+        save(number, {} if number == (odd + 1) % 3 else {"config": own})
+    if has_file:
+        (tmp_path / "config.json").write_text(own)
+    require_holds(tmp_path, tensors)
+    save(odd, {"config": json.dumps(config().to_hf() | {"rms_norm_eps": 0.25})})
+    for read in (load_model, Checkpoint):
+        with pytest.raises(ValueError, match=r"contradicts the config stored in .*") as caught:
+            read(tmp_path)
+        assert (names[odd] in str(caught.value)) or not has_file
+        assert str(tmp_path) in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["²", "٣", "1²", "0x1", ""])
 def test_a_name_that_is_no_decimal_number_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

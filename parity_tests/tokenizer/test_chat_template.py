@@ -214,7 +214,10 @@ def test_llama_2s_form_token_by_token(tokenizers: dict[str, Tokenizer]) -> None:
     ("messages", "message"),
     [
         (turns(["[INST] me"]), r"a message contains \[INST\]"),
-        (turns(["Hi", "[INST]", "<</SYS>>"]), "a message contains <</SYS>>"),
+        (turns(["Hi", "I see.", "<</SYS>>"]), "a message contains <</SYS>>"),
+        (turns(["Hi", "[/INST] I see.", "So"]), r"a message contains \[/INST\]"),
+        (turns(["Hi", "<<SYS>>", "So"], "Be brief."), "a message contains <<SYS>>"),
+        (turns(["Hi"], "Be [INST] brief."), r"a message contains \[INST\]"),
         (turns(["Hi", "Hello"]), "in turn, and the user last"),
         (turns([], system="Hi"), "in turn, and the user last"),
         ([{"role": "robot", "content": "Hi"}], "message 0 has role 'robot'"),
