@@ -4,8 +4,8 @@ Three tiers, from sharp to wide:
 
 1. ``FLOAT64_TOLERANCE``: both in float64. Rounding is some 1e-15: 1e-10 hides no wrong eps or mask.
 2. ``dot_bound``, ``attention_bound``: one operation in its precision u, against its float64 result.
-3. ``composed_bound``: many operations in low precision, against the error of a baseline, an
-   independent plain NumPy implementation in the same precision.
+3. ``composed_bound``: many operations in low precision, against the error of a baseline, the
+   oracle itself in the same precision, which is independent of what is tested.
 
 Errors are computed in float64; a NaN or an infinity is an infinite error.
 """
@@ -236,17 +236,17 @@ def sequential_sum_error(n_terms: int, dtype: str) -> float:
     )
 
 
-def composed_bound(baseline: Errors, dtype: str) -> Errors:
-    """Return ``BASELINE_FACTOR * baseline + floor`` for each kind of error (tier 3).
+def composed_bound(baseline_error: Errors, dtype: str) -> Errors:
+    """Return ``BASELINE_FACTOR * baseline_error + floor`` for each kind of error (tier 3).
 
-    ``baseline`` has the errors of a plain implementation in the same dtype against the same exact
+    ``baseline_error`` has the errors of the oracle in the same dtype against the same exact
     values. PyTorch's accuracy check and FlashAttention's tests judge a kernel in this way.
     """
     unit = UNIT_ROUNDOFF[dtype]
     return Errors(
-        rms=BASELINE_FACTOR * baseline.rms + FLOOR_ROUNDINGS * unit,
-        worst=BASELINE_FACTOR * baseline.worst + FLOOR_ROUNDINGS_WORST * unit,
-        token=BASELINE_FACTOR * baseline.token + FLOOR_ROUNDINGS * unit,
+        rms=BASELINE_FACTOR * baseline_error.rms + FLOOR_ROUNDINGS * unit,
+        worst=BASELINE_FACTOR * baseline_error.worst + FLOOR_ROUNDINGS_WORST * unit,
+        token=BASELINE_FACTOR * baseline_error.token + FLOOR_ROUNDINGS * unit,
     )
 
 
@@ -257,7 +257,7 @@ def kl_per_token(actual_BTV: Array, exact_BTV: Array) -> Array:
     return divergence
 
 
-def kl_bound(baseline: float, largest_logit: float, dtype: str) -> float:
+def kl_bound(baseline_kl: float, largest_logit: float, dtype: str) -> float:
     """Bound one token's KL in nats, from the baseline's KL and the largest |logit|.
 
     KL is quadratic in the logits' error, so BASELINE_FACTOR enters squared. The floor is what the
@@ -267,7 +267,7 @@ def kl_bound(baseline: float, largest_logit: float, dtype: str) -> float:
     """
     computing = FLOOR_ROUNDINGS_WORST * UNIT_ROUNDOFF["float64"] * (1.0 + largest_logit)
     rounding = FLOOR_ROUNDINGS_WORST * UNIT_ROUNDOFF[dtype] * largest_logit
-    return BASELINE_FACTOR**2 * max(baseline, 0.0) + rounding**2 / 2 + computing
+    return BASELINE_FACTOR**2 * max(baseline_kl, 0.0) + rounding**2 / 2 + computing
 
 
 def _log_softmax(logits: Array) -> Array:

@@ -63,15 +63,15 @@ class Comparison(NamedTuple):
     first_layer: int  # of those that are compared
 
     @property
-    def dtype(self) -> str:
+    def precision(self) -> str:
         """The precision under test."""
         return self.baseline_params.precision
 
     @property
     def baseline_ops(self) -> Ops:
         """The operations of the baseline, the oracle in the precision under test."""
-        half = self.dtype in ("bfloat16", "float16")
-        return rounded_ops(self.dtype) if half else reference_ops
+        half = self.precision in ("bfloat16", "float16")
+        return rounded_ops(self.precision) if half else reference_ops
 
     def stages(self) -> Sequence[int]:
         """Return the stages compared; a range of layers has no head unless it ends there."""
@@ -102,7 +102,7 @@ class Comparison(NamedTuple):
         """Return the names of a stage's activations to compare, in any call."""
         names = stage_names(self.config, stage)
         # In float64 the bound of the logits is far tighter than a KL can resolve.
-        kl = stage == self.config.n_layers and self.dtype != "float64"
+        kl = stage == self.config.n_layers and self.precision != "float64"
         return [*names, KL] if kl else names
 
     def has_activations(self) -> bool:
@@ -114,12 +114,12 @@ def make_comparison(
     path: Path,
     config: LlamaConfig,
     calls: Sequence[Call],
-    dtype: str,
+    precision: str,
     recording: Recording,
     first_layer: int,
 ) -> Comparison:
     """Open the checkpoint's parameters in both precisions, and the recorded activations."""
-    exact = RoundedParams(path, dtype, "float64")
-    baseline = exact if dtype == "float64" else RoundedParams(path, dtype, "float32")
+    exact = RoundedParams(path, precision, "float64")
+    baseline = exact if precision == "float64" else RoundedParams(path, precision, "float32")
     theirs = TheirActivations(recording.trace, config, len(calls))
     return Comparison(config, calls, exact, baseline, recording, theirs, first_layer)

@@ -43,7 +43,7 @@ def compare(comparison: Comparison, advance: Callable[[], None]) -> Iterator[Sta
 
     Raises InputError where a range of layers cannot start from the other side's residual stream.
     """
-    config, calls, dtype = comparison.config, comparison.calls, comparison.dtype
+    config, calls, precision = comparison.config, comparison.calls, comparison.precision
     exact_free = Replay(config, calls, comparison.exact_params)
     exact_forced = Replay(config, calls, comparison.exact_params, inspects=True)
     baseline_free, baseline_forced = (
@@ -60,7 +60,7 @@ def compare(comparison: Comparison, advance: Callable[[], None]) -> Iterator[Sta
         if comparison.theirs.reorder(exact_forced.orders):
             theirs = comparison.theirs.read(stage)
             given = finite_only(theirs)
-        if dtype == "float64":
+        if precision == "float64":
             fresh = TeacherForced(forced, forced, {})
             rows = _judge_stage(comparison, stage, theirs, free, [free], fresh)
         else:
@@ -115,25 +115,25 @@ def _judge_stage(
     theirs: Activations,
     free: Activations,
     baselines: Sequence[Activations],
-    forced: TeacherForced,
+    fresh: TeacherForced,
 ) -> list[Row]:
     """Return a row for every expected activation of a stage."""
-    rows, dtype = [], comparison.dtype
+    rows, precision = [], comparison.precision
     for c, name in comparison.keys(stage):
         key = (c, name)
         if comparison.theirs.is_reordered(key):
             rows.append(Row(*key, REORDERED))
             continue
         if name == KL:
-            rows.append(judge_kl(c, theirs, free, baselines, dtype))
+            rows.append(judge_kl(c, theirs, free, baselines, precision))
             continue
-        bound = error_bound(free[key], [baseline[key] for baseline in baselines], dtype)
+        bound = error_bound(free[key], [baseline[key] for baseline in baselines], precision)
         references = [Reference(free[key], bound)]
         if comparison.recording.coverage[c] == "activations":
-            exact = forced.exact[key]
+            exact = fresh.exact[key]
             n = n_terms(comparison.config, name.rpartition(".")[2])
-            bound = error_bound(exact, [forced.baseline[key]], dtype, n)
-            references.append(Reference(exact, bound, forced.element_bounds.get(key)))
+            bound = error_bound(exact, [fresh.baseline[key]], precision, n)
+            references.append(Reference(exact, bound, fresh.element_bounds.get(key)))
         rows.append(judge(key, theirs.get(key), references))
     return rows
 

@@ -52,7 +52,8 @@ class Measure(NamedTuple):
 
     error: Errors
     bound: Errors
-    widest_bound: Errors | None = None  # of any element, where every element has its own
+    # The error of a tensor whose every element is at its bound, where each has one of its own.
+    all_at_bound: Errors | None = None
 
     @property
     def holds(self) -> bool:
@@ -67,15 +68,15 @@ class Measure(NamedTuple):
     @property
     def loosest_bound(self) -> Errors:
         """The bound of an error that may be anywhere in the tensor."""
-        return self.widest_bound or self.bound
+        return self.all_at_bound or self.bound
 
 
 class Row(NamedTuple):
     """The errors of one activation of one call, or of one quantity of a training step.
 
-    status: ok; diverges (its operation is wrong); inherits (its operation is right, on an input
-    that was not); or one that says why nothing was compared: missing, not finite, misshapen,
-    in another order (of axes).
+    status: ok; diverges (its operation is wrong); inherits (its operation is right, and its error
+    came with its input); or one that says why nothing was compared: missing, not finite,
+    misshapen, in another order (of axes).
     """
 
     call: int
@@ -127,8 +128,8 @@ class Reference(NamedTuple):
         by_baseline = Measure(errors(theirs, self.exact), self.bound)
         if self.element_bounds is None:
             return by_baseline
-        widest = errors(self.exact + self.element_bounds, self.exact)
-        derived = Measure(*errors_and_bounds(theirs, self.exact, self.element_bounds), widest)
+        all_at_bound = errors(self.exact + self.element_bounds, self.exact)
+        derived = Measure(*errors_and_bounds(theirs, self.exact, self.element_bounds), all_at_bound)
         return min(derived, by_baseline, key=lambda measure: measure.share)
 
 
@@ -156,7 +157,7 @@ def error_bound(exact: Array, baselines: Sequence[Array], dtype: str, n_terms: i
 
     ``baselines``: the oracle's own values in that precision. The one that errs most counts; one
     that overflowed is left out. ``n_terms``: the length of the sum in every element, which a port
-    may add term by term where the baseline adds pairwise.
+    may add term by term where the baseline's BLAS adds blocks of them.
     """
     if dtype == "float64":
         return Errors(FLOAT64_TOLERANCE, FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)

@@ -97,8 +97,8 @@ def tables_and_masks(
 class RoundedParams(Mapping[str, Array]):
     """Reads a checkpoint's parameters, rounded to the precision under test, in ``dtype``.
 
-    ``perturbation`` is a seed; unless it is 0, every element is moved up or down by one rounding,
-    in the same direction at every reading.
+    ``perturbation`` is a seed; unless it is 0, every element is moved up or down by 2 u of itself,
+    one unit in the last place, in the same direction at every reading.
     """
 
     def __init__(self, path: Path, precision: str, dtype: str, perturbation: int = 0) -> None:

@@ -29,7 +29,7 @@ def wrong_rows(rows: Iterable[RowEntry]) -> list[RowEntry]:
 
 
 def inheriting_rows(rows: Iterable[RowEntry]) -> list[RowEntry]:
-    """Return the rows whose operation is right and whose input was not."""
+    """Return the rows whose operation is right and whose error came with its input."""
     return [row for row in rows if row["status"] == "inherits"]
 
 

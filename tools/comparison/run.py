@@ -140,7 +140,7 @@ def write_oracle_trace(path: Path, comparison: Comparison, config: LlamaConfig) 
             for (c, name), value in oracle.run(stage).items():
                 writer.add(c, name, value)
 
-    write_trace(path, config, comparison.calls, comparison.dtype, fill)
+    write_trace(path, config, comparison.calls, comparison.precision, fill)
 
 
 def _left_out(

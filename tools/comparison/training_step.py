@@ -83,21 +83,27 @@ def compare_training(
 
     Raises InputError for a backend without gradients, and for one that fails.
     """
-    exact = dict(checkpoint)  # parameters in float64
-    low = exact if side.dtype == "float64" else dict(Checkpoint(checkpoint.path, side.dtype))
+    exact_params = dict(checkpoint)  # parameters in float64
+    low_params = (
+        exact_params if side.dtype == "float64" else dict(Checkpoint(checkpoint.path, side.dtype))
+    )
     advance = start("training step", 3)
-    step = _their_step(side, checkpoint, batches, exact)
+    step = _their_step(side, checkpoint, batches, exact_params)
     task, trains = step.task, step.trains
     advance()
-    right = step_values(task, exact, step.exact_gradients, trains)
+    exact_values = step_values(task, exact_params, step.exact_gradients, trains)
     advance()
-    baseline = right if low is exact else step_values(task, low, gradients(task, low), trains)
+    baseline = exact_values
+    if low_params is not exact_params:
+        baseline = step_values(task, low_params, gradients(task, low_params), trains)
     advance()
-    rows = compare_step(task, side.dtype, step.values, right, baseline, trains)
+    rows = compare_step(task, side.dtype, step.values, exact_values, baseline, trains)
     diagnosis = Diagnosis([], [])
     if diagnosing and any(row.status == "diverges" for row in rows):
         advance = start("known training bugs", len(TRAINING))
-        diagnosis = diagnose_step(task, side.dtype, exact, low, step.values, right, rows, advance)
+        diagnosis = diagnose_step(
+            task, side.dtype, exact_params, low_params, step.values, exact_values, rows, advance
+        )
     return rows, diagnosis, step.notes
 
 
@@ -112,7 +118,7 @@ class TheirStep(NamedTuple):
 
 
 def _their_step(
-    side: Side, checkpoint: Checkpoint, batches: list[Batch], exact: Mapping[str, Array]
+    side: Side, checkpoint: Checkpoint, batches: list[Batch], exact_params: Mapping[str, Array]
 ) -> TheirStep:
     """Take the other side's step, as much of it as its backend offers.
 
@@ -137,7 +143,7 @@ def _their_step(
             loss_and_grads = call("loss_and_grads", 0.0)
         except NotImplementedError as other:
             raise InputError(f"--grads: {side.title} does not offer it ({other})") from None
-    exact_gradients = gradients(task, exact)
+    exact_gradients = gradients(task, exact_params)
     task = task._replace(clip_limits=clip_limits(exact_gradients[1]))
     try:
         steps = {}
@@ -201,37 +207,37 @@ def compare_step(
     task: Task,
     dtype: str,
     theirs: Mapping[str, Array],
-    exact: Mapping[str, Array],
+    exact_values: Mapping[str, Array],
     baseline: Mapping[str, Array],
     trains: bool,
 ) -> list[Row]:
     """Return a row for every expected result of the step, by its name in all three mappings."""
     inherited = {}
     if dtype != "float64":
-        inherited = inherited_bounds(task, dtype, theirs, exact, baseline)
+        inherited = inherited_bounds(task, dtype, theirs, exact_values, baseline)
     rows = []
     for name in quantity_names(task.config, trains):
-        limit = error_bound(exact[name], [baseline[name]], dtype)
+        limit = error_bound(exact_values[name], [baseline[name]], dtype)
         if name in inherited:
             limit = Errors(*(a + b for a, b in zip(limit, inherited[name], strict=True)))
-        rows.append(judge((0, name), theirs.get(name), [Reference(exact[name], limit)]))
+        rows.append(judge((0, name), theirs.get(name), [Reference(exact_values[name], limit)]))
     return rows
 
 
 def diagnose_step(
     task: Task,
     dtype: str,
-    exact: Mapping[str, Array],
-    low: Mapping[str, Array],
+    exact_params: Mapping[str, Array],
+    low_params: Mapping[str, Array],
     theirs: Mapping[str, Array],
-    right: Mapping[str, Array],
+    exact_values: Mapping[str, Array],
     rows: Sequence[Row],
     advance: Callable[[], None],
 ) -> Diagnosis:
     """Take the oracle's step with each known training bug; return the bugs that explain ``rows``.
 
-    ``exact``, ``low``: the parameters in float64 and in the precision under test. ``theirs``,
-    ``right``: the results of the other side's step and of the oracle's.
+    ``exact_params``, ``low_params``: the parameters in float64 and in the precision under test.
+    ``theirs``, ``exact_values``: the results of the other side's step and of the oracle's.
     """
     measured: dict[Key, Row] = {(0, row.name): row for row in rows if row.inherited is not None}
     unexplained = {key for key, row in measured.items() if row.status == "diverges"}
@@ -239,10 +245,12 @@ def diagnose_step(
     suspects: list[Suspect] = []
     for bug in TRAINING:
         vjps, rules = bug.apply(grad.REFERENCE_VJPS), bug.apply(optim.REFERENCE_RULES)
-        wrong = step_values(task, exact, gradients(task, exact, vjps, rules), trains, rules)
+        loss_and_grads = gradients(task, exact_params, vjps, rules)
+        wrong = step_values(task, exact_params, loss_and_grads, trains, rules)
         baseline = wrong
-        if low is not exact:
-            baseline = step_values(task, low, gradients(task, low, vjps, rules), trains, rules)
+        if low_params is not exact_params:
+            loss_and_grads = gradients(task, low_params, vjps, rules)
+            baseline = step_values(task, low_params, loss_and_grads, trains, rules)
         effects = {}
         for key, row in measured.items():
             assert row.inherited is not None
@@ -250,7 +258,7 @@ def diagnose_step(
             limit = error_bound(wrong[row.name], [baseline[row.name]], dtype)
             limit = Errors(*map(max, limit, row.inherited.bound))
             error = errors(theirs[row.name], wrong[row.name])
-            changes = not np.array_equal(wrong[row.name], right[row.name])
+            changes = not np.array_equal(wrong[row.name], exact_values[row.name])
             effects[key] = Effect(error.within(limit), error.rms, math.inf, changes)
         suspects.append(((bug,), effects))
         advance()

@@ -55,7 +55,8 @@ class Effect(NamedTuple):
     changes: bool  # it is not the bug-free oracle's activation
 
 
-# Of most bugs on most activations: no error is computed where a suspect does not fit.
+# Of a suspect with whose value the worst element alone is over its bound, as with most: no other
+# error is computed then.
 NO_FIT = Effect(fits=False, error=math.inf, unlikeness=math.inf, changes=True)
 
 Suspect = tuple[Bugs, Mapping[Key, Effect]]
