@@ -3,7 +3,7 @@
 An attention kernel maps q [B, H, T, K], k and v [B, H, S, K] and mask [B, T, S] to [B, H, T, K];
 every query must attend to at least one key.
 ``parity_tests.planted.honest_kernels:flash`` and so on are whole models, for compare.py's
---against; ``loops`` also adds the terms of its matrix products one after the other.
+--against; ``loops`` also adds the terms of its matrix products and means one after the other.
 """
 
 import math
@@ -84,10 +84,11 @@ def looped_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.from_numpy(total).view(*x.shape[:-1], -1)
 
 
-def looped_mean_square(x: Tensor) -> Tensor:
-    """Return the mean of squares over the last axis, its terms added one after the other."""
+def looped_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return RMSNorm [..., D], the terms of its mean square added one after the other."""
     sums = np.cumsum(x.numpy() ** 2, axis=-1)[..., -1:]
-    return torch.from_numpy(sums / np.array(x.shape[-1], sums.dtype))
+    mean_square = torch.from_numpy(sums / np.array(x.shape[-1], sums.dtype))
+    return weight_D * (x * torch.rsqrt(mean_square + eps))
 
 
 KERNELS = {
@@ -99,4 +100,4 @@ KERNELS = {
 }
 flash, unfused, online, forwards, backwards = map(with_kernel, KERNELS.values())
 loops = with_kernel(KERNELS["forwards"])
-loops.ops.linear, loops.ops.mean_square = looped_linear, looped_mean_square
+loops.ops.linear, loops.ops.rms_norm = looped_linear, looped_rms_norm

@@ -16,7 +16,8 @@ from reference_np.ops import Array
 
 from .comparison import Comparison
 from .judging import KL, REORDERED, Reference, Row, error_bound, judge, judge_kl
-from .replay import Activations, Key, Replay, RoundedParams, finite_only, n_terms, stage_input
+from .replay import Activations, Key, Replay, RoundedParams, finite_only, stage_input
+from .sum_bounds import n_terms
 
 MAX_BASELINES = 4  # free-running baselines, of which the one that errs most sets a bound
 
@@ -35,7 +36,7 @@ class TeacherForced(NamedTuple):
 
     exact: Activations
     baseline: Activations
-    element_bounds: Activations  # of attention, [B, T, H, K]
+    element_bounds: Activations  # of attention [B, T, H, K], the norms [B, T, D]
 
 
 def compare(comparison: Comparison, advance: Callable[[], None]) -> Iterator[StageResult]:
@@ -66,7 +67,7 @@ def compare(comparison: Comparison, advance: Callable[[], None]) -> Iterator[Sta
         else:
             baseline = baseline_free.run(stage)
             low = baseline_forced.run(stage, given) if comparison.has_activations() else {}
-            fresh = TeacherForced(forced, low, exact_forced.attention_bounds)
+            fresh = TeacherForced(forced, low, exact_forced.element_bounds)
             rows = _judge_stage(comparison, stage, theirs, free, [baseline], fresh)
             if _exceeds_inherited(rows):
                 baselines = [baseline, *perturbed.run(stage)]

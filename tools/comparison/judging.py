@@ -121,9 +121,9 @@ class Reference(NamedTuple):
     def measure(self, theirs: Array) -> Measure:
         """Measure the other side's activation, by the bound of which its error is a smaller share.
 
-        Attention has two: one for each element, derived from its inputs, and that of its
-        baseline. Where the other side does not show an input, the oracle's stands in for it, and
-        the baseline says what the rounding of that input makes of the output.
+        Attention and the norms have two: one for each element, derived from the inputs, and that
+        of the baseline. Where the other side does not show an input, the oracle's stands in for
+        it, and the baseline says what the rounding of that input makes of the output.
         """
         by_baseline = Measure(errors(theirs, self.exact), self.bound)
         if self.element_bounds is None:

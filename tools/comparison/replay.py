@@ -31,6 +31,7 @@ from reference_np.tolerances import (
 )
 
 from .axes import Order, as_declared, find_order
+from .sum_bounds import NORMS, n_terms, norm_bound, norm_sum_error
 from .trace_file import Call, n_cached
 
 Key = tuple[int, str]  # of an activation: the index of its call, and its name
@@ -62,17 +63,6 @@ def stage_input(stage: int) -> str:
 def is_layer(config: LlamaConfig, stage: int) -> bool:
     """Return whether a stage is a layer, neither the embedding nor the head."""
     return 0 <= stage < config.n_layers
-
-
-def n_terms(config: LlamaConfig, kind: str) -> int:
-    """Return how many terms each element of an activation is a sum of; 0 where it is none.
-
-    Attention's sums have a bound of their own, ``attention_bound``.
-    """
-    if kind in ("attn_norm", "ffn_norm", "norm", "q", "k", "v", "gate", "up", "logits"):
-        return config.dim
-    widths = {"attn_proj": config.n_heads * config.head_dim, "ffn_proj": config.hidden_dim}
-    return widths.get(kind, 0)
 
 
 def finite_only(activations: Activations) -> dict[Key, Array]:
@@ -143,9 +133,9 @@ class CachedParams(dict[str, Array]):
 class Replay:
     """Runs one variant of the oracle: its operations, its dtype, every call's residual stream.
 
-    ``inspects``: derive a bound for each element of attention, and recognise activations of the
-    other side that are stored with their axes in another order. ``inputs``: the
-    result of ``tables_and_masks``, where it was computed before.
+    ``inspects``: derive a bound for each element of attention and of the norms, and recognise
+    activations of the other side that are stored with their axes in another order. ``inputs``:
+    the result of ``tables_and_masks``, where it was computed before.
     """
 
     def __init__(
@@ -159,7 +149,8 @@ class Replay:
     ) -> None:
         self.config, self.calls, self.params, self.ops = config, calls, params, ops
         self.inspects = inspects
-        self.attention_bounds: dict[Key, Array] = {}  # [B, T, H, K], of the stage last run
+        # Of attention [B, T, H, K] and the norms [B, T, D], of the stage last run.
+        self.element_bounds: dict[Key, Array] = {}
         self.orders: dict[Key, Order] = {}  # of the other side's axes, where not as declared
         self.streams: dict[int, Array] = {}  # call -> residual stream [B, T, D]
         self.last_stage = NOT_STARTED
@@ -192,7 +183,7 @@ class Replay:
         stage's parameters where they were read before.
         """
         activations: dict[Key, Array] = {}
-        self.attention_bounds.clear()
+        self.element_bounds.clear()
         inside = is_layer(self.config, stage)
         params = CachedParams(self.params) if params is None else params
         layer = layer_params(params, stage, self.config, self.ops) if inside else {}
@@ -271,17 +262,24 @@ class Replay:
         cache: LayerCache,
         used: Mapping[str, Array],
     ) -> None:
-        """Bound attention's elements; with perturbed parameters, perturb ``value`` in place."""
+        """Bound attention and the norms by element; perturb ``value`` if the parameters are."""
         (c, name), seed = key, self.params.perturbation
+        precision = self.params.precision
         if kind == "attn" and (self.inspects or seed):
-            self.attention_bounds[key] = self._attention_bound(c, used, cache)
+            self.element_bounds[key] = self._attention_bound(c, used, cache)
             if seed:
                 signs = _signs(value.shape, stage, c, seed)
-                value += signs * self.attention_bounds[key] / BASELINE_FACTOR
+                value += signs * self.element_bounds[key] / BASELINE_FACTOR
+        elif kind in NORMS and (self.inspects or seed) and precision != "float64":
+            x = used["attn_residual"] if kind == "ffn_norm" else self.streams[c]
+            error = norm_sum_error(x, self.config.norm_eps, precision)
+            self.element_bounds[key] = norm_bound(value, error, precision)
+            if seed:  # a token's elements share the error
+                value *= 1 + _signs(error.shape, zlib.crc32(name.encode()), c, seed) * error
         elif seed and (n := n_terms(self.config, kind)):
             signs = _signs(value.shape, zlib.crc32(name.encode()), c, seed)
             size = np.sqrt(np.mean(value**2, axis=-1, keepdims=True))
-            value += signs * (sequential_sum_error(n, self.params.precision) * size)
+            value += signs * (sequential_sum_error(n, precision) * size)
 
     def _attention_bound(self, c: int, used: Mapping[str, Array], cache: LayerCache) -> Array:
         """Return the error bound of each element of a call's attention output [B, T, H, K]."""
