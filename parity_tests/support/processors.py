@@ -2,7 +2,8 @@
 
 ``python -m parity_tests.support.processors`` runs the numeric tests once for each group of settings
 that make PyTorch and NumPy choose the kernels of another processor, and prints the results. Exit
-code 0: all passed, 1: not. Kernels that need a newer processor than this are listed as not run.
+code 0: all passed, 1: not. Kernels that need a newer processor than this are listed as not run,
+and so are this processor's own, with which every other run computes.
 """
 
 import importlib.util
@@ -20,8 +21,6 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 # The features by which kernels of products and loops are chosen, from the oldest to the newest.
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve")
-# How many threads torch and NumPy get in the tests; see process_state.py.
-THREADS = "PARITY_THREADS"
 
 
 class Processor(NamedTuple):
@@ -29,6 +28,7 @@ class Processor(NamedTuple):
 
     name: str
     needs: str  # a feature without which its kernels do not run
+    newer: str  # a feature that this kind of processor does not have, and the next has
     settings: Mapping[str, str]
 
 
@@ -36,6 +36,7 @@ PROCESSORS = (
     Processor(
         "x86-64 without AVX",
         "",
+        "avx2",
         {
             "ATEN_CPU_CAPABILITY": "default",
             "ONEDNN_MAX_CPU_ISA": "SSE41",
@@ -47,6 +48,7 @@ PROCESSORS = (
     Processor(
         "AVX2",
         "avx2",
+        "avx512f",
         {
             "ATEN_CPU_CAPABILITY": "avx2",
             "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -58,6 +60,7 @@ PROCESSORS = (
     Processor(
         "AVX-512 without bfloat16",
         "avx512f",
+        "avx512_bf16",
         {
             "ATEN_CPU_CAPABILITY": "avx512",
             "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
@@ -68,9 +71,9 @@ PROCESSORS = (
     Processor(
         "AVX-512 with bfloat16",
         "avx512_bf16",
+        "amx_bf16",
         {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "OPENBLAS_CORETYPE": "Cooperlake"},
     ),
-    Processor("as it is, two threads", "", {THREADS: "2"}),
 )
 
 
@@ -85,7 +88,8 @@ def describe() -> str:
     """Return one line: processor, its features, torch if imported, and NumPy's BLAS."""
     model = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)
     name = model[1] if model else platform.processor() or platform.machine()
-    set_here = [f"{key}={os.environ[key]}" for key in sorted(_settings()) if key in os.environ]
+    known = sorted({*_settings(), "PARITY_THREADS"})
+    set_here = [f"{key}={os.environ[key]}" for key in known if key in os.environ]
     torch = sys.modules.get("torch")
     parts = [f"{name} ({' '.join(features()) or 'no feature known'})"]
     if torch:
@@ -136,6 +140,9 @@ def main(arguments: Sequence[str]) -> int:
     for processor in PROCESSORS:
         if processor.needs and processor.needs not in features():
             print(f"{processor.name}: not run, this processor has no {processor.needs}", flush=True)
+            continue
+        if processor.newer not in features():
+            print(f"{processor.name}: not run, no {processor.newer} to do without", flush=True)
             continue
         passed, output = run(processor, arguments)
         print(f"{processor.name}: {output.strip().splitlines()[-1]}", flush=True)
