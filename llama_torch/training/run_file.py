@@ -67,10 +67,16 @@ def differences(stored: Settings, config: TrainConfig) -> list[str]:
     # A setting that did not exist when the run began had its default's effect.
     there, here = {**_identity(TrainConfig()), **stored}, _identity(config)
     return [
-        f"--{key.replace('_', '-')} is {there[key].value} there and {here[key].value} here"
+        f"--{key.replace('_', '-')} is {_as_stored(there[key].value)} there and "
+        f"{_as_stored(here[key].value)} here"
         for key in sorted(here)
         if there[key].value != here[key].value
     ]
+
+
+def _as_stored(value: object) -> object:
+    """Return a value as run.json has it, for a message."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _identity(config: TrainConfig) -> Settings:
