@@ -12,6 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..common.errors import InputError, has_surrogates
 from ..common.files import read_json
+from ..common.notes import note
 from .gpt2 import located
 from .tokenizer import Tokenizer
 from .tracked_text import MESSAGE, Tracked, parse, placed, track, written
@@ -148,12 +149,15 @@ def load_chat_template(
         return ChatTemplate(_read(Path(name)), f"--template {name}", tokenizer)
     folder = ckpt if ckpt.is_dir() else ckpt.parent
     own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if own.is_file():
-        return ChatTemplate(_read(own), str(own), tokenizer)
     stored = read_json(settings).get("chat_template") if settings.is_file() else None
     if isinstance(stored, list):  # several, by name
         items = [item for item in stored if isinstance(item, dict)]
         stored = next((i.get("template") for i in items if i.get("name") == "default"), None)
+    if own.is_file():
+        source = _read(own)
+        if isinstance(stored, str) and stored != source:
+            note(f"{own} is taken; chat_template in {settings.name} differs and is not")
+        return ChatTemplate(source, str(own), tokenizer)
     if not isinstance(stored, str):
         raise InputError(
             f"{folder}: has no chat template; give one with --template (llama2, or a Jinja file)"

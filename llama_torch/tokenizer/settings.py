@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..common.files import read_json
+from ..common.notes import note
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
@@ -102,8 +103,10 @@ def read_settings(folder: Path) -> TokenizerSettings:
     found = TokenizerSettings(folder)
     for name in (CONFIG, MAP):
         path = folder / name
-        if path.is_file() and not found.has_decoder:
-            given = read_json(path)
+        given = read_json(path) if path.is_file() else None
+        if given is not None and name == MAP:
+            _note_conflicts(found, given, path)
+        if given is not None and not found.has_decoder:
             _require_supported(given, path)
             _read_roles(found, given, path)
             _read_added(found, given, path)
@@ -116,6 +119,17 @@ def read_settings(folder: Path) -> TokenizerSettings:
             flags = {"special": is_special, "normalized": not is_special}
             _add(found, AddedToken(name, id_, flags, str(path)))
     return found
+
+
+def _note_conflicts(found: TokenizerSettings, given: Mapping[str, Any], path: Path) -> None:
+    """Note the roles for which special_tokens_map.json has other tokens."""
+    for role, name in found.roles.items():
+        other = _content(given.get(role))
+        if isinstance(other, str) and other and other != name:
+            note(
+                f"{path}: {role} is {other!r}, and {name!r} in {CONFIG}; "
+                f"{(name if found.has_decoder else other)!r} is taken, as in transformers"
+            )
 
 
 def _require_supported(given: Mapping[str, Any], path: Path) -> None:

@@ -252,7 +252,9 @@ def test_a_template_that_fails_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_where_a_template_is_found(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_where_a_template_is_found(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(folders["bytes"], tmp_path / "copy")
     tokenizer = load_tokenizer(folder, 700)
 
@@ -261,6 +263,11 @@ def test_where_a_template_is_found(folders: dict[str, Path], tmp_path: Path) -> 
 
     (folder / "chat_template.jinja").write_text("own {{ messages[0]['content'] }}")
     assert text() == "own Hi"
+    assert "chat_template.jinja is taken; chat_template in" in capsys.readouterr().err
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").write_text(settings["chat_template"])
+    assert text() != "own Hi"
+    assert capsys.readouterr().err == ""
     (folder / "given.jinja").write_text("given")
     assert text(str(folder / "given.jinja")) == "given"
     (folder / "chat_template.jinja").unlink()

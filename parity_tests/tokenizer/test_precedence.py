@@ -32,7 +32,9 @@ def write_tokenizer(folder: Path, template: str = "$A") -> None:
 
 
 @pytest.mark.parametrize("has_decoder", [False, True])
-def test_the_map_replaces_names_where_no_token_is_listed(tmp_path: Path, has_decoder: bool) -> None:
+def test_the_map_replaces_names_where_no_token_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], has_decoder: bool
+) -> None:
     transformers = pytest.importorskip("transformers")
     write_tokenizer(tmp_path)
     settings: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -45,6 +47,14 @@ def test_the_map_replaces_names_where_no_token_is_listed(tmp_path: Path, has_dec
     write(tmp_path, "special_tokens_map.json", {"bos_token": "<a>", "eos_token": "<b>"})
     ours = load_tokenizer(tmp_path, VOCAB)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
+    assert [f"{ours.bos!r} is taken" in line for line in lines] == [True, False]
+    assert f"{ours.eos!r} is taken" in lines[1]
+    write(tmp_path, "special_tokens_map.json", {"bos_token": ours.bos, "eos_token": ours.eos})
+    settings |= {"bos_token": ours.bos, "eos_token": ours.eos}
+    write(tmp_path, "tokenizer_config.json", settings)
+    load_tokenizer(tmp_path, VOCAB)
+    assert capsys.readouterr().err == ""
     assert (ours.bos, ours.eos) == (theirs.bos_token, theirs.eos_token)
     assert ours.bos == ("<s>" if has_decoder else "<a>")
 
