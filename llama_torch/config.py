@@ -122,7 +122,8 @@ class TrainConfig:
     batch_size: int = 4
     """Windows (rows of --max-seq-len tokens) in one forward pass of a process, at most."""
     grad_accum: int = 1
-    """A step takes --batch-size times so many windows, shared out among the processes."""
+    """A step takes --batch-size times so many windows. Processes share them out, and each cuts its
+    part into micro-batches of --batch-size."""
     seed: int = 0
     """Seed of initialisation, data order and samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -29,10 +29,10 @@ class Backend:
     depend on calls before it.
 
     dtypes            the precisions you compute in, most precise first, among "float64",
-                      "float32", "bfloat16" and "float16". In float64 rounding is too small to
-                      hide a bug. Without it the first one listed is judged beside plain NumPy in
-                      that precision. Parameters arrive in the precision under test (bfloat16 as
-                      ml_dtypes').
+                      "float32", "bfloat16" and "float16"; float64 and float32 where you leave
+                      this out. In float64 rounding is too small to hide a bug; without float64
+                      in the list, its first one is judged beside plain NumPy in that precision.
+                      Parameters arrive in the precision under test (bfloat16 as ml_dtypes').
     example_fraction  the fraction of the examples to run, above 0 and at most 1.0 (all).
 
     The arguments, where B is the batch, T the tokens of this call, S = cached + T, V the

@@ -1,7 +1,8 @@
 """The forward pass of LLaMA 2 (Touvron et al. 2023): token ids in, logits and the new cache out.
 
 Axes: B batch, T query position (this call's tokens), S key position (cache and this call),
-D dim, H query heads, N key/value heads, K head_dim, V vocabulary.
+D dim, H query heads, N key/value heads, R query heads of one of them, K head_dim, F hidden_dim,
+V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -158,9 +159,9 @@ def attention(
     k_BNSK, v_BNSK = k_BTNK.swapaxes(1, 2), v_BTNK.swapaxes(1, 2)
     if past is not None:
         k_BNSK, v_BNSK = ops.extend(past[0], k_BNSK), ops.extend(past[1], v_BNSK)
-    scores = ops.attention_scores(ops.group_queries(q_BTHK, config.n_kv_heads), k_BNSK)
-    weights = ops.masked_softmax(scores, mask_BTS)
-    mixed_BTHK = ops.ungroup_queries(ops.attention_mix(weights, v_BNSK))
+    scores_BNRTS = ops.attention_scores(ops.group_queries(q_BTHK, config.n_kv_heads), k_BNSK)
+    weights_BNRTS = ops.masked_softmax(scores_BNRTS, mask_BTS)
+    mixed_BTHK = ops.ungroup_queries(ops.attention_mix(weights_BNRTS, v_BNSK))
     trace("attn", mixed_BTHK)
     out_BTD = ops.linear(ops.merge_heads(mixed_BTHK), layer["self_attn.o_proj.weight"])
     trace("attn_proj", out_BTD)

@@ -37,7 +37,7 @@ class Mutant(NamedTuple):
     also: Mapping[str, Callable[..., Any]] = MappingProxyType({})
     # The property of the error that is equal in every port with the bug, by which it is known:
     # mostly the "value". Roundings differ in their details and leave the "size" of the error; a
-    # random weight leaves "nothing".
+    # random weight leaves "nothing": the values are unrelated to the right ones.
     known_by: str = "value"
 
     def apply(self, reference: ModuleType | SimpleNamespace) -> SimpleNamespace:

@@ -108,7 +108,8 @@ def adamw(
 
     ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, and with m_hat = m / (1 - b1^t),
     v_hat = v / (1 - b2^t): ``p = p (1 - lr decay) - lr m_hat / (sqrt(v_hat) + eps)`` (Loshchilov
-    and Hutter 2019, algorithm 2). All have the parameter's shape; decay never enters the moments.
+    and Hutter 2019, algorithm 2, with the decay scaled by lr, as PyTorch does). All have the
+    parameter's shape; decay never enters the moments.
     """
     m = hyper.beta1 * m + (1.0 - hyper.beta1) * g
     v = hyper.beta2 * v + (1.0 - hyper.beta2) * (g * g)

@@ -7,7 +7,9 @@ Three tiers, from sharp to wide:
 3. ``composed_bound``: many operations in low precision, against the error of a baseline, the
    oracle itself in the same precision, which is independent of what is tested.
 
-Errors are computed in float64; a NaN or an infinity is an infinite error.
+Errors are computed in float64; a NaN or an infinity is an infinite error. Axes: B batch, T query
+position, S key position, H query heads, N key/value heads, R query heads of one of them,
+K head_dim, V vocabulary.
 """
 
 import math
@@ -74,7 +76,8 @@ def dot_bound(abs_dot: Array, exact: Array, n: int, unit: float) -> Array:
     """Bound the error of every dot product y = x^T w of length ``n`` (tier 2).
 
     ``|y - y64| <= lambda sqrt(n) u |x|^T |w| + u |y|``; ``abs_dot`` is |x|^T |w|, ``unit`` u. Not
-    scaled by |y| alone: after cancellation y may be tiny while its error is not.
+    scaled by |y| alone: after cancellation y may be tiny while its error is not. The oracle's own
+    tests (oracle/test_ops.py) alone use it.
     """
     bound: Array = LAMBDA * math.sqrt(n) * unit * abs_dot + unit * np.abs(exact)
     return bound
@@ -229,11 +232,8 @@ def sequential_sum_error(n_terms: int, dtype: str) -> float:
 
     ``0.3 sqrt(n) u``; 0 for no terms. u is at most float32's: sums are float32 at least.
     """
-    return (
-        SEQUENTIAL_SUM_ROUNDINGS
-        * math.sqrt(n_terms)
-        * min(UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF["float32"])
-    )
+    unit = min(UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF["float32"])
+    return SEQUENTIAL_SUM_ROUNDINGS * math.sqrt(n_terms) * unit
 
 
 def composed_bound(baseline_error: Errors, dtype: str) -> Errors:

@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length"]
 class Token(NamedTuple):
     """One token sampled for one row."""
 
-    row: int  # the prompt's index in the batch
+    prompt: int  # its index in the batch
     id: int
     reached_length_limit: bool  # whether the row has max_new_tokens tokens or fills the context
     logprob: float | None  # before repetition penalty, temperature, top-k, top-p and min-p
@@ -132,9 +132,12 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def sample(self) -> list[Token]:
-        """Return the next token of every unfinished row.
+        """Draw the next token of every row, and return those of the unfinished rows.
 
-        Raises InputError where a logit is not finite.
+        Each row has one token fewer to sample, and its token counts as seen by the repetition
+        penalty. A captured step runs on the tokens already, while they are read
+        (``decode_one_token`` then finds its logits ready). Raises InputError where a logit is not
+        finite.
         """
         logits_BV = self.logits_BV
         is_finite = logits_BV.isfinite().all()
@@ -172,7 +175,8 @@ class DecodeBatch:
     def decode_one_token(self, finished: Collection[int] = ()) -> None:
         """Mark rows as finished (by their prompts' indices); decode the other rows' tokens.
 
-        A captured step computes the finished rows too; ``sample`` leaves them out.
+        A captured step computes the finished rows too; ``sample`` leaves them out. Where
+        ``sample`` launched the step, nothing is left to decode.
         """
         for row in self.rows:
             row.is_finished |= row.prompt in finished
@@ -252,7 +256,7 @@ def generate_tokens(
             finished = set()
             for token in batch.sample():
                 if finish(token):
-                    finished.add(token.row)
+                    finished.add(token.prompt)
                 yield token
             batch.decode_one_token(finished)
     finally:

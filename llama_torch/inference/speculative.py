@@ -49,9 +49,11 @@ def speculative_batch(
     n_tokens = new_token_limit(model, prompt, settings)
     # Kernels and NumPy decode one token at a time, and so cannot verify several.
     if decoding in ("kernels", "numpy"):
-        raise InputError(f"--decoding {decoding} checks no guesses; leave it or --draft out")
+        raise InputError(
+            f"--decoding {decoding} cannot verify draft tokens; leave it or --draft out"
+        )
     if decoding == "auto":
-        mode = choose_mode("auto", model, rows=1, n_tokens=settings.max_new_tokens)
+        mode = choose_mode("auto", model, rows=1, n_tokens=n_tokens)
         decoding = "graph" if mode in ("kernels", "graph") else "eager"
     cache_size = len(prompt) + n_tokens
     target = make_step(model, 1, cache_size, n_tokens, decoding, graphs, n_draft_tokens + 1)

@@ -226,8 +226,8 @@ class TextModel:
                 self.model, self.draft, rows[0], settings[0], prefill_chunk, decoding,
                 self.decoding.guesses, self.graphs,
             )  # fmt: skip
-        for token in generate_tokens(batch, lambda token: builders[token.row].add(token)):
-            if piece := builders[token.row].pieces[-1]:
+        for token in generate_tokens(batch, lambda token: builders[token.prompt].add(token)):
+            if piece := builders[token.prompt].pieces[-1]:
                 yield piece
 
     def _builder(self, ids: Sequence[int], settings: SamplingConfig) -> CompletionBuilder:

@@ -63,7 +63,7 @@ class TritonBatchStep:
         """Do nothing: the kernels read every weight in place."""
 
     def launch(self) -> Tensor:
-        """Launch the kernels of a forward pass; return the logits [M, 1, V]."""
+        """Launch the kernels of a forward pass; return the logits [B, 1, V]."""
         c, model, buffers = self.config, self.model.model, self.buffers
         inputs = buffers.inputs
         buffers.look_up()
@@ -107,7 +107,7 @@ class TritonBatchStep:
     def _project(self, x: Tensor, *linears: nn.Module, out: Tensor | None = None) -> int:
         """Store x's products with up to three matrices; return the number of splits.
 
-        They are stored side by side: partial sums [splits, M, N_A + N_B + N_C] in
+        They are stored side by side: partial sums [splits, B, N_A + N_B + N_C] in
         ``partial_sums``, or sums in ``out``.
         """
         matrices = [matrix_of(linear) for linear in linears]

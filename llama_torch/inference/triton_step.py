@@ -1,6 +1,6 @@
 """The decoding step of one sequence in Triton kernels, and the buffers of steps of any batch.
 
-Names: M sequence, D dim, H query heads, K head_dim, S key position (cache column), V vocabulary.
+Names: B sequence, D dim, H query heads, K head_dim, S key position (cache column), V vocabulary.
 """
 
 import math
@@ -33,11 +33,11 @@ TILES = {
 class TritonBuffers:
     """Launch options, rotary tables and buffers of the Triton steps for one and several sequences.
 
-    ``residual`` [M, D], the residual stream, the queries ``q`` [M, H K] and ``logits`` [M, V] are
+    ``residual`` [B, D], the residual stream, the queries ``q`` [B, H K] and ``logits`` [B, V] are
     in ``acc_dtype``: float32, or float64 for float64 weights.
 
     inputs       tokens, positions and cache position, one token a sequence.
-    key_mask     bool [M, S], False on cache columns to hide; None: none. A token attends to
+    key_mask     bool [B, S], False on cache columns to hide; None: none. A token attends to
                  columns up to its own.
     n_positions  number of rotary positions, one more than the largest; 0: the cache's size.
     programs     number of attention programs wanted; more than one a head splits its keys.
@@ -66,6 +66,7 @@ class TritonBuffers:
         self.launch_options: dict[str, Any] = {"PDL": is_early} | (
             {"launch_pdl": True} if is_early else {}
         )
+        # Triton's name of the dtype: torch.float32 -> tl.float32.
         self.common_options = self.launch_options | {"sums": getattr(tl, str(self.acc_dtype)[6:])}
         # For the kernels of kernels/decode.py.
         self.decode_options = self.common_options | {"PLANES": planes}
@@ -91,7 +92,7 @@ class TritonBuffers:
         return torch.zeros(*shape, dtype=self.acc_dtype, device=self.device)
 
     def look_up(self) -> None:
-        """Store the tokens' embeddings in the residual stream [M, D]."""
+        """Store the tokens' embeddings in the residual stream [B, D]."""
         dim = self.config.dim
         block = next_power_of_2(dim, 1024)
         decode.look_up[(-(-dim // block), self.rows)](
@@ -99,7 +100,7 @@ class TritonBuffers:
         )
 
     def attend(self, i: int, out: Tensor) -> None:
-        """Store the attention output [M, H K] of ``q`` over layer ``i`` of the cache in ``out``.
+        """Store the attention output [B, H K] of ``q`` over layer ``i`` of the cache in ``out``.
 
         Keys and values are those up to the step's cache position.
         """

@@ -8,9 +8,9 @@ as it reads all of a sequence's elements anyway.
 
 Sums and the residual stream are float32 (float64 for float64 weights); a matrix's input is in the
 model's precision, and its plain order. ``gdc_wait`` and the scales of int8 weights are as in
-decode.py, and so are the arguments of the kernels. ``parts`` are partial sums [SPLITS, M, n] of a
-product of n outputs; ``n_rows`` is M.
-Names: M sequence (row), D dim, H query heads, N key/value heads, K head_dim, F hidden_dim.
+decode.py, and so are the arguments of the kernels. ``parts`` are partial sums [SPLITS, B, n] of a
+product of n outputs; ``n_rows`` is B.
+Names: B sequence (row), D dim, H query heads, N key/value heads, K head_dim, F hidden_dim.
 """
 
 import triton
@@ -37,9 +37,9 @@ def add_norm(
     DIM: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add a product (if SPLITS > 0) to the residual stream [M, D]; store its RMSNorm in ``out``.
+    """Add a product (if SPLITS > 0) to the residual stream [B, D]; store its RMSNorm in ``out``.
 
-    A program computes one sequence's row. ``parts`` is [SPLITS, M, D].
+    A program computes one sequence's row. ``parts`` is [SPLITS, B, D].
     """
     _begin(PDL)
     columns = tl.arange(0, BLOCK)
@@ -72,10 +72,10 @@ def project(
     PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, QUANTIZED: tl.constexpr, sums: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Store x [PADDED, N_IN] times up to three matrices as ``out`` [SPLITS, M, N_A + N_B + N_C].
+    """Store x [PADDED, N_IN] times up to three matrices as ``out`` [SPLITS, B, N_A + N_B + N_C].
 
     A program computes ROWS rows of one matrix, over one of SPLITS parts of their columns. ``w_a``
-    is [N_A, N_IN], and so on; x has zeros in the rows beyond M.
+    is [N_A, N_IN], and so on; x has zeros in the rows beyond B.
     """
     _begin(PDL)
     program = tl.program_id(0)
@@ -129,7 +129,7 @@ def rope(
 ):  # fmt: skip
     """Rotate one head of one sequence; store it in ``q``, or in ``column`` of the cache.
 
-    ``parts`` is [SPLITS, M, (H + 2 N) K]: q, k and v side by side.
+    ``parts`` is [SPLITS, B, (H + 2 N) K]: q, k and v side by side.
     """
     _begin(PDL)
     _wait(PDL)
@@ -152,9 +152,9 @@ def swiglu(
     parts, out, n_rows, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Store ``silu(gate) * up`` [M, F] (Shazeer 2020, eq. 6), F = HIDDEN.
+    """Store ``silu(gate) * up`` [B, F] (Shazeer 2020, eq. 6), F = HIDDEN.
 
-    ``parts`` is [SPLITS, M, 2 F]: gate and up side by side.
+    ``parts`` is [SPLITS, B, 2 F]: gate and up side by side.
     """
     _begin(PDL)
     _wait(PDL)

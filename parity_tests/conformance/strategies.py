@@ -47,7 +47,7 @@ def scalings(draw: Draw) -> dict[str, Any]:
 
 @composite
 def configs(draw: Draw, least_width: int = 1) -> LlamaConfig:
-    """Draw a small architecture: n_rep != n_kv_heads, odd counts, dim unrelated to the heads.
+    """Draw a small architecture: n_rep, n_kv_heads and dim independent, odd counts.
 
     dim is a multiple of n_heads in half of them, as transformers requires even with an explicit
     head_dim. ``least_width`` is the least dim and hidden_dim.

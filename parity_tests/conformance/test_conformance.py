@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 from reference_np import optim
 from reference_np.naming import activation_axes
 
-from .judge import JUDGE
-from .oracle import Oracle
-from .scenarios import (
+from .case_parts import (
     as_row,
     best_dtype,
     concatenated,
@@ -30,6 +28,8 @@ from .scenarios import (
     run_in_chunks,
     training_dtype,
 )
+from .judge import JUDGE
+from .oracle import Oracle
 from .strategies import (
     Array,
     Case,
@@ -208,7 +208,7 @@ def test_reused_cache(backend: Any, data: st.DataObject) -> None:
 @pytest.mark.needs("loss_and_grads")
 @data_given
 def test_loss_and_grads(backend: Any, data: st.DataObject) -> None:
-    """The mean loss and every gradient, over micro-batches of unequal valid counts."""
+    """The mean loss and all gradients as one vector, over micro-batches of unequal valid counts."""
     dtype = training_dtype(backend)
     case = data.draw(training_cases_for(dtype))
     low, exact = rounded_and_exact_params(backend, case, dtype)
@@ -227,7 +227,7 @@ def test_loss_and_grads(backend: Any, data: st.DataObject) -> None:
 @pytest.mark.parametrize("steps", [1, 3, 10])
 @data_given
 def test_training(backend: Any, steps: int, data: st.DataObject) -> None:
-    """Losses, gradient norms, parameters and moments of whole optimizer steps."""
+    """Losses, gradient norms, parameters and moments of optimizer steps; float64 to 1e-9."""
     dtype = training_dtype(backend)
     case = data.draw(training_cases_for(dtype, conditioned=steps > 1))
     low, exact = rounded_and_exact_params(backend, case, dtype)

@@ -16,7 +16,8 @@ from .drawn import Draw, composite, describe_case
 from .strategies import Array, Params, configs, random_params, seeds, wide_cases, with_diagonal
 
 # Of the results of ten steps: every step amplifies the rounding of those before it, as AdamW
-# divides by sqrt(v) + 1e-5: some 1e-16 * 1e5 * 10 at most.
+# divides by sqrt(v) + 1e-5. One rounding of 1e-16 becomes 1e-16 * 1e5 * 10 = 1e-10 at most; a
+# gradient is a sum of many, hence the factor of ten beyond that.
 STEPS_TOLERANCE = 1e-9
 
 

@@ -68,7 +68,7 @@ def test_a_batch_equals_the_cpus_single_runs(temperature: float, case: Case) -> 
     batch.prefill()
     for _ in range(8):
         for token in batch.sample():
-            found[token.row].append(token.id)
+            found[token.prompt].append(token.id)
         batch.decode_one_token()
     assert list(found) == alone
 
@@ -99,7 +99,7 @@ def test_rows_of_a_captured_batch_end_at_different_lengths(mode: Decoding, case:
     alone = [list(generate(model, *row)) for row in zip(prompts, each, strict=True)]
     found: tuple[list[int], ...] = ([], [], [])
     for token in generate_tokens(DecodeBatch(model, prompts, each, decoding=mode)):
-        found[token.row].append(token.id)
+        found[token.prompt].append(token.id)
     assert list(found) == alone
 
 

@@ -134,7 +134,7 @@ def test_more_and_fewer_rows_have_steps_of_their_own(mode: Decoding) -> None:
     for n_rows in (1, 2, 1, 3):
         found = [[] for _ in range(n_rows)]
         for token in generate_tokens(batch_of(model, [prompt] * n_rows, mode)):
-            found[token.row].append(token.id)
+            found[token.prompt].append(token.id)
         assert found == [expected] * n_rows
 
 
@@ -146,7 +146,7 @@ def test_padding_of_an_earlier_request_is_not_kept(mode: Decoding) -> None:
         prompts = [list(range(i + 1, i + 1 + n)) for i, n in enumerate(lengths)]
         found: tuple[list[int], ...] = ([], [])
         for token in generate_tokens(batch_of(model, prompts, mode)):
-            found[token.row].append(token.id)
+            found[token.prompt].append(token.id)
         assert list(found) == [greedy(model, prompt, 12, "eager") for prompt in prompts]
     assert len(steps_of(model)) == 1
 

@@ -37,7 +37,7 @@ def batch_tokens(
     """Return each row's new tokens; rows end after their own ``max_new_tokens``."""
     found = [[] for _ in prompts]
     for token in generate_tokens(DecodeBatch(model, prompts, each, chunk)):
-        found[token.row].append(token.id)
+        found[token.prompt].append(token.id)
     return found
 
 

@@ -70,5 +70,5 @@ def test_a_draft_of_another_vocabulary_is_refused() -> None:
     model, draft = Llama(small), Llama(replace(small, vocab_size=60))
     with pytest.raises(InputError, match="vocabulary has 60 tokens and the model's 50"):
         speculative_batch(model, draft, [1], SamplingConfig(4))
-    with pytest.raises(InputError, match="numpy checks no guesses"):
+    with pytest.raises(InputError, match="numpy cannot verify draft tokens"):
         speculative_batch(model, model, [1], SamplingConfig(4), decoding="numpy")

@@ -91,7 +91,11 @@ def _parameter(name: str) -> Any:
 
 
 def _skip_reason(name: str) -> str:
-    """Return the reason for which a shipped backend cannot run on this machine; "" if it can."""
+    """Return the reason for which a shipped backend cannot run on this machine; "" if it can.
+
+    A shipped backend that needs a package other than torch is listed here; the name of one that
+    needs a GPU begins with "cuda" (backends.CUDA).
+    """
     needed = {"jax": ["jax"], "transformers": ["torch", "transformers"]}.get(name, ["torch"])
     for package in needed if name in SHIPPED else []:
         if not importlib.util.find_spec(package):

@@ -27,8 +27,8 @@ def rounded_and_exact_params(
     backend: Any, case: Case | TrainingCase, dtype: str
 ) -> tuple[Params, Params]:
     """Return the parameters in ``dtype``, and in float64 those that the backend computes with."""
-    low = {n: v.astype(ML_DTYPES.get(dtype, dtype)) for n, v in case.params.items()}
-    return low, effective_params_of(backend, case.config, low)
+    rounded = {n: v.astype(ML_DTYPES.get(dtype, dtype)) for n, v in case.params.items()}
+    return rounded, effective_params_of(backend, case.config, rounded)
 
 
 def oracle_logits(
