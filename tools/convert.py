@@ -25,9 +25,9 @@ if __name__ == "__main__":
 from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check
-from llama_torch.common.files import finish, publish_folder, temporary_folder
+from llama_torch.common.files import finish, publish_folder, read_json, temporary_folder
 from llama_torch.model.config import ModelConfig
-from llama_torch.tokenizer.pieces import is_ranks
+from llama_torch.tokenizer.pieces import is_ranks, piece_spans, read_piece
 from tools.conversion.hf_checkpoint import read_hf, write_hf
 from tools.conversion.lazy_weights import write_file
 from tools.conversion.llama3_tokenizer import hf_tokenizer, meta_tokenizer
@@ -133,6 +133,20 @@ def check_flags(settings: ConvertConfig, form: str, to: str) -> None:
             raise InputError(f"--{name}: {why}; leave it out")
 
 
+def require_whole(path: Path) -> None:
+    """Raise InputError for a damaged file: JSON or a SentencePiece model that cannot be read."""
+    if path.suffix == ".json":
+        read_json(path)
+    elif path.name == "tokenizer.model" and not is_ranks(path):
+        model = path.read_bytes()
+        try:
+            pieces = [read_piece(model[start:end]) for start, end in piece_spans(model)]
+        except (ValueError, LookupError):  # UnicodeDecodeError is a ValueError
+            pieces = []
+        if not pieces:
+            raise InputError(f"{path}: not a whole SentencePiece model; copy it again")
+
+
 def copy_around(source: Path, folder: Path, config: ModelConfig, to: str) -> None:
     """Copy the tokenizer and what else stands beside the weights, or convert it.
 
@@ -141,6 +155,7 @@ def copy_around(source: Path, folder: Path, config: ModelConfig, to: str) -> Non
     """
     for name in AROUND.split():
         if (source / name).is_file():
+            require_whole(source / name)
             shutil.copyfile(source / name, folder / name)
     pieces, fast, original = (folder / n for n in ("tokenizer.model", "tokenizer.json", ORIGINAL))
     if to == "hf" and (source / ORIGINAL).is_file():

@@ -13,6 +13,7 @@ from tools import convert
 
 from ..conformance.strategies import random_params
 from ..support.meta_checkpoints import CONFIG, LLAMA3_SCALING, a_meta, an_hf, write_hf
+from ..support.tokenizers import pieces_model
 
 
 class Code:
@@ -245,3 +246,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     for word in words:
         assert word in error
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("to", ["hf", "meta"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_a_cut_off_tokenizer_is_not_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, to: str
+) -> None:
+    an_hf(tmp_path / "a")
+    whole = pieces_model((), ()) if name == "tokenizer.model" else b'{"bos_token": "<s>"}'
+    (tmp_path / "a" / name).write_bytes(whole[: len(whole) // 2])
+    assert convert.main([str(tmp_path / "a"), str(tmp_path / "b"), "--to", to]) == 2
+    assert f"{tmp_path / 'a' / name}: " in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()

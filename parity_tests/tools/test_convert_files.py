@@ -32,6 +32,7 @@ from ..support.meta_checkpoints import (
     write_hf,
     write_meta,
 )
+from ..support.tokenizers import pieces_model
 from .commands import run_convert
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,9 +42,11 @@ def test_what_surrounds_the_weights_comes_along(tmp_path: Path) -> None:
     an_hf(tmp_path / "a")
     hf = CONFIG.to_hf() | {"bos_token_id": 1, "eos_token_id": [2, 3], "use_cache": True}
     (tmp_path / "a" / "config.json").write_text(json.dumps(hf))
-    names = ("tokenizer.model", "tokenizer.json", "chat_template.jinja")
-    for name in names:
-        (tmp_path / "a" / name).write_bytes(b"\n" + os.urandom(20))
+    contents = {"tokenizer.model": pieces_model((), ()), "tokenizer.json": b'{"any": 1}'}
+    contents["chat_template.jinja"] = os.urandom(20)
+    names = tuple(contents)
+    for name, content in contents.items():
+        (tmp_path / "a" / name).write_bytes(content)
     run_convert(tmp_path / "a", tmp_path / "b")
     run_convert(tmp_path / "b", tmp_path / "c")
     run_convert(tmp_path / "a", tmp_path / "d", "--to", "hf")
