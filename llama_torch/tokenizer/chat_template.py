@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..common.errors import InputError, has_surrogates
@@ -47,9 +48,16 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         try:
+            used = jinja2.meta.find_undeclared_variables(environment.parse(source))
             self.template = environment.from_string(parse(environment, source))
         except jinja2.TemplateError as error:
             raise InputError(f"{origin}: not a Jinja template ({_line(error)}); fix it") from None
+        for role in sorted(used & set(tokenizer.others)):
+            if tokenizer.others[role] not in tokenizer.special:
+                raise InputError(
+                    f"{origin}: uses {role}, which is {tokenizer.others[role]!r}, no token of the "
+                    "tokenizer's; add it to the tokenizer, or name another"
+                )
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation whose next message is the assistant's.

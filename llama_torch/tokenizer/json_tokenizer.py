@@ -145,11 +145,22 @@ def _all_added(
                 f"{token.source}: {token.content!r} has id {token.id}, and {path.name} gives it "
                 f"{id_}; correct one of them"
             )
-        if token.content not in is_added:
+        if token.content in is_added:
+            if settings.has_decoder and token.id is not None:
+                _follow(token, added)
+        else:
             added.append(token.to_json(id_))
             ids[token.content] = id_
             is_added.add(token.content)
     return added
+
+
+def _follow(token: AddedToken, added: list[dict[str, Any]]) -> None:
+    """Give a ``tokenizer.json``'s token its flags in added_tokens_decoder; it stays special."""
+    for own in added:
+        if own["content"] == token.content:
+            is_special = own.get("special") or token.flags.get("special")
+            own |= {**token.to_json(own["id"]), "special": bool(is_special)}
 
 
 def _vocabulary(model: dict[str, Any]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from ..common.notes import note
 from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .json_tokenizer import Json
 from .pieces import SentencePiece
+from .prefix_space import with_prefix_space
 from .settings import AddedToken, TokenizerSettings, read_settings
 from .tokenizer import Gpt2, Tokenizer
 
@@ -49,7 +50,7 @@ def _find_tokenizer(
 ) -> tuple[Tokenizer, Path]:
     fast, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file():
-        content = read_json(fast)
+        content = with_prefix_space(read_json(fast), settings, fast)
         if _puts_a_token_last(content.get("post_processor")):
             note(f"{fast}: a token after a text is left out: a prompt is continued")
         if _is_gpt2(content) and not _added_to_gpt2(settings):

@@ -50,6 +50,10 @@ class SentencePiece(Tokenizer):
         hidden = [id_ for name, id_ in special.items() if name not in ordinary]
         super().__init__(special, max([len(pieces) - 1, *special.values()]) + 1, hidden)
         self.ordinary = ordinary
+        flags = {name: settings.added[name].flags for name in special if name in settings.added}
+        self.single_words = {name for name in flags if flags[name].get("single_word")}
+        self.lstrip = {special[name] for name in flags if flags[name].get("lstrip")}
+        self.rstrip = {special[name] for name in flags if flags[name].get("rstrip")}
         names = {id_: name for name, id_ in special.items()}  # those of renamed pieces, too
         bos, eos = self.processor.bos_id(), self.processor.eos_id()  # -1 where there is none
         self.bos, self.prefix, self.eos = names.get(bos), (bos,) * (bos >= 0), names.get(eos)
@@ -72,7 +76,7 @@ class SentencePiece(Tokenizer):
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         """Return the ids of text and special tokens; a space after these if it is ``legacy``."""
         ids: list[int] = []
-        for part in parts:
+        for part in self.stripped(parts):
             if isinstance(part, int):
                 ids.append(part)
             elif ids and not self.is_legacy:

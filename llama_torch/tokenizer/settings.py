@@ -89,7 +89,7 @@ class TokenizerSettings:
     legacy: bool | None = None
     """Whether SentencePiece puts a space before text that follows a special token."""
     add_prefix_space: bool | None = None
-    """Whether SentencePiece puts a space before text at all."""
+    """Whether a space is put before text at all."""
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
@@ -146,6 +146,8 @@ def _require_supported(given: Mapping[str, Any], path: Path) -> None:
     ]
     if problems:
         raise InputError(f"{path}: {'; '.join(problems)}")
+    if given.get("split_special_tokens"):
+        note(f"{path}: a template's special tokens are tokens, whatever split_special_tokens says")
 
 
 def _names_a_token(key: str, value: Any) -> bool:
@@ -192,25 +194,38 @@ def _read_added(found: TokenizerSettings, given: Mapping[str, Any], path: Path) 
         content = _content(token)
         if not ID.fullmatch(id_) or not isinstance(content, str):
             raise InputError(f"{path}: added_tokens_decoder has {id_!r}: {token!r}; correct it")
-        flags = {} if token == content else {key: token[key] for key in FLAGS if key in token}
-        for flag, value in flags.items():
-            if type(value) is not bool:
-                raise InputError(f"{path}: {content!r} has {flag}={value!r}; give true or false")
-        _add(found, AddedToken(content, int(id_), flags, f"{path}: added_tokens_decoder"))
+        source = f"{path}: added_tokens_decoder"
+        _add(found, AddedToken(content, int(id_), _flags(token, source), source))
     for key in LISTS:
-        for name in _names(given.get(key), f"{path}: {key}"):
-            if name not in found.added:
-                _add(found, AddedToken(name, None, source=f"{path}: {key}"))
+        tokens = given.get(key)
+        for token in _named(tokens, f"{path}: {key}"):
+            if token.content not in found.added:
+                _add(found, token)
+        if isinstance(tokens, dict):  # templates know them by these names
+            found.roles |= {role: _content(token) for role, token in tokens.items()}
 
 
-def _names(given: Any, source: str) -> Iterable[str]:
+def _named(given: Any, source: str) -> Iterable[AddedToken]:
     if given is not None and not isinstance(given, list | dict):
         raise InputError(f"{source} is {given!r}; give a list of tokens")
     for token in given.values() if isinstance(given, dict) else given or ():
         name = _content(token)
         if not isinstance(name, str) or not name:
             raise InputError(f"{source}: {token!r} is no text; correct it")
-        yield name
+        yield AddedToken(name, None, _flags(token, source), source)
+
+
+def _flags(token: Any, source: str) -> dict[str, bool]:
+    """Return the flags that stand beside a token's text."""
+    if not isinstance(token, dict):
+        return {}
+    flags = {key: token[key] for key in FLAGS if key in token}
+    for flag, value in flags.items():
+        if type(value) is not bool:
+            raise InputError(
+                f"{source}: {token['content']!r} has {flag}={value!r}; give true or false"
+            )
+    return flags
 
 
 def _add(found: TokenizerSettings, token: AddedToken) -> None:

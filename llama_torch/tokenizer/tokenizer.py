@@ -22,7 +22,8 @@ from .gpt2 import (
     located,
 )
 
-MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # a name in the manner of special tokens
+# A name in the manner of special tokens, which may begin with SentencePiece's space.
+MARKED = re.compile(r"▁?(?:<.+>|\[.+\])", re.DOTALL)
 
 AFTER, BEFORE = re.compile(rf"\A{BLANK}+"), re.compile(rf"(?<!{BLANK}){BLANK}+\Z")
 

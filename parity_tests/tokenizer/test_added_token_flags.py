@@ -64,6 +64,7 @@ def write_spaced(folder: Path, normalizer: Any = None, **flags: bool) -> None:
     spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     made.normalizer = normalizer or normalizers.Sequence(spaces)
     replaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    replaced.append(decoders.Strip(" ", left=1))
     made.decoder = decoders.Sequence(replaced)
     content = json.loads(made.to_str())
     content["added_tokens"] = [{"id": i, **flagged(names[i], **flags)} for i in range(3)]

@@ -73,7 +73,7 @@ def test_what_is_not_supported_is_refused_by_name(
         ({"image_token": {"content": "<i>", "lstrip": False}}, {"image_token": "<i>"}),
         ({"image_token": None, "image_token_id": None, "pad_token": ""}, {}),
         ({"add_eos_token": True, "add_bos_token": False}, {}),
-        ({"extra_special_tokens": {"image_token": "<i>"}}, {}),
+        ({"extra_special_tokens": {"image_token": "<i>"}}, {"image_token": "<i>"}),
         ({"extra_special_tokens": ["<i>"], "additional_special_tokens": None}, {}),
         ({"added_tokens_decoder": None}, {}),
     ],
