@@ -16,6 +16,7 @@ from llama_torch.tokenizer import gpt2
 
 TEXT = [topics[name] for name in sorted(topics)[:40]]
 SPECIALS = ("<|begin|>", "<|end|>", "<|head|>", "<|/head|>")
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPELLED = [*SPECIALS, "<s>", "</s>", "<unk>", "<|endoftext|>"]
 pieces = st.one_of(
     st.text(max_size=8),
@@ -144,3 +145,18 @@ def gpt2_files(folder: Path) -> Path:
 
 
 KINDS = {"gpt2": gpt2_files, "bytes": byte_level, "spaced": spaced, "pieces": sentence_piece}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a value as a JSON file."""
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_json_tokenizer(folder: Path, inside: Sequence[str] = ()) -> None:
+    """Write a tokenizer of bytes with BOS and EOS and words ``inside`` its vocabulary."""
+    names = ["<s>", "</s>", *LETTERS, *inside]
+    made = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(folder / "tokenizer.json"))

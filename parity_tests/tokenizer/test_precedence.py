@@ -1,6 +1,5 @@
 """Which of the files beside a tokenizer decides, and what no prompt has, as in transformers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from llama_torch.tokenizer.loading import load_tokenizer
 
+from ..support.tokenizers import LETTERS, write_json
+
 VOCAB = 999
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 NAMES = ("<s>", "</s>", "<a>", "<b>")
-
-
-def write(folder: Path, name: str, content: Any) -> None:
-    (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
 def write_tokenizer(folder: Path, template: str = "$A") -> None:
@@ -43,16 +39,16 @@ def test_the_map_replaces_names_where_no_token_is_listed(
         token = {"content": "<s>", "special": True}
         flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
         settings["added_tokens_decoder"] = {"0": token | flags}
-    write(tmp_path, "tokenizer_config.json", settings)
-    write(tmp_path, "special_tokens_map.json", {"bos_token": "<a>", "eos_token": "<b>"})
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    write_json(tmp_path / "special_tokens_map.json", {"bos_token": "<a>", "eos_token": "<b>"})
     ours = load_tokenizer(tmp_path, VOCAB)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
     assert [f"{ours.bos!r} is taken" in line for line in lines] == [True, False]
     assert f"{ours.eos!r} is taken" in lines[1]
-    write(tmp_path, "special_tokens_map.json", {"bos_token": ours.bos, "eos_token": ours.eos})
+    write_json(tmp_path / "special_tokens_map.json", {"bos_token": ours.bos, "eos_token": ours.eos})
     settings |= {"bos_token": ours.bos, "eos_token": ours.eos}
-    write(tmp_path, "tokenizer_config.json", settings)
+    write_json(tmp_path / "tokenizer_config.json", settings)
     load_tokenizer(tmp_path, VOCAB)
     assert capsys.readouterr().err == ""
     assert (ours.bos, ours.eos) == (theirs.bos_token, theirs.eos_token)
@@ -64,7 +60,7 @@ def test_a_token_after_a_text_is_noted_and_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, said: bool
 ) -> None:
     write_tokenizer(tmp_path, template)
-    write(tmp_path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
     tokenizer = load_tokenizer(tmp_path, VOCAB)
     assert ("a token after a text is left out" in capsys.readouterr().err) == said
     assert 1 not in [*tokenizer.prefix, *tokenizer.encode("hi")]
@@ -73,7 +69,7 @@ def test_a_token_after_a_text_is_noted_and_left_out(
 def test_add_eos_token_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tokenizer(tmp_path)
     settings = {"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": True}
-    write(tmp_path, "tokenizer_config.json", settings)
+    write_json(tmp_path / "tokenizer_config.json", settings)
     load_tokenizer(tmp_path, VOCAB)
     assert "add_eos_token is not followed" in capsys.readouterr().err
 
@@ -83,5 +79,5 @@ def test_keys_that_saved_tokenizers_have_are_taken(tmp_path: Path, key: str) -> 
     """SmolLM2's file has its vocabulary's size, CodeLlama's as transformers saves it another."""
     values = {"vocab_size": 49152, "suffix_first": False, "merges_file": "x", "init_inputs": []}
     write_tokenizer(tmp_path)
-    write(tmp_path, "tokenizer_config.json", {key: values[key]})
+    write_json(tmp_path / "tokenizer_config.json", {key: values[key]})
     load_tokenizer(tmp_path, VOCAB)

@@ -18,8 +18,7 @@ from llama_torch.common.notes import note
 from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 
-from ..support.tokenizers import pieces_model, turns
-from .test_added_token_flags import (
+from ..support.tokenizer_folders import (
     IS_V4,
     SAYING,
     VOCAB,
@@ -28,11 +27,10 @@ from .test_added_token_flags import (
     settings,
     their_ids,
     transformers,
-    write,
     write_spaced,
 )
+from ..support.tokenizers import LETTERS, pieces_model, turns, write_json
 
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 NAMES = ("<|a|>", "<|b|>", "[X]")
 SAID = ("hi", "hi  there ", "", "x y ", "a_b", "\n", "\nthe \n", "\u00a0x\u2003", "\x1cx")
 booleans = st.booleans()
@@ -48,7 +46,7 @@ def write_bytes(folder: Path, added: list[dict[str, Any]], prefix_space: bool = 
     made.decoder = decoders.ByteLevel()
     content = json.loads(made.to_str())
     content["added_tokens"] = [{"id": i, **token} for i, token in enumerate(added)]
-    write(folder / "tokenizer.json", content)
+    write_json(folder / "tokenizer.json", content)
 
 
 @st.composite
@@ -92,7 +90,9 @@ def test_flags_and_spaces_beside_a_tokenizer_json(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_bytes(folder, inside, in_file)
-        write(folder / "tokenizer_config.json", {k: v for k, v in given_.items() if v is not None})
+        write_json(
+            folder / "tokenizer_config.json", {k: v for k, v in given_.items() if v is not None}
+        )
         assert our_ids(folder, turns(texts)) == their_ids(folder, turns(texts))
 
 
@@ -115,7 +115,7 @@ def test_flags_beside_a_tokenizer_model(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tokenizer.model").write_bytes(proto)
-        write(folder / "tokenizer_config.json", given_)
+        write_json(folder / "tokenizer_config.json", given_)
         assert our_ids(folder, turns(texts)) == their_ids(folder, turns(texts))
 
 
@@ -128,7 +128,7 @@ def test_spaces_beside_a_tokenizer_json_of_llama(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_spaced(folder)
-        write(folder / "tokenizer_config.json", given_)
+        write_json(folder / "tokenizer_config.json", given_)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         assert our_ids(folder, turns(texts)) == their_ids(folder, turns(texts))
         ours = load_tokenizer(folder, VOCAB)
@@ -146,7 +146,7 @@ def test_flags_of_listed_tokens(tmp_path: Path) -> None:
     source = "{{ '<|a|>' + messages[0]['content'] + '[X]' }}"
     given_ = settings(source, "PreTrainedTokenizerFast", additional_special_tokens=listed)
     del given_["unk_token"]
-    write(tmp_path / "tokenizer_config.json", given_)
+    write_json(tmp_path / "tokenizer_config.json", given_)
     found = our_ids(tmp_path, turns([" hi  "]))
     assert len(found) == 4
     assert found == their_ids(tmp_path, turns([" hi  "]))
@@ -158,7 +158,7 @@ def test_roles_of_extra_special_tokens(tmp_path: Path) -> None:
     extra = {"image_token": "<img>"}
     given_ = settings(source, "PreTrainedTokenizerFast", extra_special_tokens=extra)
     del given_["unk_token"]
-    write(tmp_path / "tokenizer_config.json", given_)
+    write_json(tmp_path / "tokenizer_config.json", given_)
     found = our_ids(tmp_path, turns(["hi"]))
     assert found[0] == 2
     assert found == their_ids(tmp_path, turns(["hi"]))
@@ -168,7 +168,7 @@ def test_a_template_that_uses_a_token_of_nobody_is_refused(tmp_path: Path) -> No
     write_bytes(tmp_path, [flagged("<s>"), flagged("</s>")])
     for source in ("{{ messages[0]['content'] }}{{ pad_token }}", "{{ messages[0]['content'] }}"):
         given_ = settings(source, "PreTrainedTokenizerFast", pad_token="<pad>")
-        write(tmp_path / "tokenizer_config.json", given_)
+        write_json(tmp_path / "tokenizer_config.json", given_)
         tokenizer = load_tokenizer(tmp_path, VOCAB)
         if "pad" in source:
             with pytest.raises(InputError, match="uses pad_token, which is '<pad>'"):
@@ -181,7 +181,7 @@ def test_special_tokens_are_not_split(tmp_path: Path, capsys: pytest.CaptureFixt
     note.cache_clear()
     write_bytes(tmp_path, [flagged("<s>"), flagged("</s>")])
     given_ = settings("{{ bos_token }}", "PreTrainedTokenizerFast", split_special_tokens=True)
-    write(tmp_path / "tokenizer_config.json", given_)
+    write_json(tmp_path / "tokenizer_config.json", given_)
     assert our_ids(tmp_path, turns(["hi"])) == [0]
     assert our_ids(tmp_path, turns(["hi"])) == [0]
     assert capsys.readouterr().err.count("whatever split_special_tokens says") == 1
@@ -191,7 +191,7 @@ def test_a_text_does_not_spell_pieces_that_begin_with_a_space(tmp_path: Path) ->
     proto = pieces_model(("▁<PRE>", "▁<MID>"), ())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
     (tmp_path / "tokenizer.model").write_bytes(proto)
-    write(tmp_path / "tokenizer_config.json", settings("{{ messages[0]['content'] }}▁<PRE>"))
+    write_json(tmp_path / "tokenizer_config.json", settings("{{ messages[0]['content'] }}▁<PRE>"))
     tokenizer = load_tokenizer(tmp_path, VOCAB)
     named = {pieces.piece_to_id("▁<PRE>"), pieces.piece_to_id("▁<MID>")}
     text = "<PRE> x <MID> ▁<PRE>▁<MID>"

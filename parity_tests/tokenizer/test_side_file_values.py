@@ -9,7 +9,9 @@ import pytest
 from llama_torch.common.errors import InputError
 from llama_torch.tokenizer.loading import load_tokenizer
 
-from .test_side_files import VOCAB, write, write_json_tokenizer
+from ..support.tokenizers import write_json, write_json_tokenizer
+
+VOCAB = 999
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_what_is_not_supported_is_refused_by_name(
     tmp_path: Path, file: str, content: Any, message: str
 ) -> None:
     write_json_tokenizer(tmp_path)
-    write(tmp_path / file, content)
+    write_json(tmp_path / file, content)
     with pytest.raises(InputError) as caught:
         load_tokenizer(tmp_path, VOCAB)
     assert message in str(caught.value)

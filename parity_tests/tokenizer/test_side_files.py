@@ -1,8 +1,6 @@
 """The files beside a tokenizer: what they add and rename, as transformers reads them."""
 
-import json
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,43 +17,15 @@ from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.pieces import CONTROL, piece_spans, read_piece, with_kinds
 
-from ..support.tokenizers import pieces_model, turns
+from ..support.tokenizer_folders import IS_V4, VOCAB, our_ids, their_ids, transformers
+from ..support.tokenizers import LETTERS, pieces_model, turns, write_json, write_json_tokenizer
 
-transformers = pytest.importorskip("transformers")
-
-VOCAB = 999
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 # Two that overlap, two that are like words, and one of no letters.
 NAMES = ("<|a|>", "<|b|>", "<|a|><|b|>", "[X]", "<t>", "end", "ab", "☃")
 SAID = ("hi", "  hi  there ", "", "x y ", "a_b", " ", "\nthe")
 # Version 4 reads extra_special_tokens as a dict alone, and 5 reads and writes it as a list.
-IS_V4 = transformers.__version__.startswith("4.")
 LIST = "additional_special_tokens" if IS_V4 else "extra_special_tokens"
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-
-
-def write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def their_ids(folder: Path, messages: list[dict[str, str]]) -> list[int]:
-    found = transformers.AutoTokenizer.from_pretrained(folder)
-    ids: list[int] = found.apply_chat_template(messages, return_dict=True)["input_ids"]
-    return ids
-
-
-def our_ids(folder: Path, messages: list[dict[str, str]]) -> list[int]:
-    return load_chat_template(folder, load_tokenizer(folder, VOCAB)).encode(messages)
-
-
-def write_json_tokenizer(folder: Path, inside: Sequence[str] = ()) -> None:
-    """Write a tokenizer of bytes with BOS and EOS and words ``inside`` its vocabulary."""
-    names = ["<s>", "</s>", *LETTERS, *inside]
-    made = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<s>", "</s>"])
-    made.save(str(folder / "tokenizer.json"))
 
 
 @st.composite
@@ -101,7 +71,7 @@ def test_tokens_beside_a_tokenizer_json(
         folder = Path(name)
         write_json_tokenizer(folder, inside)
         for file, content in files.items():
-            write(folder / file, content)
+            write_json(folder / file, content)
         messages = turns([said])
         assert our_ids(folder, messages) == their_ids(folder, messages)
 
@@ -140,7 +110,7 @@ def test_settings_beside_a_tokenizer_model(beside: tuple[bytes, dict[str, Any]],
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tokenizer.model").write_bytes(proto)
-        write(folder / "tokenizer_config.json", settings)
+        write_json(folder / "tokenizer_config.json", settings)
         messages = turns([said])
         assert our_ids(folder, messages) == their_ids(folder, messages)
 
@@ -153,7 +123,7 @@ def test_a_piece_that_is_renamed_keeps_its_id(tmp_path: Path) -> None:
     unused, marked = (pieces.piece_to_id(name) for name in ("[UNUSED_1]", "<|u|>"))
     settings = {"added_tokens_decoder": {str(unused): {"content": "<|im|>", "special": True}}}
     settings |= {"eos_token": "<|u|>", "chat_template": "<|im|>{{ messages[0]['content'] }}<|u|>"}
-    write(tmp_path / "tokenizer_config.json", settings)
+    write_json(tmp_path / "tokenizer_config.json", settings)
     tokenizer = load_tokenizer(tmp_path, VOCAB)
     assert tokenizer.special["<|im|>"] == unused
     assert tokenizer.special[tokenizer.eos or ""] == marked
@@ -181,7 +151,7 @@ def test_a_models_pieces_are_changed_and_nothing_else(kinds: dict[int, int]) -> 
 
 def test_an_ordinary_token_added_to_a_tokenizer_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(model_file((), ()))
-    write(tmp_path / "added_tokens.json", {"word": 400})
+    write_json(tmp_path / "added_tokens.json", {"word": 400})
     with pytest.raises(InputError, match="adds 'word', an ordinary token, to tokenizer.model"):
         load_tokenizer(tmp_path, VOCAB)
 
@@ -190,7 +160,7 @@ def test_other_roles_are_a_templates_variables(tmp_path: Path) -> None:
     write_json_tokenizer(tmp_path, ["<pad>", "<unk>"])
     source = "{{ pad_token }}{{ messages[0]['content'] }}{{ unk_token }}{{ mask_token }}"
     settings = {"pad_token": "<pad>", "unk_token": {"content": "<unk>"}, "chat_template": source}
-    write(tmp_path / "tokenizer_config.json", settings)
+    write_json(tmp_path / "tokenizer_config.json", settings)
     first = 2 + len(LETTERS)
     h = 2 + LETTERS.index("h")
     assert our_ids(tmp_path, turns(["h"])) == [first, h, first + 1]
@@ -226,7 +196,7 @@ def test_merges_that_spell_a_special_token_make_none_of_a_message(tmp_path: Path
     made.decoder = decoders.ByteLevel()
     made.save(str(tmp_path / "tokenizer.json"))
     source = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
-    write(tmp_path / "tokenizer_config.json", {"eos_token": "<e>", "chat_template": source})
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<e>", "chat_template": source})
     end, part = vocab["<e>"], vocab["<e"]
     assert our_ids(tmp_path, turns(["<e>"])) == [part, vocab[">"], end]
 
@@ -246,11 +216,11 @@ def test_bos_that_versions_of_transformers_differ_about_is_noted(
     made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), first])
     made.save(str(tmp_path / "tokenizer.json"))
     settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>"}
-    write(
+    write_json(
         tmp_path / "tokenizer_config.json",
         settings | {"add_bos_token": add} if add is not None else settings,
     )
-    write(tmp_path / "config.json", {"model_type": "llama"})
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
     tokenizer = load_tokenizer(tmp_path, VOCAB)
     said = capsys.readouterr().err
     assert (said.count("\n"), "BOS" in said) in [(0, False), (1, True)]
@@ -266,7 +236,7 @@ def test_clean_up_of_spaces_is_noted_and_not_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], said: bool
 ) -> None:
     write_json_tokenizer(tmp_path)
-    write(tmp_path / "tokenizer_config.json", {"clean_up_tokenization_spaces": said})
+    write_json(tmp_path / "tokenizer_config.json", {"clean_up_tokenization_spaces": said})
     tokenizer = load_tokenizer(tmp_path, VOCAB)
     assert ("clean_up_tokenization_spaces is not done" in capsys.readouterr().err) == said
     assert tokenizer.decode(tokenizer.encode("hello , world .")) == "hello , world ."
