@@ -31,3 +31,15 @@ def test_tokens_are_cached_in_the_runs_own_folder(
 def test_precision_is_undone(attempt: int) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
     torch.set_float32_matmul_precision("high")
+
+
+@pytest.fixture(scope="module")
+def trained() -> None:
+    """Set another precision, as training in a fixture of several tests does."""
+    torch.set_float32_matmul_precision("high")
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_precision_that_a_wider_fixture_sets_is_undone(attempt: int) -> None:
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -84,11 +84,16 @@ def _peak_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_precision() -> Iterator[None]:
-    """Restore torch's matmul precision, which a training run sets for its whole process."""
-    before = "highest"  # torch's default, where the test is the first to import it
-    if sys.modules.get("torch"):
-        limit_threads(sys.modules["torch"])
-        before = sys.modules["torch"].get_float32_matmul_precision()
+    """Give every test torch's default matmul precision; training sets its own for the process.
+
+    Before the test, too: a fixture of several tests, which trains, is set up earlier than this one.
+    """
+    _reset_precision()
     yield
-    if sys.modules.get("torch"):
-        sys.modules["torch"].set_float32_matmul_precision(before)
+    _reset_precision()
+
+
+def _reset_precision() -> None:
+    if torch := sys.modules.get("torch"):
+        limit_threads(torch)
+        torch.set_float32_matmul_precision("highest")
