@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +14,14 @@ import torch
 import torch.distributed as dist
 
 from ..common.errors import InputError
-from ..common.torchrun import is_launched
+from ..common.torchrun import is_launched, is_main_process
 
 T = TypeVar("T")
 
 # Messages of gloo and sockets when a peer is gone; they have no exception class for it.
 LOST = r"(?i)(closed|reset) by peer|connection (closed|reset|refused)|broken pipe|timed out"
 
+MAIN_FIRST = 1.0  # seconds in which the main process prints what is wrong
 TIMEOUT = timedelta(days=1)  # rank 0 may tokenise for long; a dead peer is noticed at once
 
 
@@ -74,6 +76,9 @@ def exit_process(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    if code and not is_main_process():
+        # torchrun ends all processes once one has failed: the main one is to print why before.
+        time.sleep(MAIN_FIRST)
     os._exit(code if isinstance(code, int) else 1)
 
 
