@@ -26,15 +26,15 @@ from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check
 from llama_torch.common.files import finish, publish_folder, read_json, temporary_folder
+from llama_torch.inference.generation_file import GENERATION_FILE
 from llama_torch.model.config import ModelConfig
-from llama_torch.tokenizer.pieces import is_ranks, piece_spans, read_piece
+from llama_torch.tokenizer.pieces import is_ranks, read_pieces
 from tools.conversion.hf_checkpoint import read_hf, write_hf
 from tools.conversion.lazy_weights import write_file
 from tools.conversion.llama3_tokenizer import hf_tokenizer, meta_tokenizer
 from tools.conversion.meta_checkpoint import META_FILES, read_meta, write_meta
 from tools.conversion.meta_params import check_expressible
 from tools.conversion.token_ids import (
-    GENERATION_FILE,
     complete_ids,
     ids_of_files,
     ids_of_flags,
@@ -138,13 +138,10 @@ def require_whole(path: Path) -> None:
     if path.suffix == ".json":
         read_json(path)
     elif path.name == "tokenizer.model" and not is_ranks(path):
-        model = path.read_bytes()
         try:
-            pieces = [read_piece(model[start:end]) for start, end in piece_spans(model)]
-        except (ValueError, LookupError):  # UnicodeDecodeError is a ValueError
-            pieces = []
-        if not pieces:
-            raise InputError(f"{path}: not a whole SentencePiece model; copy it again")
+            read_pieces(path.read_bytes())
+        except (ValueError, LookupError):
+            raise InputError(f"{path}: not a whole SentencePiece model; copy it again") from None
 
 
 def copy_around(source: Path, folder: Path, config: ModelConfig, to: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common.errors import InputError
+from ..common.errors import InputError, is_digits
 from ..common.files import remove
 from ..common.sharded_tensor import is_sharded
 from .hf import open_safetensors, save_tensors
@@ -35,7 +35,7 @@ class SingleFile:
         with open_safetensors(self.path) as file:
             metadata = file.metadata() or {}
         step = metadata.get("step", "")
-        if not (step.isascii() and step.isdecimal()):
+        if not is_digits(step):
             raise InputError(
                 f"{self.path}: names no step, so it is not a training state of this package"
             )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..common.errors import InputError
+from ..common.errors import InputError, is_digits
 from ..common.files import flush, publish_folder, remove
 from .hf import MODEL_FILE
 
@@ -106,11 +106,7 @@ def remove_temporary(out: Path) -> None:
 
 def steps(out: Path) -> list[int]:
     """Return the steps that have a checkpoint, in ascending order."""
-    return sorted(
-        int(path.name)
-        for path in (out / FOLDER).glob("*")
-        if path.name.isascii() and path.name.isdecimal()
-    )
+    return sorted(int(path.name) for path in (out / FOLDER).glob("*") if is_digits(path.name))
 
 
 def _remove(folder: Path) -> None:

@@ -40,6 +40,11 @@ def check_text(flag: str, value: str) -> None:
     check(not has_surrogates(value), flag, value, "must be valid text")
 
 
+def is_digits(text: str) -> bool:
+    """Return whether a text is a number in the digits 0 to 9, which ``int`` can read."""
+    return text.isascii() and text.isdecimal()
+
+
 def has_surrogates(text: str) -> bool:
     """Return whether a text holds lone surrogates, as bytes of another encoding are decoded to."""
     try:

@@ -21,7 +21,7 @@ READABLE = f"{' '.join(FORMATS)} (all but .parquet also as {' or '.join(COMPRESS
 def ending(path: Path) -> str:
     """Return a file's ending in lower case, ".txt" or ".txt.gz"; empty without one."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    return "".join(suffixes if suffixes[-1:] in ([".gz"], [".zst"]) else suffixes[-1:])
+    return "".join(suffixes if "".join(suffixes[-1:]) in COMPRESSIONS else suffixes[-1:])
 
 
 def text_format(path: Path) -> str:

@@ -1,7 +1,6 @@
-"""The keys of a checkpoint's generation_config.json: what they may say, and what flags say here.
+"""A checkpoint's generation_config.json: what it may say, and the tokens that end a text.
 
-Its end tokens are read in ``tokenizer/loading.py``. The keys are those of transformers' 4.57 and
-5.23 GenerationConfig.
+Its keys are those of transformers' 4.57 and 5.23 GenerationConfig.
 """
 
 from collections.abc import Mapping
@@ -11,8 +10,9 @@ from typing import Any
 from ..common.errors import InputError
 from ..common.files import read_json
 from ..common.notes import note
+from ..tokenizer.tokenizer import Tokenizer
 
-NAME = "generation_config.json"
+GENERATION_FILE = "generation_config.json"
 # Settings of SamplingConfig, whose flags decide whatever the file says.
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # Keys that would change the tokens, with the values beside null that do not.
@@ -44,12 +44,13 @@ INERT = (
 )
 
 
-def check_generation_file(folder: Path) -> None:
-    """Raise InputError where a folder's generation_config.json asks for other tokens.
+def read_generation_file(folder: Path) -> dict[str, Any]:
+    """Return the keys of a folder's generation_config.json that are not null; {} without one.
 
-    Its sampling settings, which flags say here, and keys that are not known are noted.
+    Its sampling settings, which flags say here, and keys that are not known are noted. Raises
+    InputError where it asks for other tokens.
     """
-    path = folder / NAME
+    path = folder / GENERATION_FILE
     given = {k: v for k, v in read_json(path).items() if v is not None} if path.is_file() else {}
     asked = [f"{k}={v!r}" for k, v in given.items() if k in NEUTRAL and v not in NEUTRAL[k]]
     if asked:
@@ -62,3 +63,37 @@ def check_generation_file(folder: Path) -> None:
     unknown = sorted(given.keys() - {*SAMPLING, *NEUTRAL, *INERT.split()})
     if unknown:
         note(f"{path}: {', '.join(unknown)[:200]} is not known and not followed")
+    return given
+
+
+def end_ids(ckpt: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:
+    """Return the ids that end a text: those of generation_config.json and config.json, and EOS.
+
+    A text ends at any of them. A line on stderr says so where the first of these files that names
+    an end token leaves out one that a later file names.
+    Raises InputError for ids beyond the vocabulary, and as ``read_generation_file``.
+    """
+    folder = ckpt if ckpt.is_dir() else ckpt.parent
+    config = folder / "config.json"
+    files = {GENERATION_FILE: read_generation_file(folder)}
+    files[config.name] = read_json(config) if config.is_file() else {}
+    named: dict[str, set[int]] = {}
+    for name, content in files.items():
+        given = content.get("eos_token_id")
+        if given is None:
+            continue
+        ids = given if isinstance(given, list) else [given]
+        for id_ in ids:
+            if type(id_) is not int or not 0 <= id_ < vocab_size:
+                raise InputError(
+                    f"{folder / name}: eos_token_id {id_!r} is no token of the vocabulary of "
+                    f"{vocab_size}; correct it"
+                )
+        named[name] = set(ids)
+    if tokenizer.eos is not None:
+        named["tokenizer"] = {tokenizer.special[tokenizer.eos]}
+    first = next(iter(named.values()), set())
+    if any(ids - first for ids in named.values()):
+        sets = "; ".join(f"{name} {sorted(ids)}" for name, ids in named.items())
+        note(f"{folder}: end tokens differ ({sets}); a text ends at any of them")
+    return set().union(*named.values())

@@ -21,7 +21,7 @@ from ..common.errors import InputError, has_surrogates
 from ..model.llama import Llama
 from ..tokenizer.chat_template import ChatTemplate, Llama2Template, Message, load_chat_template
 from ..tokenizer.gpt2 import located
-from ..tokenizer.loading import end_ids, load_tokenizer
+from ..tokenizer.loading import load_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
 from .completion import Completion, CompletionBuilder
 from .config import (
@@ -35,7 +35,7 @@ from .config import (
 )
 from .cuda_graph import GraphStore
 from .engine import DecodeBatch, generate_tokens
-from .generation_file import check_generation_file
+from .generation_file import end_ids
 from .quantization import quantize as quantize_model
 from .speculative import speculative_batch
 
@@ -64,7 +64,6 @@ class TextModel:
     @cached_property
     def end_ids(self) -> set[int]:
         """The ids that end a text; InputError where generation_config.json cannot be followed."""
-        check_generation_file(self.ckpt if self.ckpt.is_dir() else self.ckpt.parent)
         return end_ids(self.ckpt, self.tokenizer, self.model.config.vocab_size)
 
     @cached_property

@@ -178,6 +178,11 @@ def byte_spelling() -> list[str]:
     return [chr(b) if b in plain else chr(256 + others.index(b)) for b in range(256)]
 
 
+def spelled_bytes() -> dict[str, int]:
+    """Return the byte of each of GPT-2's printable characters: ``byte_spelling`` the other way."""
+    return {character: byte for byte, character in enumerate(byte_spelling())}
+
+
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """Return the two parts that merge into ``token``, after all merges of lower rank.
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..common.errors import InputError
 from ..common.notes import note
 from .gpt2 import EncodingError, byte_spelling, guarded
+from .prefix_space import parts
 from .settings import FLAGS, AddedToken, TokenizerSettings
 from .tokenizer import MARKED, Tokenizer, import_library
 
@@ -183,7 +184,8 @@ def _ordinary(
     prefix, suffix = (
         model.get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix")
     )
-    is_bytes = "ByteLevel" in _kinds([content.get("pre_tokenizer"), content.get("normalizer")])
+    steps = [*parts(content.get("pre_tokenizer")), *parts(content.get("normalizer"))]
+    is_bytes = any(step.get("type") == "ByteLevel" for step in steps)
     if "merges" not in model:
         listed = {t["content"] for t in content.get("added_tokens") or []}
         words = set(vocab) - listed - set(settings.added)
@@ -203,15 +205,6 @@ def _ordinary(
         if name in vocab
         and (is_base_symbol(name) or (name in words and not MARKED.fullmatch(name)))
     }
-
-
-def _kinds(part: Any) -> set[str]:
-    """Return the types of all pre-tokenizers, or normalizers, within others."""
-    if isinstance(part, list):
-        return {kind for inner in part for kind in _kinds(inner)}
-    if not isinstance(part, dict):
-        return set()
-    return {str(part.get("type"))} | _kinds([v for v in part.values() if isinstance(v, list)])
 
 
 def _pairs(model: dict[str, Any]) -> Iterator[tuple[str, str]]:

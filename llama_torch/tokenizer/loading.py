@@ -11,7 +11,7 @@ from ..common.notes import note
 from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .json_tokenizer import Json
 from .pieces import SentencePiece
-from .prefix_space import with_prefix_space
+from .prefix_space import LLAMA, with_prefix_space
 from .settings import AddedToken, TokenizerSettings, read_settings
 from .tokenizer import Gpt2, Tokenizer
 
@@ -183,7 +183,7 @@ def _note_bos(tokenizer: Tokenizer, source: Path, settings: TokenizerSettings) -
     which is true unless said; its other classes and transformers 5 read the file.
     """
     wanted = settings.add_bos_token
-    if wanted is None and settings.tokenizer_class in ("LlamaTokenizer", "LlamaTokenizerFast"):
+    if wanted is None and settings.tokenizer_class in LLAMA:
         wanted = tokenizer.bos is not None
     has_bos = tokenizer.bos is not None and tokenizer.special[tokenizer.bos] in tokenizer.prefix
     if wanted is None or wanted == has_bos:
@@ -209,34 +209,3 @@ def _leave_out_padding(tokenizer: Tokenizer, settings: TokenizerSettings, vocab_
         )
         del tokenizer.special[name]
         tokenizer.n_ids = vocab_size
-
-
-def end_ids(ckpt: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:
-    """Return the ids that end a text: those of generation_config.json and config.json, and EOS.
-
-    A text ends at any of them. A line on stderr says so where the first of these files that names
-    an end token leaves out one that a later file names.
-    Raises InputError for ids beyond the vocabulary.
-    """
-    folder = ckpt if ckpt.is_dir() else ckpt.parent
-    named: dict[str, set[int]] = {}
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        given = read_json(path).get("eos_token_id") if path.is_file() else None
-        if given is None:
-            continue
-        ids = given if isinstance(given, list) else [given]
-        for id_ in ids:
-            if type(id_) is not int or not 0 <= id_ < vocab_size:
-                raise InputError(
-                    f"{path}: eos_token_id {id_!r} is no token of the vocabulary of {vocab_size}; "
-                    "correct it"
-                )
-        named[name] = set(ids)
-    if tokenizer.eos is not None:
-        named["tokenizer"] = {tokenizer.special[tokenizer.eos]}
-    first = next(iter(named.values()), set())
-    if any(ids - first for ids in named.values()):
-        sets = "; ".join(f"{name} {sorted(ids)}" for name, ids in named.items())
-        note(f"{folder}: end tokens differ ({sets}); a text ends at any of them")
-    return set().union(*named.values())

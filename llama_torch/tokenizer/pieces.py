@@ -32,9 +32,7 @@ class SentencePiece(Tokenizer):
         library = import_library("sentencepiece", path)
         try:
             proto = path.read_bytes()
-            pieces = [read_piece(proto[start:end]) for start, end in piece_spans(proto)]
-            if not pieces:
-                raise ValueError("no pieces")
+            pieces = read_pieces(proto)
             special = _special(pieces, settings, path)
             ordinary = _ordinary(pieces, special)
             ids = {i for name, i in special.items() if i < len(pieces) and name not in ordinary}
@@ -166,6 +164,14 @@ def piece_spans(proto: bytes) -> Iterator[tuple[int, int]]:
     for number, _, start, end in _fields(proto):
         if number == 1:
             yield start, end
+
+
+def read_pieces(proto: bytes) -> list[VocabularyPiece]:
+    """Return the pieces of a model's bytes; ValueError or LookupError where it is damaged."""
+    pieces = [read_piece(proto[start:end]) for start, end in piece_spans(proto)]
+    if not pieces:
+        raise ValueError("no pieces")
+    return pieces
 
 
 def read_piece(message: bytes) -> VocabularyPiece:

@@ -26,7 +26,7 @@ def with_prefix_space(
     if kind in LLAMA and wanted is not None and _is_spaced(content):
         scheme = "never" if not wanted else "first" if settings.legacy is False else "always"
         return _with_scheme(content, scheme)
-    said = {part["add_prefix_space"] for part in _parts(before) if "add_prefix_space" in part}
+    said = {part["add_prefix_space"] for part in parts(before) if "add_prefix_space" in part}
     is_read = wanted is not None or kind == "PreTrainedTokenizerFast"
     if is_read and said - {bool(wanted)}:
         note(
@@ -36,13 +36,13 @@ def with_prefix_space(
     return content
 
 
-def _parts(part: Any) -> Iterator[dict[str, Any]]:
+def parts(part: Any) -> Iterator[dict[str, Any]]:
     """Yield a pre-tokenizer, normalizer or decoder and those within it."""
     if isinstance(part, dict):
         yield part
         for key in ("pretokenizers", "normalizers", "decoders"):
             for inner in part.get(key) or ():
-                yield from _parts(inner)
+                yield from parts(inner)
 
 
 def _with_byte_level(part: Any, wanted: bool) -> Any:
@@ -61,7 +61,7 @@ def _is_spaced(content: dict[str, Any]) -> bool:
     """Return whether spaces become SentencePiece's mark, by the normalizer or Metaspace alone."""
     before = content.get("pre_tokenizer")
     if before is None:
-        return any(part.get("type") == "Prepend" for part in _parts(content.get("normalizer")))
+        return any(part.get("type") == "Prepend" for part in parts(content.get("normalizer")))
     return isinstance(before, dict) and before.get("type") == "Metaspace"
 
 
@@ -70,7 +70,7 @@ def _with_scheme(content: dict[str, Any], scheme: str) -> dict[str, Any]:
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     rest = [
         part
-        for part in _parts(content.get("normalizer"))
+        for part in parts(content.get("normalizer"))
         if part.get("type") not in ("Sequence", "Prepend")
         and (part.get("type"), part.get("content")) != ("Replace", "▁")
     ]

@@ -16,10 +16,10 @@ from .gpt2 import (
     END_OF_TEXT,
     END_OF_TEXT_ID,
     VOCAB_SIZE,
-    byte_spelling,
     gpt2,
     gpt2_ids,
     located,
+    spelled_bytes,
 )
 
 # A name in the manner of special tokens, which may begin with SentencePiece's space.
@@ -134,7 +134,7 @@ class Gpt2(Tokenizer):
 
 def _gpt2_pieces(names: Iterable[str]) -> dict[str, int]:
     """Return the ids of those of some names that spell a piece of GPT-2's."""
-    byte_of = {character: byte for byte, character in enumerate(byte_spelling())}
+    byte_of = spelled_bytes()
     found = {}
     for name in names:
         with contextlib.suppress(KeyError):  # a character that spells no byte, or no piece

@@ -13,7 +13,7 @@ from ..checkpoint.hf import MODEL_FILE, write_directory_files
 from ..checkpoint.single_file import STATE_FILE
 from ..checkpoint.step_folders import BEST
 from ..common import cli
-from ..common.errors import InputError
+from ..common.errors import InputError, is_digits
 from ..common.files import open_lock, try_lock, write_text
 from ..common.settings import Settings, read_toml
 from ..common.torchrun import is_launched, job_name
@@ -112,7 +112,7 @@ def require_shared(out: Path, parallel: Parallel) -> None:
 
 
 def _runs() -> dict[int, Path]:
-    numbered = {int(p.name): p for p in RUNS.glob("*") if p.name.isascii() and p.name.isdecimal()}
+    numbered = {int(p.name): p for p in RUNS.glob("*") if is_digits(p.name)}
     return dict(sorted(numbered.items()))
 
 

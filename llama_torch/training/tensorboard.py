@@ -9,7 +9,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from ..common.errors import InputError
+from ..common.errors import InputError, is_digits
 
 NAME = "events.out.tfevents."
 
@@ -78,6 +78,4 @@ class EventWriter:
 
 def _next_number(folder: Path) -> int:
     numbers = (path.name.removeprefix(NAME).split(".")[0] for path in folder.glob(f"{NAME}*"))
-    return 1 + max(
-        (int(number) for number in numbers if number.isascii() and number.isdecimal()), default=0
-    )
+    return 1 + max((int(number) for number in numbers if is_digits(number)), default=0)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from llama_torch.common.errors import InputError
-from llama_torch.inference.generation_file import INERT, NEUTRAL, SAMPLING, check_generation_file
+from llama_torch.inference.generation_file import INERT, NEUTRAL, SAMPLING, read_generation_file
 
 
 def check(folder: Path, **content: Any) -> None:
     (folder / "generation_config.json").write_text(json.dumps(content))
-    check_generation_file(folder)
+    read_generation_file(folder)
 
 
 @pytest.mark.parametrize(

@@ -5,26 +5,26 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 
 from llama_torch.tokenizer.loading import load_tokenizer
 
-from ..support.tokenizers import LETTERS, write_json
+from ..support.tokenizers import write_json, write_json_tokenizer
 
 VOCAB = 999
-NAMES = ("<s>", "</s>", "<a>", "<b>")
+MORE = ("<a>", "<b>")
 
 
 def write_tokenizer(folder: Path, template: str = "$A") -> None:
-    vocab = {name: i for i, name in enumerate([*NAMES, *LETTERS])}
-    made = tokenizers.Tokenizer(models.BPE(vocab, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(list(NAMES))
+    """Write a tokenizer of bytes with two more special tokens and a post-processor."""
+    write_json_tokenizer(folder, MORE)
+    path = str(folder / "tokenizer.json")
+    made = tokenizers.Tokenizer.from_file(path)
+    made.add_special_tokens(list(MORE))
     made.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    made.save(str(folder / "tokenizer.json"))
+    made.save(path)
 
 
 @pytest.mark.parametrize("has_decoder", [False, True])

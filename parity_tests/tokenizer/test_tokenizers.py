@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 
 from llama_torch.common.errors import InputError
+from llama_torch.inference.generation_file import end_ids
 from llama_torch.tokenizer.json_tokenizer import Json
-from llama_torch.tokenizer.loading import end_ids, load_tokenizer
+from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.pieces import SentencePiece
 from llama_torch.tokenizer.tokenizer import Gpt2, Tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 from llama_torch.common.errors import InputError
 from llama_torch.common.files import read_json
 from llama_torch.model.config import ModelConfig
-from llama_torch.tokenizer.gpt2 import byte_spelling, vocab_and_merges
+from llama_torch.tokenizer.gpt2 import spelled_bytes, vocab_and_merges
 
 from .token_ranks import ranks_text, read_ranks
 
@@ -86,7 +86,7 @@ def meta_tokenizer(path: Path, config: ModelConfig) -> bytes | None:
 
 def _ranks(vocab: Mapping[str, int], n_ranks: int) -> dict[bytes, int]:
     """Return the ranks in order; KeyError or ValueError for those of no list of ranks."""
-    byte_of = {character: byte for byte, character in enumerate(byte_spelling())}
+    byte_of = spelled_bytes()
     by_rank = {rank: bytes(byte_of[c] for c in token) for token, rank in vocab.items()}
     if len(vocab) != n_ranks:
         raise ValueError("another number of tokens")

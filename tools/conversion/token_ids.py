@@ -10,6 +10,7 @@ from typing import Any
 from llama_torch.common.errors import InputError
 from llama_torch.common.files import read_json
 from llama_torch.common.notes import note
+from llama_torch.inference.generation_file import GENERATION_FILE
 from llama_torch.model.config import ModelConfig
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.pieces import SentencePiece, is_ranks
@@ -18,7 +19,6 @@ from . import llama3_tokenizer as llama3
 from .lazy_weights import write_json
 
 BOS, EOS, PAD = TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-GENERATION_FILE = "generation_config.json"
 LLAMA_2 = {BOS: 1, EOS: 2}  # SentencePiece's own defaults
 LLAMA_2_VOCAB = 32_000
 
