@@ -68,8 +68,9 @@ class ModelConfig:
     """Number of transformer blocks."""
     n_heads: int = 8
     """Number of query heads."""
-    n_kv_heads: int = 4
-    """Number of key/value heads; fewer than --n-heads is grouped-query attention."""
+    n_kv_heads: int = 0
+    """Number of key/value heads; fewer than --n-heads is grouped-query attention. 0 = 4, or
+    --n-heads where 4 does not divide it."""
     head_dim: int = 0
     """Width of one head; 0 = dim / n_heads."""
     hidden_dim: int = 0
@@ -97,7 +98,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_positive(self, "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
+        check_positive(self, "dim", "n_layers", "n_heads", "vocab_size")
         check_positive(self, "max_seq_len", "norm_eps", "rope_theta", *ROPE_KEYS)
         one_of = f"must be one of {', '.join(ROPE_USES)}"
         check(self.rope_type in ROPE_USES, "rope_type", self.rope_type, one_of)
@@ -107,17 +108,17 @@ class ModelConfig:
             self.rope_low_freq_factor,
             f"must be below --rope-high-freq-factor {self.rope_high_freq_factor}",
         )
+        if self.n_kv_heads == 0:
+            object.__setattr__(self, "n_kv_heads", self.n_heads if self.n_heads % 4 else 4)
         if self.head_dim == 0:
-            check(
-                self.dim % self.n_heads == 0,
-                "dim",
-                self.dim,
-                f"must be a multiple of --n-heads {self.n_heads} unless --head-dim is given",
-            )
+            twice = 2 * self.n_heads  # rotary embeddings turn pairs
+            near = max(1, self.dim // twice) * twice
+            even = f"must be a multiple of --n-heads {self.n_heads}, an even one such as {near}"
+            check(self.dim % twice == 0, "dim", self.dim, even)
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.hidden_dim == 0:
             object.__setattr__(self, "hidden_dim", math.ceil(int(8 * self.dim / 3) / 32) * 32)
-        check_positive(self, "head_dim", "hidden_dim")
+        check_positive(self, "n_kv_heads", "head_dim", "hidden_dim")
         check(
             self.n_heads % self.n_kv_heads == 0,
             "n_heads",

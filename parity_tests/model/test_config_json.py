@@ -132,6 +132,24 @@ def test_a_bad_setting_names_its_flag(section: str, change: dict[str, Any], flag
         dataclasses.replace(default, **change)
 
 
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads"), [(1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 4), (12, 4), (32, 4)]
+)
+def test_key_heads_follow_the_query_heads(n_heads: int, n_kv_heads: int) -> None:
+    """The default's four wherever they did before, so that no command changes its model."""
+    assert ModelConfig(dim=384, n_heads=n_heads).n_kv_heads == n_kv_heads
+    assert ModelConfig().n_kv_heads == 4
+
+
+@pytest.mark.parametrize(("dim", "near"), [(8, 16), (10, 16), (24, 16), (250, 240)])
+def test_a_width_that_gives_an_odd_head_is_named_with_one_that_does_not(
+    dim: int, near: int
+) -> None:
+    message = f"^--dim must be a multiple of --n-heads 8, an even one such as {near}, got {dim}"
+    with pytest.raises(llama_torch.InputError, match=message):
+        ModelConfig(dim=dim)
+
+
 def test_widths_follow_the_dimension() -> None:
     config = ModelConfig(dim=4096, n_heads=32, n_kv_heads=32)
     assert config.head_dim == 128

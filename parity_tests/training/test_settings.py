@@ -246,3 +246,26 @@ def test_help_works_beside_a_file(
         train.main(["--config", "a.toml", "--help"])
     assert not exit_.value.code
     assert "--n-layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("toml", "flags", "heads"),
+    [
+        ("", ["--dim", "128", "--n-heads", "2"], (2, 2)),
+        ("n_heads = 2\n", ["--dim", "128"], (2, 2)),
+        ("n_kv_heads = 1\n", ["--n-heads", "2"], (2, 1)),
+        ("dim = 64\n", [], (8, 4)),
+        ("", ["--n-heads", "8", "--n-kv-heads", "8"], (8, 8)),
+    ],
+)
+def test_key_heads_that_nobody_gave_follow_the_heads(
+    toml: str,
+    flags: list[str],
+    heads: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text(toml)
+    config = run_dir.resolve_config(["--config", "a.toml", *flags])
+    assert (config.model.n_heads, config.model.n_kv_heads) == heads
