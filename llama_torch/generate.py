@@ -25,7 +25,8 @@ class GenerateConfig:
     prefill_chunk: int = PREFILL_CHUNK
     """Prompt tokens in one forward pass; fewer take less memory, for the same answer."""
     json: bool = False
-    """Print a JSON object for each prompt: text, token ids, finish reason, log-probabilities."""
+    """Print a JSON object for each prompt: text, finish reason, token ids; with --logprobs those
+    too."""
 
     def __post_init__(self) -> None:
         check(bool(self.prompt), "prompt", self.prompt, "must not be empty")
@@ -67,7 +68,7 @@ def _print_all(model: TextModel, config: GenerateConfig) -> None:
     completions = model.generate_batch(config.prompt, config.sampling, config.prefill_chunk)
     for prompt, completion in zip(config.prompt, completions, strict=True):
         if config.json:
-            print(json.dumps(_record(prompt, completion)))
+            print(json.dumps(_record(prompt, completion, config.sampling.logprobs)))
             continue
         print(prompt + completion.text)
         for token in completion.tokens if config.sampling.logprobs >= 0 else ():
@@ -81,16 +82,19 @@ def _show(model: TextModel, id_: int) -> str:
     return model.tokenizer.names.get(id_) or repr(model.tokenizer.decode([id_]))
 
 
-def _record(prompt: str, completion: Completion) -> dict[str, object]:
-    """Return the JSON object of one completion."""
-    return {
+def _record(prompt: str, completion: Completion, n_logprobs: int) -> dict[str, object]:
+    """Return the JSON object of one completion; log-probabilities where they were asked for."""
+    record: dict[str, object] = {
         "prompt": prompt,
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "token_ids": [token.id for token in completion.tokens],
-        "logprobs": [token.logprob for token in completion.tokens],
-        "likeliest": [list(token.top_logprobs) for token in completion.tokens],
     }
+    if n_logprobs >= 0:
+        record["logprobs"] = [token.logprob for token in completion.tokens]
+    if n_logprobs > 0:
+        record["likeliest"] = [list(token.top_logprobs) for token in completion.tokens]
+    return record
 
 
 if __name__ == "__main__":

@@ -42,6 +42,25 @@ def test_several_prompts_get_the_completions_that_each_gets_alone(
     assert shown.splitlines()[-2].startswith("  ")
 
 
+@pytest.mark.parametrize(
+    ("flags", "more"),
+    [
+        ([], []),
+        (["--logprobs", "0"], ["logprobs"]),
+        (["--logprobs", "2"], ["logprobs", "likeliest"]),
+    ],
+)
+def test_json_has_the_log_probabilities_that_were_asked_for(
+    flags: list[str], more: list[str], model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = json.loads(run(capsys, model_dir, "--json", "--prompt", "The", *flags))
+    assert list(row) == ["prompt", "text", "finish_reason", "token_ids", *more]
+    assert row["finish_reason"] == "length"
+    for key in more:
+        assert len(row[key]) == 5
+        assert all(row[key]), row
+
+
 def test_a_draft_changes_nothing(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = run(capsys, model_dir, "--prompt", "Hello world")
     flags = ("--draft", str(model_dir), "--guesses", "3")
