@@ -1,9 +1,12 @@
 """``--dry-run``: estimate memory, disk and time of a run from a few of its training steps."""
 
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -16,7 +19,10 @@ from .step import train_step
 from .throughput import peak_memory, peak_tokens_per_second
 from .validate import sample_text, validation_loss
 
-WARM_UP, STEPS = 2, 5
+FEWEST, MOST = 7, 25  # steps that are timed
+SECONDS = 8.0  # of them together, where MOST steps take longer
+SAMPLES = 3
+SCATTERED = 2.0  # ratio of the 90th percentile of step times to the 10th
 WRITTEN = 1 << 25  # bytes written to learn the disk's speed
 
 
@@ -26,7 +32,10 @@ def report(config: TrainConfig) -> int:
         run = setup(config, exit_stack)
         print(describe(run.corpus))
         print(run.summary)
-        seconds_per_step, times = measure(run)
+        seconds_each, times = measure(run)
+    if scatter := describe_scatter(seconds_each):
+        print(scatter)
+    seconds_per_step = statistics.median(seconds_each)
     model, dtype = run.model.config, run.model.head_weight.dtype
     speed = run.tokens_per_step / seconds_per_step
     at_peak = peak_tokens_per_second(model, run.n_parameters, run.device, dtype)
@@ -40,8 +49,8 @@ def report(config: TrainConfig) -> int:
     return 0
 
 
-def measure(run: Run) -> tuple[float, dict[str, float]]:
-    """Time training steps at a learning rate of 0; return seconds a step, and the run's by part."""
+def measure(run: Run) -> tuple[list[float], dict[str, float]]:
+    """Time training steps at a learning rate of 0; return their seconds, and the run's by part."""
     config, optim = run.config, run.config.optim
     generator = torch.Generator().manual_seed(config.seed)
     shape = run.windows_per_step, config.model.max_seq_len + 1
@@ -55,12 +64,9 @@ def measure(run: Run) -> tuple[float, dict[str, float]]:
         ]
 
     first = _seconds(step)
-    for _ in range(WARM_UP - 1):
-        step().item()
-    each = _seconds(*[step] * STEPS) / STEPS
-    validation = run.validation()
-    validation_loss(run.model, validation.windows[:1], run.to_batch)
-    validating = _seconds(validation.measure)
+    warm = _seconds(step)
+    each = _seconds_each(step, run.device, max(FEWEST, min(MOST, int(SECONDS / warm))))
+    per_step = statistics.median(each)
     verifying = sampling = 0.0
     if config.verify_every:
         from .verify import check  # imports the oracle
@@ -68,13 +74,15 @@ def measure(run: Run) -> tuple[float, dict[str, float]]:
         batches = [run.to_batch(rows) for rows in window.split(config.batch_size)]
         verifying = _seconds(lambda: check(run.model, batches, 0.0))
     if config.sample_every:
-        sampling = _seconds(lambda: sample_text(run.model, config.sample_prompt, config.seed, 0))
+        prompt, seed = config.sample_prompt, config.seed
+        sampling = _median_seconds(lambda: sample_text(run.model, prompt, seed, 0))
+    validating = _validation_seconds(run)
     # A checkpoint is the weights and both moments in float32; the weights again are the model.
     disk_speed = _disk_speed(Path(config.out))
     saving, exporting = (n * run.n_parameters / disk_speed for n in (16, 4))
     return each, {
-        "steps": config.steps * each,
-        "the first step's preparation": max(0.0, first - each),
+        "steps": config.steps * per_step,
+        "the first step's preparation": max(0.0, first - per_step),
         "validation": (1 + _times(config.steps, config.eval_every)) * validating,
         "verification": _times(config.steps, config.verify_every) * verifying,
         "samples": _times(config.steps, config.sample_every) * sampling,
@@ -83,18 +91,54 @@ def measure(run: Run) -> tuple[float, dict[str, float]]:
     }
 
 
+def describe_scatter(seconds: Sequence[float]) -> str:
+    """Return a line on step times that scatter, "" where they do not; a tenth at each end is free."""
+    quickest, *_, slowest = statistics.quantiles(seconds, n=10, method="inclusive")
+    if slowest < SCATTERED * quickest:
+        return ""
+    return (
+        f"steps took {min(seconds):.2g} to {max(seconds):.2g} s: is the machine busy? "
+        f"The times below are of the median, {statistics.median(seconds):.2g} s"
+    )
+
+
+def _validation_seconds(run: Run) -> float:
+    """Return the seconds of one validation: the median batch's, times their number."""
+    windows = run.validation().windows
+    shown = windows[:FEWEST]
+    validation_loss(run.model, shown[:1], run.to_batch)
+    each = [_seconds(partial(validation_loss, run.model, [one], run.to_batch)) for one in shown]
+    return statistics.median(each) * len(windows)
+
+
 def _times(steps: int, every: int) -> int:
     """Return the number of times an action every ``every`` steps runs; ``every`` 0 = never."""
     return -(-steps // every) if every else 0
 
 
-def _seconds(*calls: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
-    for call in calls:
-        made = call()
+    made = call()
     if isinstance(made, Tensor):
         made.item()  # waits
     return time.perf_counter() - start
+
+
+def _median_seconds(call: Callable[[], object]) -> float:
+    return statistics.median(_seconds(call) for _ in range(SAMPLES))
+
+
+def _seconds_each(step: Callable[[], Tensor], device: torch.device, number: int) -> list[float]:
+    """Return the seconds of each of ``number`` steps; a GPU is not waited for between them."""
+    if device.type != "cuda":
+        return [_seconds(step) for _ in range(number)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(number + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [one.elapsed_time(other) / 1000 for one, other in pairwise(marks)]
 
 
 def _disk_speed(out: Path) -> float:
