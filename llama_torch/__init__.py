@@ -4,9 +4,25 @@ Read in this order: model/ (config, llama, masks, rope, kv_cache, loss); trainin
 data/; tokenizer/; inference/ (engine, decoding, sampling, eager_step, text_model); kernels/.
 """
 
+from typing import TYPE_CHECKING
+
 from .common.errors import InputError
-from .inference.completion import Completion
+from .common.lazy import lazy_names
 from .inference.config import SamplingConfig
-from .inference.text_model import TextModel, load
+
+if TYPE_CHECKING:
+    from .inference.completion import Completion
+    from .inference.text_model import TextModel, load
 
 __all__ = ["Completion", "InputError", "SamplingConfig", "TextModel", "load"]
+
+# These import torch, which no command needs to answer --help or a wrong flag.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    globals(),
+    {
+        "Completion": ".inference.completion",
+        "TextModel": ".inference.text_model",
+        "load": ".inference.text_model",
+    },
+)

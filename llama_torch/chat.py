@@ -6,13 +6,15 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .common import cli
 from .common.errors import InputError, check_text
 from .inference.config import DecodingConfig, LoadConfig, SamplingConfig
-from .inference.engine import require_fitting
-from .inference.text_model import TextModel, load_from
-from .tokenizer.chat_template import Message
+
+if TYPE_CHECKING:
+    from .inference.text_model import TextModel
+    from .tokenizer.chat_template import Message
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
 
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(ChatConfig, argv)
+    from .inference.text_model import load_from  # imports torch: a wrong flag is told before
+
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
     for stream in (sys.stdin, sys.stdout):  # of characters that the terminal's encoding lacks
@@ -55,7 +59,7 @@ def _main(argv: Sequence[str]) -> int:
 class Conversation:
     """Messages of a conversation in the terminal, and the loop that reads and answers."""
 
-    def __init__(self, model: TextModel, config: ChatConfig) -> None:
+    def __init__(self, model: "TextModel", config: ChatConfig) -> None:
         self.model, self.config = model, config
         system = {"role": "system", "content": config.system}
         self.start: list[Message] = [system] if config.system else []
@@ -101,12 +105,14 @@ class Conversation:
         print()
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def _fitting(self, messages: list[Message]) -> tuple[list[Message], list[int]]:
+    def _fitting(self, messages: "list[Message]") -> "tuple[list[Message], list[int]]":
         """Return the messages and their token ids, without the oldest exchanges if they do not fit.
 
         They fit if they leave ``max_new_tokens`` or a quarter of the context for the answer. Raises
         InputError where the last message alone fills the context.
         """
+        from .inference.engine import require_fitting
+
         limit, oldest = self.model.model.config.max_seq_len, len(self.start)
         room = min(self.config.sampling.max_new_tokens, limit // 4)
         kept = list(messages)

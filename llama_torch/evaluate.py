@@ -17,15 +17,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from .common import cli
 from .common.errors import check, check_positive
-from .data.documents import document_place, documents
 from .data.text_files import find_files
 from .inference.config import LoadConfig
-from .inference.perplexity import FIGURES, Measurement, evaluate
-from .inference.text_model import load_from
-from .tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .inference.perplexity import Measurement
+    from .tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class EvaluateConfig:
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 
 
-def describe(found: Measurement, tokenizer: Tokenizer) -> str:
+def describe(found: "Measurement", tokenizer: "Tokenizer") -> str:
     """Return a measurement as lines of text: figures, counts, window and stride."""
     before = " ".join(ascii(tokenizer.names.get(id_, id_)) for id_ in found.before)
     unscored = f"after {before}" if before else "without its first token, whose bytes count"
@@ -74,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(EvaluateConfig, argv)
     source = find_files(config.data), config.text_field
+    # These import torch, which takes seconds: a wrong flag or --data is told before.
+    from .data.documents import document_place, documents
+    from .inference.perplexity import FIGURES, evaluate
+    from .inference.text_model import load_from
+
     loaded = load_from(config.load)
     windows = config.context, config.stride, config.batch_size
     found = evaluate(

@@ -15,7 +15,6 @@ from .common.files import new_folder
 from .common.settings import build
 from .model.config import ModelConfig
 from .training.run_file import RUN_FILE, read_run
-from .training.state_tensors import export_model
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ def _main(argv: Sequence[str]) -> int:
     target = Path(config.to or config.run)
     if (target / RUN_FILE).exists() and not target.samefile(out):
         raise InputError(f"--to {target} holds another run; choose another directory")
+    from .training.state_tensors import export_model  # imports torch: a wrong flag is told before
+
     try:
         if target.is_dir() and any(target.iterdir()):
             export_model(target, folder, model)  # each file by itself

@@ -5,12 +5,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .common import cli
 from .common.errors import check, check_text
-from .inference.completion import Completion
 from .inference.config import PREFILL_CHUNK, DecodingConfig, LoadConfig, SamplingConfig, check_chunk
-from .inference.text_model import TextModel, load_from
+
+if TYPE_CHECKING:
+    from .inference.completion import Completion
+    from .inference.text_model import TextModel
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(GenerateConfig, argv)
+    from .inference.text_model import load_from  # imports torch: a wrong flag is told before
+
     model = load_from(config.load, decoding=config.decoding)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
@@ -52,7 +57,7 @@ def _main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _stream_one(model: TextModel, config: GenerateConfig) -> None:
+def _stream_one(model: "TextModel", config: GenerateConfig) -> None:
     """Print one prompt and its completion, piece by piece."""
     ids = model.encode(config.prompt[0])
     pieces = model.stream_ids(ids, config.sampling, config.prefill_chunk)
@@ -63,7 +68,7 @@ def _stream_one(model: TextModel, config: GenerateConfig) -> None:
     print()
 
 
-def _print_all(model: TextModel, config: GenerateConfig) -> None:
+def _print_all(model: "TextModel", config: GenerateConfig) -> None:
     """Print all completions, as JSON or as text with a line for each token's log-probabilities."""
     completions = model.generate_batch(config.prompt, config.sampling, config.prefill_chunk)
     for prompt, completion in zip(config.prompt, completions, strict=True):
@@ -77,12 +82,12 @@ def _print_all(model: TextModel, config: GenerateConfig) -> None:
         print()
 
 
-def _show(model: TextModel, id_: int) -> str:
+def _show(model: "TextModel", id_: int) -> str:
     """Return a token as text: a special token's name, or the quoted text of another."""
     return model.tokenizer.names.get(id_) or repr(model.tokenizer.decode([id_]))
 
 
-def _record(prompt: str, completion: Completion, n_logprobs: int) -> dict[str, object]:
+def _record(prompt: str, completion: "Completion", n_logprobs: int) -> dict[str, object]:
     """Return the JSON object of one completion; log-probabilities where they were asked for."""
     record: dict[str, object] = {
         "prompt": prompt,

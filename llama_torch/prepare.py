@@ -5,12 +5,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .common import cli
 from .common.errors import check, check_positive
-from .data.shard_writer import prepare
-from .data.shards import TokenShards, damaged_shards
 from .data.text_files import find_files, identify
+
+if TYPE_CHECKING:
+    from .data.shards import TokenShards
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(PrepareConfig, argv)
+    from .data.shards import TokenShards  # imports NumPy: a wrong flag is told before
+
     if config.verify:
         return _verify(TokenShards(Path(config.verify)))
+    from .data.shard_writer import prepare
+
     started = time.perf_counter()
     text = identify(find_files(config.data), config.text_field)
     shards = prepare(text, Path(config.out), config.workers, config.shard_tokens)
@@ -58,8 +64,10 @@ def _main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _verify(shards: TokenShards) -> int:
+def _verify(shards: "TokenShards") -> int:
     """Print the shards whose checksums differ; return the exit code."""
+    from .data.shards import damaged_shards
+
     damaged = damaged_shards(shards)
     for name in damaged:
         print(f"{shards.folder / name}: is not what was written; its checksum differs")

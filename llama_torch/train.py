@@ -8,14 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .common import cli
-from .common.torchrun import is_launched, is_main_process, is_restarted
+from .common.torchrun import exit_process, is_launched, is_main_process, is_restarted
 from .config import TrainConfig
-from .distributed.job import PeerLostError, broadcast_object, exit_process, job
-from .training import dry_run, run_dir
-from .training.loop import train
-from .training.progress import perplexity
+from .training import run_dir
+from .training.parallel_layout import check_parallel_layout
 from .training.run_file import RUN_FILE
-from .training.setup import check_parallel_layout
 from .training.signals import Stopped
 
 
@@ -25,9 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
+    if not is_launched():
+        return _train(_resolve(argv))
+    from .distributed.job import PeerLostError, broadcast_object, job  # imports torch
+
     try:
         with job():
-            return _in_job(argv)
+            return _train(broadcast_object(lambda: _resolve(argv)))
     except PeerLostError as error:
         if is_main_process():
             print(
@@ -38,15 +39,18 @@ def _main(argv: Sequence[str]) -> int:
         return 1
 
 
-def _in_job(argv: Sequence[str]) -> int:
-    def resolve() -> TrainConfig:
-        config = run_dir.resolve_config(
-            run_dir.flags_after_restart(argv) if is_restarted() else argv
-        )
-        check_parallel_layout(config)
-        return config
+def _resolve(argv: Sequence[str]) -> TrainConfig:
+    config = run_dir.resolve_config(run_dir.flags_after_restart(argv) if is_restarted() else argv)
+    check_parallel_layout(config)
+    return config
 
-    config = broadcast_object(resolve)
+
+def _train(config: TrainConfig) -> int:
+    # These import torch, which takes seconds: --help and a wrong flag are answered without.
+    from .training import dry_run
+    from .training.loop import train
+    from .training.progress import perplexity
+
     if config.dry_run:
         return dry_run.report(config)
     started = time.perf_counter()

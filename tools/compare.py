@@ -13,9 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
@@ -27,21 +25,14 @@ import reference_np.config
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError
 from llama_torch.common.files import write_text
-from reference_np.checkpoint import Checkpoint
-from reference_np.config import LlamaConfig
-from tools.comparison import text_report, training_task
-from tools.comparison.against import find_side
-from tools.comparison.inputs import make_calls, token_ids
-from tools.comparison.run import (
-    LENGTH,
-    CompareConfig,
-    check_trains,
-    layer_range,
-    progress,
-    run_comparison,
-)
-from tools.comparison.sides import Side
-from tools.comparison.trace_file import Call
+from tools.comparison.config import LENGTH, CompareConfig
+
+if TYPE_CHECKING:
+    from reference_np.checkpoint import Checkpoint
+    from reference_np.config import LlamaConfig
+    from reference_np.ops import Array
+    from tools.comparison.sides import Side
+    from tools.comparison.trace_file import Call
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(CompareConfig, argv)
+    return _compare(settings)
+
+
+def _compare(settings: CompareConfig) -> int:
+    # These import NumPy and torch, which takes seconds: a wrong flag is told before.
+    import numpy as np
+
+    from reference_np.checkpoint import Checkpoint
+    from tools.comparison import training_task
+    from tools.comparison.against import find_side
+    from tools.comparison.run import check_trains, layer_range, progress, run_comparison
+
     checkpoint = Checkpoint(settings.ckpt, np.float64)
     side = find_side(settings.against, settings.dtype, checkpoint)
     layers = layer_range(settings.layers, checkpoint.config.n_layers)
@@ -73,6 +76,16 @@ def _main(argv: Sequence[str]) -> int:
         report = run_comparison(
             settings, checkpoint, side, calls, batches, layers, start, Path(folder)
         )
+    _write(report, settings)
+    return 0 if report["verdict"]["holds"] else 1
+
+
+def _write(report: dict[str, Any], settings: CompareConfig) -> None:
+    """Write the report to the files asked for, and its table to the terminal."""
+    from rich.console import Console
+
+    from tools.comparison import text_report
+
     if settings.html:
         from tools.comparison.html_report import page
 
@@ -87,10 +100,9 @@ def _main(argv: Sequence[str]) -> int:
         console = Console(highlight=False)
         console.width = max(console.width, 100) if not console.is_terminal else console.width
         text_report.print_report(report, console, settings.all)
-    return 0 if report["verdict"]["holds"] else 1
 
 
-def _check_outputs(settings: CompareConfig, checkpoint: Checkpoint) -> None:
+def _check_outputs(settings: CompareConfig, checkpoint: "Checkpoint") -> None:
     """Raise InputError where a report cannot be written, or would overwrite an input."""
     inputs = [*checkpoint.files, settings.against, settings.file or checkpoint.path]
     taken = {Path(path).resolve() for path in inputs}
@@ -108,18 +120,22 @@ def _check_outputs(settings: CompareConfig, checkpoint: Checkpoint) -> None:
         taken.add(path)
 
 
-def _in(path: Path, checkpoint: Checkpoint) -> bool:
+def _in(path: Path, checkpoint: "Checkpoint") -> bool:
     """Return whether a path is an existing file of the checkpoint's own directory."""
     return checkpoint.path.is_dir() and path.parent == checkpoint.path.resolve() and path.exists()
 
 
 def _input(
-    settings: CompareConfig, side: Side, config: LlamaConfig
-) -> tuple[np.ndarray, Sequence[Call]]:
+    settings: CompareConfig, side: "Side", config: "LlamaConfig"
+) -> "tuple[Array, Sequence[Call]]":
     """Return the token ids [n] and the calls to run; a trace has its own calls, and no ids.
 
     Raises InputError for flags of the input beside a trace.
     """
+    import numpy as np
+
+    from tools.comparison.inputs import make_calls, token_ids
+
     if side.trace is not None:
         for flag in ("prompt", "file", "ids", "tokens"):
             if getattr(settings, flag):

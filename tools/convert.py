@@ -4,17 +4,14 @@ Meta's form is described in meta_checkpoint.py.
 """
 
 import math
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 if __name__ == "__main__":
@@ -22,31 +19,11 @@ if __name__ == "__main__":
     # should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llama_torch.checkpoint.hf import INDEX_FILE, MODEL_FILE
+from llama_torch.checkpoint.file_names import INDEX_FILE, META_FILES, MODEL_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check
-from llama_torch.common.files import finish, publish_folder, read_json, temporary_folder
-from llama_torch.inference.generation_file import GENERATION_FILE
+from llama_torch.common.files import finish, publish_folder, temporary_folder
 from llama_torch.model.config import ModelConfig
-from llama_torch.tokenizer.pieces import is_ranks, read_pieces
-from tools.conversion.hf_checkpoint import read_hf, write_hf
-from tools.conversion.lazy_weights import write_file
-from tools.conversion.llama3_tokenizer import hf_tokenizer, meta_tokenizer
-from tools.conversion.meta_checkpoint import META_FILES, read_meta, write_meta
-from tools.conversion.meta_params import check_expressible
-from tools.conversion.token_ids import (
-    complete_ids,
-    ids_of_files,
-    ids_of_flags,
-    require_ids,
-    write_generation_config,
-)
-
-AROUND = (
-    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
-    f"added_tokens.json chat_template.jinja {GENERATION_FILE}"
-)
-ORIGINAL = "original/tokenizer.model"  # where released checkpoints of Llama 3 have Meta's own
 
 
 @dataclass(frozen=True)
@@ -86,13 +63,17 @@ class ConvertConfig:
             check(valid, name, getattr(self, name), requirement)
 
 
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside ``path`` that becomes it, or vanishes on any failure."""
+def require_new(path: Path) -> None:
+    """Raise InputError unless ``path`` can be made, or is an empty directory."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path}: exists already; give a new or an empty directory")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no directory {path.parent}; make it first")
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside ``path`` that becomes it, or vanishes on any failure."""
     with temporary_folder(path.with_name(f".{path.name}")) as temporary:
         yield temporary
         for file in temporary.rglob("*"):
@@ -133,45 +114,6 @@ def check_flags(settings: ConvertConfig, form: str, to: str) -> None:
             raise InputError(f"--{name}: {why}; leave it out")
 
 
-def require_whole(path: Path) -> None:
-    """Raise InputError for a damaged file: JSON or a SentencePiece model that cannot be read."""
-    if path.suffix == ".json":
-        read_json(path)
-    elif path.name == "tokenizer.model" and not is_ranks(path):
-        try:
-            read_pieces(path.read_bytes())
-        except (ValueError, LookupError):
-            raise InputError(f"{path}: not a whole SentencePiece model; copy it again") from None
-
-
-def copy_around(source: Path, folder: Path, config: ModelConfig, to: str) -> None:
-    """Copy the tokenizer and what else stands beside the weights, or convert it.
-
-    Llama 3's list of ranks is Meta's tokenizer.model alone: beside Hugging Face's form it stands
-    in ``original``, as released. Where the form to write lacks its file, it is made of the other's.
-    """
-    for name in AROUND.split():
-        if (source / name).is_file():
-            require_whole(source / name)
-            shutil.copyfile(source / name, folder / name)
-    pieces, fast, original = (folder / n for n in ("tokenizer.model", "tokenizer.json", ORIGINAL))
-    if to == "hf" and (source / ORIGINAL).is_file():
-        original.parent.mkdir()
-        shutil.copyfile(source / ORIGINAL, original)
-    if to == "meta" and not pieces.exists():
-        if (source / ORIGINAL).is_file():
-            shutil.copyfile(source / ORIGINAL, pieces)
-        elif fast.exists() and (ranks := meta_tokenizer(source / fast.name, config)):
-            write_file(pieces, partial(Path.write_bytes, data=ranks))
-    elif to == "hf" and pieces.exists() and is_ranks(source / pieces.name):
-        made = {} if fast.exists() else hf_tokenizer(source / pieces.name, config)
-        for name, text in made.items():
-            if not (folder / name).exists():
-                write_file(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
-        original.parent.mkdir(exist_ok=True)
-        pieces.rename(original)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
@@ -185,6 +127,21 @@ def _main(argv: Sequence[str]) -> int:
     check_flags(settings, form, to)
     if source.resolve() in (target, *target.parents):
         raise InputError(f"{settings.dst}: lies in {source}, the source; give another directory")
+    require_new(target)
+    return _convert(settings, source, target, form, to)
+
+
+def _convert(settings: ConvertConfig, source: Path, target: Path, form: str, to: str) -> int:
+    # These import torch, which takes seconds: a wrong flag or directory is told before.
+    import torch
+
+    from llama_torch.inference.generation_file import GENERATION_FILE
+    from tools.conversion import token_ids
+    from tools.conversion.files_around import copy_around
+    from tools.conversion.hf_checkpoint import read_hf, write_hf
+    from tools.conversion.meta_checkpoint import read_meta, write_meta
+    from tools.conversion.meta_params import check_expressible
+
     if form == "hf":
         model = read_hf(source)
     else:
@@ -193,13 +150,15 @@ def _main(argv: Sequence[str]) -> int:
         check_expressible(model.config, settings.shards, source)
     dtype = None if settings.dtype == "keep" else getattr(torch, settings.dtype)
     beside = source if source.is_dir() else source.parent
-    filed = ids_of_files(beside, model.config.vocab_size)
-    flagged = ids_of_flags(settings.bos_token_id, settings.eos_token_id, model.config.vocab_size)
+    filed = token_ids.ids_of_files(beside, model.config.vocab_size)
+    flagged = token_ids.ids_of_flags(
+        settings.bos_token_id, settings.eos_token_id, model.config.vocab_size
+    )
     ids = filed | flagged
     if to == "hf":
-        ids = complete_ids(ids, beside, model.config, by_size=form == "meta")
+        ids = token_ids.complete_ids(ids, beside, model.config, by_size=form == "meta")
     if (form, to) == ("meta", "hf"):  # whose params.json has no place for them
-        require_ids(ids, filed, beside)
+        token_ids.require_ids(ids, filed, beside)
     with new_directory(target) as folder:
         copy_around(beside, folder, model.config, to)
         if to == "hf":
@@ -207,7 +166,7 @@ def _main(argv: Sequence[str]) -> int:
         else:
             write_meta(folder, model, dtype, settings.shards)
         if ids and ((form, to) != ("hf", "hf") or (folder / GENERATION_FILE).exists()):
-            write_generation_config(folder, ids, flagged)
+            token_ids.write_generation_config(folder, ids, flagged)
     _print_summary(settings, model.config, form, to)
     return 0
 

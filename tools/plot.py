@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError
@@ -33,6 +32,9 @@ def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
     folder = run / "tensorboard"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory; give the directory of a training run")
+    # It takes a second to import: a wrong flag or directory is told before.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder))
     events.Reload()
     if tag not in events.Tags()["scalars"]:

@@ -12,24 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
-from safetensors.torch import save_file
 
 if __name__ == "__main__":
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
     # should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from llama_torch.checkpoint.hf import INDEX_FILE
+from llama_torch.checkpoint.file_names import INDEX_FILE
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError
 from llama_torch.common.files import atomic_write, write_text
 from llama_torch.model.config import ModelConfig
-from llama_torch.model.llama import Llama
 from tools.shapes import SHAPES
+
+if TYPE_CHECKING:
+    import torch
 
 LLAMA_2 = {  # Llama 2 paper, table 1, and its released configs: none ties its head
     "7b": SHAPES["7b"],
@@ -54,11 +54,17 @@ class ShapeConfig:
     """Seed of the weights."""
 
 
-def write(out: Path, config: ModelConfig, dtype: torch.dtype, seed: int) -> None:
+def write(out: Path, config: ModelConfig, dtype: "torch.dtype", seed: int) -> None:
     """Write config.json, the index and the shards, drawn from the trainer's initialisation.
 
     Matrices are N(0, 0.02^2), residual projections 0.02 / sqrt(2 n_layers); vectors are ones.
     """
+    # They take seconds to import: a wrong flag or directory is told before.
+    import torch
+    from safetensors.torch import save_file
+
+    from llama_torch.model.llama import Llama
+
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
     generator = torch.Generator().manual_seed(seed)
@@ -94,6 +100,8 @@ def _main(argv: Sequence[str]) -> int:
     out = Path(settings.out)
     if any(out.glob("*.safetensors")):
         raise InputError(f"{out}: already holds a model; give another directory")
+    import torch
+
     out.mkdir(parents=True, exist_ok=True)
     write(out, config, getattr(torch, settings.dtype), settings.seed)
     return 0

@@ -21,10 +21,7 @@ from ..common.notes import note
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..tokenizer.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
-
-MODEL_FILE = "model.safetensors"
-
-INDEX_FILE = "model.safetensors.index.json"
+from .file_names import INDEX_FILE, MODEL_FILE
 
 # A buffer that old Hugging Face checkpoints stored although the config determines it.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..common.errors import InputError
-from .state_interface import METADATA_FILE
+from .file_names import METADATA_FILE
 
 CLASSES = "torch.distributed.checkpoint.metadata"
 

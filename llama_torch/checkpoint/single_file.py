@@ -12,11 +12,10 @@ from torch import Tensor
 from ..common.errors import InputError, is_digits
 from ..common.files import remove
 from ..common.sharded_tensor import is_sharded
+from .file_names import STATE_FILE
 from .hf import open_safetensors, save_tensors
 from .state_interface import TrainingState, UnwrittenError
 from .step_folders import TEMPORARY
-
-STATE_FILE = "training_state.safetensors"
 
 
 class SingleFile:

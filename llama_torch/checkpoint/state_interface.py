@@ -14,7 +14,6 @@ from torch import Tensor
 from ..common.errors import InputError
 
 PARAMETER = "parameter."  # before a parameter's name; exp_avg. and exp_avg_sq. before its moments'
-METADATA_FILE = ".metadata"  # of shards, written last: a folder without it is no checkpoint
 
 
 class UnwrittenError(InputError):

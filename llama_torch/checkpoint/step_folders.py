@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..common.errors import InputError, is_digits
 from ..common.files import flush, publish_folder, remove
-from .hf import MODEL_FILE
+from .file_names import MODEL_FILE
 
 FOLDER = "checkpoints"
 BEST = "best"  # folder of the model with the lowest validation loss

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from .file_names import METADATA_FILE
 from .single_file import SingleFile
-from .state_interface import METADATA_FILE, StateReader, TrainingState
+from .state_interface import StateReader, TrainingState
 
 
 def open_state(folder: Path) -> StateReader:

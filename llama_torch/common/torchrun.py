@@ -1,7 +1,14 @@
-"""Read torchrun's environment variables of this process."""
+"""Read torchrun's environment variables of this process, and end it as one of a job."""
 
 import os
 import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+MAIN_FIRST = 1.0  # seconds in which the main process prints what is wrong
 
 
 def is_launched() -> bool:
@@ -33,3 +40,26 @@ def job_name() -> str:
     if name in ("", "none"):
         name = f"{socket.gethostname()}-{os.getppid()}" if is_launched() else ""
     return name
+
+
+def exit_process(main: Callable[[], int]) -> NoReturn:
+    """Call ``main`` and end this process with the exit code it returns.
+
+    A process of a job skips the exit handlers of torch and Python: their threads may abort the
+    process, and closing a process group waits for processes that have ended.
+    """
+    if not is_launched():
+        sys.exit(main())
+    code: Any = 1
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and not is_main_process():
+        # torchrun ends all processes once one has failed: the main one is to print why before.
+        time.sleep(MAIN_FIRST)
+    os._exit(code if isinstance(code, int) else 1)

@@ -1,27 +1,23 @@
-"""Join torchrun's other processes, and end together with them."""
+"""Join torchrun's other processes, and share what the main one reads."""
 
 import os
 import re
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..common.errors import InputError
-from ..common.torchrun import is_launched, is_main_process
+from ..common.torchrun import is_launched
 
 T = TypeVar("T")
 
 # Messages of gloo and sockets when a peer is gone; they have no exception class for it.
 LOST = r"(?i)(closed|reset) by peer|connection (closed|reset|refused)|broken pipe|timed out"
 
-MAIN_FIRST = 1.0  # seconds in which the main process prints what is wrong
 TIMEOUT = timedelta(days=1)  # rank 0 may tokenise for long; a dead peer is noticed at once
 
 
@@ -35,7 +31,7 @@ def job() -> Iterator[None]:
 
     Host-side messages go through gloo, so that no GPU is waited for, and CUDA tensors through
     NCCL. Raises PeerLostError when another process ends while this one waits for it. The process
-    must end with ``exit_process``.
+    must end with ``torchrun.exit_process``.
     """
     if not is_launched():
         yield
@@ -57,29 +53,6 @@ def job() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or re.search(LOST, str(error))):
             raise
         raise PeerLostError(str(error).strip().splitlines()[0]) from None
-
-
-def exit_process(main: Callable[[], int]) -> NoReturn:
-    """Call ``main`` and end this process with the exit code it returns.
-
-    A process of a job skips the exit handlers of torch and Python: their threads may abort the
-    process, and closing a process group waits for processes that have ended.
-    """
-    if not is_launched():
-        sys.exit(main())
-    code: Any = 1
-    try:
-        code = main()
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code and not is_main_process():
-        # torchrun ends all processes once one has failed: the main one is to print why before.
-        time.sleep(MAIN_FIRST)
-    os._exit(code if isinstance(code, int) else 1)
 
 
 def broadcast_object(make: Callable[[], T]) -> T:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checkpoint import step_folders
-from ..checkpoint.hf import MODEL_FILE, read_metadata, save_model, write_directory_files
+from ..checkpoint.file_names import MODEL_FILE
+from ..checkpoint.hf import read_metadata, save_model, write_directory_files
 from ..checkpoint.single_file import SingleFile
 from ..checkpoint.state_interface import PARAMETER, TrainingState
 from ..checkpoint.step_folders import BEST

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import step_folders
-from ..checkpoint.hf import MODEL_FILE, require_match, save_model, write_directory_files
+from ..checkpoint.file_names import MODEL_FILE
+from ..checkpoint.hf import require_match, save_model, write_directory_files
 from ..checkpoint.state_interface import PARAMETER, UnwrittenError
 from ..checkpoint.training_state import open_state
 from ..common.errors import InputError

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint import step_folders
-from ..checkpoint.hf import MODEL_FILE, write_directory_files
-from ..checkpoint.single_file import STATE_FILE
+from ..checkpoint.file_names import MODEL_FILE, STATE_FILE
 from ..checkpoint.step_folders import BEST
 from ..common import cli
 from ..common.errors import InputError, is_digits
@@ -19,8 +19,10 @@ from ..common.settings import Settings, read_toml
 from ..common.torchrun import is_launched, job_name
 from ..config import ParallelConfig, TrainConfig
 from ..data.text_files import names_text
-from ..distributed.parallel import Parallel
 from .run_file import RUN_FILE, read_run
+
+if TYPE_CHECKING:
+    from ..distributed.parallel import Parallel
 
 RUNS = Path("runs")
 
@@ -98,7 +100,7 @@ def flags_after_restart(argv: Sequence[str]) -> Sequence[str]:
     return [*argv, "--resume", "--out", f"./{out}" if out.startswith("-") else out]
 
 
-def require_shared(out: Path, parallel: Parallel) -> None:
+def require_shared(out: Path, parallel: "Parallel") -> None:
     """Raise InputError unless all processes of a job see the same run in ``out``."""
     parallel.barrier()
     newest = step_folders.newest(out) if (out / RUN_FILE).is_file() else None
@@ -188,6 +190,8 @@ def lock(out: Path) -> Iterator[None]:
 
 def claim(config: TrainConfig, data_key: str) -> None:
     """Write run.json, with config and data key, and config.json into a new, locked directory."""
+    from ..checkpoint.hf import write_directory_files  # imports torch: a wrong flag is told before
+
     out = Path(config.out)
     _require_free(out)  # another run may have come and gone while this one was prepared
     record = {

@@ -1,7 +1,6 @@
 """Build the model, the optimizer and the training run of a config."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..common.device import computes_bfloat16, pick_device
-from ..common.errors import InputError
-from ..common.torchrun import process_count
 from ..config import OptimConfig, TrainConfig
 from ..data.corpus import Corpus, load_corpus
 from ..data.loader import StepSampler, train_batches, val_batches
@@ -29,43 +26,6 @@ from .optimizer import make_adamw
 from .restore import restore
 from .run_file import check_resume_config
 from .validate import Validation
-
-
-def check_parallel_layout(config: TrainConfig) -> None:
-    """Raise InputError where torchrun's processes do not fit the configured parallel layout."""
-    world = process_count()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fsdp, tp = config.parallel.fsdp, config.parallel.tp
-    if world % tp:
-        raise InputError(
-            f"--tp {tp}: {world} {'process' if world == 1 else 'processes'} cannot be shared out "
-            "so; choose a divisor of torchrun's --nproc-per-node (times --nnodes)"
-        )
-    if fsdp and world // tp % fsdp:
-        raise InputError(
-            f"--fsdp {fsdp}: --tp {tp} leaves {world // tp} of {world} processes; choose a divisor "
-            "of that, such as --fsdp 1"
-        )
-    for name in ("n_heads", "n_kv_heads", "hidden_dim"):
-        if getattr(config.model, name) % tp:
-            raise InputError(
-                f"--tp {tp} does not divide --{name.replace('_', '-')} "
-                f"{getattr(config.model, name)}; choose a common divisor"
-            )
-    if config.batch_size * config.grad_accum % (world // tp):
-        raise InputError(
-            f"--batch-size times --grad-accum is {config.batch_size * config.grad_accum}, which "
-            f"{world // tp} processes cannot share equally; choose a multiple"
-        )
-    if config.device != "cpu" and torch.cuda.is_available() and local > torch.cuda.device_count():
-        raise InputError(
-            f"torchrun's --nproc-per-node {local} is more than this machine's "
-            f"{torch.cuda.device_count()} GPUs; start as many as it has"
-        )
-    if world > 1 and config.dry_run:
-        raise InputError("--dry-run measures one process; start it without torchrun")
-    if config.verify_every and (fsdp or world) * tp > 1:
-        raise InputError("--verify-every compares whole models; leave it out, or --fsdp and --tp")
 
 
 @dataclass(frozen=True)

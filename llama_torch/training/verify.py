@@ -29,7 +29,7 @@ from torch import Tensor
 from reference_np.naming import EMBED, parameter_shapes
 from reference_np.tolerances import LAMBDA
 
-from ..checkpoint.hf import MODEL_FILE
+from ..checkpoint.file_names import MODEL_FILE
 from ..common.errors import InputError
 from ..model.config import ModelConfig
 from ..model.llama import Llama

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from llama_torch.distributed.job import MAIN_FIRST, exit_process
+from llama_torch.common.torchrun import MAIN_FIRST, exit_process
 
 
 @pytest.mark.parametrize(

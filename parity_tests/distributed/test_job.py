@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_torch import export, train
-from llama_torch.checkpoint.hf import MODEL_FILE
+from llama_torch.checkpoint.file_names import MODEL_FILE
 from llama_torch.checkpoint.shards import StateShards
 from llama_torch.checkpoint.step_folders import newest
 from llama_torch.common.errors import InputError
+from llama_torch.distributed import job as job_module
 from llama_torch.distributed.parallel import Parallel
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
@@ -281,7 +282,7 @@ def test_what_cannot_be_shared_out(
     """Checked on the first of two processes, before any collective call."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(train, "job", nullcontext)
+    monkeypatch.setattr(job_module, "job", nullcontext)
     assert train.main([*flags, *more]) == 2
     assert message in capsys.readouterr().err
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from llama_torch import train
 from llama_torch.checkpoint import step_folders
+from llama_torch.checkpoint.file_names import STATE_FILE
 from llama_torch.checkpoint.hf import read_metadata
-from llama_torch.checkpoint.single_file import STATE_FILE
 from llama_torch.training import loop, setup, validate
 
 from .trainer_runs import scalars

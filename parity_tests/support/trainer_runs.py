@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llama_torch import train
 from llama_torch.checkpoint import step_folders
-from llama_torch.checkpoint.single_file import STATE_FILE
+from llama_torch.checkpoint.file_names import STATE_FILE
 from llama_torch.training import loop, step
 
 SMALL_RUN = [

@@ -13,8 +13,10 @@ import torch
 from llama_torch.model.config import ModelConfig
 from tools import bench
 from tools.benchmarks import training, training_side
-from tools.benchmarks.timing import Setup, TimedCall, same_tokens, time_alternately
+from tools.benchmarks.timing import Setup, SpeedRow, TimedCall, same_tokens, time_alternately
+from tools.benchmarks.training import TrainRow
 from tools.benchmarks.training_side import Result
+from tools.benchmarks.works import WORKS
 from tools.shapes import SHAPES
 
 from ..support.jobs import Job
@@ -47,10 +49,10 @@ def test_the_command_prints_a_table() -> None:
 
 
 def test_rows_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    row = bench.SpeedRow("decode", "15m", "float32", 2.0, "llama.cpp", None, None, 0.5)
-    other = bench.TrainRow("train", "15m", "float32", 2.0, 0.5, 9, "transformers", None, None, None)
-    monkeypatch.setitem(bench.WORKS, "decode", lambda setup: [row])
-    monkeypatch.setitem(bench.WORKS, "train", lambda setup: [other])
+    row = SpeedRow("decode", "15m", "float32", 2.0, "llama.cpp", None, None, 0.5)
+    other = TrainRow("train", "15m", "float32", 2.0, 0.5, 9, "transformers", None, None, None)
+    monkeypatch.setitem(WORKS, "decode", lambda setup: [row])
+    monkeypatch.setitem(WORKS, "train", lambda setup: [other])
     assert bench.main([*TINY, "--works", "decode", "train", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [row._asdict(), other._asdict()]
 

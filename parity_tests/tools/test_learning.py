@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools import learning
+from tools.benchmarks.learning_runs import Run, show
 
 TINY = ["--device", "cpu", "--dim", "32", "--n-layers", "2", "--n-heads", "4", "--n-kv-heads", "2"]
 FEW = ["--max-seq-len", "16", "--batch-size", "2", "--eval-batches", "2"]
@@ -30,7 +31,7 @@ def test_both_sides_learn_the_same(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_one_seed_has_no_deviation(capsys: pytest.CaptureFixture[str]) -> None:
-    learning.show([learning.Run(0, [1], [2.0], [2.5], 2.0, 2.5)], "title")
+    show([Run(0, [1], [2.0], [2.5], 2.0, 2.5)], "title")
     said = capsys.readouterr().out
     assert "-0.5000" in said
     assert "deviation" not in said

@@ -18,8 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from llama_torch import generate, train
 from llama_torch.checkpoint import hf, step_folders
+from llama_torch.checkpoint.file_names import STATE_FILE
 from llama_torch.checkpoint.hf import read_metadata
-from llama_torch.checkpoint.single_file import STATE_FILE
 from llama_torch.common import files as checkpoint
 from llama_torch.common.errors import InputError
 from llama_torch.training import loop, restore, step, validate

@@ -20,9 +20,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from llama_torch import export, train
 from llama_torch.checkpoint import hf, step_folders
-from llama_torch.checkpoint.hf import MODEL_FILE
+from llama_torch.checkpoint.file_names import MODEL_FILE, STATE_FILE
 from llama_torch.checkpoint.shards import StateShards
-from llama_torch.checkpoint.single_file import STATE_FILE
 from llama_torch.checkpoint.training_state import load_state
 
 from ..support.survival import require_same, resume

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llama_torch import export, train
-from llama_torch.checkpoint.hf import MODEL_FILE, read_metadata
-from llama_torch.checkpoint.single_file import STATE_FILE
+from llama_torch.checkpoint.file_names import MODEL_FILE, STATE_FILE
+from llama_torch.checkpoint.hf import read_metadata
 from llama_torch.checkpoint.step_folders import newest
 from llama_torch.model.llama import Llama
 from llama_torch.training import optimizer as optimizer_module

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from llama_torch import train
+from llama_torch.checkpoint.file_names import STATE_FILE
 from llama_torch.checkpoint.hf import load_model
-from llama_torch.checkpoint.single_file import STATE_FILE
 
 from ..support.trainer_runs import SMALL_RUN, scalars, state_file, stop_after
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from llama_torch import generate, train
 from llama_torch.common.errors import InputError
-from llama_torch.training import run_dir
+from llama_torch.training import loop, run_dir
 from tools import compare
 
 from ..support.trainer_runs import SMALL_RUN, TEXT, refused, state_file
@@ -152,7 +152,7 @@ def test_a_run_that_explodes_stops(
 def test_a_loss_beyond_all_bounds_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "train", lambda config: 800.0)
+    monkeypatch.setattr(loop, "train", lambda config: 800.0)
     assert train.main(["--out", str(tmp_path / "run")]) == 0
     assert "validation loss 800.000" in capsys.readouterr().out
 

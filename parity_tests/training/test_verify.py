@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llama_torch import train
-from llama_torch.checkpoint.single_file import STATE_FILE
+from llama_torch.checkpoint.file_names import STATE_FILE
 from llama_torch.checkpoint.step_folders import newest
 from llama_torch.config import OptimConfig
 from llama_torch.model import loss

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llama_torch.common.torchrun import exit_process
 from llama_torch.config import OptimConfig, ParallelConfig
-from llama_torch.distributed.job import exit_process, job
+from llama_torch.distributed.job import job
 from llama_torch.distributed.parallel import Parallel
 from llama_torch.model.llama import Llama
 from llama_torch.training.optimizer import learning_rate, make_adamw

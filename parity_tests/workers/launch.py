@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from unittest.mock import patch
 
-from llama_torch.distributed.job import exit_process
+from llama_torch.common.torchrun import exit_process
 from llama_torch.tokenizer.gpt2 import hf_files
 from llama_torch.training import throughput
 
@@ -43,8 +43,9 @@ def main() -> int:
 def import_program(module: str) -> Callable[[], int]:
     """Import a command's module, and all that its forks would import; return its ``main``."""
     main: Callable[[], int] = importlib.import_module(module).main
-    import_late("llama_torch.checkpoint.shards")
+    import_late("llama_torch.checkpoint.shards", "llama_torch.distributed.job")
     if "llama_torch.train" in sys.modules:
+        import_late("llama_torch.training.loop", "llama_torch.training.dry_run")
         import_late("llama_torch.training.shard_saver", "llama_torch.training.verify")
         share_constants()
     return main

@@ -13,7 +13,6 @@ import torch
 
 from llama_torch import train
 from llama_torch.common import torchrun
-from llama_torch.distributed import job
 from llama_torch.training import loop
 from llama_torch.training.step import train_step
 
@@ -37,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    job.exit_process(main)
+    torchrun.exit_process(main)

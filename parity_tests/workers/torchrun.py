@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_han
     SubprocessHandler,
 )
 
-from llama_torch.distributed.job import exit_process
+from llama_torch.common.torchrun import exit_process
 
 from .launch import import_program
 

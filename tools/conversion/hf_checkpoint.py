@@ -9,14 +9,8 @@ from typing import Any
 
 import torch
 
-from llama_torch.checkpoint.hf import (
-    DTYPES,
-    INDEX_FILE,
-    MODEL_FILE,
-    locate,
-    read_tensor,
-    require_match,
-)
+from llama_torch.checkpoint.file_names import INDEX_FILE, MODEL_FILE
+from llama_torch.checkpoint.hf import DTYPES, locate, read_tensor, require_match
 
 from .lazy_weights import (
     Model,

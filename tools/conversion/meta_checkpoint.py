@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama_torch.checkpoint.file_names import META_FILES
 from llama_torch.checkpoint.hf import DTYPES, require_match
 from llama_torch.common.errors import InputError
 from llama_torch.model.config import ModelConfig
@@ -42,7 +43,6 @@ NAMES = {
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
 }
-META_FILES = "consolidated.[0-9][0-9].pth"
 
 
 def meta_name(name: str) -> str:

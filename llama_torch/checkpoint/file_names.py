@@ -1,0 +1,11 @@
+"""Names of the files of a model directory and of a training checkpoint."""
+
+MODEL_FILE = "model.safetensors"
+
+INDEX_FILE = "model.safetensors.index.json"
+
+STATE_FILE = "training_state.safetensors"  # of a training state in one file
+
+METADATA_FILE = ".metadata"  # of shards, written last: a folder without it is no checkpoint
+
+META_FILES = "consolidated.[0-9][0-9].pth"  # Meta's own form; tools/convert.py reads it
