@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .common import cli
-from .common.errors import check, check_text
+from .common.errors import check, check_text, printable
 from .inference.config import PREFILL_CHUNK, DecodingConfig, LoadConfig, SamplingConfig, check_chunk
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _print_all(model: "TextModel", config: GenerateConfig) -> None:
 
 def _show(model: "TextModel", id_: int) -> str:
     """Return a token as text: a special token's name, or the quoted text of another."""
-    return model.tokenizer.names.get(id_) or repr(model.tokenizer.decode([id_]))
+    return printable(model.tokenizer.names.get(id_, "")) or repr(model.tokenizer.decode([id_]))
 
 
 def _record(prompt: str, completion: "Completion", n_logprobs: int) -> dict[str, object]:

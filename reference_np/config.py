@@ -7,9 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LONGEST = 4000  # characters of an error message
+
 
 class InputError(ValueError):
-    """Something a user supplied is wrong; the message names it and the remedy."""
+    """Something a user supplied is wrong; the message names it and the remedy.
+
+    It is one line that is safe to print: a control character or a mark that turns the direction of
+    writing, from a file that it quotes, is escaped. Of a very long one the middle is left out.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        line = " ".join(_cut_middle(str(message)).splitlines())
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        super().__init__(_cut_middle("".join(shown)))
+
+
+def _cut_middle(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 4 :]}"
 
 
 # LlamaConfig field -> Hugging Face key. The rotary fields have two places; see _rope_places.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from .errors import InputError, VerificationError
+from .errors import InputError, VerificationError, printable
 from .settings import Settings, as_default, name_source
 
 C = TypeVar("C")
@@ -78,7 +78,7 @@ def run(main: Callable[[], int]) -> int:
 
 def complain(error: Exception) -> None:
     """Print an error on one line of stderr, whatever the names in it hold."""
-    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
 
 
 def _one_line(box: str) -> str:

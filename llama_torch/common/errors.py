@@ -2,13 +2,43 @@
 
 import dataclasses
 
+LONGEST = 4000  # characters of a message: a long path and what is wrong with it
+
 
 class InputError(ValueError):
-    """An error in a user's input; the message names the input and the remedy."""
+    """An error in a user's input; the message names the input and the remedy.
+
+    The message is safe to print, whatever the files that it quotes hold; see ``printable``.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class VerificationError(Exception):
     """A model in training differs from the oracle; the message names quantity, error and bound."""
+
+
+def printable(text: str, limit: int = LONGEST) -> str:
+    """Return text on one line of at most ``limit`` characters that a terminal only shows.
+
+    Line breaks become blanks. Control characters, escape sequences, marks that turn the direction
+    of writing and lone surrogates are escaped as in Python. Of a longer text the middle is left
+    out: a message begins with the file and ends with the remedy.
+    """
+    line = " ".join(_shortened(text, limit).replace("\t", " ").splitlines())
+    if line.isprintable():
+        return line
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return _shortened("".join(escaped), limit)
+
+
+def _shortened(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    mark = f" ... {len(text) - limit:,} characters left out ... "
+    kept = max(0, limit - len(mark))
+    return text[: kept - kept // 3] + mark + text[len(text) - kept // 3 :]
 
 
 def check(valid: bool, flag: str, value: object, requirement: str) -> None:

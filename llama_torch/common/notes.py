@@ -3,8 +3,10 @@
 import functools
 import sys
 
+from .errors import printable
+
 
 @functools.cache
 def note(text: str) -> None:
     """Print ``text`` on one line of stderr, the first time that this process has it."""
-    print(f"note: {' '.join(text.splitlines())}", file=sys.stderr)
+    print(f"note: {printable(text)}", file=sys.stderr)

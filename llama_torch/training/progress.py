@@ -12,6 +12,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.markup import escape
 
+from ..common.errors import printable
 from .run_dir import EVENTS_FOLDER
 from .setup import Run
 from .tensorboard import EventWriter
@@ -62,7 +63,7 @@ class Progress:
 
     def print_line(self, text: str) -> None:
         """Print one line above the bar."""
-        self.console.print(escape(text), soft_wrap=True)
+        self.console.print(escape(printable(text)), soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Set the bar to ``step`` steps done."""

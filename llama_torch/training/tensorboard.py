@@ -9,7 +9,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from ..common.errors import InputError, is_digits
+from ..common.errors import InputError, is_digits, printable
 
 NAME = "events.out.tfevents."
 
@@ -58,8 +58,9 @@ class EventWriter:
         self._add(Summary(value=[Summary.Value(tag=tag, simple_value=value)]), step)
 
     def add_text(self, tag: str, text: str, step: int) -> None:
-        """Add a text."""
-        self._add(summary.text(tag, text), step)
+        """Add a text, whose lines stay and whose other control characters are escaped."""
+        lines = [printable(line) for line in text.split("\n")]
+        self._add(summary.text(tag, "\n".join(lines)), step)
 
     def _add(self, made: Summary, step: int) -> None:
         self._write(Event(step=step, summary=made))

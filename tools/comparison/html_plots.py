@@ -4,7 +4,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from io import StringIO
 from operator import itemgetter
 from typing import Any
@@ -18,6 +17,7 @@ from .report_rows import (
     PARTS,
     STATUSES,
     RowEntry,
+    escape,
     finite_or_inf,
     group_by,
     is_out,

@@ -1,14 +1,13 @@
 """Draw a comparison's report as one HTML page that loads nothing else (extra: plot)."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from llama_torch.common.errors import InputError
 
 from .html_plots import RC, depth_section, heat_map_section, predictions_section
 from .html_tables import call_title, counted, rows_section
-from .report_rows import PARTS
+from .report_rows import PARTS, escape
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --soft: #63636b; --line: #dcdce0;

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
 
 from .report_rows import (
     STATUSES,
     UNMEASURED,
     RowEntry,
+    escape,
     finite_or_inf,
     is_out,
     short_name,

@@ -4,9 +4,12 @@ A row is a dictionary of ``report["rows"]``, made by ``report.row_entry``: an ac
 call, its status, and under "inherited" and "fresh" an error beside its bound.
 """
 
+import html
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
+
+from llama_torch.common.errors import printable
 
 from .judging import REORDERED, RIGHT
 
@@ -21,6 +24,11 @@ def short_name(row: RowEntry) -> str:
     """Return the row's name without the parameter names' "model." and ".weight"."""
     name: str = row["name"]
     return name.replace(" model.", " ").removesuffix(".weight")
+
+
+def escape(text: str) -> str:
+    """Return text for the HTML page, without control characters of the files that it quotes."""
+    return html.escape(printable(text))
 
 
 def wrong_rows(rows: Iterable[RowEntry]) -> list[RowEntry]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich import progress as rich_progress
 from rich.console import Console
+from rich.markup import escape
 
-from llama_torch.common.errors import InputError
+from llama_torch.common.errors import InputError, printable
 from reference_np import backend as backends
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
@@ -24,7 +25,7 @@ from .differences import compare
 from .judging import Row
 from .replay import EMBEDDING_STAGE, Replay
 from .sides import Side, record
-from .trace_file import Call, TraceWriter, write_trace
+from .trace_file import LONGEST_NAME, Call, TraceWriter, write_trace
 
 
 def layer_range(text: str, n_layers: int) -> tuple[int, int]:
@@ -65,7 +66,7 @@ def progress() -> Iterator[Start]:
     )
 
     def start(title: str, steps: int) -> Callable[[], None]:
-        task = bars.add_task(title, total=steps)
+        task = bars.add_task(escape(printable(title)), total=steps)
         return lambda: bars.advance(task)
 
     with bars:
@@ -103,9 +104,10 @@ def _left_out(
     warnings = []
     if side.trace is not None:
         unknown = side.trace.unknown
+        shown = [printable(name, LONGEST_NAME) for name in unknown[:8]]
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         if unknown:
-            warnings.append(f"Not in the format and ignored: {', '.join(unknown[:8])}{more}.")
+            warnings.append(f"Not in the format and ignored: {', '.join(shown)}{more}.")
     else:
         decoded = any(call.after is not None and call.positions is None for call in calls)
         if settings.steps and not decoded:

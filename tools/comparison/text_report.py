@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from llama_torch.common.errors import printable
 
 from .report_rows import RowEntry, inheriting_rows, short_name, wrong_rows
 
@@ -20,7 +23,7 @@ def print_report(report: Mapping[str, Any], console: Console, everything: bool) 
     """
 
     def say(text: str, **style: Any) -> None:
-        console.print(text, soft_wrap=True, markup=False, **style)
+        console.print(printable(text), soft_wrap=True, markup=False, **style)
 
     say(report["title"])
     names = [call["name"] for call in report["calls"]]
@@ -82,7 +85,7 @@ def _table(
     for row in shown:
         parts = [row["inherited"], *([row["fresh"]] if fresh else [])]
         cells = [short_name(row)]
-        cells += [names[row["call"]]] if names else []
+        cells += [escape(printable(names[row["call"]]))] if names else []
         for part in parts:
             cells += [_short(part and part["rms"]), _short(part and part["bound"]["rms"])]
         shares = [part["share"] for part in parts if part and part["share"] is not None]

@@ -4,6 +4,7 @@ Axes: B batch, T tokens of the call, S cached + T.
 """
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from llama_torch.common.errors import printable
 from llama_torch.common.files import atomic_write
 from reference_np.checkpoint import parse_json
 from reference_np.config import InputError, LlamaConfig
@@ -26,7 +28,15 @@ AXES = {"embed": "BTD", **LAYER_AXES, "norm": "BTD", "logits": "BTV"}
 _DTYPES = {"float64": "F64", "float32": "F32", "int64": "I64", "bool": "BOOL"}
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 INTEGERS = {"I64": np.int64, "I32": np.int32}
-MASKS = {"BOOL": np.bool_, "U8": np.uint8}
+MASKS = {"BOOL": np.uint8, "U8": np.uint8}  # bytes, to see those that are neither 0 nor 1
+LONGEST_NAME = 80  # characters of a call's name that are kept
+MOST_POSITION = 2**31 - 1
+
+
+_TENSOR = re.compile(
+    r"call\.(?P<call>0|[1-9]\d{0,8})\.(?:layers\.(?P<layer>0|[1-9]\d{0,8})\.)?(?P<kind>\w+)",
+    re.ASCII,
+)
 
 
 class Call(NamedTuple):
@@ -143,14 +153,20 @@ class TraceFile:
         source = f"{path} (metadata)"
         self.config = LlamaConfig.from_hf(parse_json(metadata.get("config", ""), source), source)
         self.calls = self._read_calls(metadata.get("calls", ""))
-        known = {
-            f"call.{c}.{n}" for c in range(len(self.calls)) for n in _tensor_names(self.config)
-        }
-        self.unknown = sorted(set(self._entries) - known)
+        self.unknown = sorted(name for name in self._entries if not self._is_known(name))
 
     def read(self, call: int, name: str) -> Array | None:
         """Return one activation in the precision of the file, or None where it is missing."""
         return self._tensor(f"call.{call}.{name}", FLOATS)
+
+    def _is_known(self, name: str) -> bool:
+        """Return whether a tensor is an input or an activation of one of the calls."""
+        call = _TENSOR.fullmatch(name)
+        if call is None or int(call["call"]) >= len(self.calls):
+            return False
+        if call["layer"] is None:
+            return call["kind"] in ("tokens", "positions", "mask", "embed", "norm", "logits")
+        return call["kind"] in LAYER_AXES and int(call["layer"]) < self.config.n_layers
 
     def _check(self) -> dict[str, str]:
         """Return the metadata, checked by safetensors; keep every tensor's place in the file."""
@@ -162,7 +178,7 @@ class TraceFile:
             with self.path.open("rb") as raw:
                 (length,) = struct.unpack("<Q", raw.read(8))
                 self._entries: dict[str, Any] = json.loads(raw.read(length))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise self._error(f"not a complete safetensors file ({error})") from None
         self._entries.pop("__metadata__", None)
         self._start = 8 + length
@@ -172,6 +188,7 @@ class TraceFile:
         """Return the calls that the metadata lists in ``text``, with their input tensors."""
         entries = parse_json(f'{{"calls": {text or "null"}}}', f"{self.path} (calls)")["calls"]
         calls: list[Call] = []
+        lengths: list[int] = []  # tokens in the cache after each call
         if not isinstance(entries, list) or not entries:
             raise self._error("its metadata lists no calls")
         for c, entry in enumerate(entries):
@@ -184,9 +201,10 @@ class TraceFile:
             mask = self._tensor(f"call.{c}.mask", MASKS)
             if tokens is None:
                 raise self._error(f"call.{c}.tokens is missing")
+            self._check_values(c, positions, mask)
             calls.append(
                 Call(
-                    _printable(str(entry.get("name", f"call {c}"))),
+                    printable(str(entry.get("name", f"call {c}")), LONGEST_NAME),
                     tokens.astype(np.int64),
                     None if positions is None else positions.astype(np.int64),
                     None if mask is None else mask.astype(bool),
@@ -194,12 +212,25 @@ class TraceFile:
                 )
             )
             try:
-                fill_and_check_inputs(*calls[c][1:4], n_cached(calls, c), self.config)
+                cached = 0 if after is None else lengths[after]
+                fill_and_check_inputs(*calls[c][1:4], cached, self.config)
             except InputError as error:
                 raise self._error(f"call {c}: {error}") from None
+            lengths.append(cached + tokens.shape[1])
             if after is not None and len(tokens) != len(calls[after].tokens):
                 raise self._error(f"call {c} continues a call of another batch size")
         return calls
+
+    def _check_values(self, call: int, positions: Array | None, mask: Array | None) -> None:
+        """Raise InputError for positions that are none, and for a mask that is not 0 and 1."""
+        if positions is not None:
+            wrong = positions[(positions < 0) | (positions > MOST_POSITION)]
+            if wrong.size:
+                raise self._error(
+                    f"call.{call}.positions holds {wrong[0]}, not 0 to {MOST_POSITION} alone"
+                )
+        if mask is not None and (mask > 1).any():
+            raise self._error(f"call.{call}.mask holds {mask.max()}, not 0 and 1 alone")
 
     def _tensor(self, name: str, dtypes: Mapping[str, Any]) -> Array | None:
         """Return a tensor stored in one of ``dtypes``, or None where it is missing."""
@@ -217,10 +248,6 @@ class TraceFile:
 
     def _error(self, problem: str) -> InputError:
         return InputError(f"{self.path}: {problem}; write the trace again (docs/trace-format.md)")
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _tensor_names(config: LlamaConfig) -> Iterable[str]:

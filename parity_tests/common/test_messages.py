@@ -1,0 +1,72 @@
+"""Messages are one printable line of bounded length, whatever the files that they quote hold."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import reference_np.config
+from llama_torch import load
+from llama_torch.common.cli import complain
+from llama_torch.common.errors import LONGEST, InputError, printable
+from llama_torch.common.notes import note
+from reference_np.checkpoint import Checkpoint
+from tools.comparison.report_rows import escape
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07 \r\n\u202e\u2066 \u2028\x85\x9b31m \x00\ud800"
+ERRORS = (InputError, reference_np.config.InputError)
+
+
+def is_safe(text: str) -> bool:
+    return text.isprintable() and len(text) <= LONGEST + 100
+
+
+@given(st.text(st.characters(), max_size=40), st.integers(0, 3000))
+@example(HOSTILE, 1)
+@example("\u202e", 10**6)
+@example("x", 10**7)
+def test_a_message_is_one_printable_line(text: str, times: int) -> None:
+    shown = printable(text * times)
+    assert is_safe(shown)
+    assert printable(shown) == shown
+    for kind in ERRORS:
+        error = kind(f"begin {text * times} end")
+        assert is_safe(str(error))
+        assert (str(error)[:6], str(error)[-4:]) == ("begin ", " end")
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_ordinary_text_stays() -> None:
+    for text in ("/a b/c  d.txt: é 漢字 😀 'x'", ""):
+        assert printable(text) == text
+        assert [str(kind(text)) for kind in ERRORS] == [text] * len(ERRORS)
+    assert printable("a\nb\r\nc\td") == "a b c d"
+    assert printable("\x1b[31m\u202e") == r"\x1b[31m\u202e"
+    cut = " ... 9,900 characters left out ... "
+    assert printable("ab" * 5000, 100) == "ab" * 22 + cut + "b" + "ab" * 10
+
+
+def test_commands_and_notes_print_it(capsys: pytest.CaptureFixture[str]) -> None:
+    complain(OSError(f"x{HOSTILE}{'y' * 10**6}"))
+    note(f"x{HOSTILE}{'y' * 10**6}")
+    lines = capsys.readouterr().err.split("\n")
+    assert [line.split(":")[0] for line in lines] == ["error", "note", ""]
+    assert all(map(is_safe, lines))
+
+
+def test_errors_of_the_api_quote_files_safely(tmp_path: Path) -> None:
+    """A config's key, a shard's name and a JSON value that hold escape sequences."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": HOSTILE + "z" * 10**6}))
+    index = {"weight_map": {"a": f"{HOSTILE}.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for read in (load, Checkpoint):
+        with pytest.raises(ValueError, match=r"\\x1b\[2J") as caught:
+            read(tmp_path)
+        assert is_safe(str(caught.value))
+
+
+def test_the_page_escapes_names() -> None:
+    assert escape(f"<b>{HOSTILE}") == "&lt;b&gt;" + printable(HOSTILE)
