@@ -45,7 +45,12 @@ VOCAB = 999
         ("tokenizer_config.json", {"added_tokens_decoder": False}, "added_tokens_decoder is bool"),
         *(
             ("tokenizer_config.json", {"added_tokens_decoder": {id_: "<x>"}}, f"has {id_!r}: '<x>'")
-            for id_ in ("²", "٣", "-1", "1_0", " 1", "", "9" * 5000)
+            for id_ in ("²", "٣", "-1", "1_0", " 1", "", "9" * 3000)
+        ),
+        # Of a longer one the message shows the beginning and the end.
+        *(
+            ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: "<x>"}}, message)
+            for message in ("added_tokens_decoder has '999", "999': '<x>'; correct it")
         ),
         (
             "tokenizer_config.json",
