@@ -92,7 +92,10 @@ def measure(run: Run) -> tuple[list[float], dict[str, float]]:
 
 
 def describe_scatter(seconds: Sequence[float]) -> str:
-    """Return a line on step times that scatter, "" where they do not; a tenth at each end is free."""
+    """Return a line on step times that scatter, "" where they do not.
+
+    A tenth at either end does not count.
+    """
     quickest, *_, slowest = statistics.quantiles(seconds, n=10, method="inclusive")
     if slowest < SCATTERED * quickest:
         return ""
