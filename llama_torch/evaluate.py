@@ -1,5 +1,7 @@
 """Perplexity of a checkpoint: ``python -m llama_torch.evaluate --ckpt DIR --data FILE [FILE ...]``.
 
+Without --data the text is what a run held out for validation, where --ckpt is of a run directory.
+
 Every document is scored on its own, and every token of it once (the first only if the tokenizer
 has a BOS or EOS to put before it), in windows of at most ``context`` tokens. The first window
 scores all tokens that it predicts, each later one the next ``stride`` tokens; the last ends with
@@ -14,15 +16,17 @@ tokenizer puts a BOS before the text, the harness scores that too, unless it is 
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from .common import cli
-from .common.errors import check, check_positive
+from .common.errors import InputError, check, check_positive
 from .data.text_files import find_files
 from .inference.config import LoadConfig
+from .training.run_file import RUN_FILE
 
 if TYPE_CHECKING:
     from .inference.perplexity import Measurement
@@ -35,8 +39,8 @@ class EvaluateConfig:
 
     load: LoadConfig
     data: tuple[str, ...] = ()
-    """Files, folders or globs (.txt .md .jsonl, also .gz or .zst; .parquet); none = Python's own
-    help topics."""
+    """Files, folders or globs (.txt .md .jsonl, also .gz or .zst; .parquet); none = the part of its
+    text that a run directory's run held out."""
     text_field: str = "text"
     """Name of the text field in .jsonl and .parquet records."""
     context: int = 0
@@ -52,6 +56,44 @@ class EvaluateConfig:
         check_positive(self, "batch_size")
         for name in ("context", "stride"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+
+
+class Text(NamedTuple):
+    """The text to measure: its name, its documents, and a document's place by its number."""
+
+    name: str
+    documents: "Callable[[Tokenizer], Iterable[str]]"
+    place: Callable[[int], str]
+
+
+def find_text(config: EvaluateConfig) -> Text:
+    """Return the text of --data, or the held-out part of the run that --ckpt belongs to.
+
+    Raises InputError where there is neither.
+    """
+    if config.data:
+        files, name = find_files(config.data), ", ".join(config.data)
+        from .data.documents import document_place, documents
+
+        source = files, config.text_field
+        return Text(name, lambda _: documents(*source), partial(document_place, *source))
+    from .training.held_out import describe_held_out, find_run, held_out_documents, load_held_out
+
+    ckpt = Path(config.load.ckpt)
+    run = find_run(ckpt)
+    if run is None:
+        from .checkpoint.hf import weight_files
+
+        weight_files(ckpt)  # a name that stands for no model is told first
+        raise InputError(
+            f"--data is missing, and {ckpt} belongs to no run whose held-out text could stand in "
+            "for it; name the text to measure with --data"
+        )
+    corpus = load_held_out(run)
+    place = f"{run / RUN_FILE}: held-out document {{}}"
+    return Text(
+        describe_held_out(corpus), partial(held_out_documents, corpus), lambda i: place.format(i)
+    )
 
 
 def describe(found: "Measurement", tokenizer: "Tokenizer") -> str:
@@ -74,20 +116,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(EvaluateConfig, argv)
-    source = find_files(config.data), config.text_field
+    text = find_text(config)
     # These import torch, which takes seconds: a wrong flag or --data is told before.
-    from .data.documents import document_place, documents
     from .inference.perplexity import FIGURES, evaluate
     from .inference.text_model import load_from
 
     loaded = load_from(config.load)
+    model, tokenizer = loaded.model, loaded.tokenizer
     windows = config.context, config.stride, config.batch_size
-    found = evaluate(
-        *(loaded.model, loaded.tokenizer, documents(*source), *windows),
-        place=partial(document_place, *source),
-    )
+    found = evaluate(model, tokenizer, text.documents(tokenizer), *windows, place=text.place)
     figures = {name: getattr(found, name) for name in FIGURES} | dataclasses.asdict(found)
-    print(json.dumps(figures) if config.json else describe(found, loaded.tokenizer))
+    if config.json:
+        print(json.dumps({"text": text.name, **figures}))
+    else:
+        print(f"text           {text.name}\n{describe(found, tokenizer)}")
     return 0
 
 

@@ -55,7 +55,7 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
     config = dataclasses.replace(config, out=str(out))
     if "data" not in stored or config.data.data != stored["data"].value:
         return config  # named anew
-    data = tuple(_find_again(name, record.directory) for name in config.data.data)
+    data = tuple(find_again(name, record.directory, "--resume") for name in config.data.data)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
 
 
@@ -65,8 +65,11 @@ def _named_out(flag: str | None, settings: Settings) -> str:
     return out
 
 
-def _find_again(pattern: str, directory: str) -> str:
-    """Return a stored value of --data, relative to here or to where the run began; InputError."""
+def find_again(pattern: str, directory: str, source: str) -> str:
+    """Return a stored value of --data, relative to here or to ``directory``, where the run began.
+
+    Raises InputError, which begins with ``source``, where it names no text in either.
+    """
     if os.path.isabs(pattern) or names_text(pattern):
         return pattern
     if directory:
@@ -78,7 +81,7 @@ def _find_again(pattern: str, directory: str) -> str:
     here = os.getcwd()
     began = f" nor in {directory}, where the run began" if directory not in ("", here) else ""
     raise InputError(
-        f"--resume: --data {pattern}: no file found in {here}{began}; name the same text by "
+        f"{source}: --data {pattern}: no file found in {here}{began}; name the same text by "
         "--data, or run this in the folder that holds it"
     )
 
