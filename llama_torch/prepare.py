@@ -31,7 +31,8 @@ class PrepareConfig:
     shard_tokens: int = 1 << 26
     """Tokens in a shard."""
     verify: str = ""
-    """Folder of shards to verify against their checksums; nothing is written."""
+    """Folder of shards to verify against their checksums, and with --data against that text, which
+    is tokenised again; nothing is written."""
 
     def __post_init__(self) -> None:
         check_positive(self, "shard_tokens")
@@ -47,11 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(PrepareConfig, argv)
-    from .data.shards import TokenShards  # imports NumPy: a wrong flag is told before
-
     if config.verify:
-        return _verify(TokenShards(Path(config.verify)))
-    from .data.shard_writer import prepare
+        return _verify(config)
+    from .data.shard_writer import prepare  # imports NumPy: a wrong flag is told before
 
     started = time.perf_counter()
     text = identify(find_files(config.data), config.text_field)
@@ -64,16 +63,41 @@ def _main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _verify(shards: "TokenShards") -> int:
-    """Print the shards whose checksums differ; return the exit code."""
-    from .data.shards import damaged_shards
+def _verify(config: PrepareConfig) -> int:
+    """Print where shards differ from their index, and from the text; return the exit code."""
+    from .data.shard_check import scan_shards
+    from .data.shards import INDEX_FILE, TokenShards
 
-    damaged = damaged_shards(shards)
+    shards = TokenShards(Path(config.verify))
+    index, folder = shards.index, shards.folder
+    damaged, highest = scan_shards(shards)
     for name in damaged:
-        print(f"{shards.folder / name}: is not what was written; its checksum differs")
-    n_shards = len(shards.index.shards)
-    print(f"{shards.folder}: {n_shards - len(damaged)} of {n_shards} shards are as written")
-    return 1 if damaged else 0
+        print(f"{folder / name}: is not what was written; its checksum differs")
+    n_shards = len(index.shards)
+    print(f"{folder}: {n_shards - len(damaged)} of {n_shards} shards are as written")
+    if damaged:
+        return 1
+    if highest != index.highest:
+        print(f"{folder / INDEX_FILE}: says that the highest id is {index.highest}, not {highest}")
+        return 1
+    return _verify_text(config, shards) if config.data else 0
+
+
+def _verify_text(config: PrepareConfig, shards: "TokenShards") -> int:
+    from .data.shard_check import first_difference
+    from .data.shard_progress import another_text
+
+    text = identify(find_files(config.data), config.text_field)
+    if shards.index.key != text.key:
+        raise another_text(shards.folder)
+    at = first_difference(shards, text, config.workers)
+    if at is not None:
+        print(
+            f"{shards.folder}: token {at:,} is not the text's; delete the folder and tokenise again"
+        )
+        return 1
+    print(f"{shards.folder}: all {len(shards):,} tokens are the text's")
+    return 0
 
 
 if __name__ == "__main__":

@@ -163,15 +163,25 @@ def require_no_pointer(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; InputError names the file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); write it again") from None
+    text = read_json_text(path)
     try:
         return parse_json(text, str(path))
     except InputError:
         require_no_pointer(path)
         raise
+
+
+def read_json_text(path: Path) -> str:
+    """Return a JSON file's text; InputError names a file that cannot be read or is no text.
+
+    A pipe or a device is not waited for.
+    """
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("no regular file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); write it again") from None
 
 
 def parse_json(text: str, source: str) -> dict[str, Any]:

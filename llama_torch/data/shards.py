@@ -5,10 +5,12 @@ A shard is a headerless array of little-endian ids: uint16 where the vocabulary 
 and writes index.json last; after a kill it continues from progress.json.
 """
 
-import hashlib
 import os
+import re
+import stat
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import InputError
 from ..common.files import read_json
+from ..common.state_file import read_state, require_count, require_text, shown
 from ..tokenizer.gpt2 import RANKS_SHA256
 
 FORMAT, VERSION = "llama_torch token shards", 1
@@ -90,7 +93,12 @@ class TokenShards:
             raise _unusable(self.folder / shard.name, f"cannot be read ({error})") from None
         if len(data) < (last - first) * width:
             raise _unusable(self.folder / shard.name, "was cut short while it was in use")
-        return np.frombuffer(data, self.dtype)
+        ids = np.frombuffer(data, self.dtype)
+        # The vocabulary was compared with the index: an id beyond would be read out of bounds.
+        if len(ids) and int(ids.max()) > self.index.highest:
+            beyond = f"holds token id {ids.max()}, above {self.index.highest} in {INDEX_FILE}"
+            raise _unusable(self.folder / shard.name, beyond)
+        return ids
 
     def _handle(self, number: int) -> int:
         if number in self._open:
@@ -115,11 +123,11 @@ def require_size(folder: Path, shard: Shard, width: int) -> None:
     """Raise InputError unless a shard's file has its tokens of ``width`` bytes each."""
     path, expected = folder / shard.name, shard.tokens * width
     try:
-        found = path.stat().st_size
+        found = path.stat()
     except OSError as error:
         raise _unusable(path, f"cannot be read ({error.strerror})") from None
-    if found != expected:
-        raise _unusable(path, f"has {found} bytes and should have {expected}")
+    if found.st_size != expected or not stat.S_ISREG(found.st_mode):
+        raise _unusable(path, f"has {found.st_size} bytes and should have {expected}")
 
 
 def _unusable(path: Path, what: str) -> InputError:
@@ -145,48 +153,80 @@ def read_index(folder: Path) -> Index:
         raise InputError(
             f"{folder}: its text is not wholly tokenised; run the command that began it again"
         )
+    remedy = f"copy it back, or delete {folder} and tokenise again"
+    found, _ = read_state(path, remedy)
+    if (found.pop("format", None), found.pop("version", None)) != (FORMAT, VERSION):
+        raise InputError(f"{path}: is not of format {FORMAT!r} {VERSION}; tokenise the text")
     try:
-        found = read_json(path)
-        if (found.pop("format", None), found.pop("version", None)) != (FORMAT, VERSION):
-            raise InputError(f"{path}: is not of format {FORMAT!r} {VERSION}; tokenise the text")
-        index = Index(**found | {"shards": tuple(Shard(**shard) for shard in found["shards"])})
+        require_fields(Index, found)
+        index = Index(**found | {"shards": parse_shards(found["shards"])})
         _require_consistent(index)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path}: damaged index ({error}); copy it back, or delete {folder} and tokenise again"
-        ) from None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged index ({error}); {remedy}") from None
     if index.encoding != RANKS_SHA256:
         raise InputError(f"{path}: holds ids of another encoding than GPT-2's; tokenise the text")
     return index
 
 
+def require_fields(kind: type[Any], found: Mapping[str, Any]) -> None:
+    """Raise ValueError unless an object has the fields of a dataclass; defaults may be missing."""
+    known = {field.name: field.default is not MISSING for field in fields(kind)}
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{shown(name)} is no key of it")
+    for name, has_default in known.items():
+        if name not in found and not has_default:
+            raise ValueError(f"{name} is missing")
+
+
+def parse_shards(found: Any) -> tuple[Shard, ...]:
+    """Return the shards of a list of objects; raise ValueError for one that is not as written."""
+    if not isinstance(found, list):
+        raise ValueError(f"shards is {shown(found)}")
+    return tuple(_parse_shard(number, entry) for number, entry in enumerate(found))
+
+
+def _parse_shard(number: int, entry: Any) -> Shard:
+    if not isinstance(entry, dict):
+        raise ValueError(f"shard {number} is {shown(entry)}")
+    require_fields(Shard, entry)
+    if entry["name"] != shard_name(number):
+        raise ValueError("its shards are not named in order")
+    require_count(f"tokens of shard {number}", entry["tokens"], 1)
+    digest = require_text(f"sha256 of shard {number}", entry["sha256"])
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"sha256 of shard {number} is {shown(digest)}")
+    return Shard(**entry)
+
+
 def _require_consistent(index: Index) -> None:
     """Raise ValueError where an index is inconsistent."""
-    for name, kind in Index.__annotations__.items():
-        if kind in (int, str) and type(getattr(index, name)) is not kind:
-            raise ValueError(f"{name} is {getattr(index, name)!r}")
-    if index.dtype not in DTYPES or index.shard_tokens < 1:
-        raise ValueError(f"dtype {index.dtype!r}, {index.shard_tokens} tokens a shard")
+    for name in ("dtype", "encoding", "key"):
+        require_text(name, getattr(index, name))
+    for name in ("tokens", "nulls"):
+        require_count(name, getattr(index, name))
+    if index.dtype not in DTYPES or not index.shard_tokens:
+        raise ValueError(f"dtype {shown(index.dtype)}, {shown(index.shard_tokens)} tokens a shard")
+    require_count("shard_tokens", index.shard_tokens, 1)
+    largest = int(np.iinfo(DTYPES[index.dtype]).max)
+    require_count("highest", index.highest, *((0, largest) if index.tokens else (-1, -1)))
+    require_nulls(index.nulls, index.first_null_file)
     whole, rest = divmod(index.tokens, index.shard_tokens)
-    expected = [index.shard_tokens] * whole + [rest] * (rest > 0)
+    # Compared before a list is made of the number.
+    n_shards = whole + (rest > 0)
+    expected = len(index.shards) == n_shards and [index.shard_tokens] * whole + [rest] * (rest > 0)
     if [shard.tokens for shard in index.shards] != expected:
         raise ValueError(f"its shards do not add up to {index.tokens} tokens")
-    if [shard.name for shard in index.shards] != [shard_name(i) for i in range(len(expected))]:
-        raise ValueError("its shards are not named in order")
+
+
+def require_nulls(nulls: int, first_null_file: int) -> None:
+    """Raise ValueError for a count of nulls without a first file, or the other way round."""
+    require_count("nulls", nulls)
+    require_count("first_null_file", first_null_file, -1)
+    if (nulls > 0) != (first_null_file >= 0):
+        raise ValueError(f"{nulls} nulls, and first_null_file {first_null_file}")
 
 
 def shard_name(number: int) -> str:
     """Return the name of the shard's file of that number, from 0."""
     return f"{number:05d}.bin"
-
-
-def damaged_shards(shards: TokenShards) -> list[str]:
-    """Return the names of the shards whose checksum is not the index's; reads every shard."""
-    found = []
-    for shard in shards.index.shards:
-        with (shards.folder / shard.name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                found.append(shard.name)
-    return found

@@ -18,6 +18,7 @@ from llama_torch.data.shard_writer import prepare
 from llama_torch.data.shards import TokenShards
 from llama_torch.data.text_files import Text, find_files, identify
 
+from ..support import state_files
 from ..support.token_shards import LINES, content_of, killed_at, refused, stopped_at
 
 
@@ -79,14 +80,14 @@ def test_nulls_are_counted_once_whatever_was_killed(
         assert capsys.readouterr().err == ""
         if old:
             path = folder / "progress.json"
-            stored = json.loads(path.read_text())
+            stored = state_files.read(path)
             del stored["nulls"], stored["first_null_file"]
             path.write_text(json.dumps(stored))
         note.cache_clear()
         found = prepare(text, folder, 2, 31)
         printed = capsys.readouterr().err
         assert old or (said in printed and found.index == whole.index)
-    index = json.loads((tmp_path / "whole" / "index.json").read_text())
+    index = state_files.read(tmp_path / "whole" / "index.json")
     del index["nulls"], index["first_null_file"]
     (tmp_path / "whole" / "index.json").write_text(json.dumps(index))
     capsys.readouterr()

@@ -13,7 +13,7 @@ import pytest
 
 from llama_torch import prepare as data
 from llama_torch.config import DataConfig
-from llama_torch.data import shards
+from llama_torch.data import shard_check, shards
 from llama_torch.data.corpus import Corpus, Source, load_corpus
 from llama_torch.data.loader import train_batches
 from llama_torch.data.shard_writer import prepare
@@ -39,7 +39,7 @@ def test_shards_are_the_documents(text: Text, tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [shard["tokens"] for shard in index["shards"][:-1]] == [1000] * (len(expected) // 1000)
     assert index["highest"] == END_OF_TEXT_ID
-    assert shards.damaged_shards(found) == []
+    assert shard_check.damaged_shards(found) == []
 
 
 def test_a_text_without_tokens_has_no_shard(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Prepare token shards in processes that are killed, or until the disk is full."""
 
 import errno
-import json
 import os
 import signal
 import warnings
@@ -15,6 +14,8 @@ from llama_torch.common import files
 from llama_torch.common.errors import InputError
 from llama_torch.data.shard_writer import prepare
 from llama_torch.data.text_files import Text
+
+from . import state_files
 
 LINES = [f"Line {i} tells of {i * i} llamas, and a hill.\n" for i in range(60)]
 
@@ -84,6 +85,6 @@ def truncate(path: Path) -> None:
 def edit(**changes: Any) -> Callable[[Path], None]:
     def work(path: Path) -> None:
         index = path.parent / "index.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+        state_files.write(index, state_files.read(index) | changes)
 
     return work
