@@ -11,6 +11,7 @@ from ..checkpoint.state_interface import PARAMETER
 from ..checkpoint.training_state import open_state
 from ..model.config import ModelConfig
 from ..model.llama import Llama
+from ..model.shapes import ParameterShapes
 from .optimizer import MasterAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by their names in torch's optimizers
@@ -59,9 +60,8 @@ def export_model(out: Path, folder: Path, config: ModelConfig) -> None:
     """
     reader = open_state(folder)
     shapes = {n: shape for n, shape in reader.shapes().items() if n.startswith(PARAMETER)}
-    with torch.device("meta"):
-        expected = {n: tuple(p.shape) for n, p in Llama(config).named_parameters()}
-    require_match(folder, expected, {n.removeprefix(PARAMETER): s for n, s in shapes.items()})
+    found = {n.removeprefix(PARAMETER): shape for n, shape in shapes.items()}
+    require_match(folder, ParameterShapes(config), found)
     tensors = reader.read_whole(shapes)
     parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
     write_directory_files(out, config)
