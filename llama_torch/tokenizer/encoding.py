@@ -5,13 +5,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..common.errors import InputError
 from ..common.files import read_json
 from .gpt2 import END_OF_TEXT_ID, RANKS_SHA256
-from .loading import load_tokenizer
 from .settings import ADDED, CONFIG, MAP
-from .tokenizer import Gpt2, Tokenizer
+
+if TYPE_CHECKING:  # commands that encode nothing do without the tokenizers' libraries
+    from .tokenizer import Tokenizer
 
 # Characters to encode the rest of a document behind: the first that no piece joins to it is taken.
 ANCHORS = "a\n.字"
@@ -33,7 +35,7 @@ class TextEncoding:
     vocab_size: int = 0  # of the model there
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> "Tokenizer":
         """The tokenizer, loaded once in a process."""
         return _load(self.directory, self.vocab_size)
 
@@ -71,7 +73,10 @@ GPT2 = TextEncoding("GPT-2's", RANKS_SHA256, (), END_OF_TEXT_ID)
 
 
 @functools.cache
-def _load(directory: str, vocab_size: int) -> Tokenizer:
+def _load(directory: str, vocab_size: int) -> "Tokenizer":
+    from .loading import load_tokenizer
+    from .tokenizer import Gpt2
+
     return load_tokenizer(Path(directory), vocab_size) if directory else Gpt2()
 
 
@@ -80,6 +85,8 @@ def load_encoding(ckpt: Path, vocab_size: int = UNKNOWN_VOCABULARY) -> TextEncod
 
     Raises InputError for a tokenizer that cannot be read or names no end of a text.
     """
+    from .tokenizer import Gpt2
+
     folder = ckpt if ckpt.is_dir() else ckpt.parent
     tokenizer = _load(str(folder), vocab_size)
     if isinstance(tokenizer, Gpt2):

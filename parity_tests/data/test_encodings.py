@@ -1,4 +1,4 @@
-"""Text encoded by the tokenizer of any checkpoint: its documents' ids, and whose shards they are."""
+"""Text encoded by any checkpoint's tokenizer: its ids, and whose shards may be used."""
 
 import json
 import shutil
