@@ -39,6 +39,10 @@ class TextEncoding:
         """The tokenizer, loaded once in a process."""
         return _load(self.directory, self.vocab_size)
 
+    def load(self) -> None:
+        """Load the tokenizer now, so that processes forked later share its memory."""
+        _load(self.directory, self.vocab_size)
+
     @property
     def flag(self) -> str:
         """The flag of ``python -m llama_torch.prepare`` that names the tokenizer, if any."""
