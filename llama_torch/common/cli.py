@@ -44,12 +44,12 @@ def parse(config_class: type[C], argv: Sequence[str], settings: Settings | None 
 
 
 def early_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Read --config, --out and --resume first: the other flags' defaults depend on them.
+    """Read --config, --out, --resume and --steps first: the other flags' defaults depend on them.
 
-    ``config`` and ``out`` are None where they are not given.
+    ``config``, ``out`` and ``steps`` are None where they are not given.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--config", "--out"):
+    for name in ("--config", "--out", "--steps"):
         # A forgotten value is left for tyro to report.
         parser.add_argument(name, nargs="?", default=None, const="")
     parser.add_argument("--resume", action="store_true")
