@@ -5,10 +5,13 @@ Here each class that torch writes there is replaced by a record of its arguments
 other name is refused, and torch's objects are built anew from the records, once checked.
 """
 
+import io
 import math
 import pickle
+import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -21,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..common.errors import InputError
+from ..common.state_file import shown
 from .file_names import METADATA_FILE
 
 CLASSES = "torch.distributed.checkpoint.metadata"
@@ -78,8 +82,48 @@ class _ForeignNameError(Exception):
     """The pickle names what no index of shards holds."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds records, tuples and dtypes; every other name is refused before it is looked up."""
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _Unpickler(_PythonUnpickler):
+    """Builds records, tuples and dtypes; every other name is refused before it is looked up.
+
+    Python's own unpickler and not C's, which takes gigabytes where a few bytes name a place in its
+    table. Dicts have texts and records as keys: the hash of a tuple of tuples may never end.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_PythonUnpickler.dispatch)
+
+    def load_setitem(self) -> None:
+        """Add one entry to a dict."""
+        self._require_plain_keys([self.stack[-2]])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        """Add the entries since the last mark to a dict."""
+        self._require_plain_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        """Make a dict of the entries since the last mark."""
+        self._require_plain_keys(self.stack[::2])
+        super().load_dict()
+
+    def refuse_set(self) -> None:
+        """Refuse a set, which no index holds."""
+        raise ValueError("a set")
+
+    def _require_plain_keys(self, keys: list[Any]) -> None:
+        for key in keys:
+            if not isinstance(key, str | _Record):
+                raise ValueError(f"a key of type {type(key).__name__}")
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.EMPTY_SET[0]] = refuse_set
+    dispatch[pickle.ADDITEMS[0]] = refuse_set
+    dispatch[pickle.FROZENSET[0]] = refuse_set
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in RECORDS:
@@ -107,8 +151,8 @@ def read_index(folder: Path) -> Metadata:
     """
     path = folder / METADATA_FILE
     try:
-        with path.open("rb") as file:
-            return _metadata(_Unpickler(file).load())
+        # From memory: a length that the pickle claims is no larger there than what is left.
+        return _metadata(_Unpickler(io.BytesIO(path.read_bytes())).load())
     except _ForeignNameError as error:
         raise InputError(
             f"{path}: refused, since it names {error}, which is no part of a checkpoint and may "
@@ -119,6 +163,44 @@ def read_index(folder: Path) -> Metadata:
         raise InputError(
             f"{folder}: not a complete checkpoint ({reason}); put back what is missing"
         ) from None
+
+
+def require_backed(folder: Path, index: Metadata) -> None:
+    """Raise InputError for a tensor whose bytes the files in ``folder`` are too short for.
+
+    Its shape is believed before it is read.
+    """
+    sizes: dict[str, int] = {}
+    used: dict[str, int] = {}
+    for name, entry in index.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        for chunk in entry.chunks:
+            place = index.storage_data[MetadataIndex(name, chunk.offsets)]
+            path, file = folder / place.relative_path, place.relative_path
+            if file not in sizes:
+                sizes[file] = _regular_size(path)
+            needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            used[file] = used.get(file, 0) + needed  # two that claim the same bytes count twice
+            fits = needed <= place.length <= sizes[file] - place.offset
+            if not fits or used[file] > sizes[file]:
+                raise InputError(
+                    f"{path}: is too short for {name}, so this is not a complete checkpoint; put "
+                    "back what is missing"
+                )
+
+
+def _regular_size(path: Path) -> int:
+    """Return a file's size; raise InputError for what is none, a pipe for instance."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}), so this is not a complete checkpoint; put "
+            "back what is missing"
+        ) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: is no regular file; put back the one that was there")
+    return found.st_size
 
 
 def _metadata(record: Any) -> Metadata:
@@ -173,7 +255,7 @@ def _location(record: Any) -> Location:
     state = _state(record, _Location)
     name, start, length = (state.get(key) for key in ("relative_path", "offset", "length"))
     if not isinstance(name, str) or name == ".." or Path(name).name != name:
-        _wrong(f"{name!r} is not the name of a file beside it")
+        _wrong(f"{shown(name)} is not the name of a file beside it")
     if state.get("transform_descriptors"):
         _wrong("its shards are compressed, which no run of this package writes")
     return Location(name, *_size((start, length)))

@@ -1,6 +1,5 @@
 """Training state as shards of torch.distributed.checkpoint; each process has its own."""
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,10 +14,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ..common.errors import InputError
-from ..common.files import read_json, write_text
 from ..common.sharded_tensor import is_sharded
-from .shard_index import read_index
-from .state_interface import UnwrittenError
+from ..common.state_file import read_state, write_state
+from .shard_index import read_index, require_backed
+from .state_interface import COPY_AGAIN, UnwrittenError, check_steps, require_float32
 
 STEPS_FILE = "state.json"
 
@@ -29,6 +28,7 @@ class _Reader(dcp.FileSystemReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.index = read_index(folder)
+        require_backed(folder, self.index)
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
         """Return the index that was read before; one process's own index is never asked for."""
@@ -63,27 +63,33 @@ class StateShards:
 
     def write_metadata(self, step: int, skipped: Sequence[int]) -> None:
         """Write the number of steps done and the steps skipped, from one process."""
-        metadata = {"step": step, "skipped": list(skipped)}
-        write_text(self.folder / STEPS_FILE, json.dumps(metadata))
+        write_state(self.folder / STEPS_FILE, {"step": step, "skipped": list(skipped)})
 
     def metadata(self) -> tuple[int, list[int]]:
         """Return the number of steps done, and the steps whose update was skipped."""
-        metadata = read_json(self.folder / STEPS_FILE)
-        step, skipped = metadata.get("step"), metadata.get("skipped")
-        if not isinstance(step, int) or not isinstance(skipped, list):
-            raise InputError(f"{self.folder / STEPS_FILE}: is not a checkpoint's")
-        return step, skipped
+        path = self.folder / STEPS_FILE
+        metadata, _ = read_state(path, COPY_AGAIN)
+        try:
+            return check_steps(metadata.get("step"), metadata.get("skipped"))
+        except ValueError as error:
+            raise InputError(f"{path}: is not a checkpoint's ({error}); {COPY_AGAIN}") from None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name, from the metadata alone."""
-        entries: dict[str, Any] = read_index(self.folder).state_dict_metadata
+        return self._shapes(read_index(self.folder))
+
+    def _shapes(self, index: Metadata) -> dict[str, tuple[int, ...]]:
+        entries: dict[str, Any] = index.state_dict_metadata
+        for name, entry in entries.items():
+            require_float32(self.folder, name, entry.properties.dtype, torch.float32)
         return {name: tuple(entry.size) for name, entry in entries.items()}
 
     def read_whole(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the named tensors unsharded, on the CPU; without collective calls."""
-        shapes = self.shapes()
+        reader = _Reader(self.folder)
+        shapes = self._shapes(reader.index)
         tensors = {name: torch.empty(shapes[name]) for name in names}
-        self._read_into(tensors, alone=True)
+        self._read_into(tensors, reader, alone=True)
         return tensors
 
     def read_like(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,15 +100,14 @@ class StateShards:
         if not any(is_sharded(tensor) for tensor in like.values()):
             return self.read_whole(like)
         tensors = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-        self._read_into(tensors)
+        self._read_into(tensors, _Reader(self.folder))
         return tensors
 
-    def _read_into(self, tensors: dict[str, Any], alone: bool = False) -> None:
+    def _read_into(self, tensors: dict[str, Any], reader: _Reader, alone: bool = False) -> None:
         """Read into tensors in place, without collective calls if ``alone``."""
         # torch warns of every load outside a distributed job, which is the usual case here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch")
         is_alone = alone or not dist.is_initialized()
-        reader = _Reader(self.folder)
         try:
             dcp.load(tensors, storage_reader=reader, planner=_Planner(), no_dist=is_alone)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..common.errors import InputError, is_digits
 from ..common.files import remove
 from ..common.sharded_tensor import is_sharded
+from ..common.state_file import verified, with_checksum
 from .file_names import STATE_FILE
 from .hf import open_safetensors, save_tensors
-from .state_interface import TrainingState, UnwrittenError
+from .state_interface import COPY_AGAIN, TrainingState, UnwrittenError, check_steps, require_float32
 from .step_folders import TEMPORARY
 
 
@@ -27,23 +28,32 @@ class SingleFile:
     def write(self, state: TrainingState) -> None:
         """Write a training state, from one process; raise InputError where the disk refuses it."""
         metadata = {"step": str(state.step), "skipped": json.dumps(list(state.skipped))}
-        save_tensors(self.path, state.tensors, metadata)
+        save_tensors(self.path, state.tensors, with_checksum(metadata))
 
     def metadata(self) -> tuple[int, list[int]]:
         """Return the number of steps done, and the steps whose update was skipped."""
         with open_safetensors(self.path) as file:
-            metadata = file.metadata() or {}
+            found = file.metadata() or {}
+        metadata, _ = verified(found, str(self.path), COPY_AGAIN)
         step = metadata.get("step", "")
-        if not is_digits(step):
+        if not is_digits(step) or len(step) > 19:
             raise InputError(
                 f"{self.path}: names no step, so it is not a training state of this package"
             )
-        return int(step), json.loads(metadata.get("skipped", "[]"))
+        try:
+            return check_steps(int(step), json.loads(metadata.get("skipped", "[]")))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.path}: damaged metadata ({error}); {COPY_AGAIN}") from None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name, from the header alone."""
+        shapes = {}
         with open_safetensors(self.path) as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                require_float32(self.path, name, part.get_dtype(), "F32")
+                shapes[name] = tuple(part.get_shape())
+        return shapes
 
     def read_whole(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the named tensors unsharded, on the CPU; without collective calls."""

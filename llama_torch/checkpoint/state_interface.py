@@ -7,11 +7,14 @@ opens either. The model file of a run is an export of the state and no part of i
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..common.errors import InputError
+from ..common.state_file import require_count, shown
+
+COPY_AGAIN = "copy the checkpoint again"
 
 PARAMETER = "parameter."  # before a parameter's name; exp_avg. and exp_avg_sq. before its moments'
 
@@ -26,6 +29,30 @@ class TrainingState(NamedTuple):
     tensors: Mapping[str, Tensor]
     step: int  # the number of steps done
     skipped: Sequence[int]  # steps, from 1, whose update was skipped
+
+
+def check_steps(step: Any, skipped: Any) -> tuple[int, list[int]]:
+    """Return the number of steps done, and the steps skipped, from 1 to it and ascending.
+
+    Raises ValueError for other values: Adam's count of updates is their difference.
+    """
+    step = require_count("step", step)
+    if not isinstance(skipped, list):
+        raise ValueError(f"skipped is {shown(skipped)}")
+    before = 0
+    for number in skipped:
+        if type(number) is not int or not before < number <= step:
+            raise ValueError(f"skipped holds {shown(number)}, after {before} and at step {step}")
+        before = number
+    return step, skipped
+
+
+def require_float32(path: Path, name: str, found: object, float32: object) -> None:
+    """Raise InputError for a tensor of another type than every state has: it is not converted."""
+    if found != float32:
+        raise InputError(
+            f"{path}: {name} is stored as {found}, and a training state is float32; {COPY_AGAIN}"
+        )
 
 
 class StateReader(Protocol):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..common.errors import InputError, is_digits
 from ..common.files import flush, publish_folder, remove
+from ..common.state_file import MOST
 from .file_names import MODEL_FILE
 
 FOLDER = "checkpoints"
@@ -106,7 +107,14 @@ def remove_temporary(out: Path) -> None:
 
 def steps(out: Path) -> list[int]:
     """Return the steps that have a checkpoint, in ascending order."""
-    return sorted(int(path.name) for path in (out / FOLDER).glob("*") if is_digits(path.name))
+    return sorted(int(path.name) for path in (out / FOLDER).glob("*") if _is_step(path))
+
+
+def _is_step(path: Path) -> bool:
+    """Return whether a path is a folder named by a step as ``final_folder`` names it."""
+    name = path.name
+    is_number = is_digits(name) and name == str(int(name)) and int(name) <= MOST
+    return is_number and path.is_dir()
 
 
 def _remove(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..common.errors import InputError
 from .file_names import METADATA_FILE
 from .single_file import SingleFile
 from .state_interface import StateReader, TrainingState
@@ -14,6 +15,18 @@ def open_state(folder: Path) -> StateReader:
     from .shards import StateShards  # imports torch.distributed.checkpoint, for 0.2 s
 
     return StateShards(folder)
+
+
+def open_checkpoint(folder: Path) -> tuple[StateReader, int, list[int]]:
+    """Return a reader of ``checkpoints/STEP``, its step, and the steps that were skipped.
+
+    Raises InputError for metadata that is damaged, or of another step than the folder's name.
+    """
+    reader = open_state(folder)
+    step, skipped = reader.metadata()
+    if folder.name != str(step):
+        raise InputError(f"{folder}: is of step {step}; rename it")
+    return reader, step, skipped
 
 
 def load_state(folder: Path) -> TrainingState:

@@ -101,8 +101,8 @@ def require_text(name: str, value: Any) -> str:
 
 def shown(value: Any) -> str:
     """Return a value for a message, cut to 60 characters."""
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
+    if not isinstance(value, str | int | float | None):
+        return f"a {type(value).__name__}"
     if isinstance(value, int) and abs(value) > MOST:
         return "a number of more than 64 bits"
     text = repr(value[:80] if isinstance(value, str) else value)

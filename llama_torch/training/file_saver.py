@@ -1,6 +1,7 @@
 """Save checkpoints as one file, and the best model, from the main process."""
 
 import math
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..checkpoint.single_file import SingleFile
 from ..checkpoint.state_interface import PARAMETER, TrainingState
 from ..checkpoint.step_folders import BEST
 from ..common.errors import InputError
+from ..common.state_file import CHECKSUM, shown, verified, with_checksum
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from .state_tensors import state_tensors, stored_parameters
@@ -86,7 +88,7 @@ def save_best(out: Path, model: Llama, optimizer: Optimizer, step: int, val_loss
     where the disk refuses the files.
     """
     exported = stored_parameters(model, optimizer)
-    metadata = {"step": str(step), "val_loss": repr(val_loss)}
+    metadata = with_checksum({"step": str(step), "val_loss": repr(val_loss)})
 
     def write(folder: Path) -> None:
         write_directory_files(folder, model.config)
@@ -102,7 +104,14 @@ def read_best_loss(out: Path) -> float:
     """Return the validation loss of the model in best/, in nats per token; inf if there is none."""
     if not (out / BEST).is_dir():
         return math.inf
+    path, remedy = out / BEST / MODEL_FILE, f"delete {out / BEST} to go on without it"
     try:
-        return float(read_metadata(out / BEST / MODEL_FILE).get("val_loss", "inf"))
+        found = read_metadata(path)
     except InputError as error:
-        raise InputError(f"--resume: {error}; or delete {out / BEST} to go on without it") from None
+        raise InputError(f"--resume: {error}; or {remedy}") from None
+    metadata = {key: found[key] for key in ("step", "val_loss", CHECKSUM) if key in found}
+    val_loss = verified(metadata, f"--resume: {path}", remedy)[0].get("val_loss", "")
+    # As repr spells a loss, which is neither negative nor infinite.
+    if not re.fullmatch(r"\d{1,20}(\.\d{1,20})?(e-\d{1,3})?", val_loss, re.ASCII):
+        raise InputError(f"--resume: {path}: its val_loss is {shown(val_loss)}; {remedy}")
+    return float(val_loss)

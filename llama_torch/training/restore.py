@@ -9,12 +9,12 @@ from ..checkpoint import step_folders
 from ..checkpoint.file_names import MODEL_FILE
 from ..checkpoint.hf import require_match, save_model, write_directory_files
 from ..checkpoint.state_interface import PARAMETER, UnwrittenError
-from ..checkpoint.training_state import open_state
+from ..checkpoint.training_state import open_checkpoint
 from ..common.errors import InputError
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from .optimizer import MasterAdamW
-from .state_tensors import MOMENTS, state_shapes, state_tensors
+from .state_tensors import MOMENTS, state_shapes, state_tensors, unsound
 
 
 def restore(
@@ -65,15 +65,17 @@ def _read(
     folder: Path, model: Llama, optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> tuple[dict[str, Tensor], int, list[int]]:
     """Return a checkpoint's tensors, sharded as the model is, its step and the steps skipped."""
-    reader = open_state(folder)
-    step, skipped = reader.metadata()
-    if folder.name != str(step):
-        raise InputError(f"{folder}: is of step {step}; rename it")
+    reader, step, skipped = open_checkpoint(folder)
     shapes = state_shapes(model)
     require_match(reader.path, shapes, reader.shapes())
     if parallel.is_sharded:
-        return reader.read_like(state_tensors(model, optimizer)), step, skipped
-    return reader.read_whole(shapes), step, skipped
+        tensors = reader.read_like(state_tensors(model, optimizer))
+    else:
+        tensors = reader.read_whole(shapes)
+    problem = unsound(tensors)
+    if parallel.all_reduce_max(int(problem != "")):
+        raise InputError(f"{reader.path}: {problem or 'a tensor'} is damaged; copy it back")
+    return tensors, step, skipped
 
 
 @torch.no_grad()

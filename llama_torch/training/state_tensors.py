@@ -1,5 +1,6 @@
 """Convert a model and its optimizer to the tensors of a checkpoint, and a checkpoint to a model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -8,7 +9,9 @@ from torch.optim import Optimizer
 
 from ..checkpoint.hf import require_match, save_model, write_directory_files
 from ..checkpoint.state_interface import PARAMETER
-from ..checkpoint.training_state import open_state
+from ..checkpoint.training_state import open_checkpoint
+from ..common.errors import InputError
+from ..common.sharded_tensor import local_part
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..model.shapes import ParameterShapes
@@ -52,17 +55,33 @@ def state_tensors(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
+def unsound(tensors: Mapping[str, Tensor]) -> str:
+    """Return a tensor of a checkpoint that no run saves, and why; empty = all may be saved ones.
+
+    Of sharded tensors this process's part is looked at.
+    """
+    for name, tensor in tensors.items():
+        part = local_part(tensor)
+        if not part.isfinite().all():
+            return f"{name}, which is not finite,"
+        if name.startswith(f"{MOMENTS[1]}.") and (part < 0).any():
+            return f"{name}, a mean of squares that is negative,"
+    return ""
+
+
 def export_model(out: Path, folder: Path, config: ModelConfig) -> None:
     """Write a Hugging Face model directory ``out`` from the checkpoint in ``folder``.
 
     One process does it, without collective calls. Raises InputError for a checkpoint that is
     damaged or does not fit ``config``.
     """
-    reader = open_state(folder)
+    reader, *_ = open_checkpoint(folder)
     shapes = {n: shape for n, shape in reader.shapes().items() if n.startswith(PARAMETER)}
     found = {n.removeprefix(PARAMETER): shape for n, shape in shapes.items()}
     require_match(folder, ParameterShapes(config), found)
     tensors = reader.read_whole(shapes)
+    if problem := unsound(tensors):
+        raise InputError(f"{reader.path}: {problem} is damaged; copy it back, or take another step")
     parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
     write_directory_files(out, config)
     save_model(out, config, parameters)

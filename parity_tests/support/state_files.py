@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,8 +119,16 @@ def mutations(content: dict[str, Any], renew: bool) -> Iterator[Mutation]:
         yield Mutation(f"in place of the file: {spelled[:9]}", spelled)
 
 
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def failures(
-    found: Iterator[Mutation], path: Path, use: Callable[[], Any], same: Callable[[Any], bool]
+    found: Iterable[Mutation],
+    path: Path,
+    use: Callable[[], Any],
+    same: Callable[[Any], bool],
+    write: Callable[[Path, str], None] = write_text,
 ) -> list[str]:
     """Write each mutation to ``path`` and use it; return what is neither refused nor the same.
 
@@ -128,7 +136,7 @@ def failures(
     """
     wrong = []
     for name, text in found:
-        path.write_text(text, encoding="utf-8")
+        write(path, text)
         outcome = _outcome(path, use, same)
         if outcome:
             wrong.append(f"{name}: {outcome}")

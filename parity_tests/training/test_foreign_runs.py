@@ -8,7 +8,6 @@ import io
 import os
 import pickle
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from llama_torch import export, train
 from llama_torch.checkpoint import hf, step_folders
-from llama_torch.checkpoint.file_names import MODEL_FILE, STATE_FILE
-from llama_torch.checkpoint.shards import StateShards
-from llama_torch.checkpoint.training_state import load_state
+from llama_torch.checkpoint.file_names import MODEL_FILE
 
+from ..support.checkpoints import to_shards
 from ..support.survival import require_same, resume
 
 NAME = "parameter.model.norm.weight"
@@ -50,13 +48,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     shutil.rmtree(step_folders.newest(out))
-    folder = step_folders.newest(out)
-    state = load_state(folder)
-    shards = StateShards(folder)
-    with warnings.catch_warnings(action="ignore"):  # torch tells that there is no job
-        shards.write(state.tensors, alone=True)
-    shards.write_metadata(state.step, state.skipped)
-    (folder / STATE_FILE).unlink()
+    to_shards(step_folders.newest(out))
     return out
 
 
