@@ -17,6 +17,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from ..common.errors import InputError
+from ..tokenizer.gpt2 import gpt2
 from . import documents
 from .documents import TextPiece
 from .shards import Ids
@@ -39,10 +40,10 @@ def encoded(
     workers = min(workers or len(os.sched_getaffinity(0)), n_pieces)
     if workers == 1:
         for piece in pieces:
-            yield piece, *documents.encode(piece, text.text_field, text.encoding)
+            yield piece, *documents.encode(piece, text.text_field)
             advance(piece.n_bytes)
         return
-    text.encoding.load()  # before the fork, so that workers share its memory
+    gpt2()  # loaded before the fork, so that workers share its memory
     pool = ProcessPoolExecutor(
         workers, get_context("fork"), initializer=_begin_worker, initargs=(os.getpid(), lock)
     )
@@ -60,8 +61,7 @@ def encoded(
             warnings.simplefilter("ignore", DeprecationWarning)
             pool.submit(int)
         for piece in pieces:
-            given = piece, text.text_field, text.encoding
-            pending.append((piece, pool.submit(documents.encode, *given)))
+            pending.append((piece, pool.submit(documents.encode, piece, text.text_field)))
             if len(pending) > 2 * workers:
                 yield first()
         while pending:

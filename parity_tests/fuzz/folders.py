@@ -1,0 +1,201 @@
+"""Write small valid folders of every kind that is read, for mutations to begin from."""
+
+import gzip
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from llama_torch.checkpoint.hf import save_model, write_directory_files
+from llama_torch.checkpoint.shards import StateShards
+from llama_torch.checkpoint.single_file import SingleFile
+from llama_torch.checkpoint.state_interface import TrainingState
+from llama_torch.config import TrainConfig
+from llama_torch.data.shard_writer import prepare
+from llama_torch.data.text_files import Text, identify
+from llama_torch.model.config import ModelConfig
+from llama_torch.training import run_dir
+from reference_np.config import LlamaConfig
+from reference_np.naming import activation_axes, parameter_shapes
+from tools.comparison.trace_file import Call, TraceWriter, write_trace
+
+from ..support.meta_checkpoints import a_meta
+from ..support.token_shards import LINES, stopped_at
+from ..support.tokenizers import HEADED, pieces_model, write_json, write_json_tokenizer
+
+CONFIG = LlamaConfig(8, 1, 2, 1, 4, 8, 16, max_seq_len=16, tie_embeddings=False)
+MODEL = ModelConfig(8, 1, 2, 1, 4, 8, 16, max_seq_len=16, tie_embeddings=False)
+SHARD_TOKENS = 400
+TEXTS = [" llamas walk", "Über den Hügel.\n\n  Two", "", "The end"]
+TOKENIZER_SETTINGS = {
+    "tokenizer_class": "LlamaTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": {"content": "</s>", "lstrip": False, "normalized": False},
+    "add_bos_token": True,
+    "clean_up_tokenization_spaces": False,
+    "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
+    "model_max_length": 1000,
+    "chat_template": HEADED,
+}
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return random weights of the model, float32, by Hugging Face name."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = parameter_shapes(CONFIG).items()
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes}
+
+
+def model(folder: Path) -> None:
+    """Write a model directory of one file, whose metadata holds the config."""
+    write_directory_files(folder, MODEL)
+    save_model(folder, MODEL, tensors())
+
+
+def indexed(folder: Path) -> None:
+    """Write a model directory of two files with an index; beside it stands a file of others'."""
+    names = list(tensors())
+    files = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, group in files.items():
+        save_file({name: tensors()[name] for name in group}, folder / file)
+    weight_map = {name: file for file, group in files.items() for name in group}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8
+    write_json(folder / "config.json", CONFIG.to_hf() | {"rope_scaling": rope, "eos_token_id": 1})
+
+
+def trace(folder: Path) -> None:
+    """Write a trace of a prompt and of one token after it."""
+    tokens = np.array([[1, 2, 3]])
+    last = Call("more", tokens[:, :1], np.array([[3]]), np.ones((1, 1, 4), bool), 0)
+    calls = [Call("prompt", tokens), last]
+
+    def fill(writer: TraceWriter) -> None:
+        for c, call in enumerate(calls):
+            sizes = {"B": 1, "T": call.tokens.shape[1], "D": 8, "H": 2, "N": 1, "K": 4, "F": 8}
+            for name, axes in activation_axes(CONFIG).items():
+                shape = [(sizes | {"V": 16})[axis] for axis in axes]
+                writer.add(c, name, np.full(shape, 0.5, np.float32))
+
+    write_trace(folder / "trace.safetensors", CONFIG, calls, "float32", fill)
+
+
+def toml(folder: Path) -> None:
+    """Write a file of the trainer's settings."""
+    lines = ["[data]", 'data = ["a.txt"]', "weights = [1.0]", "[model]", "dim = 64", "n_layers = 2"]
+    lines += ["[optim]", "lr = 1e-3", "seed = 7", 'dtype = "float32"', "pack_documents = true"]
+    (folder / "settings.toml").write_text("\n".join(lines) + "\n")
+
+
+def run(folder: Path) -> None:
+    """Write a run directory: its record, a checkpoint and the best model."""
+    config = TrainConfig(out=str(folder / "run"), model=MODEL)
+    (folder / "run").mkdir()
+    run_dir.claim(config, "0" * 32)
+    state = TrainingState(_state_tensors(), 7, [3])
+    checkpoint = folder / "run" / "checkpoints" / "7"
+    checkpoint.mkdir(parents=True)
+    SingleFile(checkpoint).write(state)
+    best = folder / "run" / "best"
+    best.mkdir()
+    write_directory_files(best, MODEL)
+    save_model(best, MODEL, tensors(), {"step": "7", "val_loss": "2.5"})
+
+
+def shards(folder: Path) -> None:
+    """Write a checkpoint in shards of torch.distributed.checkpoint."""
+    written = StateShards(folder)
+    with warnings.catch_warnings(action="ignore"):  # torch tells that there is no job
+        written.write(_state_tensors(), alone=True)
+    written.write_metadata(7, [3])
+
+
+def _state_tensors() -> dict[str, torch.Tensor]:
+    kinds = ("parameter", "exp_avg", "exp_avg_sq")
+    return {f"{k}.{n}": x.square() for k in kinds for n, x in tensors().items()}
+
+
+def text_of(folder: Path) -> Text:
+    """Return the text whose tokens ``token_shards`` and ``half_prepared`` write."""
+    return identify([folder / "text.txt"], "text")
+
+
+def token_shards(folder: Path) -> None:
+    """Write a text and all of its token shards."""
+    (folder / "text.txt").write_text("".join(LINES))
+    prepare(text_of(folder), folder / "tokens", 1, SHARD_TOKENS)
+
+
+def half_prepared(folder: Path) -> None:
+    """Write a text and its first token shards, as a full disk leaves them."""
+    (folder / "text.txt").write_text("".join(LINES))
+    stopped_at("00002", text_of(folder), folder / "tokens", SHARD_TOKENS)
+
+
+def texts(folder: Path) -> None:
+    """Write a text in each format."""
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = "\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(TEXTS))
+    (folder / "a.txt").write_text("".join(TEXTS) * 3)
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "a.txt.gz").write_bytes(gzip.compress("".join(TEXTS).encode() * 3, mtime=0))
+    (folder / "a.jsonl.zst").write_bytes(_zstd().compress(lines.encode()))
+    table = pyarrow.table({"text": [*TEXTS, None], "id": range(5)})
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+
+
+def _zstd() -> Any:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd
+
+
+def tokenizer(folder: Path) -> None:
+    """Write a tokenizer.json of bytes with the files beside it."""
+    write_json_tokenizer(folder, ["the", "<|x|>"])
+    _write_beside(folder)
+
+
+def pieces(folder: Path) -> None:
+    """Write SentencePiece's tokenizer.model with the files beside it."""
+    (folder / "tokenizer.model").write_bytes(pieces_model())
+    _write_beside(folder)
+
+
+def _write_beside(folder: Path) -> None:
+    settings = dict(TOKENIZER_SETTINGS)
+    (folder / "chat_template.jinja").write_text(str(settings["chat_template"]))
+    write_json(folder / "tokenizer_config.json", settings)
+    names = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
+    write_json(folder / "special_tokens_map.json", names | {"additional_special_tokens": ["<|x|>"]})
+    generation = {"eos_token_id": [1], "bos_token_id": 0, "temperature": 0.6, "num_beams": 1}
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "config.json", {"eos_token_id": 1})
+    turns = [("system", "Be brief."), ("user", "Hi <s> there"), ("assistant", "Yes?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    write_json(folder / "messages.json", {"messages": messages})
+
+
+def meta(folder: Path) -> None:
+    """Write a checkpoint in Meta's form."""
+    a_meta(folder / "meta", 1)
+
+
+BUILD: dict[str, Callable[[Path], None]] = {
+    maker.__name__: maker
+    for maker in (
+        *(model, indexed, trace, toml, run, shards, token_shards, half_prepared, texts),
+        *(tokenizer, pieces, meta),
+    )
+}
