@@ -1,57 +1,38 @@
 """Chat templates, which encode a conversation: the checkpoint's own Jinja, or Llama 2's form."""
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jinja2
-import jinja2.ext
-import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..common.errors import InputError, has_surrogates
 from ..common.files import read_json
 from ..common.notes import note
+from . import template_process
 from .gpt2 import located
+from .template_process import TemplateError
 from .tokenizer import Tokenizer
-from .tracked_text import MESSAGE, Tracked, parse, placed, track, written
+from .tracked_text import placed
 
 Message = Mapping[str, str]  # role (system, user, assistant) and content
 
 ROLES = ("system", "user", "assistant", "tool")
+LONGEST = 1 << 20  # bytes of a template's file; those in use have some 20,000
 LLAMA2 = "llama2"
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
-class Generation(jinja2.ext.Extension):
-    """The tag ``{% generation %}``, by which templates mark the assistant's words for trainers."""
-
-    tags = {"generation"}  # noqa: RUF012  (as the base class has it)
-
-    def parse(self, parser: Any) -> Any:
-        """Leave the tag out and its content in."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class ChatTemplate:
-    """A checkpoint's Jinja template, rendered in a sandbox and tokenised."""
+    """A checkpoint's Jinja template, rendered in a sandbox and tokenised.
+
+    It runs in a process with limits on time, memory and text; see ``template_process``.
+    """
 
     def __init__(self, source: str, origin: str, tokenizer: Tokenizer) -> None:
         self.origin, self.tokenizer = origin, tokenizer
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
-        )
-        track(environment)
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        self.source = source
         try:
-            used = jinja2.meta.find_undeclared_variables(environment.parse(source))
-            self.template = environment.from_string(parse(environment, source))
-        except jinja2.TemplateError as error:
-            raise InputError(f"{origin}: not a Jinja template ({_line(error)}); fix it") from None
+            used = template_process.used_names(source)
+        except TemplateError as error:
+            raise InputError(f"{origin}: not a Jinja template ({error}); fix it") from None
         for role in sorted(used & set(tokenizer.others)):
             if tokenizer.others[role] not in tokenizer.special:
                 raise InputError(
@@ -67,19 +48,12 @@ class ChatTemplate:
         Raises InputError where the template does, or does what its sandbox forbids.
         """
         require_messages(messages)
-        given = [
-            {"role": written(m["role"]), "content": Tracked(m["content"], MESSAGE)}
-            for m in messages
-        ]
         names = {"bos_token": self.tokenizer.bos or "", "eos_token": self.tokenizer.eos or ""}
-        names = {key: written(name) for key, name in (names | self.tokenizer.others).items()}
         try:
-            text = self.template.render(
-                messages=given, add_generation_prompt=True, tools=None, documents=None, **names
-            )
+            text = template_process.render(self.source, messages, names | self.tokenizer.others)
             parts = self._placed(text)
-        except Exception as error:  # a template is a program: it fails in any way
-            raise InputError(f"{self.origin}: the template fails: {_line(error)}") from None
+        except (TemplateError, InputError) as error:
+            raise InputError(f"{self.origin}: the template fails: {error}") from None
         with located("the conversation"):
             return self.tokenizer.encode_parts(parts)
 
@@ -175,22 +149,10 @@ def load_chat_template(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            source = file.read(LONGEST + 1)  # the file may be a device, or a link to one
+        if len(source) > LONGEST:
+            raise InputError(f"{path}: is longer than a template ({LONGEST:,} bytes)")
+        return source.decode().replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a Jinja file") from None
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
