@@ -8,6 +8,7 @@ Axes: B batch, T query position (this call's tokens), S key position (cache and 
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from reference_np.config import LlamaConfig
+from reference_np.limits import UNLIMITED, Limits
 from reference_np.model import Cache
 from reference_np.naming import parameter_shapes
 
@@ -25,11 +27,16 @@ Params = dict[str, Array]
 
 seeds = st.integers(0, 2**32 - 1)
 
+EPSILONS = (1e-5, 1e-6, 1e-3)
+FREE_MASKS = ("any", "no later keys")  # of Limits.masks, those that are more than padding
+
 
 @composite
-def scalings(draw: Draw) -> dict[str, Any]:
+def scalings(draw: Draw, limits: Limits = UNLIMITED) -> dict[str, Any]:
     """Draw LlamaConfig's fields of rotary scaling; thresholds within a small head's frequencies."""
-    kind = draw(st.sampled_from(["default", "linear", "llama3", "llama3"]), label="rope_type")
+    kinds = ["default", "linear", "llama3", "llama3"]
+    supported = [kind for kind in kinds if kind in limits.rope_types]
+    kind = draw(st.sampled_from(supported), label="rope_type")
     if kind == "default":
         return {}
     factor = draw(st.sampled_from([2.0, 8.0, 32.0]), label="rope_factor")
@@ -45,29 +52,51 @@ def scalings(draw: Draw) -> dict[str, Any]:
     }
 
 
+def epsilons(limits: Limits) -> st.SearchStrategy[float]:
+    """Return the strategy of norm_eps."""
+    rounded = (float(np.float32(eps)) if limits.float32_epsilon else eps for eps in EPSILONS)
+    return st.sampled_from(list(rounded))
+
+
+def common_fields(draw: Draw, limits: Limits) -> dict[str, Any]:
+    """Draw the fields of LlamaConfig that are of no size: epsilon, base, tied, scaling, context."""
+    longest = {} if limits.context is None else {"max_seq_len": limits.context}
+    return {
+        "norm_eps": draw(epsilons(limits), label="norm_eps"),
+        "tie_embeddings": draw(st.sampled_from(limits.tied), label="tie_embeddings"),
+        **longest,
+        **draw(scalings(limits)),
+    }
+
+
 @composite
-def configs(draw: Draw, least_width: int = 1) -> LlamaConfig:
+def configs(draw: Draw, least_width: int = 1, limits: Limits = UNLIMITED) -> LlamaConfig:
     """Draw a small architecture: n_rep, n_kv_heads and dim independent, odd counts.
 
     dim is a multiple of n_heads in half of them, as transformers requires even with an explicit
     head_dim. ``least_width`` is the least dim and hidden_dim.
     """
     n_kv_heads = draw(st.integers(1, 4), label="n_kv_heads")
-    n_rep = draw(st.integers(1, 4), label="n_rep")
-    aligned = draw(st.booleans(), label="dim a multiple of n_heads")
-    step = n_kv_heads * n_rep if aligned else 1
+    n_heads = n_kv_heads * draw(st.integers(1, 4), label="n_rep")
+    if limits.head_dim == "any":
+        step = n_heads if draw(st.booleans(), label="dim a multiple of n_heads") else 1
+        dim = step * draw(st.integers(-(-least_width // step), 40 // step), label="dim / step")
+        half = draw(st.integers(1, 8), label="head_dim / 2")
+    else:
+        least = -(-least_width // (2 * n_heads))
+        widest = max(least, min(8, 32 // n_heads))  # dim is 64 at most, or 32 heads of two
+        half = draw(st.integers(least, widest), label="head_dim / 2")
+        dim = 2 * half * n_heads
     return LlamaConfig(
-        dim=step * draw(st.integers(-(-least_width // step), 40 // step), label="dim / step"),
+        dim=dim,
         n_layers=draw(st.integers(1, 3), label="n_layers"),
-        n_heads=n_kv_heads * n_rep,
+        n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        head_dim=2 * draw(st.integers(1, 8), label="head_dim / 2"),
+        head_dim=2 * half,
         hidden_dim=draw(st.integers(least_width, 48), label="hidden_dim"),
         vocab_size=draw(st.integers(2, 70), label="vocab_size"),
-        norm_eps=draw(st.sampled_from([1e-5, 1e-6, 1e-3]), label="norm_eps"),
         rope_theta=draw(st.sampled_from([1e4, 5e5, 37.5]), label="rope_theta"),
-        tie_embeddings=draw(st.booleans(), label="tie_embeddings"),
-        **draw(scalings()),
+        **common_fields(draw, limits),
     )
 
 
@@ -124,9 +153,15 @@ def params_for(draw: Draw, config: LlamaConfig) -> Params:
 
 
 @composite
-def tokens_for(draw: Draw, config: LlamaConfig, max_batch: int = 3, min_length: int = 1) -> Array:
+def tokens_for(
+    draw: Draw,
+    config: LlamaConfig,
+    max_batch: int = 3,
+    min_length: int = 1,
+    limits: Limits = UNLIMITED,
+) -> Array:
     """Draw token ids [B, T]."""
-    batch = draw(st.integers(1, max_batch), label="batch")
+    batch = draw(st.integers(1, min(max_batch, limits.batch or max_batch)), label="batch")
     length = draw(st.integers(min_length, 12), label="length")
     rng = np.random.default_rng(draw(seeds, label="tokens seed"))
     return rng.integers(0, config.vocab_size, (batch, length))
@@ -141,24 +176,48 @@ def masks(draw: Draw, batch: int, n_queries: int, n_keys: int) -> Array:
 
 
 @composite
-def positions_for(draw: Draw, batch: int, length: int) -> Array:
-    """Draw positions [B, T]: repeated, out of order, far past every context length."""
-    highest = draw(st.sampled_from([20, 4096, 70_000]), label="highest position")
+def positions_for(draw: Draw, batch: int, length: int, limits: Limits = UNLIMITED) -> Array:
+    """Draw positions [B, T]: repeated, out of order, far past every usual context length.
+
+    Under a limit they are consecutive from a far start, and within the context.
+    """
+    ends = sorted({min(end, limits.context or end) for end in (20, 4096, 70_000)})
+    highest = draw(st.sampled_from(ends), label="highest position")
+    if limits.positions == "shifted":
+        shifted = np.arange(highest - length, highest)
+        return np.tile(shifted, (batch, 1))
     rng = np.random.default_rng(draw(seeds, label="positions seed"))
     positions = rng.integers(0, highest, (batch, length))
     positions[-1, -1] = highest - 1
     return positions
 
 
+def optional_positions(batch: int, length: int, limits: Limits) -> st.SearchStrategy[Array | None]:
+    """Return the strategy of positions [B, T] within limits, or None for the default ones."""
+    if limits.positions == "consecutive":
+        return st.none()
+    return st.none() | positions_for(batch, length, limits)
+
+
+def within_context(case: "Case") -> "Case":
+    """Return the case with a max_seq_len above all of its positions."""
+    if case.positions is None or case.positions.max() < case.config.max_seq_len:
+        return case
+    length = int(case.positions.max()) + 1
+    return case._replace(config=replace(case.config, max_seq_len=length))
+
+
 @composite
-def cases(draw: Draw, masked: bool = True) -> Case:
+def cases(draw: Draw, masked: bool = True, limits: Limits = UNLIMITED) -> Case:
     """Draw a call without a cache: positions and mask arbitrary or None; None unless ``masked``."""
-    config = draw(configs())
-    tokens = draw(tokens_for(config))
+    config = draw(configs(limits=limits))
+    tokens = draw(tokens_for(config, limits=limits))
     batch, length = tokens.shape
-    positions = draw(st.none() | positions_for(batch, length)) if masked else None
-    mask = draw(st.none() | masks(batch, length, length)) if masked else None
-    return Case(config, draw(params_for(config)), tokens, positions, mask, draw.numbers)
+    positions = draw(optional_positions(batch, length, limits)) if masked else None
+    free = masked and limits.masks in FREE_MASKS
+    mask = draw(st.none() | masks(batch, length, length)) if free else None
+    case = Case(config, draw(params_for(config)), tokens, positions, mask, draw.numbers)
+    return within_context(case)
 
 
 def with_diagonal(mask: Array) -> Array:
@@ -171,7 +230,7 @@ def with_diagonal(mask: Array) -> Array:
 
 
 @composite
-def wide_cases(draw: Draw, for_transformers: bool = False) -> Case:
+def wide_cases(draw: Draw, for_transformers: bool = False, limits: Limits = UNLIMITED) -> Case:
     """Draw a call wide and well conditioned enough to compare low precision by root mean squares.
 
     Attention scores stay near one. With large scores the rounding of one score would change a
@@ -180,27 +239,33 @@ def wide_cases(draw: Draw, for_transformers: bool = False) -> Case:
     """
     n_kv_heads = draw(st.integers(1, 3), label="n_kv_heads")
     n_heads = n_kv_heads * draw(st.integers(1, 4), label="n_rep")
-    aligned = for_transformers or draw(st.booleans(), label="dim a multiple of n_heads")
-    step = n_heads if aligned else 1
+    if limits.head_dim == "any":
+        aligned = for_transformers or draw(st.booleans(), label="dim a multiple of n_heads")
+        step = n_heads if aligned else 1
+        dim = step * draw(st.integers(-(-48 // step), 96 // step), label="dim / step")
+        head_dim = draw(st.sampled_from([32, 48, 64]), label="head_dim")
+    else:
+        widths = [width for width in (16, 32, 48, 64) if 48 <= width * n_heads <= 256]
+        head_dim = draw(st.sampled_from(widths), label="head_dim")
+        dim = n_heads * head_dim
     config = LlamaConfig(
-        dim=step * draw(st.integers(-(-48 // step), 96 // step), label="dim / step"),
+        dim=dim,
         n_layers=draw(st.integers(1, 4), label="n_layers"),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        head_dim=draw(st.sampled_from([32, 48, 64]), label="head_dim"),
+        head_dim=head_dim,
         hidden_dim=draw(st.integers(64, 160), label="hidden_dim"),
         vocab_size=draw(st.integers(100, 300), label="vocab_size"),
         rope_theta=draw(st.sampled_from([1e4, 5e5]), label="rope_theta"),
-        tie_embeddings=draw(st.booleans(), label="tie_embeddings"),
-        **draw(scalings()),
+        **common_fields(draw, limits),
     )
-    tokens = draw(tokens_for(config, min_length=8))
-    positions = draw(st.none() | positions_for(*tokens.shape))
+    tokens = draw(tokens_for(config, min_length=8, limits=limits))
+    positions = draw(optional_positions(*tokens.shape, limits))
     params = random_params(config, draw(seeds, label="weights seed"))
     for name, value in params.items():
         if "q_proj" in name:
             value /= 2
-    return Case(config, params, tokens, positions, None, draw.numbers)
+    return within_context(Case(config, params, tokens, positions, None, draw.numbers))
 
 
 @composite
@@ -211,20 +276,22 @@ def chunk_sizes(draw: Draw, length: int) -> list[int]:
     return [end - start for start, end in itertools.pairwise(edges)]
 
 
-def unmasked_cases_for(dtype: str) -> st.SearchStrategy[Case]:
+def unmasked_cases_for(dtype: str, limits: Limits = UNLIMITED) -> st.SearchStrategy[Case]:
     """Return the strategy of cases without a mask: any in float64, else well conditioned ones."""
-    return cases(masked=False) if dtype == "float64" else wide_cases()
+    return cases(masked=False, limits=limits) if dtype == "float64" else wide_cases(limits=limits)
 
 
 @composite
-def cases_for(draw: Draw, dtype: str) -> Case:
+def cases_for(draw: Draw, dtype: str, limits: Limits = UNLIMITED) -> Case:
     """Draw a case for a precision, with a mask by which every query may attend to itself."""
-    case = draw(cases() if dtype == "float64" else wide_cases())
-    mask = case.mask
-    if mask is None and dtype != "float64" and draw(st.booleans(), label="masked"):
+    case = draw(cases(limits=limits) if dtype == "float64" else wide_cases(limits=limits))
+    mask, free = case.mask, limits.masks in FREE_MASKS
+    if mask is None and dtype != "float64" and free and draw(st.booleans(), label="masked"):
         mask = draw(masks(*case.tokens.shape, case.tokens.shape[1]))
-    mask = None if mask is None else with_diagonal(mask)
-    return case._replace(mask=mask)
+    if mask is None:
+        return case
+    mask = with_diagonal(mask)
+    return case._replace(mask=mask if limits.masks == "any" else np.tril(mask))
 
 
 def padded(lengths: list[int], left: bool) -> tuple[Array, Array, Array]:

@@ -9,11 +9,21 @@ from hypothesis import strategies as st
 
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
+from reference_np.limits import UNLIMITED, Limits
 from reference_np.ops import IGNORE
 from reference_np.optim import Hyperparameters
 
 from .drawn import Draw, composite, describe_case
-from .strategies import Array, Params, configs, random_params, seeds, wide_cases, with_diagonal
+from .strategies import (
+    FREE_MASKS,
+    Array,
+    Params,
+    configs,
+    random_params,
+    seeds,
+    wide_cases,
+    with_diagonal,
+)
 
 # Of the results of ten steps: every step amplifies the rounding of those before it, as AdamW
 # divides by sqrt(v) + 1e-5. One rounding of 1e-16 becomes 1e-16 * 1e5 * 10 = 1e-10 at most; a
@@ -47,18 +57,35 @@ def random_batch(rng: np.random.Generator, config: LlamaConfig, custom: bool) ->
     return Batch(tokens, targets, rng.integers(0, 5000, shape), mask)
 
 
+def limited(batch: Batch, limits: Limits) -> Batch:
+    """Return a micro-batch within limits: without what lies outside."""
+    rows, highest = slice(limits.batch), limits.context or 5000
+    tokens, targets, positions, mask = (None if x is None else x[rows] for x in batch)
+    if positions is not None:
+        positions = positions % highest
+        shifted = np.broadcast_to(positions[:1, :1] + np.arange(tokens.shape[1]), tokens.shape)
+        shifted = np.minimum(shifted, shifted - shifted.max() + highest - 1)
+        by_limit = {"any": positions, "shifted": np.array(shifted), "consecutive": None}
+        positions = by_limit[limits.positions]
+    if mask is not None and limits.masks != "any":
+        mask = np.tril(mask) if limits.masks in FREE_MASKS else None
+    return Batch(tokens, targets, positions, mask)
+
+
 @composite
-def training_cases(draw: Draw, conditioned: bool = False) -> TrainingCase:
+def training_cases(
+    draw: Draw, conditioned: bool = False, limits: Limits = UNLIMITED
+) -> TrainingCase:
     """Draw a model, micro-batches with and without a mask, and a clipping limit high or low.
 
     ``conditioned`` keeps training from being chaotic, so that rounding in one step is still
     rounding ten steps later: an RMSNorm over one element is its sign, and a step across zero
     changes every output.
     """
-    config = draw(configs(least_width=16 if conditioned else 1))
+    config = draw(configs(least_width=16 if conditioned else 1, limits=limits))
     rng = np.random.default_rng(draw(seeds, label="batches seed"))
     batches = [
-        random_batch(rng, config, custom)
+        limited(random_batch(rng, config, custom), limits)
         for custom in draw(st.lists(st.booleans(), min_size=1, max_size=3), label="custom masks")
     ]
     hyper = Hyperparameters(
@@ -72,11 +99,13 @@ def training_cases(draw: Draw, conditioned: bool = False) -> TrainingCase:
     return TrainingCase(config, params, batches, hyper, draw.numbers)
 
 
-def training_cases_for(dtype: str, conditioned: bool = False) -> st.SearchStrategy[TrainingCase]:
+def training_cases_for(
+    dtype: str, conditioned: bool = False, limits: Limits = UNLIMITED
+) -> st.SearchStrategy[TrainingCase]:
     """Return the strategy of training cases for a precision, float64 or float32."""
     if dtype == "float64":
-        return training_cases(conditioned)
-    return wide_cases().map(
+        return training_cases(conditioned, limits)
+    return wide_cases(limits=limits).map(
         lambda case: TrainingCase(
             case.config,
             case.params,
