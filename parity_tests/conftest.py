@@ -10,6 +10,7 @@ pytest_plugins = [
     "parity_tests.support.cores",  # the whole suite shared among processes
     "parity_tests.support.backend_option",  # --backend, --mutants
     "parity_tests.support.examples",  # --hypothesis-profile, --reproduce
+    "parity_tests.support.failure_report",  # what failed, on which example, in ten lines
     "parity_tests.support.parity_report",  # what was compared, and the last lines
     "parity_tests.support.process_state",  # --poison, threads, what a test must not leave behind
 ]

@@ -2,9 +2,12 @@
 
 import importlib
 import inspect
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 
 from .config import InputError, LlamaConfig
 from .grad import Batch
+from .limits import UNLIMITED, Limits
 from .optim import Hyperparameters
 
 Array = NDArray[Any]
@@ -24,9 +28,14 @@ class Backend:
 
     Copy ``parity_tests/backends/template.py`` and fill it in. Deriving from this class is
     optional: any object (or class, or module) with these methods will do. Leave a method out, or
-    raise NotImplementedError with a reason, where your implementation has no such function; the
-    test is counted as not covered, never as passed. Every call brings all it needs and must not
-    depend on calls before it.
+    raise NotImplementedError with a reason in your own file, where your implementation has no
+    such function; the test is counted as not covered, never as passed. One that comes from
+    deeper inside a library is a failure. Every call but ``append`` brings all it needs and must
+    not depend on calls before it.
+
+    limits            reference_np.limits.Limits, inside which all examples are drawn: head_dim,
+                      masks, positions, cache, rotary scaling, context, batch and more; no limits
+                      where you leave this out.
 
     dtypes            the precisions you compute in, most precise first, among "float64",
                       "float32", "bfloat16" and "float16"; float64 and float32 where you leave
@@ -39,20 +48,26 @@ class Backend:
     vocabulary:
 
     config     attributes dim, n_layers, n_heads, n_kv_heads, head_dim (not always dim /
-               n_heads), hidden_dim, vocab_size, max_seq_len, norm_eps, rope_theta and
-               tie_embeddings.
+               n_heads), hidden_dim, vocab_size, max_seq_len, norm_eps, rope_theta,
+               tie_embeddings; and of rotary scaling rope_type ("default", "linear" or
+               "llama3"; Llama 2 has "default"), rope_factor, rope_low_freq_factor,
+               rope_high_freq_factor and rope_original_max_seq_len
+               (reference_np.ops.rope_frequencies has the equations).
     params     Hugging Face name -> array, matrices [out, in], rotate-half order. With tied
                embeddings there is no lm_head.weight.
     tokens     int64 [B, T].
-    positions  int64 [B, T], the rotary positions, any order, up to 70,000; None: they follow
-               the cache.
-    mask       bool [B, T, S], True = may attend; every query may attend to itself. None: causal.
+    positions  int64 [B, T], the rotary positions, any order, below max_seq_len, which may be
+               70,000; None: they follow the cache.
+    mask       bool [B, T, S], True = may attend, to later keys as well; every query may attend
+               to itself. None: causal. Padding is told by the mask and the positions alone:
+               reference_np.limits.real_tokens(mask) is the attention_mask [B, S] of others.
 
     Return float arrays of any precision; they are compared in float64.
     """
 
     dtypes: Sequence[str] = ("float64", "float32")
     example_fraction: float = 1.0
+    limits: Limits = UNLIMITED
 
     def logits(
         self,
@@ -77,9 +92,21 @@ class Backend:
         """Return logits [B, T, V] and the cache that continues the sequence.
 
         ``cache`` is None at first, then whatever an earlier call returned; the same cache may
-        be continued twice, so a call must not change it.
+        be continued twice, so a call must not change it (unless limits.cache is "in place").
         """
         raise NotImplementedError("decode")
+
+    def start(self, config: LlamaConfig, params: Params, rows: Sequence[Array]) -> Array:
+        """Forget all sequences, begin one with each row; return the logits [B, V] of the next.
+
+        ``start`` and ``append`` are for engines that own their cache. ``rows`` are the prompts,
+        int64 [T] each, of unequal lengths (unless limits.equal_rows).
+        """
+        raise NotImplementedError("start")
+
+    def append(self, tokens: Array) -> Array:
+        """Append tokens [B, T] to the running sequences; return the logits [B, V] of the next."""
+        raise NotImplementedError("append")
 
     def trace(
         self,
@@ -166,28 +193,73 @@ SHIPPED = {
 }
 
 
+# The extra of pyproject.toml that brings a shipped backend's package.
+EXTRAS = {"jax": "jax", "transformers": "test"}
+
+
 @cache  # one object for all tests, however long it takes to make
 def load(spec: str, flag: str = "--backend") -> Any:
-    """Import a backend by its shipped name or as ``package.module:object``; InputError if none."""
-    target = SHIPPED.get(spec, spec)
-    module_name, _, path = target.partition(":")
+    """Import a backend by its shipped name or as ``package.module:object``; InputError if none.
+
+    A module may lie in the current folder. What it warns of while it is imported is printed.
+    """
     try:
-        found: Any = importlib.import_module(module_name)
-        for part in path.split(".") if path else ():
-            found = getattr(found, part)
-        found = found() if inspect.isclass(found) else found
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            found = _imported(SHIPPED.get(spec, spec))
     except (Exception, SystemExit) as error:  # whatever somebody's module does
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(
-            f"{flag} {spec}: cannot be imported ({why}); give package.module:object or one of "
-            f"{', '.join(SHIPPED)}"
-        ) from error
-    if not callable(getattr(found, "logits", None)):
-        raise InputError(f"{flag} {spec}: has no method logits; see reference_np/backend.py")
-    known = {"float64", "float32", "bfloat16", "float16"}
-    if not set(dtypes_of(found)) <= known:
-        raise InputError(f"{flag} {spec}: dtypes {found.dtypes} must be among {sorted(known)}")
+        raise InputError(f"{flag} {spec}: cannot be imported ({why}); {_remedy(spec)}") from error
+    if why := _contradiction(found):
+        raise InputError(f"{flag} {spec}: {why}; see reference_np/backend.py")
     return found
+
+
+def _imported(target: str) -> Any:
+    """Return the object that ``package.module:object`` names, an instance where it is a class."""
+    module_name, _, path = target.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # for good: the module may import others later
+    found: Any = importlib.import_module(module_name)
+    for part in path.split(".") if path else ():
+        found = getattr(found, part)
+    return found() if inspect.isclass(found) else found
+
+
+def _remedy(spec: str) -> str:
+    if spec in EXTRAS:
+        return f"pip install -e '.[{EXTRAS[spec]}]' brings what it needs"
+    if ":" in spec:
+        return "the module must be installed or lie in the current folder"
+    return f"give package.module:object or one of {', '.join(SHIPPED)}"
+
+
+def _contradiction(backend: Any) -> str:
+    """Return what a backend lacks of what it declares; "" where nothing."""
+    if not callable(getattr(backend, "logits", None)):
+        return "has no method logits"
+    dtypes = dtypes_of(backend)
+    known = {"float64", "float32", "bfloat16", "float16"}
+    if not set(dtypes) <= known:
+        return f"dtypes {backend.dtypes} must be among {sorted(known)}"
+    declared = getattr(backend, "limits", UNLIMITED)
+    if not isinstance(declared, Limits):
+        return f"limits must be a reference_np.limits.Limits, not {type(declared).__name__}"
+    offered = {name for name in ("decode", "start", "append") if _is_offered(backend, name)}
+    needed = {"in place": {"decode"}, "engine": {"start", "append"}}.get(declared.cache, set())
+    if absent := sorted(needed - offered):
+        return f"limits.cache is {declared.cache!r}, without a method {' or '.join(absent)}"
+    if len(offered & {"start", "append"}) == 1:
+        return "start and append need each other"
+    if others := set(declared.float32_angles) - set(dtypes):
+        return f"limits.float32_angles has {', '.join(sorted(others))}, not among its dtypes"
+    return ""
+
+
+def _is_offered(backend: Any, name: str) -> bool:
+    """Return whether a backend has a method, not that of Backend, which raises."""
+    method = getattr(backend, name, None)
+    return callable(method) and getattr(method, "__func__", None) is not getattr(Backend, name)
 
 
 def dtypes_of(backend: Any) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ Array = NDArray[Any]
 
 MASKS = ("any", "no later keys", "padding", "left padding", "right padding", "causal")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "head_dim": ("any", "dim / n_heads"),
+    "head_dim": ("any", "dim a multiple of n_heads", "dim / n_heads"),
     "masks": MASKS,
     "positions": ("any", "shifted", "consecutive"),
     "cache": ("value", "in place", "engine", "none"),
@@ -29,7 +29,8 @@ LEAST_CONTEXT = 16  # the longest sequences of the examples
 class Limits:
     """What an implementation supports. Each default stands for no limit.
 
-    head_dim         "dim / n_heads" where the code derives it.
+    head_dim         "any". "dim a multiple of n_heads": any, where n_heads divides dim.
+                     "dim / n_heads" where the code derives it.
     masks            "any": each query may attend to any keys, later ones too. "no later keys": to
                      any up to its own. "padding" (or "left padding", "right padding"): causal, of
                      rows padded to one length; ``real_tokens(mask)`` says which tokens are real.
@@ -46,7 +47,7 @@ class Limits:
     batch            the largest number of rows.
     float32_angles   the dtypes in which a rotary angle is a float32 product of position and
                      frequency; its error grows with the position and is judged by the bound of
-                     that product (tolerances.float32_angle_bound).
+                     that product (angle_error.float32_angle_bound).
     float32_epsilon  whether norm_eps is stored in float32: it is drawn among float32's numbers.
 
     Raises InputError naming a bad field.

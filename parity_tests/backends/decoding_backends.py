@@ -21,6 +21,7 @@ from llama_torch.model.kv_cache import StaticCache
 from llama_torch.model.llama import Llama
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
+from reference_np.limits import Limits
 
 from .torch_backends import HALVES, Torch
 
@@ -64,6 +65,7 @@ class Static(Torch):
 class Stepwise(Static):
     """Decoding one token of every row at a time."""
 
+    limits = Limits(masks="no later keys")
     trace = traced_decode = None  # type: ignore[assignment]  # a step has no activations to trace
 
     def decode(
@@ -101,6 +103,8 @@ class Stepwise(Static):
 
 class Numpy(Stepwise):
     """Decoding in NumPy, with consecutive positions and a causal mask only."""
+
+    limits = Limits(masks="causal", positions="consecutive")
 
     def _steps(
         self, model: Llama, new_cache: StaticCache, tokens: Array, positions: Array, mask: Array
@@ -164,6 +168,8 @@ class BatchKernels(Kernels):
 
 class Graph(Stepwise):
     """Decoding by a captured CUDA graph."""
+
+    limits = Limits(masks="left padding")
 
     def __init__(self, mode: Decoding, **settings: Any) -> None:
         super().__init__("cuda", **settings)

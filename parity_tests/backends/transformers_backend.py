@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
+from reference_np.limits import Limits
 from tools.comparison.transformers_model import call, config_from, empty_model, tracing
 
 from .mixins import LogitsByDecode, TraceByTracedDecode
@@ -20,6 +21,8 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
     """``LlamaForCausalLM`` with eager attention; masks are passed as terms of the scores."""
 
     dtypes = ("float64", "float32", "bfloat16", "float16")
+    # transformers multiplies position and frequency in float32. In float64 that is lifted.
+    limits = Limits(head_dim="dim a multiple of n_heads", float32_angles=("float32",))
 
     def traced_decode(
         self,
@@ -37,7 +40,7 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
 
         model = self._model(config, params)
         with torch.no_grad(), tracing(model, trace):
-            _, cache = call(model, tokens, self._supported(model, positions), mask, cache)
+            _, cache = call(model, tokens, positions, mask, cache)
         return activations, cache
 
     def decode(
@@ -51,7 +54,7 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
     ) -> tuple[Array, DynamicCache]:
         model = self._model(config, params)
         with torch.no_grad():
-            out, cache = call(model, tokens, self._supported(model, positions), mask, cache)
+            out, cache = call(model, tokens, positions, mask, cache)
         return out.to(torch.promote_types(out.dtype, torch.float32)).numpy(), cache
 
     def loss_and_grads(
@@ -63,8 +66,7 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
         count = sum(int(np.sum(batch.targets != -100)) for batch in batches)
         total = 0.0
         for batch in batches:
-            positions = self._supported(model, batch.positions)
-            logits, _ = call(model, batch.tokens, positions, batch.mask)
+            logits, _ = call(model, batch.tokens, batch.positions, batch.mask)
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten(), reduction="sum"
             )
@@ -83,13 +85,6 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
         model.load_state_dict({n: v.to(low) for n, v in tensors.items()}, strict=True, assign=True)
         model.tie_weights()  # assigning made two parameters of a tied one
         return model.requires_grad_(True)
-
-    def _supported(self, model: Any, positions: Array | None) -> Array | None:
-        if positions is not None and model.dtype == torch.float32 and positions.max() > 256:
-            # transformers computes angles in float32: its error is 4 times the bound at position
-            # 4096, 140 times at 65,536.
-            raise NotImplementedError("rotary angles in float32 at large positions")
-        return positions
 
 
 backend = Transformers()

@@ -22,7 +22,8 @@ from reference_np.model import forward
 from tools import random_checkpoint
 
 from ..backends.torch_model import save_numpy, torch_forward
-from ..conformance.strategies import Array, Params, cast, configs, random_params
+from ..conformance.architectures import configs
+from ..conformance.strategies import Array, Params, cast, random_params
 
 ERRORS = (llama_torch.InputError, reference_np.config.InputError)
 CONFIG = LlamaConfig(8, 2, 4, 2, 4, 12, 20)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from reference_np.backend import dtypes_of, effective_params_of
 from reference_np.config import LlamaConfig
+from reference_np.limits import UNLIMITED, Limits, limits_of
 from reference_np.model import forward
 
 from .strategies import Array, Case, Params, padded, unmasked_cases_for
@@ -52,21 +53,35 @@ def run_in_chunks(method: Callable, case: Case, params: Params, sizes: list[int]
 
 
 def draw_rows(
-    backend: Any, data: st.DataObject, dtype: str
+    backend: Any, data: st.DataObject, dtype: str, limits: Limits | None = None
 ) -> tuple[LlamaConfig, list[Array], Params, Params]:
-    """Draw a config and one to three rows of tokens; also return rounded and exact parameters."""
-    case = data.draw(unmasked_cases_for(dtype))
+    """Draw a config and one to three rows of tokens; also return rounded and exact parameters.
+
+    ``limits`` are the backend's where none are given.
+    """
+    case = data.draw(unmasked_cases_for(dtype, limits or limits_of(backend)))
     longest = case.tokens.shape[1]
     rows = [row[: data.draw(st.integers(1, longest), label="row length")] for row in case.tokens]
     return case.config, rows, *rounded_and_exact_params(backend, case, dtype)
 
 
-def pad_rows(rows: list[Array], left: bool) -> tuple[Array, Array, Array, Array]:
-    """Return tokens, positions and real [B, T], and mask [B, T, T] third, of padded rows."""
+def draw_side(data: st.DataObject, sides: tuple[bool, ...]) -> bool:
+    """Draw the side of the padding, True for the left."""
+    return data.draw(st.sampled_from(sides), label="padded on the left")
+
+
+def pad_rows(
+    rows: list[Array], left: bool, limits: Limits = UNLIMITED
+) -> tuple[Array, Array | None, Array, Array]:
+    """Return tokens, positions and real [B, T], and mask [B, T, T] third, of padded rows.
+
+    Positions are None where the backend takes no arbitrary ones: to count the padding on the left
+    too shifts the positions of a whole row, which changes no result.
+    """
     positions, mask, real = padded([len(row) for row in rows], left)
     tokens = np.zeros(real.shape, np.int64)
     tokens[real] = np.concatenate(rows)
-    return tokens, positions, mask, real
+    return tokens, positions if limits.positions == "any" else None, mask, real
 
 
 def training_dtype(backend: Any) -> str:

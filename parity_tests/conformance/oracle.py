@@ -1,12 +1,14 @@
 """The oracle as a backend: unchanged, with one known bug, or as the baseline of a precision."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from reference_np import grad, ops, optim
+from reference_np.angle_error import float32_angle_bound
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
@@ -16,6 +18,7 @@ from reference_np.mutants import Mutant
 from reference_np.optim import Hyperparameters
 
 FORWARD_METHODS = ("logits", "decode", "trace", "traced_decode")
+ENGINE_METHODS = ("start", "append")
 TRAINING_METHODS = ("loss_and_grads", "train")
 
 
@@ -70,6 +73,22 @@ class Oracle:
     def trace(self, *arguments: Any) -> Mapping[str, Array]:
         return self.traced_decode(*arguments, None)[0]
 
+    def start(self, config: LlamaConfig, params: Params, rows: Sequence[Array]) -> Array:
+        self._running = config, params, [None] * len(rows)
+        return self._continued([row[None] for row in rows])
+
+    def append(self, tokens: Array) -> Array:
+        return self._continued([row[None] for row in tokens])
+
+    def _continued(self, tokens: Sequence[Array]) -> Array:
+        """Return the last logits [B, V] of every row [1, T], each continuing its own cache."""
+        config, params, caches = self._running
+        logits = []
+        for i, row in enumerate(tokens):
+            found, caches[i] = self.decode(config, params, row, None, None, caches[i])
+            logits.append(found[0, -1])
+        return np.stack(logits)
+
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
     ) -> tuple[float, Mapping[str, Array]]:
@@ -107,24 +126,62 @@ class WithBug(Oracle):
         # A bug of the forward pass is tested by the forward methods, one of the training step by
         # the training methods; without the others no test is run in vain.
         in_forward = hasattr(ops, mutant.operation)
-        for name in TRAINING_METHODS if in_forward else FORWARD_METHODS:
+        for name in (*ENGINE_METHODS, *(TRAINING_METHODS if in_forward else FORWARD_METHODS)):
             setattr(self, name, None)
 
 
-class Baseline(Oracle):
-    """The baseline of a precision: the oracle in float32, or rounding every result to less."""
+# Signs of the errors of the angles: of every frequency alike, and drawn for each.
+ANGLE_PATTERNS = 4
 
-    def __init__(self, dtype: str) -> None:
-        super().__init__(ops if dtype in ("float32", "float64") else rounded_ops(dtype))
+
+def inexact_tables(pattern: int) -> Callable[..., tuple[Array, Array]]:
+    """Return rope_tables, every angle off by the bound of a float32 product.
+
+    The rounded frequency turns all positions one way, the rounded product each its own way; the
+    signs are functions of ``pattern``, frequency and position, so that a cache fits its tokens.
+    """
+
+    def rope_tables(positions: Array, config: LlamaConfig, dtype: Any) -> tuple[Array, Array]:
+        exact = positions[..., None].astype(np.float64) * ops.rope_frequencies(config)
+        of_frequency, of_product = float32_angle_bound(positions, config)
+        i = np.arange(exact.shape[-1])
+        # The high bits of a product with an odd constant are as good as random (Knuth 6.4).
+        mixed = (positions[..., None] * 2654435761 + (i + 1) * 40503 + pattern * 69069) >> 13
+        by_frequency = np.where(pattern and ((i + 1) * (2 * pattern + 1) >> 1) & 1, -1.0, 1.0)
+        by_product = np.where(mixed & 1, -1.0, 1.0)
+        angles = exact + by_frequency * of_frequency + by_product * of_product
+        return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+    return rope_tables
+
+
+class Baseline(Oracle):
+    """The baseline of a precision: the oracle in float64 or float32, or rounding every result.
+
+    With a ``pattern`` its rotary angles are off by the bound of a float32 product.
+    """
+
+    def __init__(self, dtype: str, pattern: int | None = None) -> None:
+        operations = dict(vars(ops if dtype in ("float32", "float64") else rounded_ops(dtype)))
+        rules = optim.REFERENCE_RULES
+        if pattern is not None:
+            operations["rope_tables"] = inexact_tables(pattern)
+        inexact = SimpleNamespace(**operations)
+        if pattern is not None:
+            accumulate = partial(optim.accumulate, ops=inexact)
+            rules = SimpleNamespace(**vars(rules) | {"accumulate": accumulate})
+        super().__init__(inexact, rules=rules)
+        self.dtype = dtype
 
     def decode(self, config: LlamaConfig, params: Params, *rest: Any) -> tuple[Array, Cache]:
-        return super().decode(config, _float32(params), *rest)
+        return super().decode(config, self._computed(params), *rest)
 
     def traced_decode(
         self, config: LlamaConfig, params: Params, *rest: Any
     ) -> tuple[Mapping[str, Array], Cache]:
-        return super().traced_decode(config, _float32(params), *rest)
+        return super().traced_decode(config, self._computed(params), *rest)
 
-
-def _float32(params: Params) -> Params:
-    return {name: value.astype(np.float32) for name, value in params.items()}
+    def _computed(self, params: Params) -> Params:
+        if self.dtype == "float64":
+            return params
+        return {name: value.astype(np.float32) for name, value in params.items()}

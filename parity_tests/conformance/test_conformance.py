@@ -7,6 +7,7 @@ a low precision the function ``run`` is called on the backend and on the baselin
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference_np import optim
+from reference_np.limits import limits_of
 from reference_np.naming import activation_axes
 
 from .case_parts import (
@@ -22,6 +24,7 @@ from .case_parts import (
     best_dtype,
     concatenated,
     draw_rows,
+    draw_side,
     oracle_logits,
     pad_rows,
     rounded_and_exact_params,
@@ -30,6 +33,7 @@ from .case_parts import (
 )
 from .judge import JUDGE
 from .oracle import Oracle
+from .scope import decoding_sides
 from .strategies import (
     Array,
     Case,
@@ -63,7 +67,16 @@ def check_logits(backend: Any, dtype: str, case: Case) -> None:
 @data_given
 def test_logits(backend: Any, data: st.DataObject) -> None:
     """Logits of any architecture, positions and mask."""
-    check_logits(backend, best_dtype(backend), data.draw(cases_for(best_dtype(backend))))
+    dtype = best_dtype(backend)
+    check_logits(backend, dtype, data.draw(cases_for(dtype, limits_of(backend))))
+
+
+@pytest.mark.needs("logits")
+@data_given
+def test_causal_logits(backend: Any, data: st.DataObject) -> None:
+    """Logits under the causal mask and at the default positions, which every backend has."""
+    dtype = best_dtype(backend)
+    check_logits(backend, dtype, data.draw(unmasked_cases_for(dtype, limits_of(backend))))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -71,7 +84,7 @@ def test_logits(backend: Any, data: st.DataObject) -> None:
 @data_given
 def test_logits_in(backend: Any, dtype: str, data: st.DataObject) -> None:
     """Logits in a lower precision, beside the baseline's."""
-    check_logits(backend, dtype, data.draw(cases_for(dtype)))
+    check_logits(backend, dtype, data.draw(cases_for(dtype, limits_of(backend))))
 
 
 @pytest.mark.needs("trace")
@@ -79,7 +92,7 @@ def test_logits_in(backend: Any, dtype: str, data: st.DataObject) -> None:
 def test_trace(backend: Any, data: st.DataObject) -> None:
     """Every activation by its name; a missing one fails."""
     dtype = best_dtype(backend)
-    case = data.draw(cases_for(dtype))
+    case = data.draw(cases_for(dtype, limits_of(backend)))
     low, exact = rounded_and_exact_params(backend, case, dtype)
     inputs = (case.tokens, case.positions, case.mask)
     expected = Oracle().trace(case.config, exact, *inputs)
@@ -93,8 +106,9 @@ def test_padding(backend: Any, data: st.DataObject) -> None:
     """Logits of rows padded on either side equal those of each row alone."""
     dtype = best_dtype(backend)
     config, rows, low, exact = draw_rows(backend, data, dtype)
-    left = data.draw(st.booleans(), label="padded on the left")
-    tokens, positions, mask, real = pad_rows(rows, left)
+    limits = limits_of(backend)
+    left = draw_side(data, limits.padding_sides)
+    tokens, positions, mask, real = pad_rows(rows, left, limits)
     expected = {
         f"row {i}": oracle_logits(exact, config, row[None])[0][None] for i, row in enumerate(rows)
     }
@@ -111,8 +125,13 @@ def test_padding(backend: Any, data: st.DataObject) -> None:
 def test_packing(backend: Any, data: st.DataObject) -> None:
     """Logits of packed documents under a block-diagonal mask equal those of each alone."""
     dtype = best_dtype(backend)
-    config, rows, low, exact = draw_rows(backend, data, dtype)
-    positions, mask = packed([len(row) for row in rows])
+    limits = limits_of(backend)
+    several = replace(limits, batch=None)  # documents, which are packed into one row
+    config, rows, low, exact = draw_rows(backend, data, dtype, several)
+    if limits.context:
+        rows = [row[: limits.context // len(rows)] for row in rows]
+    block, mask = packed([len(row) for row in rows])
+    positions = block if limits.positions == "any" else None
     alone = [oracle_logits(exact, config, row[None]) for row in rows]
     tokens = np.concatenate(rows)[None]
     JUDGE.compare(
@@ -128,7 +147,7 @@ def test_packing(backend: Any, data: st.DataObject) -> None:
 def test_chunked_decoding(backend: Any, data: st.DataObject) -> None:
     """Logits of prefill in any chunks and of decoding equal those of one pass."""
     dtype = best_dtype(backend)
-    case = data.draw(unmasked_cases_for(dtype))
+    case = data.draw(unmasked_cases_for(dtype, limits_of(backend)))
     low, exact = rounded_and_exact_params(backend, case, dtype)
     sizes = data.draw(chunk_sizes(case.tokens.shape[1]))
     expected = oracle_logits(exact, case.config, case.tokens)
@@ -145,7 +164,7 @@ def test_chunked_decoding(backend: Any, data: st.DataObject) -> None:
 def test_chunked_trace(backend: Any, data: st.DataObject) -> None:
     """Every activation of chunks that continue a cache equals the oracle's."""
     dtype = best_dtype(backend)
-    case = data.draw(unmasked_cases_for(dtype))
+    case = data.draw(unmasked_cases_for(dtype, limits_of(backend)))
     low, exact = rounded_and_exact_params(backend, case, dtype)
     sizes = data.draw(chunk_sizes(case.tokens.shape[1]))
 
@@ -165,13 +184,15 @@ def test_padded_decoding(backend: Any, data: st.DataObject) -> None:
     n_new = data.draw(st.integers(1, 3), label="new tokens")
     seed = data.draw(st.integers(0, 999), label="new tokens seed")
     new = np.random.default_rng(seed).integers(0, config.vocab_size, (len(rows), n_new))
-    tokens, positions, mask, real = pad_rows(rows, data.draw(st.booleans(), label="left"))
+    limits = limits_of(backend)
+    left = draw_side(data, decoding_sides(limits))
+    tokens, positions, mask, real = pad_rows(rows, left, limits)
     expected = {
         f"row {i}": oracle_logits(exact, config, np.concatenate([row, new[i]])[None])[:, len(row) :]
         for i, row in enumerate(rows)
     }
     lengths = np.array([len(row) for row in rows])[:, None]
-    new_positions = lengths + np.arange(n_new)
+    new_positions = None if positions is None else lengths + np.arange(n_new)
     # A new token may attend to the real prompt tokens and to the new ones up to itself.
     of_prompt = np.broadcast_to(real[:, None], (len(rows), n_new, tokens.shape[1]))
     of_new = np.broadcast_to(np.tril(np.ones((n_new, n_new), bool)), (len(rows), n_new, n_new))
@@ -190,7 +211,7 @@ def test_padded_decoding(backend: Any, data: st.DataObject) -> None:
 def test_reused_cache(backend: Any, data: st.DataObject) -> None:
     """A cache continued twice gives the same logits both times: a call must not change it."""
     dtype = best_dtype(backend)
-    case = data.draw(unmasked_cases_for(dtype))
+    case = data.draw(unmasked_cases_for(dtype, limits_of(backend)))
     low, exact = rounded_and_exact_params(backend, case, dtype)
     tokens = np.concatenate([case.tokens, case.tokens[:, :1]], axis=1)
     expected = oracle_logits(exact, case.config, tokens)[:, -1:]
@@ -205,12 +226,34 @@ def test_reused_cache(backend: Any, data: st.DataObject) -> None:
     JUDGE.compare(backend, dtype, run, {"first": expected, "second": expected})
 
 
+@pytest.mark.needs("start")
+@data_given
+def test_engine(backend: Any, data: st.DataObject) -> None:
+    """An engine's next-token logits after prompts and after each append; start forgets."""
+    dtype = best_dtype(backend)
+    config, rows, low, exact = draw_rows(backend, data, dtype)
+    if limits_of(backend).equal_rows:
+        rows = [row[: min(map(len, rows))] for row in rows]
+    sizes = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=2), label="appended")
+    seed = data.draw(st.integers(0, 999), label="new tokens seed")
+    new = np.random.default_rng(seed).integers(0, config.vocab_size, (len(rows), sum(sizes)))
+    chunks = np.split(new, np.cumsum(sizes)[:-1], axis=1)
+
+    def run(model: Any, params: Params = low) -> Mapping[str, Array]:
+        model.start(config, params, [row[::-1] for row in rows])  # to be forgotten
+        outputs = {"start": model.start(config, params, rows)}
+        outputs |= {f"append {i}": model.append(chunk) for i, chunk in enumerate(chunks)}
+        return {name: np.asarray(logits)[:, None] for name, logits in outputs.items()}
+
+    JUDGE.compare(backend, dtype, run, run(Oracle(), exact))
+
+
 @pytest.mark.needs("loss_and_grads")
 @data_given
 def test_loss_and_grads(backend: Any, data: st.DataObject) -> None:
     """The mean loss and all gradients as one vector, over micro-batches of unequal valid counts."""
     dtype = training_dtype(backend)
-    case = data.draw(training_cases_for(dtype))
+    case = data.draw(training_cases_for(dtype, limits=limits_of(backend)))
     low, exact = rounded_and_exact_params(backend, case, dtype)
     loss, grads = optim.accumulate(exact, case.batches, case.config, case.hyper.z_loss)
     names = list(exact)
@@ -229,7 +272,7 @@ def test_loss_and_grads(backend: Any, data: st.DataObject) -> None:
 def test_training(backend: Any, steps: int, data: st.DataObject) -> None:
     """Losses, gradient norms, parameters and moments of optimizer steps; float64 to 1e-9."""
     dtype = training_dtype(backend)
-    case = data.draw(training_cases_for(dtype, conditioned=steps > 1))
+    case = data.draw(training_cases_for(dtype, steps > 1, limits_of(backend)))
     low, exact = rounded_and_exact_params(backend, case, dtype)
     names = list(exact)
 

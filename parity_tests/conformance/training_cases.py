@@ -13,14 +13,13 @@ from reference_np.limits import UNLIMITED, Limits
 from reference_np.ops import IGNORE
 from reference_np.optim import Hyperparameters
 
+from .architectures import configs, seeds
 from .drawn import Draw, composite, describe_case
 from .strategies import (
     FREE_MASKS,
     Array,
     Params,
-    configs,
     random_params,
-    seeds,
     wide_cases,
     with_diagonal,
 )

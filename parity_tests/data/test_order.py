@@ -12,7 +12,7 @@ from llama_torch.data import order
 from llama_torch.data.corpus import Corpus, Source
 from llama_torch.data.loader import StepSampler, train_batches, val_batches
 
-from ..conformance.strategies import seeds
+from ..conformance.architectures import seeds
 
 
 def corpus_of(*n_train: int, n_val: int = 50, weights: tuple[float, ...] = (1.0,)) -> Corpus:

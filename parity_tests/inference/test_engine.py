@@ -23,8 +23,9 @@ from reference_np.config import LlamaConfig
 from reference_np.model import forward
 
 from ..backends.torch_model import torch_model
+from ..conformance.architectures import configs, seeds
 from ..conformance.drawn import Draw, composite, labelled
-from ..conformance.strategies import Array, cast, configs, random_params, seeds
+from ..conformance.strategies import Array, cast, random_params
 
 pytestmark = pytest.mark.numeric
 

@@ -22,7 +22,8 @@ from reference_np.config import LlamaConfig
 from reference_np.ops import cross_entropy_sum
 
 from ..backends.torch_model import torch_model
-from ..conformance.strategies import Params, random_params, seeds
+from ..conformance.architectures import seeds
+from ..conformance.strategies import Params, random_params
 
 pytestmark = pytest.mark.numeric
 CONFIG = LlamaConfig(

@@ -13,7 +13,7 @@ from llama_torch.model.config import ModelConfig
 from reference_np.config import LlamaConfig
 
 from ..backends.torch_model import torch_config
-from ..conformance.strategies import configs
+from ..conformance.architectures import configs
 
 ERRORS = (llama_torch.InputError, reference_np.config.InputError)
 HF = LlamaConfig(8, 1, 2, 1, 4, 8, 10).to_hf()

@@ -20,7 +20,7 @@ from llama_torch.training.batch import Batch, pack_documents, to_batch
 from reference_np.naming import EMBED, LM_HEAD
 from reference_np.tolerances import FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
-from ..conformance.strategies import seeds
+from ..conformance.architectures import seeds
 from ..support.devices import on_every_device
 
 ROWS, CONTEXT, VOCAB_SIZE = 128, 128, 61

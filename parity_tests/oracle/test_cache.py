@@ -9,8 +9,9 @@ from hypothesis import given
 from reference_np.model import Cache, forward
 
 from ..backends.torch_model import torch_forward, torch_model
+from ..conformance.architectures import configs
 from ..conformance.drawn import Draw, composite, labelled
-from ..conformance.strategies import caches_equal, chunk_sizes, configs, params_for, tokens_for
+from ..conformance.strategies import caches_equal, chunk_sizes, params_for, tokens_for
 
 pytestmark = pytest.mark.numeric
 

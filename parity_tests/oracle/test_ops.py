@@ -24,7 +24,8 @@ from reference_np.tolerances import (
 )
 
 from ..backends.torch_model import torch_config
-from ..conformance.strategies import Array, masks, positions_for, scalings, seeds
+from ..conformance.architectures import scalings, seeds
+from ..conformance.strategies import Array, masks, positions_for
 
 pytestmark = pytest.mark.numeric
 

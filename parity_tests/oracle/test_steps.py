@@ -18,7 +18,8 @@ from reference_np.optim import Hyperparameters
 from reference_np.tolerances import BASELINE_FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
 from ..backends.torch_backends import optim_config
-from ..conformance.strategies import Params, cast, random_params, seeds, wide_cases
+from ..conformance.architectures import seeds
+from ..conformance.strategies import Params, cast, random_params, wide_cases
 from ..conformance.training_cases import (
     STEPS_TOLERANCE,
     TrainingCase,

@@ -22,7 +22,8 @@ from reference_np.ops import IGNORE
 from reference_np.tolerances import UNIT_ROUNDOFF
 from reference_np.training_mutants import TRAINING
 
-from ..conformance.strategies import Array, seeds
+from ..conformance.architectures import seeds
+from ..conformance.strategies import Array
 
 pytestmark = pytest.mark.numeric
 

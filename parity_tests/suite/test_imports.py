@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCES = sources(ROOT)
 ORACLE_ORDER = [
     *("config", "limits", "naming", "ops", "sampling", "tolerances", "checkpoint", "model", "grad"),
-    *("low_precision", "optim", "mutants", "training_mutants", "backend"),
+    *("angle_error", "low_precision", "optim", "mutants", "training_mutants", "backend"),
 ]
 VERIFIER = "llama_torch.training.verify"
 # The modules of llama_torch that import the oracle.

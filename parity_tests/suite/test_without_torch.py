@@ -66,5 +66,5 @@ def test_backends_that_need_torch_are_skipped_and_say_so() -> None:
 
 def test_an_import_of_torch_would_be_seen() -> None:
     done = NEEDY.done()
-    assert done.returncode == 4
+    assert done.returncode == 2
     assert "No module named 'torch'" in done.stderr

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference_np.backend import SHIPPED, dtypes_of, example_fraction_of, load
+from reference_np.backend import SHIPPED, example_fraction_of, load
 from reference_np.config import InputError
 from reference_np.mutants import FORWARD
 from reference_np.training_mutants import TRAINING
@@ -23,9 +23,14 @@ from reference_np.training_mutants import TRAINING
 from .. import backends
 from ..conformance.judge import JUDGE
 from ..conformance.oracle import WithBug
+from ..conformance.scope import count_tests, excluded_by, lacking
 
 CONFORMANCE = Path(__file__).parent.parent / "conformance"
 MUTANTS = {mutant.name: mutant for mutant in (*FORWARD, *TRAINING)}
+# The least examples that a backend under --backend is compared on, over all tests that it offers:
+# of one that offers little, each test has more.
+LEAST_EXAMPLES = 40
+USAGE = 2  # the exit code of bad input, as of every tool here
 HONEST = "torch"  # the correct implementation whose errors are printed beside the mutants'
 
 
@@ -52,12 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "numeric: its numbers depend on the processor's kernels")
     JUDGE.only_record = config.getoption("mutants")
     if JUDGE.only_record and requested_backends(config):
-        raise pytest.UsageError("--mutants and --backend exclude each other; leave one out")
+        pytest.exit("--mutants and --backend exclude each other; leave one out", USAGE)
     try:
         for name in requested_backends(config):
             load(name)
     except InputError as error:
-        raise pytest.UsageError(str(error)) from None
+        pytest.exit(str(error), USAGE)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -119,6 +124,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if not is_conformance(item)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if is_conformance(item)]
+        for item in items:
+            if requested_backends(config) and backend_name(item) not in SHIPPED:
+                item.add_marker(pytest.mark.filterwarnings("default"))  # a warning is no failure
     if JUDGE.only_record:  # a mutant has only the methods that its bug changes
         items[:] = [item for item in items if not unsupported_by_backend(item)]
 
@@ -151,18 +159,26 @@ def other_parameters(item: Any) -> list[str]:
 
 def unsupported_by_backend(item: Any) -> str:
     """Return the method or precision that a test needs and its backend lacks; "" if none."""
-    backend, method = backend_of(item), item.get_closest_marker("needs").args[0]
-    if not callable(getattr(backend, method, None)):
-        return str(method)
-    dtype = item.callspec.params.get("dtype")
-    return "" if dtype is None or dtype in dtypes_of(backend) else dtype
+    method = item.get_closest_marker("needs").args[0]
+    return lacking(backend_of(item), method, item.callspec.params.get("dtype"))
+
+
+def beyond_a_limit(item: Any) -> str:
+    """Return the declared limit of its backend that leaves no example of a test; "" if none."""
+    return excluded_by(item.originalname, backend_of(item))
 
 
 def _with_its_examples(item: Any) -> Any:
-    """Return the test with the backend's fraction of the profile's examples, at least three."""
+    """Return the test with the backend's number of examples, at least three.
+
+    It is the backend's fraction of the profile's; a backend that is asked for by name and offers
+    little has more of each test.
+    """
+    backend = backend_of(item)
+    fraction = example_fraction_of(backend)
+    examples = math.ceil(fraction * settings.default.max_examples)
+    if fraction == 1 and requested_backends(item.config):
+        examples = max(examples, math.ceil(LEAST_EXAMPLES / count_tests(item.module, backend)))
     # Hypothesis begins with the smallest example there is, which can show few bugs.
-    examples = max(
-        3, math.ceil(example_fraction_of(backend_of(item)) * settings.default.max_examples)
-    )
     test = given(data=st.data())(item.obj.hypothesis.inner_test)
-    return settings(max_examples=examples)(test)
+    return settings(max_examples=max(3, examples), report_multiple_bugs=False)(test)

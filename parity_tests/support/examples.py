@@ -1,15 +1,12 @@
 """Hypothesis's profiles, and the option --reproduce for one failing example."""
 
 import os
-import re
-from collections.abc import Iterator
 
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, settings
 
 from ..conformance import drawn
-from .backend_option import requested_backends
 
 COMMON = {
     "deadline": None,  # the first example includes torch's warm-up
@@ -46,24 +43,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if blob:
         reproduce = hypothesis.reproduce_failure(hypothesis.__version__, blob.encode())
         item.obj = reproduce(item.obj)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-    """End a failing example's report with one line that runs it again."""
-    found = yield
-    if call.excinfo:
-        notes = " ".join(_notes(call.excinfo.value))
-        for blob in re.findall(r"@reproduce_failure\('[^']*', b'([^']*)'\)", notes):
-            line = f"pytest '{item.nodeid}' --reproduce {blob}"
-            line += "".join(f" --backend {name}" for name in requested_backends(item.config))
-            line += " --poison" if item.config.getoption("poison") else ""
-            found.sections.append(("run this example again", line))
-    return found
-
-
-def _notes(error: BaseException) -> Iterator[str]:
-    """Yield the notes of an error, or of each error of a group."""
-    yield from getattr(error, "__notes__", ())
-    for inner in getattr(error, "exceptions", ()):
-        yield from _notes(inner)

@@ -5,12 +5,16 @@ from typing import Any
 
 import pytest
 
+from reference_np.backend import example_fraction_of, load
+from reference_np.limits import limits_of
+
 from ..conformance.judge import JUDGE
 from . import processors, summary_tables
 from .backend_option import (
     HONEST,
     MUTANTS,
     backend_name,
+    beyond_a_limit,
     is_conformance,
     other_parameters,
     requested_backends,
@@ -37,10 +41,13 @@ def _recorded(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     if lacking:
         entry.not_covered[f"{lacking} is not offered"] += 1
         pytest.skip(f"not covered: {lacking} is not offered")
+    if limit := beyond_a_limit(pyfuncitem):
+        entry.by_limit[limit] += 1
+        pytest.skip(f"not covered, by limit: {limit}")
     result = yield
     if entry.covered == 0:
         reason = ", ".join(entry.not_covered) or "no example was compared"
-        if test == "test_logits" and not JUDGE.only_record:
+        if test in ("test_logits", "test_causal_logits") and not JUDGE.only_record:
             pytest.fail(f"logits are required, and none were computed: {reason}", pytrace=False)
         pytest.skip(f"not covered: {reason}")
     return result
@@ -51,16 +58,35 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for line in sorted(computed_by) or [processors.describe()]:
         terminalreporter.write_line(line)
     if JUDGE.entries:
+        named = requested_backends(config)
         lines = (
             summary_tables.mutation_table(JUDGE.entries, MUTANTS, HONEST)
             if JUDGE.only_record
             else summary_tables.backend_table(
-                JUDGE.entries, in_full=bool(requested_backends(config))
+                JUDGE.entries, {name: limits_of(load(name)) for name in named}
             )
         )
         terminalreporter.section("parity")
-        for line in lines:
+        for line in (*lines, *too_few(config)):
             terminalreporter.write_line(line)
+        failed = bool(terminalreporter.stats.get("failed"))
+        for name in named if failed else ():
+            terminalreporter.write_line(
+                f"which bug it is: python tools/compare.py CHECKPOINT --against {name} names the "
+                "layer and the operation"
+            )
+
+
+def too_few(config: pytest.Config) -> list[str]:
+    """Return a line for each backend of --backend that was compared on too few examples.
+
+    Only where all of its tests were to run.
+    """
+    chosen = config.getoption("keyword") or any("::" in arg for arg in config.args)
+    if chosen or config.getoption("reproduce") or config.getoption("collectonly"):
+        return []
+    fractions = {name: example_fraction_of(load(name)) for name in requested_backends(config)}
+    return summary_tables.below_the_floor(JUDGE.entries, fractions)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -73,11 +99,13 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Fail a run of the whole suite that a mutant survives; send a process's record to the main."""
+    """Fail a run that a mutant survives or that compares too little; send a process's record."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["judged"] = JUDGE.records()
         session.config.workeroutput["computed_by"] = [processors.describe()]
         return
     whole = JUDGE.only_record and exitstatus == 0 and not session.config.getoption("keyword")
+    if not exitstatus and too_few(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if whole and summary_tables.survivors(JUDGE.entries, MUTANTS):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -4,12 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from reference_np.limits import Limits
 from reference_np.mutants import Mutant
 
 from ..conformance.judge import Entry
 
 Entries = Mapping[tuple[str, str], Entry]
 GOAL = 10.0  # error / tolerance that every mutant should reach in at least one test
+
+LEAST_COMPARED = 10  # examples; fewer are no proof
 
 TRACES = ("trace", "chunked_trace")  # the tests of activations
 
@@ -22,10 +25,10 @@ def _format(share: float) -> str:
     return f"{share:.2g}" if math.isfinite(share) else "not finite"
 
 
-def backend_table(entries: Entries, in_full: bool) -> Iterator[str]:
+def backend_table(entries: Entries, limits: Mapping[str, Limits]) -> Iterator[str]:
     """Yield each backend's counts of examples and its largest error / tolerance.
 
-    ``in_full`` adds a line for each test.
+    Those of ``limits``, which were asked for by name, have a line for each test and each limit.
     """
     names = list(dict.fromkeys(name for _, name in entries))
     yield "examples compared, not covered, and the largest error as a share of its tolerance:"
@@ -38,14 +41,64 @@ def backend_table(entries: Entries, in_full: bool) -> Iterator[str]:
             f"  {name}: {covered} compared, {skipped.total()} not covered; "
             f"{_format(largest.share)} in {test} ({largest.name or 'exact'})"
         )
-        if in_full:
+        if name in limits:
             for name_of_test, entry in of_backend.items():
                 yield (
                     f"    {name_of_test:<24} {entry.covered:>5} compared "
                     f"{entry.not_covered.total():>5} not covered   {_format(entry.share):>8}"
                 )
+        yield from _documented(of_backend)
         for reason, count in skipped.items():
             yield f"    not covered, {count} examples: {reason}"
+        yield from _by_limit(of_backend, limits.get(name))
+
+
+def _documented(of_backend: Mapping[str, Entry]) -> Iterator[str]:
+    """Yield the counts of errors that a declared difference explains."""
+    found = sum((entry.documented for entry in of_backend.values()), Counter[str]())
+    largest = max((entry.largest_documented for entry in of_backend.values()), default=0.0)
+    for reason, count in found.items():
+        yield (
+            f"    documented difference, {count} outputs: {reason}; without that bound, up to "
+            f"{_format(largest)} times a tolerance"
+        )
+
+
+def _by_limit(of_backend: Mapping[str, Entry], limits: Limits | None) -> Iterator[str]:
+    """Yield the declared limits, each with the tests of which it leaves no example."""
+    tests: dict[str, list[str]] = {}
+    for name, value in limits.declared().items() if limits else ():
+        tests[f"{name} = {value}"] = []
+    for test, entry in of_backend.items():
+        for limit in entry.by_limit:
+            tests.setdefault(limit, []).append(test)
+    if tests:
+        yield "    not covered, by limit:"
+    for limit, excluded in tests.items():
+        yield f"      {limit:<32} {', '.join(excluded)}".rstrip()
+
+
+def below_the_floor(entries: Entries, fractions: Mapping[str, float]) -> list[str]:
+    """Return a line for each backend that was compared on too few examples, with the reasons.
+
+    ``fractions`` are the backends' fractions of the examples. The floor is LEAST_COMPARED, and a
+    tenth of the examples that were drawn, both for a backend that runs all.
+    """
+    lines = []
+    for name, fraction in fractions.items():
+        of_backend = _by_test(entries, name).values()
+        covered = sum(entry.covered for entry in of_backend)
+        skipped = sum((entry.not_covered for entry in of_backend), Counter[str]())
+        drawn = covered + skipped.total()
+        floor = max(LEAST_COMPARED * fraction, drawn / 10)
+        if of_backend and covered < floor:
+            reasons = "; ".join(f"{reason} ({n})" for reason, n in skipped.most_common(3))
+            lines.append(
+                f"FAILED {name}: {covered} of {drawn} examples compared, the least is "
+                f"{math.ceil(floor)}; not covered: {reasons}. Declare what it supports in an "
+                "attribute limits (reference_np/limits.py): the examples are drawn inside"
+            )
+    return lines
 
 
 def survivors(entries: Entries, mutants: Mapping[str, Mutant]) -> list[str]:

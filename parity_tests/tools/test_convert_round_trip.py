@@ -16,7 +16,8 @@ from llama_torch.checkpoint.hf import load_model, locate
 from llama_torch.model.config import ModelConfig
 from reference_np.config import LlamaConfig
 
-from ..conformance.strategies import random_params, seeds
+from ..conformance.architectures import seeds
+from ..conformance.strategies import random_params
 from ..support.meta_checkpoints import (
     CONFIG,
     DTYPES,

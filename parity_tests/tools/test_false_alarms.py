@@ -20,7 +20,8 @@ from tools.comparison.trace_file import TraceWriter, write_trace
 
 from .. import false_alarms
 from ..backends.torch_model import save_numpy
-from ..conformance.strategies import Array, seeds
+from ..conformance.architectures import seeds
+from ..conformance.strategies import Array
 from ..false_alarms import ROUNDING, attention, draw, honest_outputs
 
 CONFIG = LlamaConfig(96, 2, 3, 1, 32, 192, 300, max_seq_len=8192, rope_theta=1e5)

@@ -11,7 +11,8 @@ from reference_np.config import LlamaConfig
 from reference_np.tolerances import UNIT_ROUNDOFF, errors_and_bounds, sequential_sum_error
 from tools.comparison.sum_bounds import norm_bound, norm_sum_error
 
-from ..conformance.strategies import Array, seeds
+from ..conformance.architectures import seeds
+from ..conformance.strategies import Array
 from ..false_alarms import trained
 from ..planted import honest_kernels
 from ..planted.bugs import norm_low_precision

@@ -29,7 +29,8 @@ from reference_np.tolerances import BASELINE_FACTOR, FLOOR_ROUNDINGS, UNIT_ROUND
 
 from ..backends.torch_backends import optim_config, to_torch
 from ..backends.torch_model import torch_model
-from ..conformance.strategies import Case, Params, seeds, wide_cases
+from ..conformance.architectures import seeds
+from ..conformance.strategies import Case, Params, wide_cases
 from ..support.devices import on_every_device
 from ..support.trainer_runs import SMALL_RUN, TEXT
 

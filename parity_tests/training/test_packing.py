@@ -17,8 +17,9 @@ from reference_np.ops import IGNORE
 from reference_np.tolerances import FLOAT64_TOLERANCE
 
 from ..backends.torch_model import torch_model
+from ..conformance.architectures import configs, seeds
 from ..conformance.drawn import Draw, composite, describe_case
-from ..conformance.strategies import Array, Params, configs, random_params, seeds
+from ..conformance.strategies import Array, Params, random_params
 from ..conformance.training_cases import max_abs
 
 pytestmark = pytest.mark.numeric

@@ -26,7 +26,8 @@ from reference_np.ops import IGNORE
 
 from ..backends.torch_backends import to_torch
 from ..backends.torch_model import torch_model
-from ..conformance.strategies import Case, cast, seeds, wide_cases
+from ..conformance.architectures import seeds
+from ..conformance.strategies import Case, cast, wide_cases
 
 CPU = ["--device", "cpu", "--dtype", "float32", "--n-layers", "1", "--dim", "16", "--n-heads", "2"]
 CPU += ["--n-kv-heads", "1", "--max-seq-len", "16", "--steps", "6", "--sample-every", "0"]

@@ -19,7 +19,7 @@ from llama_torch.model.loss import IGNORE_INDEX, _chunks, backward_loss, count_v
 from llama_torch.training import batch, step, validate
 from llama_torch.training.optimizer import learning_rate, make_adamw
 
-from ..conformance.strategies import seeds
+from ..conformance.architectures import seeds
 
 TINY = ModelConfig(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24, vocab_size=60)
 

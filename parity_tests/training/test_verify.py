@@ -22,8 +22,9 @@ from llama_torch.training.batch import Batch, to_batch
 from llama_torch.training.optimizer import make_adamw
 from reference_np.ops import IGNORE
 
+from ..conformance.architectures import seeds
 from ..conformance.drawn import Draw, composite, labelled
-from ..conformance.strategies import packed, seeds
+from ..conformance.strategies import packed
 from ..support.trainer_runs import scalars, stop_after, unsampled_run
 
 pytestmark = pytest.mark.numeric

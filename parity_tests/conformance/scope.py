@@ -1,0 +1,104 @@
+"""The tests that a backend can be put to: those of its methods and dtypes, inside its limits."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from reference_np import backend as protocol
+from reference_np.backend import dtypes_of
+from reference_np.limits import Limits, limits_of
+
+from .strategies import FREE_MASKS
+
+
+def decoding_sides(limits: Limits) -> tuple[bool, ...]:
+    """Return the sides, True for the left, on which prompts may be padded before decoding.
+
+    After padding on the right, a new token's position is not its column: it must be given.
+    """
+    sides = limits.padding_sides
+    return sides if limits.positions == "any" else tuple(side for side in sides if side)
+
+
+def _decode(limits: Limits) -> str:
+    return "" if limits.cache in ("value", "in place") else "cache"
+
+
+def _padding(limits: Limits, sides: tuple[bool, ...]) -> str:
+    return "" if sides else "batch" if limits.batch == 1 else "masks"
+
+
+def _padded_decoding(limits: Limits) -> str:
+    sides = decoding_sides(limits)
+    unplaced = "positions" if limits.padding_sides and not sides else ""
+    return _decode(limits) or unplaced or _padding(limits, sides)
+
+
+# Test -> a function from limits to the name of the one that leaves no example of the test.
+EXCLUDED: Mapping[str, Callable[[Limits], str]] = {
+    "test_padding": lambda limits: _padding(limits, limits.padding_sides),
+    "test_packing": lambda limits: "" if limits.masks in FREE_MASKS else "masks",
+    "test_chunked_decoding": _decode,
+    "test_chunked_trace": _decode,
+    "test_padded_decoding": _padded_decoding,
+    "test_reused_cache": lambda limits: "" if limits.cache == "value" else "cache",
+}
+
+
+def excluded_by(test: str, backend: Any) -> str:
+    """Return ``limit = value`` for the declared limit that leaves no example of a test; or ""."""
+    limits = limits_of(backend)
+    name = EXCLUDED[test](limits) if test in EXCLUDED else ""
+    return f"{name} = {getattr(limits, name)}" if name else ""
+
+
+def lacking(backend: Any, method: str, dtype: str | None) -> str:
+    """Return the method or precision that a test needs and the backend lacks; "" if none."""
+    if not callable(getattr(backend, method, None)):
+        return method
+    return "" if dtype is None or dtype in dtypes_of(backend) else dtype
+
+
+def count_tests(module: ModuleType, backend: Any) -> int:
+    """Return the number of a module's tests that run on a backend."""
+    return sum(
+        not lacking(backend, method, dtype) and not excluded_by(name, backend)
+        for name, method, dtype in _parametrized(module)
+    )
+
+
+def _parametrized(module: ModuleType) -> Iterator[tuple[str, str, str | None]]:
+    """Yield the name, the needed method and the dtype of every test of a module."""
+    for name, function in vars(module).items():
+        marks = getattr(function, "pytestmark", []) if name.startswith("test_") else []
+        needs = [mark.args[0] for mark in marks if mark.name == "needs"]
+        parameters = [mark.args for mark in marks if mark.name == "parametrize"]
+        for method in needs:
+            values = parameters[0][1] if parameters else [None]
+            of_dtype = bool(parameters) and parameters[0][0] == "dtype"
+            for value in values:
+                yield name, method, value if of_dtype else None
+
+
+def is_own_refusal(backend: Any, error: NotImplementedError) -> bool:
+    """Return whether a NotImplementedError was raised in the backend's own files.
+
+    They are those of its class and of the classes that it derives from, or of its module.
+    """
+    raised_in = error.__traceback__
+    while raised_in is not None and raised_in.tb_next is not None:
+        raised_in = raised_in.tb_next
+    if raised_in is None:
+        return True
+    own = {protocol.__name__, *(cls.__module__ for cls in _classes(backend))}
+    if inspect.ismodule(backend):
+        own.add(backend.__name__)
+    frame = raised_in.tb_frame
+    here = Path(__file__).parent.parent / "backends"  # what is shipped for backends
+    return frame.f_globals.get("__name__") in own or here in Path(frame.f_code.co_filename).parents
+
+
+def _classes(backend: Any) -> tuple[type, ...]:
+    return type(backend).__mro__[:-1]
