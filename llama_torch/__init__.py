@@ -4,6 +4,11 @@ Read in this order: model/ (config, llama, masks, rope, kv_cache, loss); trainin
 data/; tokenizer/; inference/ (engine, decoding, sampling, eager_step, text_model); kernels/.
 """
 
+from .common.interrupt import end_while_importing, is_starting_command
+
+if is_starting_command():
+    end_while_importing()
+
 from typing import TYPE_CHECKING
 
 from .common.errors import InputError

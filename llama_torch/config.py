@@ -113,12 +113,12 @@ class TrainConfig:
     config: str = ""
     """TOML file of settings: these flags' names as keys, in any section; flags win over it."""
     out: str = ""
-    """Run directory; empty = the next free runs/N (with --resume: the latest)."""
+    """Run directory; empty = the next free runs/N (with --resume: the last worked on)."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, with its own settings."""
 
     steps: int = 240
-    """Optimizer steps."""
+    """Optimizer steps; with --resume the run's new length, and the end of its schedule."""
     batch_size: int = 4
     """Windows (rows of --max-seq-len tokens) in one forward pass of a process, at most."""
     grad_accum: int = 1

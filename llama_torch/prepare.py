@@ -1,5 +1,6 @@
 """Tokenise text into shards: ``python -m llama_torch.prepare --data texts/ --out DIR``."""
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -8,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import cli
-from .common.errors import check, check_positive
+from .common.errors import InputError, check, check_positive
+from .common.files import read_json
 from .data.text_files import find_files, identify
+from .model.config import ModelConfig
+from .tokenizer.encoding import GPT2, TextEncoding, load_encoding
 
 if TYPE_CHECKING:
     from .data.shards import TokenShards
@@ -24,6 +28,8 @@ class PrepareConfig:
     help topics."""
     text_field: str = "text"
     """Name of the text field in .jsonl and .parquet records."""
+    tokenizer: str = ""
+    """Model directory whose tokenizer encodes the text; empty = GPT-2's encoding."""
     out: str = ""
     """Folder to write; an earlier run that was stopped there is resumed."""
     workers: int = 0
@@ -53,14 +59,33 @@ def _main(argv: Sequence[str]) -> int:
     from .data.shard_writer import prepare  # imports NumPy: a wrong flag is told before
 
     started = time.perf_counter()
-    text = identify(find_files(config.data), config.text_field)
+    text = identify(find_files(config.data), config.text_field, encoding_of(config))
     shards = prepare(text, Path(config.out), config.workers, config.shard_tokens)
+    init = f"--init-from {shlex.quote(config.tokenizer)} " if config.tokenizer else ""
     print(
         f"{config.out}: {len(shards):,} tokens in {len(shards.index.shards)} shards of "
         f"{shards.index.dtype}, after {time.perf_counter() - started:.0f} s\n"
-        f"next:\n  python -m llama_torch.train --data {config.out}"
+        f"next:\n  python -m llama_torch.train {init}--data {config.out}"
     )
     return 0
+
+
+def encoding_of(config: PrepareConfig) -> TextEncoding:
+    """Return the encoding of --tokenizer, a model directory or one that holds a tokenizer alone.
+
+    Raises InputError for a directory without a tokenizer, or with one that cannot be read.
+    """
+    if not config.tokenizer:
+        return GPT2
+    folder = Path(config.tokenizer)
+    if not folder.is_dir():
+        raise InputError(f"--tokenizer {folder}: no such directory; give a model's")
+    path = folder / "config.json"
+    if path.is_file():
+        return load_encoding(folder, ModelConfig.from_hf(read_json(path), str(path)).vocab_size)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise InputError(f"--tokenizer {folder}: holds no tokenizer.json and no tokenizer.model")
+    return load_encoding(folder)
 
 
 def _verify(config: PrepareConfig) -> int:
@@ -87,7 +112,7 @@ def _verify_text(config: PrepareConfig, shards: "TokenShards") -> int:
     from .data.shard_check import first_difference
     from .data.shard_progress import another_text
 
-    text = identify(find_files(config.data), config.text_field)
+    text = identify(find_files(config.data), config.text_field, encoding_of(config))
     if shards.index.key != text.key:
         raise another_text(shards.folder)
     at = first_difference(shards, text, config.workers)

@@ -13,6 +13,7 @@ from .config import TrainConfig
 from .training import run_dir
 from .training.parallel_layout import check_parallel_layout
 from .training.run_file import RUN_FILE
+from .training.run_length import steps_done
 from .training.signals import Stopped
 
 
@@ -53,6 +54,7 @@ def _train(config: TrainConfig) -> int:
 
     if config.dry_run:
         return dry_run.report(config)
+    was_finished = config.resume and steps_done(Path(config.out)) == config.steps
     started = time.perf_counter()
     try:
         val_loss = train(config)
@@ -63,9 +65,12 @@ def _train(config: TrainConfig) -> int:
         return 128 + stopped.signum
     if not is_main_process():
         return 0
+    result = f"validation loss {val_loss:.3f}, perplexity {perplexity(val_loss):.1f}"
+    if was_finished:
+        print(_finished_message(config, result))
+        return 0
     print(
-        f"finished in {time.perf_counter() - started:.0f} s: validation loss {val_loss:.3f}, "
-        f"perplexity {perplexity(val_loss):.1f}, checkpoint in {config.out}\n"
+        f"finished in {time.perf_counter() - started:.0f} s: {result}, checkpoint in {config.out}\n"
         "next:\n"
         f"  python tools/compare.py {shlex.quote(config.out + '/model.safetensors')}\n"
         f"  python -m llama_torch.generate --ckpt {shlex.quote(config.out)} "
@@ -74,14 +79,25 @@ def _train(config: TrainConfig) -> int:
     return 0
 
 
+def _finished_message(config: TrainConfig, result: str) -> str:
+    return (
+        f"{config.out} was finished already: {config.steps} of {config.steps} steps, {result}\n"
+        "to train it longer:\n"
+        f"  {_resume_command(config.out)} --steps {2 * config.steps}"
+    )
+
+
 def _stop_message(stopped: Stopped, out: str) -> str:
     name = signal.Signals(stopped.signum).name
     if not (Path(out) / RUN_FILE).exists():
         return f"stopped by {name} before the run began; nothing was written"
     saved = "at the last checkpoint" if stopped.saved is None else f"after step {stopped.saved}"
+    return f"stopped by {name}; continue {saved} with: {_resume_command(out)}"
+
+
+def _resume_command(out: str) -> str:
     launcher = "torchrun ..." if is_launched() else "python"
-    command = f"{launcher} -m llama_torch.train --resume --out {shlex.quote(out)}"
-    return f"stopped by {name}; continue {saved} with: {command}"
+    return f"{launcher} -m llama_torch.train --resume --out {shlex.quote(out)}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,18 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from .config import InputError, LlamaConfig
-from .naming import DERIVED_SUFFIX, EMBED, LM_HEAD, parameter_shapes
+from .naming import (
+    DERIVED_SUFFIX,
+    EMBED,
+    LM_HEAD,
+    layer_shapes,
+    named_shapes,
+    outer_shapes,
+    parameter_shape,
+)
 from .ops import Array
+
+SHOWN = 3  # tensors that a message names, of each kind of problem
 
 STORED = {"F16", "BF16", "F32", "F64"}
 
@@ -81,15 +92,13 @@ class Checkpoint(Mapping[str, Array]):
             )
 
     def _check_shapes(self) -> None:
-        expected = parameter_shapes(self.config)
         found = {name: header.shape(name) for name, header in self._headers.items()}
         dtypes = {
             name: header.dtypes[header.stored_name(name)] for name, header in self._headers.items()
         }
-        problems = describe_mismatch(expected, found)
-        problems += [
-            f"{name} is stored as {dtype}" for name, dtype in dtypes.items() if dtype not in STORED
-        ]
+        problems = describe_mismatch(self.config, found)
+        odd = [f"{name} is stored as {d}" for name, d in dtypes.items() if d not in STORED]
+        problems += [*odd[:SHOWN], *_count_rest(len(odd), "stored as no float")]
         if problems:
             raise InputError(f"{self.path}: does not fit its config: {'; '.join(problems)}")
 
@@ -129,18 +138,35 @@ class _Header:
         return tensor
 
 
-def describe_mismatch(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    """Return one phrase for each tensor that is missing, extra or of another shape."""
-    missing = [f"{name} is missing" for name in expected if name not in found]
-    extra = [f"{name} is not a parameter of it" for name in found if name not in expected]
+def describe_mismatch(config: LlamaConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return phrases for the tensors that are missing, extra or of another shape.
+
+    Of each kind the first few are named and the rest counted. A config may claim any number of
+    layers: their names are made one by one, no more of them than ``found`` has and a few.
+    """
+    expected = {name: parameter_shape(config, name) for name in found}
+    missing = (name for name, _ in named_shapes(config) if name not in found)
+    extra = [name for name, shape in expected.items() if shape is None]
+    n_known = len(found) - len(extra)
+    n_missing = len(outer_shapes(config)) + config.n_layers * len(layer_shapes(config)) - n_known
     misshapen = [
         f"{name} is {list(found[name])} and should be {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if shape is not None and found[name] != shape
     ]
-    return missing + extra + misshapen
+    return [
+        *(f"{name} is missing" for name in islice(missing, SHOWN)),
+        *_count_rest(n_missing, "missing"),
+        *(f"{name} is not a parameter of it" for name in extra[:SHOWN]),
+        *_count_rest(len(extra), "not parameters of it"),
+        *misshapen[:SHOWN],
+        *_count_rest(len(misshapen), "of another shape"),
+    ]
+
+
+def _count_rest(count: int, kind: str) -> list[str]:
+    """Return a phrase for the tensors of one kind beyond those named, if there are any."""
+    return [f"{count - SHOWN:,} more are {kind}"] if count > SHOWN else []
 
 
 def _shard_names(path: Path) -> list[str]:

@@ -108,8 +108,8 @@ class LlamaConfig:
 
     ``head_dim`` is explicit: it need not equal ``dim / n_heads``. ``n_kv_heads`` below
     ``n_heads`` is grouped-query attention. ``rope_type`` other than "default" scales the rotary
-    frequencies by the fields after it (see ops.rope_frequencies). Raises InputError naming the
-    bad field.
+    frequencies by the fields after it (see ops.rope_frequencies). Integers are below 2^31, as every
+    library that reads such a file can hold them. Raises InputError naming the bad field.
     """
 
     dim: int
@@ -132,8 +132,10 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not (type(value) is int and value > 0):
-                raise InputError(f"{field.name} must be a positive integer, got {value!r}")
+            if field.type is int and not (type(value) is int and 0 < value < 2**31):
+                raise InputError(
+                    f"{field.name} must be a positive integer below 2^31, got {value!r}"
+                )
         if self.n_heads % self.n_kv_heads:
             raise InputError(
                 f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"

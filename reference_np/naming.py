@@ -4,6 +4,9 @@ Axes: B batch, T query position, D dim, H query heads, N key/value heads, K head
 F hidden_dim, V vocabulary.
 """
 
+import re
+from collections.abc import Iterator
+
 from .config import LlamaConfig
 
 EMBED = "model.embed_tokens.weight"
@@ -12,6 +15,8 @@ LM_HEAD = "lm_head.weight"
 
 # Buffers that old Hugging Face checkpoints store although the config determines them.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+
+_IN_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,9})\.(.*)")
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -34,19 +39,42 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Return every parameter's shape by its Hugging Face name, in model order.
+def outer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters around the layers, by name, in model order.
 
     With tied embeddings there is no ``lm_head.weight``: the head is the embedding.
     """
-    shapes: dict[str, tuple[int, ...]] = {EMBED: (config.vocab_size, config.dim)}
+    matrix = config.vocab_size, config.dim
+    head = {} if config.tie_embeddings else {LM_HEAD: matrix}
+    return {EMBED: matrix, NORM: (config.dim,), **head}
+
+
+def named_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield every parameter's Hugging Face name and shape, in model order."""
+    embedding, *last = outer_shapes(config).items()
+    yield embedding
+    layer_parameters = layer_shapes(config).items()
     for layer in range(config.n_layers):
-        for name, shape in layer_shapes(config).items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
-    shapes[NORM] = (config.dim,)
-    if not config.tie_embeddings:
-        shapes[LM_HEAD] = (config.vocab_size, config.dim)
-    return shapes
+        for name, shape in layer_parameters:
+            yield f"model.layers.{layer}.{name}", shape
+    yield from last
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Return every parameter's shape by its Hugging Face name, in model order."""
+    return dict(named_shapes(config))
+
+
+def parameter_shape(config: LlamaConfig, name: str) -> tuple[int, ...] | None:
+    """Return the shape of the parameter of a Hugging Face name, None if the model has none such.
+
+    It takes no longer for more layers.
+    """
+    in_layer = _IN_LAYER.fullmatch(name)
+    if in_layer is None:
+        return outer_shapes(config).get(name)
+    has_layer = int(in_layer[1]) < config.n_layers
+    return layer_shapes(config).get(in_layer[2]) if has_layer else None
 
 
 # One layer's activations in the order they are computed.

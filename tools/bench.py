@@ -9,17 +9,22 @@ the matrices read per second, from the first new token to the last, beside those
 matrix-vector product), for other works the speed of their matrix products alone.
 """
 
-import json
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 if __name__ == "__main__":
+    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
     # should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError

@@ -7,19 +7,23 @@ layer by layer, in float64, which counts as exact, and in the dtype under test. 
 latter is the baseline: the other side's may be BASELINE_FACTOR times as large.
 """
 
-import json
 import signal
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
+    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
     # should be; and --against package.module:object is likely to live in the current folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     sys.path.append("")
+
+import json
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import reference_np.config
 from llama_torch.common import cli

@@ -3,21 +3,25 @@
 Meta's form is described in meta_checkpoint.py.
 """
 
-import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
 
 if __name__ == "__main__":
+    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
     # should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
 
 from llama_torch.checkpoint.file_names import INDEX_FILE, META_FILES, MODEL_FILE
 from llama_torch.common import cli

@@ -7,17 +7,22 @@ plain loop float32 weights under autocast: the deviation over seeds says how muc
 difference is chance.
 """
 
-import json
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 if __name__ == "__main__":
+    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
     # should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check, check_positive

@@ -1,6 +1,13 @@
 """Draw a run's training curve: ``python tools/plot.py runs/1 docs/curve.svg`` (extra: plot)."""
 
+import signal
 import sys
+
+if __name__ == "__main__":
+    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -7,6 +7,7 @@ the new one.
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,12 @@ from ..common.files import atomic_write, parse_json, read_json, require_no_point
 from ..common.notes import note
 from ..model.config import ModelConfig
 from ..model.llama import Llama
+from ..model.shapes import EMBEDDING, HEAD, ParameterShapes
 from ..tokenizer.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .file_names import INDEX_FILE, MODEL_FILE
 
 # A buffer that old Hugging Face checkpoints stored although the config determines it.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # What a parameter may be stored as, by safetensors' names.
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -36,6 +36,8 @@ COMPILED = "_orig_mod."  # how torch.compile's wrapper names its model
 PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
 
 ADAPTER = "adapter_config.json"
+
+FEW = 3  # tensors that a message names, of each kind of problem
 
 
 class Stored(NamedTuple):
@@ -104,10 +106,10 @@ def load_model(
     """
     path = Path(path)
     config, files = locate(path)
+    found = {name: where.shape for name, where in files.items()}
+    require_match(path, ParameterShapes(config), found)  # before a model of that many layers
     with torch.device("meta"):
         model = Llama(config)
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    require_match(path, expected, {name: where.shape for name, where in files.items()})
     tensors = {name: read_tensor(files[name].file, name, dtype, device) for name in files}
     model.load_state_dict(tensors, assign=True)
     return model.eval()
@@ -168,21 +170,38 @@ def require_match(
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raise InputError naming every tensor that is missing, extra or of another shape."""
+    """Raise InputError for tensors that are missing, extra or of another shape.
+
+    Of each kind it names the first few and counts the rest. ``expected`` may be as long as a
+    config claims: no more of it is read than ``found`` has, and a few.
+    """
     if found and all(name.startswith(COMPILED) for name in found):
         raise InputError(
             f"{source}: its names begin with {COMPILED}, as torch.compile's do; save "
             f"model.{COMPILED[:-1]}.state_dict() in place of model.state_dict()"
         )
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not a parameter of it" for name in found if name not in expected]
-    problems += [
-        f"{name} is {list(found[name])} and should be {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
+    known = [name for name in found if name in expected]
+    missing = (f"{name} is missing" for name in expected if name not in found)
+    extra = (f"{name} is not a parameter of it" for name in found if name not in expected)
+    misshapen = [
+        f"{name} is {list(found[name])} and should be {list(expected[name])}"
+        for name in known
+        if found[name] != expected[name]
+    ]
+    problems = [
+        *_first_of(missing, len(expected) - len(known), "missing"),
+        *_first_of(extra, len(found) - len(known), "no parameter of it"),
+        *_first_of(iter(misshapen), len(misshapen), "of another shape"),
     ]
     if problems:
         raise InputError(f"{source}: does not fit its config: {'; '.join(problems)}")
+
+
+def _first_of(problems: Iterator[str], count: int, kind: str) -> list[str]:
+    """Return the first few of ``count`` problems, and a phrase that counts the rest."""
+    first = list(islice(problems, FEW))
+    more = count - len(first)
+    return [*first, f"{more:,} more {'is' if more == 1 else 'are'} {kind}"] if more else first
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -5,13 +5,15 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
 from .errors import InputError, VerificationError, printable
+from .interrupt import raise_or_end
 from .settings import Settings, as_default, name_source
 
 C = TypeVar("C")
@@ -42,12 +44,12 @@ def parse(config_class: type[C], argv: Sequence[str], settings: Settings | None 
 
 
 def early_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Read --config, --out and --resume first: the other flags' defaults depend on them.
+    """Read --config, --out, --resume and --steps first: the other flags' defaults depend on them.
 
-    ``config`` and ``out`` are None where they are not given.
+    ``config``, ``out`` and ``steps`` are None where they are not given.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--config", "--out"):
+    for name in ("--config", "--out", "--steps"):
         # A forgotten value is left for tyro to report.
         parser.add_argument(name, nargs="?", default=None, const="")
     parser.add_argument("--resume", action="store_true")
@@ -64,7 +66,8 @@ def run(main: Callable[[], int]) -> int:
     2 as well. Ctrl-C is 130, and a reader of the output that went away 141, as shells count them.
     """
     try:
-        return main()
+        with _interruptible():
+            return main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -74,6 +77,22 @@ def run(main: Callable[[], int]) -> int:
     except (VerificationError, InputError, OSError) as error:
         complain(error)
         return 1 if isinstance(error, VerificationError) else 2
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, where it had its default action; put that back after.
+
+    So a second Ctrl-C, or one while Python exits, ends the process at once.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGINT, raise_or_end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def complain(error: Exception) -> None:

@@ -44,7 +44,15 @@ def _shortened(text: str, limit: int) -> str:
 def check(valid: bool, flag: str, value: object, requirement: str) -> None:
     """Raise InputError naming the flag unless ``valid``."""
     if not valid:
-        raise InputError(f"--{flag.replace('_', '-')} {requirement}, got {value!r}")
+        raise InputError(f"--{flag.replace('_', '-')} {requirement}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: as Python writes it, but for an endless integer."""
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits; TOML can hold one
+        return "an integer of thousands of digits"
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -53,6 +61,14 @@ def check_positive(config: object, *names: str) -> None:
         value = getattr(config, name)
         # No float holds an integer much larger than this.
         check(0 < value < 1e300, name, value, "must be positive")
+
+
+def check_sizes(config: object) -> None:
+    """Raise InputError naming the first integer field of 2^31 or more: no size is as large."""
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        if type(item.default) is int:
+            value = getattr(config, item.name)
+            check(value < 2**31, item.name, value, "must be below 2^31")
 
 
 def check_types(config: object) -> None:

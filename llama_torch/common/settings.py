@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
-from .errors import InputError
+from .errors import InputError, shown
 
 C = TypeVar("C")
 
@@ -156,6 +156,6 @@ def _one_of(values: Sequence[str]) -> str:
 
 
 def _wrong(where: str, requirement: str, value: Any) -> NoReturn:
-    shown = repr(value)
-    shown = shown if len(shown) < 80 else f"{shown[:80]}..."
-    raise InputError(f"{where} must be {requirement}, got {shown}; correct it")
+    text = shown(value)
+    text = text if len(text) < 80 else f"{text[:80]}..."
+    raise InputError(f"{where} must be {requirement}, got {text}; correct it")

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from ..common.errors import InputError
 from ..config import DataConfig
+from ..tokenizer.encoding import GPT2, TextEncoding
 from ..tokenizer.gpt2 import VOCAB_SIZE
 from . import order
 from .documents import Nulls
 from .shard_writer import prepare
-from .shards import TokenShards, is_shards
+from .shards import INDEX_FILE, TokenShards, is_shards
 from .text_files import find_files, identify
 
 HELP_TOPICS = "Python's help topics (built in)"
@@ -62,14 +63,17 @@ class Corpus:
     key: str  # hash of the content and of the encoding
 
 
-def load_corpus(config: DataConfig, vocab_size: int, context: int) -> Corpus:
+def load_corpus(
+    config: DataConfig, vocab_size: int, context: int, encoding: TextEncoding = GPT2
+) -> Corpus:
     """Open the configured texts, tokenised unless they are in the cache, and split each.
 
-    Raises InputError for text that cannot be read, token ids outside the vocabulary, and a
-    training or validation part shorter than one window of ``context`` + 1 tokens.
+    Raises InputError for text that cannot be read, shards of another tokenizer, token ids outside
+    the vocabulary, and a training or validation part shorter than one window of ``context`` + 1
+    tokens.
     """
     names = [(name,) for name in config.data] if config.weights else [config.data]
-    shards = [_open(config, patterns) for patterns in names]
+    shards = [_open(config, patterns, encoding) for patterns in names]
     sources = []
     for patterns, tokens in zip(names, shards, strict=True):
         name = ", ".join(patterns) or HELP_TOPICS
@@ -84,7 +88,7 @@ def load_corpus(config: DataConfig, vocab_size: int, context: int) -> Corpus:
     return Corpus(tuple(sources), config.weights or (1.0,), key)
 
 
-def _open(config: DataConfig, patterns: Sequence[str]) -> TokenShards:
+def _open(config: DataConfig, patterns: Sequence[str], encoding: TextEncoding) -> TokenShards:
     """Return the token shards of a folder, or of the text files that ``patterns`` name."""
     folders = [name for name in patterns if name and is_shards(Path(name))]
     if folders and len(patterns) > 1:
@@ -94,12 +98,22 @@ def _open(config: DataConfig, patterns: Sequence[str]) -> TokenShards:
         )
     if folders:
         tokens = TokenShards(Path(folders[0]))
+        _require_encoding(tokens, encoding)
         Nulls(tokens.index.nulls, tokens.index.first_null_file).print(())
         return tokens
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(config.cache_dir) if config.cache_dir else home / "llama_torch"
-    text = identify(find_files(patterns), config.text_field)
+    text = identify(find_files(patterns), config.text_field, encoding)
     return prepare(text, cache / text.key)
+
+
+def _require_encoding(tokens: TokenShards, encoding: TextEncoding) -> None:
+    if tokens.index.encoding != encoding.sha256:
+        raise InputError(
+            f"{tokens.folder / INDEX_FILE}: holds ids of another tokenizer than {encoding.name}; "
+            f"tokenise the text with python -m llama_torch.prepare{encoding.flag}"
+            + ("" if encoding.directory else ", or begin with --init-from the tokenizer's model")
+        )
 
 
 def _require_in_vocabulary(tokens: TokenShards, vocab_size: int, name: str) -> None:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from ..common.errors import InputError, has_surrogates
 from ..common.notes import note
 from ..common.torchrun import is_main_process
-from ..tokenizer.gpt2 import END_OF_TEXT_ID, gpt2_ids, located
+from ..tokenizer.encoding import GPT2, TextEncoding
+from ..tokenizer.gpt2 import located
 from .formats import STRUCTURED, is_compressed, open_decompressed, text_format
 from .text_files import help_topics
 
@@ -24,8 +25,9 @@ ROWS = 64  # rows of a .parquet file decoded at a time
 BOM = b"\xef\xbb\xbf"  # byte-order mark, skipped
 # The last place before white space that something else follows. GPT-2's pretokeniser always begins
 # a token there (it leaves the last white space of a run to what follows), and looks at nothing
-# before it: the ids of the two parts are those of the whole. What follows is told by its first
-# byte; the first bytes left out begin white space as well.
+# before it: the ids of the two parts are those of the whole. Of another tokenizer the text is that
+# of the whole, and its ids but for a few at a border. What follows is told by its first byte; the
+# first bytes left out begin white space as well.
 BORDER = re.compile(rb"(?s:.*)((?<!\r)\n|\r\n| )(?=[!-~\xc3-\xdf\xe4-\xf4]|\xe3[\x81-\xbf])")
 
 
@@ -38,6 +40,7 @@ class TextPiece(NamedTuple):
     content: bytes | tuple[str | None, ...]  # a slice of the file, or whole documents; None = null
     is_last: bool  # the last piece of its file
     n_bytes: int  # bytes of the file it covers, estimated for .parquet
+    is_first: bool = True  # the first piece of its file, where that is one document
 
 
 class Nulls(NamedTuple):
@@ -115,9 +118,12 @@ def _file_pieces(path: Path, number: int, start: int) -> Iterator[TextPiece]:
     is_jsonl = text_format(path) == ".jsonl"
     with open_decompressed(path) as file:
         size = 0 if is_compressed(path) else os.fstat(file.fileno()).st_size
-        rest = file.read(len(BOM)) if start == 0 else b""
+        rest = file.read(len(BOM)) if start in (0, len(BOM)) else b""
+        is_first = start == 0 or rest == BOM
         if rest == BOM:
-            start, rest = len(BOM), b""
+            start = len(BOM)
+        if start:
+            rest = b""
         file.seek(start + len(rest))
         # A compressed file is read once, forwards: it has no cheap way back, and no known size.
         rest = rest or file.read(1)
@@ -125,8 +131,8 @@ def _file_pieces(path: Path, number: int, start: int) -> Iterator[TextPiece]:
             rest += file.read(PIECE + 1 - len(rest))
             content, rest = _cut_record(rest, file) if is_jsonl else _cut_text(rest)
             rest = rest or file.read(1)
-            yield TextPiece(path, number, start, content, not rest, len(content))
-            start += len(content)
+            yield TextPiece(path, number, start, content, not rest, len(content), is_first)
+            start, is_first = start + len(content), False
         if start < size:
             raise InputError(f"--data {path}: shrank while it was read; run this again")
 
@@ -261,21 +267,23 @@ def _lines_before(path: Path, offset: int) -> int:
         )
 
 
-def encode(piece: TextPiece, text_field: str) -> tuple[NDArray[np.uint32], int]:
-    """Return a piece's GPT-2 token ids, uint32 [N], and how many of its records are null.
+def encode(
+    piece: TextPiece, text_field: str, encoding: TextEncoding = GPT2
+) -> tuple[NDArray[np.uint32], int]:
+    """Return a piece's token ids, uint32 [N], and how many of its records are null.
 
-    <|endoftext|> ends each non-empty document. Raises InputError, naming file and place, for text
-    that cannot be read or encoded.
+    Each document that is not empty ends with the encoding's EOS. Raises InputError, naming file and
+    place, for text that cannot be read or encoded.
     """
     found: list[int] = []
     n_nulls = 0
-    ends = piece.is_last or not isinstance(piece.content, bytes)
-    ends = ends or (piece.path is not None and text_format(piece.path) in STRUCTURED)
+    is_whole = not isinstance(piece.content, bytes)
+    is_whole = is_whole or (piece.path is not None and text_format(piece.path) in STRUCTURED)
+    parts = piece.is_first or is_whole, piece.is_last or is_whole
     for number, text in _numbered(piece, text_field):
         if text is None:
             n_nulls += 1
             continue
         with located(partial(_place, piece, number)):
-            ids = gpt2_ids(text)
-        found += [*ids, END_OF_TEXT_ID] if ids and ends else ids
+            found += encoding.document_ids(text, *parts)
     return np.array(found, dtype=np.uint32), n_nulls

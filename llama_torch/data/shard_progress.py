@@ -9,7 +9,6 @@ import numpy as np
 
 from ..common.errors import InputError
 from ..common.state_file import MOST, read_state, require_count, write_state
-from ..tokenizer.gpt2 import gpt2
 from .documents import TextPiece
 from .formats import text_format
 from .shard_check import scan
@@ -105,7 +104,7 @@ def _require_possible(progress: Progress, text: Text) -> None:
     if n_tokens and n_tokens[-1] > progress.shard_tokens:
         raise ValueError("the last shard is more than full")
     is_begun = len(n_tokens) > 0
-    require_count("highest", progress.highest, is_begun - 1, gpt2().n_vocab - 1)
+    require_count("highest", progress.highest, is_begun - 1, text.encoding.tokenizer.n_ids - 1)
     require_count("file", progress.file, 0, max(0, len(text.files) - 1))
     require_count("start", progress.start, 0, _last_start(text, progress.file))
     require_count("skip", progress.skip, int(is_begun), sum(n_tokens))

@@ -14,7 +14,6 @@ import numpy as np
 from ..common.errors import InputError
 from ..common.files import atomic_write, open_lock, try_lock
 from ..common.state_file import write_state
-from ..tokenizer.gpt2 import RANKS_SHA256, gpt2
 from . import documents
 from .documents import Nulls
 from .shard_progress import (
@@ -67,9 +66,11 @@ def prepare(
             "--cache-dir), or make room and run this again"
         ) from None
     shards = TokenShards(folder)
-    if (shards.index.key, shards.index.shard_tokens) != (text.key, shard_tokens):
+    index = shards.index
+    found = index.key, index.encoding, index.shard_tokens
+    if found != (text.key, text.encoding.sha256, shard_tokens):
         raise another_text(folder)
-    Nulls(shards.index.nulls, shards.index.first_null_file).print(text.files)
+    Nulls(index.nulls, index.first_null_file).print(text.files)
     return shards
 
 
@@ -87,7 +88,7 @@ def _locked(folder: Path) -> Iterator[int]:
 
 
 def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) -> None:
-    dtype = "uint16" if gpt2().n_vocab <= 1 << 16 else "uint32"
+    dtype = "uint16" if text.encoding.tokenizer.n_ids <= 1 << 16 else "uint32"
     done = resume(folder, text, shard_tokens, DTYPES[dtype])
     pieces = documents.pieces(text.files, text.text_field, done.file, done.start)
     with (
@@ -111,7 +112,7 @@ def _fill(folder: Path, text: Text, workers: int, shard_tokens: int, lock: int) 
         raise
     total = sum(shard.tokens for shard in done.shards)
     index = Index(
-        *(dtype, RANKS_SHA256, text.key, shard_tokens, total, done.highest, done.shards),
+        *(dtype, text.encoding.sha256, text.key, shard_tokens, total, done.highest, done.shards),
         *stream.nulls,
     )
     record = {"format": FORMAT, "version": VERSION, **asdict(index)}

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from ..common.errors import InputError
 from ..common.files import read_json
 from ..common.state_file import read_state, require_count, require_text, shown
-from ..tokenizer.gpt2 import RANKS_SHA256
 
 FORMAT, VERSION = "llama_torch token shards", 1
 
@@ -47,8 +46,8 @@ class Index:
     """The fields of index.json; counts are in tokens."""
 
     dtype: str
-    encoding: str  # hash of the encoding's ranks
-    key: str  # hash of the text and of the encoding
+    encoding: str  # hash of the tokenizer
+    key: str  # hash of the text and of the tokenizer
     shard_tokens: int  # of every shard but the last, which may have fewer
     tokens: int
     highest: int  # id; -1 without tokens
@@ -163,8 +162,6 @@ def read_index(folder: Path) -> Index:
         _require_consistent(index)
     except ValueError as error:
         raise InputError(f"{path}: damaged index ({error}); {remedy}") from None
-    if index.encoding != RANKS_SHA256:
-        raise InputError(f"{path}: holds ids of another encoding than GPT-2's; tokenise the text")
     return index
 
 

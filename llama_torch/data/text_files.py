@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..common.errors import InputError
 from ..common.notes import note
 from ..common.torchrun import is_main_process
-from ..tokenizer.gpt2 import RANKS_SHA256
+from ..tokenizer.encoding import GPT2, TextEncoding
 from .folder_walk import Found, search
 from .formats import ENDINGS, READABLE, STRUCTURED, ending, open_decompressed, text_format
 
@@ -26,6 +26,7 @@ class Text(NamedTuple):
     key: str  # hash of the content and of the encoding
     stamps: tuple[tuple[int, int], ...]  # each file's size and modification time, before reading
     sizes: tuple[int, ...]  # of each file, in bytes, decompressed
+    encoding: TextEncoding = GPT2
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -80,14 +81,14 @@ def names_text(pattern: str) -> bool:
     return Path(pattern).exists() or bool(search(pattern).files)
 
 
-def identify(files: Sequence[Path], text_field: str) -> Text:
+def identify(files: Sequence[Path], text_field: str, encoding: TextEncoding = GPT2) -> Text:
     """Return the files as a Text, with the hash of their bytes, formats and the encoding.
 
     Bytes are hashed decompressed: a text has the same key whether it is compressed or not, and a
     damaged file is an InputError before any of it is tokenised.
     """
     stamps, sizes = tuple(map(_stamp, files)), []
-    digest = hashlib.sha256(f"{CACHE_VERSION} {RANKS_SHA256}".encode())
+    digest = hashlib.sha256(f"{CACHE_VERSION} {encoding.sha256}".encode())
     if not files:
         for text in help_topics():
             digest.update(hashlib.sha256(text.encode()).digest())
@@ -97,7 +98,8 @@ def identify(files: Sequence[Path], text_field: str) -> Text:
         with open_decompressed(path) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]
             sizes.append(file.tell())
-    return Text(tuple(files), text_field, digest.hexdigest()[:32], stamps, tuple(sizes))
+    key = digest.hexdigest()[:32]
+    return Text(tuple(files), text_field, key, stamps, tuple(sizes), encoding)
 
 
 def require_unchanged(text: Text) -> None:

@@ -17,7 +17,6 @@ from rich import progress as rich_progress
 from rich.console import Console
 
 from ..common.errors import InputError
-from ..tokenizer.gpt2 import gpt2
 from . import documents
 from .documents import TextPiece
 from .shards import Ids
@@ -40,10 +39,10 @@ def encoded(
     workers = min(workers or len(os.sched_getaffinity(0)), n_pieces)
     if workers == 1:
         for piece in pieces:
-            yield piece, *documents.encode(piece, text.text_field)
+            yield piece, *documents.encode(piece, text.text_field, text.encoding)
             advance(piece.n_bytes)
         return
-    gpt2()  # loaded before the fork, so that workers share its memory
+    text.encoding.load()  # before the fork, so that workers share its memory
     pool = ProcessPoolExecutor(
         workers, get_context("fork"), initializer=_begin_worker, initargs=(os.getpid(), lock)
     )
@@ -61,7 +60,8 @@ def encoded(
             warnings.simplefilter("ignore", DeprecationWarning)
             pool.submit(int)
         for piece in pieces:
-            pending.append((piece, pool.submit(documents.encode, piece, text.text_field)))
+            given = piece, text.text_field, text.encoding
+            pending.append((piece, pool.submit(documents.encode, *given)))
             if len(pending) > 2 * workers:
                 yield first()
         while pending:

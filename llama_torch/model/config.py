@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..common.errors import InputError, check, check_positive, check_types
+from ..common.errors import InputError, check, check_positive, check_sizes, check_types
 
 # ModelConfig field -> Hugging Face key. The rotary fields have two places; see _rope_fields.
 HF_KEYS = {
@@ -98,6 +98,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_sizes(self)
         check_positive(self, "dim", "n_layers", "n_heads", "vocab_size")
         check_positive(self, "max_seq_len", "norm_eps", "rope_theta", *ROPE_KEYS)
         one_of = f"must be one of {', '.join(ROPE_USES)}"
@@ -160,7 +161,8 @@ class ModelConfig:
                 continue
             # Zero means "derive it" on the command line alone.
             if type(got) is not int or not 0 < got < 2**31:
-                raise InputError(f"{source}: {key} must be a positive integer, got {got!r}")
+                must = f"{key} must be a positive integer below 2^31"
+                raise InputError(f"{source}: {must}, got {got!r}")
         derived = {"n_kv_heads": values["n_heads"], "head_dim": 0, "tie_embeddings": False}
         for name, value in derived.items():
             values[name] = value if values[name] is None else values[name]
@@ -206,7 +208,9 @@ def _rope_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             continue
         rope = dict(hf[place]) if isinstance(hf[place], dict) else {"not an object": hf[place]}
         thetas.append(rope.pop("rope_theta", None))
-        kinds = [kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind]
+        kinds = [
+            kind for kind in map(rope.pop, ("rope_type", "type"), (None, None)) if kind is not None
+        ]
         kind = kinds[0] if kinds else "default"
         known = isinstance(kind, str) and kind in ROPE_USES
         keys = {ROPE_KEYS[name]: name for name in ROPE_USES[kind]} if known else {}

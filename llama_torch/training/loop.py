@@ -98,13 +98,25 @@ def take_steps(
 
 
 def announce(run: Run, progress: Progress | NullProgress) -> None:
-    """Print the corpus, the model, the run directory, and the step that the run resumes after."""
+    """Print the corpus, the model, the run directory, and where a resumed run stands."""
     progress.print_line(describe(run.corpus))
     progress.print_line(f"{run.summary}, run directory {Path(run.config.out)}")
     if run.config.keep_best and run.parallel.is_sharded:
         progress.print_line("best/ is not kept: no process holds the whole model")
-    if run.steps_done:
-        progress.print_line(f"continuing after step {run.steps_done}")
+    if 0 < run.steps_done < run.config.steps:
+        progress.print_line(f"continuing after step {run.steps_done} of {run.config.steps}")
+    if run.config.steps != run.steps_before:
+        progress.print_line(describe_new_schedule(run))
+
+
+def describe_new_schedule(run: Run) -> str:
+    """Return a line on the learning rate of a resumed run whose number of steps was changed."""
+    new, old, done = run.config.steps, run.steps_before, run.steps_done
+    lr, lr_before = (learning_rate(done, steps, run.config.optim) for steps in (new, old))
+    return (
+        f"the schedule ends at step {new} now instead of {old}: the learning rate of step "
+        f"{done + 1} is {lr:.2e} instead of {lr_before:.2e}"
+    )
 
 
 def periodic_actions(

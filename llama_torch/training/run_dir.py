@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,13 +14,14 @@ from ..checkpoint import step_folders
 from ..checkpoint.file_names import MODEL_FILE, STATE_FILE
 from ..checkpoint.step_folders import BEST
 from ..common import cli
-from ..common.errors import InputError, is_digits
+from ..common.errors import InputError, is_digits, printable
 from ..common.files import open_lock, try_lock, write_text
 from ..common.settings import Settings, read_toml
 from ..common.torchrun import is_launched, job_name
 from ..config import ParallelConfig, TrainConfig
 from ..data.text_files import names_text
 from .run_file import RUN_FILE, read_run
+from .run_length import require_same_length, require_steps_left, steps_done
 
 if TYPE_CHECKING:
     from ..distributed.parallel import Parallel
@@ -45,7 +47,7 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
         _require_free(Path(config.out))
         return config
     named = _named_out(early.out, settings)
-    out = Path(named) if named else _latest_run()
+    out = Path(named) if named else _last_worked_on()
     record = read_run(out)
     stored = dict(record.settings)
     if not is_launched():  # one process resumes what many began
@@ -53,6 +55,10 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
             stored.pop(field.name, None)
     config = cli.parse(TrainConfig, argv, stored | settings)
     config = dataclasses.replace(config, out=str(out))
+    if early.steps is None:
+        source = settings["steps"].source if "steps" in settings else str(record.path)
+        require_same_length(record, config.steps, source)
+    require_steps_left(record, config.steps, steps_done(out))
     if "data" not in stored or config.data.data != stored["data"].value:
         return config  # named anew
     data = tuple(find_again(name, record.directory, "--resume") for name in config.data.data)
@@ -125,11 +131,26 @@ def _next_run() -> Path:
     return RUNS / str(max(_runs(), default=0) + 1)
 
 
-def _latest_run() -> Path:
-    runs = [path for path in _runs().values() if (path / RUN_FILE).is_file()]
+def _last_worked_on() -> Path:
+    """Return the run in runs/ whose files are the newest, and print which it is; InputError."""
+    runs = [path.parent for path in sorted(RUNS.glob(f"*/{RUN_FILE}"))]
     if not runs:
         raise InputError("--resume: no run in runs/; name its directory with --out")
-    return runs[-1]
+    out = max(runs, key=_time_of_work)
+    of_all = f", the last worked on of {len(runs)} in runs/" if len(runs) > 1 else ""
+    print(f"note: --resume continues {printable(str(out))}{of_all}", file=sys.stderr)
+    return out
+
+
+def _time_of_work(out: Path) -> int:
+    """Return when the newest of a run's own files was written, in nanoseconds."""
+    names = (RUN_FILE, LOCK_FILE, MODEL_FILE, step_folders.FOLDER)
+    folders = (step_folders.FOLDER, EVENTS_FOLDER)
+    paths = [
+        *(out / name for name in names),
+        *(p for name in folders for p in out.glob(f"{name}/*")),
+    ]
+    return max(path.stat().st_mtime_ns for path in paths if path.exists())
 
 
 def _require_free(out: Path) -> None:

@@ -25,6 +25,7 @@ from .compile import compile_blocks
 from .optimizer import make_adamw
 from .restore import restore
 from .run_file import check_resume_config
+from .run_length import record_length
 from .validate import Validation
 
 
@@ -40,6 +41,7 @@ class Run:
     optimizer: Optimizer
     to_batch: Callable[[Tensor], Batch]  # windows int64 [B, T + 1] to tokens and targets [B, T]
     is_compiled: bool
+    steps_before: int  # the run's length before this start; config.steps unless --steps changed it
     steps_done: int  # training steps done before this process started
     skipped: list[int]  # steps, from 1, whose update was skipped; appended to during the run
 
@@ -132,9 +134,9 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
     torch.set_float32_matmul_precision(config.matmul_precision)
     dtype: torch.dtype = getattr(torch, config.dtype)
     model, optimizer = build(config.model, config.optim, config.seed, dtype, device, parallel)
-    steps_done, skipped = 0, list[int]()
+    steps_before, steps_done, skipped = config.steps, 0, list[int]()
     if not config.dry_run:
-        steps_done, skipped = claim_or_restore(
+        steps_before, steps_done, skipped = claim_or_restore(
             config, corpus.key, model, optimizer, parallel, exit_stack
         )
     parallel.wrap_ddp(model)
@@ -147,6 +149,7 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
         optimizer=optimizer,
         to_batch=pack_documents if config.data.pack_documents else to_batch,
         is_compiled=compile_blocks(model, config.compile, config.recompute),
+        steps_before=steps_before,
         steps_done=steps_done,
         skipped=skipped,
     )
@@ -187,10 +190,11 @@ def claim_or_restore(
     optimizer: Optimizer,
     parallel: Parallel,
     exit_stack: ExitStack,
-) -> tuple[int, list[int]]:
+) -> tuple[int, int, list[int]]:
     """Claim a new run's directory, or restore the run in it.
 
-    Returns the number of steps done, and the steps skipped. ``exit_stack`` holds the lock.
+    Returns the run's length before this start, the number of steps done, and the steps skipped.
+    A changed length is written to the run's record. ``exit_stack`` holds the lock.
     """
     out = Path(config.out)
     if not config.resume and parallel.is_main_process:
@@ -198,6 +202,9 @@ def claim_or_restore(
         run_dir.claim(config, data_key)
     run_dir.require_shared(out, parallel)
     if not config.resume:
-        return 0, []
+        return config.steps, 0, []
     with parallel.errors_on_main_only():
-        return restore(out, model, optimizer, parallel)
+        steps_done, skipped = restore(out, model, optimizer, parallel)
+        is_main = parallel.is_main_process
+        steps_before = record_length(config, steps_done) if is_main else config.steps
+        return steps_before, steps_done, skipped

@@ -14,6 +14,7 @@ from ..common.errors import InputError
 from ..common.sharded_tensor import local_part
 from ..model.config import ModelConfig
 from ..model.llama import Llama
+from ..model.shapes import ParameterShapes
 from .optimizer import MasterAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by their names in torch's optimizers
@@ -76,9 +77,8 @@ def export_model(out: Path, folder: Path, config: ModelConfig) -> None:
     """
     reader, *_ = open_checkpoint(folder)
     shapes = {n: shape for n, shape in reader.shapes().items() if n.startswith(PARAMETER)}
-    with torch.device("meta"):
-        expected = {n: tuple(p.shape) for n, p in Llama(config).named_parameters()}
-    require_match(folder, expected, {n.removeprefix(PARAMETER): s for n, s in shapes.items()})
+    found = {n.removeprefix(PARAMETER): shape for n, shape in shapes.items()}
+    require_match(folder, ParameterShapes(config), found)
     tensors = reader.read_whole(shapes)
     if problem := unsound(tensors):
         raise InputError(f"{reader.path}: {problem} is damaged; copy it back, or take another step")

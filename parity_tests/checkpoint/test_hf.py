@@ -209,7 +209,7 @@ def empty_index(path: Path) -> Path:
         (without_config, "config.json: no such file"),
         (broken_metadata, "metadata"),
         (contradicting_config, "contradicts the config"),
-        (config_of_another_size, "model.layers.2.mlp.up_proj.weight is missing"),
+        (config_of_another_size, "model.layers.2.self_attn.k_proj.weight is missing; 6 more are"),
         (missing_shard, "model-00002-of-00002.safetensors: no such file"),
         (empty_index, "has no weight_map"),
         (index_of_numbers, "3 is not the name of a file"),

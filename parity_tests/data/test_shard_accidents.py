@@ -46,7 +46,9 @@ def test_what_is_done_is_not_done_again(
     text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done, real = [], documents.encode
-    monkeypatch.setattr(documents, "encode", lambda p, t: done.append(p[1:3]) or real(p, t))
+    monkeypatch.setattr(
+        documents, "encode", lambda p, *given: done.append(p[1:3]) or real(p, *given)
+    )
     prepare(text, tmp_path / "whole", 1, 1000)
     whole = done.copy()
     assert len(whole) > 12
@@ -100,12 +102,12 @@ def test_two_that_prepare_one_folder_both_end_well(
 ) -> None:
     done, real, started = [], documents.encode, threading.Event()
 
-    def encode(piece: Any, text_field: str) -> Any:
+    def encode(piece: Any, *given: Any) -> Any:
         done.append(piece)
         if len(done) == 1:
             other.start()
             started.wait(5)
-        return real(piece, text_field)
+        return real(piece, *given)
 
     def second() -> None:
         real_flock = shard_writer.fcntl.flock
@@ -184,7 +186,7 @@ def test_a_piece_of_many_shards_is_gone_on_with_where_it_stopped(
 def test_a_killed_worker_is_told(
     text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def encode(piece: Any, text_field: str) -> None:
+    def encode(piece: Any, *given: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     encode.__module__, encode.__qualname__ = documents.__name__, "encode"
@@ -220,8 +222,8 @@ def test_text_that_changes_while_it_is_read(
 ) -> None:
     real, path = documents.encode, text.files[0]
 
-    def encode(piece: Any, text_field: str) -> Any:
-        ids = real(piece, text_field)
+    def encode(piece: Any, *given: Any) -> Any:
+        ids = real(piece, *given)
         if piece.start and path.exists():
             path.unlink() if content is None else path.write_bytes(content)
         return ids

@@ -71,7 +71,7 @@ def test_the_number_of_processes_changes_nothing(text: Text, tmp_path: Path) -> 
         (edit(dtype="float16"), "damaged index (dtype 'float16'"),
         (edit(shard_tokens=0), "damaged index (dtype 'uint16', 0"),
         (edit(version=2), "index.json: is not of format"),
-        (edit(encoding="else"), "index.json: holds ids of another encoding"),
+        (edit(encoding="else"), "index.json: holds ids of another tokenizer"),
     ],
 )
 def test_damage_is_named_before_a_run(

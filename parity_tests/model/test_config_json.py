@@ -1,15 +1,18 @@
 """Both packages read the same config.json files alike, and refuse the same ones."""
 
 import dataclasses
+import math
+import operator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import llama_torch
 import reference_np.config
 from llama_torch.config import TrainConfig
-from llama_torch.model.config import ModelConfig
+from llama_torch.model.config import NEUTRAL, ROPE_USES, ModelConfig
 from reference_np.config import LlamaConfig
 
 from ..backends.torch_model import torch_config
@@ -86,6 +89,12 @@ def test_both_read_what_either_writes(config: LlamaConfig) -> None:
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rope_theta": "large"}, "rope.theta"),
+        ({"rope_scaling": {"rope_type": ""}}, "rope_scaling"),
+        ({"rope_parameters": {"type": ""}}, "rope_parameters"),
+        ({"rope_scaling": {"rope_type": "", "type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": 0}}, "rope_scaling"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings .*below 2.31"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 2**31}}, "original_max"),
     ],
 )
 def test_what_would_change_the_result_is_refused_by_name(
@@ -93,6 +102,46 @@ def test_what_would_change_the_result_is_refused_by_name(
 ) -> None:
     with pytest.raises(ERRORS, match=f"^config.json: .*{named}"):
         kind.from_hf(HF | change)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 9),
+    st.sampled_from([2**31 - 1, 2**31, 2**53 + 1, 2**63, 2**64, 10**400]),
+    st.sampled_from(
+        [0.0, -0.0, 0.5, 1.0, 8.0, 1e-320, 1e299, 1e300, math.inf, -math.inf, math.nan]
+    ),
+    st.sampled_from(["", "1", "llama", "silu", *ROPE_USES, "dynamic", "\0", "\ud800"]),
+    st.sampled_from([[], [1], {}, {"a": 1}]),
+)
+ROPE = st.builds(
+    lambda rope, changes, dropped: {k: v for k, v in (rope | changes).items() if k not in dropped},
+    st.sampled_from([LLAMA3, {"type": "linear", "factor": 2}, {"rope_type": "default"}]),
+    st.dictionaries(st.sampled_from([*LLAMA3, "type", "rope_theta", "x"]), VALUES, max_size=2),
+    st.sets(st.sampled_from(list(LLAMA3)), max_size=1),
+)
+PLACES = st.sampled_from(["rope_scaling", "rope_parameters"])
+OTHER_KEYS = [*HF, *NEUTRAL, "sliding_window", "_x"]
+CHANGES = st.builds(
+    operator.or_,
+    st.dictionaries(st.sampled_from(OTHER_KEYS), VALUES, max_size=3),
+    st.dictionaries(PLACES, VALUES | ROPE | ROPE, max_size=2),
+)
+
+
+def outcome(kind: Any, hf: dict[str, Any]) -> str:
+    """Return the config's fields as text (NaN equals itself there), or "refused"."""
+    try:
+        return repr(dataclasses.asdict(kind.from_hf(hf)))
+    except ERRORS:
+        return "refused"
+
+
+@given(changes=CHANGES)
+@settings(max_examples=10 * settings.default.max_examples)
+def test_both_accept_and_refuse_the_same_values(changes: dict[str, Any]) -> None:
+    assert outcome(LlamaConfig, HF | changes) == outcome(ModelConfig, HF | changes)
 
 
 @BOTH

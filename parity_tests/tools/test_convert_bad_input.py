@@ -1,5 +1,6 @@
 """convert.py: bad input is one line, runs no code and leaves nothing."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,15 @@ def add_one(name: str) -> Callable[[dict[str, Any]], object]:
     return lambda tensors: tensors[name].add_(1)
 
 
+def far_layer(folder: Path) -> Path:
+    """Write a name that would make 2^31 - 1 layers of a few, and params.json that says as many."""
+    far = {"layers.2147483646.attention_norm.weight": torch.ones(24)}
+    changed_part(folder, lambda tensors: tensors.update(far), 1)
+    path = folder / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layers": 2**31 - 1}))
+    return folder
+
+
 BAD: list[tuple[Callable[[Path], Path], str, list[str]]] = [
     # params.json
     (without("params.json"), "", ["params.json: no such file"]),
@@ -154,6 +164,8 @@ BAD: list[tuple[Callable[[Path], Path], str, list[str]]] = [
     ),
     (meta(n_layers=1), "", ["n_layers is 1, theirs 2"]),
     (meta(dim=48, ffn_dim_multiplier=None), "", ["dim is 48, theirs 24"]),
+    (meta(n_layers=2**31 - 1), "", ["n_layers is 2147483647, theirs 2"]),
+    (far_layer, "", ["n_layers is 2147483647, theirs 3"]),
     (without("consolidated.01.pth"), "", ["hidden width is 40, theirs 20", "are missing"]),
     (part(lambda t: t.pop("norm.weight"), 1), "", ["norm.weight is missing"]),
     (part(lambda t: t.pop("tok_embeddings.weight"), 1), "", ["tok_embeddings.weight is missing"]),
@@ -188,6 +200,11 @@ BAD: list[tuple[Callable[[Path], Path], str, list[str]]] = [
     (part(lambda t: t.update({4: torch.ones(1)})), "", ["01.pth: 4 is no float tensor"]),
     (
         part(lambda t: t.update({"norm.weight": torch.ones(24, dtype=torch.int8)})),
+        "",
+        ["norm.weight is no float tensor"],
+    ),
+    (  # one stored number that strides of zero repeat
+        part(lambda t: t.update({"norm.weight": torch.ones(1).expand(24)}), 1),
         "",
         ["norm.weight is no float tensor"],
     ),

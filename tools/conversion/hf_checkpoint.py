@@ -11,12 +11,12 @@ import torch
 
 from llama_torch.checkpoint.file_names import INDEX_FILE, MODEL_FILE
 from llama_torch.checkpoint.hf import DTYPES, locate, read_tensor, require_match
+from llama_torch.model.shapes import ParameterShapes
 
 from .lazy_weights import (
     Model,
     Weight,
     label,
-    shapes_of,
     stored,
     with_progress,
     write_file,
@@ -29,7 +29,7 @@ LABELS = {dtype: name for name, dtype in DTYPES.items()}  # dtypes' names in saf
 def read_hf(path: Path) -> Model:
     """Open a model directory or a .safetensors file; InputError as ``load_model`` raises it."""
     config, files = locate(path)
-    expected = shapes_of(config)
+    expected = ParameterShapes(config)
     require_match(path, expected, {name: where.shape for name, where in files.items()})
     weights = {}
     for name in expected:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from llama_torch.common.errors import InputError
 from llama_torch.model.config import ModelConfig
-from reference_np.config import LlamaConfig
-from reference_np.naming import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,6 @@ class Model:
 
     config: ModelConfig
     weights: dict[str, Weight]
-
-
-def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return every parameter's Hugging Face name and shape, in model order."""
-    return parameter_shapes(LlamaConfig(**asdict(config)))
 
 
 def stored(name: str, weight: Weight, dtype: torch.dtype | None) -> Tensor:

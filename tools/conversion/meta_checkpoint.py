@@ -23,9 +23,10 @@ from llama_torch.checkpoint.file_names import META_FILES
 from llama_torch.checkpoint.hf import DTYPES, require_match
 from llama_torch.common.errors import InputError
 from llama_torch.model.config import ModelConfig
+from llama_torch.model.shapes import ParameterShapes
 from reference_np.naming import EMBED, LM_HEAD
 
-from .lazy_weights import Model, Weight, shapes_of, stored, with_progress, write_file, write_json
+from .lazy_weights import Model, Weight, stored, with_progress, write_file, write_json
 from .meta_params import config_from, is_llama3, params_of, read_params
 
 # Hugging Face's name, below "model." and the layer's number, -> Meta's.
@@ -99,7 +100,7 @@ def read_meta(folder: Path, max_seq_len: int, factor: float) -> Model:
         params["vocab_size"] = (*found.get("tok_embeddings.weight", ()), 1)[0]
     config = config_from(params, path, max_seq_len, factor)
     check_widths(config, found, path)
-    expected = shapes_of(replace(config, tie_embeddings=False))
+    expected = ParameterShapes(replace(config, tie_embeddings=False))
     require_match(folder, {meta_name(name): shape for name, shape in expected.items()}, found)
     weights = {}
     for name, shape in expected.items():
@@ -180,13 +181,18 @@ def _is_weight(key: object, value: object) -> bool:
     if not isinstance(key, str) or not isinstance(value, Tensor):
         return False
     plain = value.layout == torch.strided and value.device.type == "cpu"
+    # Strides of zero make a few stored numbers a tensor of any size.
+    plain = plain and value.nbytes <= value.untyped_storage().nbytes()
     return plain and value.dtype in DTYPES.values()
 
 
 def check_widths(config: ModelConfig, found: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Raise InputError naming every statement of params.json that the weights contradict."""
-    layers = {int(name.split(".")[1]) for name in found if re.match(r"layers\.\d+\.", name)}
-    claims = [("n_layers", config.n_layers, max(layers, default=-1) + 1)]
+    named = (re.match(r"layers\.([0-9]{1,10})\.", name) for name in found)
+    layers = {int(layer[1]) for layer in named if layer}
+    n_layers = max(layers, default=-1) + 1
+    # A name may claim any number of layers before it, and params.json as many.
+    claims = [("n_layers", config.n_layers, n_layers if n_layers <= len(found) else len(layers))]
     wk = "layers.0.attention.wk"
     for claim, said, name in (
         ("dim", config.dim, "norm"),
@@ -210,7 +216,7 @@ def write_meta(folder: Path, model: Model, dtype: torch.dtype | None, shards: in
     """
     config = model.config
     embedding_axis = 0 if is_llama3(config.rope_theta) or config.rope_type == "llama3" else 1
-    names = shapes_of(replace(config, tie_embeddings=False))
+    names = ParameterShapes(replace(config, tie_embeddings=False))
     for shard in range(shards):
         tensors = {}
         for name in with_progress(names, f"consolidated.{shard:02}.pth"):

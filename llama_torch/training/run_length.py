@@ -1,0 +1,66 @@
+"""Change the number of steps of a run that exists, as ``--resume --steps N`` asks."""
+
+import json
+from pathlib import Path
+
+from ..checkpoint import step_folders
+from ..common.errors import InputError
+from ..common.files import read_json, write_text
+from ..config import TrainConfig
+from .run_file import RunRecord, read_run
+
+
+def steps_done(out: Path) -> int:
+    """Return the step of a run's newest checkpoint; 0 without one."""
+    newest = step_folders.newest(out)
+    return int(newest.name) if newest else 0
+
+
+def recorded_steps(record: RunRecord) -> int:
+    """Return the number of steps that a run was given, by its record."""
+    return int(
+        record.identity["steps"].value if "steps" in record.identity else TrainConfig().steps
+    )
+
+
+def require_same_length(record: RunRecord, steps: int, source: str) -> None:
+    """Raise InputError for another number of steps that no flag gave but ``source``, a file.
+
+    The learning rates depend on it: a run changes them where its user says so, and not for a
+    default.
+    """
+    if steps != recorded_steps(record):
+        raise InputError(
+            f"{source}: steps is {steps} and the run's is {recorded_steps(record)}; remove it, or "
+            f"give --steps {steps} to change the run's length"
+        )
+
+
+def require_steps_left(record: RunRecord, steps: int, done: int) -> None:
+    """Raise InputError for a changed number of steps of which none is left to take."""
+    if steps <= done and steps != recorded_steps(record):
+        raise InputError(
+            f"--steps {steps}: {record.path.parent} has {done} of {recorded_steps(record)} steps "
+            f"done; give more than {done}, or leave --steps out"
+        )
+
+
+def record_length(config: TrainConfig, done: int) -> int:
+    """Write a changed number of steps to run.json; return the number that it held before.
+
+    The caller holds the run's lock. Raises InputError where no step would be left.
+    """
+    out = Path(config.out)
+    record = read_run(out)
+    before = recorded_steps(record)
+    require_steps_left(record, config.steps, done)
+    if config.steps != before:
+        table = read_json(record.path)
+        table["identity"]["steps"] = table["settings"]["steps"] = config.steps
+        # The curve of the learning rate cannot be drawn from the last length alone.
+        table.setdefault("lengths", []).append({"until_step": done, "steps": before})
+        try:
+            write_text(record.path, json.dumps(table, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"{record.path}: cannot be written ({error}); make room") from None
+    return before
