@@ -191,7 +191,15 @@ def _other(random: Random, value: Any) -> Any:
     """Return another value in a value's place: one near it, or any."""
     near: list[Any] = []
     if type(value) in (int, float):
-        near = [value + 1, value - 1, -value, 2 * value, value * 1000, float(value), str(value)]
+        near = [
+            value + 1,
+            value - 1,
+            -value,
+            2 * value,
+            value * 1000,
+            str(value),
+            Raw(f"{value}.0"),
+        ]
     if isinstance(value, str):
         near = [value[:-1], value + "x", value + _text(random), value.upper(), [value], value * 50]
     if near and random.randrange(2):
