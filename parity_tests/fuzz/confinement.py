@@ -1,7 +1,8 @@
 """Watch what a reader does to the file system: an audit hook sees each file that Python opens.
 
 What libraries in other languages open by themselves it does not see; they are given the paths of
-files that Python has looked at before.
+files that Python has looked at before. Nor does it see into the process that renders chat
+templates, the only one that may begin.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_torch
+from llama_torch.tokenizer import template_process
 
 # Events that name files, and at which of their arguments.
 READS = {"open": (0,), "os.listdir": (0,), "os.scandir": (0,)}
@@ -22,13 +24,13 @@ WRITES = {
 }
 # Events that no reader has a reason for.
 NEVER = (
-    *("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.putenv"),
-    *("os.kill", "socket.", "pickle.find_class", "ctypes.dlopen", "os.chdir"),
+    *("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn"),
+    *("socket.", "pickle.find_class", "ctypes.dlopen", "os.chdir"),
 )
 # Python's own: modules are imported when they are first needed.
 LIBRARIES = tuple({sys.prefix, sys.base_prefix, str(Path(llama_torch.__file__).parent.parent)})
 SYSTEM = (
-    "/proc/self/",
+    "/proc/",
     "/dev/null",
     "/dev/urandom",
     "/sys/",
@@ -87,8 +89,13 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         for at in table.get(event, ()):
             is_write = table is WRITES or (event == "open" and _opens_to_write(arguments))
             _require(event, arguments[at], is_write)
-    if event.startswith(NEVER):
+    if event.startswith(NEVER) and not _begins_templates(event, arguments):
         _breach(f"{event}{arguments!r:.200}")
+
+
+def _begins_templates(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Return whether an event begins the process that renders chat templates."""
+    return event == "subprocess.Popen" and template_process.PROGRAM in arguments[1]
 
 
 def _opens_to_write(arguments: tuple[Any, ...]) -> bool:
@@ -113,8 +120,10 @@ def _require(event: str, path: Any, is_write: bool) -> None:
         allowed = True  # a search for a module
     elif f"{real}/".startswith(f"{folder}/"):
         allowed = _watch.writes or not is_write
+    elif is_write:
+        allowed = real == os.devnull
     else:
-        allowed = not is_write and (_is_library(real) or real.startswith(SYSTEM))
+        allowed = _is_library(real) or real.startswith(SYSTEM)
     if not allowed:
         _breach(f"{event} {'writes' if is_write else 'reads'} {real}")
 

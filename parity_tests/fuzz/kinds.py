@@ -48,6 +48,7 @@ class Kind(NamedTuple):
     package: str = "llama_torch"
     writes: bool = False
     names_flags: bool = False
+    memory: int = 8  # bytes for each byte of the files, beside a constant
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ class Kind(NamedTuple):
 
     def outcome(self, folder: Path) -> Outcome:
         """Read the kind's file in ``folder``; raise AssertionError where the reader fails."""
-        return outcome(self.read, folder, self.package, self.writes, self.names_flags)
+        return outcome(self.read, folder, self.package, self.writes, self.names_flags, self.memory)
 
 
 def _mutated_state(random: Random, content: bytes) -> bytes:
@@ -193,7 +194,8 @@ KINDS = (
     Kind("pieces", "tokenizer.model", mutations.mutated_bytes, _tokenizer),
     *(Kind("pieces", name, mutations.mutated_json, _tokenizer) for name in SIDE_FILES[:2]),
     Kind("tokenizer", "chat_template.jinja", mutations.mutated_text, _chat),
-    Kind("tokenizer", "messages.json", mutations.mutated_json, _messages),
+    # The tokenizers library takes some 400 bytes for a token.
+    Kind("tokenizer", "messages.json", mutations.mutated_json, _messages, memory=512),
     Kind("meta", "meta/params.json", mutations.mutated_json, _meta),
     Kind("meta", "meta/consolidated.00.pth", mutations.mutated_bytes, _meta),
 )

@@ -51,17 +51,23 @@ def outcome(
     package: str = "llama_torch",
     writes: bool = False,
     names_flags: bool = False,
+    memory: int = 8,
 ) -> Outcome:
     """Return the outcome of ``read(folder)``; raise AssertionError for a breach of its bounds.
 
     ``package`` is the one whose InputError counts. Of a file system the reader may use ``folder``
     alone, and write there only if ``writes``. If ``names_flags``, a refusal may name a flag in
-    place of a file, as where two settings contradict each other.
+    place of a file, as where two settings contradict each other. ``memory`` is the number of bytes
+    that it may take for each of the files', beside MEMORY.
     """
     notes.note.cache_clear()
     said, value, refusal = io.StringIO(), None, None
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    with bounded(MEMORY + 8 * size), confined(folder, writes), contextlib.redirect_stderr(said):
+    with (
+        bounded(MEMORY + memory * size),
+        confined(folder, writes),
+        contextlib.redirect_stderr(said),
+    ):
         try:
             value = read(folder)
         except ERRORS[package] as error:

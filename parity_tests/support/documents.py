@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/*.md")
 FENCE = re.compile(r"^```(.*)$")
 # The comment before a block: the folder to run it in, or the reason not to run it.
 NOTE = re.compile(r"^<!-- (run in|not run): (.+) -->$")
