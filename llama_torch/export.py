@@ -10,11 +10,12 @@ import tyro
 
 from .checkpoint import step_folders
 from .common import cli
-from .common.errors import InputError
+from .common.errors import InputError, check
 from .common.files import new_folder
 from .common.settings import build
+from .common.state_file import MOST
 from .model.config import ModelConfig
-from .training.run_file import RUN_FILE, read_run
+from .training.run_file import RUN_FILE, read_run, require_consistent
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class ExportConfig:
     step: int = 0
     """Step of the checkpoint; 0 = the newest."""
 
+    def __post_init__(self) -> None:
+        check(0 <= self.step <= MOST, "step", self.step, "must be 0 or a step")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
@@ -43,7 +47,9 @@ def _main(argv: Sequence[str]) -> int:
     out = Path(config.run)
     if not (out / RUN_FILE).is_file():
         raise InputError(f"{out}: holds no run; name the directory of one")
-    model = build(ModelConfig, read_run(out).settings)
+    record = read_run(out)
+    model = build(ModelConfig, record.settings)
+    require_consistent(record)
     folder = (
         step_folders.final_folder(out, config.step) if config.step else step_folders.newest(out)
     )

@@ -137,7 +137,8 @@ def _unusable(path: Path, what: str) -> InputError:
 
 def is_shards(folder: Path) -> bool:
     """Return whether a folder holds token shards, complete or not; the index may be damaged."""
-    if (folder / PROGRESS_FILE).is_file() or (folder / shard_name(0)).is_file():
+    # os.path, unlike Path, takes a name that is too long for one of no file.
+    if any(os.path.isfile(folder / name) for name in (PROGRESS_FILE, shard_name(0))):
         return True
     try:
         return read_json(folder / INDEX_FILE).get("format") == FORMAT
@@ -148,7 +149,7 @@ def is_shards(folder: Path) -> bool:
 def read_index(folder: Path) -> Index:
     """Read index.json; raise InputError where it is missing, damaged or inconsistent."""
     path = folder / INDEX_FILE
-    if not path.is_file() and (folder / PROGRESS_FILE).is_file():
+    if not os.path.isfile(path) and os.path.isfile(folder / PROGRESS_FILE):
         raise InputError(
             f"{folder}: its text is not wholly tokenised; run the command that began it again"
         )

@@ -41,7 +41,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         path = Path(pattern)
         if not pattern:
             raise InputError("--data '' names nothing; give a file, a folder or a glob")
-        if path.is_file():
+        if os.path.isfile(pattern):  # False for a name that is too long
             if ending(path) not in ENDINGS:
                 raise InputError(f"--data {path}: not one of {READABLE}; rename or convert it")
             files.setdefault(os.path.realpath(path), path)
@@ -78,7 +78,7 @@ def _note_searched(searched: dict[str, Found]) -> None:
 
 def names_text(pattern: str) -> bool:
     """Return whether a value of --data is a file, a folder or a glob of text files."""
-    return Path(pattern).exists() or bool(search(pattern).files)
+    return os.path.exists(pattern) or bool(search(pattern).files)  # False for a name too long
 
 
 def identify(files: Sequence[Path], text_field: str, encoding: TextEncoding = GPT2) -> Text:

@@ -15,7 +15,7 @@ from ..data.corpus import Corpus, Tokens, load_corpus
 from ..model.config import ModelConfig
 from ..tokenizer.tokenizer import Tokenizer
 from .run_dir import find_again
-from .run_file import RUN_FILE, read_run
+from .run_file import RUN_FILE, read_run, require_consistent
 
 CHUNK = 1 << 20  # token ids read at a time
 
@@ -41,6 +41,7 @@ def load_held_out(run: Path) -> Corpus:
     """
     record = read_run(run)
     config, model = build(DataConfig, record.settings), build(ModelConfig, record.settings)
+    require_consistent(record)
     names = (find_again(name, record.directory, str(record.path)) for name in config.data)
     config = dataclasses.replace(config, data=tuple(names))
     corpus = load_corpus(config, model.vocab_size, model.max_seq_len)

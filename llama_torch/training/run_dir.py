@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,12 @@ from ..checkpoint.file_names import MODEL_FILE, STATE_FILE
 from ..checkpoint.step_folders import BEST
 from ..common import cli
 from ..common.errors import InputError, is_digits, printable
-from ..common.files import open_lock, try_lock, write_text
+from ..common.files import open_lock, try_lock
 from ..common.settings import Settings, read_toml
 from ..common.torchrun import is_launched, job_name
 from ..config import ParallelConfig, TrainConfig
 from ..data.text_files import names_text
-from .run_file import RUN_FILE, read_run
+from .run_file import RUN_FILE, read_run, write_record
 from .run_length import require_same_length, require_steps_left, steps_done
 
 if TYPE_CHECKING:
@@ -226,7 +225,7 @@ def claim(config: TrainConfig, data_key: str) -> None:
         "settings": dataclasses.asdict(dataclasses.replace(config, profile=False)),
     }
     try:
-        write_text(out / RUN_FILE, json.dumps(record, indent=2) + "\n")
+        write_record(out / RUN_FILE, record)
         write_directory_files(out, config.model)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error}); choose another") from None

@@ -1,12 +1,14 @@
-"""Read a run's record, run.json: its settings, what a resumed run must share, and its text."""
+"""Read and write run.json, a run's record: its settings, what a resumption shares, its text."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import InputError
-from ..common.files import read_json
 from ..common.settings import Settings, check_settings
+from ..common.state_file import read_state, require_count, shown, write_state
 from ..config import TrainConfig
 
 RUN_FILE = "run.json"
@@ -34,7 +36,7 @@ def read_run(out: Path) -> RunRecord:
     path = out / RUN_FILE
     if not path.is_file():
         raise InputError(f"--resume: {out} holds no run; leave --resume out to start one there")
-    found = read_json(path)
+    found = read_record(path)
     texts = [found.get(key, "") for key in ("data_key", "job", "directory")]
     tables = [found.get(key) for key in ("settings", "identity")]
     if not all(isinstance(text, str) for text in texts) or "\0" in "".join(texts):
@@ -47,9 +49,44 @@ def read_run(out: Path) -> RunRecord:
     return RunRecord(path, settings, identity, *texts)
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the object in run.json; raise InputError for one that is not as it was written."""
+    found, _ = read_state(path, "put it back as it was, or delete its sha256 to keep the change")
+    lengths = found.get("lengths", [])
+    try:
+        for entry in lengths if isinstance(lengths, list) else [lengths]:
+            if not isinstance(entry, dict) or entry.keys() != {"until_step", "steps"}:
+                raise ValueError(f"lengths holds {shown(entry)}")
+            require_count("until_step of lengths", entry["until_step"])
+            require_count("steps of lengths", entry["steps"], 1)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; correct it, or remove lengths") from None
+    return found
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write run.json atomically."""
+    write_state(path, content, indent=2)
+
+
+def require_consistent(record: RunRecord) -> None:
+    """Raise InputError where run.json names one setting with two values, as a change leaves it.
+
+    Steps are left to ``run_length``.
+    """
+    for key, setting in record.identity.items():
+        given = record.settings.get(key, setting).value
+        if key != "steps" and given != setting.value:
+            raise InputError(
+                f"{record.path}: {key} is {shown(_as_stored(given))} in its settings and "
+                f"{shown(_as_stored(setting.value))} in its identity; put it back as it was"
+            )
+
+
 def check_resume_config(config: TrainConfig, data_key: str | None = None) -> None:
     """Raise InputError unless config and, if given, the data's hash are those of the run."""
     record = read_run(Path(config.out))
+    require_consistent(record)
     differing = differences(record.identity, config)
     if data_key is not None and record.data_key != data_key:
         began, here = record.directory, os.getcwd()

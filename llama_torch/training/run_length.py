@@ -1,13 +1,11 @@
 """Change the number of steps of a run that exists, as ``--resume --steps N`` asks."""
 
-import json
 from pathlib import Path
 
 from ..checkpoint import step_folders
 from ..common.errors import InputError
-from ..common.files import read_json, write_text
 from ..config import TrainConfig
-from .run_file import RunRecord, read_run
+from .run_file import RunRecord, read_record, read_run, write_record
 
 
 def steps_done(out: Path) -> int:
@@ -55,12 +53,12 @@ def record_length(config: TrainConfig, done: int) -> int:
     before = recorded_steps(record)
     require_steps_left(record, config.steps, done)
     if config.steps != before:
-        table = read_json(record.path)
+        table = read_record(record.path)
         table["identity"]["steps"] = table["settings"]["steps"] = config.steps
         # The curve of the learning rate cannot be drawn from the last length alone.
         table.setdefault("lengths", []).append({"until_step": done, "steps": before})
         try:
-            write_text(record.path, json.dumps(table, indent=2) + "\n")
+            write_record(record.path, table)
         except OSError as error:
             raise InputError(f"{record.path}: cannot be written ({error}); make room") from None
     return before

@@ -11,6 +11,7 @@ from llama_torch import train
 from llama_torch.data.shard_writer import prepare
 from llama_torch.data.text_files import find_files, identify
 
+from ..support import state_files
 from ..support.trainer_runs import scalars, stop_after
 
 FLAGS = ["--dim", "8", "--n-layers", "1", "--n-heads", "2", "--n-kv-heads", "1", "--device", "cpu"]
@@ -91,7 +92,7 @@ def test_text_that_is_found_nowhere_is_one_line(
         f"error: --resume: --data t/*.txt: no file found in {tmp_path}/other nor in {run.parent}, "
         f"where the run began; {remedy}\n"
     )
-    record = json.loads((run / "run.json").read_text())
+    record = state_files.read(run / "run.json")
     del record["directory"]  # as an earlier version wrote it
     (run / "run.json").write_text(json.dumps(record))
     assert train.main(resume) == 2

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_torch import prepare as command
-from llama_torch.common.errors import InputError
+from llama_torch.common.errors import LONGEST, InputError
 from llama_torch.config import DataConfig
 from llama_torch.data import documents
 from llama_torch.data.corpus import load_corpus
@@ -201,3 +201,12 @@ def test_verify_compares_with_the_text(
     assert command.main([*short, "--workers", "1", "--data", *names]) == 1
     said = capsys.readouterr().out
     assert f"token {n_short:,} is not the text's; delete the folder and tokenise again" in said
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "x/" * 100_000, "x" * 300 + "*"])
+def test_a_name_that_is_too_long_names_nothing(tmp_path: Path, name: str) -> None:
+    config = DataConfig(data=(f"{tmp_path}/{name}",))
+    said = refused(lambda: load_corpus(config, 50257, 8))
+    assert "give a file, a folder that holds" in said
+    assert len(said) <= LONGEST
+    assert refused(lambda: TokenShards(tmp_path / name)).endswith("; write it again")

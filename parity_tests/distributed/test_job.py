@@ -1,6 +1,5 @@
 """Runs on several processes equal those on one; restarts, signals and refusals of jobs."""
 
-import json
 import shutil
 import signal
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from llama_torch.training import run_dir, shard_saver
 from llama_torch.training.saver import make_saver
 from llama_torch.training.signals import Stopped, signals
 
+from ..support import state_files
 from ..support.jobs import Command, Job, launch_command, torchrun_command
 from ..support.trainer_runs import TEXT, scalars
 
@@ -167,8 +167,7 @@ def test_a_restart_leaves_other_runs_alone(
     mine = tmp_path / "runs" / "1"
     for out, job in (mine, "one"), (tmp_path / "runs" / "2", "another"):
         out.mkdir(parents=True)
-        record = json.loads((alone / "run.json").read_text()) | {"job": job}
-        (out / "run.json").write_text(json.dumps(record))
+        state_files.write(out / "run.json", state_files.read(alone / "run.json") | {"job": job})
     resumed = ["--resume", "--out", str(Path("runs") / "1")]
     assert run_dir.flags_after_restart([]) == resumed
     assert run_dir.flags_after_restart(["--out", str(mine)])[-3:] == [

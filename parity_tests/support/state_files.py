@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_torch.common.errors import InputError
+from llama_torch.common.errors import LONGEST, InputError
 from llama_torch.common.state_file import CHECKSUM, with_checksum
 
 Place = tuple[str | int, ...]  # the keys that lead to a value
@@ -129,27 +129,30 @@ def failures(
     use: Callable[[], Any],
     same: Callable[[Any], bool],
     write: Callable[[Path, str], None] = write_text,
+    named: str = "",
 ) -> list[str]:
     """Write each mutation to ``path`` and use it; return what is neither refused nor the same.
 
-    A refusal is an InputError of one line, not very long, that names the file or its folder.
+    A refusal is an InputError of one line, not very long, that names the file or its folder, or
+    begins with ``named``.
     """
     wrong = []
     for name, text in found:
         write(path, text)
-        outcome = _outcome(path, use, same)
+        outcome = _outcome(path, use, same, named or str(path.parent))
         if outcome:
             wrong.append(f"{name}: {outcome}")
     return wrong
 
 
-def _outcome(path: Path, use: Callable[[], Any], same: Callable[[Any], bool]) -> str:
+def _outcome(path: Path, use: Callable[[], Any], same: Callable[[Any], bool], named: str) -> str:
     try:
         result = use()
     except InputError as error:
         said = str(error)
-        is_one_line = len(said.splitlines()) == 1 and len(said) < 2000
-        return "" if is_one_line and str(path.parent) in said else f"says {said[:300]!r}"
+        is_one_line = len(said.splitlines()) == 1 and len(said) <= LONGEST
+        is_named = str(path.parent) in said or said.startswith(named)
+        return "" if is_one_line and is_named else f"says {said[:300]!r}"
     except BaseException as error:  # a panic, too
         return f"{type(error).__name__}: {error}"[:300]
     return "" if same(result) else f"is accepted: {result!r}"[:300]

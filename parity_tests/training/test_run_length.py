@@ -1,6 +1,5 @@
 """Runs that are resumed without --out, when they are finished, or for another number of steps."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from llama_torch.config import OptimConfig
 from llama_torch.training import run_dir
 from llama_torch.training.optimizer import learning_rate
 
+from ..support import state_files
 from ..support.survival import STEPS, require_same, resume
 from ..support.trainer_runs import refused, scalars, stop_after
 
@@ -35,8 +35,7 @@ def rates(out: Path) -> dict[int, float]:
 
 
 def record(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "run.json").read_text())
-    return found
+    return state_files.read(out / "run.json")
 
 
 # A finished run
@@ -163,7 +162,7 @@ def test_a_length_that_no_flag_gave_is_refused(
     ) in refused(both, capsys)
     changed = record(run)
     changed["settings"]["steps"] = 9
-    (run / "run.json").write_text(json.dumps(changed))
+    state_files.write(run / "run.json", changed)
     said = refused(["--resume", "--out", str(run)], capsys)
     assert f"error: {run}/run.json: steps is 9 and the run's is 6" in said
     assert train.main([*both, "--steps", "8"]) == 0

@@ -16,6 +16,7 @@ from llama_torch.common.settings import check_settings
 from llama_torch.config import TrainConfig
 from llama_torch.training import run_dir
 
+from ..support import state_files
 from ..support.trainer_runs import refused
 
 
@@ -29,12 +30,12 @@ def run(whole: Path, tmp_path: Path) -> Path:
 def change(out: Path, *keys: str, to: Any) -> None:
     """Set a value of run.json, by its keys."""
     path = out / "run.json"
-    record = json.loads(path.read_text())
+    record = state_files.read(path)
     table = record
     for key in keys[:-1]:
         table = table[key]
     table[keys[-1]] = to
-    path.write_text(json.dumps(record))
+    state_files.write(path, record)
 
 
 # Values are no flags
@@ -64,9 +65,9 @@ def test_a_run_in_a_section_goes_nowhere_else(run: Path, tmp_path: Path) -> None
     change(run, "settings", "model", "out", to=str(tmp_path / "other"))
     with pytest.raises(run_dir.InputError, match=r"run\.json: out stands there twice"):
         run_dir.resolve_config(["--resume", "--out", str(run)])
-    record = json.loads((run / "run.json").read_text())
+    record = state_files.read(run / "run.json")
     del record["settings"]["out"]
-    (run / "run.json").write_text(json.dumps(record))
+    state_files.write(run / "run.json", record)
     assert run_dir.resolve_config(["--resume", "--out", str(run)]).out == str(run)
 
 
