@@ -9,6 +9,8 @@ from typing import Any, Literal
 from .common.errors import check, check_positive, check_text
 from .model.config import ModelConfig
 
+MOST_WORKERS = 1024  # more than any machine has cores
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -35,7 +37,8 @@ class DataConfig:
         check(
             0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "must lie between 0 and 1"
         )
-        check(self.num_workers >= 0, "num_workers", self.num_workers, "must not be negative")
+        between = f"must lie between 0 and {MOST_WORKERS}"
+        check(0 <= self.num_workers <= MOST_WORKERS, "num_workers", self.num_workers, between)
         if self.weights:
             each = f"must be a number for each of the {len(self.data)} --data"
             check(len(self.weights) == len(self.data), "weights", self.weights, each)
@@ -172,6 +175,9 @@ class TrainConfig:
         for name in ("eval_batches", "sample_every", "verify_every"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         check(0 <= self.seed < 2**32, "seed", self.seed, "must lie between 0 and 2^32 - 1")
+        windows = self.steps * self.batch_size * self.grad_accum
+        numbered = "times --batch-size and --grad-accum must be below 2^63"
+        check(windows < 2**63, "steps", windows, numbered)
         # transformers refuses to load any other shape, and a run must load everywhere.
         check(
             self.model.dim % self.model.n_heads == 0,

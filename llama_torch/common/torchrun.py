@@ -21,6 +21,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def local_process_count() -> int:
+    """Return how many of the job's processes run on this machine; 1 without a job."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
+
+
 def is_restarted() -> bool:
     """Return whether torchrun started the job again after a process had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

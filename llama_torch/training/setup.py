@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..common.device import computes_bfloat16, pick_device
+from ..common.memory import host_memory
+from ..common.torchrun import local_process_count
 from ..config import OptimConfig, TrainConfig
 from ..data.corpus import Corpus, load_corpus
 from ..data.loader import StepSampler, train_batches, val_batches
@@ -22,6 +24,7 @@ from . import run_dir
 from .bad_steps import BadSteps, largest_loss
 from .batch import Batch, pack_documents, to_batch
 from .compile import compile_blocks
+from .memory import Layout, require_run_memory
 from .optimizer import make_adamw
 from .restore import restore
 from .run_file import check_resume_config
@@ -119,6 +122,7 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
     parallel = Parallel.from_config(config.parallel, device)
     # A run keeps the precision it began with, wherever it is resumed.
     config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
+    check_memory(config, device, parallel)
     if config.verify_every:
         from .verify import require_memory  # imports the oracle
 
@@ -153,6 +157,21 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
         steps_done=steps_done,
         skipped=skipped,
     )
+
+
+def check_memory(config: TrainConfig, device: torch.device, parallel: Parallel) -> None:
+    """Raise InputError where a run surely does not fit; of several machines the smallest counts."""
+    layout = Layout(
+        config.parallel.fsdp or parallel.data_size,
+        config.parallel.tp,
+        parallel.data_size,
+        local_process_count(),
+    )
+    host, gpu = -parallel.all_reduce_max(-host_memory()), None
+    if device.type == "cuda":
+        gpu = -parallel.all_reduce_max(-torch.cuda.get_device_properties(device).total_memory)
+    with parallel.errors_on_main_only():
+        require_run_memory(config, layout, host, gpu)
 
 
 def pick_dtype(

@@ -17,8 +17,6 @@ its own terms.
 devices, given whole tensors on the CPU.
 """
 
-import math
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,18 +24,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reference_np.naming import EMBED, parameter_shapes
+from reference_np.naming import EMBED
 from reference_np.tolerances import LAMBDA
 
 from ..checkpoint.file_names import MODEL_FILE
 from ..common.errors import InputError
+from ..common.memory import gib, host_memory
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..model.loss import IGNORE_INDEX, count_valid
+from ..model.shapes import parameter_count
 from . import step
 from .batch import Batch
 from .error_bounds import BoundedError, Observed, bound_errors, worst_of_each
-from .oracle import PARTS, oracle_config
+from .oracle import PARTS
 from .verify_sums import embedding_error, gradients_aside
 
 # Of host memory for each parameter: gradients in float64 and twice in float32, and one matrix.
@@ -46,13 +46,12 @@ BYTES_PER_PARAMETER = 18
 
 def require_memory(config: ModelConfig) -> None:
     """Raise InputError where a check needs more memory than this machine has."""
-    shapes = parameter_shapes(oracle_config(config))
-    needed = BYTES_PER_PARAMETER * sum(map(math.prod, shapes.values()))
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = BYTES_PER_PARAMETER * parameter_count(config)
+    there = host_memory()
     if needed > there:
         raise InputError(
-            f"--verify-every needs some {needed / 2**30:.0f} GiB of host memory for a model of "
-            f"this size, and this machine has {there / 2**30:.0f}; leave it out"
+            f"--verify-every needs some {gib(needed)} of host memory for a model of "
+            f"this size, and this machine has {gib(there)}; leave it out"
         )
 
 
