@@ -33,6 +33,7 @@ ON_CPU = ("train", "decode", "prefill", "numpy-prefill", "numpy-decode")
 ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")
 Work = Literal["train", "decode", "prefill", "batch32", "int8", "numpy-prefill", "numpy-decode"]
 MOST_TOKENS = 8192  # decoded after a prompt; more takes hours
+MOST_REPEATS = 100_000  # more takes days
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ class BenchConfig:
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
-        if self.new_tokens > MOST_TOKENS:
-            raise InputError(f"--new-tokens must be at most {MOST_TOKENS}, got {self.new_tokens}")
+        for name, most in (("repeats", MOST_REPEATS), ("new_tokens", MOST_TOKENS)):
+            if getattr(self, name) > most:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} must be at most {most}, got {getattr(self, name)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,8 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,14 +30,17 @@ import tyro
 
 from llama_torch.checkpoint.file_names import INDEX_FILE
 from llama_torch.common import cli
-from llama_torch.common.errors import InputError
+from llama_torch.common.errors import InputError, check
 from llama_torch.common.files import atomic_write, write_text
+from llama_torch.common.memory import gib
 from llama_torch.model.config import ModelConfig
+from llama_torch.model.shapes import ParameterShapes, parameter_count
 from tools.shapes import SHAPES
 
 if TYPE_CHECKING:
     import torch
 
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LLAMA_2 = {  # Llama 2 paper, table 1, and its released configs: none ties its head
     "7b": SHAPES["7b"],
     "13b": ModelConfig(5120, 40, 40, 40, 128, 13824, 32000, 4096, tie_embeddings=False),
@@ -58,6 +63,10 @@ class ShapeConfig:
     seed: int = 0
     """Seed of the weights."""
 
+    def __post_init__(self) -> None:
+        check(self.n_layers >= 0, "n_layers", self.n_layers, "must not be negative")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "must lie between 0 and 2^63 - 1")
+
 
 def write(out: Path, config: ModelConfig, dtype: "torch.dtype", seed: int) -> None:
     """Write config.json, the index and the shards, drawn from the trainer's initialisation.
@@ -66,12 +75,10 @@ def write(out: Path, config: ModelConfig, dtype: "torch.dtype", seed: int) -> No
     """
     # They take seconds to import: a wrong flag or directory is told before.
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from llama_torch.model.llama import Llama
-
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
+    shapes = ParameterShapes(config)
     generator = torch.Generator().manual_seed(seed)
     residual_std = 0.02 / math.sqrt(2 * config.n_layers)
     shards: dict[str, list[str]] = {}
@@ -86,10 +93,29 @@ def write(out: Path, config: ModelConfig, dtype: "torch.dtype", seed: int) -> No
             if drawn.ndim > 1:
                 drawn.normal_(0.0, residual_std if is_residual else 0.02, generator=generator)
             tensors[name] = drawn.to(dtype)
-        atomic_write(out / file, partial(save_file, tensors))
+        try:
+            atomic_write(out / file, partial(save_file, tensors))
+        except SafetensorError as error:
+            raise InputError(
+                f"{out / file}: cannot be written ({error}); make room for it"
+            ) from None
     weight_map = {name: file for file, names in shards.items() for name in names}
     write_text(out / INDEX_FILE, json.dumps({"weight_map": weight_map}))
     write_text(out / "config.json", json.dumps(config.to_hf(), indent=2))
+
+
+def require_room(out: Path, config: ModelConfig, settings: ShapeConfig) -> None:
+    """Raise InputError where the disk has no room for a checkpoint of this shape."""
+    needed = parameter_count(config) * BYTES[settings.dtype]
+    there = Path(os.path.abspath(out))
+    while not there.is_dir():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise InputError(
+            f"--shape {settings.shape} with {config.n_layers} layers takes {gib(needed)}, and the "
+            f"disk of {out} has {gib(free)} free; choose fewer --n-layers, or another disk"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +131,7 @@ def _main(argv: Sequence[str]) -> int:
     out = Path(settings.out)
     if any(out.glob("*.safetensors")):
         raise InputError(f"{out}: already holds a model; give another directory")
+    require_room(out, config, settings)
     import torch
 
     out.mkdir(parents=True, exist_ok=True)

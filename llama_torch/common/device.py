@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
+from .memory import host_memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -18,6 +19,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a GPU has, or that this machine has for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory()
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -61,6 +61,12 @@ def require_run_memory(
         _require(config, needs, layout.local, "this machine", host_memory)
 
 
+def require_batch_memory(config: TrainConfig, memory: int) -> None:
+    """Raise InputError where one batch of a single process takes more bytes than ``memory``."""
+    needs = [_activations(config, config.batch_size), _windows(config, Layout())]
+    _require(config, needs, 1, "this machine", memory)
+
+
 def step_needs(config: TrainConfig, layout: Layout) -> list[Need]:
     """Return the memory of one process's training step, without its windows of token ids.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..common.device import computes_bfloat16, pick_device
+from ..common.device import computes_bfloat16, pick_device, total_memory
 from ..common.memory import host_memory
 from ..common.torchrun import local_process_count
 from ..config import OptimConfig, TrainConfig
@@ -169,7 +169,7 @@ def check_memory(config: TrainConfig, device: torch.device, parallel: Parallel) 
     )
     host, gpu = -parallel.all_reduce_max(-host_memory()), None
     if device.type == "cuda":
-        gpu = -parallel.all_reduce_max(-torch.cuda.get_device_properties(device).total_memory)
+        gpu = -parallel.all_reduce_max(-total_memory(device))
     with parallel.errors_on_main_only():
         require_run_memory(config, layout, host, gpu)
 

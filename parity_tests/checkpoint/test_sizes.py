@@ -18,6 +18,7 @@ from llama_torch.model.shapes import ParameterShapes, parameter_count
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.naming import parameter_shape, parameter_shapes
+from tools import random_checkpoint
 from tools.conversion.hf_checkpoint import read_hf
 
 from ..backends.torch_model import save_numpy, torch_config
@@ -129,3 +130,22 @@ def test_shapes_by_arithmetic_are_those_of_the_model(config: LlamaConfig) -> Non
     for name in odd_names(config):
         assert name not in shapes
         assert parameter_shape(config, name) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--n-layers 1000000000", "--shape 7b with 1000000000 layers takes 376,968,384.3 GiB, and"),
+        ("--n-layers 2147483648", "--n-layers must be below 2^31"),
+        ("--n-layers -1", "--n-layers must not be negative"),
+        ("--seed 18446744073709551616", "--seed must lie between 0 and 2^63 - 1"),
+    ],
+)
+def test_a_random_checkpoint_that_no_disk_holds_is_refused(
+    flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert random_checkpoint.main([str(tmp_path / "new" / "model"), *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert list(tmp_path.iterdir()) == []

@@ -136,6 +136,12 @@ def test_sides_that_differ_are_not_timed() -> None:
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--batch-size", "-1"], "--batch-size must be at least 0, got -1"),
         (["--new-tokens", "1"], "--new-tokens must be at least 2, got 1"),
+        (["--new-tokens", "8193"], "--new-tokens must be at most 8192, got 8193"),
+        (["--repeats", "1000000000"], "--repeats must be at most 100000, got 1000000000"),
+        (
+            ["--works", "train", "--device", "cpu", "--batch-size", "1000000000"],
+            "--batch-size 1000000000, --max-seq-len 256, ",
+        ),
         (["--works", "sleep"], "--works"),
         (["--shape", "8b"], "--shape"),
         (["--compiled-peer", "--device", "cpu"], "--compiled-peer"),

@@ -18,8 +18,11 @@ from typing import NamedTuple
 
 import torch
 
+from llama_torch.common.device import total_memory
+from llama_torch.config import TrainConfig
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
+from llama_torch.training.memory import require_batch_memory
 from llama_torch.training.throughput import flops_per_token
 
 from .timing import Setup, median_ratio
@@ -55,11 +58,14 @@ def measure(setup: Setup, model: ModelConfig, batch_size: int) -> list[TrainRow]
 
     On a CPU, whose speed drifts, all processes run at once and take a step in turn. On a GPU, whose
     memory one needs for itself, they run one after another, in bfloat16 whatever ``setup`` says.
-    The error of a side that fails is printed on stderr, in one line.
+    The error of a side that fails is printed on stderr, in one line. Raises InputError for a batch
+    that none can hold.
     """
     on_cuda = setup.device.type == "cuda"
     names = ON_CUDA if on_cuda else ON_CPU
     dtype = "bfloat16" if on_cuda else setup.dtype
+    sizes = TrainConfig(model=model, batch_size=batch_size, dtype=dtype)  # type: ignore[arg-type]
+    require_batch_memory(sizes, total_memory(setup.device))
     turns = [0, setup.repeats * FACTOR_CUDA] if on_cuda else [0, *[1] * setup.repeats]
     if on_cuda:
         torch.cuda.empty_cache()  # frees what earlier works allocated
