@@ -83,8 +83,15 @@ def _index(folder: Path) -> Any:
     return agreed(lambda: set(locate(folder)[1]), lambda: set(Checkpoint(folder)))
 
 
+def _import_torch(folder: Path) -> None:
+    """Import the modules that these two readers need: later, it would count as theirs."""
+    import llama_torch.checkpoint.hf
+    import llama_torch.checkpoint.shard_index  # noqa: F401
+
+
 def _write_indexed(folder: Path) -> None:
     """Write the files that an index names, and the config."""
+    _import_torch(folder)
     tensors = {
         name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(CONFIG).items()
     }
@@ -133,5 +140,7 @@ TARGETS: Mapping[str, Target] = {
     "toml": Target("settings.toml", _toml, mutations.mutated_toml),
     "tokenizer": Target("tokenizer_config.json", _tokenizer, mutations.mutated_json),
     "pieces": Target("tokenizer.model", _pieces, mutations.mutated_bytes),
-    "shard_index": Target(".metadata", _shard_index, mutations.mutated_bytes),
+    "shard_index": Target(
+        ".metadata", _shard_index, mutations.mutated_bytes, prepare=_import_torch
+    ),
 }
