@@ -6,8 +6,10 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .checkpoint.weight_files import weight_files
 from .common import cli
 from .common.errors import InputError, check_text
 from .inference.config import DecodingConfig, LoadConfig, SamplingConfig
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(ChatConfig, argv)
-    from .inference.text_model import load_from  # imports torch: a wrong flag is told before
+    weight_files(Path(config.load.ckpt))
+    from .inference.text_model import load_from  # imports torch: what is wrong is told before
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)

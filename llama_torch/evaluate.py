@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .checkpoint.weight_files import weight_files
 from .common import cli
 from .common.errors import InputError, check, check_positive
 from .data.text_files import find_files
@@ -82,9 +83,6 @@ def find_text(config: EvaluateConfig) -> Text:
     ckpt = Path(config.load.ckpt)
     run = find_run(ckpt)
     if run is None:
-        from .checkpoint.hf import weight_files
-
-        weight_files(ckpt)  # a name that stands for no model is told first
         raise InputError(
             f"--data is missing, and {ckpt} belongs to no run whose held-out text could stand in "
             "for it; name the text to measure with --data"
@@ -116,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(EvaluateConfig, argv)
+    weight_files(Path(config.load.ckpt))
     text = find_text(config)
     # These import torch, which takes seconds: a wrong flag or --data is told before.
     from .inference.perplexity import FIGURES, evaluate

@@ -5,8 +5,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .checkpoint.weight_files import weight_files
 from .common import cli
 from .common.errors import check, check_text, printable
 from .inference.config import PREFILL_CHUNK, DecodingConfig, LoadConfig, SamplingConfig, check_chunk
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(GenerateConfig, argv)
-    from .inference.text_model import load_from  # imports torch: a wrong flag is told before
+    weight_files(Path(config.load.ckpt))
+    from .inference.text_model import load_from  # imports torch: what is wrong is told before
 
     model = load_from(config.load, decoding=config.decoding)
     if isinstance(sys.stdout, io.TextIOWrapper):

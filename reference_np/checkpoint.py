@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from .config import InputError, LlamaConfig
+from .foreign import INDEX_FILE, MODEL_FILE, explain_absence, missing, require_no_other_kind
 from .naming import (
     DERIVED_SUFFIX,
     EMBED,
@@ -171,13 +172,16 @@ def _count_rest(count: int, kind: str) -> list[str]:
 
 def _shard_names(path: Path) -> list[str]:
     if not path.exists():
-        raise InputError(f"{path}: no such file; give a .safetensors file or its directory")
+        raise missing(path)
     if not path.is_dir():
+        require_no_other_kind(path)
         return [path.name]
-    index = path / "model.safetensors.index.json"
+    index, single = path / INDEX_FILE, path / MODEL_FILE
+    if not index.is_file() and not single.is_file():
+        raise explain_absence(path)
     # Beside a whole model an index is of an earlier save; transformers reads the model too.
-    if not index.is_file() or (path / "model.safetensors").is_file():
-        return ["model.safetensors"]
+    if single.is_file():
+        return [MODEL_FILE]
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map; save the checkpoint again")

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from ..common.files import atomic_write, parse_json, read_json, require_no_pointer, write_text
-from ..common.notes import note
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..model.shapes import EMBEDDING, HEAD, ParameterShapes
 from ..tokenizer.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
-from .file_names import INDEX_FILE, MODEL_FILE
+from .file_names import MODEL_FILE
+from .weight_files import weight_files
 
 # A buffer that old Hugging Face checkpoints stored although the config determines it.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
@@ -32,10 +32,6 @@ DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 COMPILED = "_orig_mod."  # how torch.compile's wrapper names its model
-
-PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt")
-
-ADAPTER = "adapter_config.json"
 
 FEW = 3  # tensors that a message names, of each kind of problem
 
@@ -202,47 +198,6 @@ def _first_of(problems: Iterator[str], count: int, kind: str) -> list[str]:
     first = list(islice(problems, FEW))
     more = count - len(first)
     return [*first, f"{more:,} more {'is' if more == 1 else 'are'} {kind}"] if more else first
-
-
-def weight_files(path: Path) -> list[Path]:
-    """Return the safetensors files of a directory, sorted by name, or [path] for a file."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
-    if not path.is_dir():
-        return [path]
-    index, single = path / INDEX_FILE, path / MODEL_FILE
-    if not index.is_file():
-        if not single.is_file():
-            _explain_absence(path)
-        return [single]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: has no weight_map; save the checkpoint again")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise InputError(f"{index}: {shard!r} is not the name of a file beside it; correct it")
-    names = sorted(set(weight_map.values()))
-    if single.is_file() and names != [MODEL_FILE]:
-        # As transformers reads it: it leaves the index of an earlier save where it was.
-        note(f"{single} is read; {INDEX_FILE} beside it names other files, which are not")
-        return [single]
-    return [path / name for name in names]
-
-
-def _explain_absence(folder: Path) -> None:
-    """Raise InputError for a directory whose weights are of another kind."""
-    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
-    if (folder / ADAPTER).is_file():
-        raise InputError(
-            f"{folder}: is an adapter ({ADAPTER}) without its base model; merge it into that first "
-            "(in peft: merge_and_unload, then save_pretrained)"
-        )
-    if pickled:
-        raise InputError(
-            f"{folder}: holds {pickled[0]} and no {MODEL_FILE}; a pickle may run code, so read it "
-            "with torch.load(..., weights_only=True), which runs none, and write the tensors with "
-            "safetensors.torch.save_file(tensors, ..., {'format': 'pt'})"
-        )
 
 
 def read_config(path: Path, files: list[Path]) -> ModelConfig:

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llama_torch.checkpoint.hf import locate, read_tensor, weight_files
+from llama_torch.checkpoint.hf import locate, read_tensor
+from llama_torch.checkpoint.weight_files import weight_files
 from llama_torch.common.files import parse_json, read_json
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
