@@ -12,7 +12,18 @@ from ..support.jobs import Job
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = sources(ROOT)
 ORACLE_ORDER = [
-    *("config", "limits", "naming", "ops", "sampling", "tolerances", "checkpoint", "model", "grad"),
+    *(
+        "config",
+        "limits",
+        "naming",
+        "ops",
+        "sampling",
+        "tolerances",
+        "foreign",
+        "checkpoint",
+        "model",
+        "grad",
+    ),
     *("angle_error", "low_precision", "optim", "mutants", "training_mutants", "backend"),
 ]
 VERIFIER = "llama_torch.training.verify"
