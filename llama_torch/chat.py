@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from .checkpoint.weight_files import weight_files
+from .checkpoint.weight_files import require_weights
 from .common import cli
 from .common.errors import InputError, check_text
 from .inference.config import DecodingConfig, LoadConfig, SamplingConfig
@@ -24,6 +24,11 @@ HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends a
 @dataclass(frozen=True)
 class ChatConfig:
     """Chat with a checkpoint: /reset forgets, /exit leaves, Ctrl-C ends an answer."""
+
+    command: ClassVar[str] = "python -m llama_torch.chat"
+    basic: ClassVar[str] = (
+        "ckpt system template max_new_tokens temperature top_k top_p seed device dtype quantize"
+    )
 
     load: LoadConfig
     system: str = ""
@@ -45,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(ChatConfig, argv)
-    weight_files(Path(config.load.ckpt))
+    for path in filter(None, (config.load.ckpt, config.decoding.draft)):
+        require_weights(Path(path))
     from .inference.text_model import load_from  # imports torch: what is wrong is told before
 
     with contextlib.suppress(ImportError):

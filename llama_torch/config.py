@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .common.errors import check, check_positive, check_text
 from .model.config import ModelConfig
@@ -107,6 +107,11 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a Llama on text and leave a Hugging Face model directory."""
+
+    command: ClassVar[str] = "python -m llama_torch.train"
+    basic: ClassVar[str] = (
+        "data out config resume steps batch_size max_seq_len dim n_layers n_heads lr device dry_run"
+    )
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from .checkpoint.weight_files import weight_files
+from .checkpoint.weight_files import require_weights
 from .common import cli
 from .common.errors import InputError, check, check_positive
 from .data.text_files import find_files
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measure a checkpoint on text: perplexity, bits per byte, tokens per second."""
+
+    command: ClassVar[str] = "python -m llama_torch.evaluate"
 
     load: LoadConfig
     data: tuple[str, ...] = ()
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(EvaluateConfig, argv)
-    weight_files(Path(config.load.ckpt))
+    require_weights(Path(config.load.ckpt))
     text = find_text(config)
     # These import torch, which takes seconds: a wrong flag or --data is told before.
     from .inference.perplexity import FIGURES, evaluate

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -25,6 +25,8 @@ class ExportConfig:
     A run without --fsdp and --tp writes its model directory at every checkpoint; one with them at
     its end. This command is for the time before that, and for earlier checkpoints.
     """
+
+    command: ClassVar[str] = "python -m llama_torch.export"
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory."""

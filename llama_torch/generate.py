@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from .checkpoint.weight_files import weight_files
+from .checkpoint.weight_files import require_weights
 from .common import cli
 from .common.errors import check, check_text, printable
 from .inference.config import PREFILL_CHUNK, DecodingConfig, LoadConfig, SamplingConfig, check_chunk
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GenerateConfig:
     """Generate text from a checkpoint."""
+
+    command: ClassVar[str] = "python -m llama_torch.generate"
+    basic: ClassVar[str] = (
+        "ckpt prompt max_new_tokens temperature top_k top_p seed stop device dtype quantize json"
+    )
 
     load: LoadConfig
     prompt: tuple[str, ...]
@@ -47,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(GenerateConfig, argv)
-    weight_files(Path(config.load.ckpt))
+    for path in filter(None, (config.load.ckpt, config.decoding.draft)):
+        require_weights(Path(path))
     from .inference.text_model import load_from  # imports torch: what is wrong is told before
 
     model = load_from(config.load, decoding=config.decoding)

@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .common import cli
 from .common.errors import InputError, check, check_positive
 from .common.files import read_json
-from .data.text_files import find_files, identify
+from .data.text_files import find_files, identify, require_found
 from .model.config import ModelConfig
 from .tokenizer.encoding import GPT2, TextEncoding, load_encoding
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class PrepareConfig:
     """Tokenise text into a folder of shards, for --data of llama_torch.train."""
+
+    command: ClassVar[str] = "python -m llama_torch.prepare"
 
     data: tuple[str, ...] = ()
     """Files, folders or globs (.txt .md .jsonl, also .gz or .zst; .parquet); none = Python's own
@@ -56,10 +58,10 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(PrepareConfig, argv)
     if config.verify:
         return _verify(config)
-    from .data.shard_writer import prepare  # imports NumPy: a wrong flag is told before
+    started, files = time.perf_counter(), find_files(config.data)
+    text = identify(files, config.text_field, encoding_of(config))
+    from .data.shard_writer import prepare  # imports NumPy: a wrong flag or --data is told before
 
-    started = time.perf_counter()
-    text = identify(find_files(config.data), config.text_field, encoding_of(config))
     shards = prepare(text, Path(config.out), config.workers, config.shard_tokens)
     init = f"--init-from {shlex.quote(config.tokenizer)} " if config.tokenizer else ""
     print(
@@ -90,6 +92,9 @@ def encoding_of(config: PrepareConfig) -> TextEncoding:
 
 def _verify(config: PrepareConfig) -> int:
     """Print where shards differ from their index, and from the text; return the exit code."""
+    require_found(config.data)
+    if not Path(config.verify).is_dir():
+        raise InputError(f"--verify {config.verify}: no such folder; give one of token shards")
     from .data.shard_check import scan_shards
     from .data.shards import INDEX_FILE, TokenShards
 

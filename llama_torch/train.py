@@ -10,6 +10,7 @@ from pathlib import Path
 from .common import cli
 from .common.torchrun import exit_process, is_launched, is_main_process, is_restarted
 from .config import TrainConfig
+from .data.text_files import require_found
 from .training import run_dir
 from .training.parallel_layout import check_parallel_layout
 from .training.run_file import RUN_FILE
@@ -43,6 +44,7 @@ def _main(argv: Sequence[str]) -> int:
 def _resolve(argv: Sequence[str]) -> TrainConfig:
     config = run_dir.resolve_config(run_dir.flags_after_restart(argv) if is_restarted() else argv)
     check_parallel_layout(config)
+    require_found(config.data.data)
     return config
 
 

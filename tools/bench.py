@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError
@@ -39,6 +39,8 @@ MOST_REPEATS = 100_000  # more takes days
 @dataclass(frozen=True)
 class BenchConfig:
     """Measure speed beside transformers, llama.cpp and a plain NumPy Llama."""
+
+    command: ClassVar[str] = "python tools/bench.py"
 
     works: tuple[Work, ...] = ()
     """Works to measure; none = those that suit the device."""

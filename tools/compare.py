@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import reference_np.config
+from llama_torch.checkpoint.weight_files import require_weights
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError
 from llama_torch.common.files import write_text
 from tools.comparison.config import LENGTH, CompareConfig
 
 if TYPE_CHECKING:
-    from reference_np.checkpoint import Checkpoint
     from reference_np.config import LlamaConfig
     from reference_np.ops import Array
     from tools.comparison.sides import Side
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(CompareConfig, argv)
+    _check_outputs(settings, require_weights(Path(settings.ckpt)))
     return _compare(settings)
 
 
@@ -65,7 +66,6 @@ def _compare(settings: CompareConfig) -> int:
     checkpoint = Checkpoint(settings.ckpt, np.float64)
     side = find_side(settings.against, settings.dtype, checkpoint)
     layers = layer_range(settings.layers, checkpoint.config.n_layers)
-    _check_outputs(settings, checkpoint)
     if settings.grads:
         check_trains(side)
     ids, calls = _input(settings, side, checkpoint.config)
@@ -106,16 +106,17 @@ def _write(report: dict[str, Any], settings: CompareConfig) -> None:
         text_report.print_report(report, console, settings.all)
 
 
-def _check_outputs(settings: CompareConfig, checkpoint: "Checkpoint") -> None:
+def _check_outputs(settings: CompareConfig, files: Sequence[Path]) -> None:
     """Raise InputError where a report cannot be written, or would overwrite an input."""
-    inputs = [*checkpoint.files, settings.against, settings.file or checkpoint.path]
+    ckpt = Path(settings.ckpt)
+    inputs = [*files, settings.against, settings.file or ckpt]
     taken = {Path(path).resolve() for path in inputs}
     for flag in ("json", "html", "trace"):
         name = getattr(settings, flag)
         if name in ("", "-"):
             continue
         path = Path(name).resolve()
-        if path in taken or (path.suffix in (".json", ".safetensors") and _in(path, checkpoint)):
+        if path in taken or (path.suffix in (".json", ".safetensors") and _in(path, ckpt)):
             raise InputError(f"--{flag} {name}: would overwrite an input or another report")
         if path.exists() and not path.is_file():
             raise InputError(f"--{flag} {name}: is no file; give the name of one")
@@ -124,9 +125,9 @@ def _check_outputs(settings: CompareConfig, checkpoint: "Checkpoint") -> None:
         taken.add(path)
 
 
-def _in(path: Path, checkpoint: "Checkpoint") -> bool:
+def _in(path: Path, ckpt: Path) -> bool:
     """Return whether a path is an existing file of the checkpoint's own directory."""
-    return checkpoint.path.is_dir() and path.parent == checkpoint.path.resolve() and path.exists()
+    return ckpt.is_dir() and path.parent == ckpt.resolve() and path.exists()
 
 
 def _input(

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -33,6 +33,8 @@ from llama_torch.model.config import ModelConfig
 @dataclass(frozen=True)
 class ConvertConfig:
     """Convert a Llama between Hugging Face's form and Meta's, cut anew or in another dtype."""
+
+    command: ClassVar[str] = "python tools/convert.py"
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A directory in either form, or one .safetensors file."""

@@ -22,18 +22,24 @@ if __name__ == "__main__":
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check, check_positive
 from llama_torch.common.files import write_text
 from llama_torch.config import DataConfig, OptimConfig, TrainConfig
+from llama_torch.data.text_files import require_found
 from llama_torch.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class LearningConfig:
     """Train with our step and with a plain transformers loop, and compare the losses."""
+
+    command: ClassVar[str] = "python tools/learning.py"
+    basic: ClassVar[str] = (
+        "data seeds steps batch_size max_seq_len dim n_layers n_heads lr device out"
+    )
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -91,6 +97,7 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(LearningConfig, argv)
     if config.out and not Path(config.out).parent.is_dir():
         raise InputError(f"--out {config.out}: there is no such folder; make it first")
+    require_found(config.data.data)
     return _compare(config)
 
 

@@ -2,17 +2,20 @@
 
 import signal
 import sys
+from pathlib import Path
 
 if __name__ == "__main__":
     # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The tools are not installed. Run as a script, their folder is on the path, where its parent
+    # should be.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -25,6 +28,8 @@ from llama_torch.common.files import atomic_write
 class PlotConfig:
     """Draw the training and validation loss of one or more runs, from their TensorBoard files."""
 
+    command: ClassVar[str] = "python tools/plot.py"
+
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
@@ -36,9 +41,7 @@ def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
 
     Raises InputError for a directory without it.
     """
-    folder = run / "tensorboard"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such directory; give the directory of a training run")
+    folder = _events_folder(run)
     # It takes a second to import: a wrong flag or directory is told before.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -48,6 +51,14 @@ def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
         raise InputError(f"{folder}: holds no {tag}; train for longer")
     scalars = events.Scalars(tag)
     return [event.step for event in scalars], [event.value for event in scalars]
+
+
+def _events_folder(run: Path) -> Path:
+    """Return the directory of a run's TensorBoard files; InputError where there is none."""
+    folder = run / "tensorboard"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such directory; give the directory of a training run")
+    return folder
 
 
 def draw(run: Path, out: Path) -> None:
@@ -81,6 +92,7 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(PlotConfig, argv)
     if Path(config.out).suffix not in (".svg", ".png", ".pdf"):
         raise InputError(f"{config.out}: the picture's name must end in .svg, .png or .pdf")
+    _events_folder(Path(config.run))  # told before matplotlib is imported, which takes a second
     draw(Path(config.run), Path(config.out))
     return 0
 

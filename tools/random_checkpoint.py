@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -51,6 +51,8 @@ LLAMA_2 = {  # Llama 2 paper, table 1, and its released configs: none ties its h
 @dataclass(frozen=True)
 class ShapeConfig:
     """Write a sharded checkpoint of random weights."""
+
+    command: ClassVar[str] = "python tools/random_checkpoint.py"
 
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Directory to write; it must not hold a model yet."""
@@ -132,9 +134,9 @@ def _main(argv: Sequence[str]) -> int:
     if any(out.glob("*.safetensors")):
         raise InputError(f"{out}: already holds a model; give another directory")
     require_room(out, config, settings)
-    import torch
-
     out.mkdir(parents=True, exist_ok=True)
+    import torch  # takes seconds: a wrong directory is told before
+
     write(out, config, getattr(torch, settings.dtype), settings.seed)
     return 0
 

@@ -4,7 +4,6 @@ Every file is written under a temporary name and renamed, so that a kill leaves 
 the new one.
 """
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -17,13 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..common.files import atomic_write, parse_json, read_json, require_no_pointer, write_text
+from ..common.files import atomic_write, parse_json, read_json, write_text
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..model.shapes import EMBEDDING, HEAD, ParameterShapes
 from ..tokenizer.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .file_names import MODEL_FILE
-from .weight_files import weight_files
+from .weight_files import open_safetensors, weight_files
 
 # A buffer that old Hugging Face checkpoints stored although the config determines it.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
@@ -219,18 +218,3 @@ def read_config(path: Path, files: list[Path]) -> ModelConfig:
         if other != config:
             raise InputError(f"{first}: contradicts the config stored in {source}; keep one")
     return config
-
-
-@contextlib.contextmanager
-def open_safetensors(path: Path) -> Iterator[safe_open]:
-    """Open a safetensors file for PyTorch; raise InputError if it is missing or damaged."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        require_no_pointer(path)
-        raise InputError(
-            f"{path}: not a complete safetensors file ({error}); save or copy it again"
-        ) from None

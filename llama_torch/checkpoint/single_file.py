@@ -14,9 +14,10 @@ from ..common.files import remove
 from ..common.sharded_tensor import is_sharded
 from ..common.state_file import verified, with_checksum
 from .file_names import STATE_FILE
-from .hf import open_safetensors, save_tensors
+from .hf import save_tensors
 from .state_interface import COPY_AGAIN, TrainingState, UnwrittenError, check_steps, require_float32
 from .step_folders import TEMPORARY
+from .weight_files import open_safetensors
 
 
 class SingleFile:

@@ -1,9 +1,13 @@
-"""Find the weight files of a model directory."""
+"""Find and open the weight files of a model directory."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from ..common.errors import InputError
-from ..common.files import read_json
+from ..common.files import read_json, require_no_pointer
 from ..common.notes import note
 from .file_names import INDEX_FILE, MODEL_FILE
 from .foreign import explain_absence, missing, require_no_other_kind
@@ -36,3 +40,34 @@ def weight_files(path: Path) -> list[Path]:
         note(f"{single} is read; {INDEX_FILE} beside it names other files, which are not")
         return [single]
     return [path / name for name in names]
+
+
+def require_weights(path: Path) -> list[Path]:
+    """Return a checkpoint's weight files; InputError unless each has a safetensors header.
+
+    Commands call it before they import torch, which takes seconds.
+    """
+    files = weight_files(path)
+    for file in files:
+        with open_safetensors(file, "np"):
+            pass
+    return files
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path, framework: str = "pt") -> Iterator[safe_open]:
+    """Open a safetensors file, whose tensors are PyTorch's; InputError if it is missing or damaged.
+
+    Its header alone is read before a tensor is asked for; torch is imported unless ``framework``
+    is another.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        require_no_pointer(path)
+        raise InputError(
+            f"{path}: not a complete safetensors file ({error}); save or copy it again"
+        ) from None

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import tyro
 
+from . import help_text
 from .errors import InputError, VerificationError, printable
+from .flags import require_known, reworded
 from .interrupt import raise_or_end
 from .settings import Settings, as_default, name_source
 
@@ -22,11 +24,16 @@ C = TypeVar("C")
 def parse(config_class: type[C], argv: Sequence[str], settings: Settings | None = None) -> C:
     """Build ``config_class`` from flags; ``settings`` of files are what flags override.
 
-    Raises InputError with tyro's complaint on one line, or naming the file whose value is wrong.
-    ``--help`` prints and exits.
+    Raises InputError that names the flag, or the file whose value is wrong. ``--help`` and
+    ``--help-all`` print and exit.
     """
     complaint, settings = io.StringIO(), settings or {}
     default: dict[str, Any] = {"default": as_default(config_class, settings)} if settings else {}
+    if help_text.is_asked(argv):
+        everything = "--help-all" in argv
+        print(help_text.render(config_class, default.get("default"), everything))
+        sys.exit()
+    require_known(argv, config_class)
     try:
         with contextlib.redirect_stderr(complaint):
             config: C = tyro.cli(
@@ -40,21 +47,27 @@ def parse(config_class: type[C], argv: Sequence[str], settings: Settings | None 
         if not exit_.code:
             raise
         message = name_source(_one_line(complaint.getvalue()), settings, argv)
-        raise InputError(message) from None
+        message = reworded(message, config_class, argv)
+        end = "" if message.endswith("?") else ";"
+        raise InputError(f"{message}{end} see --help") from None
 
 
-def early_flags(argv: Sequence[str]) -> argparse.Namespace:
+def early_flags(argv: Sequence[str], config_class: type[Any]) -> argparse.Namespace:
     """Read --config, --out, --resume and --steps first: the other flags' defaults depend on them.
 
-    ``config``, ``out`` and ``steps`` are None where they are not given.
+    ``config``, ``out`` and ``steps`` are None where they are not given, and ``resume`` is False
+    where help is asked for. Raises InputError for a word that looks like a flag and is none.
     """
+    require_known(argv, config_class)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--config", "--out", "--steps"):
         # A forgotten value is left for tyro to report.
         parser.add_argument(name, nargs="?", default=None, const="")
     parser.add_argument("--resume", action="store_true")
     try:
-        return parser.parse_known_args(list(argv))[0]
+        early = parser.parse_known_args(list(argv))[0]
+        early.resume = early.resume and not help_text.is_asked(argv)
+        return early
     except argparse.ArgumentError as error:
         raise InputError(f"{str(error).removeprefix('argument ')}; see --help") from None
 
@@ -110,5 +123,4 @@ def _one_line(box: str) -> str:
             break
         text.append(line)
     message = " ".join(" ".join(text).split()) or " ".join(" ".join(lines).split())
-    message = re.sub(r"^Error parsing \w+: (?=--)", "", message)
-    return f"{message}; see --help"
+    return re.sub(r"^Error parsing \w+: (?=--)", "", message)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from .errors import InputError, shown
+from .nearest import did_you_mean
 
 C = TypeVar("C")
 
@@ -58,7 +59,10 @@ def check_settings(
         is_section = isinstance(content, dict) and (name in groups or name not in types)
         for key, value in content.items() if is_section else [(name, content)]:
             if key not in types:
-                raise InputError(f"{source}: unknown setting {key}; see --help for the names")
+                near = did_you_mean(key, types)
+                raise InputError(
+                    f"{source}: unknown setting {key};{near} see --help-all for the names"
+                )
             if key in settings:
                 raise InputError(f"{source}: {key} stands there twice; keep one")
             settings[key] = Setting(_checked(value, types[key], f"{source}: {key}"), source)
@@ -125,7 +129,10 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     """Return a value as one of a field's type; raise InputError that begins with ``where``."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        return value if value in arguments else _wrong(where, _one_of(arguments), value)
+        if value not in arguments:
+            near = did_you_mean(value if isinstance(value, str) else "", arguments)
+            _wrong(where, f"one of {', '.join(arguments)}", value, near)
+        return value
     if origin is tuple:
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_checked(each, arguments[0], where) for each in values)
@@ -151,11 +158,7 @@ def _require_usable(text: str, where: str) -> None:
         _wrong(where, "valid text", text)
 
 
-def _one_of(values: Sequence[str]) -> str:
-    return f"one of {', '.join(values)}"
-
-
-def _wrong(where: str, requirement: str, value: Any) -> NoReturn:
+def _wrong(where: str, requirement: str, value: Any, near: str = "") -> NoReturn:
     text = shown(value)
     text = text if len(text) < 80 else f"{text[:80]}..."
-    raise InputError(f"{where} must be {requirement}, got {text}; correct it")
+    raise InputError(f"{where} must be {requirement}, got {text};{near} correct it")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,16 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             files.setdefault(real, path)
     _note_searched(searched)
     return list(files.values())
+
+
+def require_found(patterns: Sequence[str]) -> None:
+    """Raise InputError as ``find_files`` does for names that a glance tells stand for no text.
+
+    No folder is walked, which may take long.
+    """
+    for pattern in patterns:
+        if not pattern or (not Path(pattern).is_dir() and not has_magic(pattern)):
+            find_files([pattern])
 
 
 def _note_searched(searched: dict[str, Found]) -> None:

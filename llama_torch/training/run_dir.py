@@ -38,7 +38,7 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
     With --resume the run's own stored settings take the defaults' place. Raises InputError for
     a setting that is wrong, a directory that holds another run, or one that cannot be written.
     """
-    early = cli.early_flags(argv)
+    early = cli.early_flags(argv, TrainConfig)
     settings = read_toml(early.config, TrainConfig) if early.config else {}
     if not early.resume:
         config = cli.parse(TrainConfig, argv, settings)
@@ -96,7 +96,7 @@ def flags_after_restart(argv: Sequence[str]) -> Sequence[str]:
 
     It is the run with the job's name, in --out if that was given.
     """
-    early = cli.early_flags(argv)
+    early = cli.early_flags(argv, TrainConfig)
     settings = read_toml(early.config, TrainConfig) if early.config else {}
     named = _named_out(early.out, settings)
     outs = [Path(named)] if named else list(_runs().values())

@@ -125,7 +125,10 @@ def check_pip(command: Command, arguments: list[str]) -> None:
 
 
 # How the parsers say that there is no such flag, file, module or extra.
-UNKNOWN = re.compile(r"[Uu]nrecognized|knows no|there is no|not registered|nothing checks")
+UNKNOWN = re.compile(
+    r"[Uu]nrecognized|no such flag|belongs to no flag|knows no|there is no|not registered"
+    "|nothing checks"
+)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_a_foreign_directory_is_refused(
         (["--lr", "-1"], "--lr must be positive, got -1.0"),
         (["--lr", "fast"], "--lr"),
         (["--stepz", "3"], "--stepz"),
-        (["--device", "tpu"], "'tpu'"),
+        (["--device", "tpu"], "--device tpu: not one of auto, cpu, cuda"),
         (["--dim", "250"], "--dim must be a multiple of --n-heads 8"),
         (["--max-seq-len", "100000"], "--max-seq-len 100000 needs 100001 tokens"),
         (["--vocab-size", "100"], "--vocab-size 100 is too small"),

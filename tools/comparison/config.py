@@ -1,7 +1,7 @@
 """The settings of a comparison."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -13,6 +13,9 @@ LENGTH = 48  # of the prompt, unless another is asked for
 @dataclass(frozen=True)
 class CompareConfig:
     """Compare a checkpoint's computation with the NumPy oracle's, and name the bug if any."""
+
+    command: ClassVar[str] = "python tools/compare.py"
+    basic: ClassVar[str] = "ckpt against dtype prompt file tokens layers grads json html"
 
     ckpt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     """A .safetensors file or a model directory."""

@@ -1,0 +1,197 @@
+"""Help and the errors of a command line come without torch and NumPy, in half a CPU second."""
+
+import ast
+import os
+import subprocess
+import sys
+import types
+from functools import cache
+
+import pytest
+
+import llama_torch
+from llama_torch import model
+
+from ..support.jobs import ROOT, Job, environment
+
+MODULES = [
+    *(f"llama_torch.{name}" for name in ("train", "generate", "chat", "evaluate", "prepare")),
+    *("llama_torch.export", "llama_torch.data.__main__", "llama_torch.gather"),
+]
+TOOLS = ["compare", "convert", "bench", "learning", "plot", "random_checkpoint"]
+COMMANDS = [*MODULES, *(f"tools.{name}" for name in TOOLS)]
+# What takes a quarter of a second or more to import.
+SLOW = ("torch", "numpy", "safetensors.torch", "tensorboard", "matplotlib", "transformers")
+CPU_SECONDS = 0.5
+TRIES = 6  # a busy machine lends a part of a core
+
+NOWHERE = "/nowhere/at/all"
+NO_MODEL = f"{NOWHERE}: no such file"
+NO_TEXT = f"--data {NOWHERE}: no file found"
+# Command -> command lines that are wrong, and what their errors say.
+WRONG = {
+    "llama_torch.train": [
+        (f"--data {NOWHERE}", NO_TEXT),
+        (f"--config {NOWHERE}", "cannot be read"),
+        (f"--resume --out {NOWHERE}", "holds no run"),
+        ("--out README.md", "--out README.md cannot be written"),
+        ("--data pyproject.toml", "--data pyproject.toml: not one of"),
+        ("--tp 3", "--tp 3: 1 process cannot be shared out so"),
+        ("--lr -1", "--lr must be positive"),
+    ],
+    "llama_torch.generate": [
+        (f"--prompt x --ckpt {NOWHERE}", NO_MODEL),
+        ("--prompt x --ckpt README.md", "README.md: not a complete safetensors file"),
+        ("--prompt x --ckpt docs", "docs/model.safetensors: no such file"),
+        ("--ckpt docs", "--prompt: required"),
+    ],
+    "llama_torch.chat": [(f"--ckpt {NOWHERE}", NO_MODEL), ("--system x", "--ckpt: required")],
+    "llama_torch.evaluate": [
+        (f"--ckpt {NOWHERE}", NO_MODEL),
+        ("--ckpt docs --data docs", "docs/model.safetensors: no such file"),
+    ],
+    "llama_torch.prepare": [
+        (f"--out out --data {NOWHERE}", NO_TEXT),
+        (f"--verify {NOWHERE}", f"--verify {NOWHERE}: no such folder"),
+        ("--data docs", "--out is needed"),
+    ],
+    "llama_torch.data.__main__": [(f"--out out --data {NOWHERE}", NO_TEXT)],
+    "llama_torch.export": [(NOWHERE, "holds no run"), ("", "RUN: required")],
+    "llama_torch.gather": [(NOWHERE, "holds no run")],
+    "tools.compare": [
+        (NOWHERE, NO_MODEL),
+        ("README.md", "README.md: not a complete safetensors file"),
+        ("docs", "docs/model.safetensors: no such file"),
+        ("", "CKPT: required"),
+    ],
+    "tools.convert": [(f"{NOWHERE} out", NO_MODEL), ("docs README.md", "docs: holds neither")],
+    "tools.bench": [("--works decod", "did you mean decode?"), ("--repeats 0", "--repeats")],
+    "tools.learning": [
+        (f"--data {NOWHERE}", NO_TEXT),
+        (f"--out {NOWHERE}/losses.json", "there is no such folder"),
+    ],
+    "tools.plot": [(f"{NOWHERE} a.svg", "no such directory"), ("docs a.txt", "must end in .svg")],
+    "tools.random_checkpoint": [
+        ("out --shape 8b", "--shape 8b: not one of 7b, 13b, 70b"),
+        ("README.md/out", "README.md/out"),
+    ],
+}
+PROGRAM = """
+import contextlib, importlib, io, sys
+class Refusing:
+    def find_spec(self, name, *_):
+        if name in {slow}:
+            raise ImportError(name + " is slow to import")
+sys.meta_path.insert(0, Refusing())
+main = importlib.import_module({command!r}).main
+found = []
+for argv in {lines}:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(argv)
+        except SystemExit as ended:
+            code = ended.code or 0
+    found.append((code, out.getvalue(), err.getvalue()))
+print(found)
+"""
+HELPS = [["--help"], ["-h"], ["--help-all"], ["--qqqq", "4"]]
+
+
+@cache
+def outcomes(command: str) -> list[tuple[int, str, str]]:
+    """Return the exit code, stdout and stderr of each of a command's lines, without slow modules.
+
+    The first four are those of HELPS.
+    """
+    lines = [*HELPS, *(line.split() for line, _ in WRONG[command])]
+    program = PROGRAM.format(slow=SLOW, command=command, lines=lines)
+    done = Job(lambda _: ("-c", program)).done()
+    assert done.returncode == 0, done.stderr
+    found: list[tuple[int, str, str]] = ast.literal_eval(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_slow(command: str) -> None:
+    *helps, misspelt = outcomes(command)[: len(HELPS)]
+    for code, out, err in helps:
+        assert (code, err) == (0, "")
+        assert out.startswith("usage: python ")
+    assert misspelt == (2, "", "error: --qqqq 4: no such flag; see --help\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "n"), [(command, n) for command in COMMANDS for n in range(len(WRONG[command]))]
+)
+def test_a_wrong_command_line_is_told_before_slow_imports(command: str, n: int) -> None:
+    code, out, err = outcomes(command)[len(HELPS) + n]
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert WRONG[command][n][1] in err
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [*((command, "--help") for command in COMMANDS), ("llama_torch.train", "--lr -1")],
+)
+def test_half_a_cpu_second_is_enough(command: str, line: str) -> None:
+    """For the whole process, as a user starts it."""
+    script = f"{command.replace('.', '/')}.py"
+    start = [script] if command.startswith("tools") else ["-m", command.removesuffix(".__main__")]
+    used = [cpu_seconds([*start, *line.split()])]
+    while used[-1] >= CPU_SECONDS and len(used) < TRIES:
+        used.append(cpu_seconds([*start, *line.split()]))
+    assert min(used) < CPU_SECONDS, used
+
+
+def cpu_seconds(arguments: list[str]) -> float:
+    """Return the user and system time of ``python`` with these arguments."""
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode in (0, 2)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_a_slow_import_would_be_seen() -> None:
+    program = PROGRAM.format(slow=SLOW, command="llama_torch.training.loop", lines=[])
+    done = Job(lambda _: ("-c", program)).done()
+    assert done.returncode == 1
+    assert "torch is slow to import" in done.stderr
+
+
+# The public names
+
+
+PUBLIC = Job(
+    lambda _: (
+        "-c",
+        "import sys, llama_torch\n"
+        "assert 'torch' not in sys.modules\n"
+        "llama_torch.InputError, llama_torch.SamplingConfig\n"
+        "assert 'torch' not in sys.modules\n"
+        "from llama_torch import *\n"
+        "from llama_torch import load, TextModel, SamplingConfig, Completion, InputError\n"
+        "assert 'torch' in sys.modules\n",
+    )
+)
+
+
+def test_the_public_names_import_torch_at_their_first_use() -> None:
+    assert PUBLIC.done().returncode == 0, PUBLIC.done().stderr
+
+
+@pytest.mark.parametrize("package", [llama_torch, model], ids=lambda package: package.__name__)
+def test_a_package_lists_its_public_names(package: types.ModuleType) -> None:
+    for name in package.__all__:
+        assert name in dir(package)
+        assert hasattr(package, name)
+    assert not hasattr(package, "lod")

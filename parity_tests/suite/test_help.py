@@ -1,0 +1,184 @@
+"""Every command answers --help, --help-all and a wrong command line on one screen or one line."""
+
+import dataclasses
+import importlib
+import re
+from typing import Any
+
+import pytest
+
+from llama_torch.chat import ChatConfig
+from llama_torch.common import cli, help_text
+from llama_torch.common.errors import InputError
+from llama_torch.common.flags import Flag, flags_of
+from llama_torch.common.settings import Setting
+from llama_torch.config import TrainConfig
+from llama_torch.evaluate import EvaluateConfig
+from llama_torch.export import ExportConfig
+from llama_torch.generate import GenerateConfig
+from llama_torch.prepare import PrepareConfig
+from tools.bench import BenchConfig
+from tools.comparison.config import CompareConfig
+from tools.convert import ConvertConfig
+from tools.learning import LearningConfig
+from tools.plot import PlotConfig
+from tools.random_checkpoint import ShapeConfig
+
+CONFIGS: list[Any] = [
+    *(TrainConfig, GenerateConfig, ChatConfig, EvaluateConfig, PrepareConfig, ExportConfig),
+    *(CompareConfig, ConvertConfig, BenchConfig, LearningConfig, PlotConfig, ShapeConfig),
+]
+FLAGS = [(config, flag) for config in CONFIGS for flag in flags_of(config)]
+LINES, COLUMNS = 30, 80
+
+for_each_command = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+
+
+def shown(config: Any, flag: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(config, [flag])
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+@for_each_command
+def test_help_fits_a_screen(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(config, "--help", capsys)
+    assert text == shown(config, "-h", capsys)
+    lines = text.splitlines()
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= COLUMNS
+    assert ("--help-all shows" in text) == hasattr(config, "basic")
+
+
+@for_each_command
+def test_the_usage_is_what_a_user_types(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    usage, *_ = shown(config, "--help", capsys).splitlines()
+    found = re.match(r"usage: python (?:-m (llama_torch\.\w+)|(tools/\w+)\.py) ", usage)
+    assert found
+    module = found[1] or found[2].replace("/", ".")
+    assert callable(importlib.import_module(module).main)
+    for flag in flags_of(config):
+        assert (flag.word in usage) == (flag.default is dataclasses.MISSING)
+
+
+@for_each_command
+def test_all_flags_are_told_with_their_defaults(
+    config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = re.split(r"\n  (?=\S)", shown(config, "--help-all", capsys))[1:]
+    flags = flags_of(config)
+    assert len(entries) == len(flags) > 1
+    for flag, entry in zip(flags, entries, strict=True):
+        plain = " ".join(entry.split())
+        words = plain.replace("[no-]", "").split()
+        assert words[0] == flag.word
+        told = re.search(r"\((?:required|default: [^()]+(?:\(.*\))?)\)", plain)
+        assert told, plain
+        assert len(plain) > len(flag.word) + len(told[0]) + 10, f"{flag.word} is not described"
+        for choice in flag.choices:
+            assert choice in plain
+
+
+@for_each_command
+def test_basic_flags_are_flags_of_the_command(config: Any) -> None:
+    names = getattr(config, "basic", "").split()
+    assert set(names) <= {flag.name for flag in flags_of(config)}
+    assert len(names) == len(set(names)) <= 16
+
+
+def test_the_defaults_told_are_those_of_the_settings_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--max-new-tokens N Maximum number of new tokens (default: 512)" in " ".join(
+        shown(ChatConfig, "--help", capsys).split()
+    )
+    monkeypatch.setattr(help_text, "WIDTHS", (200, 200))
+    settings = {"lr": Setting(0.125, "a file")}
+    with pytest.raises(SystemExit):
+        cli.parse(TrainConfig, ["--help"], settings)
+    assert re.search(r"--lr X +Peak learning rate.*\(default: 0\.125\)", capsys.readouterr().out)
+
+
+# Words that are no flags
+
+
+def complaint(config: Any, *argv: str) -> str:
+    with pytest.raises(InputError) as raised:
+        cli.parse(config, argv)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert message.endswith("see --help")
+    return message
+
+
+def misspelt(flag: Flag) -> list[str]:
+    """Return the flag without its last letter, with one doubled, and with two exchanged."""
+    word = flag.word
+    found = [word[:-1], word[:4] + word[3:], f"{word[:-2]}{word[-1]}{word[-2]}"]
+    return [wrong for wrong in found if wrong != word]
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [(config, flag) for config, flag in FLAGS if len(flag.word) > 6 and not flag.metavar],
+    ids=lambda value: value.word if isinstance(value, Flag) else value.__name__,
+)
+def test_a_misspelt_flag_is_answered_with_the_nearest(config: Any, flag: Flag) -> None:
+    words = {known.word for known in flags_of(config)}
+    for wrong in misspelt(flag):
+        if wrong in words:
+            continue
+        message = complaint(config, wrong, "4")
+        assert message.startswith(f"{wrong} 4: no such flag; did you mean ")
+        assert flag.word in re.findall(r"--[\w-]+", message.partition("mean")[2])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--batchsize 4", "--batchsize 4: no such flag; did you mean --batch-size? see --help"),
+        ("--step 4", "--step 4: no such flag; did you mean --steps? see --help"),
+        ("--batch_sizes=4", "--batch_sizes=4: no such flag; did you mean --batch-size?"),
+        ("-steps 4", "-steps 4: no such flag; did you mean --steps?"),
+        ("\N{EM DASH}steps 4", "\N{EM DASH}steps 4: no such flag; did you mean --steps?"),
+        ("--learning-rate 4", "did you mean --lr?"),
+        ("--layers 4", "did you mean --n-layers?"),
+        ("--Steps 4", "did you mean --steps?"),
+        ("--no-keep-bset", "--no-keep-bset: no such flag; did you mean --no-keep-best?"),
+        ("--qqqq", "--qqqq: no such flag; see --help"),
+        ("--sample-prompt -qq", "a value that begins with a dash is written --sample-prompt=-qq"),
+        ("--steps 4 5", "5: belongs to no flag"),
+        ("--resume yes", "yes: --resume takes no value; give it alone, or --no-resume"),
+        ("--resume=yes", "yes: --resume takes no value; give it alone, or --no-resume"),
+        ("--steps four", "--steps must be a whole number, got 'four'"),
+        ("--lr fast", "--lr must be a number, got 'fast'"),
+        ("--weights a", "--weights must be numbers, got 'a'"),
+        ("--steps", "--steps: its value is missing"),
+        ("--device cude", "--device cude: not one of auto, cpu, cuda; did you mean cuda?"),
+        ("--compile maybe", "--compile maybe: not one of auto, yes, no; see --help"),
+        ("--q" + "x" * 5000, "x: no such flag; see --help"),
+    ],
+)
+def test_a_wrong_word_is_one_line(argv: str, said: str) -> None:
+    assert said in complaint(TrainConfig, *argv.split(" "))
+
+
+@for_each_command
+def test_what_is_required_is_named(config: Any) -> None:
+    required = [flag.word for flag in flags_of(config) if flag.default is dataclasses.MISSING]
+    if required:
+        assert complaint(config) == f"{' and '.join(required)}: required; see --help"
+
+
+def test_values_may_look_like_flags_where_they_are_told_apart() -> None:
+    config = cli.parse(GenerateConfig, ["--ckpt", "a", "--prompt=--steps", "--logprobs", "-1"])
+    assert config.prompt == ("--steps",)
+    assert cli.parse(ConvertConfig, ["--", "-a", "--b"]).dst == "--b"
+    assert cli.parse(TrainConfig, ["--keep_best", "--no_keep_best"]).keep_best is False
+    assert cli.parse(CompareConfig, ["a", "--json", "-"]).json == "-"
