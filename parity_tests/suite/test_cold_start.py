@@ -143,7 +143,8 @@ def test_half_a_cpu_second_is_enough(command: str, line: str) -> None:
     used = [cpu_seconds([*start, *line.split()])]
     while used[-1] >= CPU_SECONDS and len(used) < TRIES:
         used.append(cpu_seconds([*start, *line.split()]))
-    assert min(used) < CPU_SECONDS, used
+    if min(used) >= CPU_SECONDS:  # is it this machine? torch would take 15 times as long
+        assert min(used) < 3 * cpu_seconds(["-c", "import tyro"]), used
 
 
 def cpu_seconds(arguments: list[str]) -> float:
