@@ -1,5 +1,6 @@
 """Tokenise text into shards: ``python -m llama_torch.prepare --data texts/ --out DIR``."""
 
+import os
 import shlex
 import sys
 import time
@@ -93,7 +94,7 @@ def encoding_of(config: PrepareConfig) -> TextEncoding:
 def _verify(config: PrepareConfig) -> int:
     """Print where shards differ from their index, and from the text; return the exit code."""
     require_found(config.data)
-    if not Path(config.verify).is_dir():
+    if not os.path.isdir(config.verify):
         raise InputError(f"--verify {config.verify}: no such folder; give one of token shards")
     from .data.shard_check import scan_shards
     from .data.shards import INDEX_FILE, TokenShards

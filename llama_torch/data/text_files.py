@@ -66,7 +66,7 @@ def require_found(patterns: Sequence[str]) -> None:
     No folder is walked, which may take long.
     """
     for pattern in patterns:
-        if not pattern or (not Path(pattern).is_dir() and not has_magic(pattern)):
+        if not pattern or (not os.path.isdir(pattern) and not has_magic(pattern)):
             find_files([pattern])
 
 
