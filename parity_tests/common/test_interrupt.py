@@ -73,7 +73,7 @@ def test_it_ends_a_command_that_imports_torch_later(
     tmp_path: Path, ckpt: Path, command: str
 ) -> None:
     (tmp_path / "torch.py").write_text(INTERRUPTED)
-    flags = ["--prompt", "a"] if command == "generate" else []
+    flags = {"generate": ["--prompt", "a"], "evaluate": ["--data", "README.md"]}.get(command, [])
     done = python("-m", f"llama_torch.{command}", "--ckpt", str(ckpt), *flags, path=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 

@@ -213,7 +213,7 @@ BAD: list[tuple[Callable[[Path], Path], str, list[str]]] = [
     (lambda folder: folder.mkdir() or folder, "", ["neither model.safetensors nor consolidated"]),
     (both, "", ["both model.safetensors and consolidated"]),
     (lambda folder: a_meta(folder) / "consolidated.00.pth", "", ["give the directory"]),
-    (lambda folder: an_hf(folder) / "config.json", "", ["not a complete safetensors file"]),
+    (lambda folder: an_hf(folder) / "config.json", "", ["holds no weights; give its directory"]),
     # what Meta's code cannot express
     (
         hf_with(head_dim=8, rope_type="linear", rope_factor=2.0),
