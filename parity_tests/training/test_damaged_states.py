@@ -136,3 +136,22 @@ def test_shards_of_an_earlier_version_are_gone_on_with(whole: Path, run: Path) -
     (folder / "state.json").write_text(json.dumps(content))
     assert resume(run) == 0
     require_same(whole, run)
+
+
+@pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
+def test_one_bit_of_a_tensor(
+    in_shards: bool, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number that a run could have saved, and did not."""
+    folder = step_folders.newest(run)
+    number = load_state(folder).tensors[f"parameter.{NAME}"].numpy().tobytes()
+    if in_shards:
+        to_shards(folder)
+    [path] = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".distcp")]
+    content = bytearray(path.read_bytes())
+    at = content.index(number)
+    content[at] ^= 1
+    path.write_bytes(content)
+    for line in both_refuse(run, capsys):
+        assert str(folder) in line
+        assert "is damaged: Bad CRC-32" in line if in_shards else "is not as it was" in line
