@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from reference_np.backend import Array
 
 
@@ -26,3 +28,23 @@ class TraceByTracedDecode:
         """Return the activations of ``arguments`` by name (reference_np/naming.py has the axes)."""
         activations: Mapping[str, Array] = self.traced_decode(*arguments, None)[0]
         return activations
+
+
+class LogitsByEngine:
+    """Adds ``logits`` to an engine: each row is begun with one token and continued by single ones.
+
+    For limits.masks "causal" and limits.positions "consecutive".
+    """
+
+    start: Any  # (config, params, rows) -> logits [B, V]
+    append: Any  # tokens [B, T] -> logits [B, V]
+
+    def logits(
+        self, config: Any, params: Any, tokens: Array, positions: Array | None, mask: Array | None
+    ) -> Array:
+        """Return the logits [B, T, V] of tokens [B, T]."""
+        if positions is not None or mask is not None:
+            raise NotImplementedError("an engine takes neither positions nor a mask")
+        first, *rest = np.split(tokens, tokens.shape[1], axis=1)
+        logits = [self.start(config, params, list(first)), *map(self.append, rest)]
+        return np.stack([np.asarray(part) for part in logits], axis=1)

@@ -1,27 +1,21 @@
 """The suite's command line: nothing compared is not a pass, and errors are one line."""
 
+import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from reference_np import backend
-from reference_np.config import InputError
+from reference_np.config import InputError, LlamaConfig
+from reference_np.grad import Batch
 
+from ..conformance.calls import Calls, ParityError
 from ..conformance.judge import Judge
 from ..conformance.oracle import Oracle
 from ..support.jobs import Command, Job
-
-
-def suite(*arguments: str) -> Job:
-    """Return a run of the suite with these arguments."""
-
-    def make(_: Path) -> Command:
-        quick = ["--hypothesis-profile", "quick", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        return "-m", "pytest", *quick, *arguments
-
-    return Job(make)
-
+from ..support.suite_runs import QUICK, suite
 
 TEMPLATE = suite("parity_tests/", "--backend", "parity_tests.backends.template:YourLlama")
 
@@ -54,6 +48,11 @@ def test_a_wrong_backend_fails_and_says_how_to_repeat_it() -> None:
     reproducing = suite(
         "parity_tests/conformance/test_conformance.py", *CHOSEN, "--reproduce", blob
     )
+    report = done.stdout.split("FAILURES")[1].split("computed by")[0].splitlines()
+    assert len(report) <= 12  # with two rules around ten lines
+    assert any(line.startswith("config     head_dim=2 (dim / n_heads = ") for line in report)
+    assert any(line.startswith("error      1e-06 of the largest value, tol") for line in report)
+    assert f"tools/compare.py CHECKPOINT --against {CHOSEN[1]}" in done.stdout
     again = reproducing.done()
     assert again.returncode == 1
     assert "times its tolerance" in again.stdout
@@ -112,3 +111,118 @@ def test_what_a_process_recorded_arrives_whole() -> None:
     there.record("logits", 0.5, "float64")
     here.add(there.records())
     assert here.entries == there.entries
+
+
+TEN = LlamaConfig(4, 1, 2, 1, 2, 6, 10)
+TOKENS = np.zeros((2, 3), np.int64)
+
+
+class Returns:
+    """A backend whose logits are one given value."""
+
+    def __init__(self, value) -> None:
+        self.value = value
+
+    def logits(self, *arguments):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros((2, 10)), r"logits has the shape \[2, 10\], not \[2, 3, 10\] \[B, T, V\]"),
+        (np.full((2, 3, 10), np.nan), "logits: 60 of 60 values are NaN, the first at .0, 0, 0."),
+        (np.full((2, 3, 10), np.inf), "logits: 60 of 60 values are infinite"),
+        (np.zeros((2, 3, 10), int), "logits is of type ndarray and dtype int64: return floats"),
+        (None, "logits is of type NoneType and dtype object: return floats"),
+        ([[0.0], [0.0, 1.0]], "logits is no array"),
+    ],
+)
+def test_a_result_that_cannot_be_compared_is_named(value, message: str) -> None:
+    with pytest.raises(ParityError, match=message):
+        Calls(Returns(value)).logits(TEN, {}, TOKENS, None, None)
+
+
+def test_a_torch_tensor_is_named() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ParityError, match="logits is a torch tensor: return a NumPy array"):
+        Calls(Returns(torch.zeros(2, 3, 10))).logits(TEN, {}, TOKENS, None, None)
+
+
+def test_bfloat16_of_ml_dtypes_is_a_float() -> None:
+    logits = np.ones((2, 3, 10), ml_dtypes.bfloat16)
+    found = Calls(Returns(logits)).logits(TEN, {}, TOKENS, None, None)
+    assert found.dtype == np.float32
+    assert (found == 1).all()
+
+
+def test_a_missing_gradient_is_named() -> None:
+    class Grads:
+        def loss_and_grads(self, *arguments):
+            return 1.0, {"a": np.zeros(2)}
+
+    batch, params = Batch(TOKENS, TOKENS), {"a": np.zeros(2), "b": np.zeros(2)}
+    with pytest.raises(ParityError, match="gradient of b is missing"):
+        Calls(Grads()).loss_and_grads(TEN, params, [batch], 0.0)
+
+
+def test_a_shipped_backend_without_its_package_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax", None)
+    monkeypatch.delitem(sys.modules, "parity_tests.backends.jax_backend", raising=False)
+    with pytest.raises(InputError, match=r"pip install -e '\.\[jax\]' brings what it needs"):
+        backend.load.__wrapped__("jax")
+
+
+# A port in the current folder, outside the repository, whose import and calls warn.
+WARNING_PORT = """
+import warnings
+from parity_tests.conformance.oracle import Oracle
+warnings.warn("old", DeprecationWarning)
+
+class Mine(Oracle):
+    def logits(self, *arguments):
+        warnings.warn("older", UserWarning)
+        return super().logits(*arguments)
+"""
+
+
+def port_in_a_folder(*arguments: str) -> Job:
+    def make(folder: Path) -> Command:
+        (folder / "mine_here.py").write_text(WARNING_PORT)
+        tests = Path(__file__).parent.parent / "conformance"
+        return "-m", "pytest", tests, *QUICK, *arguments
+
+    return Job(make, in_folder=True)
+
+
+IN_A_FOLDER = port_in_a_folder("--backend", "mine_here:Mine", "-k", "causal_logits")
+UNKNOWN = port_in_a_folder("--backend", "not_here:Mine")
+
+
+def test_a_port_in_the_current_folder_may_warn() -> None:
+    done = IN_A_FOLDER.done()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+    assert "UserWarning: older" in done.stdout
+
+
+def test_a_backend_that_is_not_there_is_one_line_and_exit_code_two() -> None:
+    done = UNKNOWN.done()
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "--backend not_here:Mine: cannot be imported" in line
+    assert "lie in the current folder" in line
+
+
+def test_without_a_folder_the_conformance_tests_alone_are_collected() -> None:
+    def make(_: Path) -> Command:
+        here = f"import os; os.chdir({str(Path(__file__).parent)!r}); import pytest, sys"
+        collect = f"sys.exit(pytest.main(['--collect-only', '-q', '--backend={WITH_ALL}']))"
+        return "-c", f"{here}; {collect}"
+
+    done = Job(make).done()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "17 tests collected" in done.stdout
+
+
+WITH_ALL = "parity_tests.conformance.oracle:Oracle"

@@ -63,6 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
             load(name)
     except InputError as error:
         pytest.exit(str(error), USAGE)
+    if requested_backends(config) and config.args_source is config.ArgsSource.INVOCATION_DIR:
+        config.args[:] = [str(CONFORMANCE)]  # in any folder of the repository
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

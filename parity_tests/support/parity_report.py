@@ -37,13 +37,13 @@ def _recorded(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     test = pyfuncitem.originalname
     words = [test.removeprefix("test_"), *other_parameters(pyfuncitem)]
     entry = JUDGE.begin(" ".join(words), backend_name(pyfuncitem))
+    if limit := beyond_a_limit(pyfuncitem):
+        entry.by_limit[limit] += 1
+        pytest.skip(f"not covered, by limit: {limit}")
     lacking = unsupported_by_backend(pyfuncitem)
     if lacking:
         entry.not_covered[f"{lacking} is not offered"] += 1
         pytest.skip(f"not covered: {lacking} is not offered")
-    if limit := beyond_a_limit(pyfuncitem):
-        entry.by_limit[limit] += 1
-        pytest.skip(f"not covered, by limit: {limit}")
     result = yield
     if entry.covered == 0:
         reason = ", ".join(entry.not_covered) or "no example was compared"

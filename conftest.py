@@ -5,6 +5,7 @@ import os
 # Before NumPy is imported: as many threads as torch gets (support/process_state.py says why).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("PARITY_THREADS", "1"))
 
+# In the repository's root, so that pytest knows the options in every folder of it.
 # One that imports another stands after it: pytest wants to import each itself.
 pytest_plugins = [
     "parity_tests.support.cores",  # the whole suite shared among processes
