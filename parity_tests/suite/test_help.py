@@ -11,7 +11,7 @@ from llama_torch.chat import ChatConfig
 from llama_torch.common import cli, help_text
 from llama_torch.common.errors import InputError
 from llama_torch.common.flags import Flag, flags_of
-from llama_torch.common.settings import Setting
+from llama_torch.common.settings import Setting, check_settings
 from llama_torch.config import TrainConfig
 from llama_torch.evaluate import EvaluateConfig
 from llama_torch.export import ExportConfig
@@ -182,3 +182,22 @@ def test_values_may_look_like_flags_where_they_are_told_apart() -> None:
     assert cli.parse(ConvertConfig, ["--", "-a", "--b"]).dst == "--b"
     assert cli.parse(TrainConfig, ["--keep_best", "--no_keep_best"]).keep_best is False
     assert cli.parse(CompareConfig, ["a", "--json", "-"]).json == "-"
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"batchsize": 4}, "unknown setting batchsize; did you mean batch_size? see --help-all"),
+        ({"optim": {"learning_rate": 4}}, "unknown setting learning_rate; did you mean lr?"),
+        ({"device": "cude"}, "got 'cude'; did you mean cuda? correct it"),
+        ({"q" * 5000: 4}, "qqq; see --help-all for the names"),
+        ({"device": "q" * 5000}, "...; correct it"),
+        ({"device": 5}, "got 5; correct it"),
+    ],
+)
+def test_a_misspelt_key_or_choice_of_a_file_is_answered_with_the_nearest(
+    table: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError) as raised:
+        check_settings(table, TrainConfig, "a.toml")
+    assert said in str(raised.value)
