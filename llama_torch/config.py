@@ -110,7 +110,8 @@ class TrainConfig:
 
     command: ClassVar[str] = "python -m llama_torch.train"
     basic: ClassVar[str] = (
-        "data out config resume steps batch_size max_seq_len dim n_layers n_heads lr device dry_run"
+        "data out init_from config resume steps batch_size max_seq_len dim n_layers n_heads lr "
+        "device dry_run"
     )
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -122,6 +123,9 @@ class TrainConfig:
     """TOML file of settings: these flags' names as keys, in any section; flags win over it."""
     out: str = ""
     """Run directory; empty = the next free runs/N (with --resume: the last worked on)."""
+    init_from: str = ""
+    """Model directory to begin from. Its weights, shape and tokenizer are taken, the optimizer is
+    fresh, and --max-seq-len may be less than its own."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, with its own settings."""
 

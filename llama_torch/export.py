@@ -12,9 +12,8 @@ from .checkpoint import step_folders
 from .common import cli
 from .common.errors import InputError, check
 from .common.files import new_folder
-from .common.settings import build
 from .common.state_file import MOST
-from .model.config import ModelConfig
+from .training.origin import recorded_model
 from .training.run_file import RUN_FILE, read_run, require_consistent
 
 
@@ -50,7 +49,7 @@ def _main(argv: Sequence[str]) -> int:
     if not (out / RUN_FILE).is_file():
         raise InputError(f"{out}: holds no run; name the directory of one")
     record = read_run(out)
-    model = build(ModelConfig, record.settings)
+    model = recorded_model(record)
     require_consistent(record)
     folder = (
         step_folders.final_folder(out, config.step) if config.step else step_folders.newest(out)
@@ -65,10 +64,10 @@ def _main(argv: Sequence[str]) -> int:
 
     try:
         if target.is_dir() and any(target.iterdir()):
-            export_model(target, folder, model)  # each file by itself
+            export_model(target, folder, model, out)  # each file by itself
         else:
             with new_folder(target) as temporary:
-                export_model(temporary, folder, model)
+                export_model(temporary, folder, model, out)
     except OSError as error:
         raise InputError(f"--to {target} cannot be written ({error}); choose another") from None
     print(f"{target}: the model of step {folder.name}")

@@ -141,7 +141,7 @@ def _convert(settings: ConvertConfig, source: Path, target: Path, form: str, to:
     # These import torch, which takes seconds: a wrong flag or directory is told before.
     import torch
 
-    from llama_torch.inference.generation_file import GENERATION_FILE
+    from llama_torch.checkpoint.file_names import GENERATION_FILE
     from tools.conversion import token_ids
     from tools.conversion.files_around import copy_around
     from tools.conversion.hf_checkpoint import read_hf, write_hf

@@ -1,4 +1,4 @@
-"""Read and write Hugging Face model directories: config.json, safetensors, tokenizer files.
+"""Read and write Hugging Face model directories: config.json and safetensors.
 
 Every file is written under a temporary name and renamed, so that a kill leaves the old file or
 the new one.
@@ -16,11 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..common.files import atomic_write, parse_json, read_json, write_text
+from ..common.files import atomic_write, parse_json, read_json
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..model.shapes import EMBEDDING, HEAD, ParameterShapes
-from ..tokenizer.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .file_names import MODEL_FILE
 from .weight_files import open_safetensors, weight_files
 
@@ -41,17 +40,6 @@ class Stored(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def write_directory_files(directory: Path, config: ModelConfig) -> None:
-    """Write config.json and, for a vocabulary that holds GPT-2's ids, the tokenizer's files."""
-    hf = config.to_hf()
-    files = {}
-    if config.vocab_size >= VOCAB_SIZE:
-        hf |= {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
-        files = hf_files()
-    for name, text in {"config.json": json.dumps(hf, indent=2) + "\n", **files}.items():
-        write_text(directory / name, text)
 
 
 def save_model(
@@ -150,9 +138,14 @@ def read_tensor(
     path: Path, name: str, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Tensor:
     """Read one parameter; without a change of dtype or device it is the file, mapped."""
+    return read_stored(path, name).to(device, dtype)
+
+
+def read_stored(path: Path, name: str) -> Tensor:
+    """Read one parameter as it is stored; it is the file, mapped."""
     with open_safetensors(path) as file:
         tensor: Tensor = file.get_tensor(_stored_as(file, name))
-    return tensor.to(device, dtype)
+    return tensor
 
 
 def _stored_as(file: safe_open, name: str) -> str:

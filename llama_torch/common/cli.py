@@ -53,14 +53,15 @@ def parse(config_class: type[C], argv: Sequence[str], settings: Settings | None 
 
 
 def early_flags(argv: Sequence[str], config_class: type[Any]) -> argparse.Namespace:
-    """Read --config, --out, --resume and --steps first: the other flags' defaults depend on them.
+    """Read the flags first that the others' defaults depend on.
 
-    ``config``, ``out`` and ``steps`` are None where they are not given, and ``resume`` is False
-    where help is asked for. Raises InputError for a word that looks like a flag and is none.
+    ``config``, ``out``, ``init_from`` and ``steps`` are None where they are not given, and
+    ``resume`` is False where help is asked for. Raises InputError for a word that looks like a flag
+    and is none.
     """
     require_known(argv, config_class)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--config", "--out", "--steps"):
+    for name in ("--config", "--out", "--init-from", "--steps"):
         # A forgotten value is left for tyro to report.
         parser.add_argument(name, nargs="?", default=None, const="")
     parser.add_argument("--resume", action="store_true")

@@ -6,13 +6,13 @@ identity.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import InputError
@@ -83,10 +83,15 @@ class Parallel:
             _as_sharded(model).reshard()
 
     def build_sharded(
-        self, config: ModelConfig, dtype: torch.dtype, generator: torch.Generator
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        fill: Callable[[nn.Module, str], None] | None = None,
     ) -> Llama:
         """Return a sharded model with the initial weights that one process would draw.
 
+        With ``fill``, they are those that it writes into a part of the model, given with its name.
         Each block is initialised in full, then sharded, so that a process holds its shards and at
         most one whole block, the embedding and the head. The shards are float32; with ``dtype``
         bfloat16 parameters are gathered and computed in bfloat16, and gradients are reduced in
@@ -98,6 +103,7 @@ class Parallel:
         assert self.mesh is not None
         with torch.device("meta"):
             model = Llama(config)
+        names_of = {module: name for name, module in model.named_modules()}
         policy = MixedPrecisionPolicy()
         if dtype == torch.bfloat16:
             # The rotary tables, inputs of a block, are float32 and must remain so.
@@ -109,7 +115,10 @@ class Parallel:
         names = (REPLICATE, SHARD) if self.mesh.shape[0] > 1 else SHARD
         for part in model.parts():
             part.to_empty(device="cpu")
-            model.init_part(part, generator)
+            if fill:
+                fill(part, names_of[part])
+            else:
+                model.init_part(part, generator)
             if part in set(model.model.layers):
                 if self.mesh.shape[2] > 1:
                     parallelize_module(part, self.mesh[TENSOR], _tensor_parallel())

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.file_names import GENERATION_FILE
 from ..common.errors import InputError
 from ..common.files import read_json
 from ..common.notes import note
 from ..tokenizer.tokenizer import Tokenizer
 
-GENERATION_FILE = "generation_config.json"
 # Settings of SamplingConfig, whose flags decide whatever the file says.
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # Keys that would change the tokens, with the values beside null that do not.

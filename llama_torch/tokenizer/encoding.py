@@ -37,11 +37,11 @@ class TextEncoding:
     @property
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer, loaded once in a process."""
-        return _load(self.directory, self.vocab_size)
+        return _load(self.directory, self.vocab_size, self.sha256)
 
     def load(self) -> None:
         """Load the tokenizer now, so that processes forked later share its memory."""
-        _load(self.directory, self.vocab_size)
+        _load(self.directory, self.vocab_size, self.sha256)
 
     @property
     def flag(self) -> str:
@@ -77,7 +77,8 @@ GPT2 = TextEncoding("GPT-2's", RANKS_SHA256, (), END_OF_TEXT_ID)
 
 
 @functools.cache
-def _load(directory: str, vocab_size: int) -> "Tokenizer":
+def _load(directory: str, vocab_size: int, sha256: str) -> "Tokenizer":
+    """Return the tokenizer of a directory's files, whose hash is part of the cache's key."""
     from .loading import load_tokenizer
     from .tokenizer import Gpt2
 
@@ -92,7 +93,8 @@ def load_encoding(ckpt: Path, vocab_size: int = UNKNOWN_VOCABULARY) -> TextEncod
     from .tokenizer import Gpt2
 
     folder = ckpt if ckpt.is_dir() else ckpt.parent
-    tokenizer = _load(str(folder), vocab_size)
+    sha256 = _hash(folder)
+    tokenizer = _load(str(folder), vocab_size, sha256)
     if isinstance(tokenizer, Gpt2):
         return GPT2
     if tokenizer.eos is None:
@@ -102,18 +104,20 @@ def load_encoding(ckpt: Path, vocab_size: int = UNKNOWN_VOCABULARY) -> TextEncod
         )
     eos_id = tokenizer.special[tokenizer.eos]
     name = f"{folder}'s"
-    return TextEncoding(name, _hash(folder), tokenizer.prefix, eos_id, str(folder), vocab_size)
+    return TextEncoding(name, sha256, tokenizer.prefix, eos_id, str(folder), vocab_size)
 
 
 def _hash(folder: Path) -> str:
     """Return the hash of the files that determine ids; a chat template does not."""
-    fast, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
-    own = fast if fast.is_file() else pieces
-    digest = hashlib.sha256(own.name.encode() + hashlib.sha256(own.read_bytes()).digest())
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer.model"):  # the first of them is read
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            digest.update(name.encode() + hashlib.sha256(content).digest())
+            break
     for name in (CONFIG, MAP, ADDED):
         if (folder / name).is_file():
-            content = read_json(folder / name)
-            content.pop("chat_template", None)
-            digest.update(name.encode())
-            digest.update(json.dumps(content, sort_keys=True).encode())
+            settings = read_json(folder / name)
+            settings.pop("chat_template", None)
+            digest.update(f"{name} {json.dumps(settings, sort_keys=True)}".encode())
     return digest.hexdigest()

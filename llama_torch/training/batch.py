@@ -3,6 +3,8 @@
 Suffixes: B batch (row), T position.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,11 @@ class Batch(NamedTuple):
             pinned = (x if x is None or x.is_cuda else x.contiguous().pin_memory() for x in self)
             return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in pinned))  # type: ignore[arg-type]
         return Batch(*(x if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+
+
+def batch_function(packs: bool, eos_id: int) -> Callable[[Tensor], Batch]:
+    """Return ``to_batch``, or ``pack_documents`` for documents that end with ``eos_id``."""
+    return partial(pack_documents, eos_id=eos_id) if packs else to_batch
 
 
 def to_batch(window: Tensor) -> Batch:

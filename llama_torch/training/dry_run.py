@@ -36,7 +36,7 @@ def report(config: TrainConfig) -> int:
     if scatter := describe_scatter(seconds_each):
         print(scatter)
     seconds_per_step = statistics.median(seconds_each)
-    model, dtype = run.model.config, run.model.head_weight.dtype
+    model, dtype = config.model, run.model.head_weight.dtype
     speed = run.tokens_per_step / seconds_per_step
     at_peak = peak_tokens_per_second(model, run.n_parameters, run.device, dtype)
     # One checkpoint more while it is written.
@@ -74,8 +74,8 @@ def measure(run: Run) -> tuple[list[float], dict[str, float]]:
         batches = [run.to_batch(rows) for rows in window.split(config.batch_size)]
         verifying = _seconds(lambda: check(run.model, batches, 0.0))
     if config.sample_every:
-        prompt, seed = config.sample_prompt, config.seed
-        sampling = _median_seconds(lambda: sample_text(run.model, prompt, seed, 0))
+        sample = partial(sample_text, run.model, config.sample_prompt, config.seed, 0)
+        sampling = _median_seconds(partial(sample, encoding=run.encoding))
     validating = _validation_seconds(run)
     # A checkpoint is the weights and both moments in float32; the weights again are the model.
     disk_speed = _disk_speed(Path(config.out))

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checkpoint import step_folders
+from ..checkpoint.directory_files import write_directory_files
 from ..checkpoint.file_names import MODEL_FILE
-from ..checkpoint.hf import read_metadata, save_model, write_directory_files
+from ..checkpoint.hf import read_metadata, save_model
 from ..checkpoint.single_file import SingleFile
 from ..checkpoint.state_interface import PARAMETER, TrainingState
 from ..checkpoint.step_folders import BEST
@@ -91,7 +92,7 @@ def save_best(out: Path, model: Llama, optimizer: Optimizer, step: int, val_loss
     metadata = with_checksum({"step": str(step), "val_loss": repr(val_loss)})
 
     def write(folder: Path) -> None:
-        write_directory_files(folder, model.config)
+        write_directory_files(folder, model.config, out)
         save_model(folder, model.config, exported, metadata)
 
     if (out / BEST).is_dir():  # config and tokenizer files of a run never change

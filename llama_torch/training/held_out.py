@@ -14,6 +14,7 @@ from ..config import DataConfig
 from ..data.corpus import Corpus, Tokens, load_corpus
 from ..model.config import ModelConfig
 from ..tokenizer.tokenizer import Tokenizer
+from .origin import recorded_encoding
 from .run_dir import find_again
 from .run_file import RUN_FILE, read_run, require_consistent
 
@@ -42,9 +43,10 @@ def load_held_out(run: Path) -> Corpus:
     record = read_run(run)
     config, model = build(DataConfig, record.settings), build(ModelConfig, record.settings)
     require_consistent(record)
+    encoding = recorded_encoding(record)
     names = (find_again(name, record.directory, str(record.path)) for name in config.data)
     config = dataclasses.replace(config, data=tuple(names))
-    corpus = load_corpus(config, model.vocab_size, model.max_seq_len)
+    corpus = load_corpus(config, model.vocab_size, model.max_seq_len, encoding)
     if corpus.key != record.data_key:
         raise InputError(
             f"{record.path}: the text of its --data has changed, and the part that was held out "

@@ -137,7 +137,8 @@ def periodic_actions(
         if config.profile and is_main_process
         else []
     )
-    sample = partial(periodic.sample, run.model, config.sample_prompt, config.seed, run.parallel)
+    sampled = config.sample_prompt, config.seed, run.parallel, run.encoding
+    sample = partial(periodic.sample, run.model, *sampled)
     listed = [
         *profiled,
         Periodic(1, partial(periodic.report, progress, run.skipped, run.compiling_step)),

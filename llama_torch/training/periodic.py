@@ -10,6 +10,7 @@ from torch import Tensor
 from ..common.errors import VerificationError
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
+from ..tokenizer.encoding import TextEncoding
 from .batch import Batch
 from .progress import NullProgress, Progress
 from .saver import Saver
@@ -103,11 +104,13 @@ def sample(
     prompt: str,
     seed: int,
     parallel: Parallel,
+    encoding: TextEncoding,
     progress: Reporter,
     done: StepResult,
 ) -> None:
     """Generate and report a sample of text."""
-    progress.sampled(done.step, sample_text(model, prompt, seed, done.step, parallel))
+    text = sample_text(model, prompt, seed, done.step, parallel, encoding)
+    progress.sampled(done.step, text)
 
 
 def save(

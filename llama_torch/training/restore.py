@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import step_folders
+from ..checkpoint.directory_files import write_directory_files
 from ..checkpoint.file_names import MODEL_FILE
-from ..checkpoint.hf import require_match, save_model, write_directory_files
+from ..checkpoint.hf import require_match, save_model
 from ..checkpoint.state_interface import PARAMETER, UnwrittenError
 from ..checkpoint.training_state import open_checkpoint
 from ..common.errors import InputError
@@ -22,13 +23,15 @@ def restore(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     parallel: Parallel | None = None,
+    source: Path | None = None,
 ) -> tuple[int, list[int]]:
     """Load the newest checkpoint into model and optimizer; return steps done and steps skipped.
 
-    A run without a checkpoint starts from step 0. Any number of processes can read a checkpoint,
-    whether it is one file or shards. The exported model is written again, as a kill may have come
-    between the checkpoint and its export. Raises InputError for a checkpoint that is damaged or
-    does not fit the model; the message names an older one to continue from.
+    A run without a checkpoint starts from step 0, with the files that stand beside the weights in
+    ``source``, the model directory that it begins from. Any number of processes can read a
+    checkpoint, whether it is one file or shards. The exported model is written again, as a kill may
+    have come between the checkpoint and its export. Raises InputError for a checkpoint that is
+    damaged or does not fit the model; the message names an older one to continue from.
     """
     parallel = parallel or Parallel()
     if parallel.is_main_process:
@@ -42,7 +45,7 @@ def restore(
                 "continue from; put it back, or start a new run with another --out"
             )
         if parallel.is_main_process:
-            write_directory_files(out, model.config)
+            write_directory_files(out, model.config, source)
         return 0, []
     try:
         tensors, step, skipped = _read(folder, model, optimizer, parallel)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint import step_folders
-from ..checkpoint.file_names import MODEL_FILE, STATE_FILE
+from ..checkpoint.directory_files import write_directory_files
+from ..checkpoint.file_names import AROUND, MODEL_FILE, STATE_FILE
 from ..checkpoint.step_folders import BEST
 from ..common import cli
 from ..common.errors import InputError, is_digits, printable
@@ -19,6 +20,7 @@ from ..common.settings import Settings, read_toml
 from ..common.torchrun import is_launched, job_name
 from ..config import ParallelConfig, TrainConfig
 from ..data.text_files import names_text
+from .origin import Origin, parse_config
 from .run_file import RUN_FILE, read_run, write_record
 from .run_length import require_same_length, require_steps_left, steps_done
 
@@ -41,11 +43,12 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
     early = cli.early_flags(argv, TrainConfig)
     settings = read_toml(early.config, TrainConfig) if early.config else {}
     if not early.resume:
-        config = cli.parse(TrainConfig, argv, settings)
-        config = dataclasses.replace(config, out=config.out or str(_next_run()))
+        init_from = _named("init_from", early.init_from, settings)
+        config = parse_config(argv, settings, init_from)
+        config = dataclasses.replace(_absolute(config), out=config.out or str(_next_run()))
         _require_free(Path(config.out))
         return config
-    named = _named_out(early.out, settings)
+    named = _named("out", early.out, settings)
     out = Path(named) if named else _last_worked_on()
     record = read_run(out)
     stored = dict(record.settings)
@@ -53,7 +56,7 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
         for field in dataclasses.fields(ParallelConfig):
             stored.pop(field.name, None)
     config = cli.parse(TrainConfig, argv, stored | settings)
-    config = dataclasses.replace(config, out=str(out))
+    config = dataclasses.replace(_absolute(config), out=str(out))
     if early.steps is None:
         source = settings["steps"].source if "steps" in settings else str(record.path)
         require_same_length(record, config.steps, source)
@@ -64,10 +67,16 @@ def resolve_config(argv: Sequence[str]) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
 
 
-def _named_out(flag: str | None, settings: Settings) -> str:
-    """Return the run directory that --out or else a TOML file names; empty = none."""
-    out: str = settings["out"].value if flag is None and "out" in settings else flag or ""
-    return out
+def _named(name: str, flag: str | None, settings: Settings) -> str:
+    """Return the directory that a flag or else a TOML file names; empty = none."""
+    directory: str = settings[name].value if flag is None and name in settings else flag or ""
+    return directory
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Return the config with the path of --init-from absolute: a run may be resumed anywhere."""
+    path = config.init_from and os.path.abspath(config.init_from)
+    return dataclasses.replace(config, init_from=path)
 
 
 def find_again(pattern: str, directory: str, source: str) -> str:
@@ -98,7 +107,7 @@ def flags_after_restart(argv: Sequence[str]) -> Sequence[str]:
     """
     early = cli.early_flags(argv, TrainConfig)
     settings = read_toml(early.config, TrainConfig) if early.config else {}
-    named = _named_out(early.out, settings)
+    named = _named("out", early.out, settings)
     outs = [Path(named)] if named else list(_runs().values())
     began = (out for out in outs if (out / RUN_FILE).is_file())
     found = [out for out in began if read_run(out).job == job_name()]
@@ -164,7 +173,7 @@ def _require_free_and_writable(out: Path) -> None:
         raise InputError(
             f"--out {out} already holds a run; add --resume to continue it, or choose another"
         )
-    files = (MODEL_FILE, STATE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
+    files = (MODEL_FILE, STATE_FILE, "config.json", *AROUND)
     for name in (*files, step_folders.FOLDER, BEST):
         if (out / name).exists():
             raise InputError(f"--out {out} already holds a {name}; choose another directory")
@@ -211,10 +220,8 @@ def lock(out: Path) -> Iterator[None]:
         yield
 
 
-def claim(config: TrainConfig, data_key: str) -> None:
-    """Write run.json, with config and data key, and config.json into a new, locked directory."""
-    from ..checkpoint.hf import write_directory_files  # imports torch: a wrong flag is told before
-
+def claim(config: TrainConfig, data_key: str, origin: Origin) -> None:
+    """Write run.json, config.json and the tokenizer's files into a new, locked directory."""
     out = Path(config.out)
     _require_free(out)  # another run may have come and gone while this one was prepared
     record = {
@@ -226,6 +233,6 @@ def claim(config: TrainConfig, data_key: str) -> None:
     }
     try:
         write_record(out / RUN_FILE, record)
-        write_directory_files(out, config.model)
+        write_directory_files(out, origin.model, origin.directory)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error}); choose another") from None

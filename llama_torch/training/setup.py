@@ -11,21 +11,25 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..checkpoint.stored_weights import StoredWeights
 from ..common.device import computes_bfloat16, pick_device, total_memory
 from ..common.memory import host_memory
 from ..common.torchrun import local_process_count
 from ..config import OptimConfig, TrainConfig
 from ..data.corpus import Corpus, load_corpus
 from ..data.loader import StepSampler, train_batches, val_batches
+from ..distributed.job import broadcast_object
 from ..distributed.parallel import Parallel
 from ..model.config import ModelConfig
 from ..model.llama import Llama
+from ..tokenizer.encoding import TextEncoding
 from . import run_dir
 from .bad_steps import BadSteps, largest_loss
-from .batch import Batch, pack_documents, to_batch
+from .batch import Batch, batch_function
 from .compile import compile_blocks
 from .memory import Layout, require_run_memory
 from .optimizer import make_adamw
+from .origin import Origin, find_origin
 from .restore import restore
 from .run_file import check_resume_config
 from .run_length import record_length
@@ -40,6 +44,7 @@ class Run:
     device: torch.device
     parallel: Parallel
     corpus: Corpus
+    encoding: TextEncoding  # of the corpus and of samples
     model: Llama
     optimizer: Optimizer
     to_batch: Callable[[Tensor], Batch]  # windows int64 [B, T + 1] to tokens and targets [B, T]
@@ -74,6 +79,7 @@ class Run:
         return (
             f"{self.n_parameters:,} parameters, {self.config.dtype} on {self.device}, "
             f"{self.tokens_per_step:,} tokens a step"
+            + (f", begun from {self.config.init_from}" if self.config.init_from else "")
         )
 
     def train_windows(self) -> Generator[Tensor, None, None]:
@@ -123,25 +129,25 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
     # A run keeps the precision it began with, wherever it is resumed.
     config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
     check_memory(config, device, parallel)
-    if config.verify_every:
-        from .verify import require_memory  # imports the oracle
-
-        require_memory(config.model)
     resumes = config.resume and not config.dry_run
     if resumes and parallel.is_main_process:
         check_resume_config(config)
         exit_stack.enter_context(run_dir.lock(Path(config.out)))
+    origin = broadcast_object(lambda: find_origin(config))
+    sizes = config.model.vocab_size, config.model.max_seq_len
     with parallel.main_process_first():
-        corpus = load_corpus(config.data, config.model.vocab_size, config.model.max_seq_len)
+        corpus = load_corpus(config.data, *sizes, origin.encoding)
     if resumes and parallel.is_main_process:
         check_resume_config(config, corpus.key)
     torch.set_float32_matmul_precision(config.matmul_precision)
     dtype: torch.dtype = getattr(torch, config.dtype)
-    model, optimizer = build(config.model, config.optim, config.seed, dtype, device, parallel)
+    given = config.optim, config.seed, dtype, device, parallel
+    with parallel.errors_on_main_only():
+        model, optimizer = build(origin.model, *given, origin.directory)
     steps_before, steps_done, skipped = config.steps, 0, list[int]()
     if not config.dry_run:
         steps_before, steps_done, skipped = claim_or_restore(
-            config, corpus.key, model, optimizer, parallel, exit_stack
+            config, corpus.key, origin, model, optimizer, parallel, exit_stack
         )
     parallel.wrap_ddp(model)
     return Run(
@@ -149,9 +155,10 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
         device=device,
         parallel=parallel,
         corpus=corpus,
+        encoding=origin.encoding,
         model=model,
         optimizer=optimizer,
-        to_batch=pack_documents if config.data.pack_documents else to_batch,
+        to_batch=batch_function(config.data.pack_documents, origin.encoding.eos_id),
         is_compiled=compile_blocks(model, config.compile, config.recompute),
         steps_before=steps_before,
         steps_done=steps_done,
@@ -161,6 +168,10 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
 
 def check_memory(config: TrainConfig, device: torch.device, parallel: Parallel) -> None:
     """Raise InputError where a run surely does not fit; of several machines the smallest counts."""
+    if config.verify_every:
+        from .verify import require_memory  # imports the oracle
+
+        require_memory(config.model)
     layout = Layout(
         config.parallel.fsdp or parallel.data_size,
         config.parallel.tp,
@@ -190,14 +201,21 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     parallel: Parallel | None = None,
+    directory: Path | None = None,
 ) -> tuple[Llama, Optimizer]:
-    """Build the model with its seeded initial weights, and its optimizer."""
+    """Build the model and a fresh optimizer.
+
+    The weights are those in ``directory``, else seeded random ones. Raises InputError for stored
+    weights that do not fit ``config``, cannot be read or are not finite.
+    """
+    weights = StoredWeights(directory, config) if directory else None
     generator = torch.Generator().manual_seed(seed)
     if parallel and parallel.is_sharded:
-        model = parallel.build_sharded(config, dtype, generator)
+        fill = weights.copy_into if weights else None
+        model = parallel.build_sharded(config, dtype, generator, fill)
         return model, make_adamw(model, optim)
     model = Llama(config)
-    model.init_weights(generator)
+    weights.copy_into(model) if weights else model.init_weights(generator)
     model.to(device)
     return model, make_adamw(model, optim, dtype)
 
@@ -205,6 +223,7 @@ def build(
 def claim_or_restore(
     config: TrainConfig,
     data_key: str,
+    origin: Origin,
     model: Llama,
     optimizer: Optimizer,
     parallel: Parallel,
@@ -218,12 +237,12 @@ def claim_or_restore(
     out = Path(config.out)
     if not config.resume and parallel.is_main_process:
         exit_stack.enter_context(run_dir.lock(out))
-        run_dir.claim(config, data_key)
+        run_dir.claim(config, data_key, origin)
     run_dir.require_shared(out, parallel)
     if not config.resume:
         return config.steps, 0, []
     with parallel.errors_on_main_only():
-        steps_done, skipped = restore(out, model, optimizer, parallel)
+        steps_done, skipped = restore(out, model, optimizer, parallel, origin.directory)
         is_main = parallel.is_main_process
         steps_before = record_length(config, steps_done) if is_main else config.steps
         return steps_before, steps_done, skipped

@@ -63,7 +63,7 @@ class ShardSaver:
         if self.parallel.is_main_process:
             folder = step_folders.newest(self.out)
             assert folder is not None
-            export_model(self.out, folder, self.model.config)
+            export_model(self.out, folder, self.model.config, self.out)
         self.parallel.barrier()
 
     def completed(self) -> list[int]:

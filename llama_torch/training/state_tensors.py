@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checkpoint.hf import require_match, save_model, write_directory_files
+from ..checkpoint.directory_files import write_directory_files
+from ..checkpoint.hf import require_match, save_model
 from ..checkpoint.state_interface import PARAMETER
 from ..checkpoint.training_state import open_checkpoint
 from ..common.errors import InputError
@@ -69,8 +70,8 @@ def unsound(tensors: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def export_model(out: Path, folder: Path, config: ModelConfig) -> None:
-    """Write a Hugging Face model directory ``out`` from the checkpoint in ``folder``.
+def export_model(out: Path, folder: Path, config: ModelConfig, run: Path) -> None:
+    """Write a Hugging Face model directory ``out`` from the checkpoint in ``folder`` of ``run``.
 
     One process does it, without collective calls. Raises InputError for a checkpoint that is
     damaged or does not fit ``config``.
@@ -83,5 +84,5 @@ def export_model(out: Path, folder: Path, config: ModelConfig) -> None:
     if problem := unsound(tensors):
         raise InputError(f"{reader.path}: {problem} is damaged; copy it back, or take another step")
     parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
-    write_directory_files(out, config)
+    write_directory_files(out, config, run)
     save_model(out, config, parameters)

@@ -11,8 +11,9 @@ from ..inference.config import SamplingConfig
 from ..inference.engine import generate
 from ..model.llama import Llama
 from ..model.loss import count_valid, loss_sum
-from ..tokenizer.gpt2 import VOCAB_SIZE, gpt2_ids, located
-from ..tokenizer.tokenizer import Gpt2
+from ..tokenizer.detokenizer import Detokenizer
+from ..tokenizer.encoding import GPT2, TextEncoding
+from ..tokenizer.gpt2 import located
 from .batch import Batch, to_batch
 from .compile import uncompiled
 
@@ -69,19 +70,26 @@ def validation_loss(
 
 
 def sample_text(
-    model: Llama, prompt: str, seed: int, step: int, parallel: Parallel | None = None
+    model: Llama,
+    prompt: str,
+    seed: int,
+    step: int,
+    parallel: Parallel | None = None,
+    encoding: TextEncoding = GPT2,
 ) -> str:
     """Return ``prompt`` and 40 tokens after it; the draw is a function of (seed, step)."""
     if parallel and parallel.is_sharded:
         return "(no sample: no process holds the whole model)"
     if parallel and not parallel.is_main_process:
         return ""
-    if model.config.vocab_size < VOCAB_SIZE:
+    tokenizer = encoding.tokenizer
+    if model.config.vocab_size < tokenizer.n_ids:
         return "(no sample: the vocabulary is smaller than the encoding's)"
     with located("--sample-prompt"):
-        prompt_ids = gpt2_ids(prompt)[: model.config.max_seq_len - 1]
+        prompt_ids = encoding.prompt_ids(prompt)[: model.config.max_seq_len - 1]
     settings = SamplingConfig(max_new_tokens=40, seed=seed * 1_000_003 + step)
     with uncompiled():
         # A captured decoding step would keep its cache in GPU memory between samples.
         ids = generate(model, prompt_ids, settings, decoding="eager")
-        return prompt + Gpt2().decode(ids)
+    text = Detokenizer(tokenizer, prompt_ids)
+    return prompt + "".join(map(text.push, ids)) + text.finish()

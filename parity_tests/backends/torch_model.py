@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from llama_torch.checkpoint.hf import save_model, write_directory_files
+from llama_torch.checkpoint.directory_files import write_directory_files
+from llama_torch.checkpoint.hf import save_model
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.kv_cache import Cache
 from llama_torch.model.llama import Llama

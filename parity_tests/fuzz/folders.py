@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from llama_torch.checkpoint.hf import save_model, write_directory_files
+from llama_torch.checkpoint.directory_files import write_directory_files
+from llama_torch.checkpoint.hf import save_model
 from llama_torch.checkpoint.shards import StateShards
 from llama_torch.checkpoint.single_file import SingleFile
 from llama_torch.checkpoint.state_interface import TrainingState
@@ -21,6 +22,7 @@ from llama_torch.data.shard_writer import prepare
 from llama_torch.data.text_files import Text, identify
 from llama_torch.model.config import ModelConfig
 from llama_torch.training import run_dir
+from llama_torch.training.origin import Origin
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes, parameter_shapes
 from tools.comparison.trace_file import Call, TraceWriter, write_trace
@@ -98,7 +100,7 @@ def run(folder: Path) -> None:
     """Write a run directory: its record, a checkpoint and the best model."""
     config = TrainConfig(out=str(folder / "run"), model=MODEL)
     (folder / "run").mkdir()
-    run_dir.claim(config, "0" * 32)
+    run_dir.claim(config, "0" * 32, Origin(MODEL))
     state = TrainingState(_state_tensors(), 7, [3])
     checkpoint = folder / "run" / "checkpoints" / "7"
     checkpoint.mkdir(parents=True)

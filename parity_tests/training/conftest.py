@@ -9,6 +9,7 @@ import pytest
 from llama_torch import train
 from llama_torch.training import throughput
 
+from ..support.model_directories import KINDS, write_model
 from ..support.survival import SHAPE, STEPS
 from ..support.trainer_runs import TEXT
 
@@ -41,3 +42,12 @@ def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("XDG_CACHE_HOME", str(out.parent))
         assert train.main([*flags, "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model directory for each kind of tokenizer."""
+    found = {kind: tmp_path_factory.mktemp(kind) / "model" for kind in KINDS}
+    for kind, (dtype, n_files) in KINDS.items():
+        write_model(found[kind], kind, dtype, n_files)
+    return found

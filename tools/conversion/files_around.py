@@ -4,19 +4,15 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from llama_torch.checkpoint.file_names import AROUND
 from llama_torch.common.errors import InputError
 from llama_torch.common.files import read_json
-from llama_torch.inference.generation_file import GENERATION_FILE
 from llama_torch.model.config import ModelConfig
 from llama_torch.tokenizer.pieces import is_ranks, read_pieces
 
 from .lazy_weights import write_file
 from .llama3_tokenizer import hf_tokenizer, meta_tokenizer
 
-AROUND = (
-    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json "
-    f"added_tokens.json chat_template.jinja {GENERATION_FILE}"
-)
 ORIGINAL = "original/tokenizer.model"  # where released checkpoints of Llama 3 have Meta's own
 
 
@@ -37,7 +33,7 @@ def copy_around(source: Path, folder: Path, config: ModelConfig, to: str) -> Non
     Llama 3's list of ranks is Meta's tokenizer.model alone: beside Hugging Face's form it stands
     in ``original``, as released. Where the form to write lacks its file, it is made of the other's.
     """
-    for name in AROUND.split():
+    for name in AROUND:
         if (source / name).is_file():
             require_whole(source / name)
             shutil.copyfile(source / name, folder / name)

@@ -7,10 +7,10 @@ a text would never end, or end at a word.
 from pathlib import Path
 from typing import Any
 
+from llama_torch.checkpoint.file_names import GENERATION_FILE
 from llama_torch.common.errors import InputError
 from llama_torch.common.files import read_json
 from llama_torch.common.notes import note
-from llama_torch.inference.generation_file import GENERATION_FILE
 from llama_torch.model.config import ModelConfig
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.pieces import SentencePiece, is_ranks

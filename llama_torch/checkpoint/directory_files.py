@@ -1,0 +1,36 @@
+"""Write the files of a model directory that stand beside its weights."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+from ..common.files import atomic_write, read_json, write_text
+from ..model.config import ModelConfig
+from ..tokenizer.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
+from .file_names import AROUND, TOKENIZERS
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys of config.json
+
+
+def write_directory_files(directory: Path, config: ModelConfig, source: Path | None = None) -> None:
+    """Write config.json and the tokenizer's files.
+
+    These are copies of those in ``source``, a model directory, with its generation_config.json and
+    the token ids of its config.json. Where it has no tokenizer they are GPT-2's, for a vocabulary
+    that holds its ids.
+    """
+    hf, texts = config.to_hf(), dict[str, str]()
+    names = [name for name in AROUND if source and (source / name).is_file()]
+    if config.vocab_size >= VOCAB_SIZE and not {*TOKENIZERS} & {*names}:
+        hf |= {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
+        texts = hf_files()
+    if source and (source / "config.json").is_file():
+        given = read_json(source / "config.json")
+        hf |= {key: given[key] for key in TOKEN_IDS if key in given}
+    for name in names:
+        assert source is not None
+        if not source.samefile(directory):
+            atomic_write(directory / name, partial(shutil.copyfile, source / name))
+    for name, text in {"config.json": json.dumps(hf, indent=2) + "\n", **texts}.items():
+        write_text(directory / name, text)
