@@ -85,6 +85,8 @@ def sample_text(
     tokenizer = encoding.tokenizer
     if model.config.vocab_size < tokenizer.n_ids:
         return "(no sample: the vocabulary is smaller than the encoding's)"
+    if model.config.max_seq_len < 2:
+        return "(no sample: the context holds a single token)"
     with located("--sample-prompt"):
         prompt_ids = encoding.prompt_ids(prompt)[: model.config.max_seq_len - 1]
     settings = SamplingConfig(max_new_tokens=40, seed=seed * 1_000_003 + step)

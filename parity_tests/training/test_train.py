@@ -103,6 +103,14 @@ def test_an_export_torn_from_its_state_is_written_again(tmp_path: Path, text: st
     assert not list(out.glob("*.tmp"))
 
 
+def test_a_context_of_one_token_trains_without_samples(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SMALL_RUN, "--max-seq-len", "1", "--data", text, "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    assert "(no sample: the context holds a single token)" in capsys.readouterr().out
+
+
 def test_gradient_accumulation_is_a_larger_batch(tmp_path: Path, text: str) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     flags = [*SMALL_RUN, "--data", text, "--batch-size"]
