@@ -57,6 +57,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size")
+        check(self.batch_size < 2**31, "batch_size", self.batch_size, "must be below 2^31")
         for name in ("context", "stride"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 

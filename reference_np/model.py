@@ -196,7 +196,24 @@ def fill_and_check_inputs(
     """Return positions [B or 1, T] and mask [B or 1, T, S], filled in where they are None.
 
     The default positions follow ``start`` cached tokens, the default mask is causal. Raises
-    InputError for token ids outside the vocabulary and for arguments of a wrong shape or dtype.
+    InputError as ``check_inputs`` does.
+    """
+    check_inputs(tokens, positions, mask, start, config)
+    length = tokens.shape[1]
+    if positions is None:
+        positions = ops.next_positions(length, start)[None]
+    if mask is None:
+        mask = ops.causal_mask(length, start + length)[None]
+    check_inputs(tokens, positions, mask, start, config)
+    return positions, mask
+
+
+def check_inputs(
+    tokens: Array, positions: Array | None, mask: Array | None, start: int, config: LlamaConfig
+) -> None:
+    """Raise InputError for token ids outside the vocabulary, and for a wrong shape or dtype.
+
+    It makes nothing that is larger than the arguments; a causal mask is the square of its tokens.
     """
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
         raise InputError(
@@ -206,15 +223,14 @@ def fill_and_check_inputs(
     if outside.size:
         raise InputError(f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}")
     batch, length = tokens.shape
-    positions = ops.next_positions(length, start)[None] if positions is None else positions
-    mask = ops.causal_mask(length, start + length)[None] if mask is None else mask
     for name, value, shape, kind in (
         ("positions", positions, (length,), np.integer),
         ("mask", mask, (length, start + length), np.bool_),
     ):
+        if value is None:
+            continue
         fits = value.shape[1:] == shape and value.shape[0] in (1, batch)
         if not (fits and np.issubdtype(value.dtype, kind)):
             raise InputError(
                 f"{name} must be {kind.__name__} {(batch, *shape)}, got {value.dtype} {value.shape}"
             )
-    return positions, mask

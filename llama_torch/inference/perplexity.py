@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..common.device import total_memory
 from ..common.errors import InputError
+from ..common.memory import gib
 from ..model.llama import Llama
 from ..model.loss import IGNORE_INDEX, count_valid, loss_sum
 from ..tokenizer.gpt2 import located
@@ -74,8 +76,8 @@ def evaluate(
     place       returns, for a document's number (from 1), the place to name in an error.
 
     Raises InputError for a document that is not valid text or that the tokenizer cannot encode,
-    a window longer than the model's context, a stride longer than the window, texts without a
-    token to score, and a loss that is not finite.
+    a window longer than the model's context, a stride longer than the window, a batch that no
+    memory holds, texts without a token to score, and a loss that is not finite.
     """
     longest = model.config.max_seq_len
     context = context or longest
@@ -86,6 +88,7 @@ def evaluate(
         raise InputError(f"--stride {stride} is more than the window of {context}; use less")
     found = Measurement(context, stride, prefix_ids(tokenizer))
     for tokens_BT, targets_BT in _batches(_windows(found, tokenizer, texts, place), batch_size):
+        require_batch_memory(model, *tokens_BT.shape)
         started = time.perf_counter()
         found.nats += nll(model, tokens_BT, targets_BT)
         found.seconds += time.perf_counter() - started
@@ -95,6 +98,22 @@ def evaluate(
     if found.tokens == 0:
         raise InputError("--data: holds no token to score; give a longer text")
     return found
+
+
+def require_batch_memory(model: Llama, rows: int, length: int) -> None:
+    """Raise InputError where a forward pass on [rows, length] surely takes more than there is.
+
+    What is there at one time: the keys and values of all layers, and a block's two hidden vectors
+    of each token.
+    """
+    config, weight = model.config, model.model.embed_tokens.weight
+    keys_and_values = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    needed = rows * length * weight.itemsize * (keys_and_values + 2 * config.hidden_dim)
+    if needed > (there := total_memory(weight.device)):
+        raise InputError(
+            f"--batch-size: {rows} windows of {length:,} tokens take at least {gib(needed)} of "
+            f"memory, and there are {gib(there)}; use fewer, or a smaller --context"
+        )
 
 
 def prefix_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -125,6 +125,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | 
     """
     n_bytes = math.prod(shape) * dtype.itemsize
     try:
+        if n_bytes >= 1 << 62:  # no library counts further
+            raise MemoryError
         if device is not None and device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
         return torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(dtype).view(shape)

@@ -78,6 +78,7 @@ def test_bad_input_is_one_line(
         ("some.txt", ("--context", 13), "--context 13 is more than the model's 12"),
         ("some.txt", ("--context", -1), "--context must not be negative"),
         ("some.txt", ("--batch-size", 0), "--batch-size must be positive"),
+        ("some.txt", ("--batch-size", 2**63), "--batch-size must be below 2^31"),
         ("empty.txt", (), "--data: holds no token to score"),
         ("half.jsonl", (), "half.jsonl: line 1: the text in 'text' is not valid: it holds half of"),
         ("none.txt", (), "none.txt: no file found"),

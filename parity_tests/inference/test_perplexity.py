@@ -269,3 +269,16 @@ def test_a_broken_model_says_so() -> None:
     params["model.norm.weight"][0] = math.nan
     with pytest.raises(InputError, match="the loss is nan.*compare.py"):
         evaluate(torch_model(CONFIG, params), Letters(), ["\x01\x02"])
+
+
+def test_a_batch_that_no_memory_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least that a forward pass has at one time: keys, values and a block's hidden vectors."""
+    model = torch_model(CONFIG, random_params(CONFIG, 0))
+    needed = 5 * 40 * model.head_weight.itemsize * (2 * 2 * 1 * 6 + 2 * 16)
+    monkeypatch.setattr(perplexity, "total_memory", lambda device: needed)
+    perplexity.require_batch_memory(model, 5, 40)
+    with pytest.raises(InputError, match=r"--batch-size: 6 windows of 40 tokens take at least"):
+        perplexity.require_batch_memory(model, 6, 40)
+    monkeypatch.setattr(perplexity, "total_memory", lambda device: 0)
+    with pytest.raises(InputError, match=r"use fewer, or a smaller --context"):
+        evaluate(model, Letters(), ["abc"], 4, 2)

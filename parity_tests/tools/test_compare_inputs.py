@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from llama_torch.common.memory import gib, host_memory
 from reference_np.config import LlamaConfig
 from tools.comparison.inputs import make_calls
 from tools.comparison.trace_file import n_cached
@@ -49,6 +50,25 @@ def test_many_steps(tmp_path: Path, run: Callable) -> None:
     config = LlamaConfig(8, 1, 2, 1, 4, 12, 60, max_seq_len=4096)
     calls = make_calls(np.arange(3), config, (3,), 1200)
     assert n_cached(calls, 1201) == 3 + 2 + 1199
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tokens", 10**9), "a prompt of 1,000,000,000 tokens (--tokens): the oracle's scores"),
+        (("--tokens", 2**63), "a prompt of 2,147,483,643 tokens (--tokens): the oracle's scores"),
+        (("--steps", 2 * 10**9), "--steps 2000000000: the calls take at least"),
+    ],
+)
+def test_runs_that_no_memory_holds_are_refused_before_they_are_made(
+    tmp_path: Path, run: Callable, flags: tuple[str, int], message: str
+) -> None:
+    config = LlamaConfig(8, 1, 2, 1, 4, 12, 60, max_seq_len=2**31 - 1)
+    code, out, err = run(write(tmp_path / "long.safetensors", config), *flags)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert f"and this machine has {gib(host_memory())}; give fewer" in err
+    assert err.count("\n") == 1
 
 
 def test_what_has_no_room_is_said(tmp_path: Path, run: Callable) -> None:

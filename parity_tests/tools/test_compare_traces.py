@@ -190,6 +190,21 @@ def test_a_trace_that_is_none_is_refused(ckpt: Path, run: Callable, tmp_path: Pa
     assert "--prompt: a trace is compared on its own tokens" in err
 
 
+def test_a_trace_of_more_tokens_than_attention_has_memory_for_is_refused(
+    ckpt: Path, run: Callable, tmp_path: Path
+) -> None:
+    """Its file is small: the square of its tokens is not made to learn that."""
+    path = tmp_path / "trace.safetensors"
+    run(ckpt, "--trace", path)
+    good, _ = contents(path)
+    many = {"call.0.tokens": np.zeros((1, 3_000_000), np.int32)}
+    save_numpy(many, path, good | {"calls": '[{"name": "a", "after": null}]'})
+    code, out, err = run(ckpt, "--against", path)
+    assert (code, out) == (2, "")
+    assert "call 0: the oracle's scores of attention over 3,000,000 tokens take" in err
+    assert err.count("\n") == 1
+
+
 def test_traces_are_read_as_they_were_written(ckpt: Path, run: Callable, tmp_path: Path) -> None:
     path = tmp_path / "trace.safetensors"
     run(ckpt, "--trace", path, "--tokens", 9)

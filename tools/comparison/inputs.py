@@ -14,6 +14,7 @@ from llama_torch.tokenizer.gpt2 import VOCAB_SIZE, gpt2_ids, located
 from reference_np.config import LlamaConfig
 from reference_np.ops import Array
 
+from .sizes import require_attention_memory, require_steps_memory
 from .trace_file import Call
 
 CHUNK = 2  # tokens of the second call, the one on a cache with more than one token
@@ -58,14 +59,17 @@ def make_calls(ids: Array, config: LlamaConfig, lengths: Sequence[int], steps: i
     cache, then ``steps`` single tokens. Its two rows are the ids and the ids shifted, since an
     exchange of equal rows would not show. The left-padded run has positions and a mask of its own
     and decodes one token. The last call is at the end of the context, where rounded rotary angles
-    show.
+    show. Raises InputError for runs that no memory holds.
     """
     calls: list[Call] = []
+    if CHUNK + steps >= config.max_seq_len:  # no room for decoding
+        steps = 0
+    require_steps_memory(steps, len(lengths))
     extra = [CHUNK] * (steps > 0) + [1] * steps
-    if sum(extra) >= config.max_seq_len:  # no room for decoding
-        extra = []
     for length in lengths:
         length = min(length, config.max_seq_len - sum(extra))
+        place = f"a prompt of {length:,} tokens (--tokens)"
+        require_attention_memory(place, (2, length), length, config)
         rows = _two_rows(ids, length + sum(extra), len(ids) // 3, config)
         title = f"{length} tokens"
         calls.append(Call(title, rows[:, :length]))

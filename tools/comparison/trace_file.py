@@ -18,10 +18,12 @@ from llama_torch.common.errors import printable
 from llama_torch.common.files import atomic_write
 from reference_np.checkpoint import parse_json
 from reference_np.config import InputError, LlamaConfig
-from reference_np.model import fill_and_check_inputs
+from reference_np.model import check_inputs
 from reference_np.naming import LAYER_AXES, activation_axes
 from reference_np.ops import Array
 from reference_np.tolerances import UNIT_ROUNDOFF
+
+from .sizes import require_attention_memory
 
 FORMAT, VERSION = "llama-trace", "1"
 AXES = {"embed": "BTD", **LAYER_AXES, "norm": "BTD", "logits": "BTV"}
@@ -213,10 +215,12 @@ class TraceFile:
             )
             try:
                 cached = 0 if after is None else lengths[after]
-                fill_and_check_inputs(*calls[c][1:4], cached, self.config)
+                check_inputs(*calls[c][1:4], cached, self.config)
             except InputError as error:
                 raise self._error(f"call {c}: {error}") from None
             lengths.append(cached + tokens.shape[1])
+            place = f"{self.path}: call {c}"
+            require_attention_memory(place, tokens.shape, lengths[c], self.config)
             if after is not None and len(tokens) != len(calls[after].tokens):
                 raise self._error(f"call {c} continues a call of another batch size")
         return calls
