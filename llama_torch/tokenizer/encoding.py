@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ class TextEncoding:
     @property
     def flag(self) -> str:
         """The flag of ``python -m llama_torch.prepare`` that names the tokenizer, if any."""
-        return f" --tokenizer {self.directory}" if self.directory else ""
+        return f" --tokenizer {shlex.quote(self.directory)}" if self.directory else ""
 
     def document_ids(self, text: str, is_start: bool = True, is_end: bool = True) -> list[int]:
         """Return the ids of a document that is not empty, or of a part that may not be its start.
