@@ -31,6 +31,9 @@ NAMES = ("config", "header", "index", "trace", "toml", "tokenizer", "pieces", "s
 LARGEST = 4096  # bytes of a unit
 # Python modules whose lines guide the search: the readers, and TOML's, which is in Python too.
 GUIDING = ["reference_np", "llama_torch", "tools", "tomllib"]
+PICKLES = ("shard_index",)
+DEEP = re.compile(rb'(?:[\[{]\s*(?:"[^"]*"\s*:\s*)?){50}')
+GRACE = 60  # seconds after the end until a process that goes on is killed
 STARTS = 20  # of a process, which a failing unit ends
 Arc = tuple[str, int, int]  # a file, and two lines run in succession
 PROGRESS = re.compile(r"^#(\d+)\s.* cov: (\d+) ft: (\d+)", re.MULTILINE)
@@ -86,7 +89,7 @@ def _summary(workers: Sequence["Worker"], seconds: int) -> dict[str, Any]:
     """Return what the processes of one target did: units run, edges and features, failures."""
     folder, logs = workers[0].folder, [log for worker in workers for log in worker.texts()]
     progress = [[tuple(map(int, found)) for found in PROGRESS.findall(log)] for log in logs]
-    failures = [path for path in folder.iterdir() if path.name.startswith(FAILURE)]
+    failing = [path for path in folder.iterdir() if path.name.startswith(FAILURE)]
     return {
         "target": workers[0].name,
         "processes": len(workers),
@@ -94,8 +97,9 @@ def _summary(workers: Sequence["Worker"], seconds: int) -> dict[str, Any]:
         "executions": sum(found[-1][0] for found in progress if found),
         "edges": max((edges for found in progress for _, edges, _ in found), default=0),
         "features": max((features for found in progress for _, _, features in found), default=0),
-        "new_units": len(list(folder.iterdir())) - len(failures),
-        "failures": len(failures),
+        "new_units": len(list(folder.iterdir())) - len(failing),
+        "failures": sum(bool(ERROR.search(log)) for log in logs),
+        "failing_units": len(failing),
         "errors": sorted({line[:300] for log in logs for line in ERROR.findall(log)})[:20],
         "folder": str(folder),
     }
@@ -113,6 +117,8 @@ class Worker:
     def goes_on(self, end: float) -> bool:
         """Begin the process where it is to run; return whether it runs."""
         if self.process is not None and self.process.poll() is None:
+            if time.monotonic() > end + GRACE:
+                self.process.kill()
             return True
         is_done = self.process is not None and self.process.returncode == 0
         left = int(end - time.monotonic())
@@ -135,10 +141,12 @@ def work(name: str, new: Path, seconds: int, seed: int) -> None:
     """Search in this process, until a unit fails or the time is over; exits the process."""
     import atheris
 
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
     with atheris.instrument_imports(include=GUIDING):
         from .targets import TARGETS, run_unit
-    target, folder = TARGETS[name], Path(tempfile.mkdtemp(prefix=f"{name}-"))
-    target.prepare(folder)
+
+        target = TARGETS[name]
+        target.prepare(folder)
 
     def mutate(unit: bytes, max_size: int, seed: int) -> bytes:
         random = Random(seed)
@@ -156,8 +164,16 @@ def work(name: str, new: Path, seconds: int, seed: int) -> None:
     atheris.Fuzz()
 
 
+def is_harmless(name: str, unit: bytes) -> bool:
+    """Return whether a unit may be kept: other programs read it without harm.
+
+    A mutated pickle may ask pickle for gigabytes, and brackets in brackets fill a parser's stack.
+    """
+    return name not in PICKLES and not DEEP.search(unit)
+
+
 def keep(name: str, new: Path) -> int:
-    """Copy to the corpus the units that reach new lines of the readers; return how many."""
+    """Copy to the corpus the harmless units that reach new lines; return how many."""
     from .targets import TARGETS, run_unit
 
     target, reached, n = TARGETS[name], set[Arc](), 0
@@ -169,7 +185,9 @@ def keep(name: str, new: Path) -> int:
             reached |= arcs(partial(run, path.read_bytes()))
         for path in sorted(units, key=lambda path: (path.stat().st_size, path.name)):
             unit = path.read_bytes()
-            if len(unit) <= LARGEST and not (found := arcs(partial(run, unit))) <= reached:
+            if len(unit) > LARGEST or not is_harmless(name, unit):
+                continue
+            if not (found := arcs(partial(run, unit))) <= reached:
                 reached |= found
                 n += 1
                 kept = CORPUS / name / hashlib.sha256(unit).hexdigest()[:16]

@@ -9,7 +9,7 @@ import pytest
 from llama_torch.tokenizer.pieces import read_pieces
 
 from . import coverage_guided
-from .coverage_guided import LARGEST, NAMES, arcs, keep
+from .coverage_guided import LARGEST, NAMES, arcs, is_harmless, keep
 from .targets import TARGETS, run_unit
 
 CORPUS = coverage_guided.CORPUS
@@ -32,6 +32,20 @@ def test_the_corpus_is_small_and_of_known_targets() -> None:
     assert {path.name for path in CORPUS.iterdir()} == set(NAMES)
     assert max(sizes) <= LARGEST
     assert sum(sizes) <= LARGEST_CORPUS
+
+
+def test_no_unit_harms_other_programs() -> None:
+    assert [path.name for path in (CORPUS / "shard_index").iterdir()] == ["valid"]
+    for path in CORPUS.rglob("*"):
+        if path.is_file() and path.name != "valid":
+            assert is_harmless(path.parent.name, path.read_bytes()), path
+
+
+@pytest.mark.parametrize("unit", [b"[" * 60, b'{"a": ' * 60, b" [\n" * 60])
+def test_units_that_may_are_not_kept(unit: bytes) -> None:
+    assert is_harmless("config", b"[[[[]]]], [1], {}" * 30)
+    assert not is_harmless("config", b"x" + unit)
+    assert not is_harmless("shard_index", b"")
 
 
 def test_units_that_reach_new_lines_are_kept(
@@ -65,5 +79,5 @@ def test_a_summary_counts_what_processes_did(tmp_path: Path) -> None:
     workers = [SimpleNamespace(name="toml", folder=tmp_path, texts=lambda: logs)]
     found = coverage_guided._summary(workers, 3)
     assert (found["executions"], found["edges"], found["features"]) == (102, 8, 9)
-    assert (found["new_units"], found["failures"], found["processes"]) == (2, 1, 1)
+    assert (found["new_units"], found["failing_units"], found["failures"]) == (2, 1, 1)
     assert found["errors"] == ["==1== ERROR: libFuzzer: exited", "ValueError: wrong"]
