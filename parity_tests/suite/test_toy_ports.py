@@ -14,7 +14,7 @@ from . import toy_ports
 
 NUMPY, TORCH = "parity_tests.suite.toy_ports:", "parity_tests.suite.toy_torch_port:"
 HONEST = [
-    *(NUMPY + name for name in ("Small", "Engine", "Float32Angles")),
+    *(NUMPY + name for name in ("Small", "Engine", "Float32Epsilon", "Float32Angles")),
     *(TORCH + name for name in ("InPlace", "AsValue")),
 ]
 # A port with a bug, and a test that fails on it.
@@ -24,6 +24,7 @@ BUGS = {
     NUMPY + "SmallWithTiledHeads": "causal_logits",
     NUMPY + "EngineOfOldPrompts": "engine",
     NUMPY + "EngineOneLate": "engine",
+    NUMPY + "Float32EpsilonUndeclared": "causal_logits",
     NUMPY + "Float32AnglesUndeclared": "logits",
     NUMPY + "Float32AnglesWithBfloat16Frequencies": "causal_logits",
     NUMPY + "Float32AnglesWithPositionsOneLate": "causal_logits",

@@ -4,6 +4,7 @@ They share one small Llama, in which each hook is a place for a bug.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,19 @@ class EngineOneLate(Engine):
 
     def next_positions(self, start: int, length: int) -> Any:
         return np.arange(start, start + length)[None] + (start > 0)
+
+
+class Float32EpsilonUndeclared(Small):
+    """Epsilon stored in float32, as in ONNX and GGUF files."""
+
+    def epsilon(self, config: Any) -> float:
+        return float(F32(config.norm_eps))
+
+
+class Float32Epsilon(Float32EpsilonUndeclared):
+    """The same port, which declares it."""
+
+    limits = replace(Small.limits, float32_epsilon=True)
 
 
 class Float32Angles(Small):
