@@ -34,6 +34,8 @@ def read_toml(path: str, config_class: type[Any]) -> dict[str, Setting]:
     """
     source = f"--config {path}"
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError("no regular file")  # a pipe is not waited for, nor a device read
         with Path(path).open("rb") as file:
             table = tomllib.load(file)
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8

@@ -21,6 +21,7 @@ from .formats import STRUCTURED, is_compressed, open_decompressed, text_format
 from .text_files import help_topics
 
 PIECE = 1 << 20  # bytes of text tokenised at a time
+LONGEST = 1 << 26  # bytes of a compressed file's line: a small file could hold gigabytes in one
 ROWS = 64  # rows of a .parquet file decoded at a time
 BOM = b"\xef\xbb\xbf"  # byte-order mark, skipped
 # The last place before white space that something else follows. GPT-2's pretokeniser always begins
@@ -129,7 +130,7 @@ def _file_pieces(path: Path, number: int, start: int) -> Iterator[TextPiece]:
         rest = rest or file.read(1)
         while rest:
             rest += file.read(PIECE + 1 - len(rest))
-            content, rest = _cut_record(rest, file) if is_jsonl else _cut_text(rest)
+            content, rest = _cut_record(rest, file, path) if is_jsonl else _cut_text(rest)
             rest = rest or file.read(1)
             yield TextPiece(path, number, start, content, not rest, len(content), is_first)
             start, is_first = start + len(content), False
@@ -137,10 +138,17 @@ def _file_pieces(path: Path, number: int, start: int) -> Iterator[TextPiece]:
             raise InputError(f"--data {path}: shrank while it was read; run this again")
 
 
-def _cut_record(content: bytes, file: IO[bytes]) -> tuple[bytes, bytes]:
+def _cut_record(content: bytes, file: IO[bytes], path: Path) -> tuple[bytes, bytes]:
     """Return PIECE + 1 bytes and the rest of the last line; nothing remains."""
-    is_whole = len(content) <= PIECE or content.endswith(b"\n")
-    return (content if is_whole else content + file.readline()), b""
+    if len(content) <= PIECE or content.endswith(b"\n"):
+        return content, b""
+    rest = file.readline(LONGEST if is_compressed(path) else -1)
+    if is_compressed(path) and len(rest) == LONGEST and not rest.endswith(b"\n"):
+        raise InputError(
+            f"--data {path}: a line of it is longer than {LONGEST:,} bytes; decompress the file if "
+            "that is right, or leave it out"
+        )
+    return content + rest, b""
 
 
 def _cut_text(content: bytes) -> tuple[bytes, bytes]:

@@ -50,8 +50,8 @@ def _find_tokenizer(
 ) -> tuple[Tokenizer, Path]:
     fast, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     if fast.is_file():
-        content = with_prefix_space(read_json(fast), settings, fast)
-        if _puts_a_token_last(content.get("post_processor")):
+        content, puts_a_token_last = _read_fast(fast, settings)
+        if puts_a_token_last:
             note(f"{fast}: a token after a text is left out: a prompt is continued")
         if _is_gpt2(content) and not _added_to_gpt2(settings):
             return Gpt2(settings.roles.values()), fast
@@ -71,6 +71,19 @@ def _find_tokenizer(
             "holds no tokenizer.json that has it; copy the checkpoint's there"
         )
     return Gpt2(settings.roles.values()), ckpt
+
+
+def _read_fast(path: Path, settings: TokenizerSettings) -> tuple[dict[str, Any], bool]:
+    """Return a ``tokenizer.json``, spaced as its settings say, and whether it ends a text.
+
+    Raises InputError for one whose steps are not as the tokenizers library writes them.
+    """
+    found = read_json(path)
+    try:
+        content = with_prefix_space(found, settings, path)
+        return content, _puts_a_token_last(content.get("post_processor"))
+    except (AttributeError, KeyError, RecursionError, TypeError) as error:
+        raise InputError(f"{path}: not a tokenizer ({error}); copy it again") from None
 
 
 def _puts_a_token_last(processor: Any) -> bool:

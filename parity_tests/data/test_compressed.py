@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_torch import prepare as command
+from llama_torch.common.errors import InputError
 from llama_torch.common.notes import note
 from llama_torch.config import DataConfig
 from llama_torch.data import documents
@@ -220,3 +221,28 @@ def test_null_is_left_out_and_counted_in_every_format(
     assert "c.jsonl: line 2 is not" in refused(
         lambda: list(documents.documents([tmp_path / "c.jsonl"], "text"))
     )
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_line_that_takes_memory_out_of_proportion_is_refused(
+    is_right: bool,
+    compress: Callable[[bytes], bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a compressed file alone: the lines of another are no longer than the file."""
+    monkeypatch.setattr(documents, "PIECE", 20)
+    monkeypatch.setattr(documents, "LONGEST", 400)
+    line = json.dumps({"text": "a" * (300 if is_right else 3000)}).encode() + b"\n"
+    content = b'{"text": "b"}\n' + line
+    path, plain = tmp_path / f"a.jsonl{compress.ending}", tmp_path / "a.jsonl"  # type: ignore[attr-defined]
+    path.write_bytes(compress(content))
+    plain.write_bytes(content)
+    wanted = list(documents.documents([plain], "text"))
+    assert len(wanted) == 2
+    if is_right:
+        assert list(documents.documents([path], "text")) == wanted
+        return
+    said = "a line of it is longer than 400 bytes; decompress"
+    with pytest.raises(InputError, match=f"^--data {path}: {said}"):
+        list(documents.documents([path], "text"))

@@ -1,5 +1,6 @@
 """Which of the files beside a tokenizer decides, and what no prompt has, as in transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
+from llama_torch.common.errors import InputError
 from llama_torch.tokenizer.loading import load_tokenizer
 
 from ..support.tokenizers import write_json, write_json_tokenizer
@@ -64,6 +66,29 @@ def test_a_token_after_a_text_is_noted_and_left_out(
     tokenizer = load_tokenizer(tmp_path, VOCAB)
     assert ("a token after a text is left out" in capsys.readouterr().err) == said
     assert 1 not in [*tokenizer.prefix, *tokenizer.encode("hi")]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("post_processor", {"type": "Sequence", "processors": 0}),
+        ("post_processor", {"type": "TemplateProcessing", "single": 1}),
+        ("post_processor", {"type": "TemplateProcessing", "single": [5]}),
+        ("post_processor", {"type": "TemplateProcessing", "single": {"a": 1}}),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": 5}),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": []}),
+        ("normalizer", {"type": "Sequence", "normalizers": True}),
+    ],
+)
+def test_a_step_that_is_none_is_refused_by_file(tmp_path: Path, part: str, value: object) -> None:
+    write_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    write_json(tmp_path / "tokenizer.json", content | {part: value})
+    for kind in ("PreTrainedTokenizerFast", "LlamaTokenizer"):
+        settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": kind}
+        write_json(tmp_path / "tokenizer_config.json", settings | {"add_prefix_space": False})
+        with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer"):
+            load_tokenizer(tmp_path, VOCAB)
 
 
 def test_add_eos_token_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

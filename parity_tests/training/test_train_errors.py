@@ -80,6 +80,7 @@ def test_a_foreign_directory_is_refused(
         (["--vocab-size", "100"], "--vocab-size 100 is too small"),
         (["--data", "nowhere.txt"], "--data nowhere.txt: no file found"),
         (["--config", "nowhere.toml"], "--config nowhere.toml: cannot be read"),
+        (["--config", "/dev/zero"], "--config /dev/zero: cannot be read (no regular file)"),
         (["--resume"], "--resume: no run in runs/"),
         (["--seed", "100000000000000"], "--seed must lie between"),
         (["--weight-decay", "inf"], "--weight-decay must be"),
