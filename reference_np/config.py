@@ -97,6 +97,7 @@ INERT_KEYS = {
     "transformers_version",
     "unk_token_id",
     "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
     "use_return_dict",
 }

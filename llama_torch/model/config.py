@@ -50,7 +50,7 @@ INERT = (
     "max_length max_sequence_length name_or_path num_return_sequences output_attentions "
     "output_hidden_states pad_token_id problem_type return_dict temperature tokenizer_class "
     "top_k top_p torch_dtype transformers.js_config transformers_version unk_token_id "
-    "unsloth_fixed use_cache use_return_dict"
+    "unsloth_fixed unsloth_version use_cache use_return_dict"
 )
 
 

@@ -51,6 +51,8 @@ class ChatTemplate:
         names = {"bos_token": self.tokenizer.bos or "", "eos_token": self.tokenizer.eos or ""}
         try:
             text = template_process.render(self.source, messages, names | self.tokenizer.others)
+            if has_surrogates(text):
+                raise TemplateError("it writes half of a pair of \\ud800 to \\udfff, no character")
             parts = self._placed(text)
         except (TemplateError, InputError) as error:
             raise InputError(f"{self.origin}: the template fails: {error}") from None

@@ -29,8 +29,8 @@ class EncodingError(InputError):
 
 
 @contextmanager
-def guarded(library: str, text: str) -> Iterator[None]:
-    """Raise EncodingError where ``library``, written in Rust, panics on ``text``.
+def guarded(library: str, text: str | None = None) -> Iterator[None]:
+    """Raise EncodingError where ``library``, written in Rust, panics, on ``text`` if that is given.
 
     A panic's class has no public name and is no subclass of Exception, so it is told by its name.
     """
@@ -40,6 +40,8 @@ def guarded(library: str, text: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())
+        if text is None:
+            raise EncodingError(f"the {library} library fails: {reason}") from None
         runs = ((match.end() - match.start(), match.start()) for match in re.finditer(r"\s+", text))
         n, start = max(runs, default=(0, 0))
         raise EncodingError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
+from ..common.native_stderr import silenced
 from ..common.notes import note
 from .gpt2 import EncodingError, byte_spelling, guarded
 from .prefix_space import parts
@@ -29,6 +30,7 @@ class Json(Tokenizer):
 
     def __init__(self, path: Path, content: dict[str, Any], settings: TokenizerSettings) -> None:
         library = import_library("tokenizers", path)
+        self.path = path
         self.word = secrets.token_hex(8)
         try:
             added = _all_added(content, settings, path)
@@ -39,7 +41,7 @@ class Json(Tokenizer):
             hidden = {t["content"] for t in added if t["special"]}
             guarded_names = hidden | {t["content"] for t in added if MARKED.fullmatch(t["content"])}
             renamed = _renamed({**content, "added_tokens": added}, guarded_names, self.word)
-            with guarded("tokenizers", ""):
+            with guarded("tokenizers"), silenced():
                 self.tokenizer = library.Tokenizer.from_str(json.dumps(renamed))
             self.tokenizer.no_truncation()  # of the training that made it
             self.tokenizer.no_padding()
@@ -63,7 +65,11 @@ class Json(Tokenizer):
         self.normalized = flags["normalized"] & set(special)
         self.lstrip = {special[name] for name in flags["lstrip"] & set(special)}
         self.rstrip = {special[name] for name in flags["rstrip"] & set(special)}
-        self._add_anchors(library, path)
+        try:
+            with guarded("tokenizers"), silenced():
+                self._add_anchors(library, path)
+        except EncodingError as error:
+            raise InputError(f"{path}: not a tokenizer ({error}); copy it again") from None
 
     def _add_anchors(self, library: Any, path: Path) -> None:
         """Add the tokens that text is encoded behind: text after a normalized token, or another.
@@ -93,12 +99,16 @@ class Json(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text."""
-        with guarded("tokenizers", text):
+        with guarded("tokenizers", text), silenced():
             return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode_ordinary(self, ids: Sequence[int]) -> str:
-        """Return the text of ordinary ids."""
-        return str(self.tokenizer.decode(list(ids))).replace(self.word, "")
+        """Return the text of ordinary ids; raise InputError where the file's decoder fails."""
+        try:
+            with guarded("tokenizers"), silenced():
+                return str(self.tokenizer.decode(list(ids))).replace(self.word, "")
+        except EncodingError as error:
+            raise InputError(f"{self.path}: its decoder fails ({error}); copy it again") from None
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         """Return the ids of text and special tokens, which have their flags."""

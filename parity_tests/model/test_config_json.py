@@ -156,6 +156,7 @@ def test_old_and_plain_forms_are_read(kind: Any) -> None:
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
     assert kind.from_hf(new).rope_theta == 5e5
     assert kind.from_hf(HF | {"rope_scaling": None, "use_cache": True}) == kind.from_hf(HF)
+    assert kind.from_hf(HF | {"unsloth_version": "2024.9"}) == kind.from_hf(HF)
     scaled = kind.from_hf(HF | {"rope_scaling": {"type": "linear", "factor": 2}})
     assert (scaled.rope_type, scaled.rope_factor) == ("linear", 2)
     both = {"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 1e4}}

@@ -173,6 +173,46 @@ def test_a_tokenizer_that_panics_where_it_is_read(
         load_tokenizer(tmp_path, 700)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("model", {"continuing_subword_prefix": "é"}, "not a tokenizer"),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "not a tokenizer"),
+        (
+            "normalizer",
+            {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAA="},
+            "index out",
+        ),
+        ("decoder", {"type": "Strip", "content": "t", "start": 1, "stop": 1}, "its decoder fails"),
+    ],
+)
+def test_steps_that_the_library_itself_panics_on_are_one_line(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    part: str,
+    value: dict[str, Any],
+    message: str,
+) -> None:
+    """The library prints a panic to stderr before it is an error; none of that is seen."""
+    byte_level(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    pairs = [
+        pair if isinstance(pair, list) else pair.split(" ") for pair in content["model"]["merges"]
+    ]
+    content["model"]["merges"] = pairs
+    changed = content[part] | value if part == "model" else value
+    path.write_text(json.dumps(content | {part: changed}), encoding="utf-8")
+
+    def there_and_back() -> None:
+        read = load_tokenizer(tmp_path, 700)
+        read.decode(read.encode("the text"))
+
+    with pytest.raises(InputError, match=message):
+        there_and_back()
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError, MemoryError])
 def test_nothing_else_is_held_for_a_panic(error: type[BaseException]) -> None:
     with pytest.raises(error), guarded("tiktoken", ""):

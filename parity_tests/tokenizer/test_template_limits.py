@@ -30,6 +30,7 @@ COMPILED = {
     "tag": ("{% unknown %}", "unknown tag"),
 }
 RENDERED = {
+    "half a character": ("{{ '\\ud800' }}", "half of a pair"),
     "power": ("{% set n = 9 %}{{ n ** (n**n) % 2 }}", "processor time"),
     "letters": ("{{ 'a' * 10**8 }}", "more than"),
     "gigabytes": ("{{ 'a' * 10**10 }}", "memory"),

@@ -3,6 +3,7 @@
 Axes: B batch, T tokens of the call, S cached + T.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def _cycle(ids: Array, length: int, shift: int) -> Array:
 
 def _read(path: str) -> str:
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError("no regular file")  # a pipe is not waited for, nor a device read
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--file {path}: cannot be read ({error})") from None
