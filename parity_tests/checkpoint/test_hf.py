@@ -12,8 +12,6 @@ import torch
 from hypothesis import given
 from safetensors.numpy import load_file
 
-import llama_torch
-import reference_np.config
 from llama_torch.checkpoint.hf import load_model
 from llama_torch.model.config import ModelConfig
 from reference_np.checkpoint import Checkpoint
@@ -23,24 +21,11 @@ from tools import random_checkpoint
 
 from ..backends.torch_model import save_numpy, torch_forward
 from ..conformance.architectures import configs
-from ..conformance.strategies import Array, Params, cast, random_params
+from ..conformance.strategies import Params, cast, random_params
+from ..support.checkpoints import CONFIG, ERRORS, write_model_file
 
-ERRORS = (llama_torch.InputError, reference_np.config.InputError)
-CONFIG = LlamaConfig(8, 2, 4, 2, 4, 12, 20)
 STORED = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 READERS = pytest.mark.parametrize("read", [Checkpoint, load_model])
-
-
-def write(path: Path, config: LlamaConfig = CONFIG, **changes: Array | None) -> Path:
-    """Write a checkpoint with some tensors replaced or (None) left out."""
-    tensors = cast(random_params(config, 0), np.float32)
-    for name, value in changes.items():
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name] = value
-    save_numpy(tensors, path, {"config": config.to_json()})
-    return path
 
 
 def write_shards(folder: Path, params: Params, config: LlamaConfig) -> None:
@@ -92,17 +77,17 @@ def test_shards_read_like_one_file(
 
 def test_reading_is_lazy(tmp_path: Path) -> None:
     """Nothing is kept: two reads are two arrays, and the file may change in between."""
-    path = write(tmp_path / "m.safetensors")
+    path = write_model_file(tmp_path / "m.safetensors")
     checkpoint = Checkpoint(path)
     first = checkpoint["model.norm.weight"]
-    write(path, **{"model.norm.weight": np.zeros(8, np.float32)})
+    write_model_file(path, **{"model.norm.weight": np.zeros(8, np.float32)})
     assert first.any()
     assert not checkpoint["model.norm.weight"].any()
 
 
 @READERS
 def test_all_wrong_tensors_are_named_at_once(tmp_path: Path, read: Callable) -> None:
-    path = write(
+    path = write_model_file(
         tmp_path / "m.safetensors",
         **{
             "model.norm.weight": None,
@@ -126,9 +111,9 @@ def test_a_tied_model_may_store_its_head_twice_but_not_another(
 ) -> None:
     tied = LlamaConfig(8, 2, 4, 2, 4, 12, 20, tie_embeddings=True)
     embedding = random_params(tied, 0)["model.embed_tokens.weight"].astype(np.float32)
-    same = write(tmp_path / "same.safetensors", tied, **{"lm_head.weight": embedding})
+    same = write_model_file(tmp_path / "same.safetensors", tied, **{"lm_head.weight": embedding})
     read(same)
-    other = write(tmp_path / "x.safetensors", tied, **{"lm_head.weight": embedding + 1})
+    other = write_model_file(tmp_path / "x.safetensors", tied, **{"lm_head.weight": embedding + 1})
     with pytest.raises(ERRORS, match=r"x\.safetensors: lm_head\.weight is not the embedding"):
         read(other)
 
@@ -136,11 +121,11 @@ def test_a_tied_model_may_store_its_head_twice_but_not_another(
 @READERS
 def test_derived_buffers_of_old_checkpoints_are_skipped(tmp_path: Path, read: Callable) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    read(write(tmp_path / "m.safetensors", **{name: np.ones(2, np.float32)}))
+    read(write_model_file(tmp_path / "m.safetensors", **{name: np.ones(2, np.float32)}))
 
 
 def truncated(path: Path) -> Path:
-    write(path).write_bytes(path.read_bytes()[:-100])
+    write_model_file(path).write_bytes(path.read_bytes()[:-100])
     return path
 
 
@@ -150,23 +135,23 @@ def garbage(path: Path) -> Path:
 
 
 def without_config(path: Path) -> Path:
-    save_numpy(load_file(write(path)), path)
+    save_numpy(load_file(write_model_file(path)), path)
     return path
 
 
 def broken_metadata(path: Path) -> Path:
-    save_numpy(load_file(write(path)), path, {"config": "{"})
+    save_numpy(load_file(write_model_file(path)), path, {"config": "{"})
     return path
 
 
 def contradicting_config(path: Path) -> Path:
     hf = CONFIG.to_hf() | {"rope_theta": 5e5}
     (path.parent / "config.json").write_text(json.dumps(hf))
-    return write(path)
+    return write_model_file(path)
 
 
 def config_of_another_size(path: Path) -> Path:
-    save_numpy(load_file(write(path)), path)
+    save_numpy(load_file(write_model_file(path)), path)
     hf = CONFIG.to_hf() | {"num_hidden_layers": 3}
     (path.parent / "config.json").write_text(json.dumps(hf))
     return path
@@ -179,7 +164,7 @@ def missing_shard(path: Path) -> Path:
 
 
 def integer_tensor(path: Path) -> Path:
-    return write(path, **{"model.norm.weight": np.ones(8, np.int64)})
+    return write_model_file(path, **{"model.norm.weight": np.ones(8, np.int64)})
 
 
 def index_of_numbers(path: Path) -> Path:
@@ -227,7 +212,7 @@ def test_wrong_files_are_one_clear_line(
 
 def test_the_oracle_computes_in_two_dtypes_only(tmp_path: Path) -> None:
     with pytest.raises(ERRORS, match="float16"):
-        Checkpoint(write(tmp_path / "m.safetensors"), np.float16)
+        Checkpoint(write_model_file(tmp_path / "m.safetensors"), np.float16)
 
 
 def test_a_model_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
