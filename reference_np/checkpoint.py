@@ -1,6 +1,7 @@
 """Reading of safetensors files, as a lazy mapping from parameter name to array."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -42,6 +43,8 @@ class Checkpoint(Mapping[str, Array]):
 
     def __init__(self, path: str | Path, dtype: DTypeLike = np.float32) -> None:
         self.path = Path(path)
+        if not str(path):
+            raise InputError("'' names no checkpoint; give a .safetensors file or its directory")
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.float32, np.float64):
             raise InputError(f"the oracle computes in float32 or float64, not {self.dtype}")
@@ -109,7 +112,7 @@ class _Header:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
+        if not os.path.isfile(path):  # false for a name that no file can have
             raise InputError(f"{path}: no such file; give a .safetensors file or its directory")
         try:
             with safe_open(path, framework="np") as file:
@@ -171,7 +174,7 @@ def _count_rest(count: int, kind: str) -> list[str]:
 
 
 def _shard_names(path: Path) -> list[str]:
-    if not path.exists():
+    if not os.path.exists(path):  # false for a name that no file can have
         raise missing(path)
     if not path.is_dir():
         require_no_other_kind(path)

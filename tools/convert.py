@@ -58,6 +58,8 @@ class ConvertConfig:
     """Hugging Face: the token or tokens that end a text; none = what the files tell."""
 
     def __post_init__(self) -> None:
+        if not self.src:
+            raise InputError("SRC '' names nothing; give a model directory or a .safetensors file")
         for name, valid, requirement in (
             ("shards", 1 <= self.shards <= 99, "must lie between 1 and 99"),
             ("max_shard_gb", 0 < self.max_shard_gb < math.inf, "must be positive"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..common.errors import InputError
-from ..common.files import read_json, require_no_pointer
+from ..common.files import read_json, require_name, require_no_pointer
 from ..common.notes import note
 from .file_names import INDEX_FILE, MODEL_FILE
 from .foreign import explain_absence, missing, require_no_other_kind
@@ -18,6 +18,7 @@ def weight_files(path: Path) -> list[Path]:
 
     Raises InputError for a path that is neither, naming what it is instead.
     """
+    require_name(path)
     if not path.exists():
         raise missing(path)
     if not path.is_dir():
@@ -39,6 +40,8 @@ def weight_files(path: Path) -> list[Path]:
         # As transformers reads it: it leaves the index of an earlier save where it was.
         note(f"{single} is read; {INDEX_FILE} beside it names other files, which are not")
         return [single]
+    for name in names:
+        require_name(path / name)
     return [path / name for name in names]
 
 

@@ -154,6 +154,20 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def require_name(path: Path) -> None:
+    """Raise InputError for a path that no file can have: too long, or with a zero byte in it.
+
+    Asked whether such a file is there, Python raises errors of several kinds.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise InputError(f"{path}: is not the path of a file ({reason}); correct it") from None
+
+
 def require_no_pointer(path: Path) -> None:
     """Raise InputError for a file whose content git-LFS has not fetched."""
     with path.open("rb") as file:
@@ -180,7 +194,7 @@ def read_json_text(path: Path) -> str:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise OSError("no regular file")
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # bytes that are no text, a name that none can have
         raise InputError(f"{path}: cannot be read ({error}); write it again") from None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common.errors import InputError
-from ..common.files import atomic_write, open_lock, try_lock
+from ..common.files import atomic_write, open_lock, require_name, try_lock
 from ..common.state_file import write_state
 from . import documents
 from .documents import Nulls
@@ -53,6 +53,7 @@ def prepare(
     the same folder waits for the first. Raises InputError for a folder that holds another text or
     cannot be written, and for text that cannot be read.
     """
+    require_name(folder)
     try:
         if not (folder / INDEX_FILE).is_file() or (folder / PROGRESS_FILE).is_file():
             folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import InputError
-from ..common.files import read_json
+from ..common.files import read_json, require_name
 from ..common.state_file import read_state, require_count, require_text, shown
 
 FORMAT, VERSION = "llama_torch token shards", 1
@@ -148,6 +148,7 @@ def is_shards(folder: Path) -> bool:
 
 def read_index(folder: Path) -> Index:
     """Read index.json; raise InputError where it is missing, damaged or inconsistent."""
+    require_name(folder)
     path = folder / INDEX_FILE
     if not os.path.isfile(path) and os.path.isfile(folder / PROGRESS_FILE):
         raise InputError(

@@ -123,7 +123,7 @@ def require_unchanged(text: Text) -> None:
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise InputError(f"--data {path}: cannot be read ({error})") from None
     return found.st_size, found.st_mtime_ns
 

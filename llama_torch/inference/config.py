@@ -99,6 +99,9 @@ class LoadConfig:
     """int8 = matrices as int8 with a scale for each row: half of bfloat16's memory."""
 
     def __post_init__(self) -> None:
+        check(
+            bool(self.ckpt), "ckpt", self.ckpt, "must name a model directory or .safetensors file"
+        )
         check_choice("dtype", self.dtype, Dtype)
         check_choice("quantize", self.quantize, Quantize)
 

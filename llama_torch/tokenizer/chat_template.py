@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..common.errors import InputError, has_surrogates
-from ..common.files import read_json
+from ..common.files import read_json, require_name
 from ..common.notes import note
 from . import template_process
 from .gpt2 import located
@@ -131,6 +131,7 @@ def load_chat_template(
         return Llama2Template(tokenizer)
     if name:
         return ChatTemplate(_read(Path(name)), f"--template {name}", tokenizer)
+    require_name(ckpt)
     folder = ckpt if ckpt.is_dir() else ckpt.parent
     own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     stored = read_json(settings).get("chat_template") if settings.is_file() else None
@@ -156,5 +157,7 @@ def _read(path: Path) -> str:
         if len(source) > LONGEST:
             raise InputError(f"{path}: is longer than a template ({LONGEST:,} bytes)")
         return source.decode().replace("\r\n", "\n").replace("\r", "\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # bytes that are no text, a name that none can have
         raise InputError(f"{path}: cannot be read ({error}); give a Jinja file") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from ..common.files import read_json
+from ..common.files import read_json, require_name
 from ..common.notes import note
 from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .json_tokenizer import Json
@@ -23,6 +23,7 @@ def load_tokenizer(ckpt: Path, vocab_size: int) -> Tokenizer:
     that the tokenizer does not have, and a directory without a tokenizer whose vocabulary
     cannot be GPT-2's.
     """
+    require_name(ckpt)
     folder = ckpt if ckpt.is_dir() else ckpt.parent
     settings = read_settings(folder)
     tokenizer, source = _find_tokenizer(ckpt, folder, vocab_size, settings)

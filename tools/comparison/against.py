@@ -1,6 +1,7 @@
 """Find the other side of a comparison, which ``--against`` names."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from safetensors import safe_open
@@ -30,7 +31,7 @@ def find_side(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
             raise InputError(f"--against {spec} and --dtype {dtype} disagree; drop one")
         return make_torch_side(kind, suffix or dtype or "float32", checkpoint.path, spec)
     path = Path(spec)
-    if spec and path.exists():
+    if spec and os.path.exists(path):
         if path.is_file() and _is_trace(path):
             trace = TraceFile(path)
             _require_same(trace.config, checkpoint, spec)

@@ -4,6 +4,7 @@ Axes: B batch, T tokens of the call, S cached + T.
 """
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -172,7 +173,7 @@ class TraceFile:
 
     def _check(self) -> dict[str, str]:
         """Return the metadata, checked by safetensors; keep every tensor's place in the file."""
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):  # false for a name that no file can have
             raise InputError(f"{self.path}: no such file; give a trace in safetensors")
         try:
             with safe_open(self.path, framework="np") as file:
