@@ -51,6 +51,8 @@ class CompareConfig:
     """Look for the known bugs that explain a divergence."""
 
     def __post_init__(self) -> None:
+        if not self.ckpt:
+            raise InputError("'' names no checkpoint; give a .safetensors file or its directory")
         if self.tokens and min(self.tokens) < 1:
             raise InputError(f"--tokens must be positive, got {min(self.tokens)}")
         if self.steps < 0:
