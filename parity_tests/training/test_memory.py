@@ -33,7 +33,6 @@ GIB = 1 << 30
         ("--hidden-dim 2000000000", "--hidden-dim 2000000000, "),
         ("--vocab-size 2000000000", "--vocab-size 2000000000: "),
         ("--n-layers 1000000000", "--n-layers 1000000000: "),
-        ("--n-layers 2000000000 --verify-every 1", "--n-layers 2000000000: "),
         ("--batch-size 1000000000", "--batch-size 1000000000, "),
         ("--batch-size 2147483648", "--batch-size 2147483648, "),
         ("--max-seq-len 1000000000", "--max-seq-len 1000000000, "),
@@ -69,6 +68,10 @@ def test_sizes_beyond_the_machine_are_refused_with_the_figure(
         ("--head-dim 2147483648", "--head-dim must be below 2^31, got 2147483648"),
         ("--vocab-size 1000000000000", "--vocab-size must be below 2^31, got 1000000000000"),
         ("--steps 9223372036854775808", "--steps times --batch-size and --grad-accum must be"),
+        (
+            "--n-layers 2000000000 --verify-every 1",
+            "--verify-every needs some 32,723.0 GiB of host",
+        ),
         ("--num-workers 1000000000", "--num-workers must lie between 0 and 1024"),
     ],
 )
