@@ -87,7 +87,7 @@ def test_the_windows_of_a_bad_step_are_those_it_read(
 ) -> None:
     read: list[torch.Tensor] = []
     cut = batch.to_batch
-    monkeypatch.setattr(setup, "to_batch", lambda part: read.append(part) or cut(part))
+    monkeypatch.setattr(batch, "to_batch", lambda part: read.append(part) or cut(part))
     spoil({4: "nan"}, monkeypatch)
     corpora = []
     load = corpus.load_corpus
