@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from .checkpoint.weight_files import require_weights
 from .common import cli
-from .common.errors import InputError, check, check_positive
+from .common.errors import InputError, check, check_positive, printable
 from .data.text_files import find_files
 from .inference.config import LoadConfig
 from .training.run_file import RUN_FILE
@@ -131,7 +131,7 @@ def _main(argv: Sequence[str]) -> int:
     if config.json:
         print(json.dumps({"text": text.name, **figures}))
     else:
-        print(f"text           {text.name}\n{describe(found, tokenizer)}")
+        print(f"text           {printable(text.name)}\n{describe(found, tokenizer)}")
     return 0
 
 

@@ -10,7 +10,7 @@ import tyro
 
 from .checkpoint import step_folders
 from .common import cli
-from .common.errors import InputError, check
+from .common.errors import InputError, check, printable
 from .common.files import new_folder
 from .common.state_file import MOST
 from .training.origin import recorded_model
@@ -70,7 +70,7 @@ def _main(argv: Sequence[str]) -> int:
                 export_model(temporary, folder, model, out)
     except OSError as error:
         raise InputError(f"--to {target} cannot be written ({error}); choose another") from None
-    print(f"{target}: the model of step {folder.name}")
+    print(f"{printable(str(target))}: the model of step {folder.name}")
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from .common import cli
-from .common.errors import InputError, check, check_positive
+from .common.errors import InputError, check, check_positive, printable
 from .common.files import read_json
 from .data.text_files import find_files, identify, require_found
 from .model.config import ModelConfig
@@ -64,13 +64,17 @@ def _main(argv: Sequence[str]) -> int:
     from .data.shard_writer import prepare  # imports NumPy: a wrong flag or --data is told before
 
     shards = prepare(text, Path(config.out), config.workers, config.shard_tokens)
-    init = f"--init-from {shlex.quote(config.tokenizer)} " if config.tokenizer else ""
+    init = f"--init-from {_quoted(config.tokenizer)} " if config.tokenizer else ""
     print(
-        f"{config.out}: {len(shards):,} tokens in {len(shards.index.shards)} shards of "
+        f"{printable(config.out)}: {len(shards):,} tokens in {len(shards.index.shards)} shards of "
         f"{shards.index.dtype}, after {time.perf_counter() - started:.0f} s\n"
-        f"next:\n  python -m llama_torch.train {init}--data {config.out}"
+        f"next:\n  python -m llama_torch.train {init}--data {_quoted(config.out)}"
     )
     return 0
+
+
+def _quoted(name: str) -> str:
+    return shlex.quote(printable(name))
 
 
 def encoding_of(config: PrepareConfig) -> TextEncoding:
@@ -102,14 +106,15 @@ def _verify(config: PrepareConfig) -> int:
     shards = TokenShards(Path(config.verify))
     index, folder = shards.index, shards.folder
     damaged, highest = scan_shards(shards)
+    place = printable(str(folder))
     for name in damaged:
-        print(f"{folder / name}: is not what was written; its checksum differs")
+        print(f"{place}/{name}: is not what was written; its checksum differs")
     n_shards = len(index.shards)
-    print(f"{folder}: {n_shards - len(damaged)} of {n_shards} shards are as written")
+    print(f"{place}: {n_shards - len(damaged)} of {n_shards} shards are as written")
     if damaged:
         return 1
     if highest != index.highest:
-        print(f"{folder / INDEX_FILE}: says that the highest id is {index.highest}, not {highest}")
+        print(f"{place}/{INDEX_FILE}: says that the highest id is {index.highest}, not {highest}")
         return 1
     return _verify_text(config, shards) if config.data else 0
 
@@ -122,12 +127,11 @@ def _verify_text(config: PrepareConfig, shards: "TokenShards") -> int:
     if shards.index.key != text.key:
         raise another_text(shards.folder)
     at = first_difference(shards, text, config.workers)
+    place = printable(str(shards.folder))
     if at is not None:
-        print(
-            f"{shards.folder}: token {at:,} is not the text's; delete the folder and tokenise again"
-        )
+        print(f"{place}: token {at:,} is not the text's; delete the folder and tokenise again")
         return 1
-    print(f"{shards.folder}: all {len(shards):,} tokens are the text's")
+    print(f"{place}: all {len(shards):,} tokens are the text's")
     return 0
 
 

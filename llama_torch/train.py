@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .common import cli
+from .common.errors import printable
 from .common.torchrun import exit_process, is_launched, is_main_process, is_restarted
 from .config import TrainConfig
 from .data.text_files import require_found
@@ -72,18 +73,30 @@ def _train(config: TrainConfig) -> int:
         print(_finished_message(config, result))
         return 0
     print(
-        f"finished in {time.perf_counter() - started:.0f} s: {result}, checkpoint in {config.out}\n"
-        "next:\n"
-        f"  python tools/compare.py {shlex.quote(config.out + '/model.safetensors')}\n"
-        f"  python -m llama_torch.generate --ckpt {shlex.quote(config.out)} "
-        f"--prompt {shlex.quote(config.sample_prompt)}"
+        f"finished in {time.perf_counter() - started:.0f} s: {result}, "
+        f"checkpoint in {printable(config.out)}\n{_next_commands(config)}"
     )
     return 0
 
 
+def _next_commands(config: TrainConfig) -> str:
+    return (
+        "next:\n"
+        f"  python tools/compare.py {_quoted(config.out + '/model.safetensors')}\n"
+        f"  python -m llama_torch.generate --ckpt {_quoted(config.out)} "
+        f"--prompt {_quoted(config.sample_prompt)}"
+    )
+
+
+def _quoted(text: str) -> str:
+    """Return a word of a command line to print: a run's record may hold any characters."""
+    return shlex.quote(printable(text))
+
+
 def _finished_message(config: TrainConfig, result: str) -> str:
     return (
-        f"{config.out} was finished already: {config.steps} of {config.steps} steps, {result}\n"
+        f"{printable(config.out)} was finished already: {config.steps} of {config.steps} steps, "
+        f"{result}\n"
         "to train it longer:\n"
         f"  {_resume_command(config.out)} --steps {2 * config.steps}"
     )
@@ -99,7 +112,7 @@ def _stop_message(stopped: Stopped, out: str) -> str:
 
 def _resume_command(out: str) -> str:
     launcher = "torchrun ..." if is_launched() else "python"
-    return f"{launcher} -m llama_torch.train --resume --out {shlex.quote(out)}"
+    return f"{launcher} -m llama_torch.train --resume --out {_quoted(out)}"
 
 
 if __name__ == "__main__":

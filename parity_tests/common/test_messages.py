@@ -9,10 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import reference_np.config
-from llama_torch import load
+from llama_torch import load, prepare, train
 from llama_torch.common.cli import complain
 from llama_torch.common.errors import LONGEST, InputError, printable
 from llama_torch.common.notes import note
+from llama_torch.config import TrainConfig
 from reference_np.checkpoint import Checkpoint
 from tools.comparison.report_rows import escape
 
@@ -70,3 +71,20 @@ def test_errors_of_the_api_quote_files_safely(tmp_path: Path) -> None:
 
 def test_the_page_escapes_names() -> None:
     assert escape(f"<b>{HOSTILE}") == "&lt;b&gt;" + printable(HOSTILE)
+
+
+def test_results_name_folders_and_prompts_safely(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's record names its prompt, and a folder from others has any name."""
+    name = HOSTILE.translate({0: None, 0xD800: None})
+    (tmp_path / "a.txt").write_text("One two three. " * 20)
+    folder = str(tmp_path / name)
+    given = ["--data", str(tmp_path / "a.txt"), "--workers", "1"]
+    assert prepare.main([*given, "--out", folder]) == 0
+    assert prepare.main([*given, "--verify", folder]) == 0
+    config = TrainConfig(out=folder, sample_prompt=name)
+    said = [train._next_commands(config), train._finished_message(config, ""), *capsys.readouterr()]
+    assert "are the text's" in said[2]
+    for line in "\n".join(said).split("\n"):
+        assert is_safe(line), line
