@@ -26,7 +26,8 @@ def with_prefix_space(
     if kind in LLAMA and wanted is not None and _is_spaced(content):
         scheme = "never" if not wanted else "first" if settings.legacy is False else "always"
         return _with_scheme(content, scheme)
-    said = {part["add_prefix_space"] for part in parts(before) if "add_prefix_space" in part}
+    given = [part.get("add_prefix_space") for part in parts(before)]
+    said = {value for value in given if isinstance(value, bool)}  # the library refuses others
     is_read = wanted is not None or kind == "PreTrainedTokenizerFast"
     if is_read and said - {bool(wanted)}:
         note(
@@ -41,8 +42,9 @@ def parts(part: Any) -> Iterator[dict[str, Any]]:
     if isinstance(part, dict):
         yield part
         for key in ("pretokenizers", "normalizers", "decoders"):
-            for inner in part.get(key) or ():
-                yield from parts(inner)
+            inner = part.get(key)
+            for each in inner if isinstance(inner, list) else ():
+                yield from parts(each)
 
 
 def _with_byte_level(part: Any, wanted: bool) -> Any:
@@ -76,7 +78,8 @@ def _with_scheme(content: dict[str, Any], scheme: str) -> dict[str, Any]:
     ]
     normalizer = {"type": "Sequence", "normalizers": rest} if rest else None
     decoder = content.get("decoder")
-    if scheme == "never" and isinstance(decoder, dict) and "decoders" in decoder:
-        kept = [part for part in decoder["decoders"] if part.get("type") != "Strip"]
+    inner = decoder.get("decoders") if isinstance(decoder, dict) else None
+    if scheme == "never" and isinstance(inner, list):
+        kept = [p for p in inner if not (isinstance(p, dict) and p.get("type") == "Strip")]
         decoder = {**decoder, "decoders": kept}
     return {**content, "normalizer": normalizer, "pre_tokenizer": space, "decoder": decoder}

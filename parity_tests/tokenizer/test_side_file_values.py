@@ -1,5 +1,6 @@
 """The files beside a tokenizer: values that are refused by name, and those that change nothing."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,22 @@ def test_roles_of_any_name_are_text_and_their_ids_numbers(
     tokenizer = load_tokenizer(tmp_path, VOCAB)
     assert tokenizer.others == roles
     assert ("<i>" in tokenizer.special) == ("extra_special_tokens" in content)
+
+
+@pytest.mark.parametrize("value", [{}, [], [1], "yes", 1, None])
+@pytest.mark.parametrize("place", ["pre_tokenizer", "normalizer", "decoder"])
+@pytest.mark.parametrize("key", ["add_prefix_space", "pretokenizers", "normalizers", "decoders"])
+def test_steps_of_other_types_end_in_no_other_error(
+    tmp_path: Path, place: str, key: str, value: Any
+) -> None:
+    write_json_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    types = {"normalizer": "Prepend", "pre_tokenizer": "ByteLevel", "decoder": "Sequence"}
+    content |= {place: {"type": types[place], key: value}}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}
+    for pre_tokenizer in (content["pre_tokenizer"], None):
+        write_json(tmp_path / "tokenizer.json", content | {"pre_tokenizer": pre_tokenizer})
+        for beside in ({}, settings, settings | {"tokenizer_class": "GPT2Tokenizer"}):
+            write_json(tmp_path / "tokenizer_config.json", beside)
+            with contextlib.suppress(InputError):
+                load_tokenizer(tmp_path, VOCAB)
