@@ -31,6 +31,7 @@ from llama_torch.common import cli
 from llama_torch.common.errors import InputError
 from llama_torch.common.files import write_text
 from tools.comparison.config import LENGTH, CompareConfig
+from tools.conversion.file_kinds import is_gguf
 
 if TYPE_CHECKING:
     from reference_np.config import LlamaConfig
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(CompareConfig, argv)
-    _check_outputs(settings, require_weights(Path(settings.ckpt)))
+    path = Path(settings.ckpt)
+    _check_outputs(settings, [path] if is_gguf(path) else require_weights(path))
     return _compare(settings)
 
 
@@ -58,12 +60,12 @@ def _compare(settings: CompareConfig) -> int:
     # These import NumPy and torch, which takes seconds: a wrong flag is told before.
     import numpy as np
 
-    from reference_np.checkpoint import Checkpoint
     from tools.comparison import training_task
     from tools.comparison.against import find_side
     from tools.comparison.run import check_trains, layer_range, progress, run_comparison
+    from tools.comparison.source import open_checkpoint
 
-    checkpoint = Checkpoint(settings.ckpt, np.float64)
+    checkpoint = open_checkpoint(settings.ckpt, np.float64)
     side = find_side(settings.against, settings.dtype, checkpoint)
     layers = layer_range(settings.layers, checkpoint.config.n_layers)
     if settings.grads:

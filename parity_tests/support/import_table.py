@@ -62,7 +62,8 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "llama_torch.data.__main__": ("llama_torch",),
     # The commands of tools, and what they are made of.
     "tools": (*PROGRAM, "reference_np", *PARTS_OF_TOOLS),
-    "tools.comparison": (*PROGRAM, "reference_np"),
+    # conversion has the reader of GGUF files.
+    "tools.comparison": (*PROGRAM, "reference_np", "tools.conversion"),
     "tools.benchmarks": (*PROGRAM, "reference_np", "tools.shapes"),
     "tools.conversion": (*PROGRAM, "reference_np"),
     "tools.shapes": ("llama_torch.model",),

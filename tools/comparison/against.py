@@ -7,11 +7,11 @@ from pathlib import Path
 from safetensors import safe_open
 
 from reference_np import backend as backends
-from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError, LlamaConfig
 
 from .backend_side import make_backend_side
 from .sides import Side
+from .source import Source, open_checkpoint
 from .torch_side import make_torch_side
 from .trace_file import FORMAT, TraceFile
 
@@ -20,7 +20,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 STREAMED = ("torch", "cuda", "hf")  # run with their weights read layer by layer
 
 
-def find_side(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
+def find_side(spec: str, dtype: str, checkpoint: Source) -> Side:
     """Return the other side that ``spec`` names, in ``dtype`` ("" = its own, or float32).
 
     Raises InputError for a name of nothing known, another architecture, or another precision.
@@ -38,7 +38,7 @@ def find_side(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
             if dtype not in ("", trace.dtype):
                 raise InputError(f"--dtype {dtype}: {spec} was computed in {trace.dtype}; drop it")
             return Side(f"the trace {spec}", trace.dtype, None, trace)
-        _require_same(Checkpoint(path).config, checkpoint, spec)
+        _require_same(open_checkpoint(path).config, checkpoint, spec)
         side = make_torch_side("torch", dtype or "float32", path, spec)
         return side._replace(title=f"torch with the weights of {spec}", weights=path)
     if spec in backends.SHIPPED or ":" in spec:
@@ -57,7 +57,7 @@ def _is_trace(path: Path) -> bool:
         return False
 
 
-def _require_same(config: LlamaConfig, checkpoint: Checkpoint, spec: str) -> None:
+def _require_same(config: LlamaConfig, checkpoint: Source, spec: str) -> None:
     if config != checkpoint.config:
         ours, theirs = (dataclasses.asdict(c) for c in (checkpoint.config, config))
         wrong = [f"{k} {theirs[k]} for {ours[k]}" for k in ours if ours[k] != theirs[k]]

@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 
 from reference_np import backend as backends
-from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError, LlamaConfig
 from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.ops import Array
 
 from .sides import Advance, Side
+from .source import Source
 from .trace_file import Call, TraceWriter
 
 
@@ -23,7 +23,7 @@ class BackendParams(Mapping[str, Array]):
     They are read anew each time, so that a backend that overwrites one changes only its copy.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, dtype: str) -> None:
+    def __init__(self, checkpoint: Source, config: LlamaConfig, dtype: str) -> None:
         self.checkpoint, self.names = checkpoint, list(parameter_shapes(config))
         self.dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
 
@@ -39,7 +39,7 @@ class BackendParams(Mapping[str, Array]):
         return len(self.names)
 
 
-def make_backend_side(spec: str, dtype: str, checkpoint: Checkpoint) -> Side:
+def make_backend_side(spec: str, dtype: str, checkpoint: Source) -> Side:
     """Return the backend that ``spec`` names as a side of a comparison, in ``dtype``.
 
     "" stands for float32 or, without it, the backend's first. Raises InputError for a precision

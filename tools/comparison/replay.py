@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from reference_np import ops as reference_ops
-from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.low_precision import round_to
 from reference_np.model import Ops, block, fill_and_check_inputs, head, layer_params
@@ -31,6 +30,7 @@ from reference_np.tolerances import (
 )
 
 from .axes import Order, as_declared, find_order
+from .source import open_checkpoint
 from .sum_bounds import NORMS, n_terms, norm_bound, norm_sum_error
 from .trace_file import Call, n_cached
 
@@ -92,7 +92,7 @@ class RoundedParams(Mapping[str, Array]):
     """
 
     def __init__(self, path: Path, precision: str, dtype: str, perturbation: int = 0) -> None:
-        self.checkpoint = Checkpoint(path, "float64" if precision == "float64" else "float32")
+        self.checkpoint = open_checkpoint(path, "float64" if precision == "float64" else "float32")
         self.precision, self.dtype, self.perturbation = precision, dtype, perturbation
 
     def __getitem__(self, name: str) -> Array:

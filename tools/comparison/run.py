@@ -12,7 +12,6 @@ from rich.markup import escape
 
 from llama_torch.common.errors import InputError, printable
 from reference_np import backend as backends
-from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 
@@ -25,6 +24,7 @@ from .differences import compare
 from .judging import Row
 from .replay import EMBEDDING_STAGE, Replay
 from .sides import Side, record
+from .source import Source
 from .trace_file import LONGEST_NAME, Call, TraceWriter, write_trace
 
 
@@ -119,7 +119,7 @@ def _left_out(
 
 def run_comparison(
     settings: CompareConfig,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     side: Side,
     calls: Sequence[Call],
     batches: list[Batch] | None,
@@ -168,7 +168,7 @@ def run_comparison(
 
 def _training_entry(
     side: Side,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     batches: list[Batch],
     calls: Sequence[Call],
     start: Start,
@@ -187,7 +187,7 @@ def _training_entry(
 
 def _header(
     settings: CompareConfig,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     side: Side,
     calls: Sequence[Call],
     layers: tuple[int, int],

@@ -21,6 +21,9 @@ from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from reference_np.config import InputError, LlamaConfig
 from reference_np.naming import EMBED, LM_HEAD
+from tools.conversion.file_kinds import is_gguf
+from tools.conversion.gguf_checkpoint import GgufCheckpoint
+from tools.conversion.gguf_model import read_gguf
 
 from .sides import Advance, Side
 from .trace_file import Call, TraceWriter
@@ -67,12 +70,12 @@ def make_torch_side(kind: str, dtype: str, path: Path, spec: str) -> Side:
     torch_dtype = getattr(torch, dtype)
     if kind == "hf" and importlib.util.find_spec("transformers") is None:
         raise InputError(f"--against {spec}: needs transformers; pip install transformers")
-    own, files = locate(path)
+    own, stored = _opened(path)
 
     def read(name: str) -> Tensor:
         if own.tie_embeddings and name == LM_HEAD:
             name = EMBED
-        return read_tensor(files[name].file, name, torch_dtype, device)
+        return stored(name).to(device, torch_dtype)
 
     def write(
         writer: TraceWriter, calls: Sequence[Call], config: LlamaConfig, advance: Advance
@@ -104,6 +107,15 @@ def make_torch_side(kind: str, dtype: str, path: Path, spec: str) -> Side:
         "hf": ("transformers", "transformers"),
     }[kind]
     return Side(f"{title}, the same weights", dtype, write, backend=shipped)
+
+
+def _opened(path: Path) -> tuple[ModelConfig, Callable[[str], Tensor]]:
+    """Return a checkpoint's config, and a function that reads a parameter as it is stored."""
+    if is_gguf(path):
+        model = read_gguf(path)
+        return model.config, lambda name: model.weights[name].read()
+    config, files = locate(path)
+    return config, lambda name: read_tensor(files[name].file, name, files[name].dtype)
 
 
 Forward = Callable[[Call, Any, Callable[[str, Tensor], None]], Any]  # call, cache, trace -> cache
@@ -154,6 +166,8 @@ def transformers_forward(
 
 def _raw_config(path: Path) -> dict[str, Any]:
     """Return config.json as a dictionary, read from beside the weights or from their metadata."""
+    if is_gguf(path):
+        return GgufCheckpoint(path).hf
     beside = (path if path.is_dir() else path.parent) / "config.json"
     if beside.is_file():
         return read_json(beside)

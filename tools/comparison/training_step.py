@@ -15,7 +15,6 @@ import numpy as np
 
 from reference_np import backend as backends
 from reference_np import grad, optim
-from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError
 from reference_np.grad import Batch
 from reference_np.ops import Array
@@ -27,6 +26,7 @@ from .diagnosis import Diagnosis, Start, greedy_set_cover
 from .judging import Reference, Row, error_bound, judge
 from .replay import Key
 from .sides import Side
+from .source import Source, open_checkpoint
 from .training_task import (
     HYPERPARAMETERS,
     RUNS,
@@ -77,7 +77,7 @@ def step_values(
 
 
 def compare_training(
-    side: Side, checkpoint: Checkpoint, batches: list[Batch], start: Start, diagnosing: bool
+    side: Side, checkpoint: Source, batches: list[Batch], start: Start, diagnosing: bool
 ) -> tuple[list[Row], Diagnosis, list[str]]:
     """Take a training step on both sides; return its rows, their diagnosis, and notes to print.
 
@@ -85,7 +85,9 @@ def compare_training(
     """
     exact_params = dict(checkpoint)  # parameters in float64
     low_params = (
-        exact_params if side.dtype == "float64" else dict(Checkpoint(checkpoint.path, side.dtype))
+        exact_params
+        if side.dtype == "float64"
+        else dict(open_checkpoint(checkpoint.path, side.dtype))
     )
     advance = start("training step", 3)
     step = _their_step(side, checkpoint, batches, exact_params)
@@ -118,7 +120,7 @@ class TheirStep(NamedTuple):
 
 
 def _their_step(
-    side: Side, checkpoint: Checkpoint, batches: list[Batch], exact_params: Mapping[str, Array]
+    side: Side, checkpoint: Source, batches: list[Batch], exact_params: Mapping[str, Array]
 ) -> TheirStep:
     """Take the other side's step, as much of it as its backend offers.
 
@@ -126,7 +128,7 @@ def _their_step(
     """
     backend, config = backends.load(side.backend, "--against"), checkpoint.config
     path = checkpoint.path if side.weights is None else side.weights
-    params = BackendParams(Checkpoint(path, side.dtype), config, side.dtype)
+    params = BackendParams(open_checkpoint(path, side.dtype), config, side.dtype)
     notes: list[str] = []
 
     def call(name: str, *arguments: Any) -> Any:
