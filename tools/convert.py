@@ -1,6 +1,6 @@
-"""Convert a Llama between Hugging Face's form and Meta's: ``python tools/convert.py SRC DST``.
+"""Convert a Llama between Hugging Face's form and Meta's or GGUF: ``tools/convert.py SRC DST``.
 
-Meta's form is described in meta_checkpoint.py.
+Meta's form is described in conversion/meta_checkpoint.py, GGUF in conversion/gguf_*.py.
 """
 
 import signal
@@ -28,20 +28,21 @@ from llama_torch.common import cli
 from llama_torch.common.errors import InputError, check
 from llama_torch.common.files import finish, publish_folder, temporary_folder
 from llama_torch.model.config import ModelConfig
+from tools.conversion.file_kinds import is_gguf
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Convert a Llama between Hugging Face's form and Meta's, cut anew or in another dtype."""
+    """Convert a Llama between Hugging Face's form and Meta's or GGUF, or to another dtype."""
 
     command: ClassVar[str] = "python tools/convert.py"
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A directory in either form, or one .safetensors file."""
+    """A directory in either form, or one .safetensors or .gguf file."""
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """Directory to write; it must not exist, or be empty."""
-    to: Literal["", "hf", "meta"] = ""
-    """Form to write; empty = the one that SRC is not."""
+    """Directory to write, new or empty; or a new file, of a name that ends in .gguf."""
+    to: Literal["", "hf", "meta", "gguf"] = ""
+    """Form to write; empty = GGUF if DST ends so, else the one that SRC is not."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision to store; keep = the source's."""
     shards: int = 1
@@ -91,7 +92,9 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def find_form(path: Path) -> str:
-    """Return "hf" or "meta", whichever form ``path`` holds; InputError for neither and for both."""
+    """Return "hf", "meta" or "gguf", the form that ``path`` holds; InputError for none and two."""
+    if is_gguf(path):
+        return "gguf"
     if not path.exists():
         raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
     if not path.is_dir():
@@ -112,11 +115,15 @@ def check_flags(settings: ConvertConfig, form: str, to: str) -> None:
     """Raise InputError for flags that would change nothing between these two forms."""
     for name, unused, why in (
         ("shards", to == "hf" and settings.shards != 1, "counts Meta's files; use --max-shard-gb"),
+        ("shards", to == "gguf" and settings.shards != 1, "a GGUF file is one"),
         ("max-shard-gb", to == "meta" and settings.max_shard_gb != 5, "not Meta's; use --shards"),
+        ("max-shard-gb", to == "gguf" and settings.max_shard_gb != 5, "a GGUF file is one"),
         ("bos-token-id", to == "meta" and settings.bos_token_id >= 0, "not Meta's"),
         ("eos-token-id", to == "meta" and settings.eos_token_id, "not Meta's"),
         ("max-seq-len", form == "hf" and settings.max_seq_len, "config.json says it"),
+        ("max-seq-len", form == "gguf" and settings.max_seq_len, "the file says it"),
         ("rope-scaling-factor", form == "hf" and settings.rope_scaling_factor, "in config.json"),
+        ("rope-scaling-factor", form == "gguf" and settings.rope_scaling_factor, "in the file"),
     ):
         if unused:
             raise InputError(f"--{name}: {why}; leave it out")
@@ -131,12 +138,44 @@ def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(ConvertConfig, argv)
     source, target = Path(settings.src), Path(settings.dst).resolve()
     form = find_form(source)
-    to = settings.to or {"hf": "meta", "meta": "hf"}[form]
+    written_as = "gguf" if target.suffix.lower() == ".gguf" else ""
+    to = settings.to or written_as or {"hf": "meta", "meta": "hf", "gguf": "hf"}[form]
+    _check_pair(settings, form, to, written_as)
     check_flags(settings, form, to)
     if source.resolve() in (target, *target.parents):
         raise InputError(f"{settings.dst}: lies in {source}, the source; give another directory")
     require_new(target)
+    if "gguf" in (form, to):
+        return _convert_gguf(settings, source, target, form)
     return _convert(settings, source, target, form, to)
+
+
+def _check_pair(settings: ConvertConfig, form: str, to: str, written_as: str) -> None:
+    """Raise InputError for a pair of forms without a way between them, and a name of another."""
+    if (to == "gguf") != (written_as == "gguf"):
+        raise InputError(f"--to {to}: a name that ends in .gguf is a GGUF file's, and no other's")
+    if to == "gguf" and Path(settings.dst).is_dir():
+        raise InputError(f"{settings.dst}: exists already; give a new file's name")
+    if "gguf" in (form, to) and "hf" not in (form, to):
+        raise InputError(f"from {form} to {to}: convert to Hugging Face's form first (--to hf)")
+
+
+def _convert_gguf(settings: ConvertConfig, source: Path, target: Path, form: str) -> int:
+    """Convert from GGUF, or to it."""
+    import torch
+
+    from tools.conversion.gguf_conversion import from_gguf, to_gguf
+
+    dtype = None if settings.dtype == "keep" else getattr(torch, settings.dtype)
+    ends = settings.bos_token_id, settings.eos_token_id
+    if form != "gguf":
+        config = to_gguf(source, target, dtype, *ends)
+        _print_summary(settings, config, form, "gguf")
+        return 0
+    with new_directory(target) as folder:
+        config = from_gguf(source, folder, dtype, settings.max_shard_gb, *ends)
+    _print_summary(settings, config, form, "hf")
+    return 0
 
 
 def _convert(settings: ConvertConfig, source: Path, target: Path, form: str, to: str) -> int:
@@ -187,6 +226,8 @@ def _print_summary(settings: ConvertConfig, config: ModelConfig, form: str, to: 
         print(f"params.json has no context length: back with --max-seq-len {config.max_seq_len}")
     elif form == "meta" and not settings.max_seq_len:
         print(f"context length {config.max_seq_len}, assumed; --max-seq-len sets another")
+    if to == "gguf":
+        return
     wanted = ("tokenizer.model",) if to == "meta" else ("tokenizer.json", "tokenizer.model")
     if not any((target / name).exists() for name in wanted):
         print(f"no {' and no '.join(wanted)} to read text with: copy the checkpoint's there")

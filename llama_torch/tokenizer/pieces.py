@@ -1,6 +1,7 @@
 """A tokenizer from SentencePiece's ``tokenizer.model`` and the files beside it."""
 
 import functools
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,6 +184,22 @@ def read_piece(message: bytes) -> VocabularyPiece:
         elif number == 3:
             kind = value
     return VocabularyPiece(text, kind)
+
+
+def read_score(message: bytes) -> float:
+    """Return the score of the piece that one message holds: of two merges the higher is done."""
+    scores = [message[start:end] for number, _, start, end in _fields(message) if number == 2]
+    return float(struct.unpack("<f", scores[-1])[0]) if scores else 0.0
+
+
+def read_fields(proto: bytes, number: int) -> dict[int, tuple[int, bytes]]:
+    """Return number and bytes of each field of a model's trainer (2) or normalizer (3)."""
+    found: dict[int, tuple[int, bytes]] = {}
+    for outer, _, start, end in _fields(proto):
+        if outer == number:
+            message = proto[start:end]
+            found |= {key: (value, message[a:b]) for key, value, a, b in _fields(message)}
+    return found
 
 
 def with_kinds(proto: bytes, kinds: Mapping[int, int]) -> bytes:

@@ -1,0 +1,206 @@
+"""The tokenizer on the way into a GGUF file and back: the same ids, or a note."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama_torch.tokenizer.loading import load_tokenizer
+from reference_np.config import LlamaConfig
+from tools.conversion.gguf_file import GgufFile
+from tools.conversion.gguf_tokenizer import PRE
+
+from ..conformance.strategies import random_params
+from ..support import tokenizers as made
+from ..support.llama3_ranks import a_llama3, gpt2_ranks
+from ..support.meta_checkpoints import write_hf
+from .commands import run_convert
+
+gguf = pytest.importorskip("gguf")
+
+SAID = [
+    "The llama walks  over\n\n 1234 'll don't",
+    " é漢字 🙂\u200d🙂",
+    "<s> </s> <|begin|>",
+    "",
+    "  a",
+]
+
+
+def a_model(folder: Path, kind: str, vocab_size: int) -> LlamaConfig:
+    """Write a model of that vocabulary and a tokenizer of one of the kinds."""
+    config = LlamaConfig(4, 1, 1, 1, 4, 4, vocab_size, max_seq_len=64)
+    params = random_params(config, 0)
+    write_hf(folder, config, {n: torch.from_numpy(x).float() for n, x in params.items()}, 1)
+    made.KINDS[kind](folder)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "model", "pre"),
+    [
+        ("gpt2", 50304, "gpt2", "gpt-2"),
+        ("bytes", 510, "gpt2", "gpt-2"),
+        ("pieces", 405, "llama", "default"),
+    ],
+)
+def test_ids_and_texts_come_back(
+    tmp_path: Path, kind: str, vocab_size: int, model: str, pre: str
+) -> None:
+    source = tmp_path / "a"
+    a_model(source, kind, vocab_size)
+    run_convert(source, tmp_path / "b.gguf")
+    said = GgufFile(tmp_path / "b.gguf").metadata
+    keys = gguf.Keys.Tokenizer
+    assert (said[keys.MODEL], said[keys.PRE]) == (model, pre)
+    assert len(said[keys.LIST]) == len(said[keys.TOKEN_TYPE]) == vocab_size
+    run_convert(tmp_path / "b.gguf", tmp_path / "c")
+    before, after = (load_tokenizer(tmp_path / name, vocab_size) for name in "ac")
+    assert (before.prefix, before.bos, before.eos) == (after.prefix, after.bos, after.eos)
+    assert said[keys.ADD_BOS] == bool(before.prefix)
+    assert said[keys.BOS_ID] == before.special[before.bos]
+    assert said[keys.EOS_ID] == before.special[before.eos]
+    for text in [*SAID, *made.TEXT[:5]]:
+        ids = before.encode(text)
+        assert after.encode(text) == ids
+        assert after.decode(ids) == before.decode(ids)
+    for name, id_ in before.special.items():
+        assert said[keys.LIST][id_] == name
+        assert after.special[name] == id_
+    settings = [json.loads((tmp_path / n / "tokenizer_config.json").read_text()) for n in "ac"]
+    assert settings[0].get("chat_template") == settings[1].get("chat_template")
+    ids = json.loads((tmp_path / "c" / "generation_config.json").read_text())
+    assert ids["eos_token_id"] == before.special[before.eos]
+
+
+@pytest.mark.parametrize("is_31", [False, True])
+def test_llama_3_comes_back(tmp_path: Path, is_31: bool) -> None:
+    a_llama3(tmp_path / "a", gpt2_ranks(), is_31)
+    run_convert(tmp_path / "a", tmp_path / "b")
+    run_convert(tmp_path / "b", tmp_path / "c.gguf")
+    said = GgufFile(tmp_path / "c.gguf").metadata
+    assert said[gguf.Keys.Tokenizer.PRE] == "llama-bpe"
+    assert said[gguf.Keys.Tokenizer.ADD_BOS]
+    run_convert(tmp_path / "c.gguf", tmp_path / "d")
+    before, after = (json.loads((tmp_path / n / "tokenizer.json").read_text()) for n in "bd")
+    decoder = before.pop("decoder"), after.pop("decoder")
+    assert decoder[0]["type"] == decoder[1]["type"] == "ByteLevel"
+    before["post_processor"] = before["post_processor"]["processors"][1]
+    assert before == after
+    configs = [json.loads((tmp_path / n / "generation_config.json").read_text()) for n in "bd"]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("kind", ["spaced"])
+def test_what_llama_cpp_does_not_have_is_noted(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "a"
+    a_model(source, kind, 700)
+    run_convert(source, tmp_path / "b.gguf")
+    assert "no tokenizer is written" in capsys.readouterr().err
+    assert GgufFile(tmp_path / "b.gguf").metadata["tokenizer.ggml.model"] == "none"
+    run_convert(tmp_path / "b.gguf", tmp_path / "c")
+    assert not (tmp_path / "c" / "tokenizer.json").exists()
+
+
+def a_file(path: Path, config: LlamaConfig, **changed: Any) -> Path:
+    """Write a file of a small vocabulary by ggml's package, with changed keys of the tokenizer."""
+    from .test_gguf import write_as_llama_cpp
+
+    plain = write_as_llama_cpp(path.with_suffix(".plain"), config, random_params(config, 0))
+    reader = gguf.GGUFReader(plain)
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.arch")):
+            writer.add_key_value(name, field.contents(), field.types[0])
+    keys: dict[str, Any] = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "<s>", "c"]}
+    for key, value in (keys | changed).items():
+        add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32}
+        add[type(value)](f"tokenizer.ggml.{key}", value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokens": ["a"]}, "tokens is no list of 4, as long as the vocabulary"),
+        ({"token_type": [1, 1]}, "token_type is no list of 4"),
+        ({"bos_token_id": 4}, "bos_token_id 4 is no token of the vocabulary of 4"),
+        ({"model": "llama"}, "scores is no list as long as its tokens"),
+        ({"merges": [1]}, "merges is no list of pairs"),
+    ],
+)
+def test_a_tokenizer_that_contradicts_itself_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], message: str
+) -> None:
+    from tools import convert
+
+    path = a_file(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 4), **changed)
+    assert convert.main([str(path), str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {path}: tokenizer.ggml.")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_is_noted_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_file(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 4), pre="qwen2")
+    run_convert(path, tmp_path / "out")
+    assert "its tokenizer ('gpt2', 'qwen2') is not carried over" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_the_names_are_ggmls() -> None:
+    keys = gguf.Keys.Tokenizer
+    ids = [keys.BOS_ID, keys.EOS_ID, keys.EOT_ID, keys.EOM_ID, keys.UNK_ID, keys.PAD_ID]
+    names = ("bos", "eos", "eot", "eom", "unknown", "padding")
+    assert ids == [f"tokenizer.ggml.{name}_token_id" for name in names]
+    assert keys.CHAT_TEMPLATE == "tokenizer.chat_template"
+    assert keys.ADD_PREFIX == "tokenizer.ggml.add_space_prefix"
+    assert keys.SCORES == "tokenizer.ggml.scores"
+    assert keys.MERGES == "tokenizer.ggml.merges"
+    assert "gpt-2" in PRE
+
+
+def test_llama_cpp_computes_the_same(tmp_path: Path) -> None:
+    """Not run where llama_cpp is not installed, which compiles for 20 minutes."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    import numpy as np
+
+    from reference_np.checkpoint import Checkpoint
+    from reference_np.model import forward
+
+    source = tmp_path / "a"
+    config = a_model(source, "pieces", 405)
+    run_convert(source, tmp_path / "b.gguf")
+    model = llama_cpp.Llama(str(tmp_path / "b.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    tokens = [1, *range(5, 25)]
+    model.eval(tokens)
+    theirs = np.array(model.scores[: len(tokens)], np.float64)
+    params = Checkpoint(source, np.float64)
+    ours = forward(params, np.array([tokens]), params.config)[0][0]
+    ours, theirs = (
+        x
+        - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - x.max(-1, keepdims=True)
+        for x in (ours, theirs)
+    )
+    np.testing.assert_allclose(theirs, ours, atol=1e-3)
+    tokenizer = load_tokenizer(source, config.vocab_size)
+    for text in SAID:
+        assert model.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text)
