@@ -47,8 +47,9 @@ def to_gguf(
     model = read_hf(source)
     size, beside = model.config.vocab_size, source if source.is_dir() else source.parent
     flagged = token_ids.ids_of_flags(bos, eos, size)
-    ids = token_ids.ids_of_files(beside, size) | flagged
-    ids = token_ids.complete_ids(ids, beside, model.config, by_size=False)
-    vocabulary = vocabulary_of(beside, size, ids)
+    ids = token_ids.complete_ids(
+        token_ids.ids_of_files(beside, size), beside, model.config, by_size=False
+    )
+    vocabulary = vocabulary_of(beside, size, ids, flagged)
     atomic_write(target, lambda path: write_gguf(path, model, dtype, vocabulary))
     return model.config

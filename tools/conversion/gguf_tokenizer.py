@@ -25,6 +25,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
 ABSENT_SCORE = -1000.0  # of tokens that no merge makes
 BPE = 2  # of SentencePiece's kinds of models
 EOM = "<|eom_id|>"
+TOKENS = "tokenizer.ggml.tokens"
 NONE = {"tokenizer.ggml.model": "none"}
 
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -38,23 +39,44 @@ PRE: dict[str, tuple[list[dict[str, Any]], bool]] = {
 }
 
 
-def vocabulary_of(folder: Path, vocab_size: int, ids: TokenIds) -> dict[str, Any]:
+def vocabulary_of(
+    folder: Path, vocab_size: int, ids: TokenIds, flagged: TokenIds
+) -> dict[str, Any]:
     """Return the metadata of a directory's tokenizer; of none, that there is none.
 
-    Raises InputError for a tokenizer that cannot be read or does not fit the vocabulary.
+    BOS and EOS are the tokenizer's own; ``ids`` has those of other files and ``flagged``, which
+    come before all, those of flags. Raises InputError for a tokenizer that cannot be read or does
+    not fit the vocabulary.
     """
     slow, fast = folder / "tokenizer.model", folder / "tokenizer.json"
-    if slow.is_file() and not pieces.is_ranks(slow):
+    has_pieces = slow.is_file() and not pieces.is_ranks(slow)
+    is_gpt2 = not slow.is_file() and VOCAB_SIZE <= vocab_size < 2 * VOCAB_SIZE
+    if not has_pieces and not fast.is_file() and not is_gpt2:
+        return NONE
+    tokenizer = load_tokenizer(folder, vocab_size)
+    if has_pieces:
         found = _of_pieces(slow, vocab_size)
-    elif fast.is_file():
-        found = _of_json(fast, read_json(fast), load_tokenizer(folder, vocab_size), vocab_size)
-    elif not slow.is_file() and VOCAB_SIZE <= vocab_size < 2 * VOCAB_SIZE:
-        found = _of_gpt2(folder, vocab_size)
     else:
-        found = {}
+        content = read_json(fast) if fast.is_file() else json.loads(hf_files()[fast.name])
+        found = _of_json(fast, content, tokenizer, vocab_size)
     if not found:
         return NONE
-    return found | _ids(ids, found["tokenizer.ggml.tokens"]) | _template(folder)
+    return found | _ids(_own_first(tokenizer, ids) | flagged, found[TOKENS]) | _template(folder)
+
+
+def _own_first(tokenizer: Tokenizer, ids: TokenIds) -> TokenIds:
+    """Return ids in which BOS is the tokenizer's, and EOS the first of the end tokens."""
+    found = dict(ids)
+    if tokenizer.bos in tokenizer.special:
+        found[BOS] = tokenizer.special[tokenizer.bos]
+    if tokenizer.eos in tokenizer.special:
+        own, ends = tokenizer.special[tokenizer.eos], _listed(ids.get(EOS))
+        found[EOS] = [own, *(end for end in ends if end != own)]
+    return found
+
+
+def _listed(ids: Any) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _ids(ids: TokenIds, tokens: list[str]) -> dict[str, int]:
@@ -63,14 +85,13 @@ def _ids(ids: TokenIds, tokens: list[str]) -> dict[str, int]:
     for key, name in ((BOS, "bos"), (PAD, "padding")):
         if ids.get(key) is not None:
             found[f"tokenizer.ggml.{name}_token_id"] = ids[key]
-    ends = ids.get(EOS)
-    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+    for end in _listed(ids.get(EOS)):
         names = ("eom", "eot", "eos") if tokens[end] == EOM else ("eos", "eot", "eom")
         free = [k for n in names if (k := f"tokenizer.ggml.{n}_token_id") not in found]
-        if not free:
-            note(f"the end token {end} is left out: a GGUF file has places for three")
-        else:
+        if free:
             found[free[0]] = end
+        else:
+            note(f"the end token {end} is left out: a GGUF file has places for three")
     return found
 
 
@@ -89,7 +110,7 @@ def _filled(tokens: dict[int, tuple[str, int]], vocab_size: int) -> dict[str, li
     """Return the lists of tokens and kinds; ids without a token get llama.cpp's name."""
     rows = [tokens.get(i, (f"[PAD{i}]", UNUSED)) for i in range(vocab_size)]
     return {
-        "tokenizer.ggml.tokens": [text for text, _ in rows],
+        TOKENS: [text for text, _ in rows],
         "tokenizer.ggml.token_type": [kind for _, kind in rows],
     }
 
@@ -143,12 +164,6 @@ def _prefix(tokenizer: Tokenizer, path: Path) -> dict[str, bool]:
 def _note_flags(tokenizer: Tokenizer, path: Path) -> None:
     if tokenizer.lstrip or tokenizer.rstrip or tokenizer.single_words:
         note(f"{path}: lstrip, rstrip and single_word of its tokens are not carried over")
-
-
-def _of_gpt2(folder: Path, vocab_size: int) -> dict[str, Any]:
-
-    content = json.loads(hf_files()["tokenizer.json"])
-    return _of_json(folder, content, load_tokenizer(folder, vocab_size), vocab_size)
 
 
 def _of_json(
