@@ -27,7 +27,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z][\w.-]*")
 
 # Ending of a file's name -> what the file is, and what to give in its place.
 OTHER_KINDS = {
-    ".gguf": "a GGUF file, for llama.cpp; give the Hugging Face directory that it was made from",
+    ".gguf": "a GGUF file; convert it, python tools/convert.py FILE DIR, and give DIR",
     ".onnx": "an ONNX file; give the Hugging Face directory that it was exported from",
 }
 

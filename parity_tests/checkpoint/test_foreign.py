@@ -15,7 +15,7 @@ from tools import compare, convert
 
 from ..support.meta_checkpoints import DTYPES, Cut, meta_params, meta_tensors, write_meta
 
-GGUF = "is a GGUF file, for llama.cpp; give the Hugging Face directory that it was made from"
+GGUF = "is a GGUF file; convert it, python tools/convert.py FILE DIR, and give DIR"
 ONNX = "is an ONNX file; give the Hugging Face directory that it was exported from"
 PICKLE = "a pickle may run code, so read it with torch.load(..., weights_only=True)"
 
@@ -30,7 +30,7 @@ CASES = [
     (["m/pytorch_model.bin"], "m/pytorch_model.bin", f"is no .safetensors file; {PICKLE}"),
     (["m/model.pt"], "m/model.pt", f"is no .safetensors file; {PICKLE}"),
     (["m/model.Q4.gguf"], "m/model.Q4.gguf", GGUF),
-    (["m/model.Q4.gguf"], "m", "m: holds model.Q4.gguf, a GGUF file, for llama.cpp; give the"),
+    (["m/model.Q4.gguf"], "m", "m: holds model.Q4.gguf, a GGUF file; convert it, python"),
     (["m/GGUF.weights"], "m/GGUF.weights", GGUF),
     (["m/model.onnx"], "m/model.onnx", ONNX),
     (["m/model.onnx", "m/config.json"], "m", "m: holds model.onnx, an ONNX file; give the"),

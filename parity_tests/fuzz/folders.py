@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from llama_torch.training.origin import Origin
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes, parameter_shapes
 from tools.comparison.trace_file import Call, TraceWriter, write_trace
+from tools.conversion.gguf_model import write_gguf
+from tools.conversion.hf_checkpoint import read_hf
 
 from ..support.meta_checkpoints import a_meta
 from ..support.token_shards import LINES, stopped_at
@@ -194,10 +197,29 @@ def meta(folder: Path) -> None:
     a_meta(folder / "meta", 1)
 
 
+def gguf(folder: Path) -> None:
+    """Write a GGUF file of a Llama with scaled frequencies and a vocabulary of pieces."""
+    (folder / "a").mkdir()
+    indexed(folder / "a")
+    tokens = [f"[PAD{i}]" for i in range(CONFIG.vocab_size)]
+    vocabulary = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁the", *tokens[4:]],
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1] + [5] * (len(tokens) - 4),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": HEADED,
+    }
+    write_gguf(folder / "model.gguf", read_hf(folder / "a"), None, vocabulary)
+    shutil.rmtree(folder / "a")
+
+
 BUILD: dict[str, Callable[[Path], None]] = {
     maker.__name__: maker
     for maker in (
         *(model, indexed, trace, toml, run, shards, token_shards, half_prepared, texts),
-        *(tokenizer, pieces, meta),
+        *(tokenizer, pieces, meta, gguf),
     )
 }

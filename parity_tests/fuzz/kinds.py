@@ -28,6 +28,8 @@ from llama_torch.training.file_saver import read_best_loss
 from llama_torch.training.run_file import check_resume_config, read_run
 from reference_np.checkpoint import Checkpoint
 from tools.comparison.trace_file import TraceFile
+from tools.conversion.gguf_checkpoint import GgufCheckpoint
+from tools.conversion.gguf_vocabulary import token_ids_of, tokenizer_files
 from tools.conversion.meta_checkpoint import read_meta
 
 from . import folders, mutations
@@ -161,6 +163,13 @@ def _meta(folder: Path) -> Any:
     return {name: weight.read() for name, weight in model.weights.items()}
 
 
+def _gguf(folder: Path) -> Any:
+    checkpoint = GgufCheckpoint(folder / "model.gguf")
+    size = checkpoint.config.vocab_size
+    ids = token_ids_of(checkpoint.file, size)
+    return dict(checkpoint), ids, tokenizer_files(checkpoint.file, size, 16)
+
+
 # Read by two packages, which must agree.
 MODELS = (
     Kind("model", "config.json", mutations.mutated_json, torch_model),
@@ -196,6 +205,7 @@ KINDS = (
     Kind("tokenizer", "chat_template.jinja", mutations.mutated_text, _chat),
     # The tokenizers library takes some 400 bytes for a token.
     Kind("tokenizer", "messages.json", mutations.mutated_json, _messages, memory=512),
+    Kind("gguf", "model.gguf", mutations.mutated_bytes, _gguf, "tools"),
     Kind("meta", "meta/params.json", mutations.mutated_json, _meta),
     Kind("meta", "meta/consolidated.00.pth", mutations.mutated_bytes, _meta),
 )
