@@ -16,13 +16,13 @@ from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from tools import convert
 from tools.conversion.gguf_checkpoint import GgufCheckpoint, gguf_name, interleaved
-from tools.conversion.gguf_config import divisors
 
 from ..backends.torch_model import save_numpy
 from ..conformance.architectures import seeds
 from ..conformance.strategies import cast, random_params
 from ..support.meta_checkpoints import DTYPES, assert_same_bits, read_hf, write_hf
 from .commands import run_convert
+from .gguf_files import write_as_llama_cpp
 
 gguf = pytest.importorskip("gguf")
 
@@ -81,53 +81,6 @@ def test_from_hugging_face_and_back(
     assert (read.config, list(read)) == (expected.config, list(random_params(config, 0)))
     for name, value in expected.items():
         np.testing.assert_array_equal(read[name], value)
-
-
-def write_as_llama_cpp(
-    path: Path,
-    config: LlamaConfig,
-    params: dict[str, np.ndarray],
-    kind: str = "F32",
-    **changed: Any,
-) -> Path:
-    """Write what llama.cpp's converter does, by its package: the keys it has, and no more.
-
-    ``changed`` replaces keys below ``llama.``, or leaves them out (None).
-    """
-    writer = gguf.GGUFWriter(path, "llama")
-    keys = {
-        "block_count": config.n_layers,
-        "context_length": config.max_seq_len,
-        "embedding_length": config.dim,
-        "feed_forward_length": config.hidden_dim,
-        "attention.head_count": config.n_heads,
-        "attention.head_count_kv": config.n_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "rope.freq_base": float(config.rope_theta),
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-    }
-    if config.rope_type == "linear":
-        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_factor}
-    for key, value in (keys | changed).items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        if value is not None:
-            add[type(value)](f"llama.{key}", value)
-    if config.rope_type == "llama3":
-        writer.add_tensor("rope_freqs.weight", divisors(config).astype(np.float32))
-    for name, value in params.items():
-        heads = config.n_heads if "q_proj" in name else config.n_kv_heads
-        array = interleaved(value, heads) if "q_proj" in name or "k_proj" in name else value
-        array = np.ascontiguousarray(array, dtype=np.float32)
-        raw = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
-        writer.add_tensor(gguf_name(name), gguf.quantize(array, raw), raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])

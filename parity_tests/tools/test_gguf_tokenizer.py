@@ -10,6 +10,7 @@ import torch
 
 from llama_torch.tokenizer.loading import load_tokenizer
 from reference_np.config import LlamaConfig
+from tools import convert
 from tools.conversion.gguf_file import GgufFile
 from tools.conversion.gguf_tokenizer import PRE
 
@@ -18,6 +19,7 @@ from ..support import tokenizers as made
 from ..support.llama3_ranks import a_llama3, gpt2_ranks
 from ..support.meta_checkpoints import write_hf
 from .commands import run_convert
+from .gguf_files import write_vocabulary
 
 gguf = pytest.importorskip("gguf")
 
@@ -107,29 +109,6 @@ def test_what_llama_cpp_does_not_have_is_noted(
     assert not (tmp_path / "c" / "tokenizer.json").exists()
 
 
-def a_file(path: Path, config: LlamaConfig, **changed: Any) -> Path:
-    """Write a file of a small vocabulary by ggml's package, with changed keys of the tokenizer."""
-    from .test_gguf import write_as_llama_cpp
-
-    plain = write_as_llama_cpp(path.with_suffix(".plain"), config, random_params(config, 0))
-    reader = gguf.GGUFReader(plain)
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, field in reader.fields.items():
-        if not name.startswith(("GGUF.", "general.arch")):
-            writer.add_key_value(name, field.contents(), field.types[0])
-    keys: dict[str, Any] = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "<s>", "c"]}
-    for key, value in (keys | changed).items():
-        add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32}
-        add[type(value)](f"tokenizer.ggml.{key}", value)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -143,9 +122,7 @@ def a_file(path: Path, config: LlamaConfig, **changed: Any) -> Path:
 def test_a_tokenizer_that_contradicts_itself_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], message: str
 ) -> None:
-    from tools import convert
-
-    path = a_file(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 4), **changed)
+    path = write_vocabulary(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 4), **changed)
     assert convert.main([str(path), str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {path}: tokenizer.ggml.")
@@ -157,7 +134,7 @@ def test_a_tokenizer_that_contradicts_itself_is_refused(
 def test_another_tokenizer_is_noted_and_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = a_file(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 4), pre="qwen2")
+    path = write_vocabulary(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 4), pre="qwen2")
     run_convert(path, tmp_path / "out")
     assert "its tokenizer ('gpt2', 'qwen2') is not carried over" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
