@@ -52,8 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     settings = cli.parse(CompareConfig, argv)
     path = Path(settings.ckpt)
-    _check_outputs(settings, [path] if is_gguf(path) else require_weights(path))
+    _check_outputs(settings, _require_gguf(path) if is_gguf(path) else require_weights(path))
     return _compare(settings)
+
+
+def _require_gguf(path: Path) -> list[Path]:
+    """Return the path of a GGUF file in a list; InputError unless its header can be read."""
+    from tools.conversion.gguf_file import GgufFile
+
+    return [GgufFile(path).path]
 
 
 def _compare(settings: CompareConfig) -> int:

@@ -18,7 +18,7 @@ class CompareConfig:
     basic: ClassVar[str] = "ckpt against dtype prompt file tokens layers grads json html"
 
     ckpt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
-    """A .safetensors file or a model directory."""
+    """A .safetensors or .gguf file, or a model directory."""
     against: str = "torch"
     """What is tested: torch, cuda or hf, each with :float64, :float32, :bfloat16 or :float16; a
     trace file; another checkpoint; a backend by its name or as package.module:object."""

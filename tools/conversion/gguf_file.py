@@ -154,7 +154,7 @@ class _Header:
 
     def text(self) -> str:
         """Return a string."""
-        content = self.take(self.number("<u8"))
+        content = self.take(int.from_bytes(self.take(8), "little"))
         try:
             return content.decode()
         except UnicodeDecodeError:
