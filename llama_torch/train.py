@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .checkpoint import step_folders
 from .common import cli
 from .common.errors import printable
 from .common.torchrun import exit_process, is_launched, is_main_process, is_restarted
@@ -106,6 +107,9 @@ def _stop_message(stopped: Stopped, out: str) -> str:
     name = signal.Signals(stopped.signum).name
     if not (Path(out) / RUN_FILE).exists():
         return f"stopped by {name} before the run began; nothing was written"
+    if stopped.saved is None and not step_folders.steps(Path(out)):
+        command = _resume_command(out)
+        return f"stopped by {name} before the first checkpoint; begin again with: {command}"
     saved = "at the last checkpoint" if stopped.saved is None else f"after step {stopped.saved}"
     return f"stopped by {name}; continue {saved} with: {_resume_command(out)}"
 

@@ -91,6 +91,12 @@ def run(main: Callable[[], int]) -> int:
     except (VerificationError, InputError, OSError) as error:
         complain(error)
         return 1 if isinstance(error, VerificationError) else 2
+    except BaseException as error:
+        # A library in Rust that panics on a file; the class has no public name.
+        if type(error).__name__ != "PanicException":
+            raise
+        complain(f"a library failed on a file that it was given ({error})")
+        return 2
 
 
 @contextlib.contextmanager
@@ -109,7 +115,7 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def complain(error: Exception) -> None:
+def complain(error: Exception | str) -> None:
     """Print an error on one line of stderr, whatever the names in it hold."""
     print(f"error: {printable(str(error))}", file=sys.stderr)
 

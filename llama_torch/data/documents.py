@@ -17,7 +17,7 @@ from ..common.notes import note
 from ..common.torchrun import is_main_process
 from ..tokenizer.encoding import GPT2, TextEncoding
 from ..tokenizer.gpt2 import located
-from .formats import STRUCTURED, is_compressed, open_decompressed, text_format
+from .formats import STRUCTURED, is_compressed, lines_before, open_decompressed, text_format
 from .text_files import help_topics
 
 PIECE = 1 << 20  # bytes of text tokenised at a time
@@ -179,6 +179,12 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
             f"--data {path}: reading .parquet needs pyarrow; pip install 'llama-parity[parquet]'"
         ) from None
     try:
+        known = pyarrow.parquet.read_schema(path).names
+        if text_field not in known:
+            shown = ", ".join(map(repr, known[:8]))
+            raise InputError(
+                f"--data {path}: has no column {text_field!r}, but {shown}; name it by --text-field"
+            )
         # Otherwise a row group's whole column is in memory at once, and may be all of the file.
         table = pyarrow.parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False)
         row_bytes = path.stat().st_size / max(1, table.metadata.num_rows)
@@ -189,7 +195,10 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
             done += len(batch)
             for text in batch.column(text_field).slice(skipped).to_pylist():
                 if not isinstance(text, str | None):
-                    raise KeyError(f"a value is {type(text).__name__}")
+                    raise InputError(
+                        f"--data {path}: not a parquet file with a text column {text_field!r} (a "
+                        f"value is {type(text).__name__}); name the column with --text-field"
+                    )
                 found.append(text)
                 n_characters += len(text or " ")  # a null takes memory too
             if n_characters >= PIECE:
@@ -204,10 +213,10 @@ def _parquet_pieces(path: Path, number: int, start: int, text_field: str) -> Ite
             f"--data {path}: a text of the rows from {start} on cannot be read as UTF-8 "
             f"({error.reason}); convert it"
         ) from None
-    except (pyarrow.ArrowException, KeyError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise InputError(
-            f"--data {path}: not a parquet file with a text column {text_field!r} "
-            f"({error}); name the column with --text-field"
+            f"--data {path}: not a parquet file that can be read ({error}); copy it again, or "
+            "leave it out"
         ) from None
 
 
@@ -241,7 +250,7 @@ def _place(piece: TextPiece, number: int) -> str:
     if piece.path is None:
         return f"Python's help topic {number}"
     if text_format(piece.path) == ".jsonl":
-        return f"--data {piece.path}: line {_lines_before(piece.path, piece.start) + number}"
+        return f"--data {piece.path}: line {lines_before(piece.path, piece.start) + number}"
     if text_format(piece.path) == ".parquet":
         return f"--data {piece.path}: text {number} of the rows from {piece.start} on"
     return f"--data {piece.path}: the text from byte {piece.start} on"
@@ -266,13 +275,6 @@ def _records(piece: TextPiece, content: str, text_field: str) -> Iterator[tuple[
                 "of a pair of \\ud800 to \\udfff, which is no character; correct or remove it"
             )
         yield number, text
-
-
-def _lines_before(path: Path, offset: int) -> int:
-    with open_decompressed(path) as file:
-        return sum(
-            file.read(min(PIECE, offset - at)).count(b"\n") for at in range(0, offset, PIECE)
-        )
 
 
 def encode(

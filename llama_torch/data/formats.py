@@ -79,3 +79,10 @@ def _zstd(path: Path) -> Any:
             f"--data {path}: reading .zst needs backports.zstd; pip install 'llama-parity[zstd]'"
         ) from None
     return zstd
+
+
+def lines_before(path: Path, offset: int) -> int:
+    """Return the number of line breaks in a file's first ``offset`` bytes, decompressed."""
+    part = 1 << 20
+    with open_decompressed(path) as file:
+        return sum(file.read(min(part, offset - at)).count(b"\n") for at in range(0, offset, part))

@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_torch import evaluate, generate, load, prepare
+from llama_torch.common import cli
 from llama_torch.common.errors import InputError
 from llama_torch.config import DataConfig
 from llama_torch.data import documents
@@ -173,44 +174,33 @@ def test_a_tokenizer_that_panics_where_it_is_read(
         load_tokenizer(tmp_path, 700)
 
 
-@pytest.mark.parametrize(
-    ("part", "value", "message"),
-    [
-        ("model", {"continuing_subword_prefix": "é"}, "not a tokenizer"),
-        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "not a tokenizer"),
-        (
-            "normalizer",
-            {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAA="},
-            "index out",
-        ),
-        ("decoder", {"type": "Strip", "content": "t", "start": 1, "stop": 1}, "its decoder fails"),
-    ],
-)
-def test_steps_that_the_library_itself_panics_on_are_one_line(
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    part: str,
-    value: dict[str, Any],
-    message: str,
+def test_a_tokenizer_that_panics_after_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library prints a panic to stderr before it is an error; none of that is seen."""
-    byte_level(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    pairs = [
-        pair if isinstance(pair, list) else pair.split(" ") for pair in content["model"]["merges"]
-    ]
-    content["model"]["merges"] = pairs
-    changed = content[part] | value if part == "model" else value
-    path.write_text(json.dumps(content | {part: changed}), encoding="utf-8")
+    """Where its anchors are added, and where ids are decoded."""
 
-    def there_and_back() -> None:
-        read = load_tokenizer(tmp_path, 700)
-        read.decode(read.encode("the text"))
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("late")
 
-    with pytest.raises(InputError, match=message):
-        there_and_back()
-    assert capfd.readouterr().err == ""
+    chats = load_tokenizer(byte_level(tmp_path), 700)
+    chats.tokenizer = SimpleNamespace(decode=panic)  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"its decoder fails \(the tokenizers library fails"):
+        chats.decode([65])
+    monkeypatch.setattr("llama_torch.tokenizer.json_tokenizer.Json._add_anchors", panic)
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer \(the tokenizers "):
+        load_tokenizer(tmp_path, 700)
+
+
+def test_a_command_whose_library_panics_prints_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main() -> int:
+        raise PanicException("of an\nunknown kind")
+
+    assert cli.run(main) == 2
+    assert capsys.readouterr().err == (
+        "error: a library failed on a file that it was given (of an unknown kind)\n"
+    )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError, MemoryError])

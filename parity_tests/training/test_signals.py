@@ -86,7 +86,7 @@ def test_a_signal_in_the_last_step_finishes_the_run(
         ("load_corpus", "before the run began; nothing was written\n"),
         (
             "validation_loss",
-            "continue at the last checkpoint with: python -m llama_torch.train --resume",
+            "before the first checkpoint; begin again with: python -m llama_torch.train --resume",
         ),
     ],
 )
