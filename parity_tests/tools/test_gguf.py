@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from tools import convert
+from tools.benchmarks import llama_cpp_peer
 from tools.conversion.gguf_checkpoint import GgufCheckpoint, gguf_name, interleaved
 
 from ..backends.torch_model import save_numpy
@@ -221,3 +222,30 @@ def test_a_float64_checkpoint_and_a_taken_name_are_refused(
             convert.main([str(tmp_path / w) if w in ("a", "c", "b.gguf") else w for w in argv]) == 2
         )
     assert not (tmp_path / "c").exists()
+
+
+def test_names_and_rows_are_llama_cpps(tmp_path: Path) -> None:
+    """By the package's own table, and by the order that was run in llama.cpp itself."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG.n_layers)
+    params = random_params(CONFIG, 0)
+    for name in params:
+        assert gguf_name(name) == names.get_name(name, try_suffixes=(".weight",))
+    for part, heads in (("q", CONFIG.n_heads), ("k", CONFIG.n_kv_heads)):
+        value = params[f"model.layers.0.self_attn.{part}_proj.weight"]
+        expected = llama_cpp_peer.interleaved(torch.from_numpy(value), CONFIG.head_dim)
+        np.testing.assert_array_equal(interleaved(value, heads), expected.numpy())
+
+
+@pytest.mark.filterwarnings("ignore")  # those of its own reader and of accelerate
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_reads_the_same(tmp_path: Path, tied: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # it does not read GGUF files without
+    config = dataclasses.replace(CONFIG, head_dim=16, tie_embeddings=tied)
+    tensors = {n: torch.from_numpy(x).float() for n, x in random_params(config, 0).items()}
+    write_hf(tmp_path / "a", config, tensors, 1)
+    run_convert(tmp_path / "a", tmp_path / "m.gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
+    theirs = model.state_dict()
+    for name, value in tensors.items():
+        assert torch.equal(theirs[name].float(), value), name
