@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config = cli.parse(ChatConfig, argv)
+    if config.template not in ("", "llama2") and not Path(config.template).exists():
+        raise InputError(
+            f"--template {config.template}: no such file; give a Jinja file, or llama2"
+        )
     for path in filter(None, (config.load.ckpt, config.decoding.draft)):
         require_weights(Path(path))
     from .inference.text_model import load_from  # imports torch: what is wrong is told before

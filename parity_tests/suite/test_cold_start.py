@@ -45,7 +45,11 @@ WRONG = {
         ("--prompt x --ckpt docs", "docs/model.safetensors: no such file"),
         ("--ckpt docs", "--prompt: required"),
     ],
-    "llama_torch.chat": [(f"--ckpt {NOWHERE}", NO_MODEL), ("--system x", "--ckpt: required")],
+    "llama_torch.chat": [
+        (f"--ckpt {NOWHERE}", NO_MODEL),
+        ("--system x", "--ckpt: required"),
+        (f"--ckpt docs --template {NOWHERE}", f"--template {NOWHERE}: no such file"),
+    ],
     "llama_torch.evaluate": [
         (f"--ckpt {NOWHERE}", NO_MODEL),
         ("--ckpt docs --data docs", "docs/model.safetensors: no such file"),
