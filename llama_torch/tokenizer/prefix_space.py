@@ -79,7 +79,7 @@ def _with_scheme(content: dict[str, Any], scheme: str) -> dict[str, Any]:
     normalizer = {"type": "Sequence", "normalizers": rest} if rest else None
     decoder = content.get("decoder")
     inner = decoder.get("decoders") if isinstance(decoder, dict) else None
-    if scheme == "never" and isinstance(inner, list):
+    if scheme == "never" and isinstance(decoder, dict) and isinstance(inner, list):
         kept = [p for p in inner if not (isinstance(p, dict) and p.get("type") == "Strip")]
         decoder = {**decoder, "decoders": kept}
     return {**content, "normalizer": normalizer, "pre_tokenizer": space, "decoder": decoder}
