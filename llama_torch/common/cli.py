@@ -61,9 +61,10 @@ def early_flags(argv: Sequence[str], config_class: type[Any]) -> argparse.Namesp
     """
     require_known(argv, config_class)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--config", "--out", "--init-from", "--steps"):
+    # tyro takes underscores as well.
+    for names in (("--config",), ("--out",), ("--init-from", "--init_from"), ("--steps",)):
         # A forgotten value is left for tyro to report.
-        parser.add_argument(name, nargs="?", default=None, const="")
+        parser.add_argument(*names, nargs="?", default=None, const="")
     parser.add_argument("--resume", action="store_true")
     try:
         early = parser.parse_known_args(list(argv))[0]

@@ -14,9 +14,9 @@ from .nearest import did_you_mean
 
 HELP_FLAGS = ("-h", "--help", "--help-all")
 
-# Editors and web pages make one dash of two hyphens.
+# Editors and web pages make one dash of two hyphens; a dash also begins direct speech.
 DASHES = "-\u2013\u2014"
-FLAG = re.compile(rf"[{DASHES}]+[^\W\d].*|--.+", re.DOTALL)
+FLAG = re.compile(rf"-[^\W\d].*|--\S.*|[{DASHES}]+[^\W\d]\S*", re.DOTALL)
 
 WANTED = {
     int: "a whole number",
@@ -99,6 +99,8 @@ def require_known(argv: Sequence[str], config_class: type[Any]) -> None:
             continue
         value = words[i + 1] if i + 1 < len(words) and not FLAG.fullmatch(words[i + 1]) else ""
         near = did_you_mean(f"--{name.lstrip(DASHES)}", known)
+        if not near and not word.startswith("-"):
+            continue
         before = words[i - 1] if i else ""
         if not near and before in known:
             near = f" a value that begins with a dash is written {before}={word};"

@@ -182,6 +182,14 @@ def test_values_may_look_like_flags_where_they_are_told_apart() -> None:
     assert cli.parse(ConvertConfig, ["--", "-a", "--b"]).dst == "--b"
     assert cli.parse(TrainConfig, ["--keep_best", "--no_keep_best"]).keep_best is False
     assert cli.parse(CompareConfig, ["a", "--json", "-"]).json == "-"
+    spoken = ("\N{EM DASH}Hello", "\N{EN DASH} Yes, he said", "-- x")
+    assert cli.parse(GenerateConfig, ["--ckpt", "a", "--prompt", *spoken]).prompt == spoken
+
+
+@pytest.mark.parametrize("flag", ["--init-from", "--init_from"])
+def test_flags_that_are_read_first_may_have_underscores(flag: str) -> None:
+    assert cli.early_flags([flag, "a"], TrainConfig).init_from == "a"
+    assert cli.early_flags([f"{flag}=a"], TrainConfig).init_from == "a"
 
 
 @pytest.mark.parametrize(
