@@ -91,9 +91,10 @@ def find_text(config: EvaluateConfig) -> Text:
             "for it; name the text to measure with --data"
         )
     corpus = load_held_out(run)
-    place = f"{run / RUN_FILE}: held-out document {{}}"
     return Text(
-        describe_held_out(corpus), partial(held_out_documents, corpus), lambda i: place.format(i)
+        describe_held_out(corpus),
+        partial(held_out_documents, corpus),
+        lambda number: f"{run / RUN_FILE}: held-out document {number}",
     )
 
 

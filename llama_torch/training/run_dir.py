@@ -158,7 +158,11 @@ def _time_of_work(out: Path) -> int:
         *(out / name for name in names),
         *(p for name in folders for p in out.glob(f"{name}/*")),
     ]
-    return max(path.stat().st_mtime_ns for path in paths if path.exists())
+    times = [0]
+    for path in paths:
+        with suppress(OSError):  # it is not there; a trainer may just have deleted it
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
 
 
 def _require_free(out: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llama_torch import evaluate, train
 from llama_torch.data.corpus import Corpus, Part, Source
+from llama_torch.inference.config import LoadConfig
 from llama_torch.tokenizer.gpt2 import END_OF_TEXT_ID
 from llama_torch.tokenizer.tokenizer import Gpt2
 from llama_torch.training import held_out
@@ -82,6 +83,12 @@ def refused(ckpt: Path, capsys: pytest.CaptureFixture[str]) -> str:
     assert all(line.startswith("note: --data") for line in notes)
     assert error.startswith("error: ")
     return str(error)
+
+
+def test_a_place_names_a_run_whose_name_has_braces(run: Path) -> None:
+    moved = run.rename(run.parent / "{a}{}")
+    config = evaluate.EvaluateConfig(LoadConfig(ckpt=str(moved)))
+    assert evaluate.find_text(config).place(3) == f"{moved}/run.json: held-out document 3"
 
 
 def test_a_text_that_has_changed_or_gone_is_refused(
