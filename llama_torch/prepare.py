@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from .checkpoint.file_names import TOKENIZERS
 from .common import cli
 from .common.errors import InputError, check, check_positive, printable
 from .common.files import read_json
@@ -90,7 +91,7 @@ def encoding_of(config: PrepareConfig) -> TextEncoding:
     path = folder / "config.json"
     if path.is_file():
         return load_encoding(folder, ModelConfig.from_hf(read_json(path), str(path)).vocab_size)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         raise InputError(f"--tokenizer {folder}: holds no tokenizer.json and no tokenizer.model")
     return load_encoding(folder)
 

@@ -64,13 +64,12 @@ class SingleFile:
 
     def _sums(self) -> dict[str, int]:
         """Return the tensors' sums; empty for a file of an earlier version, which has none."""
+        text = self._metadata().get(SUMS, "{}")
         try:
-            sums = json.loads(self._metadata().get(SUMS, "{}"))
+            sums = json.loads(text)
             if not isinstance(sums, dict):
                 raise ValueError(f"{SUMS} is {shown(sums)}")
-        except (json.JSONDecodeError, RecursionError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}: damaged metadata ({error}); {COPY_AGAIN}") from None
         return sums
 

@@ -198,12 +198,17 @@ def read_json_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error}); write it again") from None
 
 
-def parse_json(text: str, source: str) -> dict[str, Any]:
-    """Parse a JSON object; InputError names its source."""
+def parse_json(
+    text: str, source: str, remedy: str = "write it again", **hooks: Any
+) -> dict[str, Any]:
+    """Parse a JSON object; InputError names its source and the remedy.
+
+    ``hooks`` are those of json.loads, whose ValueError says what is wrong.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, **hooks)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: is not JSON ({error}); write it again") from None
+        raise InputError(f"{source}: is not JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{source}: is not a JSON object; write it again")
+        raise InputError(f"{source}: is not a JSON object; {remedy}")
     return value

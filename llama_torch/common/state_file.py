@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import read_json_text, write_text
+from .files import parse_json, read_json_text, write_text
 
 CHECKSUM = "sha256"  # the key; of the rest of the object, with its keys sorted
 
@@ -58,15 +58,8 @@ def read_state(path: Path, remedy: str) -> tuple[dict[str, Any], bool]:
     Raises InputError for a file that cannot be read, is no JSON object, names a key twice, holds a
     number that is not finite, or differs from its checksum; the last with ``remedy``.
     """
-    text = read_json_text(path)
-    try:
-        found = json.loads(
-            text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite
-        )
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({error}); {remedy}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: is not a JSON object; {remedy}")
+    hooks = {"object_pairs_hook": _object, "parse_float": _finite, "parse_constant": _finite}
+    found = parse_json(read_json_text(path), str(path), remedy, **hooks)
     return verified(found, str(path), remedy)
 
 
