@@ -209,4 +209,4 @@ def test_a_name_that_is_too_long_names_nothing(tmp_path: Path, name: str) -> Non
     said = refused(lambda: load_corpus(config, 50257, 8))
     assert "give a file, a folder that holds" in said
     assert len(said) <= LONGEST
-    assert refused(lambda: TokenShards(tmp_path / name)).endswith("; write it again")
+    assert "is not the path of a file" in refused(lambda: TokenShards(tmp_path / name))

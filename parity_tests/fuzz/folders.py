@@ -1,5 +1,6 @@
 """Write small valid folders of every kind that is read, for mutations to begin from."""
 
+import contextlib
 import gzip
 import json
 import shutil
@@ -145,17 +146,18 @@ def half_prepared(folder: Path) -> None:
 
 
 def texts(folder: Path) -> None:
-    """Write a text in each format."""
-    import pyarrow
-    import pyarrow.parquet
-
+    """Write a text in each format that the packages here write."""
     lines = "\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(TEXTS))
     (folder / "a.txt").write_text("".join(TEXTS) * 3)
     (folder / "a.jsonl").write_text(lines)
     (folder / "a.txt.gz").write_bytes(gzip.compress("".join(TEXTS).encode() * 3, mtime=0))
-    (folder / "a.jsonl.zst").write_bytes(_zstd().compress(lines.encode()))
-    table = pyarrow.table({"text": [*TEXTS, None], "id": range(5)})
-    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    with contextlib.suppress(ImportError):
+        (folder / "a.jsonl.zst").write_bytes(_zstd().compress(lines.encode()))
+    with contextlib.suppress(ImportError):
+        import pyarrow.parquet
+
+        table = pyarrow.table({"text": [*TEXTS, None], "id": range(5)})
+        pyarrow.parquet.write_table(table, folder / "a.parquet")
 
 
 def _zstd() -> Any:

@@ -32,9 +32,17 @@ def names(kinds: tuple[Kind, ...]) -> list[str]:
     return [kind.name for kind in kinds]
 
 
+def valid(kind: Kind, built: Callable[[str], Path]) -> bytes:
+    """Return a kind's valid file; skip the test where no package here writes it."""
+    path = built(kind.folder) / kind.file
+    if not path.exists():
+        pytest.skip(f"no package here writes {path.suffix}")
+    return path.read_bytes()
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=names(KINDS))
 def test_a_valid_file_is_read(kind: Kind, built: Callable[[str], Path], changed: Change) -> None:
-    content = (built(kind.folder) / kind.file).read_bytes()
+    content = valid(kind, built)
     with changed(kind, content) as folder:
         assert kind.outcome(folder).refusal is None
 
@@ -45,7 +53,7 @@ def test_a_valid_file_is_read(kind: Kind, built: Callable[[str], Path], changed:
 def test_a_mutated_file_is_read_or_refused_in_one_line(
     kind: Kind, built: Callable[[str], Path], changed: Change, data: st.DataObject
 ) -> None:
-    content = data.draw(mutated(kind, (built(kind.folder) / kind.file).read_bytes()))
+    content = data.draw(mutated(kind, valid(kind, built)))
     with changed(kind, content) as folder:
         kind.outcome(folder)
 
@@ -56,7 +64,7 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(
 def test_two_readers_of_one_format_agree(
     kind: Kind, built: Callable[[str], Path], changed: Change, data: st.DataObject
 ) -> None:
-    content = data.draw(mutated(kind, (built(kind.folder) / kind.file).read_bytes()))
+    content = data.draw(mutated(kind, valid(kind, built)))
     with changed(kind, content) as folder:
         ours = outcome(torch_model, folder)
         theirs = outcome(oracle_model, folder, "reference_np")

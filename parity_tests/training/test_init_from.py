@@ -30,7 +30,7 @@ def test_a_run_begins_with_the_loss_that_evaluate_measures(
     printed = capsys.readouterr().out
     assert f"begun from {model}" in printed
     assert "sample: 'The" in printed
-    loaded = load(model)
+    loaded = load(model, device="cpu", dtype="float32")
     expected = measure(loaded.model, loaded.tokenizer, [document], WINDOW, WINDOW)
     first = dict(scalars(out)["val/loss"])[0]
     assert first == pytest.approx(expected.nats / expected.tokens, rel=1e-6)
@@ -73,7 +73,7 @@ def test_transformers_loads_what_was_trained(
     assert train.main([*flags_of(models[kind], kind, tmp_path)[0], "--out", str(out)]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = transformers.AutoTokenizer.from_pretrained(out)("A llama walks")["input_ids"]
-    ours = load(out)
+    ours = load(out, device="cpu", dtype="float32")
     assert ids == ours.encode("A llama walks")
     with torch.no_grad():
         logits = theirs(torch.tensor([ids])).logits
