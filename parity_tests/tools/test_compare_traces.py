@@ -175,6 +175,7 @@ def test_a_trace_that_is_none_is_refused(ckpt: Path, run: Callable, tmp_path: Pa
         ("tokens", tensors["call.0.tokens"][:1], "call 1 continues a call of another batch size"),
         ("positions", tensors["call.0.tokens"][:, 1:], "call 0: positions must be"),
         ("mask", np.zeros((2, 48, 48), np.float32), "stored as F32, not as BOOL, U8"),
+        ("mask", np.zeros([1] * 40, np.uint8), "call.0.mask has 40 axes, at most 32"),
     ):
         save_numpy(tensors | {f"call.0.{name}": value}, path, good)
         code, out, err = run(ckpt, "--against", path)

@@ -31,6 +31,7 @@ AXES = {"embed": "BTD", **LAYER_AXES, "norm": "BTD", "logits": "BTV"}
 _DTYPES = {"float64": "F64", "float32": "F32", "int64": "I64", "bool": "BOOL"}
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 INTEGERS = {"I64": np.int64, "I32": np.int32}
+MOST_AXES = 32  # a wrong shape is an activation that fails, but NumPy holds no array of 65 axes
 MASKS = {"BOOL": np.uint8, "U8": np.uint8}  # bytes, to see those that are neither 0 nor 1
 LONGEST_NAME = 80  # characters of a call's name that are kept
 MOST_POSITION = 2**31 - 1
@@ -245,6 +246,8 @@ class TraceFile:
         if entry["dtype"] not in dtypes:
             allowed = ", ".join(dtypes)
             raise self._error(f"{name} is stored as {entry['dtype']}, not as {allowed}")
+        if len(entry["shape"]) > MOST_AXES:
+            raise self._error(f"{name} has {len(entry['shape'])} axes, at most {MOST_AXES}")
         start, end = entry["data_offsets"]
         with self.path.open("rb") as file:
             file.seek(self._start + start)
