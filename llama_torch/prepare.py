@@ -65,9 +65,10 @@ def _main(argv: Sequence[str]) -> int:
     from .data.shard_writer import prepare  # imports NumPy: a wrong flag or --data is told before
 
     shards = prepare(text, Path(config.out), config.workers, config.shard_tokens)
+    n = len(shards.index.shards)
     init = f"--init-from {_quoted(config.tokenizer)} " if config.tokenizer else ""
     print(
-        f"{printable(config.out)}: {len(shards):,} tokens in {len(shards.index.shards)} shards of "
+        f"{printable(config.out)}: {len(shards):,} tokens in {n} shard{'s' * (n != 1)} of "
         f"{shards.index.dtype}, after {time.perf_counter() - started:.0f} s\n"
         f"next:\n  python -m llama_torch.train {init}--data {_quoted(config.out)}"
     )

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from ..common.device import computes_bfloat16
 from ..model.config import ModelConfig
 
 # bfloat16 tensor-core operations per second, dense, from NVIDIA's data sheets.
@@ -25,16 +26,21 @@ def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return peak operations per second: a known GPU's, or of a matrix product timed here."""
+    """Return peak operations per second: a known GPU's, or of a matrix product timed here.
+
+    A format that the device emulates has float32's peak: a step's products may be quicker than an
+    emulated one.
+    """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_BFLOAT16.items():
             if part in name:
                 return flops
     size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device).to(dtype)
+    emulated = dtype == torch.bfloat16 and not computes_bfloat16(device)
+    matrix = torch.randn(size, size, device=device).to(torch.float32 if emulated else dtype)
     seconds: list[float] = []
-    # A CPU that emulates a format takes seconds for each; the first also loads the kernels.
+    # A slow CPU takes long for each; the first also loads the kernels.
     while len(seconds) < 2 or (len(seconds) < 12 and sum(seconds) < 1):
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
