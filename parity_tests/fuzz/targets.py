@@ -78,9 +78,9 @@ def _header(folder: Path) -> Any:
 
 
 def _index(folder: Path) -> Any:
-    from llama_torch.checkpoint.hf import locate  # imports torch
+    from llama_torch.checkpoint.hf import load_model  # imports torch
 
-    return agreed(lambda: set(locate(folder)[1]), lambda: set(Checkpoint(folder)))
+    return agreed(lambda: set(load_model(folder).state_dict()), lambda: set(Checkpoint(folder)))
 
 
 def _import_torch(folder: Path) -> None:
