@@ -1,7 +1,6 @@
 """Tokenise text into shards: ``python -m llama_torch.prepare --data texts/ --out DIR``."""
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .checkpoint.file_names import TOKENIZERS
 from .common import cli
-from .common.errors import InputError, check, check_positive, printable
+from .common.errors import InputError, check, check_positive, printable, quoted
 from .common.files import read_json
 from .data.text_files import find_files, identify, require_found
 from .model.config import ModelConfig
@@ -66,17 +65,13 @@ def _main(argv: Sequence[str]) -> int:
 
     shards = prepare(text, Path(config.out), config.workers, config.shard_tokens)
     n = len(shards.index.shards)
-    init = f"--init-from {_quoted(config.tokenizer)} " if config.tokenizer else ""
+    init = f"--init-from {quoted(config.tokenizer)} " if config.tokenizer else ""
     print(
         f"{printable(config.out)}: {len(shards):,} tokens in {n} shard{'s' * (n != 1)} of "
         f"{shards.index.dtype}, after {time.perf_counter() - started:.0f} s\n"
-        f"next:\n  python -m llama_torch.train {init}--data {_quoted(config.out)}"
+        f"next:\n  python -m llama_torch.train {init}--data {quoted(config.out)}"
     )
     return 0
-
-
-def _quoted(name: str) -> str:
-    return shlex.quote(printable(name))
 
 
 def encoding_of(config: PrepareConfig) -> TextEncoding:

@@ -1,6 +1,5 @@
 """Train a Llama on text: ``python -m llama_torch.train``, no arguments needed."""
 
-import shlex
 import signal
 import sys
 import time
@@ -8,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkpoint import step_folders
+from .checkpoint.file_names import RUN_FILE
 from .common import cli
-from .common.errors import printable
+from .common.errors import printable, quoted
 from .common.torchrun import exit_process, is_launched, is_main_process, is_restarted
 from .config import TrainConfig
 from .data.text_files import require_found
 from .training import run_dir
 from .training.parallel_layout import check_parallel_layout
-from .training.run_file import RUN_FILE
 from .training.run_length import steps_done
 from .training.signals import Stopped
 
@@ -83,15 +82,10 @@ def _train(config: TrainConfig) -> int:
 def _next_commands(config: TrainConfig) -> str:
     return (
         "next:\n"
-        f"  python tools/compare.py {_quoted(config.out + '/model.safetensors')}\n"
-        f"  python -m llama_torch.generate --ckpt {_quoted(config.out)} "
-        f"--prompt {_quoted(config.sample_prompt)}"
+        f"  python tools/compare.py {quoted(config.out + '/model.safetensors')}\n"
+        f"  python -m llama_torch.generate --ckpt {quoted(config.out)} "
+        f"--prompt {quoted(config.sample_prompt)}"
     )
-
-
-def _quoted(text: str) -> str:
-    """Return a word of a command line to print: a run's record may hold any characters."""
-    return shlex.quote(printable(text))
 
 
 def _finished_message(config: TrainConfig, result: str) -> str:
@@ -116,7 +110,7 @@ def _stop_message(stopped: Stopped, out: str) -> str:
 
 def _resume_command(out: str) -> str:
     launcher = "torchrun ..." if is_launched() else "python"
-    return f"{launcher} -m llama_torch.train --resume --out {_quoted(out)}"
+    return f"{launcher} -m llama_torch.train --resume --out {quoted(out)}"
 
 
 if __name__ == "__main__":

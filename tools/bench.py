@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from llama_torch.common import cli
-from llama_torch.common.errors import InputError
+from llama_torch.common.errors import InputError, check
 
 ON_CPU = ("train", "decode", "prefill", "numpy-prefill", "numpy-decode")
 ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")
@@ -63,13 +63,11 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("repeats", 1), ("batch_size", 0), ("new_tokens", 2)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            check(value >= least, name, value, f"must be at least {least}")
         for name, most in (("repeats", MOST_REPEATS), ("new_tokens", MOST_TOKENS)):
-            if getattr(self, name) > most:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at most {most}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            check(value <= most, name, value, f"must be at most {most}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,16 +21,15 @@ def write_directory_files(directory: Path, config: ModelConfig, source: Path | N
     that holds its ids.
     """
     hf, texts = config.to_hf(), dict[str, str]()
-    names = [name for name in AROUND if source and (source / name).is_file()]
-    if config.vocab_size >= VOCAB_SIZE and not {*TOKENIZERS} & {*names}:
+    around = [source / name for name in AROUND if (source / name).is_file()] if source else []
+    if config.vocab_size >= VOCAB_SIZE and not {*TOKENIZERS} & {path.name for path in around}:
         hf |= {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID}
         texts = hf_files()
     if source and (source / "config.json").is_file():
         given = read_json(source / "config.json")
         hf |= {key: given[key] for key in TOKEN_IDS if key in given}
-    for name in names:
-        assert source is not None
-        if not source.samefile(directory):
-            atomic_write(directory / name, partial(shutil.copyfile, source / name))
+    for path in around:
+        if not path.parent.samefile(directory):
+            atomic_write(directory / path.name, partial(shutil.copyfile, path))
     for name, text in {"config.json": json.dumps(hf, indent=2) + "\n", **texts}.items():
         write_text(directory / name, text)

@@ -8,6 +8,8 @@ STATE_FILE = "training_state.safetensors"  # of a training state in one file
 
 METADATA_FILE = ".metadata"  # of shards, written last: a folder without it is no checkpoint
 
+RUN_FILE = "run.json"  # a run's settings; see training/run_file.py
+
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 GENERATION_FILE = "generation_config.json"

@@ -8,13 +8,11 @@ from itertools import islice
 from pathlib import Path
 
 from ..common.errors import InputError
-from .file_names import INDEX_FILE, META_FILES, METADATA_FILE, MODEL_FILE, STATE_FILE
+from .file_names import INDEX_FILE, META_FILES, METADATA_FILE, MODEL_FILE, RUN_FILE, STATE_FILE
 
 GIVE = "give a model directory or a .safetensors file"
 
 ADAPTER = "adapter_config.json"
-
-RUN_FILE = "run.json"  # a run's settings; see training/run_file.py
 
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 

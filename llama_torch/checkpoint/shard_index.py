@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..common.errors import InputError
-from ..common.state_file import shown
+from ..common.state_file import abridged
 from .file_names import METADATA_FILE
 
 CLASSES = "torch.distributed.checkpoint.metadata"
@@ -255,7 +255,7 @@ def _location(record: Any) -> Location:
     state = _state(record, _Location)
     name, start, length = (state.get(key) for key in ("relative_path", "offset", "length"))
     if not isinstance(name, str) or name == ".." or Path(name).name != name:
-        _wrong(f"{shown(name)} is not the name of a file beside it")
+        _wrong(f"{abridged(name)} is not the name of a file beside it")
     if state.get("transform_descriptors"):
         _wrong("its shards are compressed, which no run of this package writes")
     return Location(name, *_size((start, length)))

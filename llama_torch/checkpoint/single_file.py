@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.errors import InputError, is_digits
 from ..common.files import remove
 from ..common.sharded_tensor import is_sharded
-from ..common.state_file import shown, verified, with_checksum
+from ..common.state_file import abridged, verified, with_checksum
 from .file_names import STATE_FILE
 from .hf import save_tensors
 from .state_interface import COPY_AGAIN, TrainingState, UnwrittenError, check_steps, require_float32
@@ -68,7 +68,7 @@ class SingleFile:
         try:
             sums = json.loads(text)
             if not isinstance(sums, dict):
-                raise ValueError(f"{SUMS} is {shown(sums)}")
+                raise ValueError(f"{SUMS} is {abridged(sums)}")
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}: damaged metadata ({error}); {COPY_AGAIN}") from None
         return sums

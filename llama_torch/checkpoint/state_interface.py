@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..common.state_file import require_count, shown
+from ..common.state_file import abridged, require_count
 
 COPY_AGAIN = "copy the checkpoint again"
 
@@ -38,11 +38,11 @@ def check_steps(step: Any, skipped: Any) -> tuple[int, list[int]]:
     """
     step = require_count("step", step)
     if not isinstance(skipped, list):
-        raise ValueError(f"skipped is {shown(skipped)}")
+        raise ValueError(f"skipped is {abridged(skipped)}")
     before = 0
     for number in skipped:
         if type(number) is not int or not before < number <= step:
-            raise ValueError(f"skipped holds {shown(number)}, after {before} and at step {step}")
+            raise ValueError(f"skipped holds {abridged(number)}, after {before} and at step {step}")
         before = number
     return step, skipped
 

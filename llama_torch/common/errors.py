@@ -1,6 +1,7 @@
 """The errors of a user's input, and the checks that raise them."""
 
 import dataclasses
+import shlex
 
 LONGEST = 4000  # characters of a message: a long path and what is wrong with it
 
@@ -33,6 +34,11 @@ def printable(text: str, limit: int = LONGEST) -> str:
     return _shortened("".join(escaped), limit)
 
 
+def quoted(text: str) -> str:
+    """Return a word of a command line to print: a run's record may hold any characters."""
+    return shlex.quote(printable(text))
+
+
 def _shortened(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
@@ -44,7 +50,12 @@ def _shortened(text: str, limit: int) -> str:
 def check(valid: bool, flag: str, value: object, requirement: str) -> None:
     """Raise InputError naming the flag unless ``valid``."""
     if not valid:
-        raise InputError(f"--{flag.replace('_', '-')} {requirement}, got {shown(value)}")
+        raise InputError(f"{flag_of(flag)} {requirement}, got {shown(value)}")
+
+
+def flag_of(field: str) -> str:
+    """Return the flag of a config's field, as it is written on a command line."""
+    return f"--{field.replace('_', '-')}"
 
 
 def shown(value: object) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from .errors import InputError
+from .errors import InputError, flag_of
 from .nearest import did_you_mean
 
 HELP_FLAGS = ("-h", "--help", "--help-all")
@@ -38,7 +38,7 @@ class Flag(NamedTuple):
     @property
     def word(self) -> str:
         """The flag as it is written on a command line, or a positional argument's name."""
-        return self.metavar or f"--{self.name.replace('_', '-')}"
+        return self.metavar or flag_of(self.name)
 
     @property
     def choices(self) -> tuple[str, ...]:

@@ -18,9 +18,9 @@ def host_memory() -> int:
     return int(min(memory, _group_limit()) + _swap())
 
 
-def gib(n_bytes: int) -> str:
+def gib(n_bytes: int, digits: int = 1) -> str:
     """Return a number of bytes as text, in GiB, for people."""
-    return f"{n_bytes / 2**30:,.1f} GiB"
+    return f"{n_bytes / 2**30:,.{digits}f} GiB"
 
 
 def _swap() -> int:

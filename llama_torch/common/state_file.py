@@ -68,31 +68,31 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shown(twice)} stands there twice")
+        raise ValueError(f"{abridged(twice)} stands there twice")
     return found
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{shown(text)} is not finite")
+        raise ValueError(f"{abridged(text)} is not finite")
     return value
 
 
 def require_count(name: str, value: Any, low: int = 0, high: int = MOST) -> int:
     """Return a whole number from ``low`` to ``high``; raise ValueError naming it otherwise."""
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} is {shown(value)}")
+        raise ValueError(f"{name} is {abridged(value)}")
     return value
 
 
 def require_text(name: str, value: Any) -> str:
     """Return a text; raise ValueError naming it for another value."""
     if type(value) is not str:
-        raise ValueError(f"{name} is {shown(value)}")
+        raise ValueError(f"{name} is {abridged(value)}")
     return value
 
 
-def shown(value: Any) -> str:
+def abridged(value: Any) -> str:
     """Return a value for a message, cut to 60 characters."""
     if not isinstance(value, str | int | float | None):
         return f"a {type(value).__name__}"

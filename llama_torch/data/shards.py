@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import InputError
 from ..common.files import read_json, require_name
-from ..common.state_file import read_state, require_count, require_text, shown
+from ..common.state_file import abridged, read_state, require_count, require_text
 
 FORMAT, VERSION = "llama_torch token shards", 1
 
@@ -172,7 +172,7 @@ def require_fields(kind: type[Any], found: Mapping[str, Any]) -> None:
     known = {field.name: field.default is not MISSING for field in fields(kind)}
     for name in found:
         if name not in known:
-            raise ValueError(f"{shown(name)} is no key of it")
+            raise ValueError(f"{abridged(name)} is no key of it")
     for name, has_default in known.items():
         if name not in found and not has_default:
             raise ValueError(f"{name} is missing")
@@ -181,20 +181,20 @@ def require_fields(kind: type[Any], found: Mapping[str, Any]) -> None:
 def parse_shards(found: Any) -> tuple[Shard, ...]:
     """Return the shards of a list of objects; raise ValueError for one that is not as written."""
     if not isinstance(found, list):
-        raise ValueError(f"shards is {shown(found)}")
+        raise ValueError(f"shards is {abridged(found)}")
     return tuple(_parse_shard(number, entry) for number, entry in enumerate(found))
 
 
 def _parse_shard(number: int, entry: Any) -> Shard:
     if not isinstance(entry, dict):
-        raise ValueError(f"shard {number} is {shown(entry)}")
+        raise ValueError(f"shard {number} is {abridged(entry)}")
     require_fields(Shard, entry)
     if entry["name"] != shard_name(number):
         raise ValueError("its shards are not named in order")
     require_count(f"tokens of shard {number}", entry["tokens"], 1)
     digest = require_text(f"sha256 of shard {number}", entry["sha256"])
     if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise ValueError(f"sha256 of shard {number} is {shown(digest)}")
+        raise ValueError(f"sha256 of shard {number} is {abridged(digest)}")
     return Shard(**entry)
 
 
@@ -205,7 +205,9 @@ def _require_consistent(index: Index) -> None:
     for name in ("tokens", "nulls"):
         require_count(name, getattr(index, name))
     if index.dtype not in DTYPES or not index.shard_tokens:
-        raise ValueError(f"dtype {shown(index.dtype)}, {shown(index.shard_tokens)} tokens a shard")
+        raise ValueError(
+            f"dtype {abridged(index.dtype)}, {abridged(index.shard_tokens)} tokens a shard"
+        )
     require_count("shard_tokens", index.shard_tokens, 1)
     largest = int(np.iinfo(DTYPES[index.dtype]).max)
     require_count("highest", index.highest, *((0, largest) if index.tokens else (-1, -1)))

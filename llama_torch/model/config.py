@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..common.errors import InputError, check, check_positive, check_sizes, check_types
+from ..common.errors import InputError, check, check_positive, check_sizes, check_types, flag_of
 
 # ModelConfig field -> Hugging Face key. The rotary fields have two places; see _rope_fields.
 HF_KEYS = {
@@ -175,7 +175,7 @@ class ModelConfig:
             message = str(error)
             for name, key in (HF_KEYS | ROPE_KEYS | {"rope_theta": "rope_theta"}).items():
                 # The file has keys, not flags.
-                message = message.replace(f"--{name.replace('_', '-')} ", f"{key} ")
+                message = message.replace(f"{flag_of(name)} ", f"{key} ")
             raise InputError(f"{source}: {message}") from None
 
     def to_hf(self) -> dict[str, Any]:

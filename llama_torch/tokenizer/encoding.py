@@ -38,11 +38,11 @@ class TextEncoding:
     @property
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer, loaded once in a process."""
-        return _load(self.directory, self.vocab_size, self.sha256)
+        return self.load()
 
-    def load(self) -> None:
-        """Load the tokenizer now, so that processes forked later share its memory."""
-        _load(self.directory, self.vocab_size, self.sha256)
+    def load(self) -> "Tokenizer":
+        """Return the tokenizer; processes forked later share its memory."""
+        return _load(self.directory, self.vocab_size, self.sha256)
 
     @property
     def flag(self) -> str:

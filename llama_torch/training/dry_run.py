@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.memory import gib
 from ..config import TrainConfig
 from ..data.corpus import describe
 from .setup import Run, setup
@@ -42,7 +43,7 @@ def report(config: TrainConfig) -> int:
     # One checkpoint more while it is written.
     bytes_kept = 12 * (config.keep_last + 1) + 4 * (1 + config.keep_best)
     print(f"{speed:,.0f} tokens/s, MFU {speed / at_peak:.1%}")
-    print(f"memory at most {peak_memory(run.device) / 2**30:.2f} GiB")
+    print(f"memory at most {gib(peak_memory(run.device), 2)}")
     print(f"checkpoints take {bytes_kept * run.n_parameters / 1e9:.2f} GB of disk")
     parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items())
     print(f"time {sum(times.values()):.0f} s: {parts}")

@@ -17,7 +17,7 @@ from ..checkpoint.single_file import SingleFile
 from ..checkpoint.state_interface import PARAMETER, TrainingState
 from ..checkpoint.step_folders import BEST
 from ..common.errors import InputError
-from ..common.state_file import CHECKSUM, shown, verified, with_checksum
+from ..common.state_file import CHECKSUM, abridged, verified, with_checksum
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from .state_tensors import state_tensors, stored_parameters
@@ -114,5 +114,5 @@ def read_best_loss(out: Path) -> float:
     val_loss = verified(metadata, f"--resume: {path}", remedy)[0].get("val_loss", "")
     # As repr spells a loss, which is neither negative nor infinite.
     if not re.fullmatch(r"\d{1,20}(\.\d{1,20})?(e-\d{1,3})?", val_loss, re.ASCII):
-        raise InputError(f"--resume: {path}: its val_loss is {shown(val_loss)}; {remedy}")
+        raise InputError(f"--resume: {path}: its val_loss is {abridged(val_loss)}; {remedy}")
     return float(val_loss)

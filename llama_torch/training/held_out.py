@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.file_names import RUN_FILE
 from ..checkpoint.step_folders import BEST
 from ..common.errors import InputError
 from ..common.settings import build
@@ -16,7 +17,7 @@ from ..model.config import ModelConfig
 from ..tokenizer.tokenizer import Tokenizer
 from .origin import recorded_encoding
 from .run_dir import find_again
-from .run_file import RUN_FILE, read_run, require_consistent
+from .run_file import read_run, require_consistent
 
 CHUNK = 1 << 20  # token ids read at a time
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..common.errors import InputError
+from ..common.errors import InputError, flag_of
 from ..common.memory import gib
 from ..config import TrainConfig
 from ..model.config import ModelConfig
@@ -132,7 +132,7 @@ def _require(
         return
     largest = max(needs, key=lambda need: need.n_bytes)
     settings = vars(config.model) | vars(config)
-    flags = [f"--{name.replace('_', '-')} {settings[name]}" for name in largest.fields]
+    flags = [f"{flag_of(name)} {settings[name]}" for name in largest.fields]
     for_all = f" for {processes} processes" if processes > 1 else ""
     raise InputError(
         f"{', '.join(flags)}: this run takes at least {gib(total)} of memory{for_all}, most of it "

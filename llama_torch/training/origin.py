@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..checkpoint import step_folders
 from ..common import cli
-from ..common.errors import InputError
+from ..common.errors import InputError, flag_of
 from ..common.files import read_json
 from ..common.settings import Setting, Settings, build, name_source
 from ..config import TrainConfig
@@ -39,8 +39,8 @@ def parse_config(argv: Sequence[str], settings: Settings, directory: str) -> Tra
     try:
         config = cli.parse(TrainConfig, argv, {**_settings_of(found, str(path)), **settings})
     except InputError as error:
-        given = {word.partition("=")[0] for word in argv} | {_flag(name) for name in settings}
-        if given.isdisjoint(_flag(name) for name in HF_KEYS if name != "max_seq_len"):
+        given = {word.partition("=")[0] for word in argv} | {flag_of(name) for name in settings}
+        if given.isdisjoint(flag_of(name) for name in HF_KEYS if name != "max_seq_len"):
             raise
         raise InputError(f"{error}; the model is that of {path}: leave its shape out") from None
     try:
@@ -83,7 +83,7 @@ def find_origin(config: TrainConfig) -> Origin:
 def recorded_model(record: RunRecord) -> ModelConfig:
     """Return the model of a run that has a checkpoint."""
     model = build(ModelConfig, record.settings)
-    if "init_from" not in record.settings or not record.settings["init_from"].value:
+    if not _is_begun_from_weights(record):
         return model
     path = record.path.parent / CONFIG
     return _with_own_limit(model, _read_model(path), path)
@@ -91,9 +91,13 @@ def recorded_model(record: RunRecord) -> ModelConfig:
 
 def recorded_encoding(record: RunRecord) -> TextEncoding:
     """Return the encoding of a run's text."""
-    if "init_from" not in record.settings or not record.settings["init_from"].value:
+    if not _is_begun_from_weights(record):
         return GPT2
     return load_encoding(record.path.parent, build(ModelConfig, record.settings).vocab_size)
+
+
+def _is_begun_from_weights(record: RunRecord) -> bool:
+    return "init_from" in record.settings and bool(record.settings["init_from"].value)
 
 
 def _read_model(path: Path, flag: str = "") -> ModelConfig:
@@ -117,14 +121,10 @@ def _with_own_limit(
         own = getattr(found, name)
         if name != "max_seq_len" and value != own:
             key = f"{HF_KEYS.get(name, name)}={own}"
-            raise InputError(f"{_flag(name)} {value} contradicts {path} ({key}); {remedy}")
+            raise InputError(f"{flag_of(name)} {value} contradicts {path} ({key}); {remedy}")
     if model.max_seq_len > limit:
         raise InputError(
             f"--max-seq-len {model.max_seq_len} is more than {path} allows "
             f"({HF_KEYS['max_seq_len']}={limit}); use at most that"
         )
     return found
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -2,7 +2,7 @@
 
 import os
 
-from ..common.errors import InputError
+from ..common.errors import InputError, flag_of
 from ..common.torchrun import process_count
 from ..config import TrainConfig
 
@@ -25,8 +25,8 @@ def check_parallel_layout(config: TrainConfig) -> None:
     for name in ("n_heads", "n_kv_heads", "hidden_dim"):
         if getattr(config.model, name) % tp:
             raise InputError(
-                f"--tp {tp} does not divide --{name.replace('_', '-')} "
-                f"{getattr(config.model, name)}; choose a common divisor"
+                f"--tp {tp} does not divide {flag_of(name)} {getattr(config.model, name)}; choose "
+                "a common divisor"
             )
     if config.batch_size * config.grad_accum % (world // tp):
         raise InputError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint import step_folders
 from ..checkpoint.directory_files import write_directory_files
-from ..checkpoint.file_names import AROUND, MODEL_FILE, STATE_FILE
+from ..checkpoint.file_names import AROUND, MODEL_FILE, RUN_FILE, STATE_FILE
 from ..checkpoint.step_folders import BEST
 from ..common import cli
 from ..common.errors import InputError, is_digits, printable
@@ -21,7 +21,7 @@ from ..common.torchrun import is_launched, job_name
 from ..config import ParallelConfig, TrainConfig
 from ..data.text_files import names_text
 from .origin import Origin, parse_config
-from .run_file import RUN_FILE, read_run, write_record
+from .run_file import read_run, write_record
 from .run_length import require_same_length, require_steps_left, steps_done
 
 if TYPE_CHECKING:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
+from ..checkpoint.file_names import RUN_FILE
+from ..common.errors import InputError, flag_of
 from ..common.settings import Settings, check_settings
-from ..common.state_file import read_state, require_count, shown, write_state
+from ..common.state_file import abridged, read_state, require_count, write_state
 from ..config import TrainConfig
-
-RUN_FILE = "run.json"
 
 PER_START = ("config", "out", "resume")  # settings of one start of a run, not of the run
 
@@ -56,7 +55,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         for entry in lengths if isinstance(lengths, list) else [lengths]:
             if not isinstance(entry, dict) or entry.keys() != {"until_step", "steps"}:
-                raise ValueError(f"lengths holds {shown(entry)}")
+                raise ValueError(f"lengths holds {abridged(entry)}")
             require_count("until_step of lengths", entry["until_step"])
             require_count("steps of lengths", entry["steps"], 1)
     except ValueError as error:
@@ -78,8 +77,8 @@ def require_consistent(record: RunRecord) -> None:
         given = record.settings.get(key, setting).value
         if key != "steps" and given != setting.value:
             raise InputError(
-                f"{record.path}: {key} is {shown(_as_stored(given))} in its settings and "
-                f"{shown(_as_stored(setting.value))} in its identity; put it back as it was"
+                f"{record.path}: {key} is {abridged(_as_stored(given))} in its settings and "
+                f"{abridged(_as_stored(setting.value))} in its identity; put it back as it was"
             )
 
 
@@ -104,7 +103,7 @@ def differences(stored: Settings, config: TrainConfig) -> list[str]:
     # A setting that did not exist when the run began had its default's effect.
     there, here = {**_identity(TrainConfig()), **stored}, _identity(config)
     return [
-        f"--{key.replace('_', '-')} is {_as_stored(there[key].value)} there and "
+        f"{flag_of(key)} is {_as_stored(there[key].value)} there and "
         f"{_as_stored(here[key].value)} here"
         for key in sorted(here)
         if key != "steps" and there[key].value != here[key].value  # see run_length.py

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_torch.checkpoint.file_names import GENERATION_FILE
-from llama_torch.common.errors import InputError
+from llama_torch.common.errors import InputError, flag_of
 from llama_torch.common.files import read_json
 from llama_torch.common.notes import note
 from llama_torch.model.config import ModelConfig
@@ -31,7 +31,7 @@ def ids_of_flags(bos: int, eos: tuple[int, ...], vocab_size: int) -> TokenIds:
     if eos:
         ids[EOS] = _one_or_list(eos)
     for key, value in ids.items():
-        _require_known(value, vocab_size, f"--{key.replace('_', '-')}", "give one of its ids")
+        _require_known(value, vocab_size, flag_of(key), "give one of its ids")
     return ids
 
 
@@ -75,7 +75,7 @@ def require_ids(ids: TokenIds, filed: TokenIds, folder: Path) -> None:
     No BOS is good enough where the files that tell an end token have none.
     """
     if EOS not in ids or (BOS not in ids and EOS not in filed):
-        flags = [f"--{key.replace('_', '-')}" for key in (EOS, BOS) if key not in ids]
+        flags = [flag_of(key) for key in (EOS, BOS) if key not in ids]
         raise InputError(
             f"{folder}: no file tells which token ends a text or begins one; give "
             f"{' and '.join(flags)}, or put the checkpoint's tokenizer there"
