@@ -212,8 +212,8 @@ def with_kinds(proto: bytes, kinds: Mapping[int, int]) -> bytes:
             # A field that stands twice has its last value.
             message = proto[start:end] + bytes([3 << 3, kinds[i]])
             head = proto[done:start]
-            length = _varint(len(message))
-            found += [head[: len(head) - len(_varint(end - start))], length, message]
+            length = varint(len(message))
+            found += [head[: len(head) - len(varint(end - start))], length, message]
             done = end
     return b"".join([*found, proto[done:]])
 
@@ -244,7 +244,8 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
     return value | message[at] << shift, at + 1
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Return protocol buffers' encoding of a number from 0 to 2^64 - 1."""
     found = bytearray()
     while value > 0x7F:
         found.append(value & 0x7F | 0x80)

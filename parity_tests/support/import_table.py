@@ -64,7 +64,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "tools": (*PROGRAM, "reference_np", *PARTS_OF_TOOLS),
     # conversion has the reader of GGUF files.
     "tools.comparison": (*PROGRAM, "reference_np", "tools.conversion"),
-    "tools.benchmarks": (*PROGRAM, "reference_np", "tools.shapes"),
+    "tools.benchmarks": (*PROGRAM, "reference_np", "tools.conversion", "tools.shapes"),
     "tools.conversion": (*PROGRAM, "reference_np"),
     "tools.shapes": ("llama_torch.model",),
     # The suite that outsiders run stands on the specification alone.

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from tools import convert
-from tools.benchmarks import llama_cpp_peer
 from tools.conversion.gguf_checkpoint import GgufCheckpoint, gguf_name, interleaved
 
 from ..backends.torch_model import save_numpy
@@ -232,7 +231,8 @@ def test_names_and_rows_are_llama_cpps(tmp_path: Path) -> None:
         assert gguf_name(name) == names.get_name(name, try_suffixes=(".weight",))
     for part, heads in (("q", CONFIG.n_heads), ("k", CONFIG.n_kv_heads)):
         value = params[f"model.layers.0.self_attn.{part}_proj.weight"]
-        expected = llama_cpp_peer.interleaved(torch.from_numpy(value), CONFIG.head_dim)
+        pairs = torch.from_numpy(value).unflatten(0, (-1, 2, CONFIG.head_dim // 2))
+        expected = pairs.transpose(1, 2).flatten(0, 2)
         np.testing.assert_array_equal(interleaved(value, heads), expected.numpy())
 
 

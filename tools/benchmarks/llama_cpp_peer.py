@@ -12,50 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llama_torch.model.llama import Llama
+from tools.conversion.gguf_model import write_gguf
+from tools.conversion.lazy_weights import Model, Weight
 
 MICRO_BATCH = 512  # prompt tokens that llama.cpp computes at once; its own default
 
 
-def write_gguf(path: Path, model: Llama) -> None:
+def write_peers_model(path: Path, model: Llama) -> None:
     """Write the model as a float32 GGUF file of the llama architecture, without a vocabulary."""
-    import gguf
-
-    config = model.config
-    assert config.rope_type == "default"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
-    for name, weight in model.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = interleaved(weight, config.head_dim)
-        array = weight.float().cpu().contiguous().numpy()
-        translated = names.get_name(name, try_suffixes=(".weight",))
-        assert translated is not None
-        writer.add_tensor(translated, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Return a matrix [H * K, D] whose rotated pairs of rows (i, i + K / 2) are (2i, 2i + 1)."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    weights = {
+        name: Weight(tuple(tensor.shape), tensor.dtype, tensor.cpu)
+        for name, tensor in model.state_dict().items()
+    }
+    without = {"tokenizer.ggml.model": "none"}
+    write_gguf(path, Model(model.config, weights), torch.float32, without)
 
 
 class LlamaCpp:
@@ -127,7 +99,7 @@ def llama_cpp_peer(model: Llama, flash: bool) -> Iterator[LlamaCpp | None]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_gguf(path, model)
+        write_peers_model(path, model)
         peer = LlamaCpp(path, model.config.max_seq_len, flash)
         try:
             yield peer

@@ -23,7 +23,7 @@ from reference_np.config import InputError, LlamaConfig
 from reference_np.naming import EMBED, LM_HEAD
 from tools.conversion.file_kinds import is_gguf
 from tools.conversion.gguf_checkpoint import GgufCheckpoint
-from tools.conversion.gguf_model import read_gguf
+from tools.conversion.gguf_model import model_of
 
 from .sides import Advance, Side
 from .trace_file import Call, TraceWriter
@@ -112,7 +112,7 @@ def make_torch_side(kind: str, dtype: str, path: Path, spec: str) -> Side:
 def _opened(path: Path) -> tuple[ModelConfig, Callable[[str], Tensor]]:
     """Return a checkpoint's config, and a function that reads a parameter as it is stored."""
     if is_gguf(path):
-        model = read_gguf(path)
+        model = model_of(GgufCheckpoint(path))
         return model.config, lambda name: model.weights[name].read()
     config, files = locate(path)
     return config, lambda name: read_tensor(files[name].file, name, files[name].dtype)

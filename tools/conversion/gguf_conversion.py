@@ -9,8 +9,8 @@ from llama_torch.common.files import atomic_write
 from llama_torch.model.config import ModelConfig
 
 from . import token_ids
-from .gguf_file import GgufFile
-from .gguf_model import read_gguf, require_library, write_gguf
+from .gguf_checkpoint import GgufCheckpoint
+from .gguf_model import model_of, require_library, write_gguf
 from .gguf_tokenizer import vocabulary_of
 from .gguf_vocabulary import token_ids_of, tokenizer_files
 from .hf_checkpoint import read_hf, write_hf
@@ -27,7 +27,8 @@ def from_gguf(
     eos: tuple[int, ...],
 ) -> ModelConfig:
     """Write a GGUF file's model into a folder, with its tokenizer; return its config."""
-    model, file = read_gguf(source), GgufFile(source)
+    checkpoint = GgufCheckpoint(source)
+    model, file = model_of(checkpoint), checkpoint.file
     size = model.config.vocab_size
     flagged = token_ids.ids_of_flags(bos, eos, size)
     ids: TokenIds = token_ids_of(file, size) | flagged

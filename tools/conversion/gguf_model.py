@@ -25,10 +25,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def read_gguf(path: Path) -> Model:
-    """Open a GGUF file; InputError as GgufCheckpoint raises it. Q8_0 is read as float32, exact."""
-    checkpoint = GgufCheckpoint(path)
-    config = ModelConfig.from_hf(checkpoint.hf, str(path))
+def model_of(checkpoint: GgufCheckpoint) -> Model:
+    """Return the model of a GGUF file. Q8_0 is read as float32, exact."""
+    config = ModelConfig.from_hf(checkpoint.hf, str(checkpoint.path))
     weights = {}
     for name in checkpoint:
         entry = checkpoint.entry(name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_torch.common.errors import InputError
 from llama_torch.common.notes import note
-from llama_torch.tokenizer.pieces import UNKNOWN
+from llama_torch.tokenizer.pieces import UNKNOWN, varint
 
 from .gguf_file import GgufFile
 from .gguf_tokenizer import BPE, CONTROL, PRE, UNUSED, USER_DEFINED
@@ -119,9 +119,9 @@ def _pieces_model(file: GgufFile, tokens: list[str], kinds: list[int]) -> bytes:
     parts = []
     for token, score, kind in zip(tokens, scores.tolist(), kinds, strict=False):
         text = token.encode()
-        piece = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", score)
-        piece += b"\x18" + _varint(kind & 0x7F)
-        parts.append(b"\x0a" + _varint(len(piece)) + piece)
+        piece = b"\x0a" + varint(len(text)) + text + b"\x15" + struct.pack("<f", score)
+        piece += b"\x18" + varint(kind & 0x7F)
+        parts.append(b"\x0a" + varint(len(piece)) + piece)
     trainer = {3: BPE, 4: len(tokens), 35: 1}  # with pieces for bytes
     for name, number in (("unknown", 40), ("bos", 41), ("eos", 42), ("padding", 43)):
         id_ = file.metadata.get(f"{KEYS}{name}_token_id")
@@ -130,22 +130,14 @@ def _pieces_model(file: GgufFile, tokens: list[str], kinds: list[int]) -> bytes:
         trainer[40] = kinds.index(UNKNOWN)
     normalizer = b"\x0a\x08identity" + _numbers({3: 1, 4: 0, 5: 1})
     settings = _numbers(trainer)
-    content = b"".join(parts) + b"\x12" + _varint(len(settings)) + settings
-    return content + b"\x1a" + _varint(len(normalizer)) + normalizer
+    content = b"".join(parts) + b"\x12" + varint(len(settings)) + settings
+    return content + b"\x1a" + varint(len(normalizer)) + normalizer
 
 
 def _numbers(fields: Mapping[int, int]) -> bytes:
     """Return protocol buffers' encoding of numbers by their fields."""
-    pairs = (_varint(number << 3) + _varint(value % 2**64) for number, value in fields.items())
+    pairs = (varint(number << 3) + varint(value % 2**64) for number, value in fields.items())
     return b"".join(pairs)
-
-
-def _varint(value: int) -> bytes:
-    found = bytearray()
-    while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*found, value])
 
 
 def _json(
