@@ -78,3 +78,9 @@ def write_model(folder: Path, config: ModelConfig, seed: int = 0) -> None:
     model.init_weights(torch.Generator().manual_seed(seed))
     write_directory_files(folder, config)
     save_model(folder, config, model.state_dict())
+
+
+def small_model(folder: Path) -> Path:
+    """Write a model directory of one layer into a folder, and return that."""
+    write_model(folder, ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=24))
+    return folder

@@ -6,8 +6,8 @@ They import torch and nothing of llama_torch.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ml_dtypes
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from reference_np.backend import Array, Params
 from reference_np.grad import Batch
 from reference_np.ops import IGNORE
+from tools.comparison.float64 import LiftFloat32
 
 Tensors = dict[str, Tensor]
 
@@ -47,31 +47,7 @@ def lifted(params: Params) -> AbstractContextManager[Any]:
     the context too: tables of angles are made then.
     """
     is_float64 = next(iter(params.values())).dtype == np.float64
-    return _Lift({torch.float32: torch.float64} if is_float64 else {})
-
-
-class _Lift(TorchFunctionMode):
-    """Replaces dtypes among the arguments of every call of torch."""
-
-    def __init__(self, lift: Mapping[torch.dtype, torch.dtype]) -> None:
-        super().__init__()
-        self.lift = lift
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self.lift or func is torch.Tensor.view:  # no cast: it reads the same bits
-            return func(*args, **kwargs)
-        if func is torch.Tensor.float:
-            return args[0].to(torch.float64)
-        return func(
-            *(self._lifted(value) for value in args),
-            **{key: self._lifted(value) for key, value in kwargs.items()},
-        )
-
-    def _lifted(self, value: Any) -> Any:
-        return self.lift.get(value, value) if isinstance(value, torch.dtype) else value
+    return LiftFloat32() if is_float64 else nullcontext()
 
 
 def continued(cache: Any, fresh: Callable[[], nn.Module]) -> Any:

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import settings
 
 from llama_torch.common import cli, interrupt
-from llama_torch.model.config import ModelConfig
 
-from ..backends.torch_model import write_model
+from ..backends.torch_model import small_model
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = [
@@ -53,10 +52,7 @@ def python(*arguments: str, path: Path | None = None) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    shape = ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=24)
-    write_model(folder, shape)
-    return folder
+    return small_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])

@@ -11,7 +11,6 @@ from llama_torch.config import DataConfig
 from llama_torch.data.corpus import load_corpus
 from llama_torch.data.shards import TokenShards
 from llama_torch.data.text_files import find_files, identify
-from llama_torch.model.config import ModelConfig
 from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.tokenizer import Gpt2
@@ -20,17 +19,14 @@ from reference_np.config import InputError as OracleInputError
 from tools import compare, convert
 from tools.comparison.trace_file import TraceFile
 
-from ..backends.torch_model import write_model
+from ..backends.torch_model import small_model
 
 NAMES = ["x" * 300, "x/" * 3000, "a\0b", "a\ud800b", "x" * 300 + "*"]
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    shape = ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=24)
-    write_model(folder, shape)
-    return folder
+    return small_model(tmp_path_factory.mktemp("model"))
 
 
 def corpus(data: str, cache: str) -> object:

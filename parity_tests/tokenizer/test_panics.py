@@ -29,7 +29,7 @@ from llama_torch.training import validate
 from reference_np.config import LlamaConfig
 from tools.comparison.inputs import token_ids
 
-from ..backends.torch_model import write_model
+from ..backends.torch_model import small_model
 from ..support.tokenizers import byte_level
 
 BAD = "panics"
@@ -54,10 +54,7 @@ def panicking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    config = ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=24)
-    write_model(folder, config)
-    return folder
+    return small_model(tmp_path_factory.mktemp("model"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:

@@ -14,31 +14,7 @@ from transformers.models.llama import modeling_llama
 from reference_np.backend import Array
 
 from .empty_weights import without_weights
-
-
-class LiftFloat32(torch.overrides.TorchFunctionMode):
-    """Replaces every cast to float32 by one to float64.
-
-    transformers' Llama computes its norms and rotary tables in float32 whatever the model's
-    dtype. That would limit a comparison to some 1e-7, too coarse to see a wrong epsilon.
-    """
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.view:  # no cast: files are read by it
-            return func(*args, **kwargs)
-        if func is torch.Tensor.float:
-            return args[0].to(torch.float64)
-        lift = {torch.float32: torch.float64}
-        args = tuple(lift.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
-        kwargs = {k: lift.get(v, v) if isinstance(v, torch.dtype) else v for k, v in kwargs.items()}
-        return func(*args, **kwargs)
+from .float64 import LiftFloat32
 
 
 def config_from(hf: Mapping[str, Any], n_layers: int) -> Any:
