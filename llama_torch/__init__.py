@@ -4,14 +4,22 @@ Read in this order: model/ (config, llama, masks, rope, kv_cache, loss); trainin
 data/; tokenizer/; inference/ (engine, decoding, sampling, eager_step, text_model); kernels/.
 """
 
-from .common.interrupt import end_while_importing, is_starting_command
+import importlib.util
 
-if is_starting_command():
+from llama_common.interrupt import end_while_importing, is_starting_command
+
+if is_starting_command(__name__):
     end_while_importing()
+
+from .common.requirement import refuse
+
+if importlib.util.find_spec("torch") is None:
+    refuse(is_starting_command(__name__))
 
 from typing import TYPE_CHECKING
 
-from .common.errors import InputError
+from llama_common.errors import InputError
+
 from .common.lazy import lazy_names
 from .inference.config import SamplingConfig
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from llama_common import cli
+from llama_common.errors import InputError, check_text
+
 from .checkpoint.weight_files import require_weights
-from .common import cli
-from .common.errors import InputError, check_text
 from .inference.config import DecodingConfig, LoadConfig, SamplingConfig
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from .common.errors import check, check_positive, check_text
+from llama_common.errors import check, check_positive, check_text
+
 from .model.config import ModelConfig
 
 MOST_WORKERS = 1024  # more than any machine has cores

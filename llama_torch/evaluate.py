@@ -22,10 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from llama_common import cli
+from llama_common.errors import InputError, check, check_positive, printable
+
 from .checkpoint.file_names import RUN_FILE
 from .checkpoint.weight_files import require_weights
-from .common import cli
-from .common.errors import InputError, check, check_positive, printable
 from .data.text_files import find_files
 from .inference.config import LoadConfig
 

@@ -8,11 +8,12 @@ from typing import Annotated, ClassVar
 
 import tyro
 
+from llama_common import cli
+from llama_common.errors import InputError, check, printable
+from llama_common.files import new_folder
+
 from .checkpoint import step_folders
 from .checkpoint.file_names import RUN_FILE
-from .common import cli
-from .common.errors import InputError, check, printable
-from .common.files import new_folder
 from .common.state_file import MOST
 from .training.origin import recorded_model
 from .training.run_file import read_run, require_consistent

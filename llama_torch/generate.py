@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from llama_common import cli
+from llama_common.errors import check, check_text, printable
+
 from .checkpoint.weight_files import require_weights
-from .common import cli
-from .common.errors import check, check_text, printable
 from .inference.config import PREFILL_CHUNK, DecodingConfig, LoadConfig, SamplingConfig, check_chunk
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from llama_common import cli
+from llama_common.errors import InputError, check, check_positive, printable, quoted
+from llama_common.files import read_json
+
 from .checkpoint.file_names import TOKENIZERS
-from .common import cli
-from .common.errors import InputError, check, check_positive, printable, quoted
-from .common.files import read_json
 from .data.text_files import find_files, identify, require_found
 from .model.config import ModelConfig
 from .tokenizer.encoding import GPT2, TextEncoding, load_encoding

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama_common import cli
+from llama_common.errors import printable, quoted
+
 from .checkpoint import step_folders
 from .checkpoint.file_names import RUN_FILE
-from .common import cli
-from .common.errors import printable, quoted
 from .common.torchrun import exit_process, is_launched, is_main_process, is_restarted
 from .config import TrainConfig
 from .data.text_files import require_found

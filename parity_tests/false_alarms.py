@@ -23,16 +23,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llama_torch.common import cli
-from llama_torch.common.errors import InputError
+from llama_common import cli
+from llama_common.errors import InputError
+from llama_parity import compare
+from llama_parity.comparison.judging import Reference
 from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.mutants import FORWARD
 from reference_np.naming import parameter_shapes
 from reference_np.ops import Array
 from reference_np.tolerances import Errors, attention_bound
-from tools import compare
-from tools.comparison.judging import Reference
 
 from .backends.torch_model import save_numpy
 from .planted.honest_kernels import KERNELS

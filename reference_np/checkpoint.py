@@ -1,19 +1,14 @@
 """Reading of safetensors files, as a lazy mapping from parameter name to array."""
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16, which safetensors then hands to NumPy)
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from .config import InputError, LlamaConfig
-from .foreign import INDEX_FILE, MODEL_FILE, explain_absence, missing, require_no_other_kind
 from .naming import (
     DERIVED_SUFFIX,
     EMBED,
@@ -24,6 +19,7 @@ from .naming import (
     parameter_shape,
 )
 from .ops import Array
+from .weight_files import Header, load_json, parse_json, weight_files
 
 SHOWN = 3  # tensors that a message names, of each kind of problem
 
@@ -48,10 +44,7 @@ class Checkpoint(Mapping[str, Array]):
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.float32, np.float64):
             raise InputError(f"the oracle computes in float32 or float64, not {self.dtype}")
-        self._files = {
-            name: _Header(self.path / name if self.path.is_dir() else self.path)
-            for name in _shard_names(self.path)
-        }
+        self._files = {path.name: Header(path) for path in weight_files(self.path)}
         self._headers = self._find_tensors()
         self.config = _read_config(self.path, self._files)
         if self.config.tie_embeddings and {EMBED, LM_HEAD} <= self._headers.keys():
@@ -75,8 +68,8 @@ class Checkpoint(Mapping[str, Array]):
         """The files that the tensors are read from."""
         return [header.path for header in self._files.values()]
 
-    def _find_tensors(self) -> dict[str, "_Header"]:
-        headers: dict[str, _Header] = {}
+    def _find_tensors(self) -> dict[str, Header]:
+        headers: dict[str, Header] = {}
         for header in self._files.values():
             for name in header.shapes:
                 if name in headers:
@@ -105,41 +98,6 @@ class Checkpoint(Mapping[str, Array]):
         problems += [*odd[:SHOWN], *_count_rest(len(odd), "stored as no float")]
         if problems:
             raise InputError(f"{self.path}: does not fit its config: {'; '.join(problems)}")
-
-
-class _Header:
-    """Metadata, names, shapes and dtypes of one safetensors file, without its data."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not os.path.isfile(path):  # false for a name that no file can have
-            raise InputError(f"{path}: no such file; give a .safetensors file or its directory")
-        try:
-            with safe_open(path, framework="np") as file:
-                self.metadata: dict[str, str] = file.metadata() or {}
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-                self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path}: not a complete safetensors file ({error}); save or copy it again"
-            ) from None
-
-    def stored_name(self, name: str) -> str:
-        """Return a parameter's name in the file; a tied embedding may be stored as the head."""
-        return LM_HEAD if name == EMBED and EMBED not in self.shapes else name
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a parameter."""
-        return self.shapes[self.stored_name(name)]
-
-    def read(self, name: str) -> Array:
-        """Return a parameter as it is stored."""
-        # Opened anew each time: the memory map goes away with the tensor's last use, so that
-        # a file of any size is read in the memory of its largest tensor.
-        with safe_open(self.path, framework="np") as file:
-            tensor: Array = file.get_tensor(self.stored_name(name))
-        return tensor
 
 
 def describe_mismatch(config: LlamaConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -173,28 +131,7 @@ def _count_rest(count: int, kind: str) -> list[str]:
     return [f"{count - SHOWN:,} more are {kind}"] if count > SHOWN else []
 
 
-def _shard_names(path: Path) -> list[str]:
-    if not os.path.exists(path):  # false for a name that no file can have
-        raise missing(path)
-    if not path.is_dir():
-        require_no_other_kind(path)
-        return [path.name]
-    index, single = path / INDEX_FILE, path / MODEL_FILE
-    if not index.is_file() and not single.is_file():
-        raise explain_absence(path)
-    # Beside a whole model an index is of an earlier save; transformers reads the model too.
-    if single.is_file():
-        return [MODEL_FILE]
-    weight_map = load_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: has no weight_map; save the checkpoint again")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise InputError(f"{index}: {shard!r} is not the name of a file beside it; correct it")
-    return sorted(set(weight_map.values()))
-
-
-def _read_config(path: Path, files: Mapping[str, _Header]) -> LlamaConfig:
+def _read_config(path: Path, files: Mapping[str, Header]) -> LlamaConfig:
     beside = (path if path.is_dir() else path.parent) / "config.json"
     found = {str(beside): load_json(beside)} if beside.is_file() else {}
     for file in files.values():
@@ -209,23 +146,3 @@ def _read_config(path: Path, files: Mapping[str, _Header]) -> LlamaConfig:
         if other != config:
             raise InputError(f"{first}: contradicts the config stored in {source}; keep one")
     return config
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; InputError names the file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    return parse_json(text, str(path))
-
-
-def parse_json(text: str, source: str) -> dict[str, Any]:
-    """Return the JSON object in a text; InputError names its ``source``."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: is not JSON ({error}); write it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{source}: is not a JSON object; write it again")
-    return value

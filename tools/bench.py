@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    # Ctrl-C while modules are imported: see llama_common/interrupt.py. cli.run takes over.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
@@ -26,8 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from llama_torch.common import cli
-from llama_torch.common.errors import InputError, check
+from llama_common import cli
+from llama_common.errors import InputError, check
 
 ON_CPU = ("train", "decode", "prefill", "numpy-prefill", "numpy-decode")
 ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")

@@ -1,10 +1,6 @@
-"""Compare an implementation's activations with the NumPy oracle's, and name the bug if any.
+"""Compare an implementation with the NumPy oracle: ``python tools/compare.py CKPT``.
 
-``python tools/compare.py ckpt.safetensors``; exit code 0: within bounds, 1: not, 2: bad input.
-
-The other side is run first and its activations are recorded. Then the oracle runs the same calls,
-layer by layer, in float64, which counts as exact, and in the dtype under test. The error of the
-latter is the baseline: the other side's may be BASELINE_FACTOR times as large.
+The command is llama_parity/compare.py; installed, it is ``llama-parity compare``.
 """
 
 import signal
@@ -12,162 +8,18 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    # Ctrl-C while modules are imported: see llama_common/interrupt.py. cli.run takes over.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # The tools are not installed. Run as a script, their folder is on the path, where its parent
-    # should be; and --against package.module:object is likely to live in the current folder.
+    # The folder of a script is on the path, where its parent should be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    sys.path.append("")
+    sys.path.append("")  # for --against package.module:object
 
-import json
-import tempfile
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from llama_parity.compare import main
 
-import reference_np.config
-from llama_torch.checkpoint.weight_files import require_weights
-from llama_torch.common import cli
-from llama_torch.common.errors import InputError
-from llama_torch.common.files import write_text
-from tools.comparison.config import LENGTH, CompareConfig
-from tools.conversion.file_kinds import is_gguf
-
-if TYPE_CHECKING:
-    from reference_np.config import LlamaConfig
-    from reference_np.ops import Array
-    from tools.comparison.sides import Side
-    from tools.comparison.trace_file import Call
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    try:
-        return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
-    except reference_np.config.InputError as error:
-        cli.complain(error)
-        return 2
-
-
-def _main(argv: Sequence[str]) -> int:
-    settings = cli.parse(CompareConfig, argv)
-    path = Path(settings.ckpt)
-    _check_outputs(settings, _require_gguf(path) if is_gguf(path) else require_weights(path))
-    return _compare(settings)
-
-
-def _require_gguf(path: Path) -> list[Path]:
-    """Return the path of a GGUF file in a list; InputError unless its header can be read."""
-    from tools.conversion.gguf_file import GgufFile
-
-    return [GgufFile(path).path]
-
-
-def _compare(settings: CompareConfig) -> int:
-    # These import NumPy and torch, which takes seconds: a wrong flag is told before.
-    import numpy as np
-
-    from tools.comparison import training_task
-    from tools.comparison.against import find_side
-    from tools.comparison.run import check_trains, layer_range, progress, run_comparison
-    from tools.comparison.source import open_checkpoint
-
-    checkpoint = open_checkpoint(settings.ckpt, np.float64)
-    side = find_side(settings.against, settings.dtype, checkpoint)
-    layers = layer_range(settings.layers, checkpoint.config.n_layers)
-    if settings.grads:
-        check_trains(side)
-    ids, calls = _input(settings, side, checkpoint.config)
-    batches = None
-    if settings.grads:
-        batches = training_task.make_batches(ids[: max(settings.tokens, default=LENGTH)])
-    with (
-        progress() as start,
-        tempfile.TemporaryDirectory() as folder,
-        np.errstate(all="ignore"),  # the report names activations that are not finite
-    ):
-        report = run_comparison(
-            settings, checkpoint, side, calls, batches, layers, start, Path(folder)
-        )
-    _write(report, settings)
-    return 0 if report["verdict"]["holds"] else 1
-
-
-def _write(report: dict[str, Any], settings: CompareConfig) -> None:
-    """Write the report to the files asked for, and its table to the terminal."""
-    from rich.console import Console
-
-    from tools.comparison import text_report
-
-    if settings.html:
-        from tools.comparison.html_report import page
-
-        write_text(Path(settings.html).resolve(), page(report))
-    if settings.json:
-        text = json.dumps(report, allow_nan=False)
-        if settings.json == "-":
-            print(text)
-        else:
-            write_text(Path(settings.json).resolve(), text + "\n")
-    if settings.json != "-":
-        console = Console(highlight=False)
-        console.width = max(console.width, 100) if not console.is_terminal else console.width
-        text_report.print_report(report, console, settings.all)
-
-
-def _check_outputs(settings: CompareConfig, files: Sequence[Path]) -> None:
-    """Raise InputError where a report cannot be written, or would overwrite an input."""
-    ckpt = Path(settings.ckpt)
-    inputs = [*files, settings.against, settings.file or ckpt]
-    taken = {Path(path).resolve() for path in inputs}
-    for flag in ("json", "html", "trace"):
-        name = getattr(settings, flag)
-        if name in ("", "-"):
-            continue
-        path = Path(name).resolve()
-        if path in taken or (path.suffix in (".json", ".safetensors") and _in(path, ckpt)):
-            raise InputError(f"--{flag} {name}: would overwrite an input or another report")
-        if path.exists() and not path.is_file():
-            raise InputError(f"--{flag} {name}: is no file; give the name of one")
-        if not path.parent.is_dir():
-            raise InputError(f"--{flag} {name}: there is no directory {path.parent}; make it first")
-        taken.add(path)
-
-
-def _in(path: Path, ckpt: Path) -> bool:
-    """Return whether a path is an existing file of the checkpoint's own directory."""
-    return ckpt.is_dir() and path.parent == ckpt.resolve() and path.exists()
-
-
-def _input(
-    settings: CompareConfig, side: "Side", config: "LlamaConfig"
-) -> "tuple[Array, Sequence[Call]]":
-    """Return the token ids [n] and the calls to run; a trace has its own calls, and no ids.
-
-    Raises InputError for flags of the input beside a trace.
-    """
-    import numpy as np
-
-    from tools.comparison.inputs import make_calls, token_ids
-
-    if side.trace is not None:
-        for flag in ("prompt", "file", "ids", "tokens"):
-            if getattr(settings, flag):
-                raise InputError(f"--{flag}: a trace is compared on its own tokens; leave it out")
-        return np.zeros(0, np.int64), side.trace.calls
-    ids = token_ids(
-        config,
-        prompt=settings.prompt,
-        file=settings.file,
-        ids=settings.ids,
-        limit=max(settings.tokens, default=config.max_seq_len),
-    )
-    given = settings.prompt or settings.file or settings.ids
-    lengths = settings.tokens or ((len(ids),) if given else (LENGTH,))
-    return ids, make_calls(ids, config, lengths, settings.steps)
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    # SystemExit, so that SIGTERM too removes the recording.
+    # SystemExit, so that SIGTERM too removes what is half-written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    # Ctrl-C while modules are imported: see llama_common/interrupt.py. cli.run takes over.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from llama_torch.common import cli
-from llama_torch.common.errors import InputError, check, check_positive
-from llama_torch.common.files import write_text
+from llama_common import cli
+from llama_common.errors import InputError, check, check_positive
+from llama_common.files import write_text
 from llama_torch.config import DataConfig, OptimConfig, TrainConfig
 from llama_torch.data.text_files import require_found
 from llama_torch.model.config import ModelConfig

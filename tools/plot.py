@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    # Ctrl-C while modules are imported: see llama_common/interrupt.py. cli.run takes over.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
@@ -19,9 +19,9 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from llama_torch.common import cli
-from llama_torch.common.errors import InputError
-from llama_torch.common.files import atomic_write
+from llama_common import cli
+from llama_common.errors import InputError
+from llama_common.files import atomic_write
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Ctrl-C while modules are imported: see llama_torch/common/interrupt.py. cli.run takes over.
+    # Ctrl-C while modules are imported: see llama_common/interrupt.py. cli.run takes over.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The tools are not installed. Run as a script, their folder is on the path, where its parent
@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
+from llama_common import cli
+from llama_common.errors import InputError, check
+from llama_common.files import atomic_write, write_text
+from llama_common.memory import gib
 from llama_torch.checkpoint.file_names import INDEX_FILE
-from llama_torch.common import cli
-from llama_torch.common.errors import InputError, check
-from llama_torch.common.files import atomic_write, write_text
-from llama_torch.common.memory import gib
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.shapes import ParameterShapes, parameter_count
 from tools.shapes import SHAPES

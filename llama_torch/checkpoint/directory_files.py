@@ -5,7 +5,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from ..common.files import atomic_write, read_json, write_text
+from llama_common.files import atomic_write, read_json, write_text
+
 from ..model.config import ModelConfig
 from ..tokenizer.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .file_names import AROUND, TOKENIZERS

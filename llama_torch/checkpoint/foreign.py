@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from .file_names import INDEX_FILE, META_FILES, METADATA_FILE, MODEL_FILE, RUN_FILE, STATE_FILE
 
 GIVE = "give a model directory or a .safetensors file"

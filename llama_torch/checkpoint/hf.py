@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..common.errors import InputError
-from ..common.files import atomic_write, parse_json, read_json
+from llama_common.errors import InputError
+from llama_common.files import atomic_write, parse_json, read_json
+
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..model.shapes import EMBEDDING, HEAD, ParameterShapes

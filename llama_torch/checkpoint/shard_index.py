@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..common.state_file import abridged
 from .file_names import METADATA_FILE
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..common.sharded_tensor import is_sharded
 from ..common.state_file import read_state, write_state
 from .shard_index import read_index, require_backed

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common.errors import InputError, is_digits
-from ..common.files import remove
+from llama_common.errors import InputError, is_digits
+from llama_common.files import remove
+
 from ..common.sharded_tensor import is_sharded
 from ..common.state_file import abridged, verified, with_checksum
 from .file_names import STATE_FILE

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..common.state_file import abridged, require_count
 
 COPY_AGAIN = "copy the checkpoint again"

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..common.errors import InputError, is_digits
-from ..common.files import flush, publish_folder, remove
+from llama_common.errors import InputError, is_digits
+from llama_common.files import flush, publish_folder, remove
+
 from ..common.state_file import MOST
 from .file_names import MODEL_FILE
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..model.config import ModelConfig
 from ..model.shapes import ParameterShapes
 from .hf import locate, read_stored, require_match

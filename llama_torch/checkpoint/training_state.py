@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from .file_names import METADATA_FILE
 from .single_file import SingleFile
 from .state_interface import StateReader, TrainingState

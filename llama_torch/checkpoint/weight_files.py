@@ -6,9 +6,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..common.errors import InputError
-from ..common.files import read_json, require_name, require_no_pointer
-from ..common.notes import note
+from llama_common.errors import InputError
+from llama_common.files import read_json, require_name, require_no_pointer
+from llama_common.notes import note
+
 from .file_names import INDEX_FILE, MODEL_FILE
 from .foreign import explain_absence, missing, require_no_other_kind
 

@@ -1,1 +1,1 @@
-"""Errors, files, the command line and devices, for every other package."""
+"""Devices, processes, state files and tensors, for every other package of llama_torch."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .errors import InputError
-from .memory import host_memory
+from llama_common.errors import InputError
+from llama_common.memory import host_memory
 
 
 def pick_device(name: str) -> torch.device:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .files import parse_json, read_json_text, write_text
+from llama_common.errors import InputError
+from llama_common.files import parse_json, read_json_text, write_text
 
 CHECKSUM = "sha256"  # the key; of the rest of the object, with its keys sorted
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..config import DataConfig
 from ..tokenizer.encoding import GPT2, TextEncoding
 from ..tokenizer.gpt2 import VOCAB_SIZE

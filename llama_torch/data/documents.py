@@ -12,13 +12,14 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import InputError, has_surrogates
-from ..common.notes import note
+from llama_common.errors import InputError, has_surrogates
+from llama_common.help_topics import help_topics
+from llama_common.notes import note
+
 from ..common.torchrun import is_main_process
 from ..tokenizer.encoding import GPT2, TextEncoding
 from ..tokenizer.gpt2 import located
 from .formats import STRUCTURED, is_compressed, lines_before, open_decompressed, text_format
-from .text_files import help_topics
 
 PIECE = 1 << 20  # bytes of text tokenised at a time
 LONGEST = 1 << 26  # bytes of a compressed file's line: a small file could hold gigabytes in one

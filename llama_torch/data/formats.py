@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
 
 FORMATS = (".txt", ".md", ".jsonl", ".parquet")
 STRUCTURED = (".jsonl", ".parquet")  # of many records, each a document

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..common.torchrun import is_launched
 from . import order
 from .corpus import Corpus, Tokens

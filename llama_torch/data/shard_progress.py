@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..common.state_file import MOST, read_state, require_count, write_state
 from .documents import TextPiece
 from .formats import text_format

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.errors import InputError
-from ..common.files import atomic_write, open_lock, require_name, try_lock
+from llama_common.errors import InputError
+from llama_common.files import atomic_write, open_lock, require_name, try_lock
+
 from ..common.state_file import write_state
 from . import documents
 from .documents import Nulls

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import InputError
-from ..common.files import read_json, require_name
+from llama_common.errors import InputError
+from llama_common.files import read_json, require_name
+
 from ..common.state_file import abridged, read_state, require_count, require_text
 
 FORMAT, VERSION = "llama_torch token shards", 1

@@ -2,13 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
 
-from ..common.errors import InputError
-from ..common.notes import note
+from llama_common.errors import InputError
+from llama_common.help_topics import help_topics
+from llama_common.notes import note
+
 from ..common.torchrun import is_main_process
 from ..tokenizer.encoding import GPT2, TextEncoding
 from .folder_walk import Found, search
@@ -126,15 +128,3 @@ def _stamp(path: Path) -> tuple[int, int]:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise InputError(f"--data {path}: cannot be read ({error})") from None
     return found.st_size, found.st_mtime_ns
-
-
-def help_topics() -> Iterator[str]:
-    """Yield the texts of Python's help topics, without indentation and runs of spaces.
-
-    GPT-2 encodes each space as a token; the loss would be dominated by predictable indentation.
-    """
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        lines = (" ".join(line.split()) for line in topics[name].splitlines())
-        yield "\n".join(lines)

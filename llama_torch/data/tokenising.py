@@ -16,7 +16,8 @@ from multiprocessing import get_context
 from rich import progress as rich_progress
 from rich.console import Console
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from . import documents
 from .documents import TextPiece
 from .shards import Ids

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..common.torchrun import is_launched
 
 T = TypeVar("T")

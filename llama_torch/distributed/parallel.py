@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..config import ParallelConfig
 from ..model.config import ModelConfig
 from ..model.llama import Llama

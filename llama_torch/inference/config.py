@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..common.errors import InputError, check, check_positive, check_text, check_types
+from llama_common.errors import InputError, check, check_positive, check_text, check_types
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 

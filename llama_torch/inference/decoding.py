@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..model.kv_cache import StaticCache
 from ..model.llama import Llama
 from .config import Decoding

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..model.llama import Llama
 from .config import PREFILL_CHUNK, Decoding, SamplingConfig, check_chunk
 from .cuda_graph import GraphStore

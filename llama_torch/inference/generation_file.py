@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_common.errors import InputError
+from llama_common.files import read_json
+from llama_common.notes import note
+
 from ..checkpoint.file_names import GENERATION_FILE
-from ..common.errors import InputError
-from ..common.files import read_json
-from ..common.notes import note
 from ..tokenizer.tokenizer import Tokenizer
 
 # Settings of SamplingConfig, whose flags decide whatever the file says.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from llama_common.errors import InputError
+from llama_common.memory import gib
+
 from ..common.device import total_memory
-from ..common.errors import InputError
-from ..common.memory import gib
 from ..model.llama import Llama
 from ..model.loss import IGNORE_INDEX, count_valid, loss_sum
 from ..tokenizer.gpt2 import located

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..model.kv_cache import StaticCache
 from ..model.llama import Llama
 from .config import PREFILL_CHUNK, Decoding, SamplingConfig

@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 
+from llama_common.errors import InputError, has_surrogates
+
 from ..checkpoint.hf import load_model
 from ..common.device import pick_device
-from ..common.errors import InputError, has_surrogates
 from ..model.llama import Llama
 from ..tokenizer.chat_template import ChatTemplate, Llama2Template, Message, load_chat_template
 from ..tokenizer.gpt2 import located

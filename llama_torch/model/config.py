@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..common.errors import InputError, check, check_positive, check_sizes, check_types, flag_of
+from llama_common.errors import InputError, check, check_positive, check_sizes, check_types, flag_of
 
 # ModelConfig field -> Hugging Face key. The rotary fields have two places; see _rope_fields.
 HF_KEYS = {

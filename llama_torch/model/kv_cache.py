@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from .config import ModelConfig
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..common.errors import InputError, has_surrogates
-from ..common.files import read_json, require_name
-from ..common.notes import note
+from llama_common.errors import InputError, has_surrogates
+from llama_common.files import read_json, require_name
+from llama_common.notes import note
+
 from . import template_process
 from .gpt2 import located
 from .template_process import TemplateError

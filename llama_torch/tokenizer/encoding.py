@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.errors import InputError
-from ..common.files import read_json
+from llama_common.errors import InputError
+from llama_common.files import read_json
+
 from .gpt2 import END_OF_TEXT_ID, RANKS_SHA256
 from .settings import ADDED, CONFIG, MAP
 

@@ -14,7 +14,7 @@ from importlib import resources
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
 
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = "<|endoftext|>"

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+from llama_common.notes import note
+
 from ..common.native_stderr import silenced
-from ..common.notes import note
 from .gpt2 import EncodingError, byte_spelling, guarded
 from .prefix_space import parts
 from .settings import FLAGS, AddedToken, TokenizerSettings

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
-from ..common.files import read_json, require_name
-from ..common.notes import note
+from llama_common.errors import InputError
+from llama_common.files import read_json, require_name
+from llama_common.notes import note
+
 from .gpt2 import END_OF_TEXT, END_OF_TEXT_ID, VOCAB_SIZE, hf_files
 from .json_tokenizer import Json
 from .pieces import SentencePiece

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..common.errors import InputError
-from ..common.files import require_no_pointer
+from llama_common.errors import InputError
+from llama_common.files import require_no_pointer
+
 from .settings import TokenizerSettings
 from .tokenizer import MARKED, Tokenizer, import_library
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..common.notes import note
+from llama_common.notes import note
+
 from .settings import TokenizerSettings
 
 GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")

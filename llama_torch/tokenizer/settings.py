@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
-from ..common.files import read_json
-from ..common.notes import note
+from llama_common.errors import InputError
+from llama_common.files import read_json
+from llama_common.notes import note
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import tiktoken
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from .gpt2 import (
     BLANK,
     END_OF_TEXT,

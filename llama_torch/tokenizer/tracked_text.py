@@ -15,7 +15,7 @@ import jinja2.filters
 from jinja2 import Environment, nodes
 from jinja2.visitor import NodeTransformer
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
 
 # ruff: noqa: D102  (the methods are those of str)
 

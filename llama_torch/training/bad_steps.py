@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..distributed.parallel import Parallel
 
 # A loss above this many times ln(vocab_size) has exploded. ln(vocab_size) is the loss of a uniform

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from llama_common.errors import InputError
+
 from ..common.device import can_compile
-from ..common.errors import InputError
 from ..model.llama import Llama
 
 # Of the activations, what "cheap" leaves to torch's partitioner to keep. It then keeps what

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.memory import gib
+from llama_common.memory import gib
+
 from ..config import TrainConfig
 from ..data.corpus import describe
 from .setup import Run, setup

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama_common.errors import InputError
 from reference_np.ops import Array
 from reference_np.tolerances import (
     FLOOR_ROUNDINGS,
@@ -21,7 +22,6 @@ from reference_np.tolerances import (
     errors,
 )
 
-from ..common.errors import InputError
 from ..model.config import ModelConfig
 from . import oracle
 from .batch import Batch

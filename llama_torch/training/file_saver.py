@@ -9,6 +9,8 @@ from pathlib import Path
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llama_common.errors import InputError
+
 from ..checkpoint import step_folders
 from ..checkpoint.directory_files import write_directory_files
 from ..checkpoint.file_names import MODEL_FILE
@@ -16,7 +18,6 @@ from ..checkpoint.hf import read_metadata, save_model
 from ..checkpoint.single_file import SingleFile
 from ..checkpoint.state_interface import PARAMETER, TrainingState
 from ..checkpoint.step_folders import BEST
-from ..common.errors import InputError
 from ..common.state_file import CHECKSUM, abridged, verified, with_checksum
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama

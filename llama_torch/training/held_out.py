@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_common.errors import InputError
+from llama_common.settings import build
+
 from ..checkpoint.file_names import RUN_FILE
 from ..checkpoint.step_folders import BEST
-from ..common.errors import InputError
-from ..common.settings import build
 from ..config import DataConfig
 from ..data.corpus import Corpus, Tokens, load_corpus
 from ..model.config import ModelConfig

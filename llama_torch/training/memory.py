@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..common.errors import InputError, flag_of
-from ..common.memory import gib
+from llama_common.errors import InputError, flag_of
+from llama_common.memory import gib
+
 from ..config import TrainConfig
 from ..model.config import ModelConfig
 from ..model.shapes import block_shapes, outer_shapes

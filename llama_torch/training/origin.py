@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_common import cli
+from llama_common.errors import InputError, flag_of
+from llama_common.files import read_json
+from llama_common.settings import Setting, Settings, build, name_source
+
 from ..checkpoint import step_folders
-from ..common import cli
-from ..common.errors import InputError, flag_of
-from ..common.files import read_json
-from ..common.settings import Setting, Settings, build, name_source
 from ..config import TrainConfig
 from ..model.config import HF_KEYS, ModelConfig
 from ..tokenizer.encoding import GPT2, TextEncoding, load_encoding

@@ -2,7 +2,8 @@
 
 import os
 
-from ..common.errors import InputError, flag_of
+from llama_common.errors import InputError, flag_of
+
 from ..common.torchrun import process_count
 from ..config import TrainConfig
 

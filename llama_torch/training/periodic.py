@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..common.errors import VerificationError
+from llama_common.errors import VerificationError
+
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from ..tokenizer.encoding import TextEncoding

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.profiler import profile, schedule
 
-from ..common.files import atomic_write
+from llama_common.files import atomic_write
 
 TRACE_FILE = "trace.json"  # in the run directory
 

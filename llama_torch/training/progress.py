@@ -12,7 +12,8 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.markup import escape
 
-from ..common.errors import printable
+from llama_common.errors import printable
+
 from .run_dir import EVENTS_FOLDER
 from .setup import Run
 from .tensorboard import EventWriter

@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama_common.errors import InputError
+
 from ..checkpoint import step_folders
 from ..checkpoint.directory_files import write_directory_files
 from ..checkpoint.file_names import MODEL_FILE
 from ..checkpoint.hf import require_match, save_model
 from ..checkpoint.state_interface import PARAMETER, UnwrittenError
 from ..checkpoint.training_state import open_checkpoint
-from ..common.errors import InputError
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from .optimizer import MasterAdamW

@@ -9,14 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_common import cli
+from llama_common.errors import InputError, is_digits, printable
+from llama_common.files import open_lock, try_lock
+from llama_common.settings import Settings, read_toml
+
 from ..checkpoint import step_folders
 from ..checkpoint.directory_files import write_directory_files
 from ..checkpoint.file_names import AROUND, MODEL_FILE, RUN_FILE, STATE_FILE
 from ..checkpoint.step_folders import BEST
-from ..common import cli
-from ..common.errors import InputError, is_digits, printable
-from ..common.files import open_lock, try_lock
-from ..common.settings import Settings, read_toml
 from ..common.torchrun import is_launched, job_name
 from ..config import ParallelConfig, TrainConfig
 from ..data.text_files import names_text

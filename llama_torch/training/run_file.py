@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_common.errors import InputError, flag_of
+from llama_common.settings import Settings, check_settings
+
 from ..checkpoint.file_names import RUN_FILE
-from ..common.errors import InputError, flag_of
-from ..common.settings import Settings, check_settings
 from ..common.state_file import abridged, read_state, require_count, write_state
 from ..config import TrainConfig
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from llama_common.errors import InputError
+
 from ..checkpoint import step_folders
-from ..common.errors import InputError
 from ..config import TrainConfig
 from .run_file import RunRecord, read_record, read_run, write_record
 

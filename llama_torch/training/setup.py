@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llama_common.memory import host_memory
+
 from ..checkpoint.stored_weights import StoredWeights
 from ..common.device import computes_bfloat16, pick_device, total_memory
-from ..common.memory import host_memory
 from ..common.torchrun import local_process_count
 from ..config import OptimConfig, TrainConfig
 from ..data.corpus import Corpus, load_corpus

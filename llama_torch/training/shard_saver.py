@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
+from llama_common.errors import InputError
+
 from ..checkpoint import step_folders
 from ..checkpoint.shards import AsyncShardWrite, StateShards
-from ..common.errors import InputError
 from ..common.sharded_tensor import local_part
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama

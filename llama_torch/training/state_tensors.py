@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llama_common.errors import InputError
+
 from ..checkpoint.directory_files import write_directory_files
 from ..checkpoint.hf import require_match, save_model
 from ..checkpoint.state_interface import PARAMETER
 from ..checkpoint.training_state import open_checkpoint
-from ..common.errors import InputError
 from ..common.sharded_tensor import local_part
 from ..model.config import ModelConfig
 from ..model.llama import Llama

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..common.errors import InputError
+from llama_common.errors import InputError
+
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from ..model.loss import backward_loss, count_valid

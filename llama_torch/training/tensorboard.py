@@ -9,7 +9,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from ..common.errors import InputError, is_digits, printable
+from llama_common.errors import InputError, is_digits, printable
 
 NAME = "events.out.tfevents."
 

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama_common.errors import InputError
+from llama_common.memory import gib, host_memory
 from reference_np.naming import EMBED
 from reference_np.tolerances import LAMBDA
 
 from ..checkpoint.file_names import MODEL_FILE
-from ..common.errors import InputError
-from ..common.memory import gib, host_memory
 from ..model.config import ModelConfig
 from ..model.llama import Llama
 from ..model.loss import IGNORE_INDEX, count_valid

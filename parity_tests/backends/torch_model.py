@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from llama_parity.comparison.empty_weights import without_weights
 from llama_torch.checkpoint.directory_files import write_directory_files
 from llama_torch.checkpoint.hf import save_model
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.kv_cache import Cache
 from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
-from tools.comparison.empty_weights import without_weights
 
 Array = NDArray[Any]
 

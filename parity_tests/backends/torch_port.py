@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llama_parity.comparison.float64 import LiftFloat32
 from reference_np.backend import Array, Params
 from reference_np.grad import Batch
 from reference_np.ops import IGNORE
-from tools.comparison.float64 import LiftFloat32
 
 Tensors = dict[str, Tensor]
 

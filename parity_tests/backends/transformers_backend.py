@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from llama_parity.comparison.transformers_model import call, config_from, empty_model, tracing
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.limits import Limits
-from tools.comparison.transformers_model import call, config_from, empty_model, tracing
 
 from .mixins import LogitsByDecode, TraceByTracedDecode
 

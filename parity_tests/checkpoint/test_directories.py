@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llama_common import notes
+from llama_common.errors import InputError
+from llama_parity import convert
 from llama_torch.checkpoint import step_folders
 from llama_torch.checkpoint.hf import load_model
 from llama_torch.checkpoint.single_file import SingleFile
-from llama_torch.common import notes
-from llama_torch.common.errors import InputError
 from llama_torch.inference.generation_file import end_ids
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.training import run_dir, tensorboard
 from reference_np.checkpoint import Checkpoint
-from tools import convert
 
 from ..support.tokenizers import byte_level
 

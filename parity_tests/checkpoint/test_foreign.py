@@ -7,11 +7,11 @@ from types import ModuleType
 
 import pytest
 
+from llama_parity import compare, convert
 from llama_torch import chat, evaluate, generate
 from llama_torch.checkpoint.hf import load_model
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
-from tools import compare, convert
 
 from ..support.meta_checkpoints import DTYPES, Cut, meta_params, meta_tensors, write_meta
 

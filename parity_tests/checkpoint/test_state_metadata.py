@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
+from llama_common.errors import InputError
 from llama_torch.checkpoint import step_folders
 from llama_torch.checkpoint.shards import StateShards
 from llama_torch.checkpoint.single_file import SingleFile
 from llama_torch.checkpoint.state_interface import TrainingState, check_steps
-from llama_torch.common.errors import InputError
 from llama_torch.common.state_file import checksum, with_checksum
 from llama_torch.training.file_saver import read_best_loss
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_torch.common.files import atomic_write, new_folder, write_text
+from llama_common.files import atomic_write, new_folder, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     path.write_text("old")
     program = (
         "import os, signal, pathlib, sys\n"
-        "from llama_torch.common.files import atomic_write\n"
+        "from llama_common.files import atomic_write\n"
         "def die(temporary):\n"
         "    temporary.write_text('half')\n"
         "    temporary.with_name('.tmp' + 'a1b2c3').write_text('a quarter')  # as libraries do\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from llama_torch.common import cli, interrupt
+from llama_common import cli, interrupt
 
 from ..backends.torch_model import small_model
 
@@ -109,10 +109,10 @@ def test_it_leaves_no_traceback_at_random_times(ckpt: Path, tmp_path: Path) -> N
 
 def test_a_library_changes_no_handler() -> None:
     program = (
-        "import signal, llama_torch, llama_torch.common.cli, llama_torch.prepare\n"
+        "import signal, llama_torch, llama_common.cli, llama_torch.prepare\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "llama_torch.common.interrupt.end_while_importing()\n"
+        "llama_common.interrupt.end_while_importing()\n"
         "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN\n"
     )
     done = python("-c", program)
@@ -138,7 +138,7 @@ def test_a_command_is_told_from_a_library(
 ) -> None:
     monkeypatch.setattr(sys, "orig_argv", original)
     monkeypatch.setattr(sys, "argv", seen)
-    assert interrupt.is_starting_command() is is_command
+    assert interrupt.is_starting_command("llama_torch") is is_command
 
 
 def test_a_command_can_be_interrupted_and_gives_the_signal_back(

@@ -9,13 +9,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import reference_np.config
+from llama_common.cli import complain
+from llama_common.errors import LONGEST, InputError, printable
+from llama_common.notes import note
+from llama_parity.comparison.report_rows import escape
 from llama_torch import load, prepare, train
-from llama_torch.common.cli import complain
-from llama_torch.common.errors import LONGEST, InputError, printable
-from llama_torch.common.notes import note
 from llama_torch.config import TrainConfig
 from reference_np.checkpoint import Checkpoint
-from tools.comparison.report_rows import escape
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07 \r\n\u202e\u2066 \u2028\x85\x9b31m \x00\ud800"
 ERRORS = (InputError, reference_np.config.InputError)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_parity import compare, convert
+from llama_parity.comparison.trace_file import TraceFile
 from llama_torch import InputError, evaluate, generate, load
 from llama_torch.config import DataConfig
 from llama_torch.data.corpus import load_corpus
@@ -16,8 +18,6 @@ from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.tokenizer import Gpt2
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError as OracleInputError
-from tools import compare, convert
-from tools.comparison.trace_file import TraceFile
 
 from ..backends.torch_model import small_model
 

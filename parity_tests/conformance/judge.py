@@ -51,7 +51,7 @@ class Judge:
     only_record: bool = False  # for mutants, which are to fail: record their errors and go on
 
     def begin(self, test: str, backend: str) -> Entry:
-        """Record from now on for this test and backend; support/parity_report.py calls it."""
+        """Record from now on for this test and backend; plugins/parity_report.py calls it."""
         self.current = test, backend
         return self.entry
 

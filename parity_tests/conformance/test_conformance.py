@@ -1,7 +1,7 @@
 """Conformance tests of a Llama: every output of a backend against the oracle's.
 
 reference_np/backend.py has the protocol. The argument ``backend`` runs over the backends that
-support/backend_option.py selects (``--backend``, ``--mutants``, or the default ones), which also
+plugins/backend_option.py selects (``--backend``, ``--mutants``, or the default ones), which also
 sets the number of examples; each test is run in the precision named, or in the backend's best. In
 a low precision the function ``run`` is called on the backend and on the baseline.
 """

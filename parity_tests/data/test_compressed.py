@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_common.errors import InputError
+from llama_common.notes import note
 from llama_torch import prepare as command
-from llama_torch.common.errors import InputError
-from llama_torch.common.notes import note
 from llama_torch.config import DataConfig
 from llama_torch.data import documents
 from llama_torch.data.corpus import load_corpus

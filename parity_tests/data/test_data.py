@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama_common.errors import InputError
+from llama_common.settings import check_settings
 from llama_torch import train
-from llama_torch.common.errors import InputError
-from llama_torch.common.settings import check_settings
 from llama_torch.config import DataConfig, TrainConfig
 from llama_torch.data import documents
 from llama_torch.data.corpus import Corpus, describe, load_corpus

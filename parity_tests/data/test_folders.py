@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_torch.common.notes import note
+from llama_common.notes import note
 from llama_torch.data.text_files import find_files, identify
 
 from ..support.token_shards import refused

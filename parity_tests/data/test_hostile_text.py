@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.data import documents
 from llama_torch.data.text_files import identify
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_torch.common import files
-from llama_torch.common.notes import note
+from llama_common import files
+from llama_common.notes import note
 from llama_torch.data import documents, shard_writer
 from llama_torch.data.shard_writer import prepare
 from llama_torch.data.shards import TokenShards

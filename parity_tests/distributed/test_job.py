@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llama_common.errors import InputError
 from llama_torch import export, train
 from llama_torch.checkpoint.file_names import MODEL_FILE
 from llama_torch.checkpoint.shards import StateShards
 from llama_torch.checkpoint.step_folders import newest
-from llama_torch.common.errors import InputError
 from llama_torch.distributed import job as job_module
 from llama_torch.distributed.parallel import Parallel
 from llama_torch.model.config import ModelConfig

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from llama_parity.comparison.trace_file import Call, TraceWriter, write_trace
+from llama_parity.conversion.gguf_model import write_gguf
+from llama_parity.conversion.hf_checkpoint import read_hf
 from llama_torch.checkpoint.directory_files import write_directory_files
 from llama_torch.checkpoint.hf import save_model
 from llama_torch.checkpoint.shards import StateShards
@@ -27,9 +30,6 @@ from llama_torch.training import run_dir
 from llama_torch.training.origin import Origin
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes, parameter_shapes
-from tools.comparison.trace_file import Call, TraceWriter, write_trace
-from tools.conversion.gguf_model import write_gguf
-from tools.conversion.hf_checkpoint import read_hf
 
 from ..support.meta_checkpoints import a_meta
 from ..support.token_shards import LINES, stopped_at

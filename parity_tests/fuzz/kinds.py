@@ -8,11 +8,15 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from llama_common.cli import parse
+from llama_common.errors import InputError
+from llama_common.settings import read_toml
+from llama_parity.comparison.trace_file import TraceFile
+from llama_parity.conversion.gguf_checkpoint import GgufCheckpoint
+from llama_parity.conversion.gguf_vocabulary import token_ids_of, tokenizer_files
+from llama_parity.conversion.meta_checkpoint import read_meta
 from llama_torch.checkpoint.hf import load_model, read_metadata
 from llama_torch.checkpoint.training_state import load_state
-from llama_torch.common.cli import parse
-from llama_torch.common.errors import InputError
-from llama_torch.common.settings import read_toml
 from llama_torch.common.state_file import CHECKSUM, with_checksum
 from llama_torch.config import TrainConfig
 from llama_torch.data.documents import encode
@@ -27,10 +31,6 @@ from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.training.file_saver import read_best_loss
 from llama_torch.training.run_file import check_resume_config, read_run
 from reference_np.checkpoint import Checkpoint
-from tools.comparison.trace_file import TraceFile
-from tools.conversion.gguf_checkpoint import GgufCheckpoint
-from tools.conversion.gguf_vocabulary import token_ids_of, tokenizer_files
-from tools.conversion.meta_checkpoint import read_meta
 
 from . import folders, mutations
 from .mutations import Mutate

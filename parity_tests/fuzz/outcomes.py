@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_torch.common import notes
-from llama_torch.common.errors import InputError
+from llama_common import notes
+from llama_common.errors import InputError
 from reference_np.config import InputError as OracleInputError
 
 from .confinement import confined

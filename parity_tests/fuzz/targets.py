@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from llama_torch.common.errors import InputError
-from llama_torch.common.files import read_json
-from llama_torch.common.settings import build, read_toml
+from llama_common.errors import InputError
+from llama_common.files import read_json
+from llama_common.settings import build, read_toml
+from llama_parity.comparison.trace_file import TraceFile
 from llama_torch.config import DataConfig, OptimConfig, TrainConfig
 from llama_torch.model.config import ModelConfig
 from llama_torch.tokenizer.pieces import read_pieces, with_kinds
 from llama_torch.tokenizer.settings import read_settings
-from reference_np.checkpoint import Checkpoint, load_json
+from reference_np.checkpoint import Checkpoint
 from reference_np.config import InputError as OracleInputError
 from reference_np.config import LlamaConfig
 from reference_np.naming import parameter_shapes
-from tools.comparison.trace_file import TraceFile
+from reference_np.weight_files import load_json
 
 from . import mutations
 from .mutations import Mutate

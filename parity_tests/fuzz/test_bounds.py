@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from llama_torch.common.errors import InputError
-from llama_torch.common.notes import note
+from llama_common.errors import InputError
+from llama_common.notes import note
 from reference_np.config import InputError as OracleInputError
 
 from . import mutations, outcomes

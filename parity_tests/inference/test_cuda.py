@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
+from llama_parity import compare
 from llama_torch.inference.config import Decoding, SamplingConfig
 from llama_torch.inference.cuda_graph import GraphStep, GraphStore
 from llama_torch.inference.engine import DecodeBatch, generate, generate_tokens
@@ -20,7 +21,6 @@ from llama_torch.inference.speculative import speculative_batch
 from llama_torch.model.config import ModelConfig
 from llama_torch.training.bad_steps import BadSteps, largest_loss
 from reference_np.config import LlamaConfig
-from tools import compare
 
 from ..backends.torch_model import save_numpy, torch_model
 from ..conformance.strategies import Case, cast, random_params, wide_cases

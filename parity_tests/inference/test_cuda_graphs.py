@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.inference import cuda_graph, decoding
 from llama_torch.inference.config import Decoding, SamplingConfig
 from llama_torch.inference.cuda_graph import MAX_GRAPHS, GraphStep, GraphStore

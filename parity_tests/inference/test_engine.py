@@ -11,7 +11,7 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.inference import decoding, numpy_step
 from llama_torch.inference.config import SamplingConfig
 from llama_torch.inference.eager_step import EagerStep

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.inference.generation_file import INERT, NEUTRAL, SAMPLING, read_generation_file
 
 

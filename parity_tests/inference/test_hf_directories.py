@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from llama_common.errors import InputError
 from llama_torch import SamplingConfig, load
 from llama_torch.checkpoint.directory_files import write_directory_files
 from llama_torch.checkpoint.hf import load_model, save_model
-from llama_torch.common.errors import InputError
 from llama_torch.inference import engine
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama

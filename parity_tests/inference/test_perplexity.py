@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.inference import perplexity
 from llama_torch.inference.perplexity import Measurement, evaluate, spans
 from llama_torch.model.config import ModelConfig

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.inference.config import SamplingConfig
 from llama_torch.inference.sampling import SamplingTensors, draw, penalize, token_probabilities
 from reference_np import sampling as oracle

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.inference.config import SamplingConfig
 from llama_torch.inference.engine import DecodeBatch, generate, generate_tokens
 from llama_torch.inference.speculative import speculative_batch

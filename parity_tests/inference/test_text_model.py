@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from llama_common.errors import InputError
 from llama_torch import SamplingConfig, load
-from llama_torch.common.errors import InputError
 from llama_torch.inference.text_model import TextModel
 
 

@@ -82,11 +82,13 @@ WRONG = {
     ],
 }
 PROGRAM = """
-import contextlib, importlib, io, sys
-class Refusing:
+import contextlib, importlib, importlib.machinery, io, sys
+class Refusing:  # finds a slow module, and fails to import it
     def find_spec(self, name, *_):
-        if name in {slow}:
-            raise ImportError(name + " is slow to import")
+        return importlib.machinery.ModuleSpec(name, self) if name in {slow} else None
+    def create_module(self, spec):
+        raise ImportError(spec.name + " is slow to import")
+    def exec_module(self, module): ...
 sys.meta_path.insert(0, Refusing())
 main = importlib.import_module({command!r}).main
 found = []

@@ -10,10 +10,13 @@ COMMANDS = [
     *(f"llama_torch.{name}" for name in ("train", "generate", "chat", "evaluate", "prepare")),
     *("llama_torch.export", "llama_torch.gather", "llama_torch.data.__main__"),
     *(f"tools.{name}" for name in ("bench", "compare", "convert", "learning", "plot")),
-    "tools.random_checkpoint",
+    *("tools.random_checkpoint", "llama_parity.compare", "llama_parity.convert"),
 ]
-# Old names of commands, two lines each.
-ALIASES = ("llama_torch.gather", "llama_torch.data.__main__")
+# Old names of commands, and the clone's commands of installed ones.
+ALIASES = (
+    *("llama_torch.gather", "llama_torch.data.__main__"),
+    *("tools.compare", "tools.convert"),
+)
 # What runs a command as a user does, and so may import one.
 CALLERS = (
     "parity_tests.workers.",
@@ -23,6 +26,7 @@ CALLERS = (
     "parity_tests.tools.conftest",
     "parity_tests.tools.commands",
     "parity_tests.false_alarms",
+    "llama_parity.command",
 )
 
 
@@ -47,13 +51,13 @@ def test_an_import_of_a_test_or_a_command_would_be_seen() -> None:
     planted = {
         "parity_tests.tools.test_one": "from ..data.test_data import TEXT",
         "llama_torch.training.inner": "def f():\n    from ..train import main",
-        "tools.comparison.inner": "from .. import compare",
+        "llama_parity.comparison.inner": "from .. import compare",
     }
     found = imports(SOURCES | planted)
     [of_test] = imports_of_tests(found)
     assert of_test.importer == "parity_tests.tools.test_one"
     of_commands = {one.importer for one in imports_of_commands(found)}
-    assert of_commands == {"llama_torch.training.inner", "tools.comparison.inner"}
+    assert of_commands == {"llama_torch.training.inner", "llama_parity.comparison.inner"}
 
 
 def is_test(module: str) -> bool:

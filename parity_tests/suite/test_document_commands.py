@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from llama_common import cli
 from llama_torch import config as training_config
-from llama_torch.common import cli
 
 from ..support.documents import (
     INLINE_COMMAND,

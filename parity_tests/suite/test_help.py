@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
+from llama_common import cli, help_text
+from llama_common.errors import InputError
+from llama_common.flags import Flag, flags_of
+from llama_common.settings import Setting, check_settings
+from llama_parity.comparison.config import CompareConfig
+from llama_parity.convert import ConvertConfig
 from llama_torch.chat import ChatConfig
-from llama_torch.common import cli, help_text
-from llama_torch.common.errors import InputError
-from llama_torch.common.flags import Flag, flags_of
-from llama_torch.common.settings import Setting, check_settings
 from llama_torch.config import TrainConfig
 from llama_torch.evaluate import EvaluateConfig
 from llama_torch.export import ExportConfig
 from llama_torch.generate import GenerateConfig
 from llama_torch.prepare import PrepareConfig
 from tools.bench import BenchConfig
-from tools.comparison.config import CompareConfig
-from tools.convert import ConvertConfig
 from tools.learning import LearningConfig
 from tools.plot import PlotConfig
 from tools.random_checkpoint import ShapeConfig

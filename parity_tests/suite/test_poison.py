@@ -10,8 +10,8 @@ import torch
 
 from llama_torch.model import loss
 
-from ..support import poison
-from ..support.environment import POISONED
+from ..plugins import poison
+from ..plugins.environment import POISONED
 
 pytestmark = pytest.mark.numeric
 

@@ -1,4 +1,4 @@
-"""Threads, precision and caches are as support/process_state.py sets them."""
+"""Threads, precision and caches are as plugins/process_state.py sets them."""
 
 import os
 
@@ -7,8 +7,8 @@ import torch
 
 from llama_torch.training import throughput
 
-from ..support import process_state
-from ..support.cores import THREADS
+from ..plugins import process_state
+from ..plugins.cores import THREADS
 
 
 def test_the_machine_is_measured_once() -> None:

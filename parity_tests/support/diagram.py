@@ -11,7 +11,7 @@ from .import_table import ALLOWED, LIBRARY
 
 PAGE = Path(__file__).parent.parent.parent / "docs/architecture.md"
 # Packages that nearly all of their group import; a sentence says so in place of the arrows.
-EVERYWHERE = ("llama_torch.common",)
+EVERYWHERE = ("llama_common", "llama_torch.common")
 VERIFYING = "llama_torch --verify-every"  # the box of the modules that import the oracle
 VERIFIERS = (
     *("llama_torch.training.verify", "llama_torch.training.error_bounds"),

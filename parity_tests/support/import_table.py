@@ -7,10 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("reference_np", "llama_torch", "tools", "parity_tests")
+PACKAGES = ("reference_np", "llama_common", "llama_torch", "llama_parity", "tools", "parity_tests")
 
+COMMON = ("llama_common", "llama_torch.common")
 # The parts of llama_torch that are no command's.
 LIBRARY = (
+    "llama_common",
     *("llama_torch.common", "llama_torch.kernels", "llama_torch.model", "llama_torch.tokenizer"),
     *("llama_torch.config", "llama_torch.data", "llama_torch.checkpoint"),
     *("llama_torch.distributed", "llama_torch.inference"),
@@ -20,8 +22,10 @@ PROGRAM = (
     *("llama_torch.training.verify", "llama_torch.training.error_bounds"),
     "llama_torch.training.oracle",
 )
-PARTS_OF_TOOLS = ("tools.comparison", "tools.benchmarks", "tools.conversion", "tools.shapes")
+JUDGE = ("llama_parity", "llama_parity.comparison", "llama_parity.conversion")
+PARTS_OF_TOOLS = ("tools.benchmarks", "tools.shapes")
 PARTS_OF_TESTS = (
+    "parity_tests.plugins",
     *("parity_tests.backends", "parity_tests.conformance"),
     *("parity_tests.planted", "parity_tests.support"),
     *("parity_tests.workers", "parity_tests.gpu_faults"),
@@ -30,21 +34,19 @@ PARTS_OF_TESTS = (
 # its own begins with.
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "reference_np": (),
+    # What every other package but the oracle may import.
+    "llama_common": (),
     # What every other package of llama_torch may import.
-    "llama_torch.common": (),
+    "llama_torch.common": ("llama_common",),
     "llama_torch.kernels": (),
-    "llama_torch.model": ("llama_torch.common", "llama_torch.kernels"),
-    "llama_torch.tokenizer": ("llama_torch.common",),
-    "llama_torch.config": ("llama_torch.common", "llama_torch.model"),
-    "llama_torch.data": ("llama_torch.common", "llama_torch.tokenizer", "llama_torch.config"),
-    "llama_torch.checkpoint": (
-        *("llama_torch.common", "llama_torch.model", "llama_torch.tokenizer"),
-    ),
-    "llama_torch.distributed": (
-        *("llama_torch.common", "llama_torch.model", "llama_torch.config"),
-    ),
+    "llama_torch.model": (*COMMON, "llama_torch.kernels"),
+    "llama_torch.tokenizer": COMMON,
+    "llama_torch.config": (*COMMON, "llama_torch.model"),
+    "llama_torch.data": (*COMMON, "llama_torch.tokenizer", "llama_torch.config"),
+    "llama_torch.checkpoint": (*COMMON, "llama_torch.model", "llama_torch.tokenizer"),
+    "llama_torch.distributed": (*COMMON, "llama_torch.model", "llama_torch.config"),
     "llama_torch.inference": (
-        *("llama_torch.common", "llama_torch.kernels", "llama_torch.model"),
+        *(*COMMON, "llama_torch.kernels", "llama_torch.model"),
         *("llama_torch.tokenizer", "llama_torch.checkpoint"),
     ),
     "llama_torch.training": (*LIBRARY, "llama_torch.training.verify"),
@@ -59,27 +61,35 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "llama_torch.training.oracle": (*LIBRARY, "llama_torch.training", "reference_np"),
     # The commands, which nothing imports, and what outsiders import.
     "llama_torch": (*LIBRARY, "llama_torch.training"),
-    "llama_torch.data.__main__": ("llama_torch",),
-    # The commands of tools, and what they are made of.
-    "tools": (*PROGRAM, "reference_np", *PARTS_OF_TOOLS),
+    "llama_torch.data.__main__": ("llama_torch", "llama_common"),
+    # The commands compare and convert, and what they are made of.
+    "llama_parity": ("llama_common", *JUDGE, *PROGRAM, "reference_np"),
     # conversion has the reader of GGUF files.
-    "tools.comparison": (*PROGRAM, "reference_np", "tools.conversion"),
-    "tools.benchmarks": (*PROGRAM, "reference_np", "tools.conversion", "tools.shapes"),
-    "tools.conversion": (*PROGRAM, "reference_np"),
+    "llama_parity.comparison": (*PROGRAM, "reference_np", "llama_parity.conversion"),
+    "llama_parity.conversion": (*PROGRAM, "reference_np"),
+    "tools": (*PROGRAM, "reference_np", "llama_parity", *PARTS_OF_TOOLS),
+    "tools.benchmarks": (*(*PROGRAM, "reference_np", "llama_parity.conversion", "tools.shapes"),),
     "tools.shapes": ("llama_torch.model",),
     # The suite that outsiders run stands on the specification alone.
     "parity_tests.conformance": ("reference_np",),
-    "parity_tests.backends": (*PROGRAM, "reference_np", "tools.comparison"),
+    "parity_tests.backends": (*PROGRAM, "reference_np", "llama_parity.comparison"),
     "parity_tests.planted": ("reference_np", "parity_tests.conformance"),
     "parity_tests.gpu_faults": (),
+    # What pytest loads, for a port's own run too; poison.py knows PyTorch.
+    "parity_tests.plugins": (
+        *("reference_np", "parity_tests.conformance", "parity_tests.backends"),
+    ),
     "parity_tests.support": (
         *(*PROGRAM, "reference_np", "parity_tests.conformance", "parity_tests.backends"),
+        "parity_tests.plugins",
     ),
     "parity_tests.workers": (
         *(*PROGRAM, "reference_np", "parity_tests.conformance", "parity_tests.backends"),
-        "parity_tests.support",
+        *("parity_tests.plugins", "parity_tests.support"),
     ),
-    "parity_tests": (*PROGRAM, "reference_np", "tools", *PARTS_OF_TOOLS, *PARTS_OF_TESTS),
+    "parity_tests": (
+        *(*PROGRAM, "reference_np", *JUDGE, "tools", *PARTS_OF_TOOLS, *PARTS_OF_TESTS),
+    ),
 }
 # Part -> all the packages of others that it may import.
 OTHERS: Mapping[str, frozenset[str]] = {
@@ -92,7 +102,7 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
         *("llama_torch.kernels", "llama_torch.inference.triton_step"),
         *("llama_torch.inference.triton_batch_step", "parity_tests"),
     ),
-    "transformers": ("tools", "parity_tests"),
+    "transformers": ("llama_parity", "tools", "parity_tests"),
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_torch.common.errors import LONGEST, InputError
+from llama_common.errors import LONGEST, InputError
 from llama_torch.common.state_file import CHECKSUM, with_checksum
 
 Place = tuple[str | int, ...]  # the keys that lead to a value

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llama_torch.common import files
-from llama_torch.common.errors import InputError
+from llama_common import files
+from llama_common.errors import InputError
 from llama_torch.data.shard_writer import prepare
 from llama_torch.data.text_files import Text
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.tokenizer.loading import load_tokenizer
 
 from ..support.tokenizer_folders import (

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.tokenizer.chat_template import ChatTemplate, Llama2Template, load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.tokenizer.gpt2 import END_OF_TEXT, END_OF_TEXT_ID, hf_files
 from llama_torch.tokenizer.json_tokenizer import Json
 from llama_torch.tokenizer.loading import load_tokenizer

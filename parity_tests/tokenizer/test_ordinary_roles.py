@@ -13,8 +13,8 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llama_torch.common import notes
-from llama_torch.common.errors import InputError
+from llama_common import notes
+from llama_common.errors import InputError
 from llama_torch.tokenizer.chat_template import ChatTemplate
 from llama_torch.tokenizer.detokenizer import Detokenizer
 from llama_torch.tokenizer.loading import load_tokenizer

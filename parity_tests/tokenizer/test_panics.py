@@ -13,9 +13,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from llama_common import cli
+from llama_common.errors import InputError
+from llama_parity.comparison.inputs import token_ids
 from llama_torch import evaluate, generate, load, prepare
-from llama_torch.common import cli
-from llama_torch.common.errors import InputError
 from llama_torch.config import DataConfig
 from llama_torch.data import documents
 from llama_torch.data.corpus import load_corpus
@@ -27,7 +28,6 @@ from llama_torch.tokenizer.gpt2 import gpt2, gpt2_ids, guarded
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.training import validate
 from reference_np.config import LlamaConfig
-from tools.comparison.inputs import token_ids
 
 from ..backends.torch_model import small_model
 from ..support.tokenizers import byte_level

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.tokenizer.loading import load_tokenizer
 
 from ..support.tokenizers import write_json, write_json_tokenizer

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from llama_torch.common.errors import InputError
-from llama_torch.common.notes import note
+from llama_common.errors import InputError
+from llama_common.notes import note
 from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 

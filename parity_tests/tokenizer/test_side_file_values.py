@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.tokenizer.loading import load_tokenizer
 
 from ..support.tokenizers import write_json, write_json_tokenizer

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.pieces import CONTROL, piece_spans, read_piece, with_kinds

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.tokenizer import template_process
 from llama_torch.tokenizer.chat_template import LONGEST, ChatTemplate, load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer

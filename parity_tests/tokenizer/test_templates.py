@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.tokenizer.chat_template import ChatTemplate
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.inference.generation_file import end_ids
 from llama_torch.tokenizer.json_tokenizer import Json
 from llama_torch.tokenizer.loading import load_tokenizer

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import tiktoken
 
+from llama_parity import convert
 from llama_torch import TextModel
-from tools import convert
 
 
 class Converted(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from llama_parity import compare
 from llama_torch import load
-from tools import compare
 
 from ..support.llama3_ranks import a_llama3, encoding, gpt2_ranks
 from .commands import Converted, run_convert

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from llama_parity.conversion.gguf_checkpoint import gguf_name, interleaved
+from llama_parity.conversion.gguf_config import divisors
 from reference_np.config import LlamaConfig
-from tools.conversion.gguf_checkpoint import gguf_name, interleaved
-from tools.conversion.gguf_config import divisors
 
 from ..conformance.strategies import random_params
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from llama_parity.comparison import torch_side
+from llama_parity.comparison.inputs import make_calls
 from llama_torch.checkpoint.hf import load_model, locate, read_tensor
 from reference_np.config import LlamaConfig
-from tools.comparison import torch_side
-from tools.comparison.inputs import make_calls
 
 from ..backends.torch_model import save_numpy
 from .comparing import CALLS, CONFIG, NAMES, QUICK, Edited, named, write

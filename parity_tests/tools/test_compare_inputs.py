@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llama_torch.common.memory import gib, host_memory
+from llama_common.memory import gib, host_memory
+from llama_parity.comparison.inputs import make_calls
+from llama_parity.comparison.trace_file import n_cached
 from reference_np.config import LlamaConfig
-from tools.comparison.inputs import make_calls
-from tools.comparison.trace_file import n_cached
 
 from ..backends.torch_model import save_numpy
 from ..planted.port import Planted

@@ -10,11 +10,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from llama_parity import compare
+from llama_parity.comparison.inputs import make_calls
+from llama_parity.comparison.trace_file import TraceFile
 from llama_torch.data.documents import documents
 from reference_np.low_precision import round_to
-from tools import compare
-from tools.comparison.inputs import make_calls
-from tools.comparison.trace_file import TraceFile
 
 from ..backends.torch_model import save_numpy
 from .comparing import CALLS, CONFIG, NAMES, QUICK, Edited, write

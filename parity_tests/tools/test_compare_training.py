@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llama_parity.comparison import training_step, training_task
 from reference_np.config import LlamaConfig
 from reference_np.naming import parameter_shapes
 from reference_np.training_mutants import TRAINING
-from tools.comparison import training_step, training_task
 
 from ..conformance.oracle import Oracle
 from ..conformance.strategies import random_params

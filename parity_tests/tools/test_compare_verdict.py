@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from llama_parity.comparison import judging
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.tolerances import Errors, composed_bound, errors_and_bounds
-from tools.comparison import judging
 
 from ..backends.torch_model import save_numpy
 from ..conformance.strategies import cast, random_params

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from llama_parity import convert
 from reference_np.config import LlamaConfig
-from tools import convert
 
 from ..conformance.strategies import random_params
 from ..support.meta_checkpoints import CONFIG, LLAMA3_SCALING, a_meta, an_hf, write_hf

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tools import convert
-from tools.conversion import hf_checkpoint
+from llama_parity import convert
+from llama_parity.conversion import hf_checkpoint
 
 from ..conformance.strategies import random_params
 from ..support.meta_checkpoints import (

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from llama_parity.conversion.meta_params import config_from, hidden_width, params_of
 from llama_torch.checkpoint.hf import locate
 from llama_torch.model.config import ModelConfig
-from tools.conversion.meta_params import config_from, hidden_width, params_of
 
 from ..support.meta_checkpoints import (
     LLAMA3_SCALING,

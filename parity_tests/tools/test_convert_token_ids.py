@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from llama_parity import convert
 from llama_torch import load
 from reference_np.config import LlamaConfig
-from tools import convert
 
 from ..support.llama3_ranks import token_ids
 from ..support.meta_checkpoints import (

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from llama_common.errors import InputError
+from llama_parity import convert
 from llama_torch import load
-from llama_torch.common.errors import InputError
-from tools import convert
 
 from ..support.llama3_ranks import N_RANKS, a_llama3, gpt2_ranks, lines
 from .commands import Converted, run_convert

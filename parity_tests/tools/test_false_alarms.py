@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_parity import compare
+from llama_parity.comparison import differences
+from llama_parity.comparison.inputs import make_calls
+from llama_parity.comparison.replay import Replay, RoundedParams
+from llama_parity.comparison.trace_file import TraceWriter, write_trace
 from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.mutants import Mutant
 from reference_np.tolerances import attention_bound, errors_and_bounds
-from tools import compare
-from tools.comparison import differences
-from tools.comparison.inputs import make_calls
-from tools.comparison.replay import Replay, RoundedParams
-from tools.comparison.trace_file import TraceWriter, write_trace
 
 from .. import false_alarms
 from ..backends.torch_model import save_numpy

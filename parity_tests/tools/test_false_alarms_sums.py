@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_parity.comparison.sum_bounds import norm_bound, norm_sum_error
 from reference_np import ops
 from reference_np.config import LlamaConfig
 from reference_np.tolerances import UNIT_ROUNDOFF, errors_and_bounds, sequential_sum_error
-from tools.comparison.sum_bounds import norm_bound, norm_sum_error
 
 from ..conformance.architectures import seeds
 from ..conformance.strategies import Array

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_parity import convert
+from llama_parity.conversion.gguf_checkpoint import GgufCheckpoint, gguf_name, interleaved
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
-from tools import convert
-from tools.conversion.gguf_checkpoint import GgufCheckpoint, gguf_name, interleaved
 
 from ..backends.torch_model import save_numpy
 from ..conformance.architectures import seeds

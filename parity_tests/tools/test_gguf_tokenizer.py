@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from llama_parity import convert
+from llama_parity.conversion.gguf_file import GgufFile
+from llama_parity.conversion.gguf_tokenizer import PRE
 from llama_torch.tokenizer.loading import load_tokenizer
 from reference_np.config import LlamaConfig
-from tools import convert
-from tools.conversion.gguf_file import GgufFile
-from tools.conversion.gguf_tokenizer import PRE
 
 from ..conformance.strategies import random_params
 from ..support import tokenizers as made

@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from llama_parity import compare
+from llama_parity.comparison.trace_file import AXES
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes
-from tools import compare
-from tools.comparison.trace_file import AXES
 
 from ..backends.torch_model import save_numpy
 from ..conformance.strategies import cast, random_params

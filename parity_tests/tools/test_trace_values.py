@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from tools.comparison.trace_file import TraceFile
+from llama_parity.comparison.trace_file import TraceFile
 
 from ..backends.torch_model import save_numpy
 

@@ -14,7 +14,7 @@ def test_without_the_lift_the_comparison_is_coarse() -> None:
     """Without the lift, transformers' float64 model computes in float32 inside."""
     import transformers  # late: it takes seconds
 
-    from tools.comparison.transformers_model import config_from
+    from llama_parity.comparison.transformers_model import config_from
 
     config = LlamaConfig(16, 2, 4, 2, 4, 40, 30)
     params = random_params(config, 0)

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_common.errors import InputError
 from llama_torch import train
 from llama_torch.checkpoint import step_folders
 from llama_torch.checkpoint.training_state import load_state
-from llama_torch.common.errors import InputError
 from llama_torch.data import corpus
 from llama_torch.training import bad_steps, batch, loop, setup, step
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from llama_common import files as checkpoint
+from llama_common.errors import InputError
 from llama_torch import generate, train
 from llama_torch.checkpoint import hf, step_folders
 from llama_torch.checkpoint.file_names import STATE_FILE
 from llama_torch.checkpoint.hf import read_metadata
-from llama_torch.common import files as checkpoint
-from llama_torch.common.errors import InputError
 from llama_torch.training import loop, restore, step, validate
 
 from ..support.survival import STEPS, left_over, require_same, resume, send_signal

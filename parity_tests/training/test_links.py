@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_common.errors import InputError
 from llama_torch import train
 from llama_torch.checkpoint.single_file import SingleFile
 from llama_torch.checkpoint.state_interface import TrainingState
-from llama_torch.common.errors import InputError
 from llama_torch.data.shard_writer import prepare
 from llama_torch.data.text_files import find_files, identify
 from llama_torch.training import run_dir

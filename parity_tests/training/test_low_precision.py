@@ -41,7 +41,7 @@ TINY = LlamaConfig(4, 1, 1, 1, 4, 4, 4)
 
 def peer(case: Case, params: Params, dtype: torch.dtype) -> Any:
     # Late: it imports transformers, for seconds.
-    from tools.comparison.transformers_model import config_from, empty_model
+    from llama_parity.comparison.transformers_model import config_from, empty_model
 
     model = empty_model(config_from(case.config.to_hf(), case.config.n_layers), dtype)
     tensors = {name: torch.from_numpy(value).to(dtype) for name, value in params.items()}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_common import memory as host
+from llama_common.errors import InputError
 from llama_torch import train
-from llama_torch.common import memory as host
-from llama_torch.common.errors import InputError
 from llama_torch.config import TrainConfig
 from llama_torch.model.config import ModelConfig
 from llama_torch.training import setup, step

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_common.cli import parse
+from llama_common.settings import check_settings
 from llama_torch import export, train
-from llama_torch.common.cli import parse
-from llama_torch.common.settings import check_settings
 from llama_torch.config import TrainConfig
 from llama_torch.training import run_dir
 

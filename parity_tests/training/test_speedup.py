@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from llama_common.errors import InputError
 from llama_torch import train
-from llama_torch.common.errors import InputError
 from llama_torch.model import loss
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama

@@ -8,10 +8,10 @@ from types import ModuleType
 import pytest
 from safetensors.torch import load_file
 
+from llama_common.errors import InputError
+from llama_parity import compare
 from llama_torch import generate, train
-from llama_torch.common.errors import InputError
 from llama_torch.training import loop, run_dir
-from tools import compare
 
 from ..support.trainer_runs import SMALL_RUN, TEXT, refused, state_file
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.config import OptimConfig
 from llama_torch.distributed.parallel import Parallel
 from llama_torch.model import loss as model_loss

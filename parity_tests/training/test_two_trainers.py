@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_common.errors import InputError
 from llama_torch import train
-from llama_torch.common.errors import InputError
 from llama_torch.training import run_dir
 
 from ..support.survival import call_before, require_same, resume, send_signal

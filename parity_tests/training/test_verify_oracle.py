@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.training import error_bounds, oracle, step, verify
 from llama_torch.training.batch import Batch, to_batch
 from llama_torch.training.error_bounds import BoundedError, Observed

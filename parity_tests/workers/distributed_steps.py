@@ -26,7 +26,7 @@ from llama_torch.training.step import train_step
 from ..backends.torch_backends import optim_config, to_torch
 from ..backends.torch_model import torch_config
 from ..conformance.training_cases import TrainingCase
-from ..support import poison
+from ..plugins import poison
 from ..support.torch_training import Trained
 
 STEPS = 3

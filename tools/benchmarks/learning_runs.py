@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from llama_torch.common.errors import InputError
+from llama_common.errors import InputError
 from llama_torch.config import TrainConfig
 from llama_torch.data.corpus import Corpus
 from llama_torch.data.loader import train_batches, val_batches

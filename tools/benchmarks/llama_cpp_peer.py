@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from llama_parity.conversion.gguf_model import write_gguf
+from llama_parity.conversion.lazy_weights import Model, Weight
 from llama_torch.model.llama import Llama
-from tools.conversion.gguf_model import write_gguf
-from tools.conversion.lazy_weights import Model, Weight
 
 MICRO_BATCH = 512  # prompt tokens that llama.cpp computes at once; its own default
 

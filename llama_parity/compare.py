@@ -1,0 +1,158 @@
+"""Compare an implementation's activations with the NumPy oracle's, and name the bug if any.
+
+``python tools/compare.py ckpt.safetensors``; exit code 0: within bounds, 1: not, 2: bad input.
+
+The other side is run first and its activations are recorded. Then the oracle runs the same calls,
+layer by layer, in float64, which counts as exact, and in the dtype under test. The error of the
+latter is the baseline: the other side's may be BASELINE_FACTOR times as large.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import reference_np.config
+from llama_common import cli
+from llama_common.errors import InputError
+from llama_common.files import write_text
+from reference_np.weight_files import require_weights
+
+from .comparison.config import LENGTH, CompareConfig
+from .conversion.file_kinds import is_gguf
+
+if TYPE_CHECKING:
+    from reference_np.config import LlamaConfig
+    from reference_np.ops import Array
+
+    from .comparison.sides import Side
+    from .comparison.trace_file import Call
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    try:
+        return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+    except reference_np.config.InputError as error:
+        cli.complain(error)
+        return 2
+
+
+def _main(argv: Sequence[str]) -> int:
+    settings = cli.parse(CompareConfig, argv)
+    path = Path(settings.ckpt)
+    _check_outputs(settings, _require_gguf(path) if is_gguf(path) else require_weights(path))
+    return _compare(settings)
+
+
+def _require_gguf(path: Path) -> list[Path]:
+    """Return the path of a GGUF file in a list; InputError unless its header can be read."""
+    from .conversion.gguf_file import GgufFile
+
+    return [GgufFile(path).path]
+
+
+def _compare(settings: CompareConfig) -> int:
+    # These import NumPy and torch, which takes seconds: a wrong flag is told before.
+    import numpy as np
+
+    from .comparison import training_task
+    from .comparison.against import find_side
+    from .comparison.run import check_trains, layer_range, progress, run_comparison
+    from .comparison.source import open_checkpoint
+
+    checkpoint = open_checkpoint(settings.ckpt, np.float64)
+    side = find_side(settings.against, settings.dtype, checkpoint)
+    layers = layer_range(settings.layers, checkpoint.config.n_layers)
+    if settings.grads:
+        check_trains(side)
+    ids, calls = _input(settings, side, checkpoint.config)
+    batches = None
+    if settings.grads:
+        batches = training_task.make_batches(ids[: max(settings.tokens, default=LENGTH)])
+    with (
+        progress() as start,
+        tempfile.TemporaryDirectory() as folder,
+        np.errstate(all="ignore"),  # the report names activations that are not finite
+    ):
+        report = run_comparison(
+            settings, checkpoint, side, calls, batches, layers, start, Path(folder)
+        )
+    _write(report, settings)
+    return 0 if report["verdict"]["holds"] else 1
+
+
+def _write(report: dict[str, Any], settings: CompareConfig) -> None:
+    """Write the report to the files asked for, and its table to the terminal."""
+    from rich.console import Console
+
+    from .comparison import text_report
+
+    if settings.html:
+        from .comparison.html_report import page
+
+        write_text(Path(settings.html).resolve(), page(report))
+    if settings.json:
+        text = json.dumps(report, allow_nan=False)
+        if settings.json == "-":
+            print(text)
+        else:
+            write_text(Path(settings.json).resolve(), text + "\n")
+    if settings.json != "-":
+        console = Console(highlight=False)
+        console.width = max(console.width, 100) if not console.is_terminal else console.width
+        text_report.print_report(report, console, settings.all)
+
+
+def _check_outputs(settings: CompareConfig, files: Sequence[Path]) -> None:
+    """Raise InputError where a report cannot be written, or would overwrite an input."""
+    ckpt = Path(settings.ckpt)
+    inputs = [*files, settings.against, settings.file or ckpt]
+    taken = {Path(path).resolve() for path in inputs}
+    for flag in ("json", "html", "trace"):
+        name = getattr(settings, flag)
+        if name in ("", "-"):
+            continue
+        path = Path(name).resolve()
+        if path in taken or (path.suffix in (".json", ".safetensors") and _in(path, ckpt)):
+            raise InputError(f"--{flag} {name}: would overwrite an input or another report")
+        if path.exists() and not path.is_file():
+            raise InputError(f"--{flag} {name}: is no file; give the name of one")
+        if not path.parent.is_dir():
+            raise InputError(f"--{flag} {name}: there is no directory {path.parent}; make it first")
+        taken.add(path)
+
+
+def _in(path: Path, ckpt: Path) -> bool:
+    """Return whether a path is an existing file of the checkpoint's own directory."""
+    return ckpt.is_dir() and path.parent == ckpt.resolve() and path.exists()
+
+
+def _input(
+    settings: CompareConfig, side: "Side", config: "LlamaConfig"
+) -> "tuple[Array, Sequence[Call]]":
+    """Return the token ids [n] and the calls to run; a trace has its own calls, and no ids.
+
+    Raises InputError for flags of the input beside a trace.
+    """
+    import numpy as np
+
+    from .comparison.inputs import make_calls, token_ids
+
+    if side.trace is not None:
+        for flag in ("prompt", "file", "ids", "tokens"):
+            if getattr(settings, flag):
+                raise InputError(f"--{flag}: a trace is compared on its own tokens; leave it out")
+        return np.zeros(0, np.int64), side.trace.calls
+    ids = token_ids(
+        config,
+        prompt=settings.prompt,
+        file=settings.file,
+        ids=settings.ids,
+        limit=max(settings.tokens, default=config.max_seq_len),
+    )
+    given = settings.prompt or settings.file or settings.ids
+    lengths = settings.tokens or ((len(ids),) if given else (LENGTH,))
+    return ids, make_calls(ids, config, lengths, settings.steps)

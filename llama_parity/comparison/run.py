@@ -1,0 +1,212 @@
+"""Run one comparison, from its settings to its report."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.markup import escape
+
+from llama_common.errors import InputError, printable
+from reference_np import backend as backends
+from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
+
+from . import report as reports
+from . import training_step
+from .comparison import Comparison, make_comparison
+from .config import CompareConfig
+from .diagnosis import Diagnosis, Start, diagnose
+from .differences import compare
+from .judging import Row
+from .replay import EMBEDDING_STAGE, Replay
+from .sides import Side, record
+from .source import Source
+from .trace_file import LONGEST_NAME, Call, TraceWriter, write_trace
+
+
+def layer_range(text: str, n_layers: int) -> tuple[int, int]:
+    """Return the first layer that ``--layers`` names, and the one after the last.
+
+    Raises InputError for no range, and for layers that the model does not have.
+    """
+    if not text:
+        return 0, n_layers
+    first, colon, last = text.partition(":")
+    try:
+        start = int(first or 0)
+        stop = (int(last) if last else n_layers) if colon else start + 1
+    except ValueError:
+        raise InputError(f"--layers {text}: give a range like 3:5, or one layer") from None
+    if not 0 <= start < stop <= n_layers:
+        raise InputError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
+    return start, stop
+
+
+@contextmanager
+def progress() -> Iterator[Start]:
+    """Show progress bars with their ETA on a terminal, and nothing elsewhere.
+
+    Yields a function (title, steps) that adds a bar and returns a function to call after a step.
+    """
+    console = Console(stderr=True)
+    bars = rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("ETA"),
+        rich_progress.TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+    def start(title: str, steps: int) -> Callable[[], None]:
+        task = bars.add_task(escape(printable(title)), total=steps)
+        return lambda: bars.advance(task)
+
+    with bars:
+        yield start
+
+
+def check_trains(side: Side) -> None:
+    """Raise InputError where the other side's gradients cannot be compared."""
+    if side.backend is None:
+        raise InputError(f"--grads: {side.title} cannot be trained; give a backend or a checkpoint")
+    if side.dtype not in ("float64", "float32"):
+        raise InputError("--grads compares in float32 or float64; leave the precision out")
+    backend = backends.load(side.backend, "--against")
+    if not callable(getattr(backend, "loss_and_grads", None)):
+        raise InputError(f"--grads: {side.title} offers no loss_and_grads; leave the flag out")
+
+
+def write_oracle_trace(path: Path, comparison: Comparison, config: LlamaConfig) -> None:
+    """Write the oracle's own activations of the calls, in the dtype under test."""
+
+    def fill(writer: TraceWriter) -> None:
+        params, ops = comparison.baseline_params, comparison.baseline_ops
+        oracle = Replay(config, comparison.calls, params, ops)
+        for stage in range(EMBEDDING_STAGE, config.n_layers + 1):
+            for (c, name), value in oracle.run(stage).items():
+                writer.add(c, name, value)
+
+    write_trace(path, config, comparison.calls, comparison.precision, fill)
+
+
+def _left_out(
+    settings: CompareConfig, side: Side, calls: Sequence[Call], config: LlamaConfig
+) -> str:
+    """Return warnings of tensors of a trace and of lengths asked for that are not compared."""
+    warnings = []
+    if side.trace is not None:
+        unknown = side.trace.unknown
+        shown = [printable(name, LONGEST_NAME) for name in unknown[:8]]
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        if unknown:
+            warnings.append(f"Not in the format and ignored: {', '.join(shown)}{more}.")
+    else:
+        decoded = any(call.after is not None and call.positions is None for call in calls)
+        if settings.steps and not decoded:
+            warnings.append(f"No decoding: a context of {config.max_seq_len} has no room for it.")
+        if settings.tokens and calls[0].tokens.shape[1] < settings.tokens[0]:
+            warnings.append(f"The prompts are cut to what a context of {config.max_seq_len} holds.")
+    return " ".join(warnings)
+
+
+def run_comparison(
+    settings: CompareConfig,
+    checkpoint: Source,
+    side: Side,
+    calls: Sequence[Call],
+    batches: list[Batch] | None,
+    layers: tuple[int, int],
+    start: Start,
+    folder: Path,
+) -> dict[str, Any]:
+    """Run both sides on the calls and the training step; return the report's dictionary.
+
+    ``folder`` takes the other side's activations; ``layers`` is the range that is compared.
+    """
+    config = dataclasses.replace(checkpoint.config, n_layers=layers[1])
+    recording = record(side, calls, config, folder, start(side.title, len(calls) * config.n_layers))
+    comparison = make_comparison(checkpoint.path, config, calls, side.dtype, recording, layers[0])
+    if settings.trace:
+        write_oracle_trace(Path(settings.trace).resolve(), comparison, checkpoint.config)
+    builder = reports.ReportBuilder(calls)
+    for stage in compare(comparison, start("oracle", len(comparison.stages()))):
+        builder.add(stage)
+    diagnosis = Diagnosis([], [])
+    if settings.diagnose:
+        diagnosis = diagnose(comparison, builder.rows, start)
+    rows, expected, noun = builder.rows, len(comparison.expected()), "activations"
+    training = None
+    if batches is not None:
+        step_rows, training = _training_entry(
+            side, checkpoint, batches, calls, start, settings.diagnose
+        )
+        rows, expected, noun = rows + step_rows, expected + len(step_rows), "quantities"
+    covered = sum(covers in ("activations", "logits") for covers in recording.coverage)
+    reordered = reports.reordered_warning(builder.rows, calls)
+    warnings = f"{reordered} {_left_out(settings, side, calls, checkpoint.config)}".strip()
+    return {
+        **_header(settings, checkpoint, side, calls, layers),
+        "coverage": recording.coverage,
+        "verdict": reports.verdict(rows, expected, calls, noun, covered),
+        "rows": [reports.row_entry(row) for row in builder.rows],
+        "first_divergence": builder.first_divergence,
+        **reports.diagnosis_entries(diagnosis, builder.rows, calls),
+        "logits": builder.logits,
+        "heatmap": builder.heatmap,
+        "training": training,
+        "warnings": warnings,
+    }
+
+
+def _training_entry(
+    side: Side,
+    checkpoint: Source,
+    batches: list[Batch],
+    calls: Sequence[Call],
+    start: Start,
+    diagnosing: bool,
+) -> tuple[list[Row], dict[str, Any]]:
+    """Compare a training step; return its rows and the report's "training" part."""
+    rows, diagnosis, notes = training_step.compare_training(
+        side, checkpoint, batches, start, diagnosing
+    )
+    return rows, {
+        "rows": [reports.row_entry(row) for row in rows],
+        "notes": notes,
+        **reports.diagnosis_entries(diagnosis, rows, calls),
+    }
+
+
+def _header(
+    settings: CompareConfig,
+    checkpoint: Source,
+    side: Side,
+    calls: Sequence[Call],
+    layers: tuple[int, int],
+) -> dict[str, Any]:
+    """Return the report's part about its inputs: both sides, precision, layers, calls."""
+    n_tokens = sum(call.tokens.size for call in calls)
+    title = f"{settings.ckpt}: oracle against {side.title}, {side.dtype}, {n_tokens} tokens in "
+    title += f"{len(calls)} calls"
+    title += f", layers {layers[0]} to {layers[1] - 1}" if settings.layers else ""
+    return {
+        "schema": reports.SCHEMA,
+        "title": title,
+        "checkpoint": settings.ckpt,
+        "against": settings.against,
+        "dtype": side.dtype,
+        "n_layers": checkpoint.config.n_layers,
+        "layers": list(layers),
+        "calls": [
+            {"name": call.name, "after": call.after, "tokens": call.tokens.tolist()}
+            for call in calls
+        ],
+    }

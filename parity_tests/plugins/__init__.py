@@ -1,0 +1,1 @@
+"""The suite's pytest plug-ins: backends, examples, reports, threads and memory."""

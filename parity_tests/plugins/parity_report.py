@@ -1,0 +1,111 @@
+"""Record errors by test and backend, skip or fail tests that compared nothing, print the tables."""
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
+
+from reference_np.backend import example_fraction_of, load
+from reference_np.limits import limits_of
+
+from ..conformance.judge import JUDGE
+from . import processor, summary_tables
+from .backend_option import (
+    HONEST,
+    MUTANTS,
+    backend_name,
+    beyond_a_limit,
+    is_conformance,
+    other_parameters,
+    requested_backends,
+    unsupported_by_backend,
+)
+
+# The processors and libraries of pytest-xdist's processes; empty without pytest-xdist.
+computed_by: set[str] = set()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Begin a conformance test's record; a test that compared nothing does not pass."""
+    if not is_conformance(pyfuncitem):
+        return (yield)
+    return (yield from _recorded(pyfuncitem))
+
+
+def _recorded(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    test = pyfuncitem.originalname
+    words = [test.removeprefix("test_"), *other_parameters(pyfuncitem)]
+    entry = JUDGE.begin(" ".join(words), backend_name(pyfuncitem))
+    if limit := beyond_a_limit(pyfuncitem):
+        entry.by_limit[limit] += 1
+        pytest.skip(f"not covered, by limit: {limit}")
+    lacking = unsupported_by_backend(pyfuncitem)
+    if lacking:
+        entry.not_covered[f"{lacking} is not offered"] += 1
+        pytest.skip(f"not covered: {lacking} is not offered")
+    result = yield
+    if entry.covered == 0:
+        reason = ", ".join(entry.not_covered) or "no example was compared"
+        if test in ("test_logits", "test_causal_logits") and not JUDGE.only_record:
+            pytest.fail(f"logits are required, and none were computed: {reason}", pytrace=False)
+        pytest.skip(f"not covered: {reason}")
+    return result
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    terminalreporter.section("computed by")
+    for line in sorted(computed_by) or [processor.describe()]:
+        terminalreporter.write_line(line)
+    if JUDGE.entries:
+        named = requested_backends(config)
+        lines = (
+            summary_tables.mutation_table(JUDGE.entries, MUTANTS, HONEST)
+            if JUDGE.only_record
+            else summary_tables.backend_table(
+                JUDGE.entries, {name: limits_of(load(name)) for name in named}
+            )
+        )
+        terminalreporter.section("parity")
+        for line in (*lines, *too_few(config)):
+            terminalreporter.write_line(line)
+        failed = bool(terminalreporter.stats.get("failed"))
+        for name in named if failed else ():
+            terminalreporter.write_line(
+                f"which bug it is: python tools/compare.py CHECKPOINT --against {name} names the "
+                "layer and the operation"
+            )
+
+
+def too_few(config: pytest.Config) -> list[str]:
+    """Return a line for each backend of --backend that was compared on too few examples.
+
+    Only where all of its tests were to run.
+    """
+    chosen = config.getoption("keyword") or any("::" in arg for arg in config.args)
+    if chosen or config.getoption("reproduce") or config.getoption("collectonly"):
+        return []
+    fractions = {name: example_fraction_of(load(name)) for name in requested_backends(config)}
+    return summary_tables.below_the_floor(JUDGE.entries, fractions)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add the record of a process that ends (a hook of pytest-xdist's)."""
+    output = getattr(node, "workeroutput", {})
+    JUDGE.add(output.get("judged", []))
+    computed_by.update(output.get("computed_by", []))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run that a mutant survives or that compares too little; send a process's record."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["judged"] = JUDGE.records()
+        session.config.workeroutput["computed_by"] = [processor.describe()]
+        return
+    whole = JUDGE.only_record and exitstatus == 0 and not session.config.getoption("keyword")
+    if not exitstatus and too_few(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if whole and summary_tables.survivors(JUDGE.entries, MUTANTS):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
