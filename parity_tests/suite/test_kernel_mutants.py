@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from ..gpu_faults import FAULTS, Fault
-from ..kernel_mutants import PACKAGE, mutated
+from ..gpu_faults.kernel_mutants import PACKAGE, mutated
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -1,6 +1,6 @@
 """Plant each fault of gpu_faults in a copy of the program and see a test fail, on a GPU.
 
-    python -m parity_tests.kernel_mutants [--only NAME ...] [--seconds N] [--processes N]
+    python -m parity_tests.gpu_faults.kernel_mutants [--only NAME ...] [--seconds N] [--processes N]
 
 The tests run on the program as it is, first: one that fails there kills nothing, and is an error.
 What Triton compiled for that, every copy begins with. On a machine without a GPU, ``--cpu`` plants
@@ -21,11 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from .gpu_faults import FAULTS, Fault
+from . import FAULTS, Fault
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = ROOT / "llama_torch"
-COPIED = ("llama_torch", "reference_np", "parity_tests", "tools", "pyproject.toml")
+COPIED = (
+    *("llama_common", "llama_parity", "llama_torch", "reference_np"),
+    *("parity_tests", "tools", "conftest.py", "pyproject.toml"),
+)
 FILES = ("parity_tests/model/test_kernels.py", "parity_tests/inference/test_cuda_graphs.py")
 # The tests, in parts that run side by side; between them they are all.
 PARTS = (
