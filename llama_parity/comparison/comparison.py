@@ -14,6 +14,7 @@ from reference_np.ops import Array
 
 from .axes import Order, as_declared
 from .judging import KL, Row
+from .padding import Padding, find_padding
 from .replay import EMBEDDING_STAGE, Key, RoundedParams, stage_input, stage_names
 from .sides import Recording
 from .trace_file import Call, TraceFile
@@ -61,6 +62,7 @@ class Comparison(NamedTuple):
     recording: Recording
     theirs: TheirActivations
     first_layer: int  # of those that are compared
+    padding: Padding  # by call: the tokens that are not judged
 
     @property
     def precision(self) -> str:
@@ -122,4 +124,5 @@ def make_comparison(
     exact = RoundedParams(path, precision, "float64")
     baseline = exact if precision == "float64" else RoundedParams(path, precision, "float32")
     theirs = TheirActivations(recording.trace, config, len(calls))
-    return Comparison(config, calls, exact, baseline, recording, theirs, first_layer)
+    padding = find_padding(calls)
+    return Comparison(config, calls, exact, baseline, recording, theirs, first_layer, padding)

@@ -16,6 +16,7 @@ from reference_np.ops import Array
 
 from .comparison import Comparison
 from .judging import KL, REORDERED, Reference, Row, error_bound, judge, judge_kl
+from .padding import Padding, readable, without_padding
 from .replay import Activations, Key, Replay, RoundedParams, finite_only, stage_input
 from .sum_bounds import n_terms
 
@@ -38,6 +39,10 @@ class TeacherForced(NamedTuple):
     baseline: Activations
     element_bounds: Activations  # of attention [B, T, H, K], the norms [B, T, D]
 
+    def without_padding(self, padding: Padding) -> "TeacherForced":
+        """Return the activations and their bounds with zeros at padding."""
+        return TeacherForced(*(without_padding(part, padding) for part in self))
+
 
 def compare(comparison: Comparison, advance: Callable[[], None]) -> Iterator[StageResult]:
     """Yield each stage's rows and activations, in order; both sides are read stage by stage.
@@ -50,30 +55,33 @@ def compare(comparison: Comparison, advance: Callable[[], None]) -> Iterator[Sta
     baseline_free, baseline_forced = (
         Replay(config, calls, comparison.baseline_params, comparison.baseline_ops) for _ in range(2)
     )
-    perturbed = PerturbedBaselines(comparison)
+    perturbed, padding = PerturbedBaselines(comparison), comparison.padding
     if comparison.first_layer:
         start_from_first_layer(comparison, (exact_free, baseline_free))
     for stage in comparison.stages():
         theirs = comparison.theirs.read(stage)
-        given = finite_only(theirs)
+        given = finite_only(readable(theirs, padding))
         free = exact_free.run(stage)
         forced = exact_forced.run(stage, given) if comparison.has_activations() else {}
         if comparison.theirs.reorder(exact_forced.orders):
             theirs = comparison.theirs.read(stage)
-            given = finite_only(theirs)
+            given = finite_only(readable(theirs, padding))
+        theirs, free = without_padding(theirs, padding), without_padding(free, padding)
         if precision == "float64":
-            fresh = TeacherForced(forced, forced, {})
+            fresh = TeacherForced(forced, forced, {}).without_padding(padding)
             rows = _judge_stage(comparison, stage, theirs, free, [free], fresh)
         else:
-            baseline = baseline_free.run(stage)
+            baseline = without_padding(baseline_free.run(stage), padding)
             low = baseline_forced.run(stage, given) if comparison.has_activations() else {}
             fresh = TeacherForced(forced, low, exact_forced.element_bounds)
+            fresh = fresh.without_padding(padding)
             rows = _judge_stage(comparison, stage, theirs, free, [baseline], fresh)
             if _exceeds_inherited(rows):
-                baselines = [baseline, *perturbed.run(stage)]
+                moved = (without_padding(run, padding) for run in perturbed.run(stage))
+                baselines = [baseline, *moved]
                 rows = _judge_stage(comparison, stage, theirs, free, baselines, fresh)
         advance()
-        yield StageResult(rows, theirs, free, forced)
+        yield StageResult(rows, theirs, free, fresh.exact)
 
 
 def _exceeds_inherited(rows: Sequence[Row]) -> bool:
@@ -147,6 +155,8 @@ def start_from_first_layer(comparison: Comparison, replays: Sequence[Replay]) ->
     name = stage_input(comparison.first_layer)
     for c, call in enumerate(comparison.calls):
         stream = comparison.recording.trace.read(c, name)
+        if stream is not None:
+            stream = readable({(c, name): stream}, comparison.padding)[c, name]
         for replay in replays:
             usable = stream is not None and np.isfinite(stream).all()
             if not (usable and replay.start_from(c, stream)):

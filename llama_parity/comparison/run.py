@@ -22,6 +22,7 @@ from .config import CompareConfig
 from .diagnosis import Diagnosis, Start, diagnose
 from .differences import compare
 from .judging import Row
+from .padding import padding_note
 from .replay import EMBEDDING_STAGE, Replay
 from .sides import Side, record
 from .source import Source
@@ -151,7 +152,9 @@ def run_comparison(
         rows, expected, noun = rows + step_rows, expected + len(step_rows), "quantities"
     covered = sum(covers in ("activations", "logits") for covers in recording.coverage)
     reordered = reports.reordered_warning(builder.rows, calls)
-    warnings = f"{reordered} {_left_out(settings, side, calls, checkpoint.config)}".strip()
+    left_out = _left_out(settings, side, calls, checkpoint.config)
+    notes = (padding_note(calls, comparison.padding), reordered, left_out)
+    warnings = " ".join(filter(None, notes))
     return {
         **_header(settings, checkpoint, side, calls, layers),
         "coverage": recording.coverage,

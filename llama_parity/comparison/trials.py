@@ -19,6 +19,7 @@ from reference_np.tolerances import Errors, errors
 
 from .comparison import Comparison
 from .judging import KL, Row
+from .padding import readable, without_padding
 from .replay import (
     Activations,
     CachedParams,
@@ -115,10 +116,11 @@ class Trials:
 
     def __init__(self, comparison: Comparison, rows: Sequence[Row], stages: Sequence[int]) -> None:
         self.comparison = comparison
-        self.theirs: dict[Key, Array] = {}
+        theirs: dict[Key, Array] = {}
         for stage in stages:
-            self.theirs.update(comparison.theirs.read(stage))
-        self.finite_theirs = finite_only(self.theirs)
+            theirs.update(comparison.theirs.read(stage))
+        self.finite_theirs = finite_only(readable(theirs, comparison.padding))
+        self.theirs = without_padding(theirs, comparison.padding)
         measured = [
             row
             for row in rows
@@ -131,7 +133,8 @@ class Trials:
         }
         self.bug_free: dict[Key, Array] = {}
         for _, values in self._replays([()], {c for c, _ in self.rows}, self.stages):
-            self.bug_free |= {key: value for key, value in values.items() if key in self.rows}
+            found = {key: value for key, value in values.items() if key in self.rows}
+            self.bug_free |= without_padding(found, comparison.padding)
         # An activation that the oracle cannot compute again, for want of its stage's residual
         # stream, is left out.
         self.rows = {key: row for key, row in self.rows.items() if key in self.bug_free}
@@ -245,6 +248,8 @@ class Trials:
         row, theirs, bug_free = self.rows[key], self.theirs[key], self.bug_free[key]
         assert row.operation_error is not None
         # True of most activations: a bug touches those of its own operation alone.
+        if value is not bug_free:
+            value = without_padding({key: value}, self.comparison.padding)[key]
         if value is bug_free or (value.shape == bug_free.shape and (value == bug_free).all()):
             return self._unchanged(key)
         bound = row.operation_error.loosest_bound
