@@ -8,7 +8,6 @@ from hypothesis import given
 
 from reference_np.model import Cache, forward
 
-from ..backends.torch_model import torch_forward, torch_model
 from ..conformance.architectures import configs
 from ..conformance.drawn import Draw, composite, labelled
 from ..conformance.strategies import caches_equal, chunk_sizes, params_for, tokens_for
@@ -34,10 +33,3 @@ def test_the_same_call_gives_the_same_answer(run: tuple) -> None:
     second, _ = forward(params, tokens[:, -1:], config, cache=cache)
     assert np.array_equal(first, second)
     assert caches_equal(cache, before)
-
-    model = torch_model(config, params)
-    _, torch_cache, _ = torch_forward(model, tokens[:, :-1])
-    first, longer_torch, _ = torch_forward(model, tokens[:, -1:], cache=torch_cache)
-    torch_forward(model, tokens[:, :1], cache=longer_torch)
-    second, _, _ = torch_forward(model, tokens[:, -1:], cache=torch_cache)
-    assert np.array_equal(first, second)
