@@ -77,7 +77,7 @@ def dot_bound(abs_dot: Array, exact: Array, n: int, unit: float) -> Array:
 
     ``|y - y64| <= lambda sqrt(n) u |x|^T |w| + u |y|``; ``abs_dot`` is |x|^T |w|, ``unit`` u. Not
     scaled by |y| alone: after cancellation y may be tiny while its error is not. The oracle's own
-    tests (oracle/test_ops.py) alone use it.
+    tests (oracle/test_ops_in_torch.py) alone use it.
     """
     bound: Array = LAMBDA * math.sqrt(n) * unit * abs_dot + unit * np.abs(exact)
     return bound
