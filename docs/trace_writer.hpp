@@ -26,7 +26,7 @@ class TraceWriter {
     const std::string zeros(8 + room_, '\0');
     write(zeros.data(), zeros.size());
     metadata("format", "llama-trace");
-    metadata("version", "1");
+    metadata("version", "2");
     metadata("axes",
              R"({"embed":"BTD","attn_norm":"BTD","q":"BTHK","k":"BTNK","v":"BTNK",)"
              R"("q_rope":"BTHK","k_rope":"BTNK","attn":"BTHK","attn_proj":"BTD",)"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from reference_np.ops import Array
 
     from .comparison.sides import Side
-    from .comparison.trace_file import Call
+    from .comparison.trace_format import Call
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,8 @@ from reference_np.config import InputError, LlamaConfig
 from .backend_side import make_backend_side
 from .sides import Side
 from .source import Source, open_checkpoint
-from .trace_file import FORMAT, TraceFile
+from .trace_file import TraceFile
+from .trace_format import FORMAT
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 

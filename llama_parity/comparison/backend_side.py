@@ -14,7 +14,8 @@ from reference_np.ops import Array
 
 from .sides import Advance, Side
 from .source import Source
-from .trace_file import Call, TraceWriter
+from .trace_file import TraceWriter
+from .trace_format import Call
 
 
 class BackendParams(Mapping[str, Array]):

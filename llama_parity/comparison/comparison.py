@@ -17,7 +17,8 @@ from .judging import KL, Row
 from .padding import Padding, find_padding
 from .replay import EMBEDDING_STAGE, Key, RoundedParams, stage_input, stage_names
 from .sides import Recording
-from .trace_file import Call, TraceFile
+from .trace_file import TraceFile
+from .trace_format import Call
 
 
 class TheirActivations:

@@ -17,7 +17,7 @@ from reference_np.mutants import FORWARD
 from .comparison import Comparison
 from .judging import KL, RIGHT, Row
 from .replay import Key
-from .trace_file import call_chain
+from .trace_format import call_chain
 from .trials import Bugs, Effect, Suspect, Trials
 
 PAIRS_AT_ONCE = 64  # each of them holds residual streams and tables of its own

@@ -16,7 +16,7 @@ from reference_np.config import LlamaConfig
 from reference_np.ops import Array
 
 from .sizes import require_attention_memory, require_steps_memory
-from .trace_file import Call
+from .trace_format import Call
 
 GPT2_VOCAB_SIZE = 50257
 NO_ENCODING = "llama_torch's is not installed: pip install 'llama-parity[torch]'; or give --ids"

@@ -11,7 +11,7 @@ from reference_np.limits import real_tokens
 from reference_np.ops import Array, causal_mask
 
 from .replay import Activations, Key
-from .trace_file import Call, call_chain, n_cached
+from .trace_format import Call, call_chain, n_cached
 
 # Numbers at padding beyond this are replaced before the oracle reads them: a product of two in
 # float32 would overflow, and a weight of zero makes NaN of an infinity.

@@ -32,7 +32,7 @@ from reference_np.tolerances import (
 from .axes import Order, as_declared, find_order
 from .source import open_checkpoint
 from .sum_bounds import NORMS, n_terms, norm_bound, norm_sum_error
-from .trace_file import Call, n_cached
+from .trace_format import Call, n_cached
 
 Key = tuple[int, str]  # of an activation: the index of its call, and its name
 Activations = Mapping[Key, Array]

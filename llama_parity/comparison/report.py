@@ -15,7 +15,7 @@ from reference_np.tolerances import Errors, kl_per_token
 from .diagnosis import HOW, Diagnosis, Explanation
 from .differences import StageResult
 from .judging import KL, OPERATION, REORDERED, Measure, Row
-from .trace_file import Call
+from .trace_format import Call
 
 SCHEMA = "llama-compare/1"
 CELLS = 256  # largest number of columns of the heat map

@@ -26,7 +26,8 @@ from .padding import padding_note
 from .replay import EMBEDDING_STAGE, Replay
 from .sides import Side, record
 from .source import Source
-from .trace_file import LONGEST_NAME, Call, TraceWriter, write_trace
+from .trace_file import TraceWriter, write_trace
+from .trace_format import LONGEST_NAME, Call
 
 
 def layer_range(text: str, n_layers: int) -> tuple[int, int]:

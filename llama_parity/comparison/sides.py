@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from reference_np.config import LlamaConfig
 
-from .trace_file import Call, TraceFile, TraceWriter, write_trace
+from .trace_file import TraceFile, TraceWriter, write_trace
+from .trace_format import Call
 
 Advance = Callable[[], None]
 

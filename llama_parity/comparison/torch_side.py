@@ -26,7 +26,8 @@ from ..conversion.file_kinds import is_gguf
 from ..conversion.gguf_checkpoint import GgufCheckpoint
 from ..conversion.gguf_model import model_of
 from .sides import Advance, Side
-from .trace_file import Call, TraceWriter
+from .trace_file import TraceWriter
+from .trace_format import Call
 
 
 def stream_weights(

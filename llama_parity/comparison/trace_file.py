@@ -1,81 +1,65 @@
-"""Read and write trace files: activations of some calls of a model; see docs/trace-format.md.
+"""Read and write trace files: what some calls and training steps of a model computed.
 
-Axes: B batch, T tokens of the call, S cached + T.
+The format is described in docs/trace-format.md. Axes: B batch, T tokens of the call, S cached + T.
 """
 
+import dataclasses
 import json
-import os
-import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from llama_common.errors import printable
+from llama_common.errors import is_digits, printable
 from llama_common.files import atomic_write
 from reference_np.config import InputError, LlamaConfig
-from reference_np.model import check_inputs
-from reference_np.naming import LAYER_AXES, activation_axes
 from reference_np.ops import Array
+from reference_np.optim import Hyperparameters
 from reference_np.tolerances import UNIT_ROUNDOFF
 from reference_np.weight_files import parse_json
 
-from .sizes import require_attention_memory
-
-FORMAT, VERSION = "llama-trace", "1"
-AXES = {"embed": "BTD", **LAYER_AXES, "norm": "BTD", "logits": "BTV"}
-_DTYPES = {"float64": "F64", "float32": "F32", "int64": "I64", "bool": "BOOL"}
-FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-INTEGERS = {"I64": np.int64, "I32": np.int32}
-MOST_AXES = 32  # a wrong shape is an activation that fails, but NumPy holds no array of 65 axes
-MASKS = {"BOOL": np.uint8, "U8": np.uint8}  # bytes, to see those that are neither 0 nor 1
-LONGEST_NAME = 80  # characters of a call's name that are kept
-MOST_POSITION = 2**31 - 1
-
-
-_TENSOR = re.compile(
-    r"call\.(?P<call>0|[1-9]\d{0,8})\.(?:layers\.(?P<layer>0|[1-9]\d{0,8})\.)?(?P<kind>\w+)",
-    re.ASCII,
+from .tensor_file import TensorFile
+from .trace_format import (
+    AXES,
+    FLOATS,
+    FORMAT,
+    READABLE,
+    STEP_SCALARS,
+    VERSION,
+    Call,
+    Step,
+    batch_inputs,
+    batch_of,
+    call_inputs,
+    is_call_tensor,
+    parameter_of,
+    step_of,
+    tensor_names,
 )
+from .trace_inputs import read_calls, read_hyperparameters, read_steps
 
-
-class Call(NamedTuple):
-    """One forward call: its inputs, and the index of the earlier call whose cache it continues."""
-
-    name: str
-    tokens: Array  # int64 [B, T]
-    positions: Array | None = None  # int64 [B, T]
-    mask: Array | None = None  # bool [B, T, S], True = may attend
-    after: int | None = None
-
-
-def call_chain(calls: Sequence[Call], index: int) -> list[int]:
-    """Return the indices of a call and of all that it continues, first to last."""
-    found: list[int] = []
-    at: int | None = index
-    while at is not None:
-        found.append(at)
-        at = calls[at].after
-    return found[::-1]
-
-
-def n_cached(calls: Sequence[Call], index: int) -> int:
-    """Return how many tokens the cache holds before call ``index``."""
-    return sum(calls[c].tokens.shape[1] for c in call_chain(calls, index)[:-1])
+_DTYPES = {"float64": "F64", "float32": "F32", "int64": "I64", "bool": "BOOL"}
 
 
 class TraceWriter:
     """Writes tensors to a file one by one; the header, for which room is left, comes last.
 
     The safetensors package takes all tensors at once, and a 7B model's activations do not fit in
-    memory.
+    memory. The inputs of ``calls`` and ``steps`` are written at once, their results by ``add``
+    and ``add_step``. ``hyperparameters`` are to be given where a step's update is written.
     """
 
-    def __init__(self, path: Path, config: LlamaConfig, calls: Sequence[Call], dtype: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: LlamaConfig,
+        calls: Sequence[Call],
+        dtype: str,
+        steps: Sequence[Step] = (),
+        hyperparameters: Hyperparameters | None = None,
+    ) -> None:
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -85,27 +69,44 @@ class TraceWriter:
             "calls": json.dumps([{"name": call.name, "after": call.after} for call in calls]),
             "producer": "llama-parity",
         }
+        if hyperparameters is not None:
+            metadata["hyperparameters"] = json.dumps(dataclasses.asdict(hyperparameters))
         self._header: dict[str, Any] = {"__metadata__": metadata}
         longest = {"dtype": "BOOL", "shape": [2**40] * 4, "data_offsets": [2**60] * 2}
-        names = [f"call.{c}.{name}" for c in range(len(calls)) for name in _tensor_names(config)]
+        names = tensor_names(config, len(calls), steps)
         # Rounded up, so that the data begins at a multiple of 8.
         self._room = -(-len(json.dumps(self._header | dict.fromkeys(names, longest))) // 8) * 8
         self._end = 0
         self._file = path.open("wb")
         self._file.write(struct.pack("<Q", self._room) + b" " * self._room)
         for c, call in enumerate(calls):
-            for name in ("tokens", "positions", "mask"):
-                value = getattr(call, name)
-                if value is not None:
-                    self.add(c, name, value if name == "mask" else value.astype(np.int64))
+            for name, value in call_inputs(call).items():
+                self.add(c, name, value if name == "mask" else value.astype(np.int64))
+        for s, step in enumerate(steps):
+            for m, batch in enumerate(step.batches):
+                for name, value in batch_inputs(batch).items():
+                    stored = value if name == "mask" else value.astype(np.int64)
+                    self.add_step(s, f"batch.{m}.{name}", stored)
 
     def add(self, call: int, name: str, value: Array) -> None:
-        """Write one tensor of a call: an activation, or an input of the call."""
+        """Write one tensor of a call: an activation, or ``target_logprobs`` [B, T]."""
+        self._add(f"call.{call}.{name}", value)
+
+    def add_step(self, step: int, name: str, value: Array) -> None:
+        """Write one result of a training step.
+
+        ``loss``, ``grad_norm`` or ``grad.{parameter}``; after the update ``param.{parameter}``,
+        ``exp_avg.{parameter}`` or ``exp_avg_sq.{parameter}``.
+        """
+        self._add(f"step.{step}.{name}", value)
+
+    def _add(self, name: str, value: Array) -> None:
+        shape = np.shape(value)  # contiguous arrays have an axis at least
         value = np.ascontiguousarray(value)
         value.tofile(self._file)
-        self._header[f"call.{call}.{name}"] = {
+        self._header[name] = {
             "dtype": _DTYPES[value.dtype.name],
-            "shape": list(value.shape),
+            "shape": list(shape),
             "data_offsets": [self._end, self._end + value.nbytes],
         }
         self._end += value.nbytes
@@ -123,11 +124,14 @@ def write_trace(
     calls: Sequence[Call],
     dtype: str,
     fill: Callable[[TraceWriter], None],
+    *,
+    steps: Sequence[Step] = (),
+    hyperparameters: Hyperparameters | None = None,
 ) -> None:
-    """Write a trace file atomically, with the activations that ``fill`` adds to the writer."""
+    """Write a trace file atomically, with the results that ``fill`` adds to the writer."""
 
     def write(temporary: Path) -> None:
-        writer = TraceWriter(temporary, config, calls, dtype)
+        writer = TraceWriter(temporary, config, calls, dtype, steps, hyperparameters)
         try:
             fill(writer)
         finally:
@@ -137,126 +141,72 @@ def write_trace(
 
 
 class TraceFile:
-    """Reads a trace file, one tensor at a time.
+    """Reads a trace file of version 1 or 2, one tensor at a time.
 
     Raises InputError for a file that is no trace, is of another version, or contradicts itself.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        metadata = self._check()
-        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-            found = f"{metadata.get('format')} version {metadata.get('version')}"
-            raise self._error(f"its metadata says {found}, not {FORMAT} version {VERSION}")
+        self._file = TensorFile(path)
+        self.path, metadata = self._file.path, self._file.metadata
+        self.version = metadata.get("version", "")
+        self._check_version()
         if (axes := parse_json(metadata.get("axes", "{}"), f"{path} (axes)")) != AXES:
             wrong = sorted(k for k in AXES.keys() | axes if axes.get(k) != AXES.get(k))
-            raise self._error(f"its axes are not the format's for {', '.join(wrong)}")
+            raise self._file.error(f"its axes are not the format's for {', '.join(wrong)}")
         self.dtype = metadata.get("dtype", "")
         if self.dtype not in UNIT_ROUNDOFF:
-            raise self._error(f"dtype {self.dtype!r} is not one of {', '.join(UNIT_ROUNDOFF)}")
+            raise self._file.error(f"dtype {self.dtype!r} is not one of {', '.join(UNIT_ROUNDOFF)}")
         source = f"{path} (metadata)"
         self.config = LlamaConfig.from_hf(parse_json(metadata.get("config", ""), source), source)
-        self.calls = self._read_calls(metadata.get("calls", ""))
-        self.unknown = sorted(name for name in self._entries if not self._is_known(name))
+        self.calls = read_calls(self._file, self.config, self.version)
+        self.steps: Sequence[Step] = []
+        self.hyperparameters: Hyperparameters | None = None
+        if self.version != "1":
+            self.steps = read_steps(self._file, self.config)
+            self.hyperparameters = read_hyperparameters(self._file, self.steps)
+        if not self.calls and not self.steps:
+            raise self._file.error("its metadata lists no calls")
+        self.unknown = sorted(name for name in self._file.names if not self._is_known(name))
 
     def read(self, call: int, name: str) -> Array | None:
         """Return one activation in the precision of the file, or None where it is missing."""
-        return self._tensor(f"call.{call}.{name}", FLOATS)
+        return self._file.read(f"call.{call}.{name}", FLOATS)
+
+    def has(self, call: int, name: str) -> bool:
+        """Return whether the file holds a tensor of a call."""
+        return f"call.{call}.{name}" in self._file.names
+
+    def read_step(self, step: int, name: str) -> Array | None:
+        """Return one result of a training step by its name after ``step.{s}.``, or None."""
+        value = self._file.read(f"step.{step}.{name}", FLOATS)
+        return value.reshape(()) if value is not None and name in STEP_SCALARS else value
+
+    def has_step(self, step: int, name: str) -> bool:
+        """Return whether the file holds a result of a training step."""
+        return f"step.{step}.{name}" in self._file.names
+
+    def _check_version(self) -> None:
+        """Raise InputError for a file that is no trace, and for a version that is not read."""
+        found = self._file.metadata.get("format")
+        if found != FORMAT:
+            raise self._file.error(f"its metadata says format {found}, not {FORMAT}")
+        known = " or ".join(READABLE)
+        if is_digits(self.version) and int(self.version[:9]) > int(VERSION):
+            version = printable(self.version, 20)
+            raise InputError(
+                f"{self.path}: is a trace of version {version}, and this release reads versions "
+                f"{' and '.join(READABLE)}; upgrade it (pip install -U llama-parity), or write "
+                f"version {VERSION} (docs/trace-format.md)"
+            )
+        if self.version not in READABLE:
+            raise self._file.error(f"its metadata says version {self.version!r}, not {known}")
 
     def _is_known(self, name: str) -> bool:
-        """Return whether a tensor is an input or an activation of one of the calls."""
-        call = _TENSOR.fullmatch(name)
-        if call is None or int(call["call"]) >= len(self.calls):
+        """Return whether a tensor is an input or a result of one of the calls or steps."""
+        if is_call_tensor(name, self.version, len(self.calls), self.config):
+            return True
+        if not self.steps or (found := step_of(name)) is None:
             return False
-        if call["layer"] is None:
-            return call["kind"] in ("tokens", "positions", "mask", "embed", "norm", "logits")
-        return call["kind"] in LAYER_AXES and int(call["layer"]) < self.config.n_layers
-
-    def _check(self) -> dict[str, str]:
-        """Return the metadata, checked by safetensors; keep every tensor's place in the file."""
-        if not os.path.isfile(self.path):  # false for a name that no file can have
-            raise InputError(f"{self.path}: no such file; give a trace in safetensors")
-        try:
-            with safe_open(self.path, framework="np") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-            with self.path.open("rb") as raw:
-                (length,) = struct.unpack("<Q", raw.read(8))
-                self._entries: dict[str, Any] = json.loads(raw.read(length))
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise self._error(f"not a complete safetensors file ({error})") from None
-        self._entries.pop("__metadata__", None)
-        self._start = 8 + length
-        return metadata
-
-    def _read_calls(self, text: str) -> list[Call]:
-        """Return the calls that the metadata lists in ``text``, with their input tensors."""
-        entries = parse_json(f'{{"calls": {text or "null"}}}', f"{self.path} (calls)")["calls"]
-        calls: list[Call] = []
-        lengths: list[int] = []  # tokens in the cache after each call
-        if not isinstance(entries, list) or not entries:
-            raise self._error("its metadata lists no calls")
-        for c, entry in enumerate(entries):
-            after = entry.get("after", -1) if isinstance(entry, dict) else -1
-            if not (after is None or (type(after) is int and 0 <= after < c)):
-                raise self._error(f"call {c} must continue null or an earlier call, not {after!r}")
-            tokens, positions = (
-                self._tensor(f"call.{c}.{name}", INTEGERS) for name in ("tokens", "positions")
-            )
-            mask = self._tensor(f"call.{c}.mask", MASKS)
-            if tokens is None:
-                raise self._error(f"call.{c}.tokens is missing")
-            self._check_values(c, positions, mask)
-            calls.append(
-                Call(
-                    printable(str(entry.get("name", f"call {c}")), LONGEST_NAME),
-                    tokens.astype(np.int64),
-                    None if positions is None else positions.astype(np.int64),
-                    None if mask is None else mask.astype(bool),
-                    after,
-                )
-            )
-            try:
-                cached = 0 if after is None else lengths[after]
-                check_inputs(*calls[c][1:4], cached, self.config)
-            except InputError as error:
-                raise self._error(f"call {c}: {error}") from None
-            lengths.append(cached + tokens.shape[1])
-            place = f"{self.path}: call {c}"
-            require_attention_memory(place, tokens.shape, lengths[c], self.config)
-            if after is not None and len(tokens) != len(calls[after].tokens):
-                raise self._error(f"call {c} continues a call of another batch size")
-        return calls
-
-    def _check_values(self, call: int, positions: Array | None, mask: Array | None) -> None:
-        """Raise InputError for positions that are none, and for a mask that is not 0 and 1."""
-        if positions is not None:
-            wrong = positions[(positions < 0) | (positions > MOST_POSITION)]
-            if wrong.size:
-                raise self._error(
-                    f"call.{call}.positions holds {wrong[0]}, not 0 to {MOST_POSITION} alone"
-                )
-        if mask is not None and (mask > 1).any():
-            raise self._error(f"call.{call}.mask holds {mask.max()}, not 0 and 1 alone")
-
-    def _tensor(self, name: str, dtypes: Mapping[str, Any]) -> Array | None:
-        """Return a tensor stored in one of ``dtypes``, or None where it is missing."""
-        entry = self._entries.get(name)
-        if entry is None:
-            return None
-        if entry["dtype"] not in dtypes:
-            allowed = ", ".join(dtypes)
-            raise self._error(f"{name} is stored as {entry['dtype']}, not as {allowed}")
-        if len(entry["shape"]) > MOST_AXES:
-            raise self._error(f"{name} has {len(entry['shape'])} axes, at most {MOST_AXES}")
-        start, end = entry["data_offsets"]
-        with self.path.open("rb") as file:
-            file.seek(self._start + start)
-            data = np.frombuffer(file.read(end - start), dtypes[entry["dtype"]])
-        return data.reshape(entry["shape"])
-
-    def _error(self, problem: str) -> InputError:
-        return InputError(f"{self.path}: {problem}; write the trace again (docs/trace-format.md)")
-
-
-def _tensor_names(config: LlamaConfig) -> Iterable[str]:
-    return ("tokens", "positions", "mask", *activation_axes(config))
+        rest = found[1]
+        return bool(batch_of(rest) or parameter_of(rest)) or rest in STEP_SCALARS

@@ -31,7 +31,7 @@ from .replay import (
     stage_input,
     tables_and_masks,
 )
-from .trace_file import Call, call_chain
+from .trace_format import Call, call_chain
 
 # A port's rounding errs like the catalogue's within this factor, typically: it may round a sum
 # that the catalogue's bug keeps. TF32 and bfloat16 differ by 8: of several, the closest is named.

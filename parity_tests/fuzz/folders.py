@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from llama_parity.comparison.trace_file import Call, TraceWriter, write_trace
+from llama_parity.comparison.trace_file import TraceWriter, write_trace
+from llama_parity.comparison.trace_format import Call
 from llama_parity.conversion.gguf_model import write_gguf
 from llama_parity.conversion.hf_checkpoint import read_hf
 from llama_torch.checkpoint.directory_files import write_directory_files

@@ -79,7 +79,7 @@ PLANTED = {
     "reference_np.inner": "def f():\n    import torch",
     "llama_torch.inner.one": "from reference_np import ops",
     "llama_torch.inner.two": "import parity_tests.conformance.strategies",
-    "llama_torch.inner.three": "def f():\n    from llama_parity.comparison.trace_file import Call",
+    "llama_torch.inner.three": "def f():\n    from llama_parity.comparison import judging",
     "llama_torch.model.inner": "def f():\n    from ..data import corpus",
     "llama_torch.data.inner": "from ..checkpoint.hf import load_model",
     "llama_torch.inference.inner": "from ..training.step import train_step",

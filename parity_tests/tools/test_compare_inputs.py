@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from llama_common.memory import gib, host_memory
 from llama_parity.comparison.inputs import make_calls
-from llama_parity.comparison.trace_file import n_cached
+from llama_parity.comparison.trace_format import n_cached
 from reference_np.config import LlamaConfig
 
 from ..backends.torch_model import save_numpy

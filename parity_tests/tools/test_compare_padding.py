@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_parity.comparison.padding import find_padding
-from llama_parity.comparison.trace_file import Call
+from llama_parity.comparison.trace_format import Call
 from reference_np.limits import real_tokens
 
 from ..conformance.strategies import packed, padded

@@ -153,7 +153,10 @@ def test_a_trace_that_is_none_is_refused(ckpt: Path, run: Callable, tmp_path: Pa
     good, tensors = contents(path)
     other = CONFIG.to_json().replace("500000.0", "10000.0")
     for change, message in (
-        ({"version": "2"}, "not llama-trace version 1"),
+        ({"version": "two"}, "says version 'two', not 1 or 2; write the trace again"),
+        ({"version": "0"}, "says version '0', not 1 or 2"),
+        ({"version": "3"}, "is a trace of version 3, and this release reads versions 1 and 2; "),
+        ({"version": "10"}, "upgrade it (pip install -U llama-parity), or write version 2"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"axes": good["axes"].replace("BTHK", "BHTK")}, "axes are not the format's for attn, q,"),
         ({"config": "{"}, "is not JSON"),

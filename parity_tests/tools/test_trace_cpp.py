@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from llama_parity import compare
-from llama_parity.comparison.trace_file import AXES
+from llama_parity.comparison.trace_format import AXES
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes
 
@@ -57,7 +57,7 @@ int main(int, char** argv) {
     trace.add("i64", "I64", {2}, i64);
     trace.add("scalar", "F32", {}, f32);
     if (how == "same tensor") trace.add("f32", "F32", {2}, f32);
-    if (how == "same key") trace.metadata("version", "2");
+    if (how == "same key") trace.metadata("version", "3");
     if (how == "dtype") trace.add("x", "float", {2}, f32);
     if (how != "unfinished") trace.finish();
     if (how == "late") trace.add("x", "F32", {2}, f32);
@@ -129,7 +129,7 @@ def test_the_example_writes_what_it_says(example: Path, tmp_path: Path) -> None:
     assert json.loads(metadata.pop("calls")) == [{"name": "prompt", "after": None}]
     assert metadata == {
         "format": "llama-trace",
-        "version": "1",
+        "version": "2",
         "dtype": "float32",
         "producer": "trace_example.cpp",
     }
