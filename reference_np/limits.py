@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "masks": MASKS,
     "positions": ("any", "shifted", "consecutive"),
     "cache": ("value", "in place", "engine", "none"),
+    "appended": ("any", "one token"),
 }
 SETS: dict[str, tuple[Any, ...]] = {
     "rope_types": tuple(ROPE_USES),
@@ -40,6 +41,8 @@ class Limits:
     cache            "value": ``decode`` leaves the cache that it is given as it was. "in place":
                      it may write to it. "engine": the backend keeps it, and has ``start`` and
                      ``append``. "none": no cache.
+    appended         the tokens of a call that continues a sequence: "any" number of them, or "one
+                     token", after a prompt of any length.
     equal_rows       whether the rows of ``start`` must be of one length.
     rope_types       the supported ones of "default", "linear" and "llama3".
     tied             the supported values of tie_embeddings.
@@ -57,6 +60,7 @@ class Limits:
     masks: str = "any"
     positions: str = "any"
     cache: str = "value"
+    appended: str = "any"
     equal_rows: bool = False
     rope_types: tuple[str, ...] = SETS["rope_types"]
     tied: tuple[bool, ...] = SETS["tied"]

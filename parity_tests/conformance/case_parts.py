@@ -70,6 +70,11 @@ def draw_side(data: st.DataObject, sides: tuple[bool, ...]) -> bool:
     return data.draw(st.sampled_from(sides), label="padded on the left")
 
 
+def appended_sizes(most: int, limits: Limits) -> st.SearchStrategy[int]:
+    """Return the strategy of the number of tokens that one call appends to a sequence."""
+    return st.integers(1, most if limits.appended == "any" else 1)
+
+
 def pad_rows(
     rows: list[Array], left: bool, limits: Limits = UNLIMITED
 ) -> tuple[Array, Array | None, Array, Array]:

@@ -7,7 +7,7 @@ Axes: B batch, T query position (this call's tokens), S key position (cache and 
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -128,12 +128,15 @@ def optional_positions(batch: int, length: int, limits: Limits) -> st.SearchStra
     return st.none() | positions_for(batch, length, limits)
 
 
+def reaching(config: LlamaConfig, positions: Iterable[Array | None]) -> LlamaConfig:
+    """Return the config, its max_seq_len above all the positions."""
+    lengths = [int(given.max()) + 1 for given in positions if given is not None]
+    return replace(config, max_seq_len=max([config.max_seq_len, *lengths]))
+
+
 def within_context(case: "Case") -> "Case":
     """Return the case with a max_seq_len above all of its positions."""
-    if case.positions is None or case.positions.max() < case.config.max_seq_len:
-        return case
-    length = int(case.positions.max()) + 1
-    return case._replace(config=replace(case.config, max_seq_len=length))
+    return case._replace(config=reaching(case.config, [case.positions]))
 
 
 @composite
@@ -199,16 +202,21 @@ def wide_cases(draw: Draw, for_transformers: bool = False, limits: Limits = UNLI
 
 
 @composite
-def chunk_sizes(draw: Draw, length: int) -> list[int]:
+def chunk_sizes(draw: Draw, length: int, limits: Limits = UNLIMITED) -> list[int]:
     """Draw the sizes of consecutive chunks, which sum to ``length``."""
+    if limits.appended == "one token":
+        prompt = draw(st.integers(1, length), label="prompt")
+        return [prompt] + [1] * (length - prompt)
     cuts = draw(st.sets(st.integers(1, length - 1)), label="cuts") if length > 1 else set()
     edges = [0, *sorted(cuts), length]
     return [end - start for start, end in itertools.pairwise(edges)]
 
 
 def unmasked_cases_for(dtype: str, limits: Limits = UNLIMITED) -> st.SearchStrategy[Case]:
-    """Return the strategy of cases without a mask: any in float64, else well conditioned ones."""
-    return cases(masked=False, limits=limits) if dtype == "float64" else wide_cases(limits=limits)
+    """Return the strategy of cases without mask and positions: in float64 any, else wide ones."""
+    if dtype == "float64":
+        return cases(masked=False, limits=limits)
+    return wide_cases(limits=replace(limits, positions="consecutive"))
 
 
 @composite

@@ -20,6 +20,7 @@ from reference_np.limits import limits_of
 from reference_np.naming import activation_axes
 
 from .case_parts import (
+    appended_sizes,
     as_row,
     best_dtype,
     concatenated,
@@ -149,7 +150,7 @@ def test_chunked_decoding(backend: Any, data: st.DataObject) -> None:
     dtype = best_dtype(backend)
     case = data.draw(unmasked_cases_for(dtype, limits_of(backend)))
     low, exact = rounded_and_exact_params(backend, case, dtype)
-    sizes = data.draw(chunk_sizes(case.tokens.shape[1]))
+    sizes = data.draw(chunk_sizes(case.tokens.shape[1], limits_of(backend)))
     expected = oracle_logits(exact, case.config, case.tokens)
 
     def run(model: Any) -> Mapping[str, Array]:
@@ -166,7 +167,7 @@ def test_chunked_trace(backend: Any, data: st.DataObject) -> None:
     dtype = best_dtype(backend)
     case = data.draw(unmasked_cases_for(dtype, limits_of(backend)))
     low, exact = rounded_and_exact_params(backend, case, dtype)
-    sizes = data.draw(chunk_sizes(case.tokens.shape[1]))
+    sizes = data.draw(chunk_sizes(case.tokens.shape[1], limits_of(backend)))
 
     def run(model: Any, params: Params = low) -> Mapping[str, Array]:
         parts = run_in_chunks(model.traced_decode, case, params, sizes)
@@ -181,10 +182,10 @@ def test_padded_decoding(backend: Any, data: st.DataObject) -> None:
     """Logits of new tokens after a padded prefill equal those of each row continued alone."""
     dtype = best_dtype(backend)
     config, rows, low, exact = draw_rows(backend, data, dtype)
-    n_new = data.draw(st.integers(1, 3), label="new tokens")
+    limits = limits_of(backend)
+    n_new = data.draw(appended_sizes(3, limits), label="new tokens")
     seed = data.draw(st.integers(0, 999), label="new tokens seed")
     new = np.random.default_rng(seed).integers(0, config.vocab_size, (len(rows), n_new))
-    limits = limits_of(backend)
     left = draw_side(data, decoding_sides(limits))
     tokens, positions, mask, real = pad_rows(rows, left, limits)
     expected = {
@@ -232,9 +233,11 @@ def test_engine(backend: Any, data: st.DataObject) -> None:
     """An engine's next-token logits after prompts and after each append; start forgets."""
     dtype = best_dtype(backend)
     config, rows, low, exact = draw_rows(backend, data, dtype)
-    if limits_of(backend).equal_rows:
+    limits = limits_of(backend)
+    if limits.equal_rows:
         rows = [row[: min(map(len, rows))] for row in rows]
-    sizes = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=2), label="appended")
+    calls = st.lists(appended_sizes(2, limits), min_size=1, max_size=2)
+    sizes = data.draw(calls, label="appended")
     seed = data.draw(st.integers(0, 999), label="new tokens seed")
     new = np.random.default_rng(seed).integers(0, config.vocab_size, (len(rows), sum(sizes)))
     chunks = np.split(new, np.cumsum(sizes)[:-1], axis=1)

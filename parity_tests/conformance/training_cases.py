@@ -20,6 +20,7 @@ from .strategies import (
     Array,
     Params,
     random_params,
+    reaching,
     wide_cases,
     with_diagonal,
 )
@@ -95,6 +96,7 @@ def training_cases(
         steps=12,
     )
     params = random_params(config, draw(seeds, label="weights seed"))
+    config = reaching(config, [batch.positions for batch in batches])
     return TrainingCase(config, params, batches, hyper, draw.numbers)
 
 

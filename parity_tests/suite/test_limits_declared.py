@@ -9,7 +9,7 @@ from reference_np.config import InputError
 from reference_np.limits import LEAST_CONTEXT, Limits, real_tokens
 
 from ..conformance.drawn import SEARCH
-from ..conformance.strategies import cases_for, padded, unmasked_cases_for
+from ..conformance.strategies import cases_for, chunk_sizes, padded, unmasked_cases_for
 from ..conformance.training_cases import training_cases_for
 
 DTYPES = ("float64", "float32")
@@ -113,6 +113,32 @@ def test_epsilon_is_varied(dtype: str, limits: Limits) -> None:
 def test_positions_stay_below_max_seq_len(dtype: str) -> None:
     with pytest.raises(NoSuchExample):
         find(cases_for(dtype), lambda c: highest(c) >= c.config.max_seq_len, settings=FEW)
+    with pytest.raises(NoSuchExample):
+        find(training_cases_for(dtype), is_beyond_context, settings=FEW)
+
+
+def is_beyond_context(case) -> bool:
+    return any(
+        b.positions is not None and b.positions.max() >= case.config.max_seq_len
+        for b in case.batches
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_calls_are_at_the_default_positions(dtype: str) -> None:
+    with pytest.raises(NoSuchExample):
+        find(
+            unmasked_cases_for(dtype),
+            lambda c: c.positions is not None or c.mask is not None,
+            settings=FEW,
+        )
+
+
+def test_one_token_is_appended_after_the_prompt() -> None:
+    limits = Limits(appended="one token")
+    with pytest.raises(NoSuchExample):
+        find(chunk_sizes(6, limits), lambda sizes: max(sizes[1:], default=1) > 1, settings=FEW)
+    find(chunk_sizes(6, limits), lambda sizes: sizes == [3, 1, 1, 1], settings=SEARCH)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +147,7 @@ def test_positions_stay_below_max_seq_len(dtype: str) -> None:
         ({"masks": "square"}, "masks"),
         ({"positions": None}, "positions"),
         ({"cache": "yes"}, "cache"),
+        ({"appended": 1}, "appended"),
         ({"head_dim": 64}, "head_dim"),
         ({"rope_types": ()}, "rope_types"),
         ({"rope_types": "default"}, "rope_types"),

@@ -15,6 +15,7 @@ from . import toy_ports
 NUMPY, TORCH = "parity_tests.suite.toy_ports:", "parity_tests.suite.toy_torch_port:"
 HONEST = [
     *(NUMPY + name for name in ("Small", "Engine", "Float32Epsilon", "Float32Angles")),
+    NUMPY + "OneTokenEach",
     *(TORCH + name for name in ("InPlace", "AsValue")),
 ]
 # A port with a bug, and a test that fails on it.

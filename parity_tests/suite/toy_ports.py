@@ -227,6 +227,23 @@ class Float32AnglesWithPositionsOneLate(Float32Angles):
         return super().angles(config, late)
 
 
+class OneTokenEach(Small):
+    """A port that continues a sequence by one token a row and refuses more."""
+
+    limits = replace(Small.limits, masks="left padding", cache="value", appended="one token")
+
+    def decode(
+        self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any, cache: Any
+    ) -> Any:
+        if cache is not None and tokens.shape[1] > 1:
+            raise ValueError("a call outside the declared limits")
+        past = [None] * config.n_layers if cache is None else list(cache)
+        return self.run(config, params, tokens, positions, mask, past), past
+
+    def logits(self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any) -> Any:
+        return self.run(config, params, tokens, positions, mask)
+
+
 class RefusesEverything(Small):
     """A port that declares no limits, and computes one kind of call in a hundred."""
 
