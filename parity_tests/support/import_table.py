@@ -27,7 +27,7 @@ PARTS_OF_TOOLS = ("tools.benchmarks", "tools.shapes")
 PARTS_OF_TESTS = (
     "parity_tests.plugins",
     *("parity_tests.backends", "parity_tests.conformance"),
-    *("parity_tests.planted", "parity_tests.support"),
+    *("parity_tests.planted", "parity_tests.ports", "parity_tests.support"),
     *("parity_tests.workers", "parity_tests.gpu_faults"),
 )
 # Part -> the parts that it may import beside itself. A module belongs to the longest name that
@@ -74,6 +74,8 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "parity_tests.conformance": ("reference_np",),
     "parity_tests.backends": (*PROGRAM, "reference_np", "llama_parity.comparison"),
     "parity_tests.planted": ("reference_np", "parity_tests.conformance"),
+    # Each with the package that it is a port of, which is not installed here.
+    "parity_tests.ports": ("reference_np", "parity_tests.backends"),
     "parity_tests.gpu_faults": (),
     # What pytest loads, for a port's own run too; poison.py knows PyTorch.
     "parity_tests.plugins": (

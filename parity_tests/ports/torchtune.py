@@ -1,0 +1,109 @@
+"""torchtune's builder ``llama2``, which derives head_dim, as a backend.
+
+Tested with torchtune 0.6.1, torchao 0.17.0 (0.18 is refused) and torch 2.13.0
+(``pip install torchtune torchao==0.17.0 torch==2.13.0``; 1.4 GB). Weights are mapped by torchtune's
+own ``hf_to_tune``, which permutes q and k for its rotation of neighbouring pairs. The cache lies
+in the module, of a fixed length, and is copied here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune.models.convert_weights import hf_to_tune
+from torchtune.models.llama2 import llama2
+
+from reference_np.limits import Limits
+
+from ..backends import torch_port
+
+REQUIRES = ("torchtune==0.6.1", "torchao==0.17.0", "torch==2.13.0")
+CACHED = 64  # the length of the cache
+
+
+class Positional(nn.Module):
+    """torchtune's decoder, called with tokens, positions and mask."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.decoder = llama2(
+            vocab_size=config.vocab_size,
+            num_layers=config.n_layers,
+            num_heads=config.n_heads,
+            num_kv_heads=config.n_kv_heads,
+            embed_dim=config.dim,
+            max_seq_len=config.max_seq_len,
+            intermediate_dim=config.hidden_dim,
+            norm_eps=config.norm_eps,
+            rope_base=config.rope_theta,
+        )
+        self.start = 0  # tokens in the cache
+
+    def forward(self, tokens: Any, positions: Any, mask: Any) -> Any:
+        return self.decoder(tokens, mask=mask, input_pos=positions)
+
+
+def renamed(config: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """Return torchtune's parameters, by the names of Positional."""
+    found = hf_to_tune(params, config.n_heads, config.n_kv_heads, config.dim)
+    return {f"decoder.{name}": value for name, value in found.items()}
+
+
+def built(config: Any, params: Any) -> Positional:
+    tensors = {name: torch_port.to_torch(value) for name, value in params.items()}
+    module = Positional(config)
+    module.load_state_dict(renamed(config, tensors), assign=True)
+    return module.eval()
+
+
+class Port:
+    """``llama2(...)``, its RoPE and its KVCache."""
+
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+    limits = Limits(
+        head_dim="dim / n_heads",
+        rope_types=("default",),
+        tied=(False,),
+        float32_angles=("float32", "bfloat16", "float16"),
+    )
+
+    @torch.no_grad()
+    def logits(self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any) -> Any:
+        inputs = (None if x is None else torch.from_numpy(x) for x in (tokens, positions, mask))
+        with torch_port.lifted(params):
+            return torch_port.to_numpy(built(config, params)(*inputs))
+
+    @torch.no_grad()
+    def decode(
+        self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any, cache: Any
+    ) -> tuple[Any, Any]:
+        (batch, length), dtype = tokens.shape, torch.from_numpy(tokens).dtype
+
+        def fresh() -> Positional:
+            module = built(config, params)
+            stored = next(module.parameters()).dtype
+            module.decoder.setup_caches(batch, stored, decoder_max_seq_len=CACHED)
+            return module
+
+        with torch_port.lifted(params):
+            module = torch_port.continued(cache, fresh)
+            start, module.start = module.start, module.start + length
+            given = torch.zeros(batch, length, CACHED, dtype=torch.bool)
+            given[..., : start + length] = (
+                torch.ones(length, start + length, dtype=torch.bool).tril(start)
+                if mask is None
+                else torch.from_numpy(mask)
+            )
+            at = torch.arange(start, start + length, dtype=dtype).expand(batch, -1)
+            at = at if positions is None else torch.from_numpy(positions)
+            return torch_port.to_numpy(module(torch.from_numpy(tokens), at, given)), module
+
+    def loss_and_grads(
+        self, config: Any, params: Any, batches: Sequence[Any], z_loss: float
+    ) -> tuple[float, Any]:
+        with torch_port.lifted(params):
+            module = built(config, params)
+            return torch_port.loss_and_grads(
+                module, params, batches, z_loss, lambda leaves: renamed(config, leaves)
+            )
