@@ -60,7 +60,8 @@ def _compare(settings: CompareConfig) -> int:
 
     from .comparison import training_task
     from .comparison.against import find_side
-    from .comparison.run import check_trains, layer_range, progress, run_comparison
+    from .comparison.progress import progress
+    from .comparison.run import check_trains, layer_range, run_comparison
     from .comparison.source import open_checkpoint
 
     checkpoint = open_checkpoint(settings.ckpt, np.float64)

@@ -6,7 +6,7 @@ the whole oracle is run again instead.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -16,16 +16,18 @@ from reference_np.mutants import FORWARD
 
 from .comparison import Comparison
 from .judging import KL, RIGHT, Row
+from .progress import Start
 from .replay import Key
+from .screening import find_bugs, find_pairs
 from .trace_format import call_chain
-from .trials import Bugs, Effect, Suspect, Trials
+from .trials import Effect, Suspect, Trials
+from .variants import Bugs
 
 PAIRS_AT_ONCE = 64  # each of them holds residual streams and tables of its own
 # Every bug is tried on this many stages that went wrong, and on the last one of them; those that
 # explain something there, on all.
 FIRST_STAGES = 2
 
-Start = Callable[[str, int], Callable[[], None]]  # (title, steps) -> a function for a step done
 HOW = {
     "value": "equals the oracle with",
     "size": "is reproduced by no known bug, but errs as much as, and only where, the oracle with",
@@ -65,13 +67,20 @@ def diagnose(comparison: Comparison, rows: Sequence[Row], start: Start) -> Diagn
     # The first stage may be right: a bug that would change it is contradicted there.
     chosen = sorted({*stages[:FIRST_STAGES], stages[-1], comparison.first_layer})
     trials = Trials(comparison, rows, chosen)
-    advance = start("known bugs", len(FORWARD) * len(trials.stages))
     bugs: list[Bugs] = [(bug,) for bug in FORWARD]
-    single: list[Suspect] = list(zip(bugs, trials.effects(bugs, advance), strict=True))
+    single: list[Suspect]
+    if trials.teacher_forced:
+        advance = start("known bugs", len(FORWARD) * len(trials.stages))
+        single = list(zip(bugs, trials.effects(bugs, advance), strict=True))
+    else:
+        single = find_bugs(trials, bugs, start)
     unexplained = set(trials.failing)
     explanations = greedy_set_cover(trials.rows, single, unexplained)
     if unexplained:
-        pairs = _pairs(trials, single, unexplained, start)
+        if trials.teacher_forced:
+            pairs = _pairs(trials, single, unexplained, start)
+        else:
+            pairs = find_pairs(trials, bugs, unexplained, start)
         explanations += greedy_set_cover(trials.rows, pairs, unexplained)
     if unexplained and trials.teacher_forced:  # an inherited error has any size, for any reason
         explanations += greedy_set_cover(trials.rows, single, unexplained, by_likeness=True)

@@ -1,14 +1,9 @@
 """Run one comparison, from its settings to its report."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from rich import progress as rich_progress
-from rich.console import Console
-from rich.markup import escape
 
 from llama_common.errors import InputError, printable
 from reference_np import backend as backends
@@ -19,10 +14,11 @@ from . import report as reports
 from . import training_step
 from .comparison import Comparison, make_comparison
 from .config import CompareConfig
-from .diagnosis import Diagnosis, Start, diagnose
+from .diagnosis import Diagnosis, diagnose
 from .differences import compare
 from .judging import Row
 from .padding import padding_note
+from .progress import Start
 from .replay import EMBEDDING_STAGE, Replay
 from .sides import Side, record
 from .source import Source
@@ -46,33 +42,6 @@ def layer_range(text: str, n_layers: int) -> tuple[int, int]:
     if not 0 <= start < stop <= n_layers:
         raise InputError(f"--layers {text}: the model has layers 0 to {n_layers - 1}")
     return start, stop
-
-
-@contextmanager
-def progress() -> Iterator[Start]:
-    """Show progress bars with their ETA on a terminal, and nothing elsewhere.
-
-    Yields a function (title, steps) that adds a bar and returns a function to call after a step.
-    """
-    console = Console(stderr=True)
-    bars = rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TextColumn("ETA"),
-        rich_progress.TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-
-    def start(title: str, steps: int) -> Callable[[], None]:
-        task = bars.add_task(escape(printable(title)), total=steps)
-        return lambda: bars.advance(task)
-
-    with bars:
-        yield start
 
 
 def check_trains(side: Side) -> None:

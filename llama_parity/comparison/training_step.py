@@ -22,8 +22,9 @@ from reference_np.tolerances import Errors, errors
 from reference_np.training_mutants import TRAINING
 
 from .backend_side import BackendParams, call_backend
-from .diagnosis import Diagnosis, Start, greedy_set_cover
+from .diagnosis import Diagnosis, greedy_set_cover
 from .judging import Reference, Row, error_bound, judge
+from .progress import Start
 from .replay import Key
 from .sides import Side
 from .source import Source, open_checkpoint

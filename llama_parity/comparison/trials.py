@@ -1,37 +1,19 @@
-"""Run the oracle with known bugs in it, on the other side's own input to every operation.
-
-All bugs are tried on one stage before the next, so that its parameters are read once. Where a
-stage looks up no operation that a bug replaces, its activations are the bug-free oracle's, and it
-is not run again.
-"""
+"""Measure what known bugs make of the oracle's activations, on the other side's own input."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from reference_np.model import Ops
-from reference_np.mutants import Mutant
 from reference_np.ops import Array
 from reference_np.tolerances import Errors, errors
 
 from .comparison import Comparison
 from .judging import KL, Row
 from .padding import readable, without_padding
-from .replay import (
-    Activations,
-    CachedParams,
-    Key,
-    Replay,
-    TablesAndMask,
-    finite_only,
-    is_layer,
-    stage_input,
-    tables_and_masks,
-)
-from .trace_format import Call, call_chain
+from .replay import Key, finite_only
+from .variants import Bugs, CallSubset, run_variants
 
 # A port's rounding errs like the catalogue's within this factor, typically: it may round a sum
 # that the catalogue's bug keeps. TF32 and bfloat16 differ by 8: of several, the closest is named.
@@ -41,8 +23,6 @@ SIZE_FACTOR = 10.0
 TOUCHED = 0.1
 # Logits of a random head correlate with the right ones by about this, or less.
 UNRELATED = 0.2
-
-Bugs = tuple[Mutant, ...]
 
 
 class Effect(NamedTuple):
@@ -61,54 +41,6 @@ class Effect(NamedTuple):
 NO_FIT = Effect(fits=False, error=math.inf, unlikeness=math.inf, changes=True)
 
 Suspect = tuple[Bugs, Mapping[Key, Effect]]
-
-
-def with_bugs(bugs: Iterable[Mutant], ops: Ops) -> Ops:
-    """Return the operations with every one of ``bugs`` in them."""
-    namespace = SimpleNamespace(**vars(ops))
-    for bug in bugs:
-        namespace = bug.apply(namespace)
-    return namespace
-
-
-def replaced_operations(bugs: Iterable[Mutant]) -> set[str]:
-    """Return the names of the operations that bugs replace."""
-    return {name for bug in bugs for name in (bug.operation, *bug.also)}
-
-
-class LookupRecorder(SimpleNamespace):
-    """Operations that record the name of each one that is looked up, in ``used``."""
-
-    def __init__(self, ops: Ops) -> None:
-        super().__init__(recorded=ops, used=set())
-
-    def __getattr__(self, name: str) -> Any:
-        self.used.add(name)
-        return getattr(self.recorded, name)
-
-
-class CallSubset:
-    """Some calls with all that they continue, renumbered, and the other side's activations."""
-
-    def __init__(self, calls: Sequence[Call], wanted: Iterable[int], theirs: Activations) -> None:
-        self.indices = sorted({at for c in wanted for at in call_chain(calls, c)})
-        renumbered = {c: index for index, c in enumerate(self.indices)}
-        self.calls = [
-            call._replace(after=None if call.after is None else renumbered[call.after])
-            for call in (calls[c] for c in self.indices)
-        ]
-        self.theirs = {
-            (renumbered[c], name): value for (c, name), value in theirs.items() if c in renumbered
-        }
-
-    def with_original_indices(self, activations: Activations) -> dict[Key, Array]:
-        """Return activations under the indices that their calls had before."""
-        return {(self.indices[index], name): value for (index, name), value in activations.items()}
-
-    def has_stage_input(self, stage: int) -> bool:
-        """Return whether the other side shows the residual stream that a stage reads, of all."""
-        name = stage_input(stage)
-        return not name or all((c, name) in self.theirs for c in range(len(self.calls)))
 
 
 class Trials:
@@ -179,59 +111,14 @@ class Trials:
         Where no operation that the stage uses is replaced, the very arrays in ``bug_free`` are
         yielded.
         """
-        comparison, params = self.comparison, self.comparison.baseline_params
-        config = comparison.config
-        subset = CallSubset(comparison.calls, wanted, self.finite_theirs)
+        subset = CallSubset(self.comparison.calls, wanted, self.finite_theirs)
         theirs = subset.theirs if self.teacher_forced else None
-        recorder = LookupRecorder(comparison.baseline_ops)
-        inputs = tables_and_masks(config, subset.calls, params.dtype, recorder)
-        input_ops = recorder.used  # those that tables and masks are computed by
-        bug_free = Replay(config, subset.calls, params, recorder, inputs=inputs)
-        variants = self._variants(suspects, subset, inputs, input_ops)
-        diverged = [False] * len(suspects)  # whose residual streams are not the bug-free ones
-        for stage in stages:
-            stage_params, recorder.used = CachedParams(params), set()
-            values = subset.with_original_indices(bug_free.run(stage, theirs, stage_params))
-            values = {key: self.bug_free.get(key, value) for key, value in values.items()}
-            used = recorder.used | (input_ops if is_layer(config, stage) else set())
-            is_given = self.teacher_forced and subset.has_stage_input(stage)
-            for index, (bugs, replay) in enumerate(zip(suspects, variants, strict=True)):
-                is_untouched = used.isdisjoint(replaced_operations(bugs))
-                diverged[index] = not (is_untouched and (is_given or not diverged[index]))
-                if diverged[index]:
-                    run = replay.run(stage, theirs, stage_params)
-                    yield index, subset.with_original_indices(run)
-                else:
-                    replay.copy_state(bug_free)
-                    yield index, values
-
-    def _variants(
-        self,
-        suspects: Sequence[Bugs],
-        subset: CallSubset,
-        inputs: list[TablesAndMask],
-        input_ops: set[str],
-    ) -> list[Replay]:
-        """Return a replay with each suspect's bugs; those with the same tables and masks share.
-
-        ``inputs`` are the bug-free tables and masks, ``input_ops`` what they are computed by.
-        """
-        comparison, params = self.comparison, self.comparison.baseline_params
-        computed: dict[tuple[str, ...], list[TablesAndMask]] = {(): inputs}
-        replays = []
-        for bugs in suspects:
-            ops = with_bugs(bugs, comparison.baseline_ops)
-            of_inputs = tuple(
-                bug.name for bug in bugs if not input_ops.isdisjoint(replaced_operations([bug]))
-            )
-            if of_inputs not in computed:
-                computed[of_inputs] = tables_and_masks(
-                    comparison.config, subset.calls, params.dtype, ops
-                )
-            replays.append(
-                Replay(comparison.config, subset.calls, params, ops, inputs=computed[of_inputs])
-            )
-        return replays
+        for index, values, is_bug_free in run_variants(
+            self.comparison, suspects, subset, stages, theirs
+        ):
+            if is_bug_free:
+                values = {key: self.bug_free.get(key, value) for key, value in values.items()}
+            yield index, values
 
     def _unchanged(self, key: Key) -> Effect:
         """Return the effect of a bug that leaves an activation as the bug-free oracle has it."""

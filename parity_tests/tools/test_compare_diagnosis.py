@@ -1,6 +1,8 @@
 """compare.py: the place and the name of a planted bug, and no name for other errors."""
 
 import dataclasses
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llama_parity.comparison import progress
 from reference_np.config import LlamaConfig
 from reference_np.mutants import FORWARD
 
 from ..planted.bugs import BUGS
 from ..planted.port import Planted
-from .comparing import CONFIG, QUICK, QUICK_CALLS, Edited, Silent, named, write
+from .comparing import CALLS, CONFIG, QUICK, QUICK_CALLS, Edited, Silent, named, write
 
 # The first activation that an operation of the catalogue makes.
 MADE_BY = {
@@ -191,10 +194,47 @@ def test_two_bugs_at_once(
     assert found["unexplained"] == 0
 
 
-def test_two_bugs_by_the_logits_alone(ckpt: Path, report: Callable, offer: Callable) -> None:
-    planted = Silent(Two("norm_variance", "silu_on_up"))
-    argv = ("--against", offer(planted), "--dtype", "float64", *QUICK)
-    assert named(report(ckpt, *argv)) == [["norm_variance", "silu_on_up"]]
+@pytest.mark.parametrize(
+    "bugs",
+    [
+        ("norm_variance", "silu_on_up"),
+        ("rope_interleaved", "scores_unscaled"),  # neither changes the first token
+        ("mask_forgotten", "silu_on_up"),  # one lets tokens attend to later ones
+    ],
+)
+def test_two_bugs_by_the_logits_alone(
+    ckpt: Path, report: Callable, offer: Callable, bugs: tuple[str, str]
+) -> None:
+    argv = ("--against", offer(Silent(Two(*bugs))), "--dtype", "float64", *QUICK)
+    found = named(report(ckpt, *argv))
+    assert sorted(found[-1]) == sorted(bugs)
+    # A forgotten mask does nothing in the padded run, which has its own: the other bug is alone.
+    assert found[:-1] in ([], [["silu_on_up"]])
+
+
+def test_a_diagnosis_by_the_logits_alone_takes_seconds(
+    tmp_path: Path, report: Callable, offer: Callable
+) -> None:
+    """Of four layers, and where no bug explains the logits, so that all pairs are tried."""
+    config = LlamaConfig(128, 4, 8, 4, 16, 344, 4000, max_seq_len=2048)
+    path = write(tmp_path / "four.safetensors", config)
+    spec = offer(Silent(Damaged(scaled("up_proj", 1.05))))
+    before = time.process_time()
+    found = report(path, "--against", spec, "--dtype", "float64")
+    assert time.process_time() - before < 30
+    assert found["unexplained"] == found["diverging"] == CALLS
+
+
+def test_a_long_run_through_a_pipe_is_not_silent(
+    ckpt: Path, run: Callable, offer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
+    _, out, err = run(ckpt, "--against", offer(Planted("silu_on_up")), *QUICK, "--json", "-")
+    json.loads(out)  # the lines are on standard error
+    lines = err.splitlines()
+    assert "oracle: 4 of 4 (0 s)" in lines
+    assert any(line.startswith("known bugs: 7 of ") for line in lines)
 
 
 def test_a_bug_beyond_a_missing_stream_is_no_crash(
