@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "parity_tests" / "ports"
 PORTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 SUITES = {"numpy", "ml_dtypes"}  # packages that the suite brings
+MODULES = {"llama_cpp_python": "llama_cpp"}  # of packages with another name
 
 
 @cache
@@ -57,7 +58,8 @@ def test_the_table_has_every_port_with_its_requirements() -> None:
 def test_a_port_pins_every_package_that_it_imports(port: str) -> None:
     pins = [re.fullmatch(r"([\w-]+)(\[\w+\])?==[\d.]+", one) for one in required(port)]
     assert all(pins), required(port)
-    names = {pin[1].replace("-", "_") for pin in pins if pin}
+    packages = [pin[1].replace("-", "_") for pin in pins if pin]
+    names = {MODULES.get(package, package) for package in packages}
     ours = ("reference_np", "parity_tests")
     source = {f"parity_tests.ports.{port}": ast.unparse(tree(port))}
     others = {one.imported for one in imports(source)} - SUITES
