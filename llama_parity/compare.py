@@ -63,13 +63,15 @@ def _compare(settings: CompareConfig) -> int:
     from .comparison.progress import progress
     from .comparison.run import check_trains, layer_range, run_comparison
     from .comparison.source import open_checkpoint
+    from .comparison.within_limits import config_within
 
     checkpoint = open_checkpoint(settings.ckpt, np.float64)
     side = find_side(settings.against, settings.dtype, checkpoint)
     layers = layer_range(settings.layers, checkpoint.config.n_layers)
     if settings.grads:
         check_trains(side)
-    ids, calls = _input(settings, side, checkpoint.config)
+    config = config_within(side.limits, checkpoint.config)
+    ids, calls = _input(settings, side, config)
     batches = None
     if settings.grads:
         batches = training_task.make_batches(ids[: max(settings.tokens, default=LENGTH)])
@@ -79,7 +81,7 @@ def _compare(settings: CompareConfig) -> int:
         np.errstate(all="ignore"),  # the report names activations that are not finite
     ):
         report = run_comparison(
-            settings, checkpoint, side, calls, batches, layers, start, Path(folder)
+            settings, checkpoint, config, side, calls, batches, layers, start, Path(folder)
         )
     _write(report, settings)
     return 0 if report["verdict"]["holds"] else 1
@@ -156,4 +158,4 @@ def _input(
     )
     given = settings.prompt or settings.file or settings.ids
     lengths = settings.tokens or ((len(ids),) if given else (LENGTH,))
-    return ids, make_calls(ids, config, lengths, settings.steps)
+    return ids, make_calls(ids, config, lengths, settings.steps, side.limits)

@@ -11,6 +11,7 @@ from reference_np import backend as backends
 from reference_np.config import InputError, LlamaConfig
 
 from .backend_side import make_backend_side
+from .python_source import naming_hint
 from .sides import Side
 from .source import Source, open_checkpoint
 from .trace_file import TraceFile
@@ -32,6 +33,9 @@ def find_side(spec: str, dtype: str, checkpoint: Source) -> Side:
             raise InputError(f"--against {spec} and --dtype {dtype} disagree; drop one")
         return _torch_side(kind, suffix or dtype or "float32", checkpoint.path, spec)
     path = Path(spec)
+    named = spec in backends.SHIPPED or (path.exists() and path.suffix != ".py")
+    if not named and (hint := naming_hint(spec, "--against")):
+        raise InputError(hint)
     if spec and os.path.exists(path):
         if path.is_file() and _is_trace(path):
             trace = TraceFile(path)

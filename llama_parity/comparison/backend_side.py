@@ -9,13 +9,16 @@ import numpy as np
 
 from reference_np import backend as backends
 from reference_np.config import InputError, LlamaConfig
+from reference_np.limits import limits_of
 from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.ops import Array
+from reference_np.refusals import is_own_refusal
 
 from .sides import Advance, Side
 from .source import Source
 from .trace_file import TraceWriter
 from .trace_format import Call
+from .within_limits import exceeded_limit, require_config
 
 
 class BackendParams(Mapping[str, Array]):
@@ -44,9 +47,11 @@ def make_backend_side(spec: str, dtype: str, checkpoint: Source) -> Side:
     """Return the backend that ``spec`` names as a side of a comparison, in ``dtype``.
 
     "" stands for float32 or, without it, the backend's first. Raises InputError for a precision
-    that it does not compute in.
+    that it does not compute in, and for a checkpoint outside the limits that it declares.
     """
     backend = backends.load(spec, "--against")
+    limits = limits_of(backend)
+    require_config(limits, checkpoint, spec)
     known = backends.dtypes_of(backend)
     dtype = dtype or ("float32" if "float32" in known else known[0])
     if dtype not in known:
@@ -61,8 +66,17 @@ def make_backend_side(spec: str, dtype: str, checkpoint: Source) -> Side:
         caches: list[Any] = []
         coverage: list[str] = []
         for index, call in enumerate(calls):
-            cache = None if call.after is None else caches[call.after]
-            found, cache, covers = _run_call(backend, config, params, call, cache)
+            found: dict[str, Array] = {}
+            cache = None
+            if limit := exceeded_limit(limits, call):
+                covers = f"not covered, by limit: {limit}"
+            elif call.after is not None and not _is_covered(coverage[call.after]):
+                covers = "not covered: the call that it continues is not"
+                if calls[call.after].after is not None:  # of the first one that continues it
+                    covers = coverage[call.after]
+            else:
+                before = None if call.after is None else caches[call.after]
+                found, cache, covers = _run_call(backend, config, params, call, before)
             caches.append(cache)
             coverage.append(covers)
             for name in activation_axes(config):
@@ -72,28 +86,33 @@ def make_backend_side(spec: str, dtype: str, checkpoint: Source) -> Side:
                 advance()
         return coverage
 
-    return Side(spec, dtype, write, backend=spec)
+    return Side(spec, dtype, write, backend=spec, limits=limits)
+
+
+def _is_covered(coverage: str) -> bool:
+    return coverage in ("activations", "logits")
 
 
 def call_backend(backend: Any, name: str, purpose: str, *arguments: Any) -> Any:
     """Return the result of a backend's method; ``purpose`` completes "failed on ..." in an error.
 
-    Raises NotImplementedError where the method is missing or raises it, and InputError, one line
-    with the place in the backend's code, for any other exception.
+    Raises NotImplementedError where the method is missing or raises it in the backend's own file,
+    and InputError, one line with the place in the code, for any other exception.
     """
     method = getattr(backend, name, None)
     if not callable(method):
         raise NotImplementedError(f"{name} is not offered")
     try:
         return method(*arguments)
-    except NotImplementedError as error:
-        raise NotImplementedError(str(error) or f"{name} is not offered") from None
     except (Exception, SystemExit) as error:
+        if isinstance(error, NotImplementedError) and is_own_refusal(backend, error):
+            raise NotImplementedError(str(error) or f"{name} is not offered") from None
         why = " ".join(f"{type(error).__name__}: {error}".split())
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
             f"--against: {name} failed on {purpose}: {why} "
-            f"({at.filename}:{at.lineno}); mend it or raise NotImplementedError"
+            f"({at.filename}:{at.lineno}); mend it, or raise NotImplementedError in the backend's "
+            "own file"
         ) from error
 
 

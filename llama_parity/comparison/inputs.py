@@ -13,6 +13,7 @@ import numpy as np
 from llama_common.errors import InputError
 from llama_common.help_topics import help_topics
 from reference_np.config import LlamaConfig
+from reference_np.limits import UNLIMITED, Limits
 from reference_np.ops import Array
 
 from .sizes import require_attention_memory, require_steps_memory
@@ -66,25 +67,33 @@ def _gpt2_ids(text: str, config: LlamaConfig, place: str, limit: int) -> list[in
         return list(gpt2_ids(text[: 32 * limit])[:limit])
 
 
-def make_calls(ids: Array, config: LlamaConfig, lengths: Sequence[int], steps: int) -> list[Call]:
+def make_calls(
+    ids: Array,
+    config: LlamaConfig,
+    lengths: Sequence[int],
+    steps: int,
+    limits: Limits = UNLIMITED,
+) -> list[Call]:
     """Return the calls of a run for each length, of a left-padded run and of the context's end.
 
     A run of a length has the default positions and mask: a prompt [2, T], ``CHUNK`` tokens on its
     cache, then ``steps`` single tokens. Its two rows are the ids and the ids shifted, since an
     exchange of equal rows would not show. The left-padded run has positions and a mask of its own
     and decodes one token. The last call is at the end of the context, where rounded rotary angles
-    show. Raises InputError for runs that no memory holds.
+    show. Inside ``limits`` runs have one row, padding on the right or no positions, and continue
+    by single tokens. Raises InputError for runs that no memory holds.
     """
     calls: list[Call] = []
+    chunk = CHUNK if limits.appended == "any" else 1
     if CHUNK + steps >= config.max_seq_len:  # no room for decoding
         steps = 0
     require_steps_memory(steps, len(lengths))
-    extra = [CHUNK] * (steps > 0) + [1] * steps
+    extra = [chunk] * (steps > 0) + [1] * steps
     for length in lengths:
         length = min(length, config.max_seq_len - sum(extra))
         place = f"a prompt of {length:,} tokens (--tokens)"
         require_attention_memory(place, (2, length), length, config)
-        rows = _two_rows(ids, length + sum(extra), len(ids) // 3, config)
+        rows = _two_rows(ids, length + sum(extra), len(ids) // 3, config)[: limits.batch]
         title = f"{length} tokens"
         calls.append(Call(title, rows[:, :length]))
         start = length
@@ -92,31 +101,40 @@ def make_calls(ids: Array, config: LlamaConfig, lengths: Sequence[int], steps: i
             name = f"{title}, then {width}" if n == 0 else f"{title}, step {n}"
             calls.append(Call(name, rows[:, start : start + width], after=len(calls) - 1))
             start += width
-    return [*calls, *_padded(ids, config, len(calls)), _far(ids, config)]
+    return [*calls, *_padded(ids, config, len(calls), limits), _far(ids, config)]
 
 
-def _padded(ids: Array, config: LlamaConfig, index: int) -> list[Call]:
-    """Return a prompt [2, T] whose second row is padded on the left, and a token after each row."""
+def _padded(ids: Array, config: LlamaConfig, index: int, limits: Limits) -> list[Call]:
+    """Return a prompt [2, T] whose second row is padded, and a token after each row.
+
+    Padding is on the left unless the limits allow the right alone. Left out, positions follow the
+    columns: for a padded row, all are shifted alike, which rotations do not see.
+    """
     length = min(PADDED, len(ids) + 1, config.max_seq_len - 1)
     if length < 2:
         return []
     pad = length // 2
     tokens = _two_rows(ids, length + 1, 1, config)
     real = np.ones((2, length + 1), dtype=bool)
-    real[1, :pad] = False
+    on_left = limits.padding_sides != (False,)
+    real[1, slice(pad) if on_left else slice(length - pad, length)] = False
     tokens[~real] = 0
     positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
     allowed = np.tril(np.ones((length + 1, length + 1), dtype=bool)) & real[:, None]
     allowed |= np.eye(
         length + 1, dtype=bool
     )  # padding attends to itself: no row of the mask is empty
+    given = limits.positions == "any"
     prompt = Call(
-        "padded", tokens[:, :-1], positions[:, :-1], np.ascontiguousarray(allowed[:, :-1, :-1])
+        "padded",
+        tokens[:, :-1],
+        positions[:, :-1] if given else None,
+        np.ascontiguousarray(allowed[:, :-1, :-1]),
     )
     step = Call(
         "padded, step 1",
         tokens[:, -1:],
-        positions[:, -1:],
+        positions[:, -1:] if given or not on_left else None,
         np.ascontiguousarray(allowed[:, -1:]),
         after=index,
     )

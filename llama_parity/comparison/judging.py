@@ -84,6 +84,7 @@ class Row(NamedTuple):
     status: str
     inherited: Measure | None = None
     fresh: Measure | None = None
+    detail: str = ""  # of what was not compared: where, or how, it is unfit
 
     @property
     def kind(self) -> str:
@@ -141,9 +142,14 @@ def judge(key: Key, theirs: Array | None, references: Sequence[Reference]) -> Ro
     if theirs is None:
         return Row(*key, "missing")
     if theirs.shape != references[0].exact.shape:
-        return Row(*key, "misshapen")
-    if not np.isfinite(theirs).all():
-        return Row(*key, "not finite")
+        shapes = f"{list(theirs.shape)}, not {list(references[0].exact.shape)}"
+        return Row(*key, "misshapen", detail=f"in its shape, {shapes}")
+    bad = ~np.isfinite(theirs)
+    if bad.any():
+        first = [int(i) for i in np.argwhere(bad)[0]]
+        kind = "NaN" if np.isnan(theirs[bad]).any() else "infinite"
+        found = f"in {int(bad.sum())} of {bad.size} values, {kind}, the first at {first}"
+        return Row(*key, "not finite", detail=found)
     measures = [reference.measure(theirs) for reference in references]
     inherited, fresh = measures[0], measures[-1] if len(measures) > 1 else None
     status = "ok" if inherited.holds else "inherits"

@@ -58,6 +58,7 @@ class ReportBuilder:
             "operation": operation(row),
             "where": "",
         }
+        self.first_divergence["where"] = row.detail
         key = (row.call, "logits" if row.name == KL else row.name)
         activations = stage.free_running if row.fresh is None else stage.teacher_forced
         exact, measure = activations.get(key), row.operation_error
@@ -125,6 +126,8 @@ def verdict(
     if wrong:
         first = wrong[0]
         why = first.status
+        if why == "misshapen":
+            why = first.detail.removeprefix("in ")
         if first.operation_error is not None:
             kind, error, bound = _worst(first.operation_error)
             why = f"{kind} error {error:.1e}, bound {bound:.1e}"
@@ -210,6 +213,7 @@ def explanation_entry(
 def row_entry(row: Row) -> dict[str, Any]:
     """Return a row's dictionary: its fields, its layer and its kind."""
     entry = row._asdict() | {"layer": row.layer, "kind": row.kind}
+    del entry["detail"]  # first_divergence has it
     return entry | {key: _measure(getattr(row, key)) for key in ("inherited", "fresh")}
 
 

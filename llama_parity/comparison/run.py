@@ -91,6 +91,7 @@ def _left_out(
 def run_comparison(
     settings: CompareConfig,
     checkpoint: Source,
+    config: LlamaConfig,
     side: Side,
     calls: Sequence[Call],
     batches: list[Batch] | None,
@@ -100,9 +101,10 @@ def run_comparison(
 ) -> dict[str, Any]:
     """Run both sides on the calls and the training step; return the report's dictionary.
 
-    ``folder`` takes the other side's activations; ``layers`` is the range that is compared.
+    ``config`` is the checkpoint's, inside the limits of the other side; ``folder`` takes its
+    activations; ``layers`` is the range that is compared.
     """
-    config = dataclasses.replace(checkpoint.config, n_layers=layers[1])
+    config = dataclasses.replace(config, n_layers=layers[1])
     recording = record(side, calls, config, folder, start(side.title, len(calls) * config.n_layers))
     comparison = make_comparison(checkpoint.path, config, calls, side.dtype, recording, layers[0])
     if settings.trace:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reference_np.config import LlamaConfig
+from reference_np.limits import UNLIMITED, Limits
 
 from .trace_file import TraceFile, TraceWriter, write_trace
 from .trace_format import Call
@@ -23,6 +24,7 @@ class Side(NamedTuple):
     trace: TraceFile | None = None
     backend: Any = None  # for --grads: the name of a backend, as ``reference_np.backend`` loads it
     weights: Path | None = None  # a checkpoint, where it is not the oracle's
+    limits: Limits = UNLIMITED  # of a backend that declares them
 
 
 class Recording(NamedTuple):

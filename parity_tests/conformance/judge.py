@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from reference_np.limits import limits_of
+from reference_np.refusals import is_own_refusal
 from reference_np.tolerances import FLOAT64_TOLERANCE
 
 from . import drawn
 from .bounds import Bounds, Outputs, Scenario, resembling
 from .calls import Calls, ParityError, as_array, last_call, unfit
-from .scope import is_own_refusal
 
 __all__ = ["JUDGE", "Entry", "Judge", "Outputs", "Scenario"]
 

@@ -1,12 +1,9 @@
 """The tests that a backend can be put to: those of its methods and dtypes, inside its limits."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from reference_np import backend as protocol
 from reference_np.backend import dtypes_of
 from reference_np.limits import Limits, limits_of
 
@@ -80,25 +77,3 @@ def _parametrized(module: ModuleType) -> Iterator[tuple[str, str, str | None]]:
             of_dtype = bool(parameters) and parameters[0][0] == "dtype"
             for value in values:
                 yield name, method, value if of_dtype else None
-
-
-def is_own_refusal(backend: Any, error: NotImplementedError) -> bool:
-    """Return whether a NotImplementedError was raised in the backend's own files.
-
-    They are those of its class and of the classes that it derives from, or of its module.
-    """
-    raised_in = error.__traceback__
-    while raised_in is not None and raised_in.tb_next is not None:
-        raised_in = raised_in.tb_next
-    if raised_in is None:
-        return True
-    own = {protocol.__name__, *(cls.__module__ for cls in _classes(backend))}
-    if inspect.ismodule(backend):
-        own.add(backend.__name__)
-    frame = raised_in.tb_frame
-    here = Path(__file__).parent.parent / "backends"  # what is shipped for backends
-    return frame.f_globals.get("__name__") in own or here in Path(frame.f_code.co_filename).parents
-
-
-def _classes(backend: Any) -> tuple[type, ...]:
-    return type(backend).__mro__[:-1]

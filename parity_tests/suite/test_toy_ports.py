@@ -7,8 +7,8 @@ import pytest
 
 from reference_np import backend
 from reference_np.config import InputError
+from reference_np.refusals import is_own_refusal
 
-from ..conformance.scope import is_own_refusal
 from ..support.suite_runs import suite
 from . import toy_ports
 

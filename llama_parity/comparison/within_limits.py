@@ -1,0 +1,89 @@
+"""Keep a comparison inside the limits that a backend declares (reference_np/limits.py)."""
+
+import dataclasses
+
+import numpy as np
+
+from reference_np.config import InputError, LlamaConfig
+from reference_np.limits import Limits
+
+from .padding import find_padding
+from .source import Source
+from .trace_format import Call
+
+RANDOM_CHECKPOINT = "python -m llama_parity.random_checkpoint DIR"
+
+
+def checkpoint_flags(limits: Limits) -> str:
+    """Return the flags with which random_checkpoint writes a model inside the limits."""
+    flags = []
+    if "default" not in limits.rope_types:
+        flags.append(f"--rope-type {limits.rope_types[0]}")
+    if False not in limits.tied:
+        flags.append("--tied")
+    return "".join(f" {flag}" for flag in flags)
+
+
+def require_config(limits: Limits, checkpoint: Source, spec: str) -> None:
+    """Raise InputError where a checkpoint is of an architecture outside the limits of ``spec``."""
+    config = checkpoint.config
+    outside = ""
+    derived = config.head_dim * config.n_heads == config.dim
+    if (limits.head_dim == "dim / n_heads" and not derived) or (
+        limits.head_dim == "dim a multiple of n_heads" and config.dim % config.n_heads
+    ):
+        outside = f"head_dim = {limits.head_dim!r}, not {config.head_dim} with dim {config.dim} "
+        outside += f"and {config.n_heads} heads"
+    elif config.rope_type not in limits.rope_types:
+        outside = f"rope_types = {limits.rope_types}, without {config.rope_type!r}"
+    elif config.tie_embeddings not in limits.tied:
+        outside = f"tied = {limits.tied}, without {config.tie_embeddings}"
+    if outside:
+        raise InputError(
+            f"--against {spec}: it declares the limit {outside}, and so {checkpoint.path} is "
+            "outside; give another checkpoint, such as one that "
+            f"{RANDOM_CHECKPOINT}{checkpoint_flags(limits)} writes"
+        )
+
+
+def config_within(limits: Limits, config: LlamaConfig) -> LlamaConfig:
+    """Return the config with the context and the epsilon that the limits allow.
+
+    Neither changes what is computed at a position: a shorter context leaves the far ones out, and
+    epsilon is rounded to float32 for a backend that stores it so.
+    """
+    context = min(config.max_seq_len, limits.context or config.max_seq_len)
+    eps = float(np.float32(config.norm_eps)) if limits.float32_epsilon else config.norm_eps
+    return dataclasses.replace(config, max_seq_len=context, norm_eps=eps)
+
+
+def exceeded_limit(limits: Limits, call: Call) -> str:
+    """Return ``limit = value`` for a limit that a call exceeds; "" for a call inside all."""
+    name = ""
+    if call.after is not None and limits.cache in ("engine", "none"):
+        name = "cache"
+    elif limits.batch is not None and len(call.tokens) > limits.batch:
+        name = "batch"
+    elif call.mask is not None and (side := _padding_side(call)) not in limits.padding_sides:
+        # A mask that is no padding at all is inside "any" alone.
+        name = "" if side is None and limits.masks == "any" else "masks"
+    elif call.positions is not None and limits.positions != "any":
+        first = call.positions[:1, :1]
+        shifted = (call.positions == first + np.arange(call.tokens.shape[1])).all()
+        name = "" if shifted and limits.positions == "shifted" else "positions"
+    return f"{name} = {getattr(limits, name)!r}" if name else ""
+
+
+def _padding_side(call: Call) -> bool | None:
+    """Return True for padding on the left, False for the right, None where the mask is another.
+
+    Of a call that continues another, as if the cached tokens were its own.
+    """
+    assert call.mask is not None
+    real = call.mask[:, -1]
+    if call.after is None:
+        (padding,) = find_padding([call])
+        if padding is None:
+            return None
+        real = ~padding
+    return not bool(real[:, 0].all())
