@@ -123,10 +123,11 @@ def run_comparison(
         )
         rows, expected, noun = rows + step_rows, expected + len(step_rows), "quantities"
     covered = sum(covers in ("activations", "logits") for covers in recording.coverage)
-    reordered = reports.reordered_warning(builder.rows, calls)
-    left_out = _left_out(settings, side, calls, checkpoint.config)
-    notes = (padding_note(calls, comparison.padding), reordered, left_out)
-    warnings = " ".join(filter(None, notes))
+    notes = (
+        padding_note(calls, comparison.padding),
+        reports.reordered_warning(builder.rows, calls),
+        _left_out(settings, side, calls, checkpoint.config),
+    )
     return {
         **_header(settings, checkpoint, side, calls, layers),
         "coverage": recording.coverage,
@@ -137,7 +138,7 @@ def run_comparison(
         "logits": builder.logits,
         "heatmap": builder.heatmap,
         "training": training,
-        "warnings": warnings,
+        "warnings": " ".join(filter(None, notes)),
     }
 
 

@@ -25,7 +25,15 @@ ORACLE_ORDER = [
         "model",
         "grad",
     ),
-    *("angle_error", "low_precision", "optim", "mutants", "training_mutants", "backend"),
+    *(
+        "angle_error",
+        "low_precision",
+        "optim",
+        "mutants",
+        "training_mutants",
+        "backend",
+        "refusals",
+    ),
 ]
 READERS = ("weight_files", "checkpoint")  # import safetensors too
 VERIFIER = "llama_torch.training.verify"
