@@ -109,12 +109,7 @@ def run_comparison(
     comparison = make_comparison(checkpoint.path, config, calls, side.dtype, recording, layers[0])
     if settings.trace:
         write_oracle_trace(Path(settings.trace).resolve(), comparison, checkpoint.config)
-    builder = reports.ReportBuilder(calls)
-    for stage in compare(comparison, start("oracle", len(comparison.stages()))):
-        builder.add(stage)
-    diagnosis = Diagnosis([], [])
-    if settings.diagnose:
-        diagnosis = diagnose(comparison, builder.rows, start)
+    builder, diagnosis = _compare_activations(comparison, start, settings.diagnose)
     rows, expected, noun = builder.rows, len(comparison.expected()), "activations"
     training = None
     if batches is not None:
@@ -140,6 +135,18 @@ def run_comparison(
         "training": training,
         "warnings": " ".join(filter(None, notes)),
     }
+
+
+def _compare_activations(
+    comparison: Comparison, start: Start, diagnosing: bool
+) -> tuple[reports.ReportBuilder, Diagnosis]:
+    """Measure and explain the activations, stage by stage; return the report's rows and these."""
+    builder = reports.ReportBuilder(comparison.calls)
+    for stage in compare(comparison, start("oracle", len(comparison.stages()))):
+        builder.add(stage)
+    if not diagnosing:
+        return builder, Diagnosis([], [])
+    return builder, diagnose(comparison, builder.rows, start)
 
 
 def _training_entry(
