@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from hypothesis import reject
 
 from reference_np.limits import limits_of
 from reference_np.refusals import is_own_refusal
@@ -20,6 +21,7 @@ from reference_np.tolerances import FLOAT64_TOLERANCE
 from . import drawn
 from .bounds import Bounds, Outputs, Scenario, resembling
 from .calls import Calls, ParityError, as_array, last_call, unfit
+from .shrinking import Shrinking
 
 __all__ = ["JUDGE", "Entry", "Judge", "Outputs", "Scenario"]
 
@@ -48,11 +50,12 @@ class Judge:
 
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)  # by (test, backend)
     current: tuple[str, str] = ("", "")  # the running test and its backend
+    shrinking: Shrinking = field(default_factory=Shrinking)  # of the running test
     only_record: bool = False  # for mutants, which are to fail: record their errors and go on
 
     def begin(self, test: str, backend: str) -> Entry:
         """Record from now on for this test and backend; plugins/parity_report.py calls it."""
-        self.current = test, backend
+        self.current, self.shrinking = (test, backend), Shrinking()
         return self.entry
 
     @property
@@ -93,6 +96,24 @@ class Judge:
         rms_only   in low precision, compare the root mean square alone, where single elements
                    have no useful bound.
         """
+        example = drawn.format_numbers(drawn.last_example)
+        if self.shrinking.is_over(example):
+            reject()
+        try:
+            self._compare(backend, dtype, run, exact, tolerance, rms_only)
+        except Exception:
+            self.shrinking.failed(example)
+            raise
+
+    def _compare(
+        self,
+        backend: Any,
+        dtype: str,
+        run: Scenario,
+        exact: Outputs,
+        tolerance: float,
+        rms_only: bool,
+    ) -> None:
         last_call.clear()
         try:
             with np.errstate(all="ignore" if self.only_record else None):  # mutants may overflow

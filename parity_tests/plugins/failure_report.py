@@ -13,6 +13,7 @@ from ..conformance.calls import ParityError, last_call
 from .backend_option import is_conformance, requested_backends
 
 FRAMES = 3  # of the implementation's own, where it raised an error
+PRINTED = 3  # lines that it printed last, each once: it prints them for every example
 
 
 @pytest.hookimpl(wrapper=True)
@@ -25,6 +26,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     lines = _lines(error) if is_conformance(item) and report.failed else []
     if lines and item.config.getoption("tbstyle") == "auto":
         report.longrepr = "\n".join([*lines, *(f"again      {line}" for line in again)])
+        report.sections = [(title, _brief(text)) for title, text in report.sections]
     else:
         report.sections += [("run this example again", line) for line in again]
     return report
@@ -51,6 +53,14 @@ def _lines(error: BaseException) -> list[str]:
 def _example() -> list[str]:
     """Return the config and the call of the example that ran last."""
     return [f"{name:<10} {text}" for name, text in zip(("config", "call"), last_call, strict=False)]
+
+
+def _brief(text: str) -> str:
+    """Return the last lines of what an implementation printed, and the number of the others."""
+    lines = list(dict.fromkeys(text.splitlines()))
+    left = len(lines) - PRINTED
+    first = [f"... {left} other lines (--show-capture=no leaves out all)"] if left > 0 else []
+    return "\n".join([*first, *lines[-PRINTED:]])
 
 
 def _again(item: pytest.Item, error: BaseException) -> list[str]:

@@ -257,6 +257,17 @@ class RefusesEverything(Small):
         return self.run(config, params, tokens, None, None)
 
 
+class Talkative(SmallWithFixedEpsilon):
+    """A port with a bug, which prints a line for each call."""
+
+    calls = 0
+
+    def epsilon(self, config: Any) -> float:
+        self.calls += 1
+        print(f"this port computes norm {self.calls}")
+        return super().epsilon(config)
+
+
 class WithoutEngine(Small):
     """A port that declares an engine and has none."""
 
