@@ -159,3 +159,7 @@ def _input(
     given = settings.prompt or settings.file or settings.ids
     lengths = settings.tokens or ((len(ids),) if given else (LENGTH,))
     return ids, make_calls(ids, config, lengths, settings.steps, side.limits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -96,6 +96,11 @@ class Limits:
             if getattr(self, field.name) != field.default
         }
 
+    def checkpoint_flags(self) -> str:
+        """Return the flags by which llama_parity.random_checkpoint writes a model inside these."""
+        scaled = "" if "default" in self.rope_types else f" --rope-type {self.rope_types[0]}"
+        return f"--shape tiny{scaled}{'' if False in self.tied else ' --tied'}"
+
     @property
     def padding_sides(self) -> tuple[bool, ...]:
         """The sides on which rows may be padded, True for the left; none under a causal mask."""

@@ -11,17 +11,7 @@ from .padding import find_padding
 from .source import Source
 from .trace_format import Call
 
-RANDOM_CHECKPOINT = "python -m llama_parity.random_checkpoint DIR"
-
-
-def checkpoint_flags(limits: Limits) -> str:
-    """Return the flags with which random_checkpoint writes a model inside the limits."""
-    flags = []
-    if "default" not in limits.rope_types:
-        flags.append(f"--rope-type {limits.rope_types[0]}")
-    if False not in limits.tied:
-        flags.append("--tied")
-    return "".join(f" {flag}" for flag in flags)
+RANDOM_CHECKPOINT = "llama_parity.random_checkpoint"
 
 
 def require_config(limits: Limits, checkpoint: Source, spec: str) -> None:
@@ -42,7 +32,7 @@ def require_config(limits: Limits, checkpoint: Source, spec: str) -> None:
         raise InputError(
             f"--against {spec}: it declares the limit {outside}, and so {checkpoint.path} is "
             "outside; give another checkpoint, such as one that "
-            f"{RANDOM_CHECKPOINT}{checkpoint_flags(limits)} writes"
+            f"python -m {RANDOM_CHECKPOINT} DIR {limits.checkpoint_flags()} writes"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from hypothesis import given
 from safetensors.numpy import load_file
 
+from llama_parity import random_checkpoint
 from llama_torch.checkpoint.hf import load_model
-from llama_torch.model.config import ModelConfig
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
-from tools import random_checkpoint
+from reference_np.ops import rope_frequencies
 
 from ..backends.torch_model import save_numpy, torch_forward
 from ..conformance.architectures import configs
@@ -216,14 +217,14 @@ def test_the_oracle_computes_in_two_dtypes_only(tmp_path: Path) -> None:
 
 
 def test_a_model_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
-    random_checkpoint.write(tmp_path, ModelConfig(16, 1, 4, 2, 4, 24, 60), torch.float32, seed=0)
+    random_checkpoint.write(tmp_path, LlamaConfig(16, 1, 4, 2, 4, 24, 60), "float32", seed=0)
     (tmp_path / "other").touch()
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_a_random_checkpoint_is_one_that_both_sides_read(tmp_path: Path) -> None:
-    config = ModelConfig(16, 3, 4, 2, 4, 24, 60)
-    random_checkpoint.write(tmp_path, config, torch.bfloat16, seed=0)
+    config = LlamaConfig(16, 3, 4, 2, 4, 24, 60)
+    random_checkpoint.write(tmp_path, config, "bfloat16", seed=0)
     assert len(list(tmp_path.glob("*.safetensors"))) == 4  # three layers and the rest
     params = Checkpoint(tmp_path)
     model = load_model(tmp_path)
@@ -232,3 +233,24 @@ def test_a_random_checkpoint_is_one_that_both_sides_read(tmp_path: Path) -> None
     assert 0.015 < params["model.layers.1.mlp.up_proj.weight"].std() < 0.025
     code = random_checkpoint.main([str(tmp_path)])
     assert code == 2  # it holds a model already
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rope_type", ["default", "linear", "llama3"])
+def test_a_tiny_random_checkpoint_has_what_its_flags_say(
+    tmp_path: Path, rope_type: str, tied: bool
+) -> None:
+    flags = ["--shape", "tiny", "--head-dim", "24", "--n-kv-heads", "2", "--rope-type", rope_type]
+    assert random_checkpoint.main([str(tmp_path / "m"), *flags, *["--tied"] * tied]) == 0
+    assert sum(path.stat().st_size for path in (tmp_path / "m").iterdir()) < 2e6
+    params = Checkpoint(tmp_path / "m")
+    config = params.config
+    assert (config.head_dim, config.n_kv_heads, config.tie_embeddings) == (24, 2, tied)
+    assert config.rope_type == rope_type
+    scales = rope_frequencies(config) / rope_frequencies(replace(config, rope_type="default"))
+    kinds = len(np.unique(scales.round(6)))
+    assert kinds > 2 if rope_type == "llama3" else kinds == 1  # left, mixed and divided
+    assert (scales.min() < 1) == (rope_type != "default")
+    load_model(tmp_path / "m")
+    # Activations stay near one, and no parameter is a default that would hide a bug.
+    assert 0.2 < params["model.norm.weight"].std() < 0.4

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from safetensors.numpy import load_file
 
+from llama_parity import random_checkpoint
 from llama_parity.conversion.hf_checkpoint import read_hf
 from llama_torch.checkpoint.hf import load_model
 from llama_torch.model.llama import Llama
@@ -20,7 +21,6 @@ from llama_torch.model.shapes import ParameterShapes, parameter_count
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.naming import parameter_shape, parameter_shapes
-from tools import random_checkpoint
 
 from ..backends.torch_model import save_numpy, torch_config
 from ..conformance.strategies import configs

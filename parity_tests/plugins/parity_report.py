@@ -71,10 +71,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(line)
         failed = bool(terminalreporter.stats.get("failed"))
         for name in named if failed else ():
-            terminalreporter.write_line(
-                f"which bug it is: python tools/compare.py CHECKPOINT --against {name} names the "
-                "layer and the operation"
-            )
+            for line in comparison_commands(name):
+                terminalreporter.write_line(line)
+
+
+def comparison_commands(name: str) -> list[str]:
+    """Return the lines that say how to find a backend's bug, its two commands to be pasted."""
+    flags = limits_of(load(name)).checkpoint_flags()
+    return [
+        "these two commands name the layer, the operation and, where it is a known one, the bug:",
+        f"python -m llama_parity.random_checkpoint tiny-llama {flags}",
+        f"python -m llama_parity.compare tiny-llama --against {name}",
+    ]
 
 
 def too_few(config: pytest.Config) -> list[str]:

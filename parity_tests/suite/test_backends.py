@@ -52,7 +52,9 @@ def test_a_wrong_backend_fails_and_says_how_to_repeat_it() -> None:
     assert len(report) <= 12  # with two rules around ten lines
     assert any(line.startswith("config     head_dim=2 (dim / n_heads = ") for line in report)
     assert any(line.startswith("error      1e-06 of the largest value, tol") for line in report)
-    assert f"tools/compare.py CHECKPOINT --against {CHOSEN[1]}" in done.stdout
+    lines = done.stdout.splitlines()
+    assert "python -m llama_parity.random_checkpoint tiny-llama --shape tiny" in lines
+    assert f"python -m llama_parity.compare tiny-llama --against {CHOSEN[1]}" in lines
     again = reproducing.done()
     assert again.returncode == 1
     assert "times its tolerance" in again.stdout

@@ -77,7 +77,7 @@ WRONG = {
     ],
     "tools.plot": [(f"{NOWHERE} a.svg", "no such directory"), ("docs a.txt", "must end in .svg")],
     "tools.random_checkpoint": [
-        ("out --shape 8b", "--shape 8b: not one of 7b, 13b, 70b"),
+        ("out --shape 8b", "--shape 8b: not one of tiny, 7b, 13b, 70b"),
         ("README.md/out", "README.md/out"),
     ],
 }

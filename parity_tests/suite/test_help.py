@@ -13,6 +13,7 @@ from llama_common.flags import Flag, flags_of
 from llama_common.settings import Setting, check_settings
 from llama_parity.comparison.config import CompareConfig
 from llama_parity.convert import ConvertConfig
+from llama_parity.random_checkpoint import ShapeConfig
 from llama_torch.chat import ChatConfig
 from llama_torch.config import TrainConfig
 from llama_torch.evaluate import EvaluateConfig
@@ -22,7 +23,6 @@ from llama_torch.prepare import PrepareConfig
 from tools.bench import BenchConfig
 from tools.learning import LearningConfig
 from tools.plot import PlotConfig
-from tools.random_checkpoint import ShapeConfig
 
 CONFIGS: list[Any] = [
     *(TrainConfig, GenerateConfig, ChatConfig, EvaluateConfig, PrepareConfig, ExportConfig),

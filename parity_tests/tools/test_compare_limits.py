@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llama_parity import random_checkpoint
 from llama_parity.comparison.inputs import make_calls
 from llama_parity.comparison.within_limits import exceeded_limit
 from reference_np.config import LlamaConfig
 from reference_np.limits import Limits
+from reference_np.ops import rope_frequencies
 
 from ..planted.port import Planted
+from ..plugins.parity_report import comparison_commands
 from ..suite.toy_ports import Engine, Small
 from .comparing import CONFIG, QUICK, write
 
@@ -119,7 +122,7 @@ def test_a_checkpoint_outside_the_limits_is_refused(
     code, out, err = run(path, "--against", offer(Strict(limits)))
     assert (code, out) == (2, "")
     assert f"it declares the limit {message}" in err
-    assert "python -m llama_parity.random_checkpoint DIR" in err
+    assert "python -m llama_parity.random_checkpoint DIR --shape tiny" in err
     assert err.count("\n") == 1
 
 
@@ -150,6 +153,34 @@ def test_a_librarys_refusal_is_a_failure(ckpt: Path, run: Callable, offer: Calla
     assert (code, out) == (2, "")
     assert "NotImplementedError: deep" in err
     assert "raise NotImplementedError in the backend's own file" in err
+
+
+class TiledHeads(Small):
+    """Key heads repeated in the wrong order, in a port of tied llama3 models alone."""
+
+    limits = dataclasses.replace(Small.limits, rope_types=("llama3",), tied=(True,))
+
+    def frequencies(self, config: Any) -> Any:
+        return rope_frequencies(config)
+
+    def repeat(self, heads: Any, n_rep: int) -> Any:
+        return np.tile(heads, (1, 1, n_rep, 1))
+
+
+def test_the_commands_that_a_failing_suite_prints_name_the_bug(
+    run: Callable, offer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = offer(TiledHeads())
+    commands = [line.split() for line in comparison_commands(spec)[-2:]]
+    assert [command[:3] for command in commands] == [
+        ["python", "-m", "llama_parity.random_checkpoint"],
+        ["python", "-m", "llama_parity.compare"],
+    ]
+    assert random_checkpoint.main(commands[0][3:]) == 0
+    code, out, err = run(*commands[1][3:], *QUICK)
+    assert (code, err) == (1, "")
+    assert "kv_heads_tiled" in out
 
 
 PORTS = """
