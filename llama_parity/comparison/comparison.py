@@ -14,11 +14,12 @@ from reference_np.ops import Array
 
 from .axes import Order, as_declared
 from .judging import KL, Row
+from .logprobs import at_targets, judged_targets
 from .padding import Padding, find_padding
 from .replay import EMBEDDING_STAGE, Key, RoundedParams, stage_input, stage_names
 from .sides import Recording
 from .trace_file import TraceFile
-from .trace_format import Call
+from .trace_format import LOGPROBS, Call
 
 
 class TheirActivations:
@@ -28,19 +29,30 @@ class TheirActivations:
     returned in the declared order from then on.
     """
 
-    def __init__(self, trace: TraceFile, config: LlamaConfig, n_calls: int) -> None:
-        self._trace, self._config, self._n_calls = trace, config, n_calls
+    def __init__(self, trace: TraceFile, config: LlamaConfig, calls: Sequence[Call]) -> None:
+        self._trace, self._config, self._calls = trace, config, calls
         self._orders: dict[Key, Order] = {}
 
     def read(self, stage: int) -> dict[Key, Array]:
         """Return a stage's activations and the residual streams that it reads."""
         wanted = [*stage_names(self._config, stage), stage_input(stage)]
         stored = {
-            (c, name): self._trace.read(c, name) for c in range(self._n_calls) for name in wanted
+            (c, name): self._trace.read(c, name) for c in range(len(self._calls)) for name in wanted
         }
+        if stage == self._config.n_layers:
+            stored |= self._logprobs()
         wide = {key: value.astype(np.float64) for key, value in stored.items() if value is not None}
         orders = {key: order for key, order in self._orders.items() if key in wide}
         return wide | {key: as_declared(wide[key], order) for key, order in orders.items()}
+
+    def _logprobs(self) -> dict[Key, Array | None]:
+        """Return the log-probabilities of the targets of the calls that have some."""
+        found: dict[Key, Array | None] = {}
+        for c, call in enumerate(self._calls):
+            stored = self._trace.read(c, LOGPROBS) if call.targets is not None else None
+            if stored is not None and call.targets is not None:
+                found[c, LOGPROBS] = at_targets(stored.astype(np.float64), call.targets)
+        return found
 
     def reorder(self, orders: Mapping[Key, Order]) -> bool:
         """Add orders of axes by activation; return whether any is new."""
@@ -57,7 +69,7 @@ class Comparison(NamedTuple):
     """A config, calls, the oracle's parameters in two precisions, the other side's activations."""
 
     config: LlamaConfig  # with as many layers as the other side ran
-    calls: Sequence[Call]
+    calls: Sequence[Call]  # with targets where their log-probabilities are compared
     exact_params: RoundedParams  # the values of the precision under test, in float64
     baseline_params: RoundedParams  # the same values in the dtype of the baseline
     recording: Recording
@@ -98,15 +110,28 @@ class Comparison(NamedTuple):
             (c, name)
             for c, covers in enumerate(self.recording.coverage)
             for name in self.names(stage)
-            if covers == "activations" or (covers == "logits" and name in ("logits", KL))
+            if self._is_compared(c, name, covers)
         ]
+
+    def _is_compared(self, c: int, name: str, covers: str) -> bool:
+        """Return whether an activation of a call is expected, which ``covers`` tells but for one.
+
+        The log-probabilities of targets are compared wherever the other side has them.
+        """
+        if name == LOGPROBS:
+            return self.calls[c].targets is not None
+        return covers == "activations" or (covers == "logits" and name in ("logits", KL))
 
     def names(self, stage: int) -> list[str]:
         """Return the names of a stage's activations to compare, in any call."""
         names = stage_names(self.config, stage)
         # In float64 the bound of the logits is far tighter than a KL can resolve.
-        kl = stage == self.config.n_layers and self.precision != "float64"
-        return [*names, KL] if kl else names
+        kl = [KL] if self.precision != "float64" else []
+        return [*names, *kl, LOGPROBS] if stage == self.config.n_layers else names
+
+    def shows_logits(self) -> bool:
+        """Return whether the other side shows logits in any call."""
+        return not {"activations", "logits"}.isdisjoint(self.recording.coverage)
 
     def has_activations(self) -> bool:
         """Return whether the other side shows more than logits in any call."""
@@ -124,6 +149,7 @@ def make_comparison(
     """Open the checkpoint's parameters in both precisions, and the recorded activations."""
     exact = RoundedParams(path, precision, "float64")
     baseline = exact if precision == "float64" else RoundedParams(path, precision, "float32")
-    theirs = TheirActivations(recording.trace, config, len(calls))
     padding = find_padding(calls)
+    calls = judged_targets(calls, padding, recording.trace)
+    theirs = TheirActivations(recording.trace, config, calls)
     return Comparison(config, calls, exact, baseline, recording, theirs, first_layer, padding)

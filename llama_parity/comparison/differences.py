@@ -16,9 +16,11 @@ from reference_np.ops import Array
 
 from .comparison import Comparison
 from .judging import KL, REORDERED, Reference, Row, error_bound, judge, judge_kl
+from .logprobs import logprob_bound, rms_bound, softmax_bound, target_logprobs
 from .padding import Padding, readable, without_padding
 from .replay import Activations, Key, Replay, RoundedParams, finite_only, stage_input
 from .sum_bounds import n_terms
+from .trace_format import LOGPROBS
 
 MAX_BASELINES = 4  # free-running baselines, of which the one that errs most sets a bound
 
@@ -136,6 +138,9 @@ def _judge_stage(
         if name == KL:
             rows.append(judge_kl(c, theirs, free, baselines, precision))
             continue
+        if name == LOGPROBS:
+            rows.append(_judge_logprobs(comparison, c, theirs, free, baselines, fresh))
+            continue
         bound = error_bound(free[key], [baseline[key] for baseline in baselines], precision)
         references = [Reference(free[key], bound)]
         if comparison.recording.coverage[c] == "activations":
@@ -145,6 +150,35 @@ def _judge_stage(
             references.append(Reference(exact, bound, fresh.element_bounds.get(key)))
         rows.append(judge(key, theirs.get(key), references))
     return rows
+
+
+def _judge_logprobs(
+    comparison: Comparison,
+    c: int,
+    theirs: Activations,
+    free: Activations,
+    baselines: Sequence[Activations],
+    fresh: TeacherForced,
+) -> Row:
+    """Return the row of the log-probabilities of a call's targets.
+
+    Their fresh error is that of the log-softmax of the other side's own logits, where it shows
+    them; without them all error counts as inherited, or as the whole model's.
+    """
+    key, targets, precision = (c, LOGPROBS), comparison.calls[c].targets, comparison.precision
+    assert targets is not None
+    logits = free[c, "logits"]
+    of_logits = error_bound(logits, [each[c, "logits"] for each in baselines], precision)
+    bound = error_bound(free[key], [each[key] for each in baselines], precision)
+    own = softmax_bound(logits, targets, precision)
+    derived = logprob_bound(logits, own, of_logits)
+    references = [Reference(free[key], bound, derived, rms_bound(free[key], bound, own, targets))]
+    shown = theirs.get((c, "logits"))
+    if shown is not None and shown.shape == logits.shape and np.isfinite(shown).all():
+        exact = target_logprobs(shown, targets)
+        derived = softmax_bound(shown, targets, precision)
+        references.append(Reference(exact, error_bound(exact, [exact], precision), derived))
+    return judge(key, theirs.get(key), references)
 
 
 def start_from_first_layer(comparison: Comparison, replays: Sequence[Replay]) -> None:

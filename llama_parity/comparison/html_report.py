@@ -60,7 +60,7 @@ summary { cursor: pointer; margin: .8rem 0; }
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """Return the report (schema llama-compare/1) as one HTML page.
+    """Return the report (schema llama-compare/2) as one HTML page.
 
     Raises InputError where matplotlib is not installed.
     """

@@ -41,6 +41,7 @@ OPERATION = {
     "norm": "the final RMSNorm",
     "logits": "the vocabulary projection",
     "logits.kl": "the predicted distribution",
+    "target_logprobs": "the log-probabilities of the targets (log-softmax)",
 }
 KL = "logits.kl"
 REORDERED = "in another order"
@@ -118,6 +119,7 @@ class Reference(NamedTuple):
     exact: Array
     bound: Errors
     element_bounds: Array | None = None  # of every element's absolute error, shaped as ``exact``
+    rms_bound: float = math.inf  # beside ``element_bounds``, of the error's rms over all elements
 
     def measure(self, theirs: Array) -> Measure:
         """Measure the other side's activation, by the bound of which its error is a smaller share.
@@ -129,8 +131,10 @@ class Reference(NamedTuple):
         by_baseline = Measure(errors(theirs, self.exact), self.bound)
         if self.element_bounds is None:
             return by_baseline
-        all_at_bound = errors(self.exact + self.element_bounds, self.exact)
-        derived = Measure(*errors_and_bounds(theirs, self.exact, self.element_bounds), all_at_bound)
+        pair = errors_and_bounds(theirs, self.exact, self.element_bounds)
+        bounds = (pair[1], errors(self.exact + self.element_bounds, self.exact))
+        limits = (each._replace(rms=min(each.rms, self.rms_bound)) for each in bounds)
+        derived = Measure(pair[0], *limits)
         return min(derived, by_baseline, key=lambda measure: measure.share)
 
 

@@ -30,9 +30,10 @@ from reference_np.tolerances import (
 )
 
 from .axes import Order, as_declared, find_order
+from .logprobs import target_logprobs
 from .source import open_checkpoint
 from .sum_bounds import NORMS, n_terms, norm_bound, norm_sum_error
-from .trace_format import Call, n_cached
+from .trace_format import LOGPROBS, Call, n_cached
 
 Key = tuple[int, str]  # of an activation: the index of its call, and its name
 Activations = Mapping[Key, Array]
@@ -130,6 +131,11 @@ class CachedParams(dict[str, Array]):
         return self[name]
 
 
+def _of_targets(c: int, call: Call, logits: Array) -> dict[Key, Array]:
+    """Return the log-probabilities of a call's targets, where it has some."""
+    return {} if call.targets is None else {(c, LOGPROBS): target_logprobs(logits, call.targets)}
+
+
 class Replay:
     """Runs one variant of the oracle: its operations, its dtype, every call's residual stream.
 
@@ -204,7 +210,8 @@ class Replay:
                 self.streams[c] = self.ops.embed(weight, call.tokens)
                 trace("embed", self.streams[c])
             elif stage == self.config.n_layers:
-                head(params, self.streams[c], self.config, trace, self.ops)
+                logits = head(params, self.streams[c], self.config, trace, self.ops)
+                activations |= _of_targets(c, call, logits)
             else:
                 tables, mask = self.inputs[c]
                 self.streams[c], caches[c] = block(

@@ -14,10 +14,13 @@ from reference_np.tolerances import Errors, kl_per_token
 
 from .diagnosis import HOW, Diagnosis, Explanation
 from .differences import StageResult
+from .engine_report import logprob_entry
 from .judging import KL, OPERATION, REORDERED, Measure, Row
-from .trace_format import Call
+from .logprobs import find_slip
+from .sides import Recording
+from .trace_format import LOGPROBS, Call
 
-SCHEMA = "llama-compare/1"
+SCHEMA = "llama-compare/2"
 CELLS = 256  # largest number of columns of the heat map
 
 
@@ -33,6 +36,8 @@ class ReportBuilder:
         self.first_divergence: dict[str, Any] | None = None
         self.heatmap: dict[str, Any] | None = None
         self.logits: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.slips: list[str] = []  # of programs that write something else than log-probabilities
 
     def add(self, stage: StageResult) -> None:
         """Add the rows and the logits of one stage."""
@@ -41,6 +46,7 @@ class ReportBuilder:
         if wrong is not None and self.first_divergence is None:
             self._locate(wrong, stage)
         for c, call in enumerate(self.calls):
+            self._add_logprobs(c, call, stage)
             theirs, exact = (x.get((c, "logits")) for x in (stage.theirs, stage.free_running))
             if exact is None or theirs is None or theirs.shape != exact.shape:
                 continue
@@ -49,6 +55,16 @@ class ReportBuilder:
                 changed = int(np.sum(theirs.argmax(-1) != exact.argmax(-1)))
                 entry = {"call": c, "name": call.name, "kl": kl.tolist(), "changed": changed}
                 self.logits.append(entry)
+
+    def _add_logprobs(self, c: int, call: Call, stage: StageResult) -> None:
+        """Add the distance of a call's log-probabilities from the oracle's, and a known slip."""
+        theirs, exact = (x.get((c, LOGPROBS)) for x in (stage.theirs, stage.free_running))
+        if entry := logprob_entry(c, call, theirs, exact):
+            self.logprobs.append(entry)
+        if theirs is None or exact is None or call.targets is None or self.slips:
+            return
+        if text := find_slip(theirs, exact, call.targets):
+            self.slips.append(f"{LOGPROBS} of {call.name} are {text}.")
 
     def _locate(self, row: Row, stage: StageResult) -> None:
         """Find where the first wrong activation errs, and make its heat map."""
@@ -73,7 +89,7 @@ def operation(row: Row) -> str:
     """Return the name of the operation that a row measures: the whole model for logits alone."""
     if row.kind not in OPERATION:
         return "the training step"
-    if row.name == "logits" and row.compared and row.fresh is None:
+    if row.name in ("logits", LOGPROBS) and row.compared and row.fresh is None:
         return "the whole model, of which nothing else is shown"
     return OPERATION[row.kind]
 
@@ -86,7 +102,8 @@ def error_location(theirs: Array, exact: Array, bound: Errors) -> str:
     counts = [("tokens", wrong.any(axis=tuple(range(2, wrong.ndim))))]
     if wrong.ndim == 4:
         counts.append(("heads", wrong.any(axis=(0, 1, 3))))
-    counts.append(("channels", wrong.any(axis=tuple(range(wrong.ndim - 1)))))
+    if wrong.ndim > 2:
+        counts.append(("channels", wrong.any(axis=tuple(range(wrong.ndim - 1)))))
     return "in " + ", ".join(f"{int(hit.sum())} of {hit.size} {axis}" for axis, hit in counts)
 
 
@@ -111,14 +128,21 @@ def heat_map(theirs: Array, exact: Array) -> dict[str, Any]:
 
 
 def verdict(
-    rows: Sequence[Row], expected: int, calls: Sequence[Call], noun: str, covered: int
+    rows: Sequence[Row],
+    expected: int,
+    calls: Sequence[Call],
+    noun: str,
+    covered: int,
+    unseen: str = "",
 ) -> dict[str, Any]:
     """Return the report's "verdict": PASS, where every expected row is within bounds, or FAIL.
 
-    ``noun`` names the rows in its line; ``covered`` counts the calls that the other side offers.
+    ``noun`` names the rows in its line; ``covered`` counts the calls that the other side offers,
+    ``unseen`` lists what it does not show.
     """
     if covered < len(calls):
         noun += f" in {covered} of {len(calls)} calls"
+    unseen = f"; not seen: {unseen}" if unseen else ""
     compared = sum(row.compared for row in rows)
     held = sum(row.status == "ok" for row in rows)
     wrong = [row for row in rows if row.wrong]
@@ -144,7 +168,15 @@ def verdict(
         line = f"PASS: {held} of {expected} {noun} within bounds; the closest is "
         line += f"{_place(closest, calls)} at {_share(closest):.0%} of its bound"
         entry["holds"] = True
-    return entry | {"line": line}
+    return entry | {"line": line + unseen}
+
+
+def unseen(recording: Recording) -> str:
+    """Return the outputs that a trace shows of no call, for the verdict; "" where it shows all."""
+    shown = set(recording.coverage)
+    if "activations" in shown:
+        return ""
+    return "activations" if "logits" in shown else "activations, the probabilities of other tokens"
 
 
 def reordered_warning(rows: Sequence[Row], calls: Sequence[Call]) -> str:

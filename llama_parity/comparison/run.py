@@ -117,20 +117,23 @@ def run_comparison(
             side, checkpoint, batches, calls, start, settings.diagnose
         )
         rows, expected, noun = rows + step_rows, expected + len(step_rows), "quantities"
-    covered = sum(covers in ("activations", "logits") for covers in recording.coverage)
+    covered = sum(not covers.startswith("not covered") for covers in recording.coverage)
+    unseen = reports.unseen(recording) if side.trace is not None else ""
     notes = (
         padding_note(calls, comparison.padding),
         reports.reordered_warning(builder.rows, calls),
+        *builder.slips,
         _left_out(settings, side, calls, checkpoint.config),
     )
     return {
         **_header(settings, checkpoint, side, calls, layers),
         "coverage": recording.coverage,
-        "verdict": reports.verdict(rows, expected, calls, noun, covered),
+        "verdict": reports.verdict(rows, expected, calls, noun, covered, unseen),
         "rows": [reports.row_entry(row) for row in builder.rows],
         "first_divergence": builder.first_divergence,
         **reports.diagnosis_entries(diagnosis, builder.rows, calls),
         "logits": builder.logits,
+        "logprobs": builder.logprobs,
         "heatmap": builder.heatmap,
         "training": training,
         "warnings": " ".join(filter(None, notes)),

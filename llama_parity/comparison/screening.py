@@ -17,7 +17,7 @@ from reference_np.tolerances import errors
 from .padding import without_padding
 from .progress import Start
 from .replay import Key
-from .trace_format import Call, call_chain
+from .trace_format import LOGPROBS, Call, call_chain
 from .trials import Suspect, Trials
 from .variants import Bugs, CallSubset, run_variants
 
@@ -37,18 +37,26 @@ class Prefix:
     def __init__(self, trials: Trials, target: Key, length: int) -> None:
         self.trials, self.target, self.length = trials, target, length
         calls = list(trials.comparison.calls)
+        if target[1] != LOGPROBS:  # which are not computed from some words alone
+            calls = [call._replace(targets=None) for call in calls]
         calls[target[0]] = _shortened(calls[target[0]], length)
         self.subset = CallSubset(calls, {target[0]}, {})
         theirs, exact = trials.theirs[target], trials.bug_free[target]
-        self.words = _words(np.abs(theirs - exact).max(axis=(0, 1)))
-        self.theirs = theirs[:, :length, self.words]
+        self.words: Array | None = None  # a log-probability takes all logits
+        self.theirs = theirs[:, :length]
+        if target[1] != LOGPROBS:
+            self.words = _words(np.abs(theirs - exact).max(axis=(0, 1)))
+            self.theirs = theirs[:, :length, self.words]
         bound = trials.rows[target].operation_error
         assert bound is not None
         self.limit = SLACK * bound.loosest_bound.token
         (self.bug_free,) = self.logits([()], lambda: None)
 
     def logits(self, suspects: Sequence[Bugs], advance: Callable[[], None]) -> list[Array]:
-        """Return the logits [B, length, words] with each suspect's bugs, zeros at padding."""
+        """Return the logits [B, length, words] with each suspect's bugs, zeros at padding.
+
+        Of a target of log-probabilities those [B, length].
+        """
         stages, c = self.trials.comparison.stages(), self.target[0]
         padding = list(self.trials.comparison.padding)
         if (of_call := padding[c]) is not None:
@@ -138,11 +146,12 @@ def _shortened(call: Call, length: int) -> Call:
     """Return the first tokens of a call that continues no other, or the whole of another."""
     if length == call.tokens.shape[1]:
         return call
-    positions, mask = call.positions, call.mask
+    positions, mask, targets = call.positions, call.mask, call.targets
     return call._replace(
         tokens=call.tokens[:, :length],
         positions=None if positions is None else positions[:, :length],
         mask=None if mask is None else mask[:, :length, :length],
+        targets=None if targets is None else targets[:, :length],
     )
 
 

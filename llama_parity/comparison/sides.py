@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 
 from reference_np.config import LlamaConfig
 from reference_np.limits import UNLIMITED, Limits
+from reference_np.naming import activation_axes
+from reference_np.ops import IGNORE
 
+from .logprobs import given_targets
 from .trace_file import TraceFile, TraceWriter, write_trace
-from .trace_format import Call
+from .trace_format import LOGPROBS, Call
 
 Advance = Callable[[], None]
+LOGPROBS_ALONE = "log-probabilities"  # of given targets alone: how much of a call a trace covers
 
 
 class Side(NamedTuple):
@@ -19,7 +23,8 @@ class Side(NamedTuple):
     title: str
     dtype: str
     # Runs every call and writes its activations; returns each call's coverage: "activations",
-    # "logits" (of those alone), or "not covered: " and why. None where there is a trace.
+    # "logits" (of those alone), or "not covered: " and why. None where there is a trace, which
+    # may cover ``LOGPROBS_ALONE``.
     write: Callable[[TraceWriter, Sequence[Call], LlamaConfig, Advance], list[str]] | None
     trace: TraceFile | None = None
     backend: Any = None  # for --grads: the name of a backend, as ``reference_np.backend`` loads it
@@ -34,6 +39,20 @@ class Recording(NamedTuple):
     coverage: list[str]
 
 
+def trace_coverage(trace: TraceFile, c: int) -> str:
+    """Return the coverage of a trace's call: of a file of version 1 everything is expected."""
+    names = [name for name in activation_axes(trace.config) if trace.has(c, name)]
+    if trace.version == "1" or set(names) - {"logits"}:
+        return "activations"
+    if names:
+        return "logits"
+    if not trace.has(c, LOGPROBS):
+        return "not covered: the trace has no output of it"
+    if (given_targets(trace.calls[c]) == IGNORE).all():
+        return "not covered: none of its tokens has a target"
+    return LOGPROBS_ALONE
+
+
 def record(
     side: Side, calls: Sequence[Call], config: LlamaConfig, folder: Path, advance: Advance
 ) -> Recording:
@@ -43,7 +62,7 @@ def record(
     """
     if side.write is None:
         assert side.trace is not None
-        return Recording(side.trace, ["activations"] * len(calls))
+        return Recording(side.trace, [trace_coverage(side.trace, c) for c in range(len(calls))])
     coverage: list[str] = []
     path = folder / "recording.safetensors"
     write = side.write

@@ -1,7 +1,7 @@
-"""Print a comparison's report (schema llama-compare/1) on a terminal."""
+"""Print a comparison's report (schema llama-compare/2) on a terminal."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,11 @@ from rich.table import Table
 
 from llama_common.errors import printable
 
+from . import engine_report
 from .report_rows import RowEntry, inheriting_rows, short_name, wrong_rows
+from .sides import LOGPROBS_ALONE
 
+Say = Callable[..., None]  # prints a line, in a style
 SHOWN = 16  # rows of a table unless all are asked for
 
 
@@ -27,22 +30,9 @@ def print_report(report: Mapping[str, Any], console: Console, everything: bool) 
 
     say(report["title"])
     names = [call["name"] for call in report["calls"]]
-    for covers, count in Counter(report["coverage"]).items():  # in the order of the calls
-        which = [name for name, c in zip(names, report["coverage"], strict=True) if c == covers]
-        where = "" if count == len(names) else f" ({'; '.join(which)})"
-        if covers == "logits":
-            say(f"{count} of {len(names)} calls offer their logits alone{where}", style="yellow")
-        elif covers != "activations":
-            say(f"{count} of {len(names)} calls {covers}{where}", style="yellow")
+    _say_coverage(report, names, say)
     _table(report["rows"], names, console, everything)
-    longest = max((np.size(entry["kl"]) for entry in report["logits"]), default=0)
-    for entry in report["logits"]:
-        kl = np.array(entry["kl"])
-        if everything or entry["changed"] or kl.size == longest:
-            say(
-                f"logits of {entry['name']}: KL {kl.mean():.1e} nats per token, {kl.max():.1e} at "
-                f"worst; first choice differs at {entry['changed']} of {kl.size} positions"
-            )
+    _say_distances(report, everything, say)
     training = report["training"]
     if training is not None:
         for line in training["notes"]:
@@ -63,6 +53,33 @@ def print_report(report: Mapping[str, Any], console: Console, everything: bool) 
         say(report["warnings"], style="yellow")
     holds = report["verdict"]["holds"]
     say(report["verdict"]["line"], style="bold green" if holds else "bold red")
+
+
+def _say_coverage(report: Mapping[str, Any], names: Sequence[str], say: Say) -> None:
+    """Print which calls offer less than all activations."""
+    for covers, count in Counter(report["coverage"]).items():  # in the order of the calls
+        which = [name for name, c in zip(names, report["coverage"], strict=True) if c == covers]
+        where = "" if count == len(names) else f" ({'; '.join(which)})"
+        if covers == "logits":
+            say(f"{count} of {len(names)} calls offer their logits alone{where}", style="yellow")
+        elif covers == LOGPROBS_ALONE:
+            say(f"{count} of {len(names)} calls show log-probabilities of targets alone{where}")
+        elif covers != "activations":
+            say(f"{count} of {len(names)} calls {covers}{where}", style="yellow")
+
+
+def _say_distances(report: Mapping[str, Any], everything: bool, say: Say) -> None:
+    """Print how far logits and log-probabilities are from the oracle's."""
+    longest = max((np.size(entry["kl"]) for entry in report["logits"]), default=0)
+    for entry in report["logits"]:
+        kl = np.array(entry["kl"])
+        if everything or entry["changed"] or kl.size == longest:
+            say(
+                f"logits of {entry['name']}: KL {kl.mean():.1e} nats per token, {kl.max():.1e} at "
+                f"worst; first choice differs at {entry['changed']} of {kl.size} positions"
+            )
+    for entry in report["logprobs"]:
+        say(engine_report.sentence(entry))
 
 
 def _table(

@@ -13,6 +13,7 @@ from .comparison import Comparison
 from .judging import KL, Row
 from .padding import readable, without_padding
 from .replay import Key, finite_only
+from .trace_format import LOGPROBS
 from .variants import Bugs, CallSubset, run_variants
 
 # A port's rounding errs like the catalogue's within this factor, typically: it may round a sum
@@ -53,10 +54,14 @@ class Trials:
             theirs.update(comparison.theirs.read(stage))
         self.finite_theirs = finite_only(readable(theirs, comparison.padding))
         self.theirs = without_padding(theirs, comparison.padding)
+        # Log-probabilities beside logits are of an operation that the catalogue has no bug of.
+        left_out = (KL, LOGPROBS) if comparison.shows_logits() else (KL,)
         measured = [
             row
             for row in rows
-            if row.name != KL and row.operation_error and comparison.stage_of(row) in stages
+            if row.name not in left_out
+            and row.operation_error
+            and comparison.stage_of(row) in stages
         ]
         self.teacher_forced = any(row.fresh for row in measured)
         self.stages = stages if self.teacher_forced else comparison.stages()

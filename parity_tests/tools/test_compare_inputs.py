@@ -111,11 +111,11 @@ def test_the_reports_schema(ckpt: Path, run: Callable, tmp_path: Path, offer: Ca
     code, out, _ = run(ckpt, *QUICK, "--against", spec, "--json", path, "--html", html)
     assert code == 1
     found = json.loads(path.read_text())
-    assert found["schema"] == "llama-compare/1"
+    assert found["schema"] == "llama-compare/2"
     assert set(found) == {
         *("schema", "title", "checkpoint", "against", "dtype", "n_layers", "layers", "calls"),
         *("coverage", "verdict", "rows", "first_divergence", "diagnosis", "unexplained"),
-        *("diverging", "logits", "heatmap", "training", "warnings"),
+        *("diverging", "logits", "logprobs", "heatmap", "training", "warnings"),
     }
     row = found["rows"][0]
     assert set(row) == {"call", "name", "status", "inherited", "fresh", "layer", "kind"}
