@@ -16,7 +16,7 @@ import numpy as np
 
 from reference_np import grad, ops, optim
 from reference_np.backend import Array
-from reference_np.mutants import FORWARD
+from reference_np.mutants import FORWARD, Mutant
 from reference_np.tolerances import (
     BASELINE_FACTOR,
     Errors,
@@ -115,13 +115,29 @@ def _ratio(error: float, bound: float) -> float:
     return error / bound if error < math.inf else math.inf
 
 
+def _fixed_epsilon(value: float) -> Mutant:
+    """Return the bug of a norm whose epsilon is a constant of the code."""
+    return Mutant(
+        f"norm_eps_{value:g}",
+        f"norm_eps is {value:g} whatever the config says",
+        "a key that is not read",
+        "rms_norm",
+        lambda x, w, eps: ops.rms_norm(x, w, value),
+    )
+
+
+# The two values that most code has. They are no bugs of the catalogue: where the config has the
+# same value, they change nothing.
+FIXED_EPSILONS = tuple(_fixed_epsilon(value) for value in (1e-5, 1e-6))
+
+
 def resembling(run: Scenario, name: str, actual: Array, exact: Array, dtype: str) -> list[str]:
     """Return "name: sentence" of the known bugs with which the scenario has this output."""
     if dtype not in ("float64", "float32"):
         return []
     nearest = max_relative_error(actual, exact) / RESEMBLING
     found = []
-    for mutant in (*FORWARD, *TRAINING):
+    for mutant in (*FORWARD, *FIXED_EPSILONS, *TRAINING):
         parts = (ops, grad.REFERENCE_VJPS, optim.REFERENCE_RULES)
         try:
             with np.errstate(all="ignore"):

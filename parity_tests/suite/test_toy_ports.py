@@ -85,6 +85,10 @@ def test_a_planted_bug_is_red(name: str) -> None:
     assert re.search(rf"FAILED .*::test_{BUGS[name]}\[{re.escape(name)}\]", done.stdout)
 
 
+def test_an_epsilon_that_is_not_read_is_named() -> None:
+    assert "norm_eps is 1e-05 whatever the config says" in ALL_WITH_BUGS.done().stdout
+
+
 def test_a_nearly_empty_run_is_red_and_says_why() -> None:
     done = NEARLY_EMPTY.done()
     assert done.returncode == 1
