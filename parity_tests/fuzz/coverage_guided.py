@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent.parent
 NAMES = ("config", "header", "index", "trace", "toml", "tokenizer", "pieces", "shard_index")
 LARGEST = 4096  # bytes of a unit
 # Python modules whose lines guide the search: the readers, and TOML's, which is in Python too.
-GUIDING = ["reference_np", "llama_torch", "tools", "tomllib"]
+GUIDING = ["reference_np", "llama_common", "llama_torch", "llama_parity", "tomllib"]
 PICKLES = ("shard_index",)
 DEEP = re.compile(rb'(?:[\[{]\s*(?:"[^"]*"\s*:\s*)?){50}')
 GRACE = 60  # seconds after the end until a process that goes on is killed
