@@ -4,7 +4,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ Params = Mapping[str, Array]
 
 
 class Backend:
-    """The methods of an implementation under test; only ``logits`` is required.
+    """The methods of an implementation under test; ``logits`` or ``from_directory`` is required.
 
     Copy ``parity_tests/backends/template.py`` and fill it in. Deriving from this class is
     optional: any object (or class, or module) with these methods will do. Leave a method out, or
@@ -77,7 +77,7 @@ class Backend:
         positions: Array | None,
         mask: Array | None,
     ) -> Array:
-        """Return the logits [B, T, V] of one pass without a cache. Required."""
+        """Return the logits [B, T, V] of one pass without a cache."""
         raise NotImplementedError("logits")
 
     def decode(
@@ -107,6 +107,15 @@ class Backend:
     def append(self, tokens: Array) -> Array:
         """Append tokens [B, T] to the running sequences; return the logits [B, V] of the next."""
         raise NotImplementedError("append")
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Array], Array]:
+        """Read a model directory by your own loader or converter, to compute in ``dtype``.
+
+        Return a function from tokens, int64 [B, T], to causal logits [B, T, V]. The directory is in
+        Hugging Face's form: config.json as transformers 4 or 5 writes it, safetensors in one file
+        or in shards with an index, in float32, bfloat16 or float16. It is removed afterwards.
+        """
+        raise NotImplementedError("from_directory")
 
     def trace(
         self,
@@ -236,8 +245,8 @@ def _remedy(spec: str) -> str:
 
 def _contradiction(backend: Any) -> str:
     """Return what a backend lacks of what it declares; "" where nothing."""
-    if not callable(getattr(backend, "logits", None)):
-        return "has no method logits"
+    if not any(callable(getattr(backend, name, None)) for name in ("logits", "from_directory")):
+        return "has no method logits, and no from_directory"
     dtypes = dtypes_of(backend)
     known = {"float64", "float32", "bfloat16", "float16"}
     if not set(dtypes) <= known:

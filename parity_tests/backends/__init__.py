@@ -17,3 +17,6 @@ SLOW = (
 )
 
 DEFAULT = tuple(name for name in SHIPPED if name not in SLOW)
+
+# Those that read a model directory by their own loader, of the default ones.
+WITH_LOADER = ("torch", "transformers")

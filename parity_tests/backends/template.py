@@ -3,8 +3,9 @@
     pytest parity_tests/ --backend your_module:YourLlama
 
 in the folder of your_module.py, with the path of parity_tests. The arguments are described in
-reference_np.backend.Backend; so are decode, start and append, trace, loss_and_grads and train,
-which you can add for more coverage. parity_tests/backends/torch_port.py helps a port in PyTorch.
+reference_np.backend.Backend; so are from_directory (your own loader), decode, start and append,
+trace, loss_and_grads and train, which you can add for more coverage.
+parity_tests/backends/torch_port.py helps a port in PyTorch.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Backends of llama_torch: eager, with one attention kernel, compiled, on a GPU."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from llama_torch.checkpoint.hf import load_model
 from llama_torch.config import OptimConfig
 from llama_torch.model.kv_cache import Cache
 from llama_torch.model.llama import Llama
@@ -160,6 +161,19 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
                 raise NotImplementedError(f"no {self.kernel.name} kernel for it") from None
 
 
+class TorchWithLoader(Torch):
+    """Torch that also reads a model directory, as every command of llama_torch does."""
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Array], Array]:
+        model = load_model(path, dtype=getattr(torch, dtype), device=self.device)
+
+        def logits(tokens: Array) -> Array:
+            with torch.no_grad():
+                return _array(model(self._tensor(tokens))[0])
+
+        return logits
+
+
 @contextmanager
 def _compiling(model: Llama, compiler: str) -> Iterator[None]:
     """Compile every block with dynamic sizes of batch, tokens and cache: one graph for all.
@@ -191,11 +205,11 @@ def optim_config(hyper: Hyperparameters) -> OptimConfig:
 
 
 _SOME = {"example_fraction": 0.3}
-eager = Torch()
+eager = TorchWithLoader()
 math = Torch(kernel=SDPBackend.MATH, **_SOME)
 flash = Torch(kernel=SDPBackend.FLASH_ATTENTION, **_SOME)
 compiled = Torch(compiler="inductor", example_fraction=0.02)
-cuda = Torch("cuda")
+cuda = TorchWithLoader("cuda")
 cuda_math = Torch("cuda", SDPBackend.MATH, **_SOME)
 cuda_flash = Torch("cuda", SDPBackend.FLASH_ATTENTION, dtypes=HALVES, **_SOME)
 cuda_efficient = Torch("cuda", SDPBackend.EFFICIENT_ATTENTION, dtypes=("float32", *HALVES), **_SOME)

@@ -1,13 +1,14 @@
 """Hugging Face's Llama as a backend, in float64 throughout for float64 parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 
+from llama_parity.comparison.float64 import LiftFloat32
 from llama_parity.comparison.transformers_model import call, config_from, empty_model, tracing
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
@@ -56,6 +57,20 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
         with torch.no_grad():
             out, cache = call(model, tokens, positions, mask, cache)
         return out.to(torch.promote_types(out.dtype, torch.float32)).numpy(), cache
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Array], Array]:
+        kind = getattr(torch, dtype)
+        model = LlamaForCausalLM.from_pretrained(path, dtype=kind, attn_implementation="eager")
+        if kind == torch.float64:
+            with LiftFloat32():  # the rotary frequencies, which transformers computes in float32
+                model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+
+        def logits(tokens: Array) -> Array:
+            with torch.no_grad():
+                out, _ = call(model, tokens, None, None)
+            return out.to(torch.promote_types(out.dtype, torch.float32)).numpy()
+
+        return logits
 
     def loss_and_grads(
         self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float

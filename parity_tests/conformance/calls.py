@@ -105,6 +105,15 @@ class Calls:
         value, cache = _pair("decode", self._call("decode", config, params, *inputs))
         return self._checked(value, (*inputs[0].shape, config.vocab_size), "[B, T, V]"), cache
 
+    def directory_logits(
+        self, config: LlamaConfig, form: str, path: str, dtype: str, tokens: Array
+    ) -> Array:
+        """Return the logits of tokens [B, T] by a directory of ``config``, written in ``form``."""
+        last_call[:] = [describe_config(config), f"from_directory: {form}; {dtype}; tokens "]
+        last_call[1] += str(list(tokens.shape))
+        value = self._method("from_directory")(path, dtype)(tokens)
+        return self._checked(value, (*tokens.shape, config.vocab_size), "[B, T, V]")
+
     def trace(self, config: LlamaConfig, params: Params, *inputs: Any) -> dict[str, Any]:
         return _mapping("trace's result", self._call("trace", config, params, *inputs))
 

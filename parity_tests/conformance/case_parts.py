@@ -32,6 +32,12 @@ def rounded_and_exact_params(
     return rounded, effective_params_of(backend, case.config, rounded)
 
 
+def rounded_to(dtype: str, params: Params) -> Params:
+    """Return parameters rounded to ``dtype``, in float64."""
+    rounded = {n: v.astype(ML_DTYPES.get(dtype, dtype)) for n, v in params.items()}
+    return {n: v.astype(np.float64) for n, v in rounded.items()}
+
+
 def oracle_logits(
     params: Params,
     config: LlamaConfig,

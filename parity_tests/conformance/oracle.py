@@ -10,6 +10,7 @@ import numpy as np
 from reference_np import grad, ops, optim
 from reference_np.angle_error import float32_angle_bound
 from reference_np.backend import Array, Params
+from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.low_precision import rounded_ops
@@ -17,8 +18,10 @@ from reference_np.model import Cache, forward
 from reference_np.mutants import Mutant
 from reference_np.optim import Hyperparameters
 
+from .case_parts import rounded_to
+
 FORWARD_METHODS = ("logits", "decode", "trace", "traced_decode")
-ENGINE_METHODS = ("start", "append")
+OTHER_METHODS = ("start", "append", "from_directory")
 TRAINING_METHODS = ("loss_and_grads", "train")
 
 
@@ -54,6 +57,17 @@ class Oracle:
 
     def logits(self, *arguments: Any) -> Array:
         return self.decode(*arguments, None)[0]
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Array], Array]:
+        checkpoint = Checkpoint(path, np.float64)
+        params = rounded_to(dtype, dict(checkpoint))
+        return lambda tokens: self.logits(checkpoint.config, params, tokens, None, None)
+
+    def directory_logits(
+        self, config: LlamaConfig, form: str, path: str, dtype: str, tokens: Array
+    ) -> Array:
+        """Return the logits of a directory; the first two arguments are for calls.Calls."""
+        return self.from_directory(path, dtype)(tokens)
 
     def traced_decode(
         self,
@@ -126,7 +140,7 @@ class WithBug(Oracle):
         # A bug of the forward pass is tested by the forward methods, one of the training step by
         # the training methods; without the others no test is run in vain.
         in_forward = hasattr(ops, mutant.operation)
-        for name in (*ENGINE_METHODS, *(TRAINING_METHODS if in_forward else FORWARD_METHODS)):
+        for name in (*OTHER_METHODS, *(TRAINING_METHODS if in_forward else FORWARD_METHODS)):
             setattr(self, name, None)
 
 

@@ -59,11 +59,18 @@ def lacking(backend: Any, method: str, dtype: str | None) -> str:
 
 
 def count_tests(module: ModuleType, backend: Any) -> int:
-    """Return the number of a module's tests that run on a backend."""
+    """Return the number of a module's tests that run on a backend on drawn examples."""
     return sum(
-        not lacking(backend, method, dtype) and not excluded_by(name, backend)
+        is_drawn(vars(module)[name])
+        and not lacking(backend, method, dtype)
+        and not excluded_by(name, backend)
         for name, method, dtype in _parametrized(module)
     )
+
+
+def is_drawn(test: Callable) -> bool:
+    """Return whether a test draws its examples; one of fixed examples has as many as it has."""
+    return hasattr(test, "hypothesis")
 
 
 def _parametrized(module: ModuleType) -> Iterator[tuple[str, str, str | None]]:

@@ -23,7 +23,7 @@ from reference_np.training_mutants import TRAINING
 from .. import backends
 from ..conformance.judge import JUDGE
 from ..conformance.oracle import WithBug
-from ..conformance.scope import count_tests, excluded_by, lacking
+from ..conformance.scope import count_tests, excluded_by, is_drawn, lacking
 
 CONFORMANCE = Path(__file__).parent.parent / "conformance"
 MUTANTS = {mutant.name: mutant for mutant in (*FORWARD, *TRAINING)}
@@ -81,8 +81,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if JUDGE.only_record:
         names = [HONEST, *MUTANTS]
     else:
-        names = requested_backends(metafunc.config) or list(backends.DEFAULT)
+        names = requested_backends(metafunc.config) or list(_default(metafunc.module.__name__))
     metafunc.parametrize("backend", [_parameter(name) for name in names])
+
+
+def _default(module: str) -> tuple[str, ...]:
+    """Return the backends that a module's tests run on where none is asked for."""
+    of_directories = module.rpartition(".")[2] == "test_directories"
+    return backends.WITH_LOADER if of_directories else backends.DEFAULT
 
 
 def _parameter(name: str) -> Any:
@@ -138,7 +144,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Import the test's backend, and set its number of examples."""
     if is_conformance(item) and not item.get_closest_marker("skip"):
         item.callspec.params["backend"] = backend_of(item)
-        item.obj = _with_its_examples(item)
+        if is_drawn(item.obj):
+            item.obj = _with_its_examples(item)
 
 
 def is_conformance(item: pytest.Item) -> bool:
@@ -180,7 +187,8 @@ def _with_its_examples(item: Any) -> Any:
     fraction = example_fraction_of(backend)
     examples = math.ceil(fraction * settings.default.max_examples)
     if fraction == 1 and requested_backends(item.config):
-        examples = max(examples, math.ceil(LEAST_EXAMPLES / count_tests(item.module, backend)))
+        n_tests = max(1, count_tests(item.module, backend))
+        examples = max(examples, math.ceil(LEAST_EXAMPLES / n_tests))
     # Hypothesis begins with the smallest example there is, which can show few bugs.
     test = given(data=st.data())(item.obj.hypothesis.inner_test)
     return settings(max_examples=max(3, examples), report_multiple_bugs=False)(test)

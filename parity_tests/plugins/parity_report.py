@@ -35,7 +35,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 
 def _recorded(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     test = pyfuncitem.originalname
-    words = [test.removeprefix("test_"), *other_parameters(pyfuncitem)]
+    of_key = "key" in pyfuncitem.callspec.params  # one line of the table for all keys
+    words = [test.removeprefix("test_"), *([] if of_key else other_parameters(pyfuncitem))]
     entry = JUDGE.begin(" ".join(words), backend_name(pyfuncitem))
     if limit := beyond_a_limit(pyfuncitem):
         entry.by_limit[limit] += 1
@@ -44,8 +45,9 @@ def _recorded(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     if lacking:
         entry.not_covered[f"{lacking} is not offered"] += 1
         pytest.skip(f"not covered: {lacking} is not offered")
+    covered = entry.covered
     result = yield
-    if entry.covered == 0:
+    if entry.covered == covered:
         reason = ", ".join(entry.not_covered) or "no example was compared"
         if test in ("test_logits", "test_causal_logits") and not JUDGE.only_record:
             pytest.fail(f"logits are required, and none were computed: {reason}", pytrace=False)

@@ -96,7 +96,9 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
 # Part -> all the packages of others that it may import.
 OTHERS: Mapping[str, frozenset[str]] = {
     "reference_np": frozenset({"numpy", "ml_dtypes", "safetensors"}),
-    "parity_tests.conformance": frozenset({"numpy", "ml_dtypes", "hypothesis", "pytest"}),
+    "parity_tests.conformance": frozenset(
+        {"numpy", "ml_dtypes", "safetensors", "hypothesis", "pytest"}
+    ),
 }
 # Package of others -> the modules' prefixes that alone may import it.
 ONLY_IN: Mapping[str, tuple[str, ...]] = {

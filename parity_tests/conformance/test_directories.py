@@ -1,0 +1,115 @@
+"""What a port makes of a whole model directory, by its own loader or converter.
+
+A backend offers ``from_directory`` (reference_np/backend.py). The suite writes a directory in
+Hugging Face's form, the port reads it, and its logits are held to the oracle's on the stored
+numbers. Each key of config.json that matters is also changed alone, so that a failure names the
+key that was not read.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reference_np.config import LlamaConfig
+from reference_np.limits import Limits, limits_of
+from reference_np.tolerances import errors
+
+from .calls import ParityError
+from .case_parts import best_dtype, oracle_logits, rounded_to
+from .config_keys import KEYS, LENGTH, Key
+from .directories import Form, forms, write_directory
+from .judge import JUDGE
+from .strategies import Array, Params, random_params, unmasked_cases_for
+
+pytestmark = pytest.mark.numeric
+
+
+@pytest.mark.needs("from_directory")
+@given(data=st.data())
+def test_directory(backend: Any, data: st.DataObject) -> None:
+    """Logits of a directory in any form, dtype and number of files, of any architecture."""
+    dtype = best_dtype(backend)
+    case = data.draw(unmasked_cases_for(dtype, limits_of(backend)))
+    form = data.draw(forms(case.config))
+    with tempfile.TemporaryDirectory() as folder:
+        stored = write_directory(Path(folder), case.config, case.params, form)
+        exact = oracle_logits(rounded_to(dtype, stored), case.config, case.tokens)
+        _compare(backend, dtype, (case.config, str(form), folder), case.tokens, exact)
+
+
+def _compare(
+    backend: Any, dtype: str, written: tuple[LlamaConfig, str, str], tokens: Array, exact: Array
+) -> None:
+    """Compare the logits of a directory (its config, form in words, path) with ``exact``."""
+    JUDGE.compare(
+        backend,
+        dtype,
+        lambda model: {"logits": model.directory_logits(*written, dtype, tokens)},
+        {"logits": exact},
+    )
+
+
+def _outside(key: Key, limits: Limits) -> str:
+    """Return ``limit = value`` for a limit that the key's config is outside; or ""."""
+    if key.config.rope_type not in limits.rope_types:
+        return f"rope_types = {limits.rope_types}"
+    if key.limit == "head_dim" and limits.head_dim == "dim / n_heads":
+        return f"head_dim = {limits.head_dim}"
+    if key.config.tie_embeddings not in limits.tied:
+        return f"tied = {limits.tied}"
+    return ""
+
+
+@pytest.mark.needs("from_directory")
+@pytest.mark.parametrize("key", KEYS)
+def test_key_of_config_json(backend: Any, key: str) -> None:
+    """Logits of a directory in which one key of config.json is unlike the first Llama's."""
+    about, dtype, limits = KEYS[key], best_dtype(backend), limits_of(backend)
+    if outside := _outside(about, limits):
+        JUDGE.entry.by_limit[outside] += 1
+        pytest.skip(f"not covered, by limit: {outside}")
+    config = about.config
+    if limits.context:
+        config = replace(config, max_seq_len=limits.context)
+    params = random_params(config, 0, embed_scale=0.3)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, LENGTH))
+    with tempfile.TemporaryDirectory() as folder:
+        stored = write_directory(Path(folder), config, params, Form(about.version), about.changed)
+        stored = rounded_to(dtype, stored)
+        exact = oracle_logits(stored, config, tokens)
+        written = config, f"config.json as transformers {about.version}", folder
+        try:
+            _compare(backend, dtype, written, tokens, exact)
+        except ParityError as error:
+            equal = _unread(backend, dtype, about, stored, written, tokens)
+            sentence = f"config.json: {key}: {equal or error.sentence}"
+            raise ParityError(sentence, error.details, error.resembling) from None
+        except (AssertionError, pytest.fail.Exception):
+            raise
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ParityError(f"config.json: {key}: from_directory failed: {why}") from error
+
+
+def _unread(
+    backend: Any,
+    dtype: str,
+    about: Key,
+    stored: Params,
+    written: tuple[LlamaConfig, str, str],
+    tokens: Array,
+) -> str:
+    """Return the value of the key with which the oracle has the port's logits; "" for none."""
+    actual = np.asarray(backend.from_directory(written[2], dtype)(tokens), np.float64)
+    for value, config in about.unread.items():
+        other = oracle_logits(stored, config, tokens)
+        # Far nearer than any honest difference of the two values.
+        if actual.shape == other.shape and errors(actual, other).rms <= 1e-3:
+            return f"is not read: the logits are those with {value}"
+    return ""

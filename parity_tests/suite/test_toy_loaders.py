@@ -1,0 +1,94 @@
+"""Ports that read model directories: green when honest, red with the key that is not read."""
+
+import re
+
+import numpy as np
+import pytest
+
+from reference_np.tolerances import errors
+
+from ..conformance.case_parts import oracle_logits
+from ..conformance.config_keys import KEYS, LENGTH
+from ..conformance.strategies import random_params
+from ..support.suite_runs import suite
+
+PORTS = "parity_tests.suite.toy_loaders:"
+# A reader with a bug, the end of a failing test's name, and words of the report.
+BUGS = {
+    "FixedEpsilon": (
+        "key_of_config_json[{}-rms_norm_eps (transformers 5)]",
+        "config.json: rms_norm_eps (transformers 5): is not read: the logits are those with 1e-05",
+    ),
+    "FixedLowFactor": (
+        "key_of_config_json[{}-rope_parameters.low_freq_factor (transformers 5)]",
+        "rope_parameters.low_freq_factor (transformers 5): is not read: the logits are those",
+    ),
+    "FixedOriginalContext": (
+        "key_of_config_json[{}-rope_scaling.original_max_position_embeddings (transformers 4)]",
+        "is not read: the logits are those with 8192",
+    ),
+    "ScalingUnread": (
+        "key_of_config_json[{}-rope_scaling.rope_type llama3 (transformers 4)]",
+        "rope_scaling.rope_type llama3 (transformers 4): is not read: the logits are those with no",
+    ),
+    "NewPlaceUnread": (
+        "key_of_config_json[{}-rope_parameters.rope_theta (transformers 5)]",
+        "rope_parameters.rope_theta (transformers 5): is not read: the logits are those with 10000",
+    ),
+    "OldTypeUnread": (
+        "key_of_config_json[{}-rope_scaling.type (transformers 4)]",
+        "rope_scaling.type (transformers 4): is not read",
+    ),
+    "HeadDimDerived": (
+        "key_of_config_json[{}-head_dim (transformers 4)]",
+        "config.json: head_dim (transformers 4): from_directory failed: ",
+    ),
+    "FirstShardAlone": ("directory[{}]", "two shards and an index"),
+    "Bfloat16TakenForFloat16": ("directory[{}]", "bfloat16, "),
+    "NullRefused": ("directory[{}]", "optional keys null"),
+}
+FILE = "parity_tests/conformance/test_directories.py"
+HONEST = suite("parity_tests/conformance", f"--backend={PORTS}Reader")
+SELECTIVE = suite(FILE, f"--backend={PORTS}Selective", "-k", "key_of")
+RED = suite(
+    *(f"{FILE}::test_{test.format(PORTS + name)}" for name, (test, _) in BUGS.items()),
+    *(f"--backend={PORTS}{name}" for name in BUGS),
+)
+
+
+def test_an_honest_reader_is_green_without_mapped_weights() -> None:
+    done = HONEST.done()
+    assert done.returncode == 0, done.stdout
+    found = re.search(r"Reader: (\d+) compared, (\d+) not covered", done.stdout)
+    assert found is not None
+    assert int(found[1]) >= 40 + len(KEYS)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_red_and_named(name: str) -> None:
+    test, words = BUGS[name]
+    output = RED.done().stdout
+    report = re.search(
+        rf"_ test_{re.escape(test.format(PORTS + name))} _+\n(.*?)\n[_=]", output, re.DOTALL
+    )
+    assert report is not None, output
+    assert words in report[1]
+    assert len(report[1].splitlines()) <= 12
+
+
+def test_a_refused_key_is_not_covered() -> None:
+    done = SELECTIVE.done()
+    assert done.returncode == 0, done.stdout
+    assert "grouped queries" in done.stdout
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_that_is_not_read_changes_the_logits_far_beyond_a_tolerance(name: str) -> None:
+    """A value that changed little would hide that it is not read."""
+    key = KEYS[name]
+    params = random_params(key.config, 0, embed_scale=0.3)
+    tokens = np.random.default_rng(0).integers(0, key.config.vocab_size, (1, LENGTH))
+    exact = oracle_logits(params, key.config, tokens)
+    for value, config in key.unread.items():
+        other = oracle_logits(params, config, tokens)
+        assert errors(other, exact).rms > 0.01, value

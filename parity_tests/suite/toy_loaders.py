@@ -1,0 +1,128 @@
+"""Ports that read a model directory: an honest reader, and readers with one planted bug each."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file
+
+from reference_np.config import LlamaConfig
+from reference_np.model import forward
+from reference_np.ops import Array
+
+
+class Reader:
+    """The oracle behind a reader of its own; it has no ``logits`` for mapped weights."""
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Array], Array]:
+        folder = Path(path)
+        config = self.config(json.loads((folder / "config.json").read_text()))
+        kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+        stored = {n: self.number(v) for n, v in self.tensors(folder).items()}
+        params = {n: v.astype(kind).astype(np.float64) for n, v in stored.items()}
+        if config.tie_embeddings:
+            params.pop("lm_head.weight", None)
+        return lambda tokens: forward(params, tokens, config)[0]
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return LlamaConfig.from_hf(hf)
+
+    def tensors(self, folder: Path) -> dict[str, Array]:
+        files = sorted(folder.glob("*.safetensors"))
+        return {name: value for file in files for name, value in load_file(file).items()}
+
+    def number(self, value: Array) -> Array:
+        return value
+
+
+class FirstShardAlone(Reader):
+    """Reads the first of the files alone."""
+
+    def tensors(self, folder: Path) -> dict[str, Array]:
+        return load_file(min(folder.glob("*.safetensors")))
+
+
+class Bfloat16TakenForFloat16(Reader):
+    """Reads the bits of bfloat16 as float16's."""
+
+    def number(self, value: Array) -> Array:
+        return value.view(np.float16) if value.dtype == ml_dtypes.bfloat16 else value
+
+
+class Fixed(Reader):
+    """A reader that does not read some fields; ``fixed`` are their values."""
+
+    fixed: Mapping[str, Any]
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return replace(super().config(hf), **self.fixed)
+
+
+class FixedEpsilon(Fixed):
+    """Leaves rms_norm_eps unread."""
+
+    fixed: Mapping[str, Any] = {"norm_eps": 1e-5}
+
+
+class FixedLowFactor(Fixed):
+    """Leaves low_freq_factor unread."""
+
+    fixed: Mapping[str, Any] = {"rope_low_freq_factor": 1.0}
+
+
+class FixedOriginalContext(Fixed):
+    """Leaves original_max_position_embeddings unread."""
+
+    fixed: Mapping[str, Any] = {"rope_original_max_seq_len": 8192}
+
+
+class ScalingUnread(Fixed):
+    """Leaves every rotary scaling unread."""
+
+    fixed: Mapping[str, Any] = {"rope_type": "default"}
+
+
+class NewPlaceUnread(Reader):
+    """Reads config.json as transformers 4 writes it."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return super().config({key: hf[key] for key in hf if key != "rope_parameters"})
+
+
+class OldTypeUnread(Reader):
+    """Leaves a rope_scaling unread that names its kind as ``type``."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        scaling = hf.get("rope_scaling") or {}
+        return super().config(dict(hf) | ({"rope_scaling": None} if "type" in scaling else {}))
+
+
+class HeadDimDerived(Reader):
+    """Leaves head_dim unread."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return super().config(dict(hf) | {"head_dim": None})
+
+
+class NullRefused(Reader):
+    """Fails on keys that are null where they may be."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        heads = hf.get("num_key_value_heads", hf["num_attention_heads"])
+        if heads * (hf["num_attention_heads"] // heads) != hf["num_attention_heads"]:
+            raise ValueError("heads")
+        return super().config(hf)
+
+
+class Selective(Reader):
+    """Refuses grouped queries in its own file, which is not covered."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        config = super().config(hf)
+        if config.n_kv_heads != config.n_heads:
+            raise NotImplementedError("grouped queries")
+        return config
