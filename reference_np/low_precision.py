@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import grad, ops
+from .model import Ops
 from .ops import Array
 
 # Operations whose results are stored in low precision. RoPE's tables stay in float32.
@@ -42,9 +43,9 @@ def round_to(x: Array, dtype: str) -> Array:
     return np.where(np.isfinite(x), rounded.view(np.float32), x)
 
 
-def rounded_ops(dtype: str) -> SimpleNamespace:
+def rounded_ops(dtype: str, operations: Ops = ops) -> SimpleNamespace:
     """Return the operations of ``forward``, float32 in and out, rounded to ``dtype``."""
-    return _replaced(dict(vars(ops)), dtype, STORED, PRODUCTS)
+    return _replaced(dict(vars(operations)), dtype, STORED, PRODUCTS)
 
 
 def rounded_vjps(dtype: str) -> SimpleNamespace:

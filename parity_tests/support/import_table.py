@@ -28,7 +28,7 @@ PARTS_OF_TESTS = (
     "parity_tests.plugins",
     *("parity_tests.backends", "parity_tests.conformance"),
     *("parity_tests.planted", "parity_tests.ports", "parity_tests.support"),
-    *("parity_tests.workers", "parity_tests.gpu_faults"),
+    *("parity_tests.workers", "parity_tests.gpu_faults", "parity_tests.vectors"),
 )
 # Part -> the parts that it may import beside itself. A module belongs to the longest name that
 # its own begins with.
@@ -74,6 +74,8 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "parity_tests.conformance": ("reference_np",),
     "parity_tests.backends": (*PROGRAM, "reference_np", "llama_parity.comparison"),
     "parity_tests.planted": ("reference_np", "parity_tests.conformance"),
+    # conformance has the bound of angles in float32.
+    "parity_tests.vectors": ("reference_np", *JUDGE, "parity_tests.conformance"),
     # Each with the package that it is a port of, which is not installed here.
     "parity_tests.ports": ("reference_np", "parity_tests.backends"),
     "parity_tests.gpu_faults": (),

@@ -1,0 +1,165 @@
+"""The golden vectors are what their generator writes, tell every known bug, and excuse no port."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llama_parity.comparison.trace_file import TraceFile
+from llama_parity.conversion.gguf_checkpoint import GgufCheckpoint
+from reference_np.checkpoint import Checkpoint
+from reference_np.config import LlamaConfig
+from reference_np.mutants import FORWARD
+from reference_np.training_mutants import TRAINING
+
+from ..vectors import generate, page
+from ..vectors.cases import all_cases
+from ..vectors.check import INDEX, VECTORS, load_index
+from ..vectors.models import all_models
+from ..vectors.results import PRECISIONS
+
+SCHEMA = json.loads((VECTORS / "vectors.schema.json").read_text(encoding="utf-8"))
+INDEXED = load_index()
+WRITTEN = ("index.json", "index.txt", "models/*", "traces/*")
+MOST_BYTES = 5_000_000
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """Return the contents of every file that the generator writes, by its place."""
+    paths = [path for pattern in WRITTEN for path in folder.glob(pattern)]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.numeric
+def test_the_files_are_what_the_generator_writes_byte_for_byte(tmp_path: Path) -> None:
+    index = generate.generate(tmp_path)
+    anew, stored = written(tmp_path), written(VECTORS)
+    assert anew.keys() == stored.keys()
+    assert [name for name in anew if anew[name] != stored[name]] == []
+    assert generate.PAGE.read_text(encoding="utf-8") == page.text(index)
+
+
+def test_the_files_are_small() -> None:
+    assert sum(map(len, written(VECTORS).values())) < MOST_BYTES
+
+
+def test_every_known_bug_fails_a_case_in_float32() -> None:
+    told = {flag for case in INDEXED["cases"] for flag in case["flags"]}
+    assert told == {mutant.name for mutant in (*FORWARD, *TRAINING)} == set(INDEXED["flags"])
+
+
+def test_the_basic_cases_tell_bugs_of_the_harness_from_causal_calls_of_three_tokens() -> None:
+    basic = [case for case in INDEXED["cases"] if case["basic"]]
+    assert len(basic) >= 8
+    assert INDEXED["cases"][: len(basic)] == basic
+    for case in basic:
+        assert case["needs"] in ([], ["batch"])
+        trace = TraceFile(VECTORS / case["trace"])
+        assert (trace.config.n_layers, len(trace.calls)) == (1, 1)
+        assert trace.calls[0].tokens.size <= 4
+
+
+def violations(value: Any, schema: dict[str, Any], at: str = "index") -> list[str]:
+    """Return where a JSON value breaks a schema of the few keywords that ours has."""
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    python: dict[str, Any] = {
+        **{"object": dict, "array": list, "string": str, "boolean": bool, "integer": int},
+        **{"number": (int, float), "null": type(None)},
+    }
+    is_bool = isinstance(value, bool)
+    fits = [isinstance(value, python[kind]) and is_bool == (kind == "boolean") for kind in kinds]
+    if kinds and not any(fits):
+        return [f"{at}: {value!r} is no {' or '.join(kinds)}"]
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{at}: {value!r} is none of {schema['enum']}"]
+    found = []
+    if isinstance(value, dict):
+        known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        found += [f"{at}: lacks {key}" for key in schema.get("required", []) if key not in value]
+        found += [f"{at}: has {key}" for key in value if others is False and key not in known]
+        for key, one in value.items():
+            below = known.get(key, others if isinstance(others, dict) else {})
+            found += violations(one, below, f"{at}.{key}")
+    if isinstance(value, list):
+        for i, one in enumerate(value):
+            found += violations(one, schema.get("items", {}), f"{at}[{i}]")
+    return found
+
+
+def test_the_index_keeps_its_schema() -> None:
+    assert violations(INDEXED, SCHEMA) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"schema_version": 2}, ["index.schema_version: 2 is none of [1]"]),
+        ({"cases": {}}, ["index.cases: {} is no array"]),
+        ({"flags": {"x": {"effect": 3}}}, ["lacks bug_class", "lacks reports", "3 is no string"]),
+        ({"more": 1}, ["index: has more"]),
+    ],
+)
+def test_an_index_that_breaks_the_schema_would_be_seen(change: Any, found: list[str]) -> None:
+    wrong = violations(INDEXED | change, SCHEMA)
+    assert len(wrong) == len(found)
+    assert all(part in line for part, line in zip(found, wrong, strict=True))
+
+
+def test_the_index_names_every_file_and_model_once() -> None:
+    models, cases = INDEXED["models"], INDEXED["cases"]
+    named = [model["weights"] for model in models.values()]
+    named += [model["gguf"]["file"] for model in models.values()]
+    named += [case["trace"] for case in cases]
+    assert sorted([*named, INDEX, "index.txt"]) == sorted(written(VECTORS))
+    assert {case["model"] for case in cases} == set(models)
+    assert len({case["id"] for case in cases}) == len(cases) == len(all_cases())
+
+
+def test_a_trace_holds_just_what_the_index_bounds() -> None:
+    for case in INDEXED["cases"]:
+        trace = TraceFile(VECTORS / case["trace"])
+        assert not trace.unknown
+        assert trace.config.to_hf() == INDEXED["models"][case["model"]]["config"]
+        for name, bounds in case["bounds"].items():
+            kind, at, rest = name.split(".", 2)
+            read = trace.read if kind == "call" else trace.read_step
+            value = read(int(at), rest)
+            assert value is not None
+            assert np.isfinite(value).all()
+            assert len(bounds) == len(PRECISIONS) + 1
+            assert all(bound is None or 0 < bound < 1 for bound in bounds[:-1])
+
+
+def test_weights_are_those_of_the_models_and_exact_in_sixteen_bits() -> None:
+    for name, model in all_models().items():
+        entry = INDEXED["models"][name]
+        stored = Checkpoint(VECTORS / entry["weights"], np.float32)
+        assert LlamaConfig.from_hf(entry["config"]) == model.config == stored.config
+        for key, value in model.params.items():
+            assert np.array_equal(stored[key], value)
+            short = [value.astype(kind).astype("f4") for kind in (ml_dtypes.bfloat16, np.float16)]
+            exact = all(np.array_equal(one, value) for one in short)
+            assert exact or name == "float32-weights"
+
+
+def test_gguf_files_hold_the_same_models() -> None:
+    for name, model in all_models().items():
+        entry = INDEXED["models"][name]["gguf"]
+        stored = GgufCheckpoint(VECTORS / entry["file"], np.float32)
+        assert LlamaConfig.from_hf(stored.hf) == model.config
+        assert set(stored) == set(model.params)
+        assert all(np.array_equal(stored[key], value) for key, value in model.params.items())
+        assert entry["exact"] == (entry["note"] is None)
+
+
+def test_gguf_files_are_read_by_their_makers_package() -> None:
+    gguf = pytest.importorskip("gguf")
+    for name in ("gqa", "llama3", "linear"):
+        reader = gguf.GGUFReader(VECTORS / INDEXED["models"][name]["gguf"]["file"])
+        names = {tensor.name for tensor in reader.tensors}
+        assert {"token_embd.weight", "blk.0.attn_q.weight", "output.weight"} <= names
+        assert ("rope_freqs.weight" in names) == (name == "llama3")
