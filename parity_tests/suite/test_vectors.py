@@ -62,6 +62,13 @@ def test_the_basic_cases_tell_bugs_of_the_harness_from_causal_calls_of_three_tok
         assert trace.calls[0].tokens.size <= 4
 
 
+def test_positions_are_below_the_context_of_their_model() -> None:
+    for case in all_cases():
+        context = all_models()[case.model].config.max_seq_len
+        for call in case.calls:
+            assert call.positions is None or call.positions.max() < context
+
+
 def violations(value: Any, schema: dict[str, Any], at: str = "index") -> list[str]:
     """Return where a JSON value breaks a schema of the few keywords that ours has."""
     kinds = schema.get("type", [])

@@ -11,7 +11,8 @@ from llama_parity.comparison.trace_file import TraceWriter, write_trace
 from reference_np.low_precision import round_to
 
 from ..vectors.arithmetic import Arithmetic
-from ..vectors.cases import Case, all_cases
+from ..vectors.case_parts import Case
+from ..vectors.cases import all_cases
 from ..vectors.models import Model, all_models
 from ..vectors.results import Operations, Results, arithmetic_operations, run
 

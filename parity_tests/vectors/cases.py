@@ -1,93 +1,26 @@
 """The cases of the golden vectors: calls and training steps of the models."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
-from llama_parity.comparison.trace_format import Call, Step
-from reference_np.config import LlamaConfig
-from reference_np.grad import Batch
-from reference_np.ops import IGNORE, Array
-from reference_np.optim import Hyperparameters
+from reference_np.ops import IGNORE
 
-from .models import all_models, random_integers
-
-Ranges = list[list[int]]  # of each row, the first real token and the one after the last
-
-
-@dataclass(frozen=True)
-class Case:
-    """Some calls of a model, or training steps, and a sentence about them."""
-
-    name: str
-    model: str
-    about: str
-    calls: tuple[Call, ...] = ()
-    steps: tuple[Step, ...] = ()
-    hyperparameters: Hyperparameters | None = None
-    update: bool = False  # whether the steps' updates are stored
-    real: tuple[Ranges | None, ...] = ()  # of each call; None where every token is real
-    basic: bool = False
-
-    @property
-    def kind(self) -> str:
-        """Return "training", "decode" or "forward"."""
-        return "training" if self.steps else "decode" if len(self.calls) > 1 else "forward"
-
-
-CONFIGS = {name: model.config for name, model in all_models().items()}
-
-
-def tokens_of(name: str, config: LlamaConfig, *shape: int) -> Array:
-    """Return random token ids [B, T]."""
-    count = int(np.prod(shape))
-    return random_integers(f"tokens/{name}", count, config.vocab_size).reshape(shape)
-
-
-def single(name: str, model: str, about: str, rows: int = 1, length: int = 5, **given: Any) -> Case:
-    """Return a case of one call; ``given``: its positions, mask or targets, ``real`` or basic."""
-    real, basic = given.pop("real", None), given.pop("basic", False)
-    tokens = given.pop("tokens", None)
-    if tokens is None:
-        tokens = tokens_of(name, CONFIGS[model], rows, length)
-    call = Call("prompt", np.asarray(tokens), **given)
-    return Case(name, model, about, (call,), real=(real,), basic=basic)
-
-
-def chunks(name: str, model: str, about: str, lengths: Sequence[int], rows: int = 1) -> Case:
-    """Return a case of a sequence in chunks, each after the one before."""
-    tokens, ends = tokens_of(name, CONFIGS[model], rows, sum(lengths)), np.cumsum(lengths)
-    calls = tuple(
-        Call(f"chunk {i}", tokens[:, end - length : end], after=i - 1 if i else None)
-        for i, (length, end) in enumerate(zip(lengths, ends, strict=True))
-    )
-    return Case(name, model, about, calls, real=(None,) * len(calls))
-
-
-def with_diagonal(mask: Array) -> Array:
-    """Return the mask where each token attends to itself too."""
-    return mask | np.eye(mask.shape[-1], dtype=bool)
-
-
-def padded(real: Ranges, length: int) -> Array:
-    """Return the causal mask [B, T, T] of padded rows; padding attends to itself alone."""
-    causal = np.tril(np.ones((length, length), dtype=bool))
-    inside = np.array([[first <= t < end for t in range(length)] for first, end in real])
-    return with_diagonal(causal & inside[:, None, :] & inside[:, :, None])
-
-
-def padded_positions(real: Ranges, length: int) -> Array:
-    """Return positions [B, T] that begin at zero with each row's first real token."""
-    return np.array([[max(0, t - first) for t in range(length)] for first, _ in real])
-
-
-def packed(lengths: Sequence[int]) -> tuple[Array, Array]:
-    """Return positions [1, T] and mask [1, T, T] of documents packed into one row."""
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.concatenate([np.arange(n) for n in lengths])[None]
-    return positions, np.tril(owner[:, None] == owner[None])[None]
+from .case_parts import (
+    CONFIGS,
+    Case,
+    Ranges,
+    chunks,
+    packed,
+    padded,
+    padded_positions,
+    single,
+    tokens_of,
+    with_diagonal,
+)
+from .models import random_integers
+from .training_cases import gradient_cases, update_cases
 
 
 def basic_cases() -> Iterable[Case]:
@@ -243,74 +176,6 @@ def logprob_cases() -> Iterable[Case]:
     given[0, :3] = IGNORE
     yield single(
         "logprobs-answer", "tied", "of an answer after its prompt", tokens=tokens, targets=given
-    )
-
-
-CONSTANT = Hyperparameters(
-    lr=0.0625, warmup_steps=0, steps=10, final_lr_ratio=1.0, weight_decay=0.0, grad_clip=1e9
-)
-
-
-def batch(name: str, model: str, rows: int, length: int, ignored: int = 0, **given: Any) -> Batch:
-    """Return a micro-batch whose first ``ignored`` targets of each row are no targets."""
-    tokens = tokens_of(f"{name}/inputs", CONFIGS[model], rows, length)
-    targets = tokens_of(f"{name}/targets", CONFIGS[model], rows, length)
-    targets[:, :ignored] = IGNORE
-    return Batch(tokens, targets, **given)
-
-
-def training(
-    name: str, model: str, about: str, *batches: Batch, steps: int = 0, **changed: Any
-) -> Case:
-    """Return a case of gradients, or of so many optimizer steps."""
-    if not batches:
-        batches = (batch(name, model, 2, 4),)
-    taken = [Step([*batches])]
-    for s in range(1, steps):
-        taken.append(Step([batch(f"{name}/{s}", model, 2, 4)]))
-    return Case(
-        *(f"training-{name}", model, about),
-        steps=tuple(taken),
-        hyperparameters=replace(CONSTANT, **changed),
-        update=steps > 0,
-    )
-
-
-def gradient_cases() -> Iterable[Case]:
-    for model in ("trained", "trained-mha", "trained-mqa", "trained-tied", "trained-two-layers"):
-        yield training(f"gradients-{model}", model, "loss and gradients of one batch")
-    ignored = batch("ignored", "trained", 2, 5, ignored=2)
-    yield training("ignored", "trained", "targets of -100", ignored)
-    unequal = batch("unequal", "trained", 2, 4), batch("few", "trained", 1, 5, ignored=4)
-    yield training("micro-batches", "trained", "eight targets and one", *unequal)
-    yield training("z-loss", "trained", "with z-loss 0.25", z_loss=0.25)
-    same = Batch(np.array([[4, 4, 4, 9]]), np.array([[4, 4, 9, 4]]))
-    yield training("repeated", "trained-mha", "a token three times", same)
-    positions, mask = packed((2, 3))
-    one = batch("packed", "trained", 1, 5, positions=positions, mask=mask)
-    yield training("packed", "trained", "two packed documents", one)
-
-
-def update_cases() -> Iterable[Case]:
-    yield training("step", "trained", "a step, not clipped", steps=1)
-    yield training("clipped", "trained", "a step, clipped to 0.5", steps=1, grad_clip=0.5)
-    yield training(
-        "loose", "trained", "a step, clipping at 64: not reached", steps=1, grad_clip=64.0
-    )
-    yield training("decay", "trained", "a step with weight decay 0.5", steps=1, weight_decay=0.5)
-    yield training("tied", "trained-tied", "a step of a tied model", steps=1, weight_decay=0.25)
-    yield training("warmup", "trained", "two steps of a warmup of four", steps=2, warmup_steps=4)
-    unequal = batch("unequal", "trained", 2, 4), batch("few", "trained", 1, 5, ignored=4)
-    yield training(
-        "everything",
-        "trained",
-        "micro-batches, z-loss, clipping, decay, warmup, two steps",
-        *unequal,
-        steps=2,
-        warmup_steps=2,
-        z_loss=0.25,
-        grad_clip=0.25,
-        weight_decay=0.5,
     )
 
 

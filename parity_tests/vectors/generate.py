@@ -14,7 +14,8 @@ from llama_parity.comparison.trace_file import TraceWriter, write_trace
 from reference_np.ops import Array
 
 from . import flags, page
-from .cases import Case, all_cases
+from .case_parts import Case
+from .cases import all_cases
 from .check import FORMAT, INDEX, SCHEMA_VERSION
 from .files import gguf_note, write_gguf, write_safetensors
 from .models import Model, all_models

@@ -134,7 +134,11 @@ ARCHITECTURES: Mapping[str, tuple[dict[str, Any], str, Maker]] = {
         "six query heads on three: not a power of two",
         random_params,
     ),
-    "wide-heads": ({"head_dim": 8}, "head_dim is twice dim / n_heads", random_params),
+    "wide-heads": (
+        {"max_seq_len": 512, "head_dim": 8},
+        "head_dim is twice dim / n_heads",
+        random_params,
+    ),
     "narrow-heads": ({"head_dim": 2}, "head_dim is half of dim / n_heads", random_params),
     "uneven-heads": (
         {"dim": 18, "n_heads": 4, "head_dim": 6},
@@ -169,29 +173,52 @@ ARCHITECTURES: Mapping[str, tuple[dict[str, Any], str, Maker]] = {
     ),
     "theta-500000": ({"rope_theta": 500000.0, "head_dim": 8}, "theta 500,000", random_params),
     "theta-100": ({"rope_theta": 100.0, "head_dim": 8}, "theta 100", random_params),
-    "theta-1e6": ({"rope_theta": 1e6, "head_dim": 8, "n_kv_heads": 4}, "theta 1e6", random_params),
+    "theta-1e6": (
+        {"max_seq_len": 32768, "rope_theta": 1e6, "head_dim": 8, "n_kv_heads": 4},
+        "theta 1e6",
+        random_params,
+    ),
     "linear": (
         {"rope_type": "linear", "rope_factor": 2.0, "head_dim": 8},
         "linear scaling by 2",
         random_params,
     ),
     "linear-2.5": (
-        {"rope_type": "linear", "rope_factor": 2.5, "head_dim": 8, "n_kv_heads": 4},
+        {
+            "max_seq_len": 32768,
+            "rope_type": "linear",
+            "rope_factor": 2.5,
+            "head_dim": 8,
+            "n_kv_heads": 4,
+        },
         "linear scaling by 2.5",
         random_params,
     ),
     "llama3": (
-        {**LLAMA3, "rope_original_max_seq_len": 64, "head_dim": 16, "rope_theta": 10000.0},
+        {
+            "max_seq_len": 256,
+            **LLAMA3,
+            "rope_original_max_seq_len": 64,
+            "head_dim": 16,
+            "rope_theta": 10000.0,
+        },
         "llama3 scaling of a context of 64: frequencies kept, between and divided",
         random_params,
     ),
     "llama3-released": (
-        {**LLAMA3, "rope_original_max_seq_len": 8192, "head_dim": 16, "rope_theta": 500000.0},
+        {
+            "max_seq_len": 131072,
+            **LLAMA3,
+            "rope_original_max_seq_len": 8192,
+            "head_dim": 16,
+            "rope_theta": 500000.0,
+        },
         "llama3 scaling with the released numbers, factor 8",
         random_params,
     ),
     "llama3-unusual": (
         {
+            "max_seq_len": 512,
             **LLAMA3,
             "rope_factor": 5.0,
             "rope_low_freq_factor": 1.5,

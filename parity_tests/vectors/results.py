@@ -27,7 +27,7 @@ from reference_np.training_mutants import TRAINING
 
 from ..conformance.oracle import ANGLE_PATTERNS, inexact_tables
 from .arithmetic import Arithmetic, decimal_digits, decimals, rounded
-from .cases import Case
+from .case_parts import Case
 from .models import Model, random_integers
 from .reading import relative_error
 
