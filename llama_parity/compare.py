@@ -73,7 +73,7 @@ def _compare(settings: CompareConfig) -> int:
     config = config_within(side.limits, checkpoint.config)
     ids, calls = _input(settings, side, config)
     batches = None
-    if settings.grads:
+    if settings.grads and side.trace is None:
         batches = training_task.make_batches(ids[: max(settings.tokens, default=LENGTH)])
     with (
         progress() as start,

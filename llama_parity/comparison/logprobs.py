@@ -58,12 +58,13 @@ def judged_targets(
 ) -> list[Call]:
     """Return the calls, with targets where the trace has log-probabilities of any, else without."""
     return [
-        call if _has_targets(call) and trace.has(c, LOGPROBS) else call._replace(targets=None)
+        call if has_targets(call) and trace.has(c, LOGPROBS) else call._replace(targets=None)
         for c, call in enumerate(with_targets(calls, padding))
     ]
 
 
-def _has_targets(call: Call) -> bool:
+def has_targets(call: Call) -> bool:
+    """Return whether a call has a target."""
     return call.targets is not None and bool((call.targets != IGNORE).any())
 
 

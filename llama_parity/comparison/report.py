@@ -133,7 +133,7 @@ def verdict(
     calls: Sequence[Call],
     noun: str,
     covered: int,
-    unseen: str = "",
+    unseen: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the report's "verdict": PASS, where every expected row is within bounds, or FAIL.
 
@@ -142,7 +142,7 @@ def verdict(
     """
     if covered < len(calls):
         noun += f" in {covered} of {len(calls)} calls"
-    unseen = f"; not seen: {unseen}" if unseen else ""
+    not_seen = f"; not seen: {', '.join(unseen)}" if unseen else ""
     compared = sum(row.compared for row in rows)
     held = sum(row.status == "ok" for row in rows)
     wrong = [row for row in rows if row.wrong]
@@ -168,15 +168,15 @@ def verdict(
         line = f"PASS: {held} of {expected} {noun} within bounds; the closest is "
         line += f"{_place(closest, calls)} at {_share(closest):.0%} of its bound"
         entry["holds"] = True
-    return entry | {"line": line + unseen}
+    return entry | {"line": line + not_seen}
 
 
-def unseen(recording: Recording) -> str:
-    """Return the outputs that a trace shows of no call, for the verdict; "" where it shows all."""
+def unseen(recording: Recording) -> list[str]:
+    """Return the outputs that a trace shows of no call, for the verdict."""
     shown = set(recording.coverage)
-    if "activations" in shown:
-        return ""
-    return "activations" if "logits" in shown else "activations, the probabilities of other tokens"
+    if "activations" in shown or not shown:
+        return []
+    return ["activations", *([] if "logits" in shown else ["the probabilities of other tokens"])]
 
 
 def reordered_warning(rows: Sequence[Row], calls: Sequence[Call]) -> str:

@@ -17,13 +17,13 @@ from .config import CompareConfig
 from .diagnosis import Diagnosis, diagnose
 from .differences import compare
 from .judging import Row
+from .oracle_trace import write_oracle_trace
 from .padding import padding_note
 from .progress import Start
-from .replay import EMBEDDING_STAGE, Replay
 from .sides import Side, record
 from .source import Source
-from .trace_file import TraceWriter, write_trace
 from .trace_format import LONGEST_NAME, Call
+from .trace_training import compare_traced_steps
 
 
 def layer_range(text: str, n_layers: int) -> tuple[int, int]:
@@ -46,6 +46,10 @@ def layer_range(text: str, n_layers: int) -> tuple[int, int]:
 
 def check_trains(side: Side) -> None:
     """Raise InputError where the other side's gradients cannot be compared."""
+    if side.trace is not None:
+        if not side.trace.steps:
+            raise InputError(f"--grads: {side.title} has no training step; leave the flag out")
+        return
     if side.backend is None:
         raise InputError(f"--grads: {side.title} cannot be trained; give a backend or a checkpoint")
     if side.dtype not in ("float64", "float32"):
@@ -53,19 +57,6 @@ def check_trains(side: Side) -> None:
     backend = backends.load(side.backend, "--against")
     if not callable(getattr(backend, "loss_and_grads", None)):
         raise InputError(f"--grads: {side.title} offers no loss_and_grads; leave the flag out")
-
-
-def write_oracle_trace(path: Path, comparison: Comparison, config: LlamaConfig) -> None:
-    """Write the oracle's own activations of the calls, in the dtype under test."""
-
-    def fill(writer: TraceWriter) -> None:
-        params, ops = comparison.baseline_params, comparison.baseline_ops
-        oracle = Replay(config, comparison.calls, params, ops)
-        for stage in range(EMBEDDING_STAGE, config.n_layers + 1):
-            for (c, name), value in oracle.run(stage).items():
-                writer.add(c, name, value)
-
-    write_trace(path, config, comparison.calls, comparison.precision, fill)
 
 
 def _left_out(
@@ -108,23 +99,20 @@ def run_comparison(
     recording = record(side, calls, config, folder, start(side.title, len(calls) * config.n_layers))
     comparison = make_comparison(checkpoint.path, config, calls, side.dtype, recording, layers[0])
     if settings.trace:
-        write_oracle_trace(Path(settings.trace).resolve(), comparison, checkpoint.config)
+        write_oracle_trace(
+            Path(settings.trace).resolve(), comparison, checkpoint, side.trace, batches
+        )
     builder, diagnosis = _compare_activations(comparison, start, settings.diagnose)
     rows, expected, noun = builder.rows, len(comparison.expected()), "activations"
     training = None
-    if batches is not None:
-        step_rows, training = _training_entry(
+    unseen = reports.unseen(recording) if side.trace is not None else []
+    if batches is not None or (side.trace and side.trace.steps):
+        step_rows, training, more = _training_entry(
             side, checkpoint, batches, calls, start, settings.diagnose
         )
         rows, expected, noun = rows + step_rows, expected + len(step_rows), "quantities"
+        unseen += more
     covered = sum(not covers.startswith("not covered") for covers in recording.coverage)
-    unseen = reports.unseen(recording) if side.trace is not None else ""
-    notes = (
-        padding_note(calls, comparison.padding),
-        reports.reordered_warning(builder.rows, calls),
-        *builder.slips,
-        _left_out(settings, side, calls, checkpoint.config),
-    )
     return {
         **_header(settings, checkpoint, side, calls, layers),
         "coverage": recording.coverage,
@@ -136,8 +124,16 @@ def run_comparison(
         "logprobs": builder.logprobs,
         "heatmap": builder.heatmap,
         "training": training,
-        "warnings": " ".join(filter(None, notes)),
+        "warnings": " ".join(
+            filter(None, [*_notes(comparison, builder), _left_out(settings, side, calls, config)])
+        ),
     }
+
+
+def _notes(comparison: Comparison, builder: reports.ReportBuilder) -> list[str]:
+    """Return notes of padding, of reordered activations, and of slips in log-probabilities."""
+    padding = padding_note(comparison.calls, comparison.padding)
+    return [padding, reports.reordered_warning(builder.rows, comparison.calls), *builder.slips]
 
 
 def _compare_activations(
@@ -145,6 +141,8 @@ def _compare_activations(
 ) -> tuple[reports.ReportBuilder, Diagnosis]:
     """Measure and explain the activations, stage by stage; return the report's rows and these."""
     builder = reports.ReportBuilder(comparison.calls)
+    if not comparison.calls:  # a trace of training steps alone
+        return builder, Diagnosis([], [])
     for stage in compare(comparison, start("oracle", len(comparison.stages()))):
         builder.add(stage)
     if not diagnosing:
@@ -155,20 +153,27 @@ def _compare_activations(
 def _training_entry(
     side: Side,
     checkpoint: Source,
-    batches: list[Batch],
+    batches: list[Batch] | None,
     calls: Sequence[Call],
     start: Start,
     diagnosing: bool,
-) -> tuple[list[Row], dict[str, Any]]:
-    """Compare a training step; return its rows and the report's "training" part."""
-    rows, diagnosis, notes = training_step.compare_training(
-        side, checkpoint, batches, start, diagnosing
-    )
-    return rows, {
+) -> tuple[list[Row], dict[str, Any], list[str]]:
+    """Compare a training step, or a trace's; return rows, the report's part, what is not shown."""
+    unseen: list[str] = []
+    if side.trace is not None:
+        traced = compare_traced_steps(side.trace, checkpoint, start, diagnosing)
+        rows, diagnosis, notes, unseen = traced
+    else:
+        assert batches is not None
+        rows, diagnosis, notes = training_step.compare_training(
+            side, checkpoint, batches, start, diagnosing
+        )
+    entry = {
         "rows": [reports.row_entry(row) for row in rows],
         "notes": notes,
         **reports.diagnosis_entries(diagnosis, rows, calls),
     }
+    return rows, entry, unseen
 
 
 def _header(
@@ -182,6 +187,8 @@ def _header(
     n_tokens = sum(call.tokens.size for call in calls)
     title = f"{settings.ckpt}: oracle against {side.title}, {side.dtype}, {n_tokens} tokens in "
     title += f"{len(calls)} calls"
+    if side.trace is not None and side.trace.steps:
+        title += f", {len(side.trace.steps)} training steps"
     title += f", layers {layers[0]} to {layers[1] - 1}" if settings.layers else ""
     return {
         "schema": reports.SCHEMA,

@@ -18,6 +18,7 @@ from reference_np import grad, optim
 from reference_np.config import InputError
 from reference_np.grad import Batch
 from reference_np.ops import Array
+from reference_np.optim import OptState
 from reference_np.tolerances import Errors, errors
 from reference_np.training_mutants import TRAINING
 
@@ -66,14 +67,14 @@ def step_values(
 
     ``trains``: with the optimizer's. Matrices are [1, rows, columns], all others [1, 1, n].
     """
-    values = _gradient_values(*loss_and_grads)
+    values = gradient_values(*loss_and_grads)
     given = SimpleNamespace(**{**vars(rules), "accumulate": lambda *_: loss_and_grads})
-    for run in RUNS if trains else ():
-        hyper = replace(HYPERPARAMETERS, z_loss=task.z_loss, grad_clip=task.clip_limits[run])
+    for run in task.clip_limits if trains else ():
+        hyper = replace(task.hyper, z_loss=task.z_loss, grad_clip=task.clip_limits[run])
         new, state, metrics = optim.train_step(
-            params, optim.init_state(params), task.batches, task.config, hyper, rules=given
+            params, task.state_like(params), task.batches, task.config, hyper, rules=given
         )
-        values |= _update_values(run, metrics.grad_norm, state.exp_avg, params, new)
+        values |= update_values(run, metrics.grad_norm, state, params, new)
     return values
 
 
@@ -100,7 +101,8 @@ def compare_training(
     if low_params is not exact_params:
         baseline = step_values(task, low_params, gradients(task, low_params), trains)
     advance()
-    rows = compare_step(task, side.dtype, step.values, exact_values, baseline, trains)
+    names = quantity_names(task.config, trains)
+    rows = compare_step(task, side.dtype, step.values, exact_values, baseline, names)
     diagnosis = Diagnosis([], [])
     if diagnosing and any(row.status == "diverges" for row in rows):
         advance = start("known training bugs", len(TRAINING))
@@ -168,10 +170,10 @@ def _their_values(
     ``before``: the parameters before the step. Raises InputError for results of another form.
     """
     try:
-        values = _gradient_values(*loss_and_grads)
+        values = gradient_values(*loss_and_grads)
         for run, step in steps.items():
             norm, exp_avg, after = step["grad_norm"][0], step["exp_avg"], step["params"]
-            values |= _update_values(run, norm, exp_avg, before, after)
+            values |= update_values(run, norm, OptState(1, exp_avg, {}), before, after)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(
             f"--against: loss_and_grads or train returned something else than the protocol says "
@@ -180,29 +182,32 @@ def _their_values(
     return values
 
 
-def _as_tokens(value: Any) -> Array:
+def as_tokens(value: Any) -> Array:
     """Return a matrix as [1, rows, columns], its rows in place of tokens; all else as [1, 1, n]."""
     array = np.asarray(value)
     return array.reshape((1, *array.shape) if array.ndim == 2 else (1, 1, -1))
 
 
-def _gradient_values(loss: float, grads: Mapping[str, Any]) -> dict[str, Array]:
-    return {"loss": _as_tokens(loss), **{f"grad {n}": _as_tokens(g) for n, g in grads.items()}}
+def gradient_values(loss: float, grads: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the loss and gradients by the names of ``quantity_names``."""
+    return {"loss": as_tokens(loss), **{f"grad {n}": as_tokens(g) for n, g in grads.items()}}
 
 
-def _update_values(
+def update_values(
     run: str,
     norm: float,
-    exp_avg: Mapping[str, Any],
+    state: OptState,
     before: Mapping[str, Array],
     after: Mapping[str, Any],
 ) -> dict[str, Array]:
+    """Return an update's results by name, given the optimizer's state and parameters after it."""
     # The update in float64: beside the parameter itself its error would vanish.
     steps = {n: np.asarray(after[n], np.float64) - before[n] for n in before if n in after}
     return {
-        f"{run} grad_norm": _as_tokens(norm),
-        **{f"{run} exp_avg {name}": _as_tokens(value) for name, value in exp_avg.items()},
-        **{f"{run} step {name}": _as_tokens(value) for name, value in steps.items()},
+        f"{run} grad_norm": as_tokens(norm),
+        **{f"{run} exp_avg {name}": as_tokens(x) for name, x in state.exp_avg.items()},
+        **{f"{run} exp_avg_sq {name}": as_tokens(x) for name, x in state.exp_avg_sq.items()},
+        **{f"{run} step {name}": as_tokens(value) for name, value in steps.items()},
     }
 
 
@@ -212,14 +217,14 @@ def compare_step(
     theirs: Mapping[str, Array],
     exact_values: Mapping[str, Array],
     baseline: Mapping[str, Array],
-    trains: bool,
+    names: Sequence[str],
 ) -> list[Row]:
-    """Return a row for every expected result of the step, by its name in all three mappings."""
+    """Return a row for each of the step's results ``names``, as all three mappings name them."""
     inherited = {}
     if dtype != "float64":
         inherited = inherited_bounds(task, dtype, theirs, exact_values, baseline)
     rows = []
-    for name in quantity_names(task.config, trains):
+    for name in names:
         limit = error_bound(exact_values[name], [baseline[name]], dtype)
         if name in inherited:
             limit = Errors(*(a + b for a, b in zip(limit, inherited[name], strict=True)))
@@ -244,7 +249,7 @@ def diagnose_step(
     """
     measured: dict[Key, Row] = {(0, row.name): row for row in rows if row.inherited is not None}
     unexplained = {key for key, row in measured.items() if row.status == "diverges"}
-    trains = any(row.name.startswith(RUNS) for row in rows)
+    trains = any(row.name.startswith(tuple(task.clip_limits)) for row in rows)
     suspects: list[Suspect] = []
     for bug in TRAINING:
         vjps, rules = bug.apply(grad.REFERENCE_VJPS), bug.apply(optim.REFERENCE_RULES)

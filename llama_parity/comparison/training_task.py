@@ -1,7 +1,7 @@
 """Define the training step that both sides take, and the errors that its results inherit."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,18 @@ class Task(NamedTuple):
     batches: Sequence[Batch]
     clip_limits: Mapping[str, float]
     z_loss: float
+    hyper: optim.Hyperparameters = HYPERPARAMETERS  # but for clipping and z-loss
+    state: optim.OptState | None = None  # the optimizer's before the step; None: no steps taken
+
+    def state_like(self, params: Mapping[str, Array]) -> optim.OptState:
+        """Return the optimizer's state before the step, in the dtype of the parameters."""
+        if self.state is None:
+            return optim.init_state(params)
+        moments = (
+            {name: moment[name].astype(p.dtype) for name, p in params.items()}
+            for moment in self.state[1:]
+        )
+        return optim.OptState(self.state.step, *moments)
 
 
 def make_batches(ids: Array) -> list[Batch]:
@@ -80,14 +92,15 @@ def inherited_bounds(
     bounds: dict[str, Errors] = {}
     shapes = parameter_shapes(task.config)
     summed = LAMBDA * math.sqrt(sum(map(math.prod, shapes.values()))) * UNIT_ROUNDOFF[dtype]
-    for run in RUNS:
+    lr = optim.learning_rate(0 if task.state is None else task.state.step, task.hyper)
+    for run in task.clip_limits:
         norm_name = f"{run} grad_norm"
         if norm_name not in exact:
             continue
         norm = float(exact[norm_name].item())
         factor = min(1.0, task.clip_limits[run] / norm) if norm > 0 else 1.0
         of_norm = 0.0
-        if factor < 1.0:
+        if factor < 1.0 + summed:
             of_norm = summed
             if norm_name in theirs:
                 of_norm = min(summed, errors(theirs[norm_name], exact[norm_name]).worst)
@@ -95,25 +108,60 @@ def inherited_bounds(
         for name in shapes:
             gradient, step = exact[f"grad {name}"], exact[f"{run} step {name}"]
             limit = error_bound(gradient, [baseline[f"grad {name}"]], dtype)
+            moments = exact[f"{run} exp_avg {name}"], exact[f"{run} exp_avg_sq {name}"]
+            change = _change_of_step(task, np.abs(gradient) * factor, moments)
             grown = through_adam(
-                limit, np.abs(gradient) * factor, np.abs(step) / HYPERPARAMETERS.lr
+                Errors(*(of_norm + part for part in limit)) if task.state else limit,
+                np.abs(gradient) * factor,
+                np.abs(step) / lr if lr > 0 else np.ones_like(step),
+                change,
             )
             bounds[f"{run} step {name}"] = Errors(*(of_norm + part for part in grown))
             bounds[f"{run} exp_avg {name}"] = Errors(*[of_norm] * 3)
+            bounds[f"{run} exp_avg_sq {name}"] = Errors(*[2 * of_norm] * 3)
     return bounds
 
 
-def through_adam(limit: Errors, gradient: Array, step: Array) -> Errors:
-    """Return the error of AdamW's first step from an error of ``limit`` in a gradient [1, R, C].
+def _change_of_step(
+    task: Task, gradient: Array, moments: tuple[Array, Array]
+) -> Callable[[Any], Array]:
+    """Return a function of a gradient's change d: the largest change of AdamW's step, over lr.
 
-    The step is g / (|g| + eps): a change d of g moves it by at most d eps / (|g| - d + eps)^2,
-    which is little for a large gradient and d / eps for one that vanishes.
+    ``gradient`` is |g| and ``moments`` are those after the step, all [1, R, C]. The first step is
+    g / (|g| + eps): d moves it by at most d eps / (|g| - d + eps)^2, which is little for a large
+    gradient and d / eps for one that vanishes. A further one is m / (s + eps), s = sqrt(v), with
+    dm/dg = a = (1 - b1) / (1 - b1^t), and ds/dg is at most r = sqrt((1 - b2) / (1 - b2^t)): it
+    moves by at most d a / (s + eps) + (|m| + d a) d r / (s + eps)^2 at the least s between.
     """
-    eps = HYPERPARAMETERS.adam_eps
+    hyper, eps = task.hyper, task.hyper.adam_eps
 
-    def change(d: Any) -> Array:
+    def first(d: Any) -> Array:
         change: Array = d * eps / (np.maximum(gradient - d, 0.0) + eps) ** 2
         return change
+
+    if task.state is None:
+        return first
+    t = task.state.step + 1
+    of_m, of_v = 1 - hyper.beta1**t, 1 - hyper.beta2**t
+    a, r2 = (1 - hyper.beta1) / of_m, (1 - hyper.beta2) / of_v
+    m, before = np.abs(moments[0]) / of_m, moments[1] / of_v - r2 * gradient**2
+
+    def further(d: Any) -> Array:
+        least = np.maximum(before, 0.0) + r2 * np.maximum(gradient - d, 0.0) ** 2
+        size = np.sqrt(least) + eps
+        change: Array = d * a / size + (m + d * a) * d * math.sqrt(r2) / size**2
+        return change
+
+    return further
+
+
+def through_adam(
+    limit: Errors, gradient: Array, step: Array, change: Callable[[Any], Array]
+) -> Errors:
+    """Return the error of AdamW's step from an error of ``limit`` in a gradient, both [1, R, C].
+
+    ``change`` is that of ``_change_of_step``; ``gradient`` and ``step``, over lr, are sizes.
+    """
 
     def rms(x: Array, axis: int | None = None) -> Array:
         return np.sqrt(np.mean(x * x, axis=axis, keepdims=True))

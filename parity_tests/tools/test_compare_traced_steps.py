@@ -1,0 +1,244 @@
+"""compare.py and the training steps of a trace: loss, gradients, updates, and what is missing."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llama_parity.comparison.trace_file import TraceFile, TraceWriter, write_trace
+from llama_parity.comparison.trace_format import Step
+from reference_np import optim
+from reference_np.checkpoint import Checkpoint
+from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
+from reference_np.naming import parameter_shapes
+from reference_np.ops import IGNORE
+from reference_np.optim import Hyperparameters
+from reference_np.training_mutants import TRAINING
+
+from ..backends.torch_model import save_numpy
+from ..planted.training import PlantedTrainer
+from .comparing import named, write
+from .test_trace_steps import contents
+
+CONFIG = LlamaConfig(16, 1, 4, 2, 4, 24, 60)
+N = len(parameter_shapes(CONFIG))
+HYPER = Hyperparameters(lr=1e-3, grad_clip=0.05, warmup_steps=0, steps=9, z_loss=1e-4)
+RNG = np.random.default_rng(0)
+Results = Sequence[dict[str, np.ndarray]]
+
+
+def batch(shape: tuple[int, int], ignored: float) -> Batch:
+    tokens, targets = (RNG.integers(0, 60, shape) for _ in range(2))
+    return Batch(tokens, np.where(RNG.random(shape) < ignored, IGNORE, targets))
+
+
+STEPS = [Step([batch((2, 9), 0.3), batch((1, 7), 0.0)]), Step([batch((2, 8), 0.1)])]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write(tmp_path / "ckpt.safetensors", CONFIG)
+
+
+def trained(
+    path: Path, bug: str = "", dtype: str = "float32", n: int = 2, hyper: Hyperparameters = HYPER
+) -> Results:
+    """Return the results of steps of a trainer in torch, whose bug is planted under autograd."""
+    trainer, params = PlantedTrainer(bug), dict(Checkpoint(path, dtype))
+    found = []
+    batches: Any = STEPS[0].batches
+    loss, grads = trainer.loss_and_grads(CONFIG, params, batches, HYPER.z_loss)
+    done = dict(trainer.train(CONFIG, params, batches, hyper, 1))
+    kinds = {"grad": grads, "param": done["params"], "exp_avg": done["exp_avg"]}
+    kinds["exp_avg_sq"] = done["exp_avg_sq"] = {
+        name: (1 - HYPER.beta2) * (np.asarray(m, np.float64) / (1 - HYPER.beta1)) ** 2
+        for name, m in done["exp_avg"].items()  # of clipped gradients, as the trainer shows none
+    }
+    found.append(results(loss, done["grad_norm"][0], kinds, dtype))
+    if n == 2:
+        found.append(next_step(done, dtype, hyper))
+    return found
+
+
+def next_step(done: Mapping[str, Any], dtype: str, hyper: Hyperparameters) -> dict[str, np.ndarray]:
+    """Return the second step as the oracle takes it in ``dtype`` after a trainer's first."""
+    params, m, v = (
+        {n: np.asarray(x, dtype) for n, x in done[kind].items()}
+        for kind in ("params", "exp_avg", "exp_avg_sq")
+    )
+    new, state, metrics = optim.train_step(
+        params, optim.OptState(1, m, v), STEPS[1].batches, CONFIG, hyper
+    )
+    kinds = {"grad": metrics.grads, "param": new}
+    kinds |= {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    return results(metrics.loss, metrics.grad_norm, kinds, dtype)
+
+
+def results(
+    loss: float, norm: float, kinds: Mapping[str, Mapping[str, Any]], dtype: str
+) -> dict[str, np.ndarray]:
+    found = {"loss": loss, "grad_norm": norm}
+    found |= {f"{kind}.{n}": x for kind, values in kinds.items() for n, x in values.items()}
+    return {name: np.asarray(x, dtype) for name, x in found.items()}
+
+
+def traced(
+    path: Path,
+    values: Results,
+    dtype: str = "float32",
+    keeps: Callable[[int, str], bool] = lambda s, name: True,
+    hyper: Hyperparameters | None = HYPER,
+) -> Path:
+    """Write a trace of steps alone, beside the checkpoint ``path``."""
+
+    def fill(writer: TraceWriter) -> None:
+        for s, found in enumerate(values):
+            for name, value in found.items():
+                if keeps(s, name):
+                    writer.add_step(s, name, value)
+
+    steps = STEPS[: len(values)]
+    out = path.with_name("trace.safetensors")
+    write_trace(out, CONFIG, [], dtype, fill, steps=steps, hyperparameters=hyper)
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_right_steps_pass(path: Path, run: Callable, report: Callable, dtype: str) -> None:
+    trace = traced(path, trained(path, dtype=dtype), dtype)
+    found = report(path, "--against", trace)
+    assert found["verdict"]["holds"], found["verdict"]["line"]
+    assert len(found["training"]["rows"]) == 2 * (2 + 4 * N)
+    code, out, _ = run(path, "--against", trace, "--grads", "--all")
+    assert code == 0
+    assert "0 tokens in 0 calls, 2 training steps" in out
+    assert "step 1 update embed_tokens" in out
+    assert f"PASS: {4 + 8 * N} of {4 + 8 * N} quantities within bounds; the closest is step " in out
+    assert "not seen" not in out
+
+
+# One is of a tied head alone.
+@pytest.mark.parametrize("bug", [b.name for b in TRAINING if b.name != "embedding_forgotten"])
+def test_a_training_bug_is_named_from_a_trace(tmp_path: Path, report: Callable, bug: str) -> None:
+    """In float64, in the first step; the second one, which starts from its results, is right."""
+    path = write(tmp_path / "ckpt.safetensors", CONFIG)
+    hyper = replace(HYPER, grad_clip=1e3) if bug == "clip_always" else HYPER
+    values = trained(path, bug, "float64", hyper=hyper)
+    found = report(path, "--against", traced(path, values, "float64", hyper=hyper))
+    wrong = {row["name"][:7] for row in found["training"]["rows"] if row["status"] != "ok"}
+    assert wrong == {"step 0 "}
+    assert bug in [name for names in named(found["training"]) for name in names]
+    assert found["training"]["unexplained"] == 0
+
+
+def test_what_a_step_does_not_show_is_said(path: Path, run: Callable) -> None:
+    values = trained(path)
+
+    def gradients(s: int, name: str) -> bool:
+        return name in ("loss", "grad_norm") or name.startswith("grad.")
+
+    trace = traced(path, values, keeps=gradients, hyper=None)
+    # z-loss is of the hyperparameters: without them it is none.
+    assert run(path, "--against", trace, "--no-diagnose")[0] == 1
+    trace = traced(path, values, keeps=gradients)
+    code, out, _ = run(path, "--against", trace)
+    assert code == 0, out
+    assert "Step 1 is not judged: the trace lacks the parameters, or the moments exp_avg and" in out
+    assert f"PASS: {2 + N} of {2 + N} quantities" in out
+    assert out.splitlines()[-1].endswith("; not seen: updates, moments")
+    trace = traced(path, values, keeps=lambda s, n: "norm.weight" in n and n.startswith("grad"))
+    code, out, _ = run(path, "--against", trace)
+    assert code == 0, out
+    assert f"Step 0 shows grad of 1 of {N} parameters." not in out
+    assert f"Step 0 shows grad of 3 of {N} parameters." in out
+    assert out.splitlines()[-1].endswith("; not seen: losses, updates, moments")
+
+
+def test_one_wrong_number_of_each_kind_is_located(path: Path, report: Callable) -> None:
+    """In the second step, whose moments are not zero before it."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    values = trained(path)
+    before = values[0][f"param.{name}"]
+    for kind in ("grad", "param", "exp_avg", "exp_avg_sq"):
+        changed = dict(values[1])
+        value = changed[f"{kind}.{name}"]
+        changed[f"{kind}.{name}"] = (
+            before + (value - before) * np.float32(1.01) if kind == "param" else value * 1.001
+        ).astype(np.float32)
+        found = report(path, "--against", traced(path, [values[0], changed]), "--no-diagnose")
+        wrong = [row["name"] for row in found["training"]["rows"] if row["status"] != "ok"]
+        title = "update" if kind == "param" else kind
+        assert wrong == [f"step 1 {title} {name}"]
+
+
+@pytest.mark.parametrize("kind", ["loss", "grad_norm", "grad.model.norm.weight"])
+def test_nan_is_named(path: Path, run: Callable, kind: str) -> None:
+    values = [dict(found) for found in trained(path)]
+    values[0][kind] = np.full_like(values[0][kind], np.nan)
+    code, out, _ = run(path, "--against", traced(path, values), "--no-diagnose")
+    assert code == 1
+    title = f"step 0 {kind.replace('.', ' ', 1)}"
+    n = values[0][kind].size
+    assert f"{title} holds {n} NaN and 0 infinities among {n} values" in out
+    assert f"first divergence at {title}: the training step (not finite)" in out
+
+
+def test_steps_in_low_precision_are_not_judged(path: Path, run: Callable) -> None:
+    trace = traced(path, trained(path))
+    metadata, tensors = contents(trace)
+    save_numpy(tensors, trace, metadata | {"dtype": "bfloat16"})
+    code, out, _ = run(path, "--against", trace)
+    assert code == 1
+    assert "Training steps in bfloat16 are not judged: write them in float32 or float64." in out
+    assert "FAIL: 0 of 0 quantities compared; not seen: training steps" in out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_oracles_own_step_is_written_and_passes(
+    path: Path, run: Callable, tmp_path: Path, dtype: str
+) -> None:
+    out = tmp_path / "oracle.safetensors"
+    argv = ("--grads", "--tokens", 16, "--steps", 0, "--dtype", dtype, "--trace", out)
+    assert run(path, *argv)[0] == 0
+    trace = TraceFile(out)
+    assert (trace.version, len(trace.steps), trace.unknown) == ("2", 1, [])
+    assert trace.hyperparameters is not None
+    assert trace.hyperparameters.grad_clip < float(trace.read_step(0, "grad_norm"))
+    n_results = 2 + 4 * N
+    assert sum(trace.has_step(0, name) for name in trained(path, n=1)[0]) == n_results
+    assert trace.has(0, "target_logprobs")
+    code, text, _ = run(path, "--against", out)
+    assert code == 0, text
+    assert text.splitlines()[-1].startswith("PASS: ")
+    assert "not seen" not in text
+
+
+def test_grads_without_a_step_in_the_trace_is_refused(
+    path: Path, run: Callable, tmp_path: Path
+) -> None:
+    out = tmp_path / "oracle.safetensors"
+    assert run(path, "--tokens", 4, "--steps", 0, "--trace", out)[0] == 0
+    code, _, err = run(path, "--against", out, "--grads")
+    assert code == 2
+    assert "has no training step; leave the flag out" in err
+
+
+def test_a_clip_at_the_norm_itself_is_no_divergence(path: Path, report: Callable) -> None:
+    """Where rounding decides whether gradients are scaled by a factor that is one but for it."""
+    params = dict(Checkpoint(path, "float32"))
+    _, grads = optim.accumulate(params, STEPS[0].batches, CONFIG, HYPER.z_loss)
+    norm = optim.global_norm(grads)
+    for factor in (1 - 1e-7, 1.0, 1 + 1e-7):
+        hyper = replace(HYPER, grad_clip=norm * factor)
+        trainer = PlantedTrainer("")
+        batches: Any = STEPS[0].batches
+        done = trainer.train(CONFIG, params, batches, hyper, 1)
+        kinds = {"grad": grads, "param": done["params"], "exp_avg": done["exp_avg"]}
+        values = results(1.0, done["grad_norm"][0], kinds, "float32")
+        del values["loss"]
+        found = report(path, "--against", traced(path, [values], hyper=hyper), "--no-diagnose")
+        assert found["verdict"]["holds"], found["verdict"]["line"]
