@@ -74,13 +74,16 @@ def copy_vectors(target: Path, folder: Path = VECTORS) -> int:
     index = load_index(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: is there already; give a new or empty folder")
-    target.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        source = folder / name
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
-            shutil.copyfile(source, target / name)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in COPIED:
+            source = folder / name
+            if source.is_dir():
+                shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                shutil.copyfile(source, target / name)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from None
     return len(index["cases"])
 
 
