@@ -75,7 +75,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "parity_tests.backends": (*PROGRAM, "reference_np", "llama_parity.comparison"),
     "parity_tests.planted": ("reference_np", "parity_tests.conformance"),
     # conformance has the bound of angles in float32.
-    "parity_tests.vectors": ("reference_np", *JUDGE, "parity_tests.conformance"),
+    "parity_tests.vectors": ("reference_np", "llama_common", *JUDGE, "parity_tests.conformance"),
     # Each with the package that it is a port of, which is not installed here.
     "parity_tests.ports": ("reference_np", "parity_tests.backends"),
     "parity_tests.gpu_faults": (),
