@@ -1,4 +1,4 @@
-// How a program writes its activations down: one call, made-up numbers.
+// How a program writes its activations down, and a training step: made-up numbers.
 //
 //   g++ -std=c++17 trace_example.cpp -o trace_example && ./trace_example mine.safetensors
 #include <cstddef>
@@ -39,6 +39,22 @@ void run(const char* path) {
   std::vector<float> logits(kBatch * kLength * kVocab);
   for (std::size_t i = 0; i < logits.size(); ++i) logits[i] = 1.0f / static_cast<float>(i + 1);
   trace.add("call.0.logits", "F32", {kBatch, kLength, kVocab}, logits.data());
+
+  // Log-probabilities of given tokens: alone they suffice to compare two engines. -100: no target.
+  const std::vector<std::int64_t> targets{0, 2, -100};
+  trace.add("call.0.targets", "I64", {kBatch, kLength}, targets.data());
+  const std::vector<float> logprobs{-1.5f, -1.75f, 0.0f};
+  trace.add("call.0.target_logprobs", "F32", {kBatch, kLength}, logprobs.data());
+
+  // A training step: its micro-batches, then as much of its results as there is. A number has no
+  // axes. Results of the update, step.0.param.NAME and the moments, need the metadata
+  // "hyperparameters" as well.
+  trace.add("step.0.batch.0.tokens", "I64", {kBatch, kLength}, tokens.data());
+  trace.add("step.0.batch.0.targets", "I64", {kBatch, kLength}, targets.data());
+  const float loss = 1.625f;
+  trace.add("step.0.loss", "F32", {}, &loss);
+  const std::vector<float> gradient{0.5f, -0.25f, 0.0f, 1.0f};
+  trace.add("step.0.grad.model.norm.weight", "F32", {kDim}, gradient.data());
 
   trace.finish();
 }

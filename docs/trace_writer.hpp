@@ -1,5 +1,5 @@
-// Writes a trace file (trace-format.md) in C++17 without dependencies: copy this header.
-// trace_example.cpp shows its use.
+// Writes a trace file (trace-format.md), version 2, in C++17 without dependencies: copy this header.
+// trace_example.cpp shows its use: activations, log-probabilities of given tokens, training steps.
 //
 // Each tensor goes to disk as it is added. The header comes last, into room kept for it at the
 // front; until then that room holds zeros, so nobody reads an unfinished file as a trace.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from llama_parity import compare
+from llama_parity.comparison.trace_file import TraceFile
 from llama_parity.comparison.trace_format import AXES
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes
@@ -137,7 +138,15 @@ def test_the_example_writes_what_it_says(example: Path, tmp_path: Path) -> None:
         "call.0.tokens": np.array([[4, 0, 2]], np.int64),
         "call.0.embed": (np.arange(12, dtype=np.float32) / 2 - 2).reshape(1, 3, 4),
         "call.0.logits": (1 / np.arange(1, 16, dtype=np.float32)).reshape(1, 3, 5),
+        "call.0.targets": np.array([[0, 2, -100]], np.int64),
+        "call.0.target_logprobs": np.array([[-1.5, -1.75, 0]], np.float32),
+        "step.0.batch.0.tokens": np.array([[4, 0, 2]], np.int64),
+        "step.0.batch.0.targets": np.array([[0, 2, -100]], np.int64),
+        "step.0.loss": np.array(1.625, np.float32),
+        "step.0.grad.model.norm.weight": np.array([0.5, -0.25, 0, 1], np.float32),
     }
+    trace = TraceFile(path)
+    assert (len(trace.calls), len(trace.steps), trace.unknown) == (1, 1, [])
     assert set(tensors) == set(expected)
     for name, value in expected.items():
         assert_same(tensors[name], value)
@@ -158,6 +167,9 @@ def test_compare_reads_the_example(
     status = {row["name"]: row["status"] for row in report["rows"]}
     assert status.pop("embed") == status.pop("logits") == "diverges"
     assert status.pop("logits.kl") == "inherits"
+    assert status.pop("target_logprobs") == "diverges"
+    training = {row["name"]: row["status"] for row in report["training"]["rows"]}
+    assert training == dict.fromkeys(("step 0 loss", "step 0 grad model.norm.weight"), "diverges")
     assert set(status) == set(activation_axes(config)) - {"embed", "logits"}
     assert set(status.values()) == {"missing"}
 
