@@ -19,6 +19,7 @@ from ..vectors import generate, page
 from ..vectors.cases import all_cases
 from ..vectors.check import INDEX, VECTORS, load_index
 from ..vectors.models import all_models
+from ..vectors.reading import relative_error
 from ..vectors.results import PRECISIONS
 
 SCHEMA = json.loads((VECTORS / "vectors.schema.json").read_text(encoding="utf-8"))
@@ -170,3 +171,20 @@ def test_gguf_files_are_read_by_their_makers_package() -> None:
         names = {tensor.name for tensor in reader.tensors}
         assert {"token_embd.weight", "blk.0.attn_q.weight", "output.weight"} <= names
         assert ("rope_freqs.weight" in names) == (name == "llama3")
+
+
+def test_llama_cpp_computes_the_logits_from_the_gguf_files() -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    cases = [case for case in INDEXED["cases"] if case["kind"] == "forward" and not case["needs"]]
+    for case in cases:
+        trace = TraceFile(VECTORS / case["trace"])
+        tokens, exact = trace.calls[0].tokens[0].tolist(), trace.read(0, "logits")
+        assert exact is not None
+        settings = {"n_ctx": 64, "n_threads": 1, "logits_all": True, "verbose": False}
+        path = VECTORS / INDEXED["models"][case["model"]]["gguf"]["file"]
+        # A cache of float32: its default is float16.
+        llama = llama_cpp.Llama(str(path), type_k=0, type_v=0, flash_attn=False, **settings)
+        llama.eval(tokens)
+        error = relative_error(llama.scores[: len(tokens)], exact[0])
+        llama.close()
+        assert error <= case["bounds"]["call.0.logits"][1], case["id"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from reference_np import grad, ops, optim
 from reference_np.config import InputError
+from reference_np.low_precision import round_to
 from reference_np.mutants import FORWARD
 from reference_np.training_mutants import TRAINING
 
@@ -94,6 +96,60 @@ def test_a_port_may_leave_out_what_is_not_basic(basic: Path) -> None:
     (basic / f"{BASIC[0].name}.safetensors").unlink()
     verdict = by_case(check(basic))[BASIC[0].name]
     assert (verdict.status, verdict.reason) == ("failed", "no trace")
+
+
+def basic_failures(folder: Path, change: Any) -> set[str]:
+    """Return the basic cases that fail where a harness changes tokens and parameters."""
+    for case in BASIC:
+        model, call = MODELS[case.model], case.calls[0]
+        tokens, params = change(call.tokens, dict(model.params))
+        other = replace(case, calls=(call._replace(tokens=tokens),))
+        with np.errstate(all="ignore"):
+            results = numpy_port("float32")(other, model._replace(params=params))
+        assert results is not None
+        # It believes that it ran the case's own tokens.
+        results = {name: value.astype(np.float32) for name, value in results.items()}
+        write_case(folder, case, results, "float32")
+    return {v.case for v in check(folder) if v.status == "failed"}
+
+
+def transposed(part: str) -> Any:
+    def change(tokens: Any, params: dict[str, Any]) -> Any:
+        changed = {n: p.T if part in n and p.shape == p.T.shape else p for n, p in params.items()}
+        return tokens, changed
+
+    return change
+
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+@pytest.mark.parametrize("part", MATRICES)
+def test_a_transposed_matrix_fails_a_basic_case(part: str, basic: Path) -> None:
+    failed = basic_failures(basic, transposed(part))
+    assert failed
+    assert not failed & {"basic-one-token", "basic-order"}  # of identities
+
+
+@pytest.mark.parametrize(
+    ("change", "case"),
+    [
+        (lambda tokens, params: (tokens[:, ::-1], params), "basic-order"),
+        (lambda tokens, params: (tokens[::-1], params), "basic-rows"),
+        (lambda tokens, params: (np.maximum(tokens - 1, 0), params), "basic-last-token"),
+        (
+            lambda tokens, params: (
+                tokens,
+                {n: round_to(p, "bfloat16") for n, p in params.items()},
+            ),
+            "basic-dtype",
+        ),
+    ],
+    ids=["order", "rows", "ids", "dtype"],
+)
+def test_a_broken_harness_fails_its_basic_case(change: Any, case: str, basic: Path) -> None:
+    assert basic_failures(basic, lambda tokens, params: (tokens, params)) == set()
+    assert case in basic_failures(basic, change)
 
 
 def wrong_shape(results: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from .case_parts import (
     tokens_of,
     with_diagonal,
 )
-from .models import random_integers
+from .models import BASICS, random_integers
 from .training_cases import gradient_cases, update_cases
 
 
@@ -35,7 +35,7 @@ def basic_cases() -> Iterable[Case]:
         tokens=[[1, 2], [9, 4]],
         basic=True,
     )
-    for model in ("shifted-attention", "shifted-queries", "shifted-ffn", "shifted-head"):
+    for model in [name for name in BASICS if name != "identity"]:
         about = f"matrices are [out, in]: {model.partition('-')[2]}"
         yield single(f"basic-{model}", model, about, tokens=[[3, 8, 1]], basic=True)
     yield single(

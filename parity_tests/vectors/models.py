@@ -270,6 +270,7 @@ BASICS: Mapping[str, tuple[tuple[str, ...], str]] = {
         "v_proj and o_proj shift by a channel: transposed, they shift back",
     ),
     "shifted-queries": (("q_proj",), "q_proj shifts by a channel"),
+    "shifted-keys": (("k_proj",), "k_proj shifts by a channel"),
     "shifted-ffn": (
         ("gate_proj", "up_proj", "down_proj"),
         "the feed-forward's matrices shift by a channel",
