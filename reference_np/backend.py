@@ -1,5 +1,6 @@
 """The protocol of a backend: an implementation under test, with NumPy arrays in and out."""
 
+import difflib
 import importlib
 import inspect
 import sys
@@ -218,7 +219,8 @@ def load(spec: str, flag: str = "--backend") -> Any:
             found = _imported(SHIPPED.get(spec, spec))
     except (Exception, SystemExit) as error:  # whatever somebody's module does
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{flag} {spec}: cannot be imported ({why}); {_remedy(spec)}") from error
+        remedy = _remedy(spec, error)
+        raise InputError(f"{flag} {spec}: cannot be imported ({why}); {remedy}") from error
     if why := _contradiction(found):
         raise InputError(f"{flag} {spec}: {why}; see reference_np/backend.py")
     return found
@@ -235,12 +237,21 @@ def _imported(target: str) -> Any:
     return found() if inspect.isclass(found) else found
 
 
-def _remedy(spec: str) -> str:
-    if spec in EXTRAS:
-        return f"pip install -e '.[{EXTRAS[spec]}]' brings what it needs"
-    if ":" in spec:
+def _remedy(spec: str, error: BaseException) -> str:
+    if spec in SHIPPED:
+        extra = EXTRAS.get(spec, "torch")
+        return f"pip install 'llama-parity[{extra}]' (or -e '.[{extra}]') brings what it needs"
+    if ":" not in spec:
+        return f"give package.module:object or one of {', '.join(SHIPPED)}"
+    module_name, _, path = spec.partition(":")
+    if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
         return "the module must be installed or lie in the current folder"
-    return f"give package.module:object or one of {', '.join(SHIPPED)}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"install {error.name}, which it needs, into this environment"
+    if isinstance(error, AttributeError) and module_name in sys.modules:
+        near = difflib.get_close_matches(path, dir(sys.modules[module_name]), 1)
+        return f"did you mean {module_name}:{near[0]}?" if near else "it has no such object"
+    return "its module failed while it was imported"
 
 
 def _contradiction(backend: Any) -> str:

@@ -33,6 +33,7 @@ COUNTERS = ("not_covered", "by_limit", "documented")
 class Entry:
     """The result of one test on one backend."""
 
+    dtype: str = ""  # the precision of the parameters
     covered: int = 0  # examples that were compared
     share: float = 0.0  # the largest error / tolerance
     name: str = ""  # of the output with that error
@@ -115,6 +116,7 @@ class Judge:
         rms_only: bool,
     ) -> None:
         last_call.clear()
+        self.entry.dtype = dtype
         try:
             with np.errstate(all="ignore" if self.only_record else None):  # mutants may overflow
                 actual = run(backend if self.only_record else Calls(backend))

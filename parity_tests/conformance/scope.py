@@ -64,7 +64,7 @@ def count_tests(module: ModuleType, backend: Any) -> int:
         is_drawn(vars(module)[name])
         and not lacking(backend, method, dtype)
         and not excluded_by(name, backend)
-        for name, method, dtype in _parametrized(module)
+        for name, method, _, dtype in _parametrized(module)
     )
 
 
@@ -73,8 +73,14 @@ def is_drawn(test: Callable) -> bool:
     return hasattr(test, "hypothesis")
 
 
-def _parametrized(module: ModuleType) -> Iterator[tuple[str, str, str | None]]:
-    """Yield the name, the needed method and the dtype of every test of a module."""
+def check_ids(module: ModuleType) -> Iterator[str]:
+    """Yield the id of every test of a module without its backend, as test_logits_in[float32]."""
+    for name, _, value, _ in _parametrized(module):
+        yield name if value is None else f"{name}[{value}]"
+
+
+def _parametrized(module: ModuleType) -> Iterator[tuple[str, str, Any, str | None]]:
+    """Yield the name, the needed method, the parameter and the dtype of every test of a module."""
     for name, function in vars(module).items():
         marks = getattr(function, "pytestmark", []) if name.startswith("test_") else []
         needs = [mark.args[0] for mark in marks if mark.name == "needs"]
@@ -83,4 +89,4 @@ def _parametrized(module: ModuleType) -> Iterator[tuple[str, str, str | None]]:
             values = parameters[0][1] if parameters else [None]
             of_dtype = bool(parameters) and parameters[0][0] == "dtype"
             for value in values:
-                yield name, method, value if of_dtype else None
+                yield name, method, value, value if of_dtype else None

@@ -5,6 +5,7 @@ implementation alone; ``--mutants`` runs it on the oracle with each known bug. A
 ``example_fraction`` sets the number of examples.
 """
 
+import argparse
 import importlib.util
 import math
 import os
@@ -43,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="test this implementation alone (repeatable; or set PARITY_BACKEND): "
         f"package.module:object, or one of {', '.join(SHIPPED)}",
     )
+    group.addoption("--of-command", default="", help=argparse.SUPPRESS)
     group.addoption("--mutants", action="store_true", help="run the suite against every known bug")
 
 
@@ -164,6 +166,17 @@ def backend_name(item: Any) -> str:
 def other_parameters(item: Any) -> list[str]:
     """Return the values of a test's parameters other than its backend, as text."""
     return [str(value) for key, value in item.callspec.params.items() if key != "backend"]
+
+
+def check_id(item: Any) -> str:
+    """Return a conformance test's id without its backend, as test_logits_in[float32]."""
+    others = "-".join(other_parameters(item))
+    return f"{item.originalname}[{others}]" if others else str(item.originalname)
+
+
+def command_of(config: pytest.Config) -> str:
+    """Return the command line of llama-parity that runs the tests; "" under pytest alone."""
+    return str(config.getoption("of_command"))
 
 
 def unsupported_by_backend(item: Any) -> str:

@@ -17,7 +17,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     A single file or test runs in this one: every further process imports torch for some seconds.
     """
     option = config.option
-    whole = all(Path(arg).is_dir() for arg in config.args) and not option.keyword
+    some = option.keyword or getattr(option, "check", None)
+    whole = all(Path(arg).is_dir() for arg in config.args) and not some
     if hasattr(config, "workerinput") or option.collectonly:
         return
     # These options need the terminal, or one test in one process.

@@ -15,6 +15,7 @@ from .backend_option import (
     MUTANTS,
     backend_name,
     beyond_a_limit,
+    command_of,
     is_conformance,
     other_parameters,
     requested_backends,
@@ -33,11 +34,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     return (yield from _recorded(pyfuncitem))
 
 
+def entry_key(item: Any) -> tuple[str, str]:
+    """Return the test and the backend under which a conformance test is recorded."""
+    of_key = "key" in item.callspec.params  # one line of the table for all keys
+    words = [item.originalname.removeprefix("test_"), *([] if of_key else other_parameters(item))]
+    return " ".join(words), backend_name(item)
+
+
 def _recorded(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     test = pyfuncitem.originalname
-    of_key = "key" in pyfuncitem.callspec.params  # one line of the table for all keys
-    words = [test.removeprefix("test_"), *([] if of_key else other_parameters(pyfuncitem))]
-    entry = JUDGE.begin(" ".join(words), backend_name(pyfuncitem))
+    entry = JUDGE.begin(*entry_key(pyfuncitem))
     if limit := beyond_a_limit(pyfuncitem):
         entry.by_limit[limit] += 1
         pytest.skip(f"not covered, by limit: {limit}")
@@ -73,17 +79,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(line)
         failed = bool(terminalreporter.stats.get("failed"))
         for name in named if failed else ():
-            for line in comparison_commands(name):
+            for line in comparison_commands(name, bool(command_of(config))):
                 terminalreporter.write_line(line)
 
 
-def comparison_commands(name: str) -> list[str]:
+def comparison_commands(name: str, installed: bool) -> list[str]:
     """Return the lines that say how to find a backend's bug, its two commands to be pasted."""
+    compare = "llama-parity compare" if installed else "python -m llama_parity.compare"
     flags = limits_of(load(name)).checkpoint_flags()
     return [
         "these two commands name the layer, the operation and, where it is a known one, the bug:",
         f"python -m llama_parity.random_checkpoint tiny-llama {flags}",
-        f"python -m llama_parity.compare tiny-llama --against {name}",
+        f"{compare} tiny-llama --against {name}",
     ]
 
 
@@ -93,7 +100,8 @@ def too_few(config: pytest.Config) -> list[str]:
     Only where all of its tests were to run.
     """
     chosen = config.getoption("keyword") or any("::" in arg for arg in config.args)
-    if chosen or config.getoption("reproduce") or config.getoption("collectonly"):
+    some = ("check", "deselect", "lf", "maxfail", "reproduce", "collectonly")
+    if chosen or any(config.getoption(option, None) for option in some):
         return []
     fractions = {name: example_fraction_of(load(name)) for name in requested_backends(config)}
     return summary_tables.below_the_floor(JUDGE.entries, fractions)

@@ -171,7 +171,7 @@ def test_a_missing_gradient_is_named() -> None:
 def test_a_shipped_backend_without_its_package_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "jax", None)
     monkeypatch.delitem(sys.modules, "parity_tests.backends.jax_backend", raising=False)
-    with pytest.raises(InputError, match=r"pip install -e '\.\[jax\]' brings what it needs"):
+    with pytest.raises(InputError, match=r"pip install 'llama-parity\[jax\]' .* brings what"):
         backend.load.__wrapped__("jax")
 
 

@@ -11,11 +11,12 @@ COMMANDS = [
     *("llama_torch.export", "llama_torch.gather", "llama_torch.data.__main__"),
     *(f"tools.{name}" for name in ("bench", "compare", "convert", "learning", "plot")),
     *("tools.random_checkpoint", "llama_parity.compare", "llama_parity.convert"),
+    "llama_parity.command.main",
 ]
 # Old names of commands, and the clone's commands of installed ones.
 ALIASES = (
     *("llama_torch.gather", "llama_torch.data.__main__"),
-    *("tools.compare", "tools.convert"),
+    *("tools.compare", "tools.convert", "llama_parity.__main__"),
 )
 # What runs a command as a user does, and so may import one.
 CALLERS = (

@@ -9,6 +9,7 @@ ALLOWED = (
     *("numpy", "ml_dtypes", "safetensors", "hypothesis", "pytest", "_pytest", "pluggy"),
     *("sortedcontainers", "iniconfig", "_"),  # "_": names that begin with it
     *("packaging", "pygments", "attr", "attrs", "py", "reference_np", "parity_tests", "mine"),
+    "llama_common",
 )
 # Runs pytest where nothing else can be imported, as in a bare environment.
 PROGRAM = f"""

@@ -64,6 +64,12 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "llama_torch.data.__main__": ("llama_torch", "llama_common"),
     # The commands compare and convert, and what they are made of.
     "llama_parity": ("llama_common", *JUDGE, *PROGRAM, "reference_np"),
+    # The command llama-parity, which runs the suite as well.
+    "llama_parity.command": (
+        *("llama_common", *JUDGE, "reference_np", "parity_tests.conformance"),
+        "parity_tests.plugins",
+    ),
+    "llama_parity.__main__": ("llama_parity.command",),
     # conversion has the reader of GGUF files.
     "llama_parity.comparison": (*PROGRAM, "reference_np", "llama_parity.conversion"),
     "llama_parity.conversion": (*PROGRAM, "reference_np"),
@@ -81,7 +87,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "parity_tests.gpu_faults": (),
     # What pytest loads, for a port's own run too; poison.py knows PyTorch.
     "parity_tests.plugins": (
-        *("reference_np", "parity_tests.conformance", "parity_tests.backends"),
+        *("reference_np", "llama_common", "parity_tests.conformance", "parity_tests.backends"),
     ),
     "parity_tests.support": (
         *(*PROGRAM, "reference_np", "parity_tests.conformance", "parity_tests.backends"),

@@ -1,0 +1,99 @@
+"""Run pytest on the installed conformance suite, apart from the current folder's own settings."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+import parity_tests.conformance
+from llama_common.errors import InputError
+from parity_tests.plugins import PLUGINS
+
+from .test import cache_folder
+
+CONFORMANCE = Path(parity_tests.conformance.__file__).parent
+SETTINGS = Path(__file__).with_name("suite.ini")
+
+
+class ErrorOutput:
+    """Standard error that holds back what is written until pytest knows its configuration.
+
+    What pytest says of a wrong command line takes several lines.
+    """
+
+    def __init__(self, real: TextIO) -> None:
+        self._real, self._held = real, list[str]()
+        self.is_open = False
+
+    def write(self, text: str) -> int:
+        """Write text, or hold it back."""
+        if self.is_open:
+            return self._real.write(text)
+        self._held.append(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
+
+    def release(self) -> None:
+        """Write what is held back, and all that follows."""
+        self.is_open = True
+        self._real.write("".join(self._held))
+        self._held.clear()
+
+    def complaint(self) -> str:
+        """Return what is held back as the one line that says what is wrong, and forget it."""
+        lines = [line.strip() for line in "".join(self._held).splitlines()]
+        self._held.clear()
+        errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
+        found = errors or [line for line in lines if line] or ["pytest could not begin"]
+        return found[0].removeprefix("ERROR: ").removeprefix("Exit: ")
+
+
+class Watch:
+    """A plug-in that notes how far pytest came."""
+
+    def __init__(self, errors: ErrorOutput) -> None:
+        self._errors = errors
+        self.interrupted = False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> None:
+        """Let errors through: the command line was right."""
+        self._errors.release()
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Note Ctrl-C, which pytest handles."""
+        self.interrupted = excinfo.errisinstance(KeyboardInterrupt)
+
+
+def run_pytest(arguments: Sequence[str], ports: Sequence[str], command: str) -> int:
+    """Run pytest on the suite; return the command's exit code.
+
+    Raises InputError for what pytest refuses, and KeyboardInterrupt after Ctrl-C.
+    """
+    errors = ErrorOutput(sys.stderr)
+    watch = Watch(errors)
+    given = [
+        *("-c", str(SETTINGS), "--rootdir", str(CONFORMANCE), "--confcutdir", str(CONFORMANCE)),
+        *("-o", f"cache_dir={cache_folder() / 'pytest'}", "--no-header", "-q"),
+        *(word for plugin in PLUGINS for word in ("-p", plugin)),
+        *("--of-command", command),
+        *(f"--backend={port}" for port in ports),
+        *arguments,
+        str(CONFORMANCE),
+    ]
+    with contextlib.redirect_stderr(errors):  # type: ignore[type-var]
+        code = int(pytest.main(given, plugins=[watch]))
+    if watch.interrupted:
+        raise KeyboardInterrupt
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise InputError("no check is selected; llama-parity test MODULE:OBJECT --list names them")
+    if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return code
+    if not errors.is_open:  # the command line was wrong
+        raise InputError(errors.complaint())
+    return 2

@@ -1,0 +1,194 @@
+"""The option --report: versions, machine, limits, and the verdict of every check, in one JSON file.
+
+docs/conformance.md describes it. It is written when the run ends, whatever its end.
+"""
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+from llama_common.files import write_text
+from reference_np.backend import SHIPPED, dtypes_of, load
+from reference_np.config import InputError
+from reference_np.limits import limits_of
+
+from ..conformance.basic import FINDINGS
+from ..conformance.judge import JUDGE, Entry
+from . import parity_report, processor
+from .backend_option import USAGE, command_of, requested_backends
+
+SCHEMA = 1
+# Of a check's phases (setup, call, teardown) the worst verdict holds.
+WORST = ("passed", "not covered", "skipped", "expected failure", "passed unexpectedly", "failed")
+
+# (id, backend) -> the check as far as its phases have ended.
+checks: dict[tuple[str, str], dict[str, Any]] = {}
+started = time.time()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("parity").addoption(
+        "--report", metavar="FILE", help="write verdicts, errors and failures to a JSON file"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a file that cannot be written, before the tests run."""
+    if name := config.getoption("report"):
+        try:
+            require_writable(Path(name))
+        except InputError as error:
+            pytest.exit(str(error), USAGE)
+
+
+def require_writable(path: Path) -> None:
+    """Raise InputError where a report cannot be written to a path."""
+    if path.is_dir():
+        raise InputError(f"--report {path}: is a directory; give the name of a file")
+    if not path.parent.is_dir():
+        raise InputError(f"--report {path}: there is no directory {path.parent}; make it first")
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Take over what a process's report says of a conformance test."""
+    found = getattr(report, "check", None)
+    if found is None:
+        return
+    entry = {"verdict": "passed", "seconds": 0.0, **found}
+    check = checks.setdefault((found["id"], found["backend"]), entry)
+    check["seconds"] += report.duration
+    verdict, reason = _verdict(report)
+    if WORST.index(verdict) >= WORST.index(check["verdict"]):
+        check["verdict"] = verdict
+        if reason:
+            check["reason"] = reason
+    if "failure" in found:
+        check["failure"] = found["failure"]
+
+
+def _verdict(report: Any) -> tuple[str, str]:
+    """Return the verdict of one phase, and the reason where it did not run as asked."""
+    if hasattr(report, "wasxfail") and report.skipped:
+        return "expected failure", str(report.wasxfail)
+    if report.skipped:
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        why = why.removeprefix("Skipped: ")
+        return ("not covered" if why.startswith("not covered") else "skipped"), why
+    if report.failed and "failure" not in report.check:
+        return "passed unexpectedly", str(report.longrepr)
+    return ("failed" if report.failed else "passed"), ""
+
+
+@pytest.hookimpl(trylast=True)  # after the tables
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name each failed check on a line, and each that failed as expected, for llama-parity."""
+    for (name, backend), check in sorted(checks.items()) if command_of(config) else ():
+        verdict, why = check["verdict"], check.get("reason", "")
+        if verdict in ("failed", "passed unexpectedly"):
+            why = check.get("failure", {}).get("message", why)
+            terminalreporter.write_line(f"FAILED {backend} {name}: {why}")
+        elif verdict == "expected failure":
+            terminalreporter.write_line(f"{verdict}: {backend} {name}: {why}")
+
+
+@pytest.hookimpl(trylast=True)  # after parity_report.py, which may fail the run
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    name = config.getoption("report")
+    if name and not hasattr(config, "workerinput"):
+        names = requested_backends(config)
+        command = command_of(config) or " ".join(["pytest", *config.invocation_params.args])
+        machine = sorted(parity_report.computed_by) or [processor.describe()]
+        document = as_document(names, int(session.exitstatus), command, machine)
+        document["profile"] = hypothesis.settings.get_current_profile_name()
+        document["too_few"] = parity_report.too_few(config)
+        write(Path(name), document)
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a report atomically."""
+    write_text(path.resolve(), json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def as_document(
+    names: Sequence[str], exit_code: int, command: str, machine: Sequence[str]
+) -> dict[str, Any]:
+    """Return the report of a run on backends as a JSON object."""
+    return {
+        "schema": SCHEMA,
+        "verdict": {0: "passed", 1: "failed"}.get(exit_code, "incomplete"),
+        "command": command,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 3),
+        "versions": {
+            "llama-parity": _installed("llama-parity"),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "hypothesis": hypothesis.__version__,
+            "pytest": pytest.__version__,
+        },
+        "machine": {"system": platform.platform(), "processors": list(machine)},
+        "backends": [_backend(name) for name in names],
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _backend(name: str) -> dict[str, Any]:
+    """Return all about one backend as a JSON object."""
+    backend = load(name)
+    module = sys.modules[SHIPPED.get(name, name).partition(":")[0]]
+    package = sys.modules.get(module.__name__.partition(".")[0])
+    version = getattr(module, "__version__", getattr(package, "__version__", None))
+    found = [_check(check) for (_, of), check in sorted(checks.items()) if of == name]
+    adapter = [{"kind": one.kind, "message": one.sentence} for one in FINDINGS.get(name, ())]
+    return {
+        "name": name,
+        "version": None if version is None else str(version),
+        "dtypes": list(dtypes_of(backend)),
+        "limits": _as_json(limits_of(backend).declared()),
+        "adapter": adapter if name in FINDINGS else None,
+        "compared": sum(check["compared"] for check in found),
+        "checks": found,
+    }
+
+
+def _check(check: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one check as a JSON object: its verdict, and what the judge recorded."""
+    entry = JUDGE.entries.get(tuple(check["entry"]), Entry())
+    share, documented = entry.share, entry.largest_documented
+    return {
+        "id": check["id"],
+        "verdict": check["verdict"],
+        "reason": check.get("reason"),
+        "precision": entry.dtype or None,
+        "compared": entry.covered,
+        "worst_share": share if math.isfinite(share) else None,
+        "worst_output": entry.name or None,
+        "not_covered": dict(entry.not_covered),
+        "outside_limits": list(entry.by_limit),
+        "documented": dict(entry.documented),
+        "largest_documented": documented if math.isfinite(documented) else None,
+        "seconds": round(check["seconds"], 3),
+        "failure": check.get("failure"),
+    }
+
+
+def _as_json(limits: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in limits.items()}

@@ -1,0 +1,240 @@
+"""The command llama-parity: any folder, its own flags beside pytest's, reports, bad input."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_parity.command import test as command
+
+from ..support.jobs import Command, Job
+
+# A porter's folder whose own settings would break any run of pytest.
+HOSTILE = {
+    "pytest.ini": "[pytest]\naddopts = --no-such-flag\nfilterwarnings = error\n",
+    "conftest.py": "raise RuntimeError('the porter's conftest')\n",
+    "test_mine.py": "def test_mine():\n    raise RuntimeError('not to be collected')\n",
+    "mine.py": (
+        "import warnings\n"
+        "from parity_tests.suite.toy_ports import Small, SmallWithTiledHeads\n"
+        "warnings.warn('old', DeprecationWarning)\n"
+        "__version__ = '1.2'\n"
+    ),
+    "xfails.txt": "test_logits  # tiled\n# a comment\n\ntest_logits_in[float32] # too\n",
+    "all.txt": "test_*logits* # all\n",
+    "wrong.txt": "test_logits\ntest_logits_in[flot32]\n",
+}
+
+
+def in_folder(*arguments: str) -> Job:
+    """Return a run of the command in a porter's folder."""
+
+    def make(folder: Path) -> Command:
+        for name, text in HOSTILE.items():
+            (folder / name).write_text(text)
+        return "-m", "llama_parity", *arguments
+
+    return Job(make, in_folder=True)
+
+
+QUICK = "--profile", "quick", "-n", "0"
+WITH_BUG = in_folder(
+    *("test", "mine:SmallWithTiledHeads", *QUICK, "--xfails-file", "xfails.txt"),
+    *("--report", "report.json", "--junitxml", "junit.xml"),
+)
+EXPECTED = in_folder(
+    *("test", "mine.py:SmallWithTiledHeads", *QUICK, "--xfails-file", "all.txt"),
+    *("--report", "report.json", "-n", "2"),
+)
+UNEXPECTED = in_folder("test", "mine:Small", *QUICK, "--xfails-file", "xfails.txt", "-k", "logits")
+WRONG_LINE = in_folder("test", "mine:Small", *QUICK, "--skips-file", "wrong.txt")
+HELP = Job(
+    lambda _: (
+        "-c",
+        "import sys; sys.modules.update(numpy=None, torch=None, pytest=None)\n"
+        "from llama_parity.command.main import main\n"
+        "assert main(['--help']) == main([]) == main(['test', '--help']) == 0\n"
+        "assert main(['compere']) == main(['x' * 50]) == 2\n",
+    )
+)
+
+
+def test_a_bug_is_red_in_a_folder_whose_own_settings_are_broken() -> None:
+    done = WITH_BUG.done()
+    assert done.returncode == 1, done.stdout + done.stderr
+    last = done.stdout.splitlines()
+    assert "1 failed, 14 skipped, 2 xfailed" in last[-1]
+    (failed,) = (line for line in last if line.startswith("FAILED"))
+    assert failed.startswith("FAILED mine:SmallWithTiledHeads test_causal_logits: logits: ")
+    assert "expected failure: mine:SmallWithTiledHeads test_logits: tiled" in last
+    assert "equals     the known bug kv_heads_tiled" in done.stdout
+    assert "llama-parity compare CHECKPOINT --against mine:SmallWithTiledHeads" in done.stdout
+    kept = {path.name for path in WITH_BUG.folder.iterdir()} - {"__pycache__"}
+    assert kept == {*HOSTILE, "report.json", "junit.xml", "cache"}
+    again = next(line for line in last if line.startswith("again "))
+    assert "llama-parity test mine:SmallWithTiledHeads --check test_causal_logits" in again
+
+
+def test_the_report_has_every_check() -> None:
+    WITH_BUG.done()
+    report = json.loads((WITH_BUG.folder / "report.json").read_text())
+    assert (report["schema"], report["verdict"], report["profile"]) == (1, "failed", "quick")
+    assert {"numpy", "python", "llama-parity"} <= set(report["versions"])
+    (backend,) = report["backends"]
+    assert (backend["name"], backend["version"]) == ("mine:SmallWithTiledHeads", "1.2")
+    assert backend["limits"]["rope_types"] == ["default"]
+    assert backend["adapter"][0]["kind"] == "n_kv_heads"
+    checks = {check["id"]: check for check in backend["checks"]}
+    assert len(checks) == 17
+    failed = checks["test_causal_logits"]
+    assert (failed["verdict"], failed["precision"]) == ("failed", "float64")
+    assert failed["compared"] > 0
+    assert failed["worst_share"] > 1
+    assert failed["failure"]["equals"][0].startswith("the known bug kv_heads_tiled")
+    assert "n_kv_heads=" in failed["failure"]["config"]
+    assert "--reproduce" in failed["failure"]["again"][0]
+    assert checks["test_logits"]["verdict"] == "expected failure"
+    assert checks["test_logits"]["reason"] == "tiled"
+    assert checks["test_packing"]["verdict"] == "not covered"
+    assert checks["test_packing"]["outside_limits"] == ["masks = causal"]
+
+
+def test_expected_failures_are_green_in_several_processes() -> None:
+    pytest.importorskip("xdist")
+    done = EXPECTED.done()
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((EXPECTED.folder / "report.json").read_text())
+    verdicts = [check["verdict"] for check in report["backends"][0]["checks"]]
+    assert report["verdict"] == "passed"
+    assert verdicts.count("expected failure") == 3
+    assert len(verdicts) == 17
+
+
+def test_an_expected_failure_that_passes_is_an_error() -> None:
+    done = UNEXPECTED.done()
+    assert done.returncode == 1
+    line = "test_logits passes, and xfails.txt:1 has it as an expected failure (tiled): remove the"
+    assert line in done.stdout
+
+
+def test_a_line_that_names_no_check_is_one_line_and_exit_code_two() -> None:
+    done = WRONG_LINE.done()
+    assert done.returncode == 2
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: wrong.txt:2: test_logits_in[flot32] names no check; did you m")
+
+
+def test_help_imports_nothing_slow() -> None:
+    done = HELP.done()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: llama-parity COMMAND") == 2
+    near, far = done.stderr.splitlines()
+    assert near == "error: compere: no such command; did you mean compare?"
+    assert far.endswith("give one of test, compare, convert, vectors")
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> Run:
+    """Run ``llama-parity test`` in this process and in an empty folder, not as far as pytest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        code = command.main(argv)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+NUMPY = "parity_tests.suite.toy_ports:"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "no implementation is named; give MODULE:OBJECT"),
+        ("--basic -k mine:Port", "no implementation is named"),
+        ("nowhere:Port", "nowhere:Port: cannot be imported (ModuleNotFoundError: No module named"),
+        (f"{NUMPY}Smal", f"did you mean {NUMPY}Small?"),
+        (f"{NUMPY}Small.context", "it has no such object"),
+        ("parity_tests.backends:DEFAULT", "has no method logits"),
+        (f"{NUMPY}WithoutEngine", "limits.cache is 'engine', without a method"),
+        ("nothing", "give package.module:object or one of torch, "),
+        ("none.py:Port", "none.py: no such file"),
+        (f"{NUMPY}Small --profile quik", "--profile quik: not one of quick, default, thorough, s"),
+        (f"{NUMPY}Small --report", "--report: expected one argument"),
+        (f"{NUMPY}Small --basic --report no/where.json", "there is no directory no"),
+        ("--new port.txt", "give the name of a Python module, as my_llama.py"),
+        ("--new no/port.py", "there is no directory no"),
+        ("--new port.py more", "--new takes nothing beside it"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(run: Run, line: str, message: str) -> None:
+    code, _, err = run(*line.split())
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_module_that_lacks_another_names_it(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "needs_more.py").write_text("import not_installed_here\n")
+    code, _, err = run("needs_more:Port")
+    assert code == 2
+    assert "install not_installed_here, which it needs, into this environment" in err
+
+
+def test_the_adapter_alone_is_checked_first(run: Run, tmp_path: Path) -> None:
+    assert run("--basic", f"{NUMPY}Small")[:2] == (
+        0,
+        f"adapter {NUMPY}Small: arrays, shapes, order and sizes are right\n",
+    )
+    code, out, _ = run(f"{NUMPY}Refusing", "--report", "report.json")
+    assert code == 1
+    assert f"adapter {NUMPY}Refusing: logits: logits raised NotImplementedError" in out
+    assert "the suite was not run" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["verdict"] == "failed"
+    assert report["backends"][0]["adapter"][0]["kind"] == "logits"
+
+
+def test_the_checks_are_listed_by_their_short_ids(run: Run) -> None:
+    code, out, _ = run("--list")
+    assert code == 0
+    assert len(out.split()) == 17
+    assert {"test_logits", "test_logits_in[float32]", "test_training[3]"} <= set(out.split())
+
+
+BODY = """\
+        from parity_tests.suite.toy_ports import Small
+        return Small().logits(config, params, tokens, positions, mask)
+"""
+
+
+def test_a_new_port_is_short_and_right_once_logits_are_filled_in(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("--new", "port.py")
+    assert code == 0
+    assert "llama-parity test port.py:Port" in out
+    text = (tmp_path / "port.py").read_text()
+    lines = [line.strip() for line in text.split('"""')[2::2] for line in line.splitlines()]
+    assert len([line for line in lines if line and not line.startswith("#")]) < 30
+    code, _, err = run("--new", "port.py")
+    assert (code, (tmp_path / "port.py").read_text()) == (2, text)
+    assert "exists already" in err
+    code, out, _ = run("port.py:Port")
+    assert code == 1
+    assert "logits are required, and none were computed" in out
+    filled = text.partition("        # NumPy:")[0] + BODY
+    (tmp_path / "filled.py").write_text(filled)
+    assert run("filled.py:Port", "--basic")[:2] == (
+        0,
+        "adapter filled:Port: arrays, shapes, order and sizes are right\n",
+    )
