@@ -1,12 +1,11 @@
 """``llama-parity test MODULE:OBJECT``: the adapter's check, then pytest on the installed suite."""
 
 import argparse
-import contextlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from llama_common import cli
 from llama_common.errors import InputError
 from llama_common.nearest import did_you_mean
 
+from .errors import as_input_errors
 from .new import write_skeleton
 
 HELP = """\
@@ -65,7 +65,7 @@ def _main(argv: list[str]) -> int:
     ports = [_as_module(port) for port in options.backend or [_take_port(rest)]]
     _prepare_environment()
     command = shlex.join(["llama-parity", "test", *argv])
-    with _errors():
+    with as_input_errors():
         code = _run_basic(options, rest, ports, command)
     if code is not None:
         return code
@@ -156,22 +156,6 @@ def _list() -> int:
 
     print("\n".join(known_checks()))
     return 0
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Turn the specification's InputError into the one that ``cli.run`` prints."""
-    import reference_np.config
-
-    try:
-        yield
-    except reference_np.config.InputError as error:
-        raise InputError(_of_command(str(error))) from error
-
-
-def _of_command(message: str) -> str:
-    """Return a message about --backend as one about the command's own argument."""
-    return message.removeprefix("--backend ")
 
 
 def _run_basic(

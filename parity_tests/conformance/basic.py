@@ -15,13 +15,13 @@ import numpy as np
 
 from reference_np.config import LlamaConfig
 from reference_np.limits import Limits, limits_of
+from reference_np.refusals import is_own_refusal
 from reference_np.tolerances import max_relative_error
 
 from .architectures import EPSILONS
 from .bounds import resembling
 from .calls import Calls, ParityError, as_array
 from .case_parts import best_dtype, oracle_logits, rounded_and_exact_params
-from .scope import is_own_refusal
 from .slips import SLIPS
 from .strategies import Array, Case, Params, random_params
 

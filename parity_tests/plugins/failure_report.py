@@ -100,7 +100,8 @@ def _brief(text: str) -> str:
 def _again(item: pytest.Item, error: BaseException) -> list[str]:
     """Return the command lines that run the failing examples again."""
     lines = []
-    if is_conformance(item) and command_of(item.config):
+    of_command = is_conformance(item) and bool(command_of(item.config))
+    if of_command:
         port, check = map(shlex.quote, (backend_name(item), check_id(item)))
         test, chosen = f"llama-parity test {port} --check {check}", ""
     else:
@@ -108,7 +109,8 @@ def _again(item: pytest.Item, error: BaseException) -> list[str]:
     for blob in re.findall(r"@reproduce_failure\('[^']*', b'([^']*)'\)", " ".join(_notes(error))):
         line = f"{test} --reproduce {blob}{chosen}"
         lines.append(line + (" --poison" if item.config.getoption("poison") else ""))
-    return lines
+    # A test of fixed examples has no blob.
+    return lines or ([test] if of_command else [])
 
 
 def _of_pytest(item: pytest.Item) -> tuple[str, str]:

@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 terminalreporter.write_line(line)
 
 
-def comparison_commands(name: str, installed: bool) -> list[str]:
+def comparison_commands(name: str, installed: bool = False) -> list[str]:
     """Return the lines that say how to find a backend's bug, its two commands to be pasted."""
     compare = "llama-parity compare" if installed else "python -m llama_parity.compare"
     flags = limits_of(load(name)).checkpoint_flags()

@@ -67,7 +67,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     # The command llama-parity, which runs the suite as well.
     "llama_parity.command": (
         *("llama_common", *JUDGE, "reference_np", "parity_tests.conformance"),
-        "parity_tests.plugins",
+        *("parity_tests.plugins", "parity_tests.vectors"),
     ),
     "llama_parity.__main__": ("llama_parity.command",),
     # conversion has the reader of GGUF files.
