@@ -1,6 +1,5 @@
 """The protocol of a backend: an implementation under test, with NumPy arrays in and out."""
 
-import difflib
 import importlib
 import inspect
 import sys
@@ -18,6 +17,8 @@ from .config import InputError, LlamaConfig
 from .grad import Batch
 from .limits import UNLIMITED, Limits
 from .optim import Hyperparameters
+from .shipped import SHIPPED as SHIPPED
+from .shipped import remedy_of
 
 Array = NDArray[Any]
 
@@ -177,36 +178,6 @@ class Backend:
         raise NotImplementedError("train")
 
 
-# Short names of the backends in this repository; any other is package.module:object.
-SHIPPED = {
-    "torch": "parity_tests.backends.torch_backends:eager",
-    "torch-math": "parity_tests.backends.torch_backends:math",
-    "torch-flash": "parity_tests.backends.torch_backends:flash",
-    "torch-static": "parity_tests.backends.decoding_backends:static",
-    "torch-numpy": "parity_tests.backends.decoding_backends:numpy_step",
-    "torch-int8": "parity_tests.backends.decoding_backends:int8",
-    "torch-compile": "parity_tests.backends.torch_backends:compiled",
-    "transformers": "parity_tests.backends.transformers_backend:backend",
-    "jax": "parity_tests.backends.jax_backend:backend",
-    "cuda": "parity_tests.backends.torch_backends:cuda",
-    "cuda-math": "parity_tests.backends.torch_backends:cuda_math",
-    "cuda-flash": "parity_tests.backends.torch_backends:cuda_flash",
-    "cuda-efficient": "parity_tests.backends.torch_backends:cuda_efficient",
-    "cuda-compile": "parity_tests.backends.torch_backends:cuda_compiled",
-    "cuda-static": "parity_tests.backends.decoding_backends:cuda_static",
-    "cuda-kernels": "parity_tests.backends.decoding_backends:cuda_kernels",
-    "cuda-kernels-int8": "parity_tests.backends.decoding_backends:cuda_kernels_int8",
-    "cuda-batch-kernels": "parity_tests.backends.decoding_backends:cuda_batch_kernels",
-    "cuda-batch-kernels-int8": "parity_tests.backends.decoding_backends:cuda_batch_kernels_int8",
-    "cuda-graph": "parity_tests.backends.decoding_backends:cuda_graph",
-    "cuda-graph-compile": "parity_tests.backends.decoding_backends:cuda_graph_compiled",
-}
-
-
-# The extra of pyproject.toml that brings a shipped backend's package.
-EXTRAS = {"jax": "jax", "transformers": "test"}
-
-
 @cache  # one object for all tests, however long it takes to make
 def load(spec: str, flag: str = "--backend") -> Any:
     """Import a backend by its shipped name or as ``package.module:object``; InputError if none.
@@ -219,7 +190,7 @@ def load(spec: str, flag: str = "--backend") -> Any:
             found = _imported(SHIPPED.get(spec, spec))
     except (Exception, SystemExit) as error:  # whatever somebody's module does
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        remedy = _remedy(spec, error)
+        remedy = remedy_of(spec, error)
         raise InputError(f"{flag} {spec}: cannot be imported ({why}); {remedy}") from error
     if why := _contradiction(found):
         raise InputError(f"{flag} {spec}: {why}; see reference_np/backend.py")
@@ -235,23 +206,6 @@ def _imported(target: str) -> Any:
     for part in path.split(".") if path else ():
         found = getattr(found, part)
     return found() if inspect.isclass(found) else found
-
-
-def _remedy(spec: str, error: BaseException) -> str:
-    if spec in SHIPPED:
-        extra = EXTRAS.get(spec, "torch")
-        return f"pip install 'llama-parity[{extra}]' (or -e '.[{extra}]') brings what it needs"
-    if ":" not in spec:
-        return f"give package.module:object or one of {', '.join(SHIPPED)}"
-    module_name, _, path = spec.partition(":")
-    if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-        return "the module must be installed or lie in the current folder"
-    if isinstance(error, ModuleNotFoundError):
-        return f"install {error.name}, which it needs, into this environment"
-    if isinstance(error, AttributeError) and module_name in sys.modules:
-        near = difflib.get_close_matches(path, dir(sys.modules[module_name]), 1)
-        return f"did you mean {module_name}:{near[0]}?" if near else "it has no such object"
-    return "its module failed while it was imported"
 
 
 def _contradiction(backend: Any) -> str:

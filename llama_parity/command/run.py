@@ -12,7 +12,7 @@ import parity_tests.conformance
 from llama_common.errors import InputError
 from parity_tests.plugins import PLUGINS
 
-from .test import cache_folder
+from .cache import cache_folder
 
 CONFORMANCE = Path(parity_tests.conformance.__file__).parent
 SETTINGS = Path(__file__).with_name("suite.ini")

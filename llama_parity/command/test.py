@@ -13,6 +13,7 @@ from llama_common import cli
 from llama_common.errors import InputError
 from llama_common.nearest import did_you_mean
 
+from .cache import cache_folder
 from .errors import as_input_errors
 from .new import write_skeleton
 
@@ -143,12 +144,6 @@ def _prepare_environment() -> None:
     os.environ.pop("PARITY_BACKEND", None)
     if os.environ.get("HYPOTHESIS_PROFILE") not in PROFILES:
         os.environ.pop("HYPOTHESIS_PROFILE", None)
-
-
-def cache_folder() -> Path:
-    """Return the folder for what pytest and Hypothesis keep from one run to the next."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "llama-parity"
 
 
 def _list() -> int:

@@ -31,6 +31,7 @@ ORACLE_ORDER = [
         "optim",
         "mutants",
         "training_mutants",
+        "shipped",
         "backend",
         "refusals",
     ),

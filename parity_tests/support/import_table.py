@@ -98,7 +98,8 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
         *("parity_tests.plugins", "parity_tests.support"),
     ),
     "parity_tests": (
-        *(*PROGRAM, "reference_np", *JUDGE, "tools", *PARTS_OF_TOOLS, *PARTS_OF_TESTS),
+        *(*PROGRAM, "reference_np", *JUDGE, "llama_parity.command", "tools"),
+        *(*PARTS_OF_TOOLS, *PARTS_OF_TESTS),
     ),
 }
 # Part -> all the packages of others that it may import.
