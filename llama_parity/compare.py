@@ -112,7 +112,7 @@ def _write(report: dict[str, Any], settings: CompareConfig) -> None:
 def _check_outputs(settings: CompareConfig, files: Sequence[Path]) -> None:
     """Raise InputError where a report cannot be written, or would overwrite an input."""
     ckpt = Path(settings.ckpt)
-    inputs = [*files, settings.against, settings.file or ckpt]
+    inputs = [*files, settings.against, settings.beside or ckpt, settings.file or ckpt]
     taken = {Path(path).resolve() for path in inputs}
     for flag in ("json", "html", "trace"):
         name = getattr(settings, flag)

@@ -22,6 +22,9 @@ class CompareConfig:
     against: str = "torch"
     """What is tested: torch, cuda or hf, each with :float64, :float32, :bfloat16 or :float16; a
     trace file; another checkpoint; a backend by its name or as package.module:object."""
+    beside: str = ""
+    """A second trace of the same calls: how far its log-probabilities are from the first's. Of an
+    engine that generates and one that trains, say, on one checkpoint."""
     dtype: Literal["", "float64", "float32", "bfloat16", "float16"] = ""
     """Precision under test; empty = float32, or the trace's. float64 leaves rounding nowhere to
     hide a bug."""

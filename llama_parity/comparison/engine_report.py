@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from reference_np.config import InputError
 from reference_np.ops import IGNORE, Array
 
-from .trace_format import Call
+from .logprobs import at_targets, target_logprobs, with_targets
+from .padding import find_padding
+from .trace_file import TraceFile
+from .trace_format import LOGPROBS, Call
 
 
 def logprob_entry(
@@ -43,10 +47,65 @@ def logprob_entry(
     }
 
 
-def sentence(entry: Mapping[str, Any], of: str = "") -> str:
-    """Return a line of an entry: ``of`` names the engines where it is not the oracle's."""
+def engine_entries(one: TraceFile, other: TraceFile) -> list[dict[str, Any]]:
+    """Return how far apart two engines' log-probabilities are, for each call that both show.
+
+    Raises InputError for traces of other calls, or without log-probabilities in common.
+    """
+    calls = with_targets(one.calls, find_padding(one.calls))
+    others = with_targets(other.calls, find_padding(other.calls))
+    same = len(calls) == len(others) and all(map(_is_same, calls, others))
+    if not same or one.config != other.config:
+        raise InputError(
+            f"--beside {other.path}: not of the calls of {one.path}; write both traces with the "
+            "same config, tokens, positions, masks and targets"
+        )
+    found = (
+        logprob_entry(c, call, _logprobs(one, c, call), _logprobs(other, c, call))
+        for c, call in enumerate(calls)
+    )
+    entries = [entry for entry in found if entry is not None]
+    if not entries:
+        raise InputError(
+            f"--beside {other.path}: no call has log-probabilities, finite ones, in both traces; "
+            f"write {LOGPROBS} or logits"
+        )
+    return entries
+
+
+def _is_same(one: Call, other: Call) -> bool:
+    """Return whether two calls have the same inputs and targets; their names may differ."""
+    return one.after == other.after and all(
+        a is b or (a is not None and b is not None and np.array_equal(a, b))
+        for a, b in zip((*one[1:4], one.targets), (*other[1:4], other.targets), strict=True)
+    )
+
+
+def _logprobs(trace: TraceFile, c: int, call: Call) -> Array | None:
+    """Return the log-probabilities of a call's targets, from its logits where it has no others."""
+    assert call.targets is not None
+    logprobs = trace.read(c, LOGPROBS)
+    logits = trace.read(c, "logits") if logprobs is None else None
+    if logits is not None and logits.shape == (*call.tokens.shape, trace.config.vocab_size):
+        logprobs = target_logprobs(logits.astype(np.float64), call.targets)
+    if logprobs is None or logprobs.shape != call.targets.shape:
+        return None
+    return at_targets(logprobs.astype(np.float64), call.targets)
+
+
+def sentences(report: Mapping[str, Any]) -> list[str]:
+    """Return a line for each call of a report's distances: from the oracle, between engines."""
+    lines = [sentence(entry, "from the oracle's") for entry in report["logprobs"]]
+    if report["engines"] is not None:
+        other = f"from those of {report['engines']['beside']}"
+        lines += [sentence(entry, other) for entry in report["engines"]["calls"]]
+    return lines
+
+
+def sentence(entry: Mapping[str, Any], other: str) -> str:
+    """Return a line of an entry; ``other`` completes "differ from ..."."""
     return (
-        f"log-probabilities of {entry['name']}{of}: {entry['tokens']} tokens differ by "
+        f"log-probabilities of {entry['name']} {other}: {entry['tokens']} tokens differ by "
         f"{entry['mean_abs']:.1e} nats on average, {entry['largest']:.1e} at most (row "
         f"{entry['row']}, position {entry['position']}); k3 estimate of the KL {entry['k3']:.1e}"
     )

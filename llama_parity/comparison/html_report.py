@@ -5,6 +5,7 @@ from typing import Any
 
 from llama_common.errors import InputError
 
+from . import engine_report
 from .html_plots import RC, depth_section, heat_map_section, predictions_section
 from .html_tables import call_title, counted, rows_section
 from .report_rows import PARTS, escape
@@ -103,7 +104,7 @@ def _summary(report: Mapping[str, Any], names: Sequence[str]) -> str:
             text += _note(f"{name}: only the logits are offered")
         elif covers != "activations":
             text += _note(f"{name}: {covers}")
-    notes = (report["warnings"], *training["notes"])
+    notes = (report["warnings"], *training["notes"], *engine_report.sentences(report))
     text += "".join(_note(note) for note in notes if note)
     (begin, end), n_layers = report["layers"], report["n_layers"]
     layers = counted(n_layers, "layer")

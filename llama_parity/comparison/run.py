@@ -16,12 +16,14 @@ from .comparison import Comparison, make_comparison
 from .config import CompareConfig
 from .diagnosis import Diagnosis, diagnose
 from .differences import compare
+from .engine_report import engine_entries
 from .judging import Row
 from .oracle_trace import write_oracle_trace
 from .padding import padding_note
 from .progress import Start
 from .sides import Side, record
 from .source import Source
+from .trace_file import TraceFile
 from .trace_format import LONGEST_NAME, Call
 from .trace_training import compare_traced_steps
 
@@ -95,6 +97,7 @@ def run_comparison(
     ``config`` is the checkpoint's, inside the limits of the other side; ``folder`` takes its
     activations; ``layers`` is the range that is compared.
     """
+    engines = _engines(settings.beside, side)
     config = dataclasses.replace(config, n_layers=layers[1])
     recording = record(side, calls, config, folder, start(side.title, len(calls) * config.n_layers))
     comparison = make_comparison(checkpoint.path, config, calls, side.dtype, recording, layers[0])
@@ -104,14 +107,13 @@ def run_comparison(
         )
     builder, diagnosis = _compare_activations(comparison, start, settings.diagnose)
     rows, expected, noun = builder.rows, len(comparison.expected()), "activations"
-    training = None
-    unseen = reports.unseen(recording) if side.trace is not None else []
+    training, unseen = None, reports.unseen(recording) if side.trace is not None else []
     if batches is not None or (side.trace and side.trace.steps):
-        step_rows, training, more = _training_entry(
+        more, training, not_shown = _training_entry(
             side, checkpoint, batches, calls, start, settings.diagnose
         )
-        rows, expected, noun = rows + step_rows, expected + len(step_rows), "quantities"
-        unseen += more
+        rows, noun, unseen = rows + more, "quantities", unseen + not_shown
+        expected += len(more)
     covered = sum(not covers.startswith("not covered") for covers in recording.coverage)
     return {
         **_header(settings, checkpoint, side, calls, layers),
@@ -122,6 +124,7 @@ def run_comparison(
         **reports.diagnosis_entries(diagnosis, builder.rows, calls),
         "logits": builder.logits,
         "logprobs": builder.logprobs,
+        "engines": engines,
         "heatmap": builder.heatmap,
         "training": training,
         "warnings": " ".join(
@@ -134,6 +137,18 @@ def _notes(comparison: Comparison, builder: reports.ReportBuilder) -> list[str]:
     """Return notes of padding, of reordered activations, and of slips in log-probabilities."""
     padding = padding_note(comparison.calls, comparison.padding)
     return [padding, reports.reordered_warning(builder.rows, comparison.calls), *builder.slips]
+
+
+def _engines(beside: str, side: Side) -> dict[str, Any] | None:
+    """Return the report's part about a second trace, None without one.
+
+    Raises InputError for one that does not fit the first, and without a first.
+    """
+    if not beside:
+        return None
+    if side.trace is None:
+        raise InputError(f"--beside {beside}: needs a trace in --against too; give both engines'")
+    return {"beside": beside, "calls": engine_entries(side.trace, TraceFile(beside))}
 
 
 def _compare_activations(

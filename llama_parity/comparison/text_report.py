@@ -78,8 +78,8 @@ def _say_distances(report: Mapping[str, Any], everything: bool, say: Say) -> Non
                 f"logits of {entry['name']}: KL {kl.mean():.1e} nats per token, {kl.max():.1e} at "
                 f"worst; first choice differs at {entry['changed']} of {kl.size} positions"
             )
-    for entry in report["logprobs"]:
-        say(engine_report.sentence(entry))
+    for line in engine_report.sentences(report):
+        say(line)
 
 
 def _table(

@@ -115,7 +115,7 @@ def test_the_reports_schema(ckpt: Path, run: Callable, tmp_path: Path, offer: Ca
     assert set(found) == {
         *("schema", "title", "checkpoint", "against", "dtype", "n_layers", "layers", "calls"),
         *("coverage", "verdict", "rows", "first_divergence", "diagnosis", "unexplained"),
-        *("diverging", "logits", "logprobs", "heatmap", "training", "warnings"),
+        *("diverging", "logits", "logprobs", "engines", "heatmap", "training", "warnings"),
     }
     row = found["rows"][0]
     assert set(row) == {"call", "name", "status", "inherited", "fresh", "layer", "kind"}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llama_parity.comparison.engine_report import logprob_entry
 from llama_parity.comparison.logprobs import (
     given_targets,
     logprob_bound,
@@ -227,3 +228,70 @@ def test_a_float32_log_softmax_in_a_loop_is_within_its_bound(scale: float) -> No
     bound = softmax_bound(logits, targets, "float32")
     assert (np.abs(found - exact) <= bound).all()
     assert bound.max() < 1e-3
+
+
+def test_two_engines_are_compared_with_each_other(
+    ckpt: Path, run: Callable, report: Callable, tmp_path: Path
+) -> None:
+    """The one that trains is right, the one that generates has a bug; logits will do as well."""
+    rollout = engine(tmp_path / "rollout.safetensors", ckpt, "rope_theta_ignored")
+    train = engine(tmp_path / "train.safetensors", ckpt, shows="logits")
+    found = report(ckpt, "--against", rollout, "--beside", train, "--no-diagnose")
+    assert not found["verdict"]["holds"]
+    assert found["engines"]["beside"] == str(train)
+    assert [entry["name"] for entry in found["engines"]["calls"]] == [c.name for c in CALLS]
+    for entry, of_oracle in zip(found["engines"]["calls"], found["logprobs"], strict=True):
+        assert entry["tokens"] == of_oracle["tokens"]
+        assert entry["largest"] == pytest.approx(of_oracle["largest"], rel=1e-3)
+        assert (entry["row"], entry["position"]) == (of_oracle["row"], of_oracle["position"])
+        assert 0 < entry["mean_abs"] < entry["largest"]
+        assert entry["k3"] > 0
+    code, out, _ = run(ckpt, "--against", train, "--beside", rollout)
+    assert code == 0  # the verdict is of the first alone
+    assert f"log-probabilities of plain from those of {rollout}: 46 tokens differ by" in out
+
+
+def test_k3_estimates_the_divergence(tmp_path: Path) -> None:
+    """Of tokens drawn from the first engine; it is never negative."""
+    p, q = (x / x.sum() for x in RNG.random((2, 50)) + 0.05)
+    drawn = RNG.choice(50, size=(1, 100_000), p=p)
+    call = Call("drawn", drawn, targets=drawn)
+    entry = logprob_entry(0, call, np.log(p)[drawn], np.log(q)[drawn])
+    assert entry is not None
+    assert entry["k3"] == pytest.approx(float(np.sum(p * np.log(p / q))), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("other tokens", "not of the calls of"),
+        ("other targets", "not of the calls of"),
+        ("fewer calls", "not of the calls of"),
+        ("NaN", "no call has log-probabilities, finite ones, in both traces"),
+        ("none", "no call has log-probabilities, finite ones, in both traces"),
+        ("no trace", "not a complete safetensors file"),
+        ("no first", "needs a trace in --against too"),
+    ],
+)
+def test_a_second_trace_that_does_not_fit_is_one_line(
+    ckpt: Path, run: Callable, tmp_path: Path, change: str, message: str
+) -> None:
+    first = engine(tmp_path / "a.safetensors", ckpt)
+    calls, value = list(CALLS), np.zeros((2, 24), np.float32)
+    if change == "other tokens":
+        calls[0] = Call("plain", (TOKENS + 1) % 300)
+    elif change == "other targets":
+        calls[0] = Call("plain", TOKENS, targets=TARGETS)
+    elif change == "fewer calls":
+        calls = calls[:1]
+    elif change == "NaN":
+        value = value * np.nan
+    name = "embed" if change == "none" else LOGPROBS
+    second = tmp_path / "b.safetensors"
+    write_trace(second, CONFIG, calls, "float32", lambda writer: writer.add(0, name, value))
+    if change == "no trace":
+        second.write_bytes(b"none")
+    against = "torch" if change == "no first" else first
+    code, out, err = run(ckpt, "--against", against, "--beside", second)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
