@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from llama_common import cli
+from llama_parity.command import test as suite_command
+from llama_parity.command import vectors as vectors_command
+from llama_parity.command.main import COMMANDS
 from llama_torch import config as training_config
 
 from ..support.documents import (
@@ -68,8 +71,30 @@ def check(command: Command, config: pytest.Config, patch: pytest.MonkeyPatch) ->
         check_pytest(command, arguments, config)
     elif program == "pip":
         check_pip(command, arguments)
+    elif program == "llama-parity":
+        check_llama_parity(command, arguments, config, patch)
     else:
         assert program in FOREIGN, f"{command.place}: nothing checks {program}; see FOREIGN"
+
+
+def check_llama_parity(
+    command: Command, arguments: list[str], config: pytest.Config, patch: pytest.MonkeyPatch
+) -> None:
+    """Parse a command of llama-parity; the suite's own flags and pytest's are parsed by pytest."""
+    name, *rest = arguments
+    if name == "test":
+        known, left = suite_command._parser().parse_known_args(rest)
+        assert known.profile in (None, *suite_command.PROFILES), f"there is no {known.profile}"
+        check_pytest(
+            command, [word for word in left if not suite_command.PORT.fullmatch(word)], config
+        )
+    elif name == "vectors":
+        assert rest[0] in vectors_command.ACTIONS, f"{command.place}: there is no {rest[0]}"
+        flags = {word for word in rest if word.startswith("-")}
+        assert flags <= {vectors_command.ANGLES}, f"{command.place}: there is no {flags}"
+    else:
+        assert name in COMMANDS, f"{command.place}: there is no command {name}"
+        check_module(command, f"llama_parity.{name}", rest, config, patch)
 
 
 def check_module(
@@ -175,6 +200,11 @@ def test_a_command_in_the_text_has_its_flags(
         "pytest parity_tests/test_nothing.py",
         "pytest parity_tests/ --hypothesis-profile slow",
         "pip install -e '.[nothing]'",
+        "llama-parity tests my_llama:Port",
+        "llama-parity test my_llama:Port --xfail-file FILE",
+        "llama-parity test my_llama:Port --profile slow",
+        "llama-parity compare CKPT --again torch",
+        "llama-parity vectors make FOLDER",
         "unknown_program --help",
     ],
 )
@@ -196,6 +226,13 @@ def test_commands_are_found_wherever_they_stand() -> None:
     text = "```sh name\nA=1 one --a 'b c' \\\n  d && two  # three\n```\n\n```\n$ four\nfive\n```\n"
     found = [command.words for block in blocks("p", text) for command in commands(block)]
     assert found == [("one", "--a", "b c", "d"), ("two",), ("four",)]
+
+
+def test_a_workflow_s_commands_are_found() -> None:
+    steps = "    steps:\n      - uses: a\n      - run: one --a\n      - name: b\n        run: >-\n"
+    text = f"```yaml\n{steps}          two b\n          --c\n      - uses: d\n```\n"
+    found = [command.words for block in blocks("p", text) for command in commands(block)]
+    assert found == [("one", "--a"), ("two", "b", "--c")]
 
 
 def test_commands_are_looked_for() -> None:

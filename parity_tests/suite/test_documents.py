@@ -29,7 +29,7 @@ from ..support.tokenizers import byte_level
 
 TEXTS = pages()
 BLOCKS = [block for page, text in TEXTS.items() for block in blocks(page, text)]
-LANGUAGES = {"", "sh", "python", "py", "mermaid"}
+LANGUAGES = {"", "sh", "python", "py", "mermaid", "yaml"}
 SOURCES = sources(ROOT)
 
 

@@ -13,7 +13,7 @@ FENCE = re.compile(r"^```(.*)$")
 NOTE = re.compile(r"^<!-- (run in|not run): (.+) -->$")
 # The operators between the commands of one line.
 OPERATORS = ("&&", "||", ";", "|", "&")
-INLINE_COMMAND = re.compile(r"^(python|pytest|torchrun|pip) \S")
+INLINE_COMMAND = re.compile(r"^(python|pytest|torchrun|pip|llama-parity) \S")
 
 
 class Block(NamedTuple):
@@ -66,10 +66,27 @@ def commands(block: Block) -> Iterator[Command]:
     lines = block.text.replace("\\\n", " ").splitlines()
     if block.language == "":
         lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    elif block.language == "yaml":
+        lines = _steps(lines)
     elif block.language != "sh":
         lines = []
     for line in lines:
         yield from split_commands(block.place, line)
+
+
+def _steps(lines: list[str]) -> list[str]:
+    """Return the commands of a workflow's steps; ``>-`` folds the deeper lines after it to one."""
+    found, folded = [], False
+    for line in lines:
+        run = re.match(r"^ +(?:- )?run: (.+)$", line)
+        if run:
+            folded = run[1] == ">-"
+            found.append("" if folded else run[1])
+        elif folded and not re.match(r"^ {10}\S", line):
+            folded = False
+        elif folded:
+            found[-1] += f" {line.strip()}"
+    return found
 
 
 def split_commands(place: str, line: str) -> Iterator[Command]:
