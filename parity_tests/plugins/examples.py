@@ -4,7 +4,7 @@ import os
 
 import hypothesis
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from ..conformance import drawn
 
@@ -15,6 +15,10 @@ COMMON = {
 }
 # The first two draw the same examples on every machine, so that a run here is CI's.
 settings.register_profile("quick", max_examples=5, derandomize=True, **COMMON)
+# The first failing example as it is drawn: to know that a port fails, and in which test.
+settings.register_profile(
+    "unshrunk", settings.get_profile("quick"), phases=(Phase.explicit, Phase.generate)
+)
 settings.register_profile("default", max_examples=50, derandomize=True, **COMMON)
 settings.register_profile("search", max_examples=15, derandomize=False, **COMMON)
 settings.register_profile("thorough", max_examples=2000, derandomize=False, **COMMON)

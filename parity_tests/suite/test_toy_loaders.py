@@ -53,6 +53,7 @@ SELECTIVE = suite(FILE, f"--backend={PORTS}Selective", "-k", "key_of")
 RED = suite(
     *(f"{FILE}::test_{test.format(PORTS + name)}" for name, (test, _) in BUGS.items()),
     *(f"--backend={PORTS}{name}" for name in BUGS),
+    *("--hypothesis-profile", "unshrunk"),
 )
 
 

@@ -42,7 +42,7 @@ def options(*names: str) -> list[str]:
 FOLDER = "parity_tests/conformance"
 TESTS = [f"{FOLDER}/test_conformance.py::test_{test}[{name}]" for name, test in BUGS.items()]
 ALL_HONEST = suite(FOLDER, *options(*HONEST))
-ALL_WITH_BUGS = suite(*TESTS, *options(*BUGS))
+ALL_WITH_BUGS = suite(*TESTS, *options(*BUGS), "--hypothesis-profile", "unshrunk")
 NEARLY_EMPTY = suite(FOLDER, *options(NUMPY + "RefusesEverything"))
 OF_A_LIBRARY = suite(FOLDER, *options(NUMPY + "Refusing"), "-k", "causal_logits")
 
