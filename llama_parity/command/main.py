@@ -1,5 +1,6 @@
 """``llama-parity COMMAND ...``: find the command and run it; nothing slow is imported for that."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,11 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(HELP)
-        return 0
+        return _print(HELP)
     if command in ("-V", "--version"):
-        print(f"llama-parity {_version()}")
-        return 0
+        return _print(f"llama-parity {_version()}")
     if command in COMMANDS:
         return COMMANDS[command](rest)
     from llama_common.errors import printable
@@ -40,6 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     meant = did_you_mean(command, COMMANDS) or f" give one of {', '.join(COMMANDS)}"
     print(f"error: {printable(command)}: no such command;{meant}", file=sys.stderr)
     return 2
+
+
+def _print(text: str) -> int:
+    """Print a text; a reader that goes away, as ``head`` does, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _version() -> str:

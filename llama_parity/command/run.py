@@ -60,14 +60,20 @@ class Watch:
         self._errors = errors
         self.interrupted = False
 
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Keep the configuration."""
+        self._plugins = config.pluginmanager
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> None:
         """Let errors through: the command line was right."""
         self._errors.release()
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Note Ctrl-C, which pytest handles."""
+        """Note Ctrl-C, which pytest handles; after it nothing is printed but one line."""
         self.interrupted = excinfo.errisinstance(KeyboardInterrupt)
+        if self.interrupted:
+            self._plugins.unregister(name="terminalreporter")
 
 
 def run_pytest(arguments: Sequence[str], ports: Sequence[str], command: str) -> int:

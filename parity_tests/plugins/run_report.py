@@ -29,8 +29,17 @@ from . import parity_report, processor
 from .backend_option import USAGE, command_of, requested_backends
 
 SCHEMA = 1
-# Of a check's phases (setup, call, teardown) the worst verdict holds.
-WORST = ("passed", "not covered", "skipped", "expected failure", "passed unexpectedly", "failed")
+# Of a check's phases (setup, call, teardown) the worst verdict holds; "incomplete" is one whose
+# call has not ended.
+WORST = (
+    "incomplete",
+    "passed",
+    "not covered",
+    "skipped",
+    "expected failure",
+    "passed unexpectedly",
+    "failed",
+)
 
 COMPARED = ("passed", "expected failure", "passed unexpectedly", "failed")
 
@@ -67,7 +76,7 @@ def pytest_runtest_logreport(report: Any) -> None:
     found = getattr(report, "check", None)
     if found is None:
         return
-    entry = {"verdict": "passed", "seconds": 0.0, **found}
+    entry = {"verdict": "incomplete", "seconds": 0.0, **found}
     check = checks.setdefault((found["id"], found["backend"]), entry)
     check["seconds"] += report.duration
     verdict, reason = _verdict(report)
@@ -89,7 +98,9 @@ def _verdict(report: Any) -> tuple[str, str]:
         return ("not covered" if why.startswith("not covered") else "skipped"), why
     if report.failed and "failure" not in report.check:
         return "passed unexpectedly", str(report.longrepr)
-    return ("failed" if report.failed else "passed"), ""
+    if report.failed:
+        return "failed", ""
+    return ("incomplete" if report.when == "setup" else "passed"), ""
 
 
 @pytest.hookimpl(trylast=True)  # after the tables
