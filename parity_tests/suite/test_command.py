@@ -26,6 +26,12 @@ HOSTILE = {
         "from parity_tests.suite.toy_ports import Small, SmallWithTiledHeads\n"
         "warnings.warn('old', DeprecationWarning)\n"
         "__version__ = '1.2'\n"
+        "class Interrupted(Small):\n"
+        "    def logits(self, *arguments):\n"
+        "        raise KeyboardInterrupt\n"
+        "class OfDirectories:\n"
+        "    def from_directory(self, *arguments):\n"
+        "        raise NotImplementedError('later')\n"
     ),
     "xfails.txt": "test_logits  # tiled\n# a comment\n\ntest_logits_in[float32] # too\n",
     "all.txt": "test_*logits* # all\n",
@@ -55,6 +61,9 @@ EXPECTED = in_folder(
 )
 UNEXPECTED = in_folder("test", "mine:Small", *QUICK, "--xfails-file", "xfails.txt", "-k", "logits")
 WRONG_LINE = in_folder("test", "mine:Small", *QUICK, "--skips-file", "wrong.txt")
+INTERRUPTED = in_folder(
+    *("test", "mine:Interrupted", *QUICK, "--no-basic", "--report", "report.json")
+)
 HELP = Job(
     lambda _: (
         "-c",
@@ -128,6 +137,17 @@ def test_a_line_that_names_no_check_is_one_line_and_exit_code_two() -> None:
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: wrong.txt:2: test_logits_in[flot32] names no check; did you m")
+
+
+def test_ctrl_c_is_one_word_and_the_report_is_written() -> None:
+    done = INTERRUPTED.done()
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "interrupted"
+    assert "KeyboardInterrupt" not in done.stdout + done.stderr
+    report = json.loads((INTERRUPTED.folder / "report.json").read_text())
+    assert report["verdict"] == "incomplete"
+    verdicts = [check["verdict"] for check in report["backends"][0]["checks"]]
+    assert verdicts == ["incomplete"]
 
 
 def test_help_imports_nothing_slow() -> None:
@@ -206,6 +226,14 @@ def test_the_adapter_alone_is_checked_first(run: Run, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["verdict"] == "failed"
     assert report["backends"][0]["adapter"][0]["kind"] == "logits"
+
+
+def test_an_adapter_of_directories_alone_is_left_to_the_suite(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine_of.py").write_text(HOSTILE["mine.py"])
+    with pytest.warns(DeprecationWarning, match="old"):
+        code, out, _ = run("mine_of:OfDirectories", "--basic")
+    assert code == 0
+    assert "has no method logits to check" in out
 
 
 def test_the_checks_are_listed_by_their_short_ids(run: Run) -> None:
