@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from reference_np.config import LlamaConfig
 from reference_np.naming import activation_axes
@@ -24,6 +25,12 @@ QUICK_CALLS = 4
 def write(path: Path, config: LlamaConfig) -> Path:
     save_numpy(cast(random_params(config, 0), np.float32), path, {"config": config.to_json()})
     return path
+
+
+def contents(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Return the metadata and the tensors of a safetensors file."""
+    with safe_open(path, framework="np") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def named(found: Mapping[str, Any]) -> list[list[str]]:

@@ -21,8 +21,7 @@ from reference_np.training_mutants import TRAINING
 
 from ..backends.torch_model import save_numpy
 from ..planted.training import PlantedTrainer
-from .comparing import named, write
-from .test_trace_steps import contents
+from .comparing import contents, named, write
 
 CONFIG = LlamaConfig(16, 1, 4, 2, 4, 24, 60)
 N = len(parameter_shapes(CONFIG))

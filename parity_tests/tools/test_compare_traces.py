@@ -17,13 +17,7 @@ from llama_torch.data.documents import documents
 from reference_np.low_precision import round_to
 
 from ..backends.torch_model import save_numpy
-from .comparing import CALLS, CONFIG, NAMES, QUICK, Edited, write
-
-
-def contents(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Return a file's metadata and tensors."""
-    with safe_open(path, framework="np") as file:
-        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+from .comparing import CALLS, CONFIG, NAMES, QUICK, Edited, contents, write
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])

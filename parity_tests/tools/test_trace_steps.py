@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from llama_parity.comparison.trace_file import TraceFile, TraceWriter, write_trace
 from llama_parity.comparison.trace_format import Call, Step
@@ -18,7 +17,7 @@ from reference_np.ops import IGNORE
 from reference_np.optim import Hyperparameters
 
 from ..backends.torch_model import save_numpy
-from .comparing import CONFIG
+from .comparing import CONFIG, contents
 
 TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 TARGETS = np.array([[1, 4, 1, 5, IGNORE], [2, 6, IGNORE, 3, IGNORE]])
@@ -56,11 +55,6 @@ def write(path: Path, config: LlamaConfig = CONFIG) -> Path:
 
     write_trace(path, config, calls, "float64", fill, steps=STEPS, hyperparameters=HYPER)
     return path
-
-
-def contents(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    with safe_open(path, framework="np") as file:
-        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
