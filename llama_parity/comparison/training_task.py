@@ -117,8 +117,10 @@ def inherited_bounds(
                 change,
             )
             bounds[f"{run} step {name}"] = Errors(*(of_norm + part for part in grown))
-            bounds[f"{run} exp_avg {name}"] = Errors(*[of_norm] * 3)
-            bounds[f"{run} exp_avg_sq {name}"] = Errors(*[2 * of_norm] * 3)
+            of_moments = _errors_of_moments(
+                task, limit, np.abs(gradient) * factor, moments, of_norm
+            )
+            bounds[f"{run} exp_avg {name}"], bounds[f"{run} exp_avg_sq {name}"] = of_moments
     return bounds
 
 
@@ -155,6 +157,41 @@ def _change_of_step(
     return further
 
 
+def _rms(x: Array, axis: int | None = None) -> Array:
+    return np.sqrt(np.mean(x * x, axis=axis, keepdims=True))
+
+
+def _ratio(error: Array, size: Array) -> float:
+    return float(np.max(np.divide(error, size, out=np.zeros_like(error), where=size > 0)))
+
+
+def _grown(limit: Errors, part: Array, whole: Array) -> Errors:
+    """Return the errors, relative to ``whole``, of those of ``limit`` relative to a part of it."""
+    return Errors(
+        rms=limit.rms * _ratio(_rms(part), _rms(whole)),
+        worst=limit.worst * _ratio(part.max(keepdims=True), whole.max(keepdims=True)),
+        token=limit.token * _ratio(_rms(part, -1), _rms(whole, -1)),
+    )
+
+
+def _errors_of_moments(
+    task: Task, limit: Errors, gradient: Array, moments: tuple[Array, Array], of_norm: float
+) -> tuple[Errors, Errors]:
+    """Return the errors of AdamW's moments after the step, as arguments of ``_change_of_step``.
+
+    Besides the norm's error ``of_norm`` a gradient's of ``limit`` makes one of (1 - b1) d in the
+    first moment, which may have cancelled with what was there before, and of 2 (1 - b2) g d in
+    the second. The first moment of a first step is the gradient, with the same bound.
+    """
+    largest = gradient.max(axis=-1, keepdims=True)
+    second = _grown(limit, (1 - task.hyper.beta2) * gradient * largest, moments[1])
+    second = Errors(*(2 * (part + of_norm) for part in second))
+    if task.state is None:
+        return Errors(*[of_norm] * 3), second
+    both = Errors(*(part + of_norm for part in limit))
+    return _grown(both, (1 - task.hyper.beta1) * gradient, np.abs(moments[0])), second
+
+
 def through_adam(
     limit: Errors, gradient: Array, step: Array, change: Callable[[Any], Array]
 ) -> Errors:
@@ -162,17 +199,10 @@ def through_adam(
 
     ``change`` is that of ``_change_of_step``; ``gradient`` and ``step``, over lr, are sizes.
     """
-
-    def rms(x: Array, axis: int | None = None) -> Array:
-        return np.sqrt(np.mean(x * x, axis=axis, keepdims=True))
-
-    def ratio(error: Array, size: Array) -> float:
-        return float(np.max(np.divide(error, size, out=np.zeros_like(error), where=size > 0)))
-
     return Errors(
-        rms=ratio(rms(change(limit.rms * rms(gradient))), rms(step)),
-        worst=ratio(
+        rms=_ratio(_rms(change(limit.rms * _rms(gradient))), _rms(step)),
+        worst=_ratio(
             change(limit.worst * gradient.max()).max(keepdims=True), step.max(keepdims=True)
         ),
-        token=ratio(rms(change(limit.token * rms(gradient, -1)), -1), rms(step, -1)),
+        token=_ratio(_rms(change(limit.token * _rms(gradient, -1)), -1), _rms(step, -1)),
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from llama_parity.comparison.trace_file import TraceFile, TraceWriter, write_trace
 from llama_parity.comparison.trace_format import Step
@@ -20,6 +21,7 @@ from reference_np.optim import Hyperparameters
 from reference_np.training_mutants import TRAINING
 
 from ..backends.torch_model import save_numpy
+from ..conformance.strategies import cast, random_params
 from ..planted.training import PlantedTrainer
 from .comparing import contents, named, write
 
@@ -241,3 +243,55 @@ def test_a_clip_at_the_norm_itself_is_no_divergence(path: Path, report: Callable
         del values["loss"]
         found = report(path, "--against", traced(path, [values], hyper=hyper), "--no-diagnose")
         assert found["verdict"]["holds"], found["verdict"]["line"]
+
+
+def steps_of_pytorch(path: Path, config: LlamaConfig, seed: int, hyper: Hyperparameters) -> Path:
+    """Write four float32 steps of torch's own AdamW and clipping, after gradients by autograd."""
+    rng, trainer = np.random.default_rng(seed), PlantedTrainer("")
+    params = dict(Checkpoint(path, "float32"))
+    weights = {n: torch.nn.Parameter(torch.from_numpy(x.copy())) for n, x in params.items()}
+    groups = [
+        {"params": [w for w in weights.values() if w.ndim > 1], "weight_decay": 0.1},
+        {"params": [w for w in weights.values() if w.ndim == 1], "weight_decay": 0.0},
+    ]
+    betas = (hyper.beta1, hyper.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=hyper.lr, betas=betas, eps=hyper.adam_eps)
+    steps, found = [], []
+    for _ in range(4):
+        tokens, targets = (rng.integers(0, config.vocab_size, (2, 12)) for _ in range(2))
+        steps.append(Step([Batch(tokens, targets)]))
+        before = {name: w.detach().numpy().copy() for name, w in weights.items()}
+        loss, grads = trainer.loss_and_grads(config, before, steps[-1].batches, hyper.z_loss)
+        for name, weight in weights.items():
+            weight.grad = torch.from_numpy(np.array(grads[name]))
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), hyper.grad_clip).item()
+        optimizer.step()
+        kinds: dict[str, Any] = {"grad": grads}
+        kinds["param"] = {name: w.detach().numpy().copy() for name, w in weights.items()}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            kinds[kind] = {n: optimizer.state[w][kind].numpy().copy() for n, w in weights.items()}
+        found.append(results(loss, norm, kinds, "float32"))
+
+    def fill(writer: TraceWriter) -> None:
+        for s, values in enumerate(found):
+            for name, value in values.items():
+                writer.add_step(s, name, value)
+
+    out = path.with_name("torch.safetensors")
+    write_trace(out, config, [], "float32", fill, steps=steps, hyperparameters=hyper)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("clip", [0.01, 1e9])
+def test_steps_of_pytorch_are_no_false_alarm(
+    tmp_path: Path, report: Callable, seed: int, clip: float
+) -> None:
+    config = LlamaConfig(32, 2, 4, 2, 8, 48, 300)
+    path = tmp_path / "ckpt.safetensors"
+    weights = cast(random_params(config, seed), np.float32)
+    save_numpy(weights, path, {"config": config.to_json()})
+    hyper = Hyperparameters(1e-2, grad_clip=clip, warmup_steps=0, final_lr_ratio=1.0)
+    found = report(path, "--against", steps_of_pytorch(path, config, seed, hyper), "--no-diagnose")
+    assert found["verdict"]["holds"], found["verdict"]["line"]
+    assert len(found["training"]["rows"]) == 4 * (2 + 4 * len(parameter_shapes(config)))
