@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from reference_np.config import LlamaConfig
 
-from .directories import VERSIONS
+from .directories import ABSENT, VERSIONS
 
 
 class Key(NamedTuple):
@@ -22,6 +22,7 @@ class Key(NamedTuple):
 # As many positions as show every frequency that the thresholds below part.
 PLAIN = LlamaConfig(64, 2, 2, 2, 32, 48, 50, max_seq_len=64)
 LENGTH = 16
+PLAIN_NAME = "every key as in the first Llama"
 SCALED = replace(
     PLAIN, rope_type="llama3", rope_factor=8.0, rope_original_max_seq_len=32, rope_theta=5e5
 )
@@ -34,44 +35,60 @@ def _without(config: LlamaConfig, **fields: Any) -> dict[str, LlamaConfig]:
     return {f"{value:g}": replace(config, **{name: value}) for value in values}
 
 
-def _keys() -> dict[str, Key]:
-    found: dict[str, Key] = {}
+def _of_version(version: str) -> dict[str, Key]:
+    """Return the keys that config.json has in the form of one version, by name."""
+    place = "rope_parameters" if version == "5" else "rope_scaling"
+    base = "rope_parameters.rope_theta" if version == "5" else "rope_theta"
     eps = replace(PLAIN, norm_eps=0.0625)  # float32 holds it
-    grouped = replace(PLAIN, n_heads=4, n_kv_heads=2, head_dim=16)
-    wide = replace(PLAIN, head_dim=48)
-    for version in VERSIONS:
-        place = "rope_parameters" if version == "5" else "rope_scaling"
-        base = "rope_parameters.rope_theta" if version == "5" else "rope_theta"
-        theta = replace(PLAIN, rope_theta=500.0)
-        scaled = {"none": replace(SCALED, rope_type="default")}
-        only = {
-            "rms_norm_eps": Key(version, eps, _without(eps, norm_eps=(1e-5, 1e-6))),
-            base: Key(version, theta, _without(theta, rope_theta=(1e4, 5e5))),
-            "head_dim": Key(version, wide, {}, limit="head_dim"),
-            "num_key_value_heads": Key(version, grouped, {}),
-            f"{place}.rope_type linear": Key(
-                version, LINEAR, {"none": PLAIN, **_without(LINEAR, rope_factor=(2.0, 8.0))}
-            ),
-            f"{place}.rope_type llama3": Key(version, SCALED, scaled),
-        }
-        for key, field, value, others in (
-            ("factor", "rope_factor", 3.0, (8.0, 32.0)),
-            ("low_freq_factor", "rope_low_freq_factor", 2.0, (1.0,)),
-            ("high_freq_factor", "rope_high_freq_factor", 12.0, (4.0,)),
-            ("original_max_position_embeddings", "rope_original_max_seq_len", 16, (8192, 64)),
-        ):
-            config = replace(SCALED, **{field: value})
-            unread = _without(config, **{field: others})
-            only[f"{place}.{key}"] = Key(version, config, unread)
-        found |= {f"{key} (transformers {version})": one for key, one in only.items()}
-    old = {"rope_scaling": {"type": "linear", "factor": 4.0}}
-    found["rope_scaling.type (transformers 4)"] = Key("4", LINEAR, {"none": PLAIN}, old)
-    absent = replace(PLAIN, rope_theta=1e4)
-    found["rope_theta left out (transformers 4)"] = Key(
-        "4", absent, _without(absent, rope_theta=(5e5,)), {"rope_theta": None}
+    theta = replace(PLAIN, rope_theta=500.0)
+    none = {"no scaling": replace(SCALED, rope_type="default"), f"no {place}": PLAIN}
+    heads = replace(PLAIN, n_heads=4, n_kv_heads=4, head_dim=16)  # of the same shapes
+    found = {
+        PLAIN_NAME: Key(version, PLAIN, {}),
+        "rms_norm_eps": Key(version, eps, _without(eps, norm_eps=(1e-5, 1e-6))),
+        base: Key(version, theta, _without(theta, rope_theta=(1e4, 5e5))),
+        "num_attention_heads": Key(version, heads, {"2": PLAIN}),
+        "num_hidden_layers": Key(version, replace(PLAIN, n_layers=3), {"2": PLAIN}),
+        "head_dim": Key(version, replace(PLAIN, head_dim=48), {}, limit="head_dim"),
+        "num_key_value_heads": Key(version, replace(heads, n_kv_heads=2), {}),
+        "tie_word_embeddings": Key(version, replace(PLAIN, tie_embeddings=True), {}),
+        f"{place}.rope_type linear": Key(
+            version, LINEAR, {"no scaling": PLAIN, **_without(LINEAR, rope_factor=(2.0, 8.0))}
+        ),
+        f"{place}.rope_type llama3": Key(version, SCALED, none),
+    }
+    for key, field, value, others in (
+        ("factor", "rope_factor", 3.0, (8.0, 32.0)),
+        ("low_freq_factor", "rope_low_freq_factor", 2.0, (1.0,)),
+        ("high_freq_factor", "rope_high_freq_factor", 12.0, (4.0,)),
+        ("original_max_position_embeddings", "rope_original_max_seq_len", 16, (8192, 64)),
+    ):
+        config = replace(SCALED, **{field: value})
+        found[f"{place}.{key}"] = Key(version, config, _without(config, **{field: others}) | none)
+    for key in ("head_dim", "num_key_value_heads"):
+        found[f"{key} left out"] = Key(version, PLAIN, {}, {key: ABSENT})
+        found[f"{key} null"] = Key(version, PLAIN, {}, {key: None})
+    tied = {"true": replace(PLAIN, tie_embeddings=True)}
+    found["tie_word_embeddings false"] = Key(version, PLAIN, tied)
+    found["tie_word_embeddings left out"] = Key(
+        version, PLAIN, tied, {"tie_word_embeddings": ABSENT}
     )
-    tied = replace(PLAIN, tie_embeddings=True)
-    found["tie_word_embeddings (transformers 5)"] = Key("5", tied, {}, limit="tied")
+    return {named(key, version): one for key, one in found.items()}
+
+
+def named(key: str, version: str) -> str:
+    """Return the name of a key in the form of one version."""
+    return f"{key} (transformers {version})"
+
+
+def _keys() -> dict[str, Key]:
+    found = {name: key for version in VERSIONS for name, key in _of_version(version).items()}
+    for name, kind in (("type", {}), ("type and rope_type", {"rope_type": "linear"})):
+        old = {"rope_scaling": {"type": "linear", **kind, "factor": 4.0}}
+        found[named(f"rope_scaling.{name}", "4")] = Key("4", LINEAR, {"no scaling": PLAIN}, old)
+    found[named("rope_theta left out", "4")] = Key(
+        "4", PLAIN, _without(PLAIN, rope_theta=(5e5,)), {"rope_theta": ABSENT}
+    )
     return found
 
 

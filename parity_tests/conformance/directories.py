@@ -23,6 +23,7 @@ STORED = {
     "bfloat16": ml_dtypes.bfloat16,
     "float16": np.float16,
 }
+ABSENT = object()  # the value of a key that is left out
 VERSIONS = {"4": "4.57.6", "5": "5.23.0"}  # of transformers, by the form of config.json
 
 
@@ -125,10 +126,10 @@ def write_directory(
 ) -> dict[str, Array]:
     """Write a model directory into an empty folder; return the stored parameters, in float64.
 
-    ``changed`` replaces keys of config.json; None for a key leaves it out.
+    ``changed`` replaces keys of config.json; ABSENT for a key leaves it out.
     """
     hf = config_json(config, form) | changed
-    hf = {key: value for key, value in hf.items() if key not in changed or value is not None}
+    hf = {key: value for key, value in hf.items() if value is not ABSENT}
     _write_json(folder / "config.json", hf)
     tokens = {key: hf[key] for key in ("bos_token_id", "eos_token_id")}
     version = {"transformers_version": VERSIONS[form.config]}

@@ -57,6 +57,7 @@ class Judge:
     def begin(self, test: str, backend: str) -> Entry:
         """Record from now on for this test and backend; plugins/parity_report.py calls it."""
         self.current, self.shrinking = (test, backend), Shrinking()
+        drawn.last_example.clear()  # of the test before: not every test draws its examples
         return self.entry
 
     @property
@@ -139,9 +140,10 @@ class Judge:
                 if share <= 1 < strict:
                     self.entry.documented[ANGLES] += 1
                     self.entry.largest_documented = max(self.entry.largest_documented, strict)
+                numbers = drawn.format_numbers(drawn.last_example)
                 failure = ParityError(
                     f"{judged}: {share:.3g} times its tolerance in {dtype}",
-                    [detail, f"drawn      {drawn.format_numbers(drawn.last_example)}"],
+                    [detail, *([f"drawn      {numbers}"] if numbers else [])],
                     partial(resembling, run, name, found, value, dtype),
                 )
                 self.record(judged, share, failure)

@@ -29,7 +29,11 @@ BUGS = {
     ),
     "ScalingUnread": (
         "key_of_config_json[{}-rope_scaling.rope_type llama3 (transformers 4)]",
-        "rope_scaling.rope_type llama3 (transformers 4): is not read: the logits are those with no",
+        "llama3 (transformers 4): is not read: the logits are those with no scaling",
+    ),
+    "TiedByDefault": (
+        "key_of_config_json[{}-tie_word_embeddings left out (transformers 5)]",
+        "tie_word_embeddings left out (transformers 5): the logits are those with true",
     ),
     "NewPlaceUnread": (
         "key_of_config_json[{}-rope_parameters.rope_theta (transformers 5)]",
@@ -43,9 +47,33 @@ BUGS = {
         "key_of_config_json[{}-head_dim (transformers 4)]",
         "config.json: head_dim (transformers 4): from_directory failed: ",
     ),
+    "AlwaysTied": (
+        "key_of_config_json[{}-tie_word_embeddings false (transformers 4)]",
+        "config.json: tie_word_embeddings false (transformers 4): is not read: the logits are th",
+    ),
+    "NeverTied": (
+        "key_of_config_json[{}-tie_word_embeddings (transformers 5)]",
+        "config.json: tie_word_embeddings (transformers 5): from_directory failed: KeyError",
+    ),
+    "KeyHeadsUnread": (
+        "key_of_config_json[{}-num_key_value_heads (transformers 5)]",
+        "config.json: num_key_value_heads (transformers 5): from_directory failed: ",
+    ),
+    "HeadsFixed": (
+        "key_of_config_json[{}-num_attention_heads (transformers 4)]",
+        "config.json: num_attention_heads (transformers 4): is not read: the logits are those wi",
+    ),
+    "HeadDimRequired": (
+        "key_of_config_json[{}-head_dim left out (transformers 5)]",
+        "config.json: head_dim left out (transformers 5): from_directory failed: KeyError",
+    ),
     "FirstShardAlone": ("directory[{}]", "two shards and an index"),
     "Bfloat16TakenForFloat16": ("directory[{}]", "bfloat16, "),
     "NullRefused": ("directory[{}]", "optional keys null"),
+    "NormsPlusOne": (
+        "key_of_config_json[{}-rms_norm_eps (transformers 5)]",
+        "; a plain directory fails too, so it need not be this key",
+    ),
 }
 FILE = "parity_tests/conformance/test_directories.py"
 HONEST = suite("parity_tests/conformance", f"--backend={PORTS}Reader")
@@ -75,6 +103,18 @@ def test_a_planted_bug_is_red_and_named(name: str) -> None:
     assert report is not None, output
     assert words in report[1]
     assert len(report[1].splitlines()) <= 12
+
+
+def test_a_report_of_a_key_has_no_example_of_the_test_before() -> None:
+    name = "NormsPlusOne"  # which runs after tests that draw
+    test = re.escape(f"test_{BUGS[name][0].format(PORTS + name)}")
+    reports = re.findall(rf"^_ {test} _+$(.*?)^[_=]", RED.done().stdout, re.DOTALL | re.MULTILINE)
+    assert len(reports) == 1
+    assert "drawn" not in reports[0]
+
+
+def test_a_failure_of_one_key_is_of_that_key_alone() -> None:
+    assert RED.done().stdout.count("a plain directory fails too") == 1
 
 
 def test_a_refused_key_is_not_covered() -> None:

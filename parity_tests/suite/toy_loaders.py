@@ -108,6 +108,57 @@ class HeadDimDerived(Reader):
         return super().config(dict(hf) | {"head_dim": None})
 
 
+class AlwaysTied(Reader):
+    """Leaves tie_word_embeddings unread: the embedding is the head."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return super().config(dict(hf) | {"tie_word_embeddings": True})
+
+
+class TiedByDefault(Reader):
+    """Ties the embeddings where tie_word_embeddings is left out."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return super().config({"tie_word_embeddings": True} | dict(hf))
+
+
+class NeverTied(Reader):
+    """Leaves tie_word_embeddings unread: the file must have a head."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return super().config(dict(hf) | {"tie_word_embeddings": False})
+
+
+class KeyHeadsUnread(Reader):
+    """Leaves num_key_value_heads unread."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return super().config(dict(hf) | {"num_key_value_heads": None})
+
+
+class HeadsFixed(Reader):
+    """Leaves num_attention_heads and head_dim unread, as one size of a model has them."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        config = super().config(hf)
+        return replace(config, n_heads=2, n_kv_heads=2, head_dim=config.dim // 2)
+
+
+class HeadDimRequired(Reader):
+    """Fails where head_dim is left out."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return super().config(dict(hf) | {"head_dim": hf["head_dim"]})
+
+
+class NormsPlusOne(Reader):
+    """Adds one to the norms' weights, as another architecture does."""
+
+    def tensors(self, folder: Path) -> dict[str, Array]:
+        found = super().tensors(folder)
+        return {name: value + ("norm" in name) for name, value in found.items()}
+
+
 class NullRefused(Reader):
     """Fails on keys that are null where they may be."""
 
