@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from llama_parity.comparison.trace_file import TraceWriter, write_trace
-from llama_parity.comparison.trace_format import Call
+from llama_parity.comparison.trace_format import Call, Step
 from llama_parity.conversion.gguf_model import write_gguf
 from llama_parity.conversion.hf_checkpoint import read_hf
 from llama_torch.checkpoint.directory_files import write_directory_files
@@ -30,7 +30,9 @@ from llama_torch.model.config import ModelConfig
 from llama_torch.training import run_dir
 from llama_torch.training.origin import Origin
 from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
 from reference_np.naming import activation_axes, parameter_shapes
+from reference_np.optim import Hyperparameters
 
 from ..support.meta_checkpoints import a_meta
 from ..support.token_shards import LINES, stopped_at
@@ -79,10 +81,12 @@ def indexed(folder: Path) -> None:
 
 
 def trace(folder: Path) -> None:
-    """Write a trace of a prompt and of one token after it."""
+    """Write a trace of a prompt, of one token after it, and of a training step."""
     tokens = np.array([[1, 2, 3]])
+    mask = np.tril(np.ones((1, 3, 3), bool))
+    steps = [Step([Batch(tokens, tokens + 1), Batch(tokens, tokens - 1, tokens, mask)])]
     last = Call("more", tokens[:, :1], np.array([[3]]), np.ones((1, 1, 4), bool), 0)
-    calls = [Call("prompt", tokens), last]
+    calls = [Call("prompt", tokens, targets=tokens + 1), last]
 
     def fill(writer: TraceWriter) -> None:
         for c, call in enumerate(calls):
@@ -90,8 +94,13 @@ def trace(folder: Path) -> None:
             for name, axes in activation_axes(CONFIG).items():
                 shape = [(sizes | {"V": 16})[axis] for axis in axes]
                 writer.add(c, name, np.full(shape, 0.5, np.float32))
+        writer.add(0, "target_logprobs", np.full(tokens.shape, -1.5, np.float32))
+        writer.add_step(0, "loss", np.array(0.5))
+        for kind in ("grad", "param", "exp_avg", "exp_avg_sq"):
+            writer.add_step(0, f"{kind}.model.norm.weight", np.ones(8))
 
-    write_trace(folder / "trace.safetensors", CONFIG, calls, "float32", fill)
+    path, hyper = folder / "trace.safetensors", Hyperparameters()
+    write_trace(path, CONFIG, calls, "float32", fill, steps=steps, hyperparameters=hyper)
 
 
 def toml(folder: Path) -> None:

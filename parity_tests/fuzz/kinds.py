@@ -89,8 +89,11 @@ def oracle_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _trace(folder: Path) -> Any:
     trace = TraceFile(folder / "trace.safetensors")
-    names = folders.activation_axes(folders.CONFIG)
-    return trace.config, [trace.read(c, n) for c in range(len(trace.calls)) for n in names]
+    names = [*folders.activation_axes(folders.CONFIG), "target_logprobs"]
+    read = [trace.read(c, n) for c in range(len(trace.calls)) for n in names]
+    for s in range(len(trace.steps)):
+        read += [trace.read_step(s, n) for n in ("loss", "param.model.norm.weight")]
+    return trace.config, read, trace.hyperparameters
 
 
 def _settings(folder: Path) -> TrainConfig:

@@ -104,7 +104,8 @@ def _write_indexed(folder: Path) -> None:
 
 def _trace(folder: Path) -> Any:
     trace = TraceFile(folder / "trace.safetensors")
-    return [trace.read(c, "embed") for c in range(len(trace.calls))], trace.unknown
+    steps = [trace.read_step(s, "grad.model.norm.weight") for s in range(len(trace.steps))]
+    return [trace.read(c, "embed") for c in range(len(trace.calls))], steps, trace.unknown
 
 
 def _toml(folder: Path) -> Any:
