@@ -16,6 +16,7 @@ class Key(NamedTuple):
     config: LlamaConfig
     unread: Mapping[str, LlamaConfig]  # the key's other value in words -> the config with that
     changed: Mapping[str, Any] = {}  # keys of config.json that the form would write otherwise
+    is_key: bool = True  # false: every key has its usual value
     limit: str = ""  # the limit outside which the key has no meaning
 
 
@@ -35,6 +36,15 @@ def _without(config: LlamaConfig, **fields: Any) -> dict[str, LlamaConfig]:
     return {f"{value:g}": replace(config, **{name: value}) for value in values}
 
 
+def _others(config: LlamaConfig) -> dict[str, LlamaConfig]:
+    """Return configs with other usual values of the keys, by key and value."""
+    return {
+        "rms_norm_eps 1e-06": replace(config, norm_eps=1e-6),
+        "rope_theta 5e+05": replace(config, rope_theta=5e5),
+        "tie_word_embeddings true": replace(config, tie_embeddings=True),
+    }
+
+
 def _of_version(version: str) -> dict[str, Key]:
     """Return the keys that config.json has in the form of one version, by name."""
     place = "rope_parameters" if version == "5" else "rope_scaling"
@@ -44,7 +54,7 @@ def _of_version(version: str) -> dict[str, Key]:
     none = {"no scaling": replace(SCALED, rope_type="default"), f"no {place}": PLAIN}
     heads = replace(PLAIN, n_heads=4, n_kv_heads=4, head_dim=16)  # of the same shapes
     found = {
-        PLAIN_NAME: Key(version, PLAIN, {}),
+        PLAIN_NAME: Key(version, PLAIN, _others(PLAIN), is_key=False),
         "rms_norm_eps": Key(version, eps, _without(eps, norm_eps=(1e-5, 1e-6))),
         base: Key(version, theta, _without(theta, rope_theta=(1e4, 5e5))),
         "num_attention_heads": Key(version, heads, {"2": PLAIN}),

@@ -68,6 +68,12 @@ class FixedEpsilon(Fixed):
     fixed: Mapping[str, Any] = {"norm_eps": 1e-5}
 
 
+class FixedSmallEpsilon(Fixed):
+    """Leaves rms_norm_eps unread; its own is near the usual one."""
+
+    fixed: Mapping[str, Any] = {"norm_eps": 1e-6}
+
+
 class FixedLowFactor(Fixed):
     """Leaves low_freq_factor unread."""
 
