@@ -5,7 +5,7 @@ that step's; the first one starts from the checkpoint. Whole models are held in 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -81,8 +81,8 @@ def compare_traced_steps(
             diagnosis = _joined(diagnosis, more)
         rows += found
         notes += _partial(trace, s)
-        if bad := _not_finite(found, theirs, s):
-            notes.append(bad)
+        bad = [row for row in found if row.status == "not finite"]
+        notes += [f"{row.name} is not finite {row.detail}." for row in bad[:1]]
         advance()
     return TracedSteps(rows, diagnosis, notes, _unseen(trace))
 
@@ -106,18 +106,6 @@ def _judge(
             [_renamed(row, s) for row in diagnosis.unexplained],
         )
     return [_renamed(row, s) for row in rows], diagnosis
-
-
-def _not_finite(rows: Sequence[Row], theirs: Mapping[str, Array], s: int) -> str:
-    """Return a note of the first of a step's results that holds NaN or an infinity, or ""."""
-    by_name = {_renamed(Row(0, name, ""), s).name: value for name, value in theirs.items()}
-    for row in rows:
-        if row.status == "not finite":
-            value = by_name[row.name]
-            nan, infinite = int(np.isnan(value).sum()), int(np.isinf(value).sum())
-            counts = f"{nan} NaN and {infinite} infinities among {value.size} values"
-            return f"{row.name} holds {counts}."
-    return ""
 
 
 def _renamed(row: Row, s: int) -> Row:

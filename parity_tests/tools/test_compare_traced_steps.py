@@ -184,7 +184,7 @@ def test_nan_is_named(path: Path, run: Callable, kind: str) -> None:
     assert code == 1
     title = f"step 0 {kind.replace('.', ' ', 1)}"
     n = values[0][kind].size
-    assert f"{title} holds {n} NaN and 0 infinities among {n} values" in out
+    assert f"{title} is not finite in {n} of {n} values, NaN, the first at [0, 0, 0]." in out
     assert f"first divergence at {title}: the training step (not finite)" in out
 
 
