@@ -78,7 +78,7 @@ BUGS = {
 FILE = "parity_tests/conformance/test_directories.py"
 HONEST = suite("parity_tests/conformance", f"--backend={PORTS}Reader")
 SELECTIVE = suite(FILE, f"--backend={PORTS}Selective", "-k", "key_of")
-EPSILON = suite(FILE, f"--backend={PORTS}FixedSmallEpsilon", "-k", "key_of")
+EPSILON = suite(FILE, f"--backend={PORTS}SmallEpsilonAndHeadDimRequired", "-k", "key_of")
 RED = suite(
     *(f"{FILE}::test_{test.format(PORTS + name)}" for name, (test, _) in BUGS.items()),
     *(f"--backend={PORTS}{name}" for name in BUGS),
@@ -116,6 +116,9 @@ def test_a_near_epsilon_is_told_from_the_usual_one() -> None:
     # Other keys are read, and fail in a plain directory too.
     assert "rms_norm_eps 1e-06; " not in output
     assert output.count("a plain directory fails too") > 10
+    # An error that is raised for this key alone is of this key.
+    raised = "head_dim left out (transformers 5): from_directory failed: KeyError: 'head_dim'\n"
+    assert raised in output
 
 
 def test_a_report_of_a_key_has_no_example_of_the_test_before() -> None:

@@ -157,6 +157,10 @@ class HeadDimRequired(Reader):
         return super().config(dict(hf) | {"head_dim": hf["head_dim"]})
 
 
+class SmallEpsilonAndHeadDimRequired(FixedSmallEpsilon, HeadDimRequired):
+    """Has two bugs, one of which shows in every directory."""
+
+
 class NormsPlusOne(Reader):
     """Adds one to the norms' weights, as another architecture does."""
 
