@@ -106,8 +106,9 @@ def run_comparison(
             Path(settings.trace).resolve(), comparison, checkpoint, side.trace, batches
         )
     builder, diagnosis = _compare_activations(comparison, start, settings.diagnose)
-    rows, expected, noun = builder.rows, len(comparison.expected()), "activations"
+    rows, expected = builder.rows, len(comparison.expected())
     training, unseen = None, reports.unseen(recording) if side.trace is not None else []
+    noun = "outputs" if unseen else "activations"
     if batches is not None or (side.trace and side.trace.steps):
         more, training, not_shown = _training_entry(
             side, checkpoint, batches, calls, start, settings.diagnose
@@ -127,16 +128,22 @@ def run_comparison(
         "engines": engines,
         "heatmap": builder.heatmap,
         "training": training,
-        "warnings": " ".join(
-            filter(None, [*_notes(comparison, builder), _left_out(settings, side, calls, config)])
-        ),
+        "warnings": _warnings(settings, side, comparison, builder),
     }
 
 
-def _notes(comparison: Comparison, builder: reports.ReportBuilder) -> list[str]:
-    """Return notes of padding, of reordered activations, and of slips in log-probabilities."""
-    padding = padding_note(comparison.calls, comparison.padding)
-    return [padding, reports.reordered_warning(builder.rows, comparison.calls), *builder.slips]
+def _warnings(
+    settings: CompareConfig, side: Side, comparison: Comparison, builder: reports.ReportBuilder
+) -> str:
+    """Return sentences of padding, reordered activations, slips, and what is not compared."""
+    calls = comparison.calls
+    notes = (
+        padding_note(calls, comparison.padding),
+        reports.reordered_warning(builder.rows, calls),
+        *builder.slips,
+        _left_out(settings, side, calls, comparison.config),
+    )
+    return " ".join(filter(None, notes))
 
 
 def _engines(beside: str, side: Side) -> dict[str, Any] | None:

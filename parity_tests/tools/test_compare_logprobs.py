@@ -75,7 +75,7 @@ def test_honest_log_probabilities_pass_and_what_is_not_seen_is_said(
     assert last.startswith("PASS: ")
     if shows == "log-probabilities":
         assert "3 of 3 calls show log-probabilities of targets alone" in out
-        assert last.startswith("PASS: 3 of 3 activations within bounds")
+        assert last.startswith("PASS: 3 of 3 outputs within bounds")
         assert last.endswith("not seen: activations, the probabilities of other tokens")
     else:
         assert last.endswith("not seen: activations")
@@ -197,7 +197,7 @@ def test_a_call_without_a_target_is_not_covered(
         "not covered: none of its tokens has a target",
         "not covered: the trace has no output of it",
     ]
-    assert found["verdict"]["line"].startswith("PASS: 1 of 1 activations in 1 of 3 calls within")
+    assert found["verdict"]["line"].startswith("PASS: 1 of 1 outputs in 1 of 3 calls within")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
