@@ -8,7 +8,7 @@ tokens so far, of one sequence at a time.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ import ctranslate2
 import numpy as np
 import torch
 import transformers
-from ctranslate2.converters.transformers import LlamaLoader
+from ctranslate2.converters.transformers import LlamaLoader, TransformersConverter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reference_np.limits import Limits, real_tokens
@@ -72,6 +72,12 @@ def converted(config: Any, params: Any) -> ctranslate2.Generator:
         return ctranslate2.Generator(folder, intra_threads=1)
 
 
+def forward(generator: ctranslate2.Generator, tokens: Any, lengths: Any) -> Any:
+    """Return the logits [B, T, V] of rows padded on the right."""
+    given = (ctranslate2.StorageView.from_array(np.array(x, np.int32)) for x in (tokens, lengths))
+    return np.array(generator.forward_batch(*given))
+
+
 class Port:
     """``forward_batch`` for logits, ``generate_batch`` with a static prompt as the engine."""
 
@@ -90,10 +96,7 @@ class Port:
         lengths = [tokens.shape[1]] * len(tokens)
         if mask is not None:
             lengths = real_tokens(mask).sum(axis=1).tolist()
-        given = (
-            ctranslate2.StorageView.from_array(np.array(x, np.int32)) for x in (tokens, lengths)
-        )
-        return np.array(converted(config, params).forward_batch(*given))
+        return forward(converted(config, params), tokens, lengths)
 
     def start(self, config: Any, params: Any, rows: Sequence[Any]) -> Any:
         self.generator = converted(config, params)
@@ -114,3 +117,23 @@ class Port:
             )
             found.append(np.array(result[0].logits[0][0]))
         return np.stack(found)
+
+
+class Directory:
+    """``TransformersConverter``, its converter of Hugging Face directories."""
+
+    dtypes = Port.dtypes
+    limits = Limits(
+        head_dim="dim / n_heads",
+        masks="causal",
+        positions="consecutive",
+        cache="none",
+        float32_angles=("float32",),
+        float32_epsilon=True,
+    )
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            TransformersConverter(path).convert(f"{folder}/model")
+            generator = ctranslate2.Generator(f"{folder}/model", intra_threads=1)
+        return lambda tokens: forward(generator, tokens, [tokens.shape[1]] * len(tokens))

@@ -6,6 +6,7 @@ of Hugging Face directories. The cache is an array of a fixed length, returned b
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -15,7 +16,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import keras
 import ml_dtypes
 import numpy as np
-from keras_hub.models import Llama3Backbone, LlamaCausalLM
+from keras_hub.models import Backbone, Llama3Backbone, LlamaCausalLM
 from keras_hub.src.utils.transformers import convert_llama3
 
 from reference_np.limits import Limits, real_tokens
@@ -94,3 +95,26 @@ class Port:
         stored, start = (keras.ops.zeros(shape, kind), 0) if cache is None else cache
         logits, _, stored = model.call_with_cache(tokens, stored, start)
         return to_numpy(logits), (stored, start + tokens.shape[1])
+
+
+class Directory:
+    """``Backbone.from_preset``, its loader of Hugging Face directories."""
+
+    dtypes = Port.dtypes
+    limits = Limits(
+        head_dim="dim / n_heads",
+        masks="causal",
+        positions="consecutive",
+        cache="none",
+        rope_types=("default", "llama3"),
+        float32_angles=("float32", "bfloat16", "float16"),
+    )
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        model = LlamaCausalLM(Backbone.from_preset(path, dtype=dtype))
+
+        def logits(tokens: Any) -> Any:
+            real = np.ones(tokens.shape, np.int32)
+            return to_numpy(model({"token_ids": tokens, "padding_mask": real}))
+
+        return logits

@@ -7,6 +7,8 @@ product with the frequency.
 """
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
+from mlx_lm.utils import load_model
 
 from reference_np.limits import Limits, real_tokens
 
@@ -88,3 +91,20 @@ class Port:
         if mask is not None:
             return self.decode(config, params, tokens, positions, mask, None)[0]
         return np.array(built(config, params)(mx.array(tokens)).astype(mx.float32))
+
+
+class Directory:
+    """``mlx_lm.utils.load_model``, its loader of Hugging Face directories."""
+
+    dtypes = Port.dtypes
+    limits = Limits(
+        masks="causal",
+        positions="consecutive",
+        cache="none",
+        float32_angles=("float32", "bfloat16", "float16"),
+    )
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        model, _ = load_model(Path(path))
+        model.set_dtype(getattr(mx, dtype))
+        return lambda tokens: np.array(model(mx.array(tokens)).astype(mx.float32))
