@@ -1,7 +1,9 @@
 """The error of rotary angles that are multiplied in float32, for backends that declare them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -44,3 +46,28 @@ def float32_angle_bound(positions: Array, config: LlamaConfig) -> tuple[Array, A
         of_frequency = of_frequency + np.where(mixed, of_mix, 0.0)
     m = np.abs(positions[..., None]).astype(np.float64)
     return m * unit * of_frequency, m * unit * scaled + TABLE_ROUNDINGS * unit
+
+
+# Signs of the errors of the angles: of every frequency alike, and drawn for each.
+ANGLE_PATTERNS = 4
+
+
+def inexact_tables(pattern: int) -> Callable[..., tuple[Array, Array]]:
+    """Return rope_tables, every angle off by the bound of a float32 product.
+
+    The rounded frequency turns all positions one way, the rounded product each its own way; the
+    signs are functions of ``pattern``, frequency and position, so that a cache fits its tokens.
+    """
+
+    def rope_tables(positions: Array, config: LlamaConfig, dtype: Any) -> tuple[Array, Array]:
+        exact = positions[..., None].astype(np.float64) * rope_frequencies(config)
+        of_frequency, of_product = float32_angle_bound(positions, config)
+        i = np.arange(exact.shape[-1])
+        # The high bits of a product with an odd constant are as good as random (Knuth 6.4).
+        mixed = (positions[..., None] * 2654435761 + (i + 1) * 40503 + pattern * 69069) >> 13
+        by_frequency = np.where(pattern and ((i + 1) * (2 * pattern + 1) >> 1) & 1, -1.0, 1.0)
+        by_product = np.where(mixed & 1, -1.0, 1.0)
+        angles = exact + by_frequency * of_frequency + by_product * of_product
+        return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+    return rope_tables

@@ -15,6 +15,7 @@ import numpy as np
 from reference_np.mutants import FORWARD
 
 from .comparison import Comparison
+from .differences_by_design import by_design
 from .judging import KL, RIGHT, Row
 from .progress import Start
 from .replay import Key
@@ -67,10 +68,11 @@ def diagnose(comparison: Comparison, rows: Sequence[Row], start: Start) -> Diagn
     # The first stage may be right: a bug that would change it is contradicted there.
     chosen = sorted({*stages[:FIRST_STAGES], stages[-1], comparison.first_layer})
     trials = Trials(comparison, rows, chosen)
-    bugs: list[Bugs] = [(bug,) for bug in FORWARD]
+    known = [*FORWARD, *by_design(comparison.config, comparison.precision)]
+    bugs: list[Bugs] = [(bug,) for bug in known]
     single: list[Suspect]
     if trials.teacher_forced:
-        advance = start("known bugs", len(FORWARD) * len(trials.stages))
+        advance = start("known bugs", len(known) * len(trials.stages))
         single = list(zip(bugs, trials.effects(bugs, advance), strict=True))
     else:
         single = find_bugs(trials, bugs, start)

@@ -54,7 +54,7 @@ tr :is(:first-child, .l) { text-align: left; } tbody tr:last-child td { border-b
 thead { position: sticky; top: 0; } th { background: var(--card); }
 th[colspan] { text-align: center !important; } thead tr + tr th { text-align: right !important; }
 td.call { max-width: 16em; overflow: hidden; text-overflow: ellipsis; }
-.ok { color: var(--good); } .inherits { color: var(--warn); }
+.ok { color: var(--good); } .inherits, .documented { color: var(--warn); }
 .diverges, .unmeasured { color: var(--bad); font-weight: 600; }
 summary { cursor: pointer; margin: .8rem 0; }
 """

@@ -45,7 +45,8 @@ OPERATION = {
 }
 KL = "logits.kl"
 REORDERED = "in another order"
-RIGHT = ("ok", "inherits")  # statuses of an operation that is right by itself
+DOCUMENTED = "documented"
+RIGHT = ("ok", "inherits", DOCUMENTED)  # statuses of an operation that is right by itself
 
 
 class Measure(NamedTuple):
@@ -76,7 +77,8 @@ class Row(NamedTuple):
     """The errors of one activation of one call, or of one quantity of a training step.
 
     status: ok; diverges (its operation is wrong); inherits (its operation is right, and its error
-    came with its input); or one that says why nothing was compared: missing, not finite,
+    came with its input); documented (within the bound of a difference that the port declares);
+    or one that says why nothing was compared: missing, not finite,
     misshapen, in another order (of axes).
     """
 
@@ -100,7 +102,12 @@ class Row(NamedTuple):
     @property
     def compared(self) -> bool:
         """Whether the activation was measured."""
-        return self.status in ("ok", "diverges", "inherits")
+        return self.status in (*RIGHT, "diverges")
+
+    @property
+    def held(self) -> bool:
+        """Whether it is within its bound."""
+        return self.status in ("ok", DOCUMENTED)
 
     @property
     def wrong(self) -> bool:

@@ -144,7 +144,7 @@ def verdict(
         noun += f" in {covered} of {len(calls)} calls"
     not_seen = f"; not seen: {', '.join(unseen)}" if unseen else ""
     compared = sum(row.compared for row in rows)
-    held = sum(row.status == "ok" for row in rows)
+    held = sum(row.held for row in rows)
     wrong = [row for row in rows if row.wrong]
     entry = {"holds": False, "compared": compared, "expected": expected}
     if wrong:

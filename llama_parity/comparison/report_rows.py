@@ -11,13 +11,19 @@ from typing import Any
 
 from llama_common.errors import printable
 
-from .judging import REORDERED, RIGHT
+from .judging import DOCUMENTED, REORDERED, RIGHT
 
 RowEntry = Mapping[str, Any]
 
 PARTS = ("inherited", "fresh")  # a row's errors
 UNMEASURED = ("missing", "not finite", "misshapen", REORDERED)
-STATUSES = ("diverges", *UNMEASURED, "inherits", "ok")  # in the order of the page's lists
+STATUSES = (
+    "diverges",
+    *UNMEASURED,
+    "inherits",
+    DOCUMENTED,
+    "ok",
+)  # in the order of the page's lists
 
 
 def short_name(row: RowEntry) -> str:

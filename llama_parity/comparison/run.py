@@ -17,6 +17,7 @@ from .config import CompareConfig
 from .diagnosis import Diagnosis, diagnose
 from .differences import compare
 from .engine_report import engine_entries
+from .float32_angles import Float32Angles
 from .judging import Row
 from .oracle_trace import write_oracle_trace
 from .padding import padding_note
@@ -105,7 +106,8 @@ def run_comparison(
         write_oracle_trace(
             Path(settings.trace).resolve(), comparison, checkpoint, side.trace, batches
         )
-    builder, diagnosis = _compare_activations(comparison, start, settings.diagnose)
+    angles = Float32Angles(comparison, side.dtype in side.limits.float32_angles)
+    builder, diagnosis = _compare_activations(comparison, angles, start, settings.diagnose)
     rows, expected = builder.rows, len(comparison.expected())
     training, unseen = None, reports.unseen(recording) if side.trace is not None else []
     noun = "outputs" if unseen else "activations"
@@ -128,16 +130,21 @@ def run_comparison(
         "engines": engines,
         "heatmap": builder.heatmap,
         "training": training,
-        "warnings": _warnings(settings, side, comparison, builder),
+        "warnings": _warnings(settings, side, comparison, builder, angles),
     }
 
 
 def _warnings(
-    settings: CompareConfig, side: Side, comparison: Comparison, builder: reports.ReportBuilder
+    settings: CompareConfig,
+    side: Side,
+    comparison: Comparison,
+    builder: reports.ReportBuilder,
+    angles: Float32Angles,
 ) -> str:
-    """Return sentences of padding, reordered activations, slips, and what is not compared."""
+    """Return sentences of padding, angles, reordered activations, slips, and what is left out."""
     calls = comparison.calls
     notes = (
+        angles.note(is_backend=":" in settings.against and side.backend is not None),
         padding_note(calls, comparison.padding),
         reports.reordered_warning(builder.rows, calls),
         *builder.slips,
@@ -159,14 +166,16 @@ def _engines(beside: str, side: Side) -> dict[str, Any] | None:
 
 
 def _compare_activations(
-    comparison: Comparison, start: Start, diagnosing: bool
+    comparison: Comparison, angles: Float32Angles, start: Start, diagnosing: bool
 ) -> tuple[reports.ReportBuilder, Diagnosis]:
     """Measure and explain the activations, stage by stage; return the report's rows and these."""
     builder = reports.ReportBuilder(comparison.calls)
     if not comparison.calls:  # a trace of training steps alone
         return builder, Diagnosis([], [])
-    for stage in compare(comparison, start("oracle", len(comparison.stages()))):
-        builder.add(stage)
+    stages = comparison.stages()
+    results = compare(comparison, start("oracle", len(stages)))
+    for stage, result in zip(stages, results, strict=True):
+        builder.add(angles.allow(stage, result))
     if not diagnosing:
         return builder, Diagnosis([], [])
     return builder, diagnose(comparison, builder.rows, start)

@@ -98,7 +98,7 @@ def _table(
     for heading in ("inherited", "bound", *(("fresh", "bound") if fresh else ()), "of bound"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    styles = {"ok": None, "inherits": "yellow"}
+    styles = {"ok": None, "inherits": "yellow", "documented": "yellow"}
     for row in shown:
         parts = [row["inherited"], *([row["fresh"]] if fresh else [])]
         cells = [short_name(row)]

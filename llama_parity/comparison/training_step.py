@@ -38,6 +38,7 @@ from .training_task import (
     quantity_names,
 )
 from .trials import Effect, Suspect
+from .within_limits import config_within
 
 
 def gradients(
@@ -129,7 +130,8 @@ def _their_step(
 
     Raises InputError for a backend without gradients, and for one that fails.
     """
-    backend, config = backends.load(side.backend, "--against"), checkpoint.config
+    backend = backends.load(side.backend, "--against")
+    config = config_within(side.limits, checkpoint.config)
     path = checkpoint.path if side.weights is None else side.weights
     params = BackendParams(open_checkpoint(path, side.dtype), config, side.dtype)
     notes: list[str] = []

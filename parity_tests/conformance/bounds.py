@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reference_np import grad, ops, optim
+from reference_np.angle_error import ANGLE_PATTERNS
 from reference_np.backend import Array
 from reference_np.mutants import FORWARD, Mutant
 from reference_np.tolerances import (
@@ -28,7 +29,7 @@ from reference_np.tolerances import (
 )
 from reference_np.training_mutants import TRAINING
 
-from .oracle import ANGLE_PATTERNS, Baseline, Oracle
+from .oracle import Baseline, Oracle
 
 Outputs = Mapping[str, Array]
 Scenario = Callable[[Any], Outputs]

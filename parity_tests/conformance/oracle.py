@@ -1,6 +1,6 @@
 """The oracle as a backend: unchanged, with one known bug, or as the baseline of a precision."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reference_np import grad, ops, optim
-from reference_np.angle_error import float32_angle_bound
+from reference_np.angle_error import inexact_tables
 from reference_np.backend import Array, Params
 from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
@@ -142,31 +142,6 @@ class WithBug(Oracle):
         in_forward = hasattr(ops, mutant.operation)
         for name in (*OTHER_METHODS, *(TRAINING_METHODS if in_forward else FORWARD_METHODS)):
             setattr(self, name, None)
-
-
-# Signs of the errors of the angles: of every frequency alike, and drawn for each.
-ANGLE_PATTERNS = 4
-
-
-def inexact_tables(pattern: int) -> Callable[..., tuple[Array, Array]]:
-    """Return rope_tables, every angle off by the bound of a float32 product.
-
-    The rounded frequency turns all positions one way, the rounded product each its own way; the
-    signs are functions of ``pattern``, frequency and position, so that a cache fits its tokens.
-    """
-
-    def rope_tables(positions: Array, config: LlamaConfig, dtype: Any) -> tuple[Array, Array]:
-        exact = positions[..., None].astype(np.float64) * ops.rope_frequencies(config)
-        of_frequency, of_product = float32_angle_bound(positions, config)
-        i = np.arange(exact.shape[-1])
-        # The high bits of a product with an odd constant are as good as random (Knuth 6.4).
-        mixed = (positions[..., None] * 2654435761 + (i + 1) * 40503 + pattern * 69069) >> 13
-        by_frequency = np.where(pattern and ((i + 1) * (2 * pattern + 1) >> 1) & 1, -1.0, 1.0)
-        by_product = np.where(mixed & 1, -1.0, 1.0)
-        angles = exact + by_frequency * of_frequency + by_product * of_product
-        return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
-
-    return rope_tables
 
 
 class Baseline(Oracle):
