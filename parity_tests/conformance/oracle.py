@@ -1,6 +1,6 @@
 """The oracle as a backend: unchanged, with one known bug, or as the baseline of a precision."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
