@@ -86,6 +86,7 @@ def run_pytest(arguments: Sequence[str], ports: Sequence[str], command: str) -> 
     given = [
         *("-c", str(SETTINGS), "--rootdir", str(CONFORMANCE), "--confcutdir", str(CONFORMANCE)),
         *("-o", f"cache_dir={cache_folder() / 'pytest'}", "--no-header", "-q"),
+        *("-p", "no:benchmark"),  # pytest-benchmark makes a folder .benchmarks where it runs
         *(word for plugin in PLUGINS for word in ("-p", plugin)),
         *("--of-command", command),
         *(f"--backend={port}" for port in ports),
