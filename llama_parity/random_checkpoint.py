@@ -29,7 +29,8 @@ from reference_np.naming import layer_shapes, outer_shapes, parameter_shapes
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SHAPES = {
-    "tiny": LlamaConfig(128, 2, 8, 4, 16, 344, 1024, 2048),
+    # An epsilon and a base that no port has written into its code.
+    "tiny": LlamaConfig(128, 2, 8, 4, 16, 344, 1024, 2048, norm_eps=2**-12, rope_theta=37500.0),
     # Llama 2 paper, table 1, and its released configs: none ties its head.
     "7b": LlamaConfig(4096, 32, 32, 32, 128, 11008, 32000, 4096),
     "13b": LlamaConfig(5120, 40, 40, 40, 128, 13824, 32000, 4096),
