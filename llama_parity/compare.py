@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import reference_np.config
 from llama_common import cli
 from llama_common.errors import InputError
 from llama_common.files import write_text
@@ -22,6 +21,7 @@ from reference_np.weight_files import require_weights
 
 from .comparison.config import LENGTH, CompareConfig
 from .conversion.file_kinds import is_gguf
+from .running import run
 
 if TYPE_CHECKING:
     from reference_np.config import LlamaConfig
@@ -33,11 +33,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    try:
-        return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
-    except reference_np.config.InputError as error:
-        cli.complain(error)
-        return 2
+    return run(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> int:

@@ -18,7 +18,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-import reference_np.config
 from llama_common import cli
 from llama_common.errors import InputError, check
 from llama_common.files import atomic_write, write_text
@@ -26,6 +25,8 @@ from llama_common.memory import gib
 from reference_np.config import LlamaConfig
 from reference_np.foreign import INDEX_FILE
 from reference_np.naming import layer_shapes, outer_shapes, parameter_shapes
+
+from .running import run
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SHAPES = {
@@ -164,11 +165,7 @@ def require_room(out: Path, config: LlamaConfig, settings: ShapeConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    try:
-        return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
-    except reference_np.config.InputError as error:
-        cli.complain(error)
-        return 2
+    return run(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> int:

@@ -1,26 +1,15 @@
 """No call changes a cache, and the same call gives the same result to the bit."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
 
 from reference_np.model import Cache, forward
 
-from ..conformance.architectures import configs
-from ..conformance.drawn import Draw, composite, labelled
-from ..conformance.strategies import caches_equal, chunk_sizes, params_for, tokens_for
+from ..conformance.strategies import caches_equal
+from ..support.oracle_inputs import split_runs
 
 pytestmark = pytest.mark.numeric
-
-
-@composite
-def split_runs(draw: Draw) -> Any:
-    config = draw(configs())
-    tokens = draw(tokens_for(config, min_length=2))
-    values = config, draw(params_for(config)), tokens, draw(chunk_sizes(tokens.shape[1]))
-    return labelled(values, draw.numbers)
 
 
 @given(run=split_runs())

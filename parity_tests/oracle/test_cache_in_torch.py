@@ -1,25 +1,13 @@
 """No call of torch's model changes a cache."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
 
 from ..backends.torch_model import torch_forward, torch_model
-from ..conformance.architectures import configs
-from ..conformance.drawn import Draw, composite, labelled
-from ..conformance.strategies import chunk_sizes, params_for, tokens_for
+from ..support.oracle_inputs import split_runs
 
 pytestmark = pytest.mark.numeric
-
-
-@composite
-def split_runs(draw: Draw) -> Any:
-    config = draw(configs())
-    tokens = draw(tokens_for(config, min_length=2))
-    values = config, draw(params_for(config)), tokens, draw(chunk_sizes(tokens.shape[1]))
-    return labelled(values, draw.numbers)
 
 
 @given(run=split_runs())

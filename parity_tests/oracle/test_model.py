@@ -14,22 +14,10 @@ from reference_np.tolerances import (
     max_relative_error,
 )
 
-from ..conformance.strategies import Array, Case, cases, cast, random_params
+from ..conformance.strategies import Array, Case, cases, random_params
+from ..support.oracle_inputs import oracle_trace
 
 pytestmark = pytest.mark.numeric
-
-
-def oracle_trace(case: Case, dtype: type) -> dict[str, Array]:
-    trace: dict[str, Array] = {}
-    forward(
-        cast(case.params, dtype),
-        case.tokens,
-        case.config,
-        positions=case.positions,
-        mask=case.mask,
-        trace=trace.__setitem__,
-    )
-    return trace
 
 
 @given(case=cases())

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 
 from reference_np.config import LlamaConfig
-from reference_np.model import forward
 from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.tolerances import (
     FLOAT64_TOLERANCE,
@@ -17,21 +16,9 @@ from reference_np.tolerances import (
 
 from ..backends.torch_model import torch_forward, torch_model
 from ..conformance.strategies import Array, Case, cases, cast, random_params, wide_cases
+from ..support.oracle_inputs import oracle_trace
 
 pytestmark = pytest.mark.numeric
-
-
-def oracle_trace(case: Case, dtype: type) -> dict[str, Array]:
-    trace: dict[str, Array] = {}
-    forward(
-        cast(case.params, dtype),
-        case.tokens,
-        case.config,
-        positions=case.positions,
-        mask=case.mask,
-        trace=trace.__setitem__,
-    )
-    return trace
 
 
 def torch_trace(case: Case, dtype: type) -> dict[str, Array]:

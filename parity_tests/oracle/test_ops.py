@@ -1,25 +1,13 @@
 """Each operation: extreme inputs, NaN, its arguments, and published rotary scaling."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 from reference_np import ops
-from reference_np.config import LlamaConfig
 
-from ..conformance.strategies import Array
+from ..support.oracle_inputs import draw_array, heads_of
 
 pytestmark = pytest.mark.numeric
-
-
-def draw_array(seed: int, *shape: int, scale: float = 1.0) -> Array:
-    return scale * np.random.default_rng(seed).standard_normal(shape)
-
-
-def heads_of(width: int, **change: Any) -> LlamaConfig:
-    """Return a config with this head_dim; the rotary tables depend on no other size."""
-    return LlamaConfig(8, 1, 1, 1, width, 8, 8, **change)
 
 
 def test_rope_scaling_is_what_was_published() -> None:

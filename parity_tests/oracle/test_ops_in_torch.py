@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from llama_torch.model import masks as torch_masks
 from llama_torch.model import rope
 from reference_np import ops
-from reference_np.config import LlamaConfig
 from reference_np.tolerances import (
     FLOAT64_TOLERANCE,
     LAMBDA,
@@ -26,16 +25,13 @@ from reference_np.tolerances import (
 from ..backends.torch_model import torch_config
 from ..conformance.architectures import scalings, seeds
 from ..conformance.strategies import Array, masks, positions_for
+from ..support.oracle_inputs import draw_array, heads_of
 
 pytestmark = pytest.mark.numeric
 
 U32 = UNIT_ROUNDOFF["float32"]
 widths = st.integers(1, 300)
 scales = st.sampled_from([1e-4, 1.0, 1e3])
-
-
-def draw_array(seed: int, *shape: int, scale: float = 1.0) -> Array:
-    return scale * np.random.default_rng(seed).standard_normal(shape)
 
 
 def assert_within(actual: Array, exact: Array, bound: Array) -> None:
@@ -64,11 +60,6 @@ def test_rms_norm(width: int, rows: int, scale: float, seed: int) -> None:
     for actual in (norm(torch.from_numpy(x32)).detach().numpy(), ops.rms_norm(x32, weight32, 1e-5)):
         assert actual.dtype == np.float32
         assert_within(actual, exact, bound)
-
-
-def heads_of(width: int, **change: Any) -> LlamaConfig:
-    """Return a config with this head_dim; the rotary tables depend on no other size."""
-    return LlamaConfig(8, 1, 1, 1, width, 8, 8, **change)
 
 
 @given(
