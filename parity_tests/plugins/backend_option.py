@@ -137,8 +137,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if requested_backends(config) and backend_name(item) not in SHIPPED:
                 item.add_marker(pytest.mark.filterwarnings("default"))  # a warning is no failure
-    if JUDGE.only_record:  # a mutant has only the methods that its bug changes
-        items[:] = [item for item in items if not unsupported_by_backend(item)]
+    if JUDGE.only_record:  # a mutant has only the methods that its bug changes, and no loader
+        items[:] = [
+            item
+            for item in items
+            if not unsupported_by_backend(item) and not _needs(item, "from_directory")
+        ]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -148,6 +152,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         item.callspec.params["backend"] = backend_of(item)
         if is_drawn(item.obj):
             item.obj = _with_its_examples(item)
+
+
+def _needs(item: pytest.Item, method: str) -> bool:
+    """Return whether a test needs a method of its backend."""
+    return any(mark.args == (method,) for mark in item.iter_markers("needs"))
 
 
 def is_conformance(item: pytest.Item) -> bool:
