@@ -68,6 +68,11 @@ def configs(draw: Draw, least_width: int = 1, limits: Limits = UNLIMITED) -> Lla
         step = n_heads if aligned else 1
         dim = step * draw(st.integers(-(-least_width // step), 40 // step), label="dim / step")
         half = draw(st.integers(1, 8), label="head_dim / 2")
+        # Square projections, as most models have: a transposed one fits no other.
+        if aligned and draw(st.booleans(), label="head_dim = dim / n_heads"):
+            half = max(1, min(half, 32 // n_heads))
+            dim = max(2 * half * n_heads, -(-least_width // (2 * n_heads)) * 2 * n_heads)
+            half = dim // (2 * n_heads)
     else:
         least = -(-least_width // (2 * n_heads))
         widest = max(least, min(8, 32 // n_heads))  # dim is 64 at most, or 32 heads of two

@@ -12,6 +12,9 @@ from .strategies import Array, Params
 Logits = Callable[[Params, LlamaConfig, Array], Array]  # of parameters, config and tokens [B, T]
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 def _log_softmax(logits: Array) -> Array:
     return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
@@ -26,6 +29,10 @@ def _of_all(name: str) -> bool:
 
 def _of_layers(name: str) -> bool:
     return "layers" in name
+
+
+def _of_part(part: str) -> Callable[[str], bool]:
+    return lambda name: part in name
 
 
 def _with_transposed(names: Callable[[str], bool]) -> Logits:
@@ -54,6 +61,8 @@ SLIPS: tuple[tuple[str, str, Logits], ...] = (
             ("matrices in the layers", _of_layers),
             ("attention matrices", lambda name: "self_attn" in name),
             ("MLP matrices", lambda name: "mlp" in name),
+            ("matrices q_proj and k_proj", lambda name: "q_proj" in name or "k_proj" in name),
+            *((f"matrix {part}", _of_part(part)) for part in PROJECTIONS),
             ("embeddings", lambda name: "embed_tokens" in name),
             ("output matrix (lm_head)", lambda name: "lm_head" in name),
         )

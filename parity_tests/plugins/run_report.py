@@ -106,6 +106,10 @@ def _verdict(report: Any) -> tuple[str, str]:
 @pytest.hookimpl(trylast=True)  # after the tables
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Name each failed check on a line, and each that failed as expected, for llama-parity."""
+    for name, sentence in unexplained(config):
+        terminalreporter.write_line(
+            f"FAILED {name}: no check failed, but in the adapter's {sentence}"
+        )
     for (name, backend), check in sorted(checks.items()) if command_of(config) else ():
         verdict, why = check["verdict"], check.get("reason", "")
         if verdict in ("failed", "passed unexpectedly"):
@@ -115,9 +119,27 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"{verdict}: {backend} {name}: {why}")
 
 
+def unexplained(config: pytest.Config) -> list[tuple[str, str]]:
+    """Return the name of each backend whose adapter was found wrong and no check red; and why.
+
+    Only where all checks were to run.
+    """
+    red = {of for (_, of), check in checks.items() if check["verdict"] in WORST[-3:]}
+    if config.getoption("keyword") or config.getoption("collectonly"):
+        return []
+    return [
+        (name, f"check {finding.kind}: {finding.sentence}")
+        for name in requested_backends(config)
+        for finding in FINDINGS.get(name, ())[:1]
+        if name not in red
+    ]
+
+
 @pytest.hookimpl(trylast=True)  # after parity_report.py, which may fail the run
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
+    if not session.exitstatus and unexplained(config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     name = config.getoption("report")
     if name and not hasattr(config, "workerinput"):
         names = requested_backends(config)

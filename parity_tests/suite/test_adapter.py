@@ -1,5 +1,6 @@
 """The check of an adapter names each slip, and passes over honest ports and other bugs."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from reference_np.ops import Array
 
 from ..conformance.basic import Finding, check_adapter
 from ..conformance.oracle import Oracle
+from ..conformance.slips import PROJECTIONS
+from ..support.jobs import Job
 from . import toy_ports
 
 Compute = Callable[..., Array]  # the oracle's logits, of other parameters or tokens if given
@@ -59,6 +62,10 @@ SLIPS = {
     "attention matrices": lambda f, p, t: f(params=transposed(p, "self_attn")),
     "MLP matrices": lambda f, p, t: f(params=transposed(p, "mlp")),
     "transposed embeddings": lambda f, p, t: f(params=transposed(p, "embed_tokens")),
+    **{
+        f"transposed matrix {part}:": lambda f, p, t, part=part: f(params=transposed(p, part))
+        for part in PROJECTIONS
+    },
     "lm_head": lambda f, p, t: f(params=transposed(p, "lm_head")),
     "tokens in reverse order": lambda f, p, t: f(tokens=t[:, ::-1]),
     "positions of the logits are in reverse": lambda f, p, t: f()[:, ::-1],
@@ -180,3 +187,20 @@ def test_a_port_without_logits_is_told_so() -> None:
 
     (found,) = check_adapter(Later())
     assert found.sentence.startswith("logits are required, and none were computed")
+
+
+GREEN_BUT_FOR_THE_ADAPTER = Job(
+    lambda folder: (
+        *("-m", "llama_parity", "test", "--profile", "quick", "-n", "0"),
+        *("parity_tests.suite.toy_oracles:WrongInTheAdaptersCheckAlone", "--report"),
+        folder / "report.json",
+    )
+)
+
+
+def test_a_finding_about_the_adapter_fails_a_run_without_a_red_check() -> None:
+    done = GREEN_BUT_FOR_THE_ADAPTER.done()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no check failed, but in the adapter's check logits: the logits of the" in done.stdout
+    report = json.loads((GREEN_BUT_FOR_THE_ADAPTER.folder / "report.json").read_text())
+    assert report["verdict"] == "failed"

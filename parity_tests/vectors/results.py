@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reference_np import grad, ops, optim
+from reference_np.angle_error import ANGLE_PATTERNS, inexact_tables
 from reference_np.config import LlamaConfig
 from reference_np.low_precision import round_to, rounded_ops
 from reference_np.model import Cache, forward
@@ -25,7 +26,6 @@ from reference_np.tolerances import (
 )
 from reference_np.training_mutants import TRAINING
 
-from ..conformance.oracle import ANGLE_PATTERNS, inexact_tables
 from .arithmetic import Arithmetic, decimal_digits, decimals, rounded
 from .case_parts import Case
 from .models import Model, random_integers
