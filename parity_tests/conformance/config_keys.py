@@ -18,6 +18,8 @@ class Key(NamedTuple):
     changed: Mapping[str, Any] = {}  # keys of config.json that the form would write otherwise
     is_key: bool = True  # false: every key has its usual value
     limit: str = ""  # the limit outside which the key has no meaning
+    # Other keys' values in words -> the config with those: the key is read, another one is lost.
+    lost: Mapping[str, LlamaConfig] = {}
 
 
 # As many positions as show every frequency that the thresholds below part.
@@ -27,7 +29,14 @@ PLAIN_NAME = "every key as in the first Llama"
 SCALED = replace(
     PLAIN, rope_type="llama3", rope_factor=8.0, rope_original_max_seq_len=32, rope_theta=5e5
 )
-LINEAR = replace(PLAIN, rope_type="linear", rope_factor=4.0)
+# Neither a base nor a factor that a reader may have of its own, or that an integer holds.
+LINEAR = replace(PLAIN, rope_type="linear", rope_factor=2.5, rope_theta=500.0)
+# Of the same shapes as PLAIN, and a head_dim that is not dim / n_kv_heads.
+GROUPED = replace(PLAIN, n_heads=4, n_kv_heads=2, head_dim=16)
+# A matrix that is transposed by mistake has the right shape.
+SQUARE = replace(PLAIN, hidden_dim=64, vocab_size=64)
+# As text, layer 10 comes before layer 2.
+DEEP = replace(PLAIN, n_layers=11)
 
 
 def _without(config: LlamaConfig, **fields: Any) -> dict[str, LlamaConfig]:
@@ -45,6 +54,23 @@ def _others(config: LlamaConfig) -> dict[str, LlamaConfig]:
     }
 
 
+def _unscaled(place: str) -> dict[str, LlamaConfig]:
+    """Return configs of linear scaling without it, and of its place without anything read."""
+    return {"no scaling": replace(LINEAR, rope_type="default"), f"no {place}": PLAIN}
+
+
+def _lost(config: LlamaConfig) -> dict[str, LlamaConfig]:
+    """Return scaled configs in which the base, the kind or the original context is another."""
+    found = {"rope_theta 10000": replace(config, rope_theta=1e4)}
+    if config.rope_type == "llama3":
+        context = config.max_seq_len
+        found["rope_type linear"] = replace(config, rope_type="linear")
+        found[f"original_max_position_embeddings {context}, which is max_position_embeddings"] = (
+            replace(config, rope_original_max_seq_len=context)
+        )
+    return found
+
+
 def _of_version(version: str) -> dict[str, Key]:
     """Return the keys that config.json has in the form of one version, by name."""
     place = "rope_parameters" if version == "5" else "rope_scaling"
@@ -58,26 +84,31 @@ def _of_version(version: str) -> dict[str, Key]:
         "rms_norm_eps": Key(version, eps, _without(eps, norm_eps=(1e-5, 1e-6))),
         base: Key(version, theta, _without(theta, rope_theta=(1e4, 5e5))),
         "num_attention_heads": Key(version, heads, {"2": PLAIN}),
-        "num_hidden_layers": Key(version, replace(PLAIN, n_layers=3), {"2": PLAIN}),
+        "num_hidden_layers": Key(version, DEEP, {"2": PLAIN}),
+        "vocab_size and intermediate_size as hidden_size": Key(version, SQUARE, {}),
         "head_dim": Key(version, replace(PLAIN, head_dim=48), {}, limit="head_dim"),
-        "num_key_value_heads": Key(version, replace(heads, n_kv_heads=2), {}),
+        "num_key_value_heads": Key(version, GROUPED, {}),
         "tie_word_embeddings": Key(version, replace(PLAIN, tie_embeddings=True), {}),
         f"{place}.rope_type linear": Key(
-            version, LINEAR, {"no scaling": PLAIN, **_without(LINEAR, rope_factor=(2.0, 8.0))}
+            version,
+            LINEAR,
+            _unscaled(place) | _without(LINEAR, rope_factor=(2.0, 8.0)),
+            lost=_lost(LINEAR),
         ),
-        f"{place}.rope_type llama3": Key(version, SCALED, none),
+        f"{place}.rope_type llama3": Key(version, SCALED, none, lost=_lost(SCALED)),
     }
     for key, field, value, others in (
-        ("factor", "rope_factor", 3.0, (8.0, 32.0)),
-        ("low_freq_factor", "rope_low_freq_factor", 2.0, (1.0,)),
-        ("high_freq_factor", "rope_high_freq_factor", 12.0, (4.0,)),
+        ("factor", "rope_factor", 3.5, (3.0, 8.0, 32.0)),
+        ("low_freq_factor", "rope_low_freq_factor", 2.5, (1.0, 2.0)),
+        ("high_freq_factor", "rope_high_freq_factor", 12.5, (4.0, 12.0)),
         ("original_max_position_embeddings", "rope_original_max_seq_len", 16, (8192, 64)),
     ):
         config = replace(SCALED, **{field: value})
-        found[f"{place}.{key}"] = Key(version, config, _without(config, **{field: others}) | none)
-    for key in ("head_dim", "num_key_value_heads"):
-        found[f"{key} left out"] = Key(version, PLAIN, {}, {key: ABSENT})
-        found[f"{key} null"] = Key(version, PLAIN, {}, {key: None})
+        unread = _without(config, **{field: others}) | none
+        found[f"{place}.{key}"] = Key(version, config, unread, lost=_lost(config))
+    for key, config in (("head_dim", GROUPED), ("num_key_value_heads", PLAIN)):
+        found[f"{key} left out"] = Key(version, config, {}, {key: ABSENT})
+        found[f"{key} null"] = Key(version, config, {}, {key: None})
     tied = {"true": replace(PLAIN, tie_embeddings=True)}
     found["tie_word_embeddings false"] = Key(version, PLAIN, tied)
     found["tie_word_embeddings left out"] = Key(
@@ -94,8 +125,10 @@ def named(key: str, version: str) -> str:
 def _keys() -> dict[str, Key]:
     found = {name: key for version in VERSIONS for name, key in _of_version(version).items()}
     for name, kind in (("type", {}), ("type and rope_type", {"rope_type": "linear"})):
-        old = {"rope_scaling": {"type": "linear", **kind, "factor": 4.0}}
-        found[named(f"rope_scaling.{name}", "4")] = Key("4", LINEAR, {"no scaling": PLAIN}, old)
+        old = {"rope_scaling": {"type": "linear", **kind, "factor": LINEAR.rope_factor}}
+        found[named(f"rope_scaling.{name}", "4")] = Key(
+            "4", LINEAR, _unscaled("rope_scaling"), old, lost=_lost(LINEAR)
+        )
     found[named("rope_theta left out", "4")] = Key(
         "4", PLAIN, _without(PLAIN, rope_theta=(5e5,)), {"rope_theta": ABSENT}
     )

@@ -114,11 +114,11 @@ def _write(backend: Any, about: Key, folder: str, dtype: str) -> _Written:
 
 
 def _unread(backend: Any, dtype: str, about: Key, written: _Written) -> str:
-    """Return the value of the key with which the oracle has the port's logits; "" for none."""
+    """Return the value of a key with which the oracle has the port's logits; "" for none."""
     found = backend.from_directory(written.words[2], dtype)(written.tokens)
     actual = np.asarray(found, np.float64)
     distances = {}
-    for value, config in about.unread.items():
+    for value, config in {**about.lost, **about.unread}.items():
         other = oracle_logits(written.stored, config, written.tokens)
         distances[value] = errors(actual, other).rms
         # Far nearer than any honest difference of the two values.
@@ -126,8 +126,9 @@ def _unread(backend: Any, dtype: str, about: Key, written: _Written) -> str:
             del distances[value]
     if not distances:
         return ""
-    unread = "is not read: " if about.is_key and ABSENT not in about.changed.values() else ""
-    return f"{unread}the logits are those with {min(distances, key=distances.__getitem__)}"
+    value = min(distances, key=distances.__getitem__)
+    is_unread = value in about.unread and about.is_key and ABSENT not in about.changed.values()
+    return f"{'is not read: ' if is_unread else ''}the logits are those with {value}"
 
 
 def _also_plain(backend: Any, dtype: str, key: str, error: Exception) -> str:

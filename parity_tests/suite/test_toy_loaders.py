@@ -67,6 +67,38 @@ BUGS = {
         "key_of_config_json[{}-head_dim left out (transformers 5)]",
         "config.json: head_dim left out (transformers 5): from_directory failed: KeyError",
     ),
+    "BaseLostWithLinear": (
+        "key_of_config_json[{}-rope_scaling.rope_type linear (transformers 4)]",
+        "linear (transformers 4): the logits are those with rope_theta 10000",
+    ),
+    "BaseOfOldPlace": (
+        "key_of_config_json[{}-rope_parameters.rope_type llama3 (transformers 5)]",
+        "llama3 (transformers 5): the logits are those with rope_theta 10000",
+    ),
+    "OriginalOfMaximum": (
+        "key_of_config_json[{}-rope_scaling.factor (transformers 4)]",
+        "the logits are those with original_max_position_embeddings 64, which is max_position_emb",
+    ),
+    "EveryScalingLinear": (
+        "key_of_config_json[{}-rope_scaling.rope_type llama3 (transformers 4)]",
+        "llama3 (transformers 4): the logits are those with rope_type linear",
+    ),
+    "IntegerFactors": (
+        "key_of_config_json[{}-rope_parameters.rope_type linear (transformers 5)]",
+        "linear (transformers 5): is not read: the logits are those with 2\n",
+    ),
+    "SquareHeadTransposed": (
+        "key_of_config_json[{}-vocab_size and intermediate_size as hidden_size (transformers 5)]",
+        "vocab_size and intermediate_size as hidden_size (transformers 5): logits: ",
+    ),
+    "LayersSortedAsText": (
+        "key_of_config_json[{}-num_hidden_layers (transformers 5)]",
+        "config.json: num_hidden_layers (transformers 5): logits: ",
+    ),
+    "HeadDimOfKeyHeads": (
+        "key_of_config_json[{}-head_dim left out (transformers 4)]",
+        "config.json: head_dim left out (transformers 4): logits: ",
+    ),
     "FirstShardAlone": ("directory[{}]", "two shards and an index"),
     "Bfloat16TakenForFloat16": ("directory[{}]", "bfloat16, "),
     "NullRefused": ("directory[{}]", "optional keys null"),

@@ -157,6 +157,84 @@ class HeadDimRequired(Reader):
         return super().config(dict(hf) | {"head_dim": hf["head_dim"]})
 
 
+class BaseLostWithLinear(Reader):
+    """Has the usual rotary base wherever scaling is linear."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        config = super().config(hf)
+        return replace(config, rope_theta=1e4) if config.rope_type == "linear" else config
+
+
+class BaseOfOldPlace(Reader):
+    """Reads scaling in the place of transformers 5, and the base in that of transformers 4."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        if place := hf.get("rope_parameters"):
+            hf = dict(hf) | {"rope_parameters": dict(place) | {"rope_theta": 1e4}}
+        return super().config(hf)
+
+
+class OriginalOfMaximum(Reader):
+    """Takes max_position_embeddings for the context before scaling."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        config = super().config(hf)
+        return replace(config, rope_original_max_seq_len=config.max_seq_len)
+
+
+class EveryScalingLinear(Reader):
+    """Divides every frequency by the factor, whatever the kind of scaling."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        config = super().config(hf)
+        return replace(config, rope_type="linear") if config.rope_type == "llama3" else config
+
+
+class IntegerFactors(Reader):
+    """Holds the numbers of scaling as integers."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        config = super().config(hf)
+        names = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
+        return replace(config, **{name: float(int(getattr(config, name))) for name in names})
+
+
+class SquareHeadTransposed(Reader):
+    """Transposes the head where its shape allows it."""
+
+    def tensors(self, folder: Path) -> dict[str, Array]:
+        found = super().tensors(folder)
+        head = found.get("lm_head.weight")
+        if head is not None and head.shape[0] == head.shape[1]:
+            found["lm_head.weight"] = head.T
+        return found
+
+
+class LayersSortedAsText(Reader):
+    """Numbers the layers in the order of their names: 0, 1, 10, 2."""
+
+    def tensors(self, folder: Path) -> dict[str, Array]:
+        found = super().tensors(folder)
+        layers = sorted({name.split(".")[2] for name in found if ".layers." in name})
+        numbers = {f".layers.{layer}.": f".layers.{i}." for i, layer in enumerate(layers)}
+        return {self.renamed(name, numbers): value for name, value in found.items()}
+
+    def renamed(self, name: str, numbers: Mapping[str, str]) -> str:
+        for old, new in numbers.items():
+            if old in name:
+                return name.replace(old, new)
+        return name
+
+
+class HeadDimOfKeyHeads(Reader):
+    """Derives a head_dim that is left out from the number of key/value heads."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        heads = hf.get("num_key_value_heads") or hf["num_attention_heads"]
+        derived = {} if hf.get("head_dim") else {"head_dim": hf["hidden_size"] // heads}
+        return super().config(dict(hf) | derived)
+
+
 class SmallEpsilonAndHeadDimRequired(FixedSmallEpsilon, HeadDimRequired):
     """Has two bugs, one of which shows in every directory."""
 
