@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .config import ROPE_USES, InputError
+from .config import ROPE_USES, InputError, LlamaConfig
 
 Array = NDArray[Any]
 
@@ -100,6 +100,17 @@ class Limits:
         """Return the flags by which llama_parity.random_checkpoint writes a model inside these."""
         scaled = "" if "default" in self.rope_types else f" --rope-type {self.rope_types[0]}"
         return f"--shape tiny{scaled}{'' if False in self.tied else ' --tied'}"
+
+    def excluding(self, config: LlamaConfig) -> str:
+        """Return the name of a limit that a config is outside; "" inside all."""
+        derived = config.head_dim * config.n_heads == config.dim
+        if (self.head_dim == "dim / n_heads" and not derived) or (
+            self.head_dim == "dim a multiple of n_heads" and config.dim % config.n_heads
+        ):
+            return "head_dim"
+        if config.rope_type not in self.rope_types:
+            return "rope_types"
+        return "" if config.tie_embeddings in self.tied else "tied"
 
     @property
     def padding_sides(self) -> tuple[bool, ...]:

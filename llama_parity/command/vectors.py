@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_common import cli
 from llama_common.errors import InputError
 from llama_common.nearest import did_you_mean
 
-from .errors import as_input_errors
+from ..running import run
 
 HELP = """\
 usage: llama-parity vectors list
@@ -29,10 +28,10 @@ ACTIONS = ("list", "copy", "check")
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; return its exit code."""
-    return cli.run(lambda: _main(list(argv)))
+    return run(_main, argv)
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: Sequence[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(HELP)
         return 0
@@ -48,14 +47,13 @@ def _main(argv: list[str]) -> int:
         raise InputError(f"vectors {action}: takes {wanted}, got {' '.join(rest) or 'none'}")
     from parity_tests.vectors import check
 
-    with as_input_errors():
-        if action == "list":
-            print("\n".join(check.list_cases()))
-            return 0
-        folder = Path(folders[0])
-        if action == "copy":
-            print(f"{folder}: {check.copy_vectors(folder)} cases; index.json has their names")
-            return 0
-        verdicts = check.check(folder, float32_angles)
-        print("\n".join(check.report(verdicts)))
-        return check.exit_code(verdicts)
+    if action == "list":
+        print("\n".join(check.list_cases()))
+        return 0
+    folder = Path(folders[0])
+    if action == "copy":
+        print(f"{folder}: {check.copy_vectors(folder)} cases; index.json has their names")
+        return 0
+    verdicts = check.check(folder, float32_angles)
+    print("\n".join(check.report(verdicts)))
+    return check.exit_code(verdicts)

@@ -18,6 +18,7 @@ from .replay import EMBEDDING_STAGE, Replay
 from .source import Source, open_checkpoint
 from .trace_file import TraceFile, TraceWriter, write_trace
 from .trace_format import Call, Step
+from .training_step import with_gradients
 from .training_task import HYPERPARAMETERS, clip_limits
 
 
@@ -62,10 +63,15 @@ def _training_step(
     """Return the hyperparameters of a step that clips, and the results of the oracle's."""
     params = dict(open_checkpoint(checkpoint.path, comparison.precision))
     z_loss = HYPERPARAMETERS.z_loss
-    _, grads = optim.accumulate(params, batches, checkpoint.config, z_loss)
-    hyper = replace(HYPERPARAMETERS, grad_clip=clip_limits(grads)["clipped"])
+    loss_and_grads = optim.accumulate(params, batches, checkpoint.config, z_loss)
+    hyper = replace(HYPERPARAMETERS, grad_clip=clip_limits(loss_and_grads[1])["clipped"])
     new, state, metrics = optim.train_step(
-        params, optim.init_state(params), batches, checkpoint.config, hyper
+        params,
+        optim.init_state(params),
+        batches,
+        checkpoint.config,
+        hyper,
+        rules=with_gradients(loss_and_grads),
     )
     found: dict[str, Any] = {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
     kinds = {

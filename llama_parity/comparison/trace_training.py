@@ -17,12 +17,13 @@ from reference_np.optim import Hyperparameters, OptState
 from .diagnosis import Diagnosis, Explanation
 from .judging import Row
 from .progress import Start
-from .source import Source, open_checkpoint
+from .source import Source
 from .trace_file import TraceFile
 from .training_step import (
     as_tokens,
     compare_step,
     diagnose_step,
+    exact_and_low_params,
     gradients,
     step_values,
     update_values,
@@ -72,6 +73,7 @@ def compare_traced_steps(
                 f"Step {s} is not judged: the trace lacks the parameters, or the moments exp_avg "
                 f"and exp_avg_sq, after step {s - 1}."
             )
+            advance()
             continue
         task = _task(trace, s, at.state)
         theirs = _their_values(trace, s, at.low)
@@ -143,9 +145,7 @@ def _task(trace: TraceFile, s: int, state: OptState | None) -> Task:
 def _start_of(trace: TraceFile, checkpoint: Source, s: int) -> _Start | None:
     """Return where step ``s`` starts; None where the trace does not show the state before it."""
     if s == 0:
-        exact = dict(checkpoint)
-        low = dict(open_checkpoint(checkpoint.path, trace.dtype))
-        return _Start(exact, exact if trace.dtype == "float64" else low, None)
+        return _Start(*exact_and_low_params(checkpoint, trace.dtype), None)
     found = []
     for kind in ("param", "exp_avg", "exp_avg_sq"):
         values = _read_all(trace, s - 1, kind)

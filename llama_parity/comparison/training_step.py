@@ -57,6 +57,22 @@ def gradients(
     return loss_and_grads
 
 
+def with_gradients(
+    loss_and_grads: tuple[float, Mapping[str, Array]],
+    rules: SimpleNamespace = optim.REFERENCE_RULES,
+) -> SimpleNamespace:
+    """Return the steps of training with a loss and gradients that are known already."""
+    return SimpleNamespace(**{**vars(rules), "accumulate": lambda *_: loss_and_grads})
+
+
+def exact_and_low_params(
+    checkpoint: Source, dtype: str
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return all parameters in float64 and in ``dtype``; the same ones where that is float64."""
+    exact = dict(checkpoint)
+    return exact, exact if dtype == "float64" else dict(open_checkpoint(checkpoint.path, dtype))
+
+
 def step_values(
     task: Task,
     params: Mapping[str, Array],
@@ -69,7 +85,7 @@ def step_values(
     ``trains``: with the optimizer's. Matrices are [1, rows, columns], all others [1, 1, n].
     """
     values = gradient_values(*loss_and_grads)
-    given = SimpleNamespace(**{**vars(rules), "accumulate": lambda *_: loss_and_grads})
+    given = with_gradients(loss_and_grads, rules)
     for run in task.clip_limits if trains else ():
         hyper = replace(task.hyper, z_loss=task.z_loss, grad_clip=task.clip_limits[run])
         new, state, metrics = optim.train_step(
@@ -86,12 +102,7 @@ def compare_training(
 
     Raises InputError for a backend without gradients, and for one that fails.
     """
-    exact_params = dict(checkpoint)  # parameters in float64
-    low_params = (
-        exact_params
-        if side.dtype == "float64"
-        else dict(open_checkpoint(checkpoint.path, side.dtype))
-    )
+    exact_params, low_params = exact_and_low_params(checkpoint, side.dtype)
     advance = start("training step", 3)
     step = _their_step(side, checkpoint, batches, exact_params)
     task, trains = step.task, step.trains

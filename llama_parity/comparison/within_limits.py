@@ -17,20 +17,15 @@ RANDOM_CHECKPOINT = "llama_parity.random_checkpoint"
 def require_config(limits: Limits, checkpoint: Source, spec: str) -> None:
     """Raise InputError where a checkpoint is of an architecture outside the limits of ``spec``."""
     config = checkpoint.config
-    outside = ""
-    derived = config.head_dim * config.n_heads == config.dim
-    if (limits.head_dim == "dim / n_heads" and not derived) or (
-        limits.head_dim == "dim a multiple of n_heads" and config.dim % config.n_heads
-    ):
-        outside = f"head_dim = {limits.head_dim!r}, not {config.head_dim} with dim {config.dim} "
-        outside += f"and {config.n_heads} heads"
-    elif config.rope_type not in limits.rope_types:
-        outside = f"rope_types = {limits.rope_types}, without {config.rope_type!r}"
-    elif config.tie_embeddings not in limits.tied:
-        outside = f"tied = {limits.tied}, without {config.tie_embeddings}"
-    if outside:
+    if name := limits.excluding(config):
+        found = {
+            "head_dim": f"not {config.head_dim} with dim {config.dim} and {config.n_heads} heads",
+            "rope_types": f"without {config.rope_type!r}",
+            "tied": f"without {config.tie_embeddings}",
+        }
         raise InputError(
-            f"--against {spec}: it declares the limit {outside}, and so {checkpoint.path} is "
+            f"--against {spec}: it declares the limit {name} = {getattr(limits, name)!r}, "
+            f"{found[name]}, and so {checkpoint.path} is "
             "outside; give another checkpoint, such as one that "
             f"python -m {RANDOM_CHECKPOINT} DIR {limits.checkpoint_flags()} writes"
         )

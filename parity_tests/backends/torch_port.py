@@ -39,6 +39,18 @@ def to_numpy(tensor: Tensor) -> Array:
     return array
 
 
+def with_parameters(
+    module: nn.Module, params: Params, convert: Callable[[Tensors], Tensors] = dict
+) -> Any:
+    """Return a module with the protocol's parameters, in their dtype, for inference.
+
+    convert  from the protocol's parameters to the module's by name.
+    """
+    tensors = {name: to_torch(value) for name, value in params.items()}
+    module.load_state_dict(convert(tensors), assign=True)
+    return module.eval()
+
+
 def lifted(params: Params) -> AbstractContextManager[Any]:
     """Return a context in which casts to float32 are to float64, if the parameters are float64.
 

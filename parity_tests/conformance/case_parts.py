@@ -13,7 +13,7 @@ from reference_np.config import LlamaConfig
 from reference_np.limits import UNLIMITED, Limits, limits_of
 from reference_np.model import forward
 
-from .strategies import Array, Case, Params, padded, unmasked_cases_for
+from .strategies import Array, Case, Params, cast, padded, unmasked_cases_for
 from .training_cases import TrainingCase
 
 ML_DTYPES = {"bfloat16": ml_dtypes.bfloat16}  # those that NumPy knows by no name
@@ -28,14 +28,13 @@ def rounded_and_exact_params(
     backend: Any, case: Case | TrainingCase, dtype: str
 ) -> tuple[Params, Params]:
     """Return the parameters in ``dtype``, and in float64 those that the backend computes with."""
-    rounded = {n: v.astype(ML_DTYPES.get(dtype, dtype)) for n, v in case.params.items()}
+    rounded = cast(case.params, ML_DTYPES.get(dtype, dtype))
     return rounded, effective_params_of(backend, case.config, rounded)
 
 
 def rounded_to(dtype: str, params: Params) -> Params:
     """Return parameters rounded to ``dtype``, in float64."""
-    rounded = {n: v.astype(ML_DTYPES.get(dtype, dtype)) for n, v in params.items()}
-    return {n: v.astype(np.float64) for n, v in rounded.items()}
+    return cast(cast(params, ML_DTYPES.get(dtype, dtype)), np.float64)
 
 
 def oracle_logits(

@@ -17,7 +17,6 @@ class Key(NamedTuple):
     unread: Mapping[str, LlamaConfig]  # the key's other value in words -> the config with that
     changed: Mapping[str, Any] = {}  # keys of config.json that the form would write otherwise
     is_key: bool = True  # false: every key has its usual value
-    limit: str = ""  # the limit outside which the key has no meaning
     # Other keys' values in words -> the config with those: the key is read, another one is lost.
     lost: Mapping[str, LlamaConfig] = {}
 
@@ -86,7 +85,7 @@ def _of_version(version: str) -> dict[str, Key]:
         "num_attention_heads": Key(version, heads, {"2": PLAIN}),
         "num_hidden_layers": Key(version, DEEP, {"2": PLAIN}),
         "vocab_size and intermediate_size as hidden_size": Key(version, SQUARE, {}),
-        "head_dim": Key(version, replace(PLAIN, head_dim=48), {}, limit="head_dim"),
+        "head_dim": Key(version, replace(PLAIN, head_dim=48), {}),
         "num_key_value_heads": Key(version, GROUPED, {}),
         "tie_word_embeddings": Key(version, replace(PLAIN, tie_embeddings=True), {}),
         f"{place}.rope_type linear": Key(

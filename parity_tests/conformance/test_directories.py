@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference_np.config import LlamaConfig
-from reference_np.limits import Limits, limits_of
+from reference_np.limits import limits_of
 from reference_np.tolerances import errors
 
 from .calls import ParityError
@@ -55,23 +55,13 @@ def _compare(
     )
 
 
-def _outside(key: Key, limits: Limits) -> str:
-    """Return ``limit = value`` for a limit that the key's config is outside; or ""."""
-    if key.config.rope_type not in limits.rope_types:
-        return f"rope_types = {limits.rope_types}"
-    if key.limit == "head_dim" and limits.head_dim == "dim / n_heads":
-        return f"head_dim = {limits.head_dim}"
-    if key.config.tie_embeddings not in limits.tied:
-        return f"tied = {limits.tied}"
-    return ""
-
-
 @pytest.mark.needs("from_directory")
 @pytest.mark.parametrize("key", KEYS)
 def test_key_of_config_json(backend: Any, key: str) -> None:
     """Logits of a directory in which one key of config.json is unlike the first Llama's."""
     about, dtype, limits = KEYS[key], best_dtype(backend), limits_of(backend)
-    if outside := _outside(about, limits):
+    if name := limits.excluding(about.config):
+        outside = f"{name} = {getattr(limits, name)}"
         JUDGE.entry.by_limit[outside] += 1
         pytest.skip(f"not covered, by limit: {outside}")
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +124,7 @@ def _unread(backend: Any, dtype: str, about: Key, written: _Written) -> str:
 def _also_plain(backend: Any, dtype: str, key: str, error: Exception) -> str:
     """Return words for a kind of failure that a directory of usual values has too; or ""."""
     plain = named(PLAIN_NAME, KEYS[key].version)
-    if key == plain or _outside(KEYS[plain], limits_of(backend)):
+    if key == plain or limits_of(backend).excluding(KEYS[plain].config):
         return ""
     with tempfile.TemporaryDirectory() as folder:
         written = _write(backend, KEYS[plain], folder, dtype)

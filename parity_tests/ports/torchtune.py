@@ -7,6 +7,7 @@ in the module, of a fixed length, and is copied here.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,10 +52,9 @@ def renamed(config: Any, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def built(config: Any, params: Any) -> Positional:
-    tensors = {name: torch_port.to_torch(value) for name, value in params.items()}
     module = Positional(config)
-    module.load_state_dict(renamed(config, tensors), assign=True)
-    return module.eval()
+    found: Positional = torch_port.with_parameters(module, params, partial(renamed, config))
+    return found
 
 
 class Port:

@@ -74,14 +74,13 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "llama_parity.comparison": (*PROGRAM, "reference_np", "llama_parity.conversion"),
     "llama_parity.conversion": (*PROGRAM, "reference_np"),
     "tools": (*PROGRAM, "reference_np", "llama_parity", *PARTS_OF_TOOLS),
-    "tools.benchmarks": (*(*PROGRAM, "reference_np", "llama_parity.conversion", "tools.shapes"),),
+    "tools.benchmarks": (*PROGRAM, "reference_np", "llama_parity.conversion", "tools.shapes"),
     "tools.shapes": ("llama_torch.model",),
     # The suite that outsiders run stands on the specification alone.
     "parity_tests.conformance": ("reference_np",),
     "parity_tests.backends": (*PROGRAM, "reference_np", "llama_parity.comparison"),
     "parity_tests.planted": ("reference_np", "parity_tests.conformance"),
-    # conformance has the bound of angles in float32.
-    "parity_tests.vectors": ("reference_np", "llama_common", *JUDGE, "parity_tests.conformance"),
+    "parity_tests.vectors": ("reference_np", "llama_common", *JUDGE),
     # Each with the package that it is a port of, which is not installed here.
     "parity_tests.ports": ("reference_np", "parity_tests.backends"),
     "parity_tests.gpu_faults": (),

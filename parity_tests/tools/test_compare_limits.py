@@ -17,7 +17,7 @@ from reference_np.ops import rope_frequencies
 
 from ..planted.port import Planted
 from ..plugins.parity_report import comparison_commands
-from ..suite.toy_ports import Engine, Small
+from ..suite.toy_ports import Engine, Small, SmallWithTiledHeads
 from .comparing import CONFIG, QUICK, write
 
 DERIVED = dataclasses.replace(CONFIG, head_dim=CONFIG.dim // CONFIG.n_heads)
@@ -155,16 +155,13 @@ def test_a_librarys_refusal_is_a_failure(ckpt: Path, run: Callable, offer: Calla
     assert "raise NotImplementedError in the backend's own file" in err
 
 
-class TiledHeads(Small):
+class TiledHeads(SmallWithTiledHeads):
     """Key heads repeated in the wrong order, in a port of tied llama3 models alone."""
 
     limits = dataclasses.replace(Small.limits, rope_types=("llama3",), tied=(True,))
 
     def frequencies(self, config: Any) -> Any:
         return rope_frequencies(config)
-
-    def repeat(self, heads: Any, n_rep: int) -> Any:
-        return np.tile(heads, (1, 1, n_rep, 1))
 
 
 def test_the_commands_that_a_failing_suite_prints_name_the_bug(

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from llama_parity import compare
 from llama_parity.comparison.trace_file import TraceFile
@@ -21,6 +21,7 @@ from reference_np.naming import activation_axes
 
 from ..backends.torch_model import save_numpy
 from ..conformance.strategies import cast, random_params
+from .comparing import contents
 
 DOCS = Path(__file__).parents[2] / "docs"
 HAS_FULL = Path("/dev/full").exists()
@@ -109,11 +110,6 @@ def run(*command: object) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def load(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
-    with safe_open(path, framework="np") as file:
-        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 def assert_same(found: NDArray[Any], expected: NDArray[Any]) -> None:
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     assert found.tobytes() == expected.tobytes()
@@ -122,7 +118,7 @@ def assert_same(found: NDArray[Any], expected: NDArray[Any]) -> None:
 def test_the_example_writes_what_it_says(example: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     assert run(example, path) == (0, "")
-    metadata, tensors = load(path)
+    metadata, tensors = contents(path)
     hf = json.loads(metadata.pop("config"))
     config = LlamaConfig.from_hf(hf)
     assert (config.dim, config.vocab_size, config.n_layers) == (4, 5, 1)
@@ -158,7 +154,7 @@ def test_compare_reads_the_example(
     """Its numbers are invented and most are missing, which compare.py reports."""
     path = tmp_path / "mine.safetensors"
     run(example, path)
-    config = LlamaConfig.from_hf(json.loads(load(path)[0]["config"]))
+    config = LlamaConfig.from_hf(json.loads(contents(path)[0]["config"]))
     weights = cast(random_params(config, 0), np.float32)
     save_numpy(weights, tmp_path / "ckpt.safetensors", {"config": config.to_json()})
     arguments = [str(tmp_path / "ckpt.safetensors"), "--against", str(path), "--json", "-"]
@@ -177,7 +173,7 @@ def test_compare_reads_the_example(
 def test_every_dtype_and_any_text_survive(corners: Path, tmp_path: Path) -> None:
     path = tmp_path / "corners.safetensors"
     assert run(corners, path, "all") == (0, "")
-    metadata, tensors = load(path)
+    metadata, tensors = contents(path)
     text = '"quoted" \\ back / \b\f\n\r\t \x01\x1f\x7f\0 \u00e9 \U0001f999'
     assert metadata['key "\\\n'] == text
     expected = {
@@ -216,7 +212,7 @@ def test_an_unfinished_file_is_no_trace(corners: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.safetensors"
     assert run(corners, path, "unfinished") == (0, "")
     with pytest.raises(SafetensorError, match="header"):
-        load(path)
+        contents(path)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ CLASSES = {
     "adamw": "optimizer",
     "decays": "optimizer",
 }
-BY_DESIGN = "rope_angles_float32"  # of a port that declares float32 angles
 
 
 def notes() -> dict[str, dict[str, Any]]:
