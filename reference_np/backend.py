@@ -33,7 +33,8 @@ class Backend:
     raise NotImplementedError with a reason in your own file, where your implementation has no
     such function; the test is counted as not covered, never as passed. One that comes from
     deeper inside a library is a failure. Every call but ``append`` brings all it needs and must
-    not depend on calls before it.
+    not depend on calls before it. A call that writes to an array it is given, or to one that an
+    earlier call returned, is a failure of its own, though its results are judged as if it did not.
 
     limits            reference_np.limits.Limits, inside which all examples are drawn: head_dim,
                       masks, positions, cache, rotary scaling, context, batch and more; no limits
@@ -115,7 +116,8 @@ class Backend:
 
         Return a function from tokens, int64 [B, T], to causal logits [B, T, V]. The directory is in
         Hugging Face's form: config.json as transformers 4 or 5 writes it, safetensors in one file
-        or in shards with an index, in float32, bfloat16 or float16. It is removed afterwards.
+        or in shards with an index, in float32, bfloat16 or float16. It is yours to write to, and
+        removed after the call of that function.
         """
         raise NotImplementedError("from_directory")
 
@@ -146,8 +148,8 @@ class Backend:
         """Return the weights that are computed with, dequantised, in float64.
 
         Only for a backend that quantises its weights: the oracle then computes with the returned
-        ones. Such a backend is best judged in float64, whose tolerance does not depend on the
-        precision of the given ones.
+        ones, which must be roundings of the given ones, to one bit at the least. Such a backend is
+        best judged in float64, whose tolerance does not depend on the precision of the given ones.
         """
         raise NotImplementedError("effective_params")
 

@@ -22,6 +22,8 @@ from .architectures import EPSILONS
 from .bounds import resembling
 from .calls import Calls, ParityError, as_array
 from .case_parts import best_dtype, oracle_logits, rounded_and_exact_params
+from .description import describe_error
+from .handed import Handed, describe_change
 from .slips import SLIPS
 from .strategies import Array, Case, Params, random_params
 
@@ -53,10 +55,11 @@ class Probe:
     params: Params
     exact: Params
 
-    def call(self) -> Array:
-        """Return the backend's logits as they are."""
-        result: Array = self.backend.logits(self.config, self.params, self.tokens, None, None)
-        return result
+    def call(self) -> tuple[Any, list[str]]:
+        """Return the backend's logits as they are, and the names of the arrays that it changed."""
+        params, tokens = Handed(self.params), Handed({"tokens": self.tokens})
+        inputs = (params.copies, tokens.copies["tokens"], None, None)
+        return self.backend.logits(self.config, *inputs), params.changed() + tokens.changed()
 
     def expected(self) -> Array:
         """Return the oracle's logits [B, T, V]."""
@@ -122,11 +125,10 @@ def _probe(backend: Any, **changed: int) -> Probe:
 
 
 def _of_the_square(backend: Any) -> list[Finding]:
-    probe = _probe(backend)
-    given = {name: value.copy() for name, value in probe.params.items()}
     try:
-        value = probe.call()
-        found = as_array("logits", value)
+        probe = _probe(backend)
+        value, changed = probe.call()
+        found = as_array("logits", value).copy()
     except ParityError as error:
         return [Finding("arrays", error.sentence)]
     except Exception as error:
@@ -136,14 +138,14 @@ def _of_the_square(backend: Any) -> list[Finding]:
         return [_misshapen(probe, found, expected)]
     if not np.isfinite(found).all():
         return [Finding("arrays", "logits are not finite (NaN or infinite)")]
-    findings = list(_of_the_arrays(probe, found, given))
+    findings = list(_of_the_arrays(probe, found, changed))
     if probe.agrees(found, expected):
         return findings
     return [*findings, *_slip(probe, found, expected)]
 
 
 def _raised(backend: Any, error: Exception) -> Finding:
-    why = " ".join(f"{type(error).__name__}: {error}".split())
+    why = describe_error(error)
     if isinstance(error, NotImplementedError) and is_own_refusal(backend, error):
         return Finding("logits", f"logits are required, and none were computed ({why})")
     at = traceback.extract_tb(error.__traceback__)
@@ -152,7 +154,7 @@ def _raised(backend: Any, error: Exception) -> Finding:
     return Finding("logits", f"logits raised {why}, at {where}")
 
 
-def _of_the_arrays(probe: Probe, found: Array, given: Params) -> Iterator[Finding]:
+def _of_the_arrays(probe: Probe, found: Array, changed: list[str]) -> Iterator[Finding]:
     """Yield findings about types, and about calls that change their arguments or later calls."""
     if probe.dtype in CLOSE and found.dtype.itemsize < np.dtype(probe.dtype).itemsize:
         yield Finding(
@@ -160,14 +162,16 @@ def _of_the_arrays(probe: Probe, found: Array, given: Params) -> Iterator[Findin
             f"the parameters are {probe.dtype} and the logits {found.dtype}: compute in "
             f"{probe.dtype}, or leave it out of dtypes",
         )
-    if changed := [name for name in given if not np.array_equal(probe.params[name], given[name])]:
-        yield Finding(
-            "arguments", f"logits changes the arrays that it is given ({changed[0]}): copy them"
-        )
-    elif not probe.agrees(as_array("logits", probe.call()), found):
-        yield Finding(
-            "repetition", "two equal calls give different logits: dropout, or a cache that is kept"
-        )
+    if changed:
+        yield Finding("arguments", describe_change("logits", changed))
+        return
+    why = "two equal calls give different logits: dropout, or a cache that is kept"
+    try:
+        again = as_array("logits", probe.call()[0])
+    except Exception as error:
+        again, why = None, f"the second of two equal calls raised {describe_error(error)}"
+    if again is None or not probe.agrees(again, found):
+        yield Finding("repetition", why)
 
 
 def _misshapen(probe: Probe, found: Array, expected: Array) -> Finding:
@@ -220,9 +224,14 @@ SIZES: tuple[tuple[str, dict[str, int]], ...] = (
 def _of_one_size_each(backend: Any) -> Iterator[Finding]:
     """Yield a finding for each size that is right where it equals the others, and else wrong."""
     for name, changed in SIZES:
-        probe = _probe(backend, **changed)
         usual = getattr(_config(limits_of(backend), {}), name)
-        found, why = _logits_or_error(probe)
+        found = None
+        try:
+            probe = _probe(backend, **changed)
+            inputs = (probe.config, probe.params, probe.tokens, None, None)
+            found = Calls(backend).logits(*inputs)
+        except Exception as error:
+            why = describe_error(error)
         if found is not None and probe.agrees(found, expected := probe.expected()):
             continue
         if found is not None:
@@ -238,12 +247,3 @@ def _of_one_size_each(backend: Any) -> Iterator[Finding]:
 
 def _run(probe: Probe, model: Any) -> dict[str, Array]:
     return {"logits": model.logits(probe.config, probe.exact, probe.tokens, None, None)}
-
-
-def _logits_or_error(probe: Probe) -> tuple[Array | None, str]:
-    """Return checked logits and "", or None and the error in one line."""
-    try:
-        inputs = (probe.config, probe.params, probe.tokens, None, None)
-        return Calls(probe.backend).logits(*inputs), ""
-    except Exception as error:
-        return None, " ".join(f"{type(error).__name__}: {error}".split())

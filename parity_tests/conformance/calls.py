@@ -1,5 +1,7 @@
 """A backend's methods, their results checked before they are compared."""
 
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,8 +9,12 @@ import numpy as np
 
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
+from reference_np.grad import Batch
 
 from .description import describe_call, describe_config
+from .handed import Handed, describe_change
+
+Inputs = Mapping[str, Any]  # by name: arrays, or sequences of them
 
 
 class ParityError(AssertionError):
@@ -67,23 +73,50 @@ def _pair(method: str, result: Any) -> tuple[Any, Any]:
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
+    """Return a mapping with copies of its arrays, to which a later call may write."""
     if not isinstance(value, Mapping):
         raise ParityError(f"{name} is of type {type(value).__name__}, not a mapping from names")
-    return dict(value)
+    return {key: v.copy() if isinstance(v, np.ndarray) else v for key, v in value.items()}
 
 
 class Calls:
     """Calls a backend's methods and checks what they return; notes the call for a report.
 
-    A method that the backend lacks raises NotImplementedError.
+    It is handed copies. ``overwritten`` has a sentence on what it wrote to of what it was given, or
+    had returned before. A method that the backend lacks raises NotImplementedError.
     """
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
+        self.overwritten = ""
+        self._params: tuple[Params, Handed] | None = None
+        self._returned: list[tuple[str, Array, Array]] = []
 
-    def _call(self, method: str, config: LlamaConfig, params: Params, *arguments: Any) -> Any:
-        last_call[:] = [describe_config(config), describe_call(method, arguments)]
-        return self._method(method)(config, params, *arguments)
+    def _call(
+        self, method: str, config: LlamaConfig, params: Params, inputs: Inputs, *rest: Any
+    ) -> Any:
+        """Call a method with config, params and named arrays; ``rest`` is passed on as it is."""
+        last_call[:] = [describe_config(config), describe_call(method, (*inputs.values(), *rest))]
+        # The same copy for all calls of a scenario: a backend may know its weights by it.
+        if self._params is None or self._params[0] is not params:
+            self._params = params, Handed(params)
+        handed = Handed(inputs)
+        given = self._params[1].copies, *handed.copies.values(), *rest
+        result = self._method(method)(config, *given)
+        self._note_changes(method, handed)
+        return result
+
+    def _note_changes(self, method: str, handed: Handed) -> None:
+        """Note the first change of what was given to a method, or returned by one before."""
+        changed = handed.changed()
+        if self._params is not None and (of_params := self._params[1].changed()):
+            changed = of_params + changed
+            self._params = None
+        found = describe_change(method, changed) if changed else ""
+        for name, array, copy in self._returned:
+            if not found and not np.array_equal(array, copy, equal_nan=True):
+                found = f"{method} changes what {name} returned before: return an array of its own"
+        self.overwritten = self.overwritten or found
 
     def _method(self, name: str) -> Callable[..., Any]:
         method = getattr(self.backend, name, None)
@@ -91,64 +124,91 @@ class Calls:
             raise NotImplementedError(f"{name} is not offered")
         return method
 
-    def _checked(self, value: Any, shape: tuple[int, ...], axes: str) -> Array:
+    def _checked(self, method: str, value: Any, shape: tuple[int, ...], axes: str) -> Array:
+        """Return checked logits; a copy, as a later call may write to the same array."""
         logits = as_array("logits", value)
         if why := unfit("logits", logits, shape):
             raise ParityError(f"{why}{f' {axes}' if logits.shape != shape else ''}")
-        return logits
+        self._returned.append((method, logits, logits.copy()))
+        return self._returned[-1][-1]
 
     def logits(self, config: LlamaConfig, params: Params, *inputs: Any) -> Array:
-        value = self._call("logits", config, params, *inputs)
-        return self._checked(value, (*inputs[0].shape, config.vocab_size), "[B, T, V]")
+        value = self._call("logits", config, params, _named(inputs))
+        return self._checked("logits", value, (*inputs[0].shape, config.vocab_size), "[B, T, V]")
 
-    def decode(self, config: LlamaConfig, params: Params, *inputs: Any) -> tuple[Array, Any]:
-        value, cache = _pair("decode", self._call("decode", config, params, *inputs))
-        return self._checked(value, (*inputs[0].shape, config.vocab_size), "[B, T, V]"), cache
+    def decode(
+        self, config: LlamaConfig, params: Params, *inputs_and_cache: Any
+    ) -> tuple[Array, Any]:
+        *inputs, cache = inputs_and_cache
+        value, cache = _pair("decode", self._call("decode", config, params, _named(inputs), cache))
+        shape = (*inputs[0].shape, config.vocab_size)
+        return self._checked("decode", value, shape, "[B, T, V]"), cache
 
     def directory_logits(
         self, config: LlamaConfig, form: str, path: str, dtype: str, tokens: Array
     ) -> Array:
-        """Return the logits of tokens [B, T] by a directory of ``config``, written in ``form``."""
+        """Return the logits of tokens [B, T] by a directory of ``config``, written in ``form``.
+
+        The backend reads a copy of the directory, to which it may write.
+        """
         last_call[:] = [describe_config(config), f"from_directory: {form}; {dtype}; tokens "]
         last_call[1] += str(list(tokens.shape))
-        value = self._method("from_directory")(path, dtype)(tokens)
-        return self._checked(value, (*tokens.shape, config.vocab_size), "[B, T, V]")
+        method, handed = self._method("from_directory"), Handed({"tokens": tokens})
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(path, folder, dirs_exist_ok=True)
+            value = method(folder, dtype)(handed.copies["tokens"])
+        self._note_changes("from_directory", handed)
+        shape = (*tokens.shape, config.vocab_size)
+        return self._checked("from_directory", value, shape, "[B, T, V]")
 
     def trace(self, config: LlamaConfig, params: Params, *inputs: Any) -> dict[str, Any]:
-        return _mapping("trace's result", self._call("trace", config, params, *inputs))
+        return _mapping("trace's result", self._call("trace", config, params, _named(inputs)))
 
     def traced_decode(
-        self, config: LlamaConfig, params: Params, *inputs: Any
+        self, config: LlamaConfig, params: Params, *inputs_and_cache: Any
     ) -> tuple[dict[str, Any], Any]:
-        found, cache = _pair("traced_decode", self._call("traced_decode", config, params, *inputs))
+        *inputs, cache = inputs_and_cache
+        result = self._call("traced_decode", config, params, _named(inputs), cache)
+        found, cache = _pair("traced_decode", result)
         return _mapping("traced_decode's first result", found), cache
 
     def loss_and_grads(
-        self, config: LlamaConfig, params: Params, *inputs: Any
+        self, config: LlamaConfig, params: Params, batches: Sequence[Batch], z_loss: float
     ) -> tuple[Any, dict[str, Any]]:
-        result = self._call("loss_and_grads", config, params, *inputs)
+        result = self._call("loss_and_grads", config, params, {"batches": batches}, z_loss)
         loss, grads = _pair("loss_and_grads", result)
-        return loss, _parameters("gradient", _mapping("the gradients", grads), params)
+        return loss, checked_parameters("gradient", _mapping("the gradients", grads), params)
 
-    def train(self, config: LlamaConfig, params: Params, *inputs: Any) -> dict[str, Any]:
-        found = _mapping("train's result", self._call("train", config, params, *inputs))
+    def train(
+        self, config: LlamaConfig, params: Params, batches: Sequence[Batch], *rest: Any
+    ) -> dict[str, Any]:
+        result = self._call("train", config, params, {"batches": batches}, *rest)
+        found = _mapping("train's result", result)
         if absent := {"loss", "grad_norm", "params", "exp_avg", "exp_avg_sq"} - set(found):
             raise ParityError(f"train's result lacks {', '.join(sorted(absent))}")
         for name in ("params", "exp_avg", "exp_avg_sq"):
-            found[name] = _parameters(name, _mapping(name, found[name]), params)
+            found[name] = checked_parameters(name, _mapping(name, found[name]), params)
         return found
 
     def start(self, config: LlamaConfig, params: Params, rows: Sequence[Array]) -> Array:
-        value = self._call("start", config, params, rows)
+        value = self._call("start", config, params, {"rows": rows})
         self._shape = (len(rows), config.vocab_size)
-        return self._checked(value, self._shape, "[B, V]")
+        return self._checked("start", value, self._shape, "[B, V]")
 
     def append(self, tokens: Array) -> Array:
         last_call[1:] = [describe_call("append", (tokens,))]
-        return self._checked(self._method("append")(tokens), self._shape, "[B, V]")
+        handed = Handed({"tokens": tokens})
+        value = self._method("append")(handed.copies["tokens"])
+        self._note_changes("append", handed)
+        return self._checked("append", value, self._shape, "[B, V]")
 
 
-def _parameters(name: str, values: dict[str, Any], params: Params) -> dict[str, Array]:
+def _named(inputs: Sequence[Any]) -> Inputs:
+    """Return tokens, positions and mask by name."""
+    return dict(zip(("tokens", "positions", "mask"), inputs, strict=True))
+
+
+def checked_parameters(name: str, values: dict[str, Any], params: Params) -> dict[str, Array]:
     """Return one array for each parameter, of its shape; ParityError where one is missing."""
     found = {}
     for key, parameter in params.items():

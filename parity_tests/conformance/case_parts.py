@@ -13,10 +13,15 @@ from reference_np.config import LlamaConfig
 from reference_np.limits import UNLIMITED, Limits, limits_of
 from reference_np.model import forward
 
+from .calls import ParityError, checked_parameters
+from .handed import Handed
 from .strategies import Array, Case, Params, cast, padded, unmasked_cases_for
 from .training_cases import TrainingCase
 
 ML_DTYPES = {"bfloat16": ml_dtypes.bfloat16}  # those that NumPy knows by no name
+# Of a weight's norm: the best rounding to one bit errs by sqrt(1 - 2 / pi) = 0.6 of normal
+# numbers, a transposed or permuted matrix by 1.4.
+MOST_ROUNDED = 0.8
 
 
 def best_dtype(backend: Any) -> str:
@@ -29,7 +34,26 @@ def rounded_and_exact_params(
 ) -> tuple[Params, Params]:
     """Return the parameters in ``dtype``, and in float64 those that the backend computes with."""
     rounded = cast(case.params, ML_DTYPES.get(dtype, dtype))
-    return rounded, effective_params_of(backend, case.config, rounded)
+    return rounded, _effective(backend, case.config, rounded)
+
+
+def _effective(backend: Any, config: LlamaConfig, rounded: Params) -> Params:
+    """Return the weights that a backend computes with, in float64; arrays of ours alone.
+
+    Raises ParityError where one is no rounding of the weight that is given.
+    """
+    found = effective_params_of(backend, config, Handed(rounded).copies)
+    found = checked_parameters("effective weight", dict(found), rounded)
+    exact = {name: np.array(value, np.float64) for name, value in found.items()}
+    for name, value in exact.items():
+        given = rounded[name].astype(np.float64)
+        off = np.linalg.norm(value - given) / np.linalg.norm(given)
+        if off > MOST_ROUNDED:
+            raise ParityError(
+                f"effective_params returns another {name} than the one given, off by {off:.0%}: "
+                "return the weights given, as they are after quantisation, in the same order"
+            )
+    return exact
 
 
 def rounded_to(dtype: str, params: Params) -> Params:

@@ -1,4 +1,4 @@
-"""One line about a config and one about a call, for the report of a failure."""
+"""One line about a config, a call or an error, for the report of a failure."""
 
 from typing import Any
 
@@ -49,3 +49,8 @@ def _inputs(tokens: Any, positions: Any, mask: Any) -> str:
     )
     seen = "mask None" if mask is None else f"mask {list(mask.shape)}, {mask.mean():.0%} True"
     return f"tokens {list(tokens.shape)}, {placed}, {seen}"
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error's type and text."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

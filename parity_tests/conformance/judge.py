@@ -52,11 +52,14 @@ class Judge:
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)  # by (test, backend)
     current: tuple[str, str] = ("", "")  # the running test and its backend
     shrinking: Shrinking = field(default_factory=Shrinking)  # of the running test
+    # The sentence on what the backend wrote to in the running test, of what was not its own. Such
+    # a test fails at its end: first its values are judged in every example.
+    overwritten: str = ""
     only_record: bool = False  # for mutants, which are to fail: record their errors and go on
 
     def begin(self, test: str, backend: str) -> Entry:
         """Record from now on for this test and backend; plugins/parity_report.py calls it."""
-        self.current, self.shrinking = (test, backend), Shrinking()
+        self.current, self.shrinking, self.overwritten = (test, backend), Shrinking(), ""
         drawn.last_example.clear()  # of the test before: not every test draws its examples
         return self.entry
 
@@ -118,9 +121,10 @@ class Judge:
     ) -> None:
         last_call.clear()
         self.entry.dtype = dtype
+        calls = Calls(backend)
         try:
             with np.errstate(all="ignore" if self.only_record else None):  # mutants may overflow
-                actual = run(backend if self.only_record else Calls(backend))
+                actual = run(backend if self.only_record else calls)
         except NotImplementedError as error:
             if not is_own_refusal(backend, error):
                 raise ParityError(_from_a_library(backend, error)) from error
@@ -147,6 +151,7 @@ class Judge:
                     partial(resembling, run, name, found, value, dtype),
                 )
                 self.record(judged, share, failure)
+        self.overwritten = self.overwritten or calls.overwritten
 
     def record(self, name: str, share: float, failure: ParityError | None = None) -> None:
         """Record the error / tolerance of one output; raise the failure if it is above 1."""

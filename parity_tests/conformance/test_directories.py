@@ -20,9 +20,10 @@ from reference_np.config import LlamaConfig
 from reference_np.limits import limits_of
 from reference_np.tolerances import errors
 
-from .calls import ParityError
+from .calls import Calls, ParityError
 from .case_parts import best_dtype, oracle_logits, rounded_to
 from .config_keys import KEYS, LENGTH, PLAIN_NAME, Key, named
+from .description import describe_error
 from .directories import ABSENT, Form, forms, write_directory
 from .judge import JUDGE
 from .strategies import Array, Params, random_params, unmasked_cases_for
@@ -76,7 +77,7 @@ def test_key_of_config_json(backend: Any, key: str) -> None:
         except (AssertionError, pytest.fail.Exception):
             raise
         except Exception as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())
+            why = describe_error(error)
             why += _also_plain(backend, dtype, key, error)
             raise ParityError(f"config.json: {key}: from_directory failed: {why}") from error
 
@@ -105,7 +106,7 @@ def _write(backend: Any, about: Key, folder: str, dtype: str) -> _Written:
 
 def _unread(backend: Any, dtype: str, about: Key, written: _Written) -> str:
     """Return the value of a key with which the oracle has the port's logits; "" for none."""
-    found = backend.from_directory(written.words[2], dtype)(written.tokens)
+    found = Calls(backend).directory_logits(*written.words, dtype, written.tokens)
     actual = np.asarray(found, np.float64)
     distances = {}
     for value, config in {**about.lost, **about.unread}.items():

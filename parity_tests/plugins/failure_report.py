@@ -12,6 +12,7 @@ import pytest
 
 from ..conformance import calls
 from ..conformance.calls import ParityError, last_call
+from ..conformance.description import describe_error
 from .backend_option import (
     backend_name,
     check_id,
@@ -80,8 +81,7 @@ def _lines(error: BaseException) -> list[str]:
     own = frames[inside[-1] + 1 :]
     places = [f"at         {at.filename}:{at.lineno} in {at.name}: {at.line}" for at in own]
     shown = places if len(places) <= FRAMES else [places[0], *places[1 - FRAMES :]]
-    message = " ".join(f"{type(error).__name__}: {error}".split())
-    return [message, *shown, *_example()]
+    return [describe_error(error), *shown, *_example()]
 
 
 def _example() -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 from reference_np.backend import example_fraction_of, load
 from reference_np.limits import limits_of
 
+from ..conformance.calls import ParityError
 from ..conformance.judge import JUDGE
 from . import processor, summary_tables
 from .backend_option import (
@@ -58,6 +59,8 @@ def _recorded(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
         if test in ("test_logits", "test_causal_logits") and not JUDGE.only_record:
             pytest.fail(f"logits are required, and none were computed: {reason}", pytrace=False)
         pytest.skip(f"not covered: {reason}")
+    if JUDGE.overwritten:  # the next user of those arrays computes something else
+        raise ParityError(JUDGE.overwritten)
     return result
 
 
