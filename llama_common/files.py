@@ -25,7 +25,9 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 
     The file stands in a temporary folder, since the writer of safetensors makes another one
     beside it, which a kill would leave. A kill at any moment leaves the old file or the new one.
+    Raises InputError for a device or a pipe, which the rename would replace.
     """
+    require_file_or_nothing(path, str(path))
     with temporary_folder(path) as folder:
         temporary = folder / path.name
         write(temporary)
@@ -166,6 +168,29 @@ def require_name(path: Path) -> None:
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise InputError(f"{path}: is not the path of a file ({reason}); correct it") from None
+
+
+def require_file_or_nothing(path: Path, who: str) -> None:
+    """Raise InputError, whose first word is ``who``, for a folder, a device or a pipe."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{who}: is no file; give the name of one")
+
+
+def require_writable(path: Path, who: str) -> None:
+    """Raise InputError, whose first words are ``who``, where a file cannot be written atomically.
+
+    Told before long work. A folder of a temporary name is made beside it, and removed.
+    """
+    require_file_or_nothing(path, who)
+    if not path.parent.is_dir():
+        raise InputError(f"{who}: there is no directory {path.parent}; make it first")
+    try:
+        with temporary_folder(path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{who}: cannot be written there ({error.strerror}); name another place"
+        ) from None
 
 
 def require_no_pointer(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_common import cli
 from llama_common.errors import InputError
-from llama_common.files import write_text
+from llama_common.files import require_writable, write_text
 from reference_np.weight_files import require_weights
 
 from .comparison.config import LENGTH, CompareConfig
@@ -117,10 +117,7 @@ def _check_outputs(settings: CompareConfig, files: Sequence[Path]) -> None:
         path = Path(name).resolve()
         if path in taken or (path.suffix in (".json", ".safetensors") and _in(path, ckpt)):
             raise InputError(f"--{flag} {name}: would overwrite an input or another report")
-        if path.exists() and not path.is_file():
-            raise InputError(f"--{flag} {name}: is no file; give the name of one")
-        if not path.parent.is_dir():
-            raise InputError(f"--{flag} {name}: there is no directory {path.parent}; make it first")
+        require_writable(path, f"--{flag} {name}")
         taken.add(path)
 
 

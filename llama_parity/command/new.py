@@ -1,6 +1,7 @@
 """``llama-parity test --new FILE.py``: a port to fill in."""
 
 import keyword
+import sys
 from pathlib import Path
 
 from llama_common.errors import InputError
@@ -57,17 +58,42 @@ class Port:
 def write_skeleton(name: str) -> str:
     """Write a port to fill in to a new file; return the command that tests it.
 
-    Raises InputError where the name is no module's, or the file is there already.
+    Raises InputError where the name is no module's or hides another module, or where the file is
+    there already or cannot be written.
     """
     path = Path(name)
-    module = path.stem
-    if path.suffix != ".py" or not module.isidentifier() or keyword.iskeyword(module):
+    if path.suffix != ".py" or not path.stem.isidentifier() or keyword.iskeyword(path.stem):
         raise InputError(f"--new {name}: give the name of a Python module, as my_llama.py")
+    require_hides_nothing(path, f"--new {name}")
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(SKELETON.format(module=module))
+            file.write(SKELETON.format(module=path.stem))
     except FileExistsError:
         raise InputError(f"--new {name}: exists already, and is left as it is") from None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"--new {name}: there is no directory {path.parent}") from None
+    except OSError as error:
+        raise InputError(f"--new {name}: cannot be written ({error.strerror})") from None
     return f"llama-parity test {name}:Port"
+
+
+def require_hides_nothing(path: Path, who: str) -> None:
+    """Raise InputError for a module's file whose name is that of an installed module.
+
+    Its folder comes first when modules are imported, so that NumPy itself would import a numpy.py.
+    """
+    name = path.stem
+    if name in sys.stdlib_module_names or _found_elsewhere(path.resolve()):
+        raise InputError(
+            f"{who}: an installed module has the name {name}, and this file would be imported in "
+            f"its place; give it another name, as my_{name}.py"
+        )
+
+
+def _found_elsewhere(file: Path) -> bool:
+    """Return whether a module of a file's name is installed in another folder than the file's."""
+    own = {file.parent, Path.cwd()}
+    places = [place for place in sys.path if Path(place).resolve() not in own]
+    found = [finder.find_spec(file.stem, places) for finder in sys.meta_path]
+    origins = [Path(spec.origin) for spec in found if spec is not None and spec.origin]
+    return any(not origin.is_relative_to(file.parent) for origin in origins)

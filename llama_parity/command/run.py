@@ -1,6 +1,7 @@
 """Run pytest on the installed conformance suite, apart from the current folder's own settings."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,8 +62,10 @@ class Watch:
         self.interrupted = False
 
     def pytest_configure(self, config: pytest.Config) -> None:
-        """Keep the configuration."""
+        """Keep the configuration; refuse words beside the flags, which pytest takes for paths."""
         self._plugins = config.pluginmanager
+        for word in config.option.file_or_dir[:-1]:
+            pytest.exit(_unwanted(word), 2)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> None:
@@ -76,6 +79,15 @@ class Watch:
             self._plugins.unregister(name="terminalreporter")
 
 
+def _unwanted(word: str) -> str:
+    """Return what is wrong with a word that is no flag's value."""
+    if "::" in word:
+        return f"{word}: no flag takes this word; --check {word.rpartition('::')[2]} runs one check"
+    if re.fullmatch(r"[\w./\\-]+:[\w.]+", word):
+        return f"{word}: a second implementation; run the command once for each"
+    return f"{word}: no flag takes this word; tests other than the suite's are run by pytest itself"
+
+
 def run_pytest(arguments: Sequence[str], ports: Sequence[str], command: str) -> int:
     """Run pytest on the suite; return the command's exit code.
 
@@ -86,6 +98,7 @@ def run_pytest(arguments: Sequence[str], ports: Sequence[str], command: str) -> 
     given = [
         *("-c", str(SETTINGS), "--rootdir", str(CONFORMANCE), "--confcutdir", str(CONFORMANCE)),
         *("-o", f"cache_dir={cache_folder() / 'pytest'}", "--no-header", "-q"),
+        "--noconftest",  # the suite has none, and no other is asked for
         *("-p", "no:benchmark"),  # pytest-benchmark makes a folder .benchmarks where it runs
         *(word for plugin in PLUGINS for word in ("-p", plugin)),
         *("--of-command", command),

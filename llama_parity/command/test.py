@@ -11,11 +11,12 @@ from typing import Any
 
 from llama_common import cli
 from llama_common.errors import InputError
+from llama_common.files import require_writable
 from llama_common.nearest import did_you_mean
 
 from .cache import cache_folder
 from .errors import as_input_errors
-from .new import write_skeleton
+from .new import require_hides_nothing, write_skeleton
 
 HELP = """\
 usage: llama-parity test MODULE:OBJECT [FLAGS] [PYTEST'S FLAGS]
@@ -63,6 +64,8 @@ def _main(argv: list[str]) -> int:
         )
     if options.list:
         return _list()
+    if options.report is not None:
+        require_writable(Path(options.report).resolve(), f"--report {options.report}")
     ports = [_as_module(port) for port in options.backend or [_take_port(rest)]]
     _prepare_environment()
     command = shlex.join(["llama-parity", "test", *argv])
@@ -129,6 +132,7 @@ def _as_module(port: str) -> str:
         raise InputError(f"{file}: no such file; give MODULE:OBJECT or FILE.py:OBJECT")
     if not name:
         raise InputError(f"{file}: names no object in it; give {file}:OBJECT, as {file}:Port")
+    require_hides_nothing(path, file)
     sys.path.insert(0, str(path.parent))
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(path.parent), os.environ.get("PYTHONPATH")])
@@ -140,8 +144,10 @@ def _prepare_environment() -> None:
     """Set the environment of this process and of pytest-xdist's, before NumPy is imported."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("PARITY_THREADS", "1"))
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(cache_folder() / "hypothesis"))
-    # The current project's own: its profile is not known here, its backend not asked for.
-    os.environ.pop("PARITY_BACKEND", None)
+    # The current project's own: its flags and plug-ins are of its own tests, its backend is not
+    # asked for, its profile not known here.
+    for name in ("PARITY_BACKEND", "PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+        os.environ.pop(name, None)
     if os.environ.get("HYPOTHESIS_PROFILE") not in PROFILES:
         os.environ.pop("HYPOTHESIS_PROFILE", None)
 
@@ -189,6 +195,5 @@ def _run_basic(
 def _write_report(name: str, ports: Sequence[str], code: int, command: str) -> None:
     from parity_tests.plugins import processor, run_report
 
-    run_report.require_writable(Path(name))
     document = run_report.as_document(ports, code, command, [processor.describe()])
     run_report.write(Path(name), document)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_common.errors import InputError
 from llama_common.files import atomic_write, new_folder, write_text
 
 
@@ -110,3 +111,10 @@ def test_a_file_system_without_permissions_is_written_to(
     finally:
         os.umask(before)
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is no file; give the name of one"):
+        write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()

@@ -77,7 +77,7 @@ def _read(flag: str, path: str | None) -> list[Expectation]:
     if path is None:
         return []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a text in UTF-8"
         raise InputError(f"{flag} {path}: cannot be read ({why})") from None
@@ -108,9 +108,8 @@ def _require_known(given: Sequence[Expectation]) -> None:
         if not any(map(one.names, known)):
             near = difflib.get_close_matches(one.pattern, known, 2)
             meant = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise InputError(
-                f"{one.place}: {one.pattern} names no check{meant or f'; the ids: {known}'}"
-            )
+            meant = meant or "; llama-parity test --list prints the ids of all"
+            raise InputError(f"{one.place}: {one.pattern} names no check{meant}")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k

@@ -18,9 +18,9 @@ import hypothesis
 import numpy as np
 import pytest
 
-from llama_common.files import write_text
+from llama_common.errors import InputError
+from llama_common.files import require_writable, write_text
 from reference_np.backend import SHIPPED, dtypes_of, load
-from reference_np.config import InputError
 from reference_np.limits import limits_of
 
 from ..conformance.basic import FINDINGS
@@ -58,17 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Refuse a file that cannot be written, before the tests run."""
     if name := config.getoption("report"):
         try:
-            require_writable(Path(name))
+            require_writable(Path(name).resolve(), f"--report {name}")
         except InputError as error:
             pytest.exit(str(error), USAGE)
-
-
-def require_writable(path: Path) -> None:
-    """Raise InputError where a report cannot be written to a path."""
-    if path.is_dir():
-        raise InputError(f"--report {path}: is a directory; give the name of a file")
-    if not path.parent.is_dir():
-        raise InputError(f"--report {path}: there is no directory {path.parent}; make it first")
 
 
 def pytest_runtest_logreport(report: Any) -> None:

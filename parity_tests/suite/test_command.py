@@ -1,20 +1,17 @@
 """The command llama-parity: any folder, its own flags beside pytest's, reports, bad input."""
 
 import json
-import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_parity.command import test as command
 from llama_parity.command import vectors
 
 from ..plugins.expectations import known_checks
 from ..support.jobs import Command, Job
+from .conftest import Run
 
 # A porter's folder whose own settings would break any run of pytest.
 HOSTILE = {
@@ -33,21 +30,29 @@ HOSTILE = {
         "    def from_directory(self, *arguments):\n"
         "        raise NotImplementedError('later')\n"
     ),
-    "xfails.txt": "test_logits  # tiled\n# a comment\n\ntest_logits_in[float32] # too\n",
+    "xfails.txt": "\ufefftest_logits  # tiled\n# a comment\n\ntest_logits_in[float32] # too\n",
     "all.txt": "test_*logits* # all\n",
     "wrong.txt": "test_logits\ntest_logits_in[flot32]\n",
 }
 
 
 def in_folder(*arguments: str) -> Job:
-    """Return a run of the command in a porter's folder."""
+    """Return a run of the command in a porter's folder, beside the porter's settings."""
 
     def make(folder: Path) -> Command:
         for name, text in HOSTILE.items():
             (folder / name).write_text(text)
-        return "-m", "llama_parity", *arguments
+        return "-c", WITH_HOSTILE_VARIABLES, *arguments
 
     return Job(make, in_folder=True)
+
+
+WITH_HOSTILE_VARIABLES = """
+import os, sys
+os.environ.update(PYTEST_ADDOPTS="--no-such-flag", PYTEST_PLUGINS="no_such_module")
+from llama_parity.command.main import main
+sys.exit(main())
+"""
 
 
 QUICK = "--profile", "quick", "-n", "0"
@@ -159,52 +164,7 @@ def test_help_imports_nothing_slow() -> None:
     assert far.endswith("give one of test, compare, convert, vectors")
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> Run:
-    """Run ``llama-parity test`` in this process and in an empty folder, not as far as pytest."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        code = command.main(argv)
-        return (code, *capsys.readouterr())
-
-    return call
-
-
 NUMPY = "parity_tests.suite.toy_ports:"
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("", "no implementation is named; give MODULE:OBJECT"),
-        ("--basic -k mine:Port", "no implementation is named"),
-        ("nowhere:Port", "nowhere:Port: cannot be imported (ModuleNotFoundError: No module named"),
-        (f"{NUMPY}Smal", f"did you mean {NUMPY}Small?"),
-        (f"{NUMPY}Small.context", "it has no such object"),
-        ("parity_tests.backends:DEFAULT", "has no method logits"),
-        (f"{NUMPY}WithoutEngine", "limits.cache is 'engine', without a method"),
-        ("nothing", "give package.module:object or one of torch, "),
-        ("none.py:Port", "none.py: no such file"),
-        (f"{NUMPY}Small --profile quik", "--profile quik: not one of quick, default, thorough, s"),
-        (f"{NUMPY}Small --report", "--report: expected one argument"),
-        (f"{NUMPY}Small --basic --report no/where.json", "there is no directory no"),
-        ("--new port.txt", "give the name of a Python module, as my_llama.py"),
-        ("--new no/port.py", "there is no directory no"),
-        ("--new port.py more", "--new takes nothing beside it"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_two(run: Run, line: str, message: str) -> None:
-    code, _, err = run(*line.split())
-    assert code == 2
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message in err
 
 
 def test_a_module_that_lacks_another_names_it(run: Run, tmp_path: Path) -> None:
