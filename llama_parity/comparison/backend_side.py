@@ -14,7 +14,7 @@ from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.ops import Array
 from reference_np.refusals import is_own_refusal
 
-from .sides import Advance, Side
+from .sides import Advance, Side, is_covered
 from .source import Source
 from .trace_file import TraceWriter
 from .trace_format import Call
@@ -70,7 +70,7 @@ def make_backend_side(spec: str, dtype: str, checkpoint: Source) -> Side:
             cache = None
             if limit := exceeded_limit(limits, call):
                 covers = f"not covered, by limit: {limit}"
-            elif call.after is not None and not _is_covered(coverage[call.after]):
+            elif call.after is not None and not is_covered(coverage[call.after]):
                 covers = "not covered: the call that it continues is not"
                 if calls[call.after].after is not None:  # of the first one that continues it
                     covers = coverage[call.after]
@@ -87,10 +87,6 @@ def make_backend_side(spec: str, dtype: str, checkpoint: Source) -> Side:
         return coverage
 
     return Side(spec, dtype, write, backend=spec, limits=limits)
-
-
-def _is_covered(coverage: str) -> bool:
-    return coverage in ("activations", "logits")
 
 
 def call_backend(backend: Any, name: str, purpose: str, *arguments: Any) -> Any:

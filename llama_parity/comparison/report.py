@@ -1,6 +1,7 @@
 """Build the report of a comparison, one dictionary; text_report.py and html_report.py show it.
 
-``--json`` prints this dictionary. The name of its schema changes when a key does.
+``--json`` prints this dictionary. The name of its schema changes when a key goes or means
+something else; a new key may come.
 """
 
 import math
@@ -15,10 +16,10 @@ from reference_np.tolerances import Errors, kl_per_token
 from .diagnosis import HOW, Diagnosis, Explanation
 from .differences import StageResult
 from .engine_report import logprob_entry
-from .judging import KL, OPERATION, REORDERED, Measure, Row
+from .judging import KL, REORDERED, Measure, Row
 from .logprobs import find_slip
-from .sides import Recording
 from .trace_format import LOGPROBS, Call
+from .verdict import operation, place
 
 SCHEMA = "llama-compare/2"
 CELLS = 256  # largest number of columns of the heat map
@@ -85,15 +86,6 @@ class ReportBuilder:
         self.heatmap = heat_map(theirs, exact) | {"call": row.call, "name": row.name}
 
 
-def operation(row: Row) -> str:
-    """Return the name of the operation that a row measures: the whole model for logits alone."""
-    if row.kind not in OPERATION:
-        return "the training step"
-    if row.name in ("logits", LOGPROBS) and row.compared and row.fresh is None:
-        return "the whole model, of which nothing else is shown"
-    return OPERATION[row.kind]
-
-
 def error_location(theirs: Array, exact: Array, bound: Errors) -> str:
     """Return how many tokens, heads and channels of [B, T, ..., C] hold errors beyond the bound."""
     wrong = np.abs(theirs - exact) > bound.worst * np.abs(exact).max()
@@ -127,58 +119,6 @@ def heat_map(theirs: Array, exact: Array) -> dict[str, Any]:
     }
 
 
-def verdict(
-    rows: Sequence[Row],
-    expected: int,
-    calls: Sequence[Call],
-    noun: str,
-    covered: int,
-    unseen: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Return the report's "verdict": PASS, where every expected row is within bounds, or FAIL.
-
-    ``noun`` names the rows in its line; ``covered`` counts the calls that the other side offers,
-    ``unseen`` lists what it does not show.
-    """
-    if covered < len(calls):
-        noun += f" in {covered} of {len(calls)} calls"
-    not_seen = f"; not seen: {', '.join(unseen)}" if unseen else ""
-    compared = sum(row.compared for row in rows)
-    held = sum(row.held for row in rows)
-    wrong = [row for row in rows if row.wrong]
-    entry = {"holds": False, "compared": compared, "expected": expected}
-    if wrong:
-        first = wrong[0]
-        why = first.status
-        if why == "misshapen":
-            why = first.detail.removeprefix("in ")
-        if first.operation_error is not None:
-            kind, error, bound = _worst(first.operation_error)
-            why = f"{kind} error {error:.1e}, bound {bound:.1e}"
-        line = f"FAIL: {held} of {expected} {noun} within bounds; first divergence at "
-        line += f"{_place(first, calls)}: {operation(first)} ({why})"
-    elif held < len(rows):
-        first = next(row for row in rows if row.status == "inherits")
-        line = f"FAIL: {held} of {expected} {noun} within bounds; every operation is right by "
-        line += f"itself, but errors add up: first beyond the bound at {_place(first, calls)}"
-    elif held != expected or not rows:
-        line = f"FAIL: {compared} of {expected} {noun} compared"
-    else:
-        closest = max(rows, key=_share)
-        line = f"PASS: {held} of {expected} {noun} within bounds; the closest is "
-        line += f"{_place(closest, calls)} at {_share(closest):.0%} of its bound"
-        entry["holds"] = True
-    return entry | {"line": line + not_seen}
-
-
-def unseen(recording: Recording) -> list[str]:
-    """Return the outputs that a trace shows of no call, for the verdict."""
-    shown = set(recording.coverage)
-    if "activations" in shown or not shown:
-        return []
-    return ["activations", *([] if "logits" in shown else ["the probabilities of other tokens"])]
-
-
 def reordered_warning(rows: Sequence[Row], calls: Sequence[Call]) -> str:
     """Return a warning of activations that hold the right numbers in another order, or ""."""
     wrong = [row for row in rows if row.status == REORDERED]
@@ -186,24 +126,9 @@ def reordered_warning(rows: Sequence[Row], calls: Sequence[Call]) -> str:
         return ""
     more = f", and so do {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return (
-        f"{_place(wrong[0], calls)} holds the right numbers in another order{more}: it was written "
+        f"{place(wrong[0], calls)} holds the right numbers in another order{more}: it was written "
         "from a transposed array; write contiguous arrays (np.ascontiguousarray first)."
     )
-
-
-def _place(row: Row, calls: Sequence[Call]) -> str:
-    return f"{row.name} ({calls[row.call].name})" if row.kind in OPERATION else row.name
-
-
-def _share(row: Row) -> float:
-    return max(m.share for m in (row.inherited, row.fresh) if m is not None)
-
-
-def _worst(measure: Measure) -> tuple[str, float, float]:
-    """Return the kind of error that is the largest share of its bound, with both numbers."""
-    shares = measure.error.shares(measure.bound)
-    k = shares.index(max(shares))
-    return Errors._fields[k], measure.error[k], measure.bound[k]
 
 
 def explanation_entry(
@@ -214,7 +139,7 @@ def explanation_entry(
         " together with ".join(f"{bug.name} ({bug.sentence}; {bug.citation})" for bug in bugs)
         for bugs in explanation.suspects
     ]
-    sentence = f"{_place(explanation.row, calls)} {HOW[explanation.how]} {', or '.join(named)}"
+    sentence = f"{place(explanation.row, calls)} {HOW[explanation.how]} {', or '.join(named)}"
     if explanation.how == "value":
         sentence += f"; the error falls from {explanation.before:.1e} to {explanation.after:.1e}"
     elif explanation.how == "size":

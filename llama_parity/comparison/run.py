@@ -18,15 +18,15 @@ from .diagnosis import Diagnosis, diagnose
 from .differences import compare
 from .engine_report import engine_entries
 from .float32_angles import Float32Angles
-from .judging import Row
 from .oracle_trace import write_oracle_trace
 from .padding import padding_note
 from .progress import Start
-from .sides import Side, record
+from .sides import Recording, Side, record
 from .source import Source
 from .trace_file import TraceFile
 from .trace_format import LONGEST_NAME, Call
-from .trace_training import compare_traced_steps
+from .trace_training import TracedSteps, compare_traced_steps
+from .verdict import Extent, extent_noun, unjudged_calls, unseen_outputs, verdict
 
 
 def layer_range(text: str, n_layers: int) -> tuple[int, int]:
@@ -108,20 +108,17 @@ def run_comparison(
         )
     angles = Float32Angles(comparison, side.dtype in side.limits.float32_angles)
     builder, diagnosis = _compare_activations(comparison, angles, start, settings.diagnose)
-    rows, expected = builder.rows, len(comparison.expected())
-    training, unseen = None, reports.unseen(recording) if side.trace is not None else []
-    noun = "outputs" if unseen else "activations"
+    traced = None
     if batches is not None or (side.trace and side.trace.steps):
-        more, training, not_shown = _training_entry(
-            side, checkpoint, batches, calls, start, settings.diagnose
-        )
-        rows, noun, unseen = rows + more, "quantities", unseen + not_shown
-        expected += len(more)
-    covered = sum(not covers.startswith("not covered") for covers in recording.coverage)
+        traced = _compare_training(side, checkpoint, batches, start, settings.diagnose)
+    rows, extent = builder.rows, _extent(recording, calls, side.trace, traced)
+    expected = len(comparison.expected())
+    if traced is not None:
+        rows, expected = rows + traced.rows, expected + len(traced.rows)
     return {
         **_header(settings, checkpoint, side, calls, layers),
         "coverage": recording.coverage,
-        "verdict": reports.verdict(rows, expected, calls, noun, covered, unseen),
+        "verdict": verdict(rows, expected, calls, extent),
         "rows": [reports.row_entry(row) for row in builder.rows],
         "first_divergence": builder.first_divergence,
         **reports.diagnosis_entries(diagnosis, builder.rows, calls),
@@ -129,9 +126,22 @@ def run_comparison(
         "logprobs": builder.logprobs,
         "engines": engines,
         "heatmap": builder.heatmap,
-        "training": training,
+        "training": None if traced is None else _training_entry(traced, calls),
         "warnings": _warnings(settings, side, comparison, builder, angles),
     }
+
+
+def _extent(
+    recording: Recording, calls: Sequence[Call], trace: TraceFile | None, traced: TracedSteps | None
+) -> Extent:
+    """Return how much of the other side was compared; ``trace`` where it is one."""
+    unseen = [] if trace is None else unseen_outputs(recording)
+    unjudged = [] if trace is None else unjudged_calls(recording, calls)
+    noun, steps = "outputs" if unseen else "activations", (0, 0)
+    if traced is not None:
+        noun, steps = "quantities", (traced.judged, len(trace.steps) if trace else traced.judged)
+        unseen, unjudged = unseen + traced.unseen, unjudged + traced.unjudged
+    return Extent(extent_noun(noun, recording, calls, steps), unseen, unjudged)
 
 
 def _warnings(
@@ -181,30 +191,24 @@ def _compare_activations(
     return builder, diagnose(comparison, builder.rows, start)
 
 
-def _training_entry(
-    side: Side,
-    checkpoint: Source,
-    batches: list[Batch] | None,
-    calls: Sequence[Call],
-    start: Start,
-    diagnosing: bool,
-) -> tuple[list[Row], dict[str, Any], list[str]]:
-    """Compare a training step, or a trace's; return rows, the report's part, what is not shown."""
-    unseen: list[str] = []
+def _compare_training(
+    side: Side, checkpoint: Source, batches: list[Batch] | None, start: Start, diagnosing: bool
+) -> TracedSteps:
+    """Compare a training step, or all of a trace's."""
     if side.trace is not None:
-        traced = compare_traced_steps(side.trace, checkpoint, start, diagnosing)
-        rows, diagnosis, notes, unseen = traced
-    else:
-        assert batches is not None
-        rows, diagnosis, notes = training_step.compare_training(
-            side, checkpoint, batches, start, diagnosing
-        )
-    entry = {
-        "rows": [reports.row_entry(row) for row in rows],
-        "notes": notes,
-        **reports.diagnosis_entries(diagnosis, rows, calls),
+        return compare_traced_steps(side.trace, checkpoint, start, diagnosing)
+    assert batches is not None
+    found = training_step.compare_training(side, checkpoint, batches, start, diagnosing)
+    return TracedSteps(*found, unseen=[], unjudged=[], judged=1)
+
+
+def _training_entry(traced: TracedSteps, calls: Sequence[Call]) -> dict[str, Any]:
+    """Return the report's part about training."""
+    return {
+        "rows": [reports.row_entry(row) for row in traced.rows],
+        "notes": traced.notes,
+        **reports.diagnosis_entries(traced.diagnosis, traced.rows, calls),
     }
-    return rows, entry, unseen
 
 
 def _header(

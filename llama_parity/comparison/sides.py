@@ -7,14 +7,18 @@ from typing import Any, NamedTuple
 from reference_np.config import LlamaConfig
 from reference_np.limits import UNLIMITED, Limits
 from reference_np.naming import activation_axes
-from reference_np.ops import IGNORE
 
-from .logprobs import given_targets
+from .logprobs import has_targets, with_targets
+from .padding import find_padding
 from .trace_file import TraceFile, TraceWriter, write_trace
 from .trace_format import LOGPROBS, Call
 
 Advance = Callable[[], None]
 LOGPROBS_ALONE = "log-probabilities"  # of given targets alone: how much of a call a trace covers
+NOT_COVERED = "not covered"
+NO_OUTPUT = f"{NOT_COVERED}: the trace has no output of it"
+NO_TARGET = f"{NOT_COVERED}: its log-probabilities are of no target; write its targets"
+BY_DECLARATION = f"{NOT_COVERED}: all its targets are -100"
 
 
 class Side(NamedTuple):
@@ -39,18 +43,37 @@ class Recording(NamedTuple):
     coverage: list[str]
 
 
-def trace_coverage(trace: TraceFile, c: int) -> str:
-    """Return the coverage of a trace's call: of a file of version 1 everything is expected."""
-    names = [name for name in activation_axes(trace.config) if trace.has(c, name)]
-    if trace.version == "1" or set(names) - {"logits"}:
-        return "activations"
-    if names:
-        return "logits"
-    if not trace.has(c, LOGPROBS):
-        return "not covered: the trace has no output of it"
-    if (given_targets(trace.calls[c]) == IGNORE).all():
-        return "not covered: none of its tokens has a target"
-    return LOGPROBS_ALONE
+def is_covered(coverage: str) -> bool:
+    """Return whether the other side offers an output of a call of this coverage."""
+    return not coverage.startswith(NOT_COVERED)
+
+
+def is_lost(coverage: str) -> bool:
+    """Return whether a trace declares a call of this coverage and has nothing to judge of it."""
+    return coverage in (NO_OUTPUT, NO_TARGET)
+
+
+def trace_coverage(trace: TraceFile) -> list[str]:
+    """Return the coverage of each call of a trace.
+
+    Of a file of version 1 everything is expected. A call whose targets are given and all stand for
+    none declares that it shows nothing: it fills the cache for others.
+    """
+    judged = with_targets(trace.calls, find_padding(trace.calls))
+    coverage = []
+    for c, call in enumerate(trace.calls):
+        names = [name for name in activation_axes(trace.config) if trace.has(c, name)]
+        if trace.version == "1" or set(names) - {"logits"}:
+            coverage.append("activations")
+        elif names:
+            coverage.append("logits")
+        elif call.targets is not None and not has_targets(call):
+            coverage.append(BY_DECLARATION)
+        elif not trace.has(c, LOGPROBS):
+            coverage.append(NO_OUTPUT)
+        else:
+            coverage.append(LOGPROBS_ALONE if has_targets(judged[c]) else NO_TARGET)
+    return coverage
 
 
 def record(
@@ -62,7 +85,7 @@ def record(
     """
     if side.write is None:
         assert side.trace is not None
-        return Recording(side.trace, [trace_coverage(side.trace, c) for c in range(len(calls))])
+        return Recording(side.trace, trace_coverage(side.trace))
     coverage: list[str] = []
     path = folder / "recording.safetensors"
     write = side.write

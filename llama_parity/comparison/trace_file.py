@@ -37,6 +37,7 @@ from .trace_format import (
     parameter_of,
     step_of,
     tensor_names,
+    unlisted_calls,
 )
 from .trace_inputs import read_calls, read_hyperparameters, read_steps
 
@@ -168,6 +169,7 @@ class TraceFile:
         if not self.calls and not self.steps:
             raise self._file.error("its metadata lists no calls")
         self.unknown = sorted(name for name in self._file.names if not self._is_known(name))
+        self.unlisted_calls = unlisted_calls(self.unknown, len(self.calls))
 
     def read(self, call: int, name: str) -> Array | None:
         """Return one activation in the precision of the file, or None where it is missing."""

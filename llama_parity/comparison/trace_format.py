@@ -4,7 +4,7 @@ Axes: B batch, T tokens of the call, S cached + T.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -89,6 +89,12 @@ def is_call_tensor(name: str, version: str, n_calls: int, config: LlamaConfig) -
         return call[3] in LAYER_AXES and int(call[2]) < config.n_layers
     known = ("tokens", "positions", "mask", "embed", "norm", "logits")
     return call[3] in (known if version == "1" else (*known, "targets", LOGPROBS))
+
+
+def unlisted_calls(names: Iterable[str], n_calls: int) -> list[int]:
+    """Return the indices of calls after the last of ``n_calls`` that some tensors are named for."""
+    found = (_CALL.fullmatch(name) for name in names)
+    return sorted({index for call in found if call and (index := int(call[1])) >= n_calls})
 
 
 def step_of(name: str) -> tuple[int, str] | None:

@@ -1,6 +1,7 @@
 """compare.py's command, run in this process, and a checkpoint that convert.py wrote."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from llama_parity import compare
+from llama_parity.comparison import progress
 from llama_torch import load
 
 from ..support.llama3_ranks import a_llama3, encoding, gpt2_ranks
@@ -23,7 +25,11 @@ def ckpt(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.setattr(progress, "FIRST_LINE", math.inf)  # silent, however slow the machine
+
     def call(*argv: object) -> tuple[int, str, str]:
         capsys.readouterr()
         code = compare.main([str(part) for part in argv])

@@ -174,32 +174,6 @@ def test_a_wrong_shape_fails(ckpt: Path, report: Callable, tmp_path: Path) -> No
     assert {row["status"] for row in found["rows"]} == {"misshapen"}
 
 
-def test_a_call_without_a_target_is_not_covered(
-    ckpt: Path, report: Callable, tmp_path: Path
-) -> None:
-    path = tmp_path / "trace.safetensors"
-    calls = [
-        Call("prompt", TOKENS),
-        Call("step", TOKENS[:, :1], after=0),
-        Call("no output", TOKENS),
-    ]
-
-    def fill(writer: TraceWriter) -> None:
-        params = dict(Checkpoint(ckpt))
-        logits = Planted("").logits(CONFIG, params, TOKENS, None, None)
-        writer.add(0, LOGPROBS, target_logprobs(logits, given_targets(calls[0])))
-        writer.add(1, LOGPROBS, np.zeros((2, 1), np.float32))
-
-    write_trace(path, CONFIG, calls, "float32", fill)
-    found = report(ckpt, "--against", path)
-    assert found["coverage"] == [
-        "log-probabilities",
-        "not covered: none of its tokens has a target",
-        "not covered: the trace has no output of it",
-    ]
-    assert found["verdict"]["line"].startswith("PASS: 1 of 1 outputs in 1 of 3 calls within")
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_the_bounds_hold_for_logits_at_their_own_bound(dtype: str) -> None:
     """The worst case: the target's logit up, all others down, by all that they may."""

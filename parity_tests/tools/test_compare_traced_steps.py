@@ -1,6 +1,6 @@
 """compare.py and the training steps of a trace: loss, gradients, updates, and what is missing."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 from reference_np.naming import parameter_shapes
-from reference_np.ops import IGNORE
 from reference_np.optim import Hyperparameters
 from reference_np.training_mutants import TRAINING
 
@@ -24,88 +23,12 @@ from ..backends.torch_model import save_numpy
 from ..conformance.strategies import cast, random_params
 from ..planted.training import PlantedTrainer
 from .comparing import contents, named, write
-
-CONFIG = LlamaConfig(16, 1, 4, 2, 4, 24, 60)
-N = len(parameter_shapes(CONFIG))
-HYPER = Hyperparameters(lr=1e-3, grad_clip=0.05, warmup_steps=0, steps=9, z_loss=1e-4)
-RNG = np.random.default_rng(0)
-Results = Sequence[dict[str, np.ndarray]]
-
-
-def batch(shape: tuple[int, int], ignored: float) -> Batch:
-    tokens, targets = (RNG.integers(0, 60, shape) for _ in range(2))
-    return Batch(tokens, np.where(RNG.random(shape) < ignored, IGNORE, targets))
-
-
-STEPS = [Step([batch((2, 9), 0.3), batch((1, 7), 0.0)]), Step([batch((2, 8), 0.1)])]
+from .traced_steps import CONFIG, HYPER, STEPS, N, results, traced, trained
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return write(tmp_path / "ckpt.safetensors", CONFIG)
-
-
-def trained(
-    path: Path, bug: str = "", dtype: str = "float32", n: int = 2, hyper: Hyperparameters = HYPER
-) -> Results:
-    """Return the results of steps of a trainer in torch, whose bug is planted under autograd."""
-    trainer, params = PlantedTrainer(bug), dict(Checkpoint(path, dtype))
-    found = []
-    batches: Any = STEPS[0].batches
-    loss, grads = trainer.loss_and_grads(CONFIG, params, batches, HYPER.z_loss)
-    done = dict(trainer.train(CONFIG, params, batches, hyper, 1))
-    kinds = {"grad": grads, "param": done["params"], "exp_avg": done["exp_avg"]}
-    kinds["exp_avg_sq"] = done["exp_avg_sq"] = {
-        name: (1 - HYPER.beta2) * (np.asarray(m, np.float64) / (1 - HYPER.beta1)) ** 2
-        for name, m in done["exp_avg"].items()  # of clipped gradients, as the trainer shows none
-    }
-    found.append(results(loss, done["grad_norm"][0], kinds, dtype))
-    if n == 2:
-        found.append(next_step(done, dtype, hyper))
-    return found
-
-
-def next_step(done: Mapping[str, Any], dtype: str, hyper: Hyperparameters) -> dict[str, np.ndarray]:
-    """Return the second step as the oracle takes it in ``dtype`` after a trainer's first."""
-    params, m, v = (
-        {n: np.asarray(x, dtype) for n, x in done[kind].items()}
-        for kind in ("params", "exp_avg", "exp_avg_sq")
-    )
-    new, state, metrics = optim.train_step(
-        params, optim.OptState(1, m, v), STEPS[1].batches, CONFIG, hyper
-    )
-    kinds = {"grad": metrics.grads, "param": new}
-    kinds |= {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-    return results(metrics.loss, metrics.grad_norm, kinds, dtype)
-
-
-def results(
-    loss: float, norm: float, kinds: Mapping[str, Mapping[str, Any]], dtype: str
-) -> dict[str, np.ndarray]:
-    found = {"loss": loss, "grad_norm": norm}
-    found |= {f"{kind}.{n}": x for kind, values in kinds.items() for n, x in values.items()}
-    return {name: np.asarray(x, dtype) for name, x in found.items()}
-
-
-def traced(
-    path: Path,
-    values: Results,
-    dtype: str = "float32",
-    keeps: Callable[[int, str], bool] = lambda s, name: True,
-    hyper: Hyperparameters | None = HYPER,
-) -> Path:
-    """Write a trace of steps alone, beside the checkpoint ``path``."""
-
-    def fill(writer: TraceWriter) -> None:
-        for s, found in enumerate(values):
-            for name, value in found.items():
-                if keeps(s, name):
-                    writer.add_step(s, name, value)
-
-    steps = STEPS[: len(values)]
-    out = path.with_name("trace.safetensors")
-    write_trace(out, CONFIG, [], dtype, fill, steps=steps, hyperparameters=hyper)
-    return out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -147,16 +70,22 @@ def test_what_a_step_does_not_show_is_said(path: Path, run: Callable) -> None:
     assert run(path, "--against", trace, "--no-diagnose")[0] == 1
     trace = traced(path, values, keeps=gradients)
     code, out, _ = run(path, "--against", trace)
-    assert code == 0, out
-    assert "Step 1 is not judged: the trace lacks the parameters, or the moments exp_avg and" in out
-    assert f"PASS: {2 + N} of {2 + N} quantities" in out
-    assert out.splitlines()[-1].endswith("; not seen: updates, moments")
-    trace = traced(path, values, keeps=lambda s, n: "norm.weight" in n and n.startswith("grad"))
+    assert code == 1, out
+    assert "Not judged: step 1: the trace does not show all parameters after the step before" in out
+    within = f"INCOMPLETE: {2 + N} of {2 + N} quantities in 1 of 2 training steps within bounds"
+    assert within in out
+    assert out.splitlines()[-1].endswith(
+        "; not judged: training step 1; not seen: updates, moments"
+    )
+    trace = traced(path, values[:1], keeps=gradients)
     code, out, _ = run(path, "--against", trace)
     assert code == 0, out
-    assert f"Step 0 shows grad of 1 of {N} parameters." not in out
-    assert f"Step 0 shows grad of 3 of {N} parameters." in out
-    assert out.splitlines()[-1].endswith("; not seen: losses, updates, moments")
+    assert out.splitlines()[-1].endswith("of its bound; not seen: updates, moments")
+    norms = traced(path, values[:1], keeps=lambda s, n: "norm.weight" in n and "grad" in n)
+    code, out, _ = run(path, "--against", norms)
+    assert code == 0, out
+    left_out = f"losses, gradient norms, {N - 3} of {N} gradients, updates, moments"
+    assert out.splitlines()[-1].endswith(f"; not seen: {left_out}")
 
 
 def test_one_wrong_number_of_each_kind_is_located(path: Path, report: Callable) -> None:
@@ -195,7 +124,8 @@ def test_steps_in_low_precision_are_not_judged(path: Path, run: Callable) -> Non
     code, out, _ = run(path, "--against", trace)
     assert code == 1
     assert "Training steps in bfloat16 are not judged: write them in float32 or float64." in out
-    assert "FAIL: 0 of 0 quantities compared; not seen: training steps" in out
+    last = "FAIL: 0 of 0 quantities in 0 of 2 training steps compared; not judged: training steps"
+    assert out.splitlines()[-1] == f"{last} 0 and 1"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
