@@ -37,8 +37,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 
 def entry_key(item: Any) -> tuple[str, str]:
     """Return the test and the backend under which a conformance test is recorded."""
-    of_key = "key" in item.callspec.params  # one line of the table for all keys
-    words = [item.originalname.removeprefix("test_"), *([] if of_key else other_parameters(item))]
+    words = [item.originalname.removeprefix("test_"), *other_parameters(item)]
     return " ".join(words), backend_name(item)
 
 

@@ -14,6 +14,7 @@ GOAL = 10.0  # error / tolerance that every mutant should reach in at least one 
 
 LEAST_COMPARED = 10  # examples; fewer are no proof
 
+KEYS = "key_of_config_json"  # the test of keys, each a parameter
 TRACES = ("trace", "chunked_trace")  # the tests of activations
 
 
@@ -42,15 +43,28 @@ def backend_table(entries: Entries, limits: Mapping[str, Limits]) -> Iterator[st
             f"{_format(largest.share)} in {test} ({largest.name or 'exact'})"
         )
         if name in limits:
-            for name_of_test, entry in of_backend.items():
-                yield (
-                    f"    {name_of_test:<24} {entry.covered:>5} compared "
-                    f"{entry.not_covered.total():>5} not covered   {_format(entry.share):>8}"
-                )
+            yield from _lines(of_backend)
         yield from _documented(of_backend)
         for reason, count in skipped.items():
             yield f"    not covered, {count} examples: {reason}"
         yield from _by_limit(of_backend, limits.get(name))
+
+
+def _lines(of_backend: Mapping[str, Entry]) -> Iterator[str]:
+    """Yield a line for each test; all keys of config.json have one."""
+    together: dict[str, list[Entry]] = {}
+    for test, entry in of_backend.items():
+        together.setdefault(_line(test), []).append(entry)
+    for test, entries in together.items():
+        yield (
+            f"    {test:<24} {sum(entry.covered for entry in entries):>5} compared "
+            f"{sum(entry.not_covered.total() for entry in entries):>5} not covered   "
+            f"{_format(max(entry.share for entry in entries)):>8}"
+        )
+
+
+def _line(test: str) -> str:
+    return KEYS if test.startswith(f"{KEYS} ") else test
 
 
 def _documented(of_backend: Mapping[str, Entry]) -> Iterator[str]:
@@ -71,11 +85,11 @@ def _by_limit(of_backend: Mapping[str, Entry], limits: Limits | None) -> Iterato
         tests[f"{name} = {value}"] = []
     for test, entry in of_backend.items():
         for limit in entry.by_limit:
-            tests.setdefault(limit, []).append(test)
+            tests.setdefault(limit, []).append(_line(test))
     if tests:
         yield "    not covered, by limit:"
     for limit, excluded in tests.items():
-        yield f"      {limit:<32} {', '.join(excluded)}".rstrip()
+        yield f"      {limit:<32} {', '.join(dict.fromkeys(excluded))}".rstrip()
 
 
 def below_the_floor(entries: Entries, fractions: Mapping[str, float]) -> list[str]:

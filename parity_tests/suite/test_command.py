@@ -9,6 +9,7 @@ import pytest
 
 from llama_parity.command import vectors
 
+from ..conformance.config_keys import KEYS
 from ..plugins.expectations import known_checks
 from ..support.jobs import Command, Job
 from .conftest import Run
@@ -69,6 +70,10 @@ WRONG_LINE = in_folder("test", "mine:Small", *QUICK, "--skips-file", "wrong.txt"
 INTERRUPTED = in_folder(
     *("test", "mine:Interrupted", *QUICK, "--no-basic", "--report", "report.json")
 )
+KEYS_IN_TWO = in_folder(
+    *("test", "parity_tests.suite.toy_loaders:Reader", "--profile", "quick", "-n", "2"),
+    *("--check", "test_key_of_config_json*", "--report", "report.json"),
+)
 HELP = Job(
     lambda _: (
         "-c",
@@ -128,6 +133,16 @@ def test_expected_failures_are_green_in_several_processes() -> None:
     verdicts = [check["verdict"] for check in report["backends"][0]["checks"]]
     assert report["verdict"] == "passed"
     assert verdicts.count("expected failure") == 3
+
+
+def test_a_key_of_config_json_is_counted_once_in_several_processes() -> None:
+    pytest.importorskip("xdist")
+    done = KEYS_IN_TWO.done()
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((KEYS_IN_TWO.folder / "report.json").read_text())
+    checks = [check for check in report["backends"][0]["checks"] if "_key_of_" in check["id"]]
+    assert [check["compared"] for check in checks] == [1] * len(KEYS)
+    assert f"key_of_config_json {len(KEYS):>11} compared" in done.stdout
 
 
 def test_an_expected_failure_that_passes_is_an_error() -> None:
