@@ -23,6 +23,7 @@ from .shipped import remedy_of
 Array = NDArray[Any]
 
 Params = Mapping[str, Array]
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class Backend:
@@ -40,12 +41,14 @@ class Backend:
                       masks, positions, cache, rotary scaling, context, batch and more; no limits
                       where you leave this out.
 
-    dtypes            the precisions you compute in, most precise first, among "float64",
-                      "float32", "bfloat16" and "float16"; float64 and float32 where you leave
-                      this out. In float64 rounding is too small to hide a bug; without float64
-                      in the list, its first one is judged beside plain NumPy in that precision.
-                      Parameters arrive in the precision under test (bfloat16 as ml_dtypes').
-    example_fraction  the fraction of the examples to run, above 0 and at most 1.0 (all).
+    dtypes            the precisions you compute in, among "float64", "float32", "bfloat16" and
+                      "float16"; float64 and float32 where you leave this out. Most checks are of
+                      the most precise one. In float64 rounding is too small to hide a bug; without
+                      float64 in the list, the best one is judged beside plain NumPy in that
+                      precision. Parameters arrive in the precision under test (bfloat16 as
+                      ml_dtypes').
+    example_fraction  the fraction of the examples to run, above 0 and at most 1.0 (all). Named by
+                      --backend, some 40 are run however small it is.
 
     The arguments, where B is the batch, T the tokens of this call, S = cached + T, V the
     vocabulary:
@@ -214,22 +217,33 @@ def _contradiction(backend: Any) -> str:
     """Return what a backend lacks of what it declares; "" where nothing."""
     if not any(callable(getattr(backend, name, None)) for name in ("logits", "from_directory")):
         return "has no method logits, and no from_directory"
-    dtypes = dtypes_of(backend)
-    known = {"float64", "float32", "bfloat16", "float16"}
-    if not set(dtypes) <= known:
-        return f"dtypes {backend.dtypes} must be among {sorted(known)}"
-    declared = getattr(backend, "limits", UNLIMITED)
-    if not isinstance(declared, Limits):
-        return f"limits must be a reference_np.limits.Limits, not {type(declared).__name__}"
+    declared = getattr(backend, "dtypes", None) or Backend.dtypes
+    if not isinstance(declared, tuple | list) or any(one not in DTYPES for one in declared):
+        return f"dtypes must be among {', '.join(DTYPES)}, in a tuple, got {declared!r}"
+    if why := _bad_fraction(backend):
+        return why
+    limits = getattr(backend, "limits", UNLIMITED)
+    if not isinstance(limits, Limits):
+        return f"limits must be a reference_np.limits.Limits, not {type(limits).__name__}"
     offered = {name for name in ("decode", "start", "append") if _is_offered(backend, name)}
-    needed = {"in place": {"decode"}, "engine": {"start", "append"}}.get(declared.cache, set())
+    needed = {"in place": {"decode"}, "engine": {"start", "append"}}.get(limits.cache, set())
     if absent := sorted(needed - offered):
-        return f"limits.cache is {declared.cache!r}, without a method {' or '.join(absent)}"
+        return f"limits.cache is {limits.cache!r}, without a method {' or '.join(absent)}"
     if len(offered & {"start", "append"}) == 1:
         return "start and append need each other"
-    if others := set(declared.float32_angles) - set(dtypes):
+    if others := set(limits.float32_angles) - set(declared):
         return f"limits.float32_angles has {', '.join(sorted(others))}, not among its dtypes"
     return ""
+
+
+def _bad_fraction(backend: Any) -> str:
+    """Return what is wrong with a backend's fraction of the examples; "" where nothing."""
+    with suppress(TypeError, ValueError):
+        if 0 < example_fraction_of(backend) <= 1:  # not of NaN
+            return ""
+    name = "share" if hasattr(backend, "share") else "example_fraction"
+    given = getattr(backend, name)
+    return f"{name} must be a number above 0 and at most 1, which is all examples, got {given!r}"
 
 
 def _is_offered(backend: Any, name: str) -> bool:
@@ -239,8 +253,10 @@ def _is_offered(backend: Any, name: str) -> bool:
 
 
 def dtypes_of(backend: Any) -> tuple[str, ...]:
-    """Return the precisions that a backend computes in, most precise first."""
-    return tuple(getattr(backend, "dtypes", None) or Backend.dtypes)
+    """Return the precisions that a backend computes in, most precise first, however declared."""
+    declared = getattr(backend, "dtypes", None) or Backend.dtypes
+    # The halves in the backend's own order: one is more precise, the other has the wider range.
+    return tuple(sorted(declared, key=lambda dtype: min(DTYPES.index(dtype), 2)))
 
 
 def example_fraction_of(backend: Any) -> float:

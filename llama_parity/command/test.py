@@ -31,7 +31,7 @@ installed module or one of the current folder; or a shipped one: torch, jax, tra
   --list                print the ids of the checks, and stop
   --check ID            run this check alone (repeatable): an id, or a pattern with *
   --xfails-file FILE    checks that are to fail, one id a line, each with # REASON; one that
-                        passes is an error
+                        passes, or compares nothing, is an error
   --skips-file FILE     checks not to run, in the same form
   --report FILE.json    write verdicts, errors and failures to a file
   --reproduce BLOB      run one failing example again, as its report says

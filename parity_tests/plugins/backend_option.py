@@ -203,12 +203,11 @@ def _with_its_examples(item: Any) -> Any:
     """Return the test with the backend's number of examples, at least three.
 
     It is the backend's fraction of the profile's; a backend that is asked for by name and offers
-    little has more of each test.
+    little, or runs a small fraction, has more of each test.
     """
     backend = backend_of(item)
-    fraction = example_fraction_of(backend)
-    examples = math.ceil(fraction * settings.default.max_examples)
-    if fraction == 1 and requested_backends(item.config):
+    examples = math.ceil(example_fraction_of(backend) * settings.default.max_examples)
+    if requested_backends(item.config):
         n_tests = max(1, count_tests(item.module, backend))
         examples = max(examples, math.ceil(LEAST_EXAMPLES / n_tests))
     # Hypothesis begins with the smallest example there is, which can show few bugs.

@@ -2,7 +2,8 @@
 
 An id is the test's name and its parameters without the backend: ``test_logits_in[float32]``. In a
 pattern ``*`` stands for any characters and ``?`` for one. A file has one id or pattern a line;
-what follows a ``#`` is the reason.
+what follows a ``#`` is the reason. An expected failure that passes fails the run, as does one in
+which nothing was compared (run_report.py).
 """
 
 import difflib
@@ -46,8 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--xfails-file",
         metavar="FILE",
-        help="ids of checks that are to fail, one a line, each with # REASON; one that passes is "
-        "an error",
+        help="ids of checks that are to fail, one a line, each with # REASON; one that passes, or "
+        "compares nothing, is an error",
     )
     group.addoption(
         "--skips-file", metavar="FILE", help="ids of checks not to run, one a line, with # REASON"

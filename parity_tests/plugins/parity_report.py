@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from reference_np.backend import example_fraction_of, load
+from reference_np.backend import load
 from reference_np.limits import limits_of
 
 from ..conformance.calls import ParityError
@@ -96,17 +96,21 @@ def comparison_commands(name: str, installed: bool = False) -> list[str]:
     ]
 
 
+def runs_all(config: pytest.Config) -> bool:
+    """Return whether all tests of the backends were to run, and not a choice of them."""
+    chosen = config.getoption("keyword") or any("::" in arg for arg in config.args)
+    some = ("check", "deselect", "lf", "maxfail", "reproduce", "collectonly")
+    return not chosen and not any(config.getoption(option, None) for option in some)
+
+
 def too_few(config: pytest.Config) -> list[str]:
     """Return a line for each backend of --backend that was compared on too few examples.
 
     Only where all of its tests were to run.
     """
-    chosen = config.getoption("keyword") or any("::" in arg for arg in config.args)
-    some = ("check", "deselect", "lf", "maxfail", "reproduce", "collectonly")
-    if chosen or any(config.getoption(option, None) for option in some):
+    if not runs_all(config):
         return []
-    fractions = {name: example_fraction_of(load(name)) for name in requested_backends(config)}
-    return summary_tables.below_the_floor(JUDGE.entries, fractions)
+    return summary_tables.below_the_floor(JUDGE.entries, requested_backends(config))
 
 
 @pytest.hookimpl(optionalhook=True)

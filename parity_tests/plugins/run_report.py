@@ -6,6 +6,7 @@ docs/conformance.md describes it. It is written when the run ends, whatever its 
 import json
 import math
 import platform
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from ..conformance.basic import FINDINGS
 from ..conformance.judge import JUDGE, Entry
 from . import parity_report, processor
 from .backend_option import USAGE, command_of, requested_backends
+from .expectations import XFAILS
 
 SCHEMA = 1
 # Of a check's phases (setup, call, teardown) the worst verdict holds; "incomplete" is one whose
@@ -97,6 +99,8 @@ def _verdict(report: Any) -> tuple[str, str]:
 @pytest.hookimpl(trylast=True)  # after the tables
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Name each failed check on a line, and each that failed as expected, for llama-parity."""
+    for sentence in stale_lines(config):
+        terminalreporter.write_line(f"FAILED {sentence}")
     for name, sentence in unexplained(config):
         terminalreporter.write_line(
             f"FAILED {name}: no check failed, but in the adapter's {sentence}"
@@ -126,10 +130,29 @@ def unexplained(config: pytest.Config) -> list[tuple[str, str]]:
     ]
 
 
+def stale_lines(config: pytest.Config) -> list[str]:
+    """Return a sentence for each line of --xfails-file in whose checks nothing was compared.
+
+    Such a line would hide a bug of what the implementation offers later. Only where all checks
+    were to run.
+    """
+    sentences = []
+    for line in config.stash[XFAILS] if parity_report.runs_all(config) else ():
+        named = [check for (name, _), check in checks.items() if line.names(name)]
+        if named and all(check["verdict"] == "not covered" for check in named):
+            reasons = (re.sub("^not covered[:,] ", "", check["reason"]) for check in named)
+            why = dict.fromkeys(reasons)
+            sentences.append(
+                f"{line.place}: {line.pattern} is an expected failure, and nothing was compared in "
+                f"it ({'; '.join(why)}): remove the line"
+            )
+    return sentences
+
+
 @pytest.hookimpl(trylast=True)  # after parity_report.py, which may fail the run
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    if not session.exitstatus and unexplained(config):
+    if not session.exitstatus and (unexplained(config) or stale_lines(config)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     name = config.getoption("report")
     if name and not hasattr(config, "workerinput"):
@@ -139,6 +162,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         document = as_document(names, int(session.exitstatus), command, machine)
         document["profile"] = hypothesis.settings.get_current_profile_name()
         document["too_few"] = parity_report.too_few(config)
+        document["stale_lines"] = stale_lines(config)
         write(Path(name), document)
 
 

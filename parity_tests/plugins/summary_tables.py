@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from reference_np.limits import Limits
 from reference_np.mutants import Mutant
@@ -92,19 +92,18 @@ def _by_limit(of_backend: Mapping[str, Entry], limits: Limits | None) -> Iterato
         yield f"      {limit:<32} {', '.join(dict.fromkeys(excluded))}".rstrip()
 
 
-def below_the_floor(entries: Entries, fractions: Mapping[str, float]) -> list[str]:
+def below_the_floor(entries: Entries, names: Iterable[str]) -> list[str]:
     """Return a line for each backend that was compared on too few examples, with the reasons.
 
-    ``fractions`` are the backends' fractions of the examples. The floor is LEAST_COMPARED, and a
-    tenth of the examples that were drawn, both for a backend that runs all.
+    The floor is LEAST_COMPARED, and a tenth of the examples that were drawn.
     """
     lines = []
-    for name, fraction in fractions.items():
+    for name in names:
         of_backend = _by_test(entries, name).values()
         covered = sum(entry.covered for entry in of_backend)
         skipped = sum((entry.not_covered for entry in of_backend), Counter[str]())
         drawn = covered + skipped.total()
-        floor = max(LEAST_COMPARED * fraction, drawn / 10)
+        floor = max(LEAST_COMPARED, drawn / 10)
         if of_backend and covered < floor:
             reasons = "; ".join(f"{reason} ({n})" for reason, n in skipped.most_common(3))
             lines.append(

@@ -1,5 +1,6 @@
 """The suite's command line: nothing compared is not a pass, and errors are one line."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from reference_np import backend
 from reference_np.config import InputError, LlamaConfig
 from reference_np.grad import Batch
+from reference_np.model import forward
 
 from ..conformance.calls import Calls, ParityError
 from ..conformance.judge import Judge
@@ -69,6 +71,7 @@ def test_a_wrong_backend_fails_and_says_how_to_repeat_it() -> None:
         ("", "cannot be imported"),
         ("parity_tests.backends:DEFAULT", "has no method logits"),
         ("parity_tests.suite.test_backends:OddPrecision", "must be among"),
+        ("parity_tests.suite.test_backends:NoTuple", "in a tuple, got 'float32'"),
     ],
 )
 def test_a_backend_that_cannot_be_had(spec: str, message: str) -> None:
@@ -90,10 +93,62 @@ def test_former_names_of_a_backends_members_are_read() -> None:
     assert backend.effective_params_of(backend.Backend(), None, one) == one
 
 
+class OddFractions:
+    """Backends with fractions of the examples that are none, by name."""
+
+    below = type("Below", (Oracle,), {"example_fraction": -1})
+    none = type("None", (Oracle,), {"example_fraction": 0.0})
+    above = type("Above", (Oracle,), {"example_fraction": 1.5})
+    nan = type("Nan", (Oracle,), {"example_fraction": float("nan")})
+    text = type("Text", (Oracle,), {"example_fraction": "half"})
+    former = type("Former", (Oracle,), {"share": None})
+
+
+@pytest.mark.parametrize("name", ["below", "none", "above", "nan", "text", "former"])
+def test_a_fraction_of_the_examples_is_above_zero_and_at_most_one(name: str) -> None:
+    named = "share" if name == "former" else "example_fraction"
+    with pytest.raises(InputError, match=f"{named} must be a number above 0 and at most 1"):
+        backend.load(f"parity_tests.suite.test_backends:OddFractions.{name}")
+
+
+class Tiny(Oracle):
+    """A backend that asks for hardly any examples, and offers logits alone."""
+
+    dtypes = ("float64",)
+    example_fraction = 1e-4
+    decode = trace = traced_decode = start = append = loss_and_grads = train = None
+    from_directory = None
+
+    def logits(self, config, params, tokens, positions, mask):
+        return forward(params, tokens, config, positions=positions, mask=mask)[0]
+
+
+TINY = suite("parity_tests/conformance", "--backend", "parity_tests.suite.test_backends:Tiny")
+
+
+def test_a_small_fraction_leaves_the_least_number_of_examples() -> None:
+    done = TINY.done()
+    assert done.returncode == 0, done.stdout
+    compared = re.search(r"Tiny: (\d+) compared", done.stdout)
+    assert compared is not None
+    assert int(compared[1]) >= 40
+
+
 class OddPrecision(Oracle):
     """A backend with an unknown dtype."""
 
     dtypes = ("float8",)
+
+
+class NoTuple(Oracle):
+    """A backend with the name of one dtype for all."""
+
+    dtypes = "float32"
+
+
+def test_the_most_precise_dtype_is_judged_whatever_the_order() -> None:
+    of = {"dtypes": ("float16", "bfloat16", "float32", "float64")}
+    assert backend.dtypes_of(type("Odd", (), of)) == ("float64", "float32", "float16", "bfloat16")
 
 
 def test_a_missing_output_fails() -> None:

@@ -11,62 +11,14 @@ from llama_parity.command import vectors
 
 from ..conformance.config_keys import KEYS
 from ..plugins.expectations import known_checks
-from ..support.jobs import Command, Job
+from ..support.jobs import Job
+from ..support.port_folders import HOSTILE, QUICK, in_folder
 from .conftest import Run
 
-# A porter's folder whose own settings would break any run of pytest.
-HOSTILE = {
-    "pytest.ini": "[pytest]\naddopts = --no-such-flag\nfilterwarnings = error\n",
-    "conftest.py": "raise RuntimeError('the porter's conftest')\n",
-    "test_mine.py": "def test_mine():\n    raise RuntimeError('not to be collected')\n",
-    "mine.py": (
-        "import warnings\n"
-        "from parity_tests.suite.toy_ports import Small, SmallWithTiledHeads\n"
-        "warnings.warn('old', DeprecationWarning)\n"
-        "__version__ = '1.2'\n"
-        "class Interrupted(Small):\n"
-        "    def logits(self, *arguments):\n"
-        "        raise KeyboardInterrupt\n"
-        "class OfDirectories:\n"
-        "    def from_directory(self, *arguments):\n"
-        "        raise NotImplementedError('later')\n"
-    ),
-    "xfails.txt": "\ufefftest_logits  # tiled\n# a comment\n\ntest_logits_in[float32] # too\n",
-    "all.txt": "test_*logits* # all\n",
-    "wrong.txt": "test_logits\ntest_logits_in[flot32]\n",
-}
-
-
-def in_folder(*arguments: str) -> Job:
-    """Return a run of the command in a porter's folder, beside the porter's settings."""
-
-    def make(folder: Path) -> Command:
-        for name, text in HOSTILE.items():
-            (folder / name).write_text(text)
-        return "-c", WITH_HOSTILE_VARIABLES, *arguments
-
-    return Job(make, in_folder=True)
-
-
-WITH_HOSTILE_VARIABLES = """
-import os, sys
-os.environ.update(PYTEST_ADDOPTS="--no-such-flag", PYTEST_PLUGINS="no_such_module")
-from llama_parity.command.main import main
-sys.exit(main())
-"""
-
-
-QUICK = "--profile", "quick", "-n", "0"
 WITH_BUG = in_folder(
     *("test", "mine:SmallWithTiledHeads", *QUICK, "--xfails-file", "xfails.txt"),
     *("--report", "report.json", "--junitxml", "junit.xml"),
 )
-EXPECTED = in_folder(
-    *("test", "mine.py:SmallWithTiledHeads", *QUICK, "--xfails-file", "all.txt"),
-    *("--report", "report.json", "-n", "2"),
-)
-UNEXPECTED = in_folder("test", "mine:Small", *QUICK, "--xfails-file", "xfails.txt", "-k", "logits")
-WRONG_LINE = in_folder("test", "mine:Small", *QUICK, "--skips-file", "wrong.txt")
 INTERRUPTED = in_folder(
     *("test", "mine:Interrupted", *QUICK, "--no-basic", "--report", "report.json")
 )
@@ -125,16 +77,6 @@ def test_the_report_has_every_check() -> None:
     assert checks["test_packing"]["outside_limits"] == ["masks = causal"]
 
 
-def test_expected_failures_are_green_in_several_processes() -> None:
-    pytest.importorskip("xdist")
-    done = EXPECTED.done()
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((EXPECTED.folder / "report.json").read_text())
-    verdicts = [check["verdict"] for check in report["backends"][0]["checks"]]
-    assert report["verdict"] == "passed"
-    assert verdicts.count("expected failure") == 3
-
-
 def test_a_key_of_config_json_is_counted_once_in_several_processes() -> None:
     pytest.importorskip("xdist")
     done = KEYS_IN_TWO.done()
@@ -143,20 +85,6 @@ def test_a_key_of_config_json_is_counted_once_in_several_processes() -> None:
     checks = [check for check in report["backends"][0]["checks"] if "_key_of_" in check["id"]]
     assert [check["compared"] for check in checks] == [1] * len(KEYS)
     assert f"key_of_config_json {len(KEYS):>11} compared" in done.stdout
-
-
-def test_an_expected_failure_that_passes_is_an_error() -> None:
-    done = UNEXPECTED.done()
-    assert done.returncode == 1
-    line = "test_logits passes, and xfails.txt:1 has it as an expected failure (tiled): remove the"
-    assert line in done.stdout
-
-
-def test_a_line_that_names_no_check_is_one_line_and_exit_code_two() -> None:
-    done = WRONG_LINE.done()
-    assert done.returncode == 2
-    error = done.stderr.splitlines()[-1]
-    assert error.startswith("error: wrong.txt:2: test_logits_in[flot32] names no check; did you m")
 
 
 def test_ctrl_c_is_one_word_and_the_report_is_written() -> None:

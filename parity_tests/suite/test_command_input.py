@@ -21,6 +21,7 @@ QUICK = "--profile", "quick", "-n", "0"
         (f"{NUMPY}Small.context", "it has no such object"),
         ("parity_tests.backends:DEFAULT", "has no method logits"),
         (f"{NUMPY}WithoutEngine", "limits.cache is 'engine', without a method"),
+        ("parity_tests.suite.test_backends:OddFractions.nan", "example_fraction must be a number"),
         ("nothing", "give package.module:object or one of torch, "),
         ("none.py:Port", "none.py: no such file"),
         (f"{NUMPY}Small --profile quik", "--profile quik: not one of quick, default, thorough, s"),
