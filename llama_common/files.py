@@ -156,6 +156,11 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file; unlike ``write_text`` not atomically, for folders that become so."""
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def require_name(path: Path) -> None:
     """Raise InputError for a path that no file can have: too long, or with a zero byte in it.
 

@@ -9,19 +9,12 @@ from typing import Any
 
 import torch
 
+from llama_common.files import write_json
 from llama_torch.checkpoint.file_names import INDEX_FILE, MODEL_FILE
 from llama_torch.checkpoint.hf import DTYPES, locate, read_tensor, require_match
 from llama_torch.model.shapes import ParameterShapes
 
-from .lazy_weights import (
-    Model,
-    Weight,
-    label,
-    stored,
-    with_progress,
-    write_file,
-    write_json,
-)
+from .lazy_weights import Model, Weight, label, stored, with_progress, write_file
 
 LABELS = {dtype: name for name, dtype in DTYPES.items()}  # dtypes' names in safetensors files
 

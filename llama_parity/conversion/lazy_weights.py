@@ -1,10 +1,8 @@
 """A checkpoint as weights that are read one at a time, and the writing of files of them."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -55,11 +53,6 @@ def with_progress(names: Sequence[str] | Mapping[str, object], what: str) -> Ite
     console = Console(stderr=True)
     disable = not console.is_terminal
     yield from track(list(names), what, console=console, disable=disable, transient=True)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a small file of JSON."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_file(path: Path, save: Callable[[Path], object]) -> None:

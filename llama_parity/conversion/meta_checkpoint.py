@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from llama_common.errors import InputError
+from llama_common.files import write_json
 from llama_torch.checkpoint.file_names import META_FILES
 from llama_torch.checkpoint.hf import DTYPES, require_match
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.shapes import ParameterShapes
 from reference_np.naming import EMBED, LM_HEAD
 
-from .lazy_weights import Model, Weight, stored, with_progress, write_file, write_json
+from .lazy_weights import Model, Weight, stored, with_progress, write_file
 from .meta_params import config_from, is_llama3, params_of, read_params
 
 # Hugging Face's name, below "model." and the layer's number, -> Meta's.

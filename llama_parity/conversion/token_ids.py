@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_common.errors import InputError, flag_of
-from llama_common.files import read_json
+from llama_common.files import read_json, write_json
 from llama_common.notes import note
 from llama_torch.checkpoint.file_names import GENERATION_FILE
 from llama_torch.model.config import ModelConfig
@@ -16,7 +16,6 @@ from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.pieces import SentencePiece, is_ranks
 
 from . import llama3_tokenizer as llama3
-from .lazy_weights import write_json
 
 BOS, EOS, PAD = TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LLAMA_2 = {BOS: 1, EOS: 2}  # SentencePiece's own defaults

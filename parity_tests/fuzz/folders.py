@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from llama_common.files import write_json
 from llama_parity.comparison.trace_file import TraceWriter, write_trace
 from llama_parity.comparison.trace_format import Call, Step
 from llama_parity.conversion.gguf_model import write_gguf
@@ -36,7 +37,7 @@ from reference_np.optim import Hyperparameters
 
 from ..support.meta_checkpoints import a_meta
 from ..support.token_shards import LINES, stopped_at
-from ..support.tokenizers import HEADED, pieces_model, write_json, write_json_tokenizer
+from ..support.tokenizers import HEADED, pieces_model, write_json_tokenizer
 
 CONFIG = LlamaConfig(8, 1, 2, 1, 4, 8, 16, max_seq_len=16, tie_embeddings=False)
 MODEL = ModelConfig(8, 1, 2, 1, 4, 8, 16, max_seq_len=16, tie_embeddings=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from llama_common.files import write_json
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from llama_torch.tokenizer.encoding import load_encoding
@@ -64,8 +65,8 @@ def write_model(
         save_file(kept, folder / file, {"format": "pt"})
     tokenizers.KINDS[kind](folder)
     ids = {"bos_token_id": 3, "eos_token_id": [1, 2], "pad_token_id": 4}
-    tokenizers.write_json(folder / "config.json", config.to_hf() | ids)
-    tokenizers.write_json(folder / "generation_config.json", GENERATION)
+    write_json(folder / "config.json", config.to_hf() | ids)
+    write_json(folder / "generation_config.json", GENERATION)
     return config
 
 

@@ -8,10 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
+from llama_common.files import write_json
 from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
-
-from .tokenizers import write_json
 
 transformers = pytest.importorskip("transformers")
 

@@ -147,11 +147,6 @@ def gpt2_files(folder: Path) -> Path:
 KINDS = {"gpt2": gpt2_files, "bytes": byte_level, "spaced": spaced, "pieces": sentence_piece}
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a value as a JSON file."""
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
 def write_json_tokenizer(folder: Path, inside: Sequence[str] = ()) -> None:
     """Write a tokenizer of bytes with BOS and EOS and words ``inside`` its vocabulary."""
     names = ["<s>", "</s>", *LETTERS, *inside]

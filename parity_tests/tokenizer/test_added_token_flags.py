@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from llama_common.errors import InputError
+from llama_common.files import write_json
 from llama_torch.tokenizer.loading import load_tokenizer
 
 from ..support.tokenizer_folders import (
@@ -20,7 +21,7 @@ from ..support.tokenizer_folders import (
     their_ids,
     write_spaced,
 )
-from ..support.tokenizers import turns, write_json
+from ..support.tokenizers import turns
 
 SAID = (
     "hi",

@@ -9,9 +9,10 @@ import tokenizers
 from tokenizers import processors
 
 from llama_common.errors import InputError
+from llama_common.files import write_json
 from llama_torch.tokenizer.loading import load_tokenizer
 
-from ..support.tokenizers import write_json, write_json_tokenizer
+from ..support.tokenizers import write_json_tokenizer
 
 VOCAB = 999
 MORE = ("<a>", "<b>")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from llama_common.errors import InputError
+from llama_common.files import write_json
 from llama_common.notes import note
 from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
@@ -29,7 +30,7 @@ from ..support.tokenizer_folders import (
     transformers,
     write_spaced,
 )
-from ..support.tokenizers import LETTERS, pieces_model, turns, write_json
+from ..support.tokenizers import LETTERS, pieces_model, turns
 
 NAMES = ("<|a|>", "<|b|>", "[X]")
 SAID = ("hi", "hi  there ", "", "x y ", "a_b", "\n", "\nthe \n", "\u00a0x\u2003", "\x1cx")

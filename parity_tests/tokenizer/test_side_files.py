@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from llama_common.errors import InputError
+from llama_common.files import write_json
 from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.tokenizer.pieces import CONTROL, piece_spans, read_piece, with_kinds
 
 from ..support.tokenizer_folders import IS_V4, VOCAB, our_ids, their_ids, transformers
-from ..support.tokenizers import LETTERS, pieces_model, turns, write_json, write_json_tokenizer
+from ..support.tokenizers import LETTERS, pieces_model, turns, write_json_tokenizer
 
 # Two that overlap, two that are like words, and one of no letters.
 NAMES = ("<|a|>", "<|b|>", "<|a|><|b|>", "[X]", "<t>", "end", "ab", "☃")
