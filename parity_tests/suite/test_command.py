@@ -3,11 +3,8 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-from llama_parity.command import vectors
 
 from ..conformance.config_keys import KEYS
 from ..plugins.expectations import known_checks
@@ -144,34 +141,6 @@ def test_the_checks_are_listed_by_their_short_ids(run: Run) -> None:
     assert code == 0
     assert out.splitlines() == known_checks()
     assert {"test_logits", "test_logits_in[float32]", "test_training[3]"} <= set(out.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("lst", "vectors lst: no such action; did you mean list?"),
-        ("copy", "vectors copy: takes one folder, got none"),
-        ("list all", "vectors list: takes nothing after it, got all"),
-        ("check none", "none: no such folder"),
-        ("check . --angles", "takes one folder, got . --angles"),
-    ],
-)
-def test_bad_input_of_vectors(capsys: Any, tmp_path: Path, line: str, message: str) -> None:
-    assert vectors.main(line.split()) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message in err
-
-
-def test_the_vectors_are_copied_and_right_traces_pass(capsys: Any, tmp_path: Path) -> None:
-    target = tmp_path / "vectors"
-    assert vectors.main(["copy", str(target)]) == 0
-    assert (target / "index.json").is_file()
-    assert vectors.main(["list"]) == 0
-    capsys.readouterr()
-    assert vectors.main(["check", str(target / "traces")]) == 0
-    assert "0 failed, 0 not covered" in capsys.readouterr().out
 
 
 BODY = """\

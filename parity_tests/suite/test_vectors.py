@@ -17,10 +17,11 @@ from reference_np.training_mutants import TRAINING
 
 from ..vectors import generate, page
 from ..vectors.cases import all_cases
-from ..vectors.check import INDEX, VECTORS, load_index
+from ..vectors.folder import INDEX, VECTORS, load_index
 from ..vectors.models import all_models
 from ..vectors.reading import relative_error
 from ..vectors.results import PRECISIONS
+from ..vectors.schema import violations
 
 SCHEMA = json.loads((VECTORS / "vectors.schema.json").read_text(encoding="utf-8"))
 INDEXED = load_index()
@@ -70,34 +71,6 @@ def test_positions_are_below_the_context_of_their_model() -> None:
             assert call.positions is None or call.positions.max() < context
 
 
-def violations(value: Any, schema: dict[str, Any], at: str = "index") -> list[str]:
-    """Return where a JSON value breaks a schema of the few keywords that ours has."""
-    kinds = schema.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    python: dict[str, Any] = {
-        **{"object": dict, "array": list, "string": str, "boolean": bool, "integer": int},
-        **{"number": (int, float), "null": type(None)},
-    }
-    is_bool = isinstance(value, bool)
-    fits = [isinstance(value, python[kind]) and is_bool == (kind == "boolean") for kind in kinds]
-    if kinds and not any(fits):
-        return [f"{at}: {value!r} is no {' or '.join(kinds)}"]
-    if "enum" in schema and value not in schema["enum"]:
-        return [f"{at}: {value!r} is none of {schema['enum']}"]
-    found = []
-    if isinstance(value, dict):
-        known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-        found += [f"{at}: lacks {key}" for key in schema.get("required", []) if key not in value]
-        found += [f"{at}: has {key}" for key in value if others is False and key not in known]
-        for key, one in value.items():
-            below = known.get(key, others if isinstance(others, dict) else {})
-            found += violations(one, below, f"{at}.{key}")
-    if isinstance(value, list):
-        for i, one in enumerate(value):
-            found += violations(one, schema.get("items", {}), f"{at}[{i}]")
-    return found
-
-
 def test_the_index_keeps_its_schema() -> None:
     assert violations(INDEXED, SCHEMA) == []
 
@@ -109,6 +82,8 @@ def test_the_index_keeps_its_schema() -> None:
         ({"cases": {}}, ["index.cases: {} is no array"]),
         ({"flags": {"x": {"effect": 3}}}, ["lacks bug_class", "lacks reports", "3 is no string"]),
         ({"more": 1}, ["index: has more"]),
+        ({"precisions": ["float64"] * 5}, ["index.precisions: has 5 items, not 4 at most"]),
+        ({"cases": []}, ["index.cases: has 0 items, not 1 or more"]),
     ],
 )
 def test_an_index_that_breaks_the_schema_would_be_seen(change: Any, found: list[str]) -> None:

@@ -1,7 +1,5 @@
 """The check of a port's traces of the golden vectors passes right ports and names wrong ones."""
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,27 +8,15 @@ import numpy as np
 import pytest
 
 from reference_np import grad, ops, optim
-from reference_np.config import InputError
 from reference_np.low_precision import round_to
 from reference_np.mutants import FORWARD
 from reference_np.training_mutants import TRAINING
 
-from ..vectors.check import (
-    INDEX,
-    VECTORS,
-    Verdict,
-    check,
-    copy_vectors,
-    exit_code,
-    list_cases,
-    load_index,
-    report,
-)
-from ..vectors.results import Operations, expected
-from .vector_traces import CASES, MODELS, numpy_port, write_case, write_traces
+from ..vectors.check import Verdict, check, exit_code, report
+from ..vectors.results import Operations
+from .vector_traces import CASES, MODELS, numpy_port, write_basic, write_case, write_traces
 
 BASIC = [case for case in CASES.values() if case.basic]
-ONE = CASES["causal-gqa"]
 
 
 def by_case(verdicts: list[Verdict]) -> dict[str, Verdict]:
@@ -40,11 +26,7 @@ def by_case(verdicts: list[Verdict]) -> dict[str, Verdict]:
 @pytest.fixture
 def basic(tmp_path: Path) -> Path:
     """Return a folder with right traces of the basic cases."""
-    folder = tmp_path / "traces"
-    folder.mkdir()
-    for case in BASIC:
-        write_case(folder, case, expected(case, MODELS[case.model]), "float64")
-    return folder
+    return write_basic(tmp_path / "traces")
 
 
 @pytest.mark.numeric
@@ -150,104 +132,3 @@ def test_a_transposed_matrix_fails_a_basic_case(part: str, basic: Path) -> None:
 def test_a_broken_harness_fails_its_basic_case(change: Any, case: str, basic: Path) -> None:
     assert basic_failures(basic, lambda tokens, params: (tokens, params)) == set()
     assert case in basic_failures(basic, change)
-
-
-def wrong_shape(results: dict[str, Any]) -> None:
-    results["call.0.logits"] = results["call.0.logits"][..., :-1]
-
-
-def not_finite(results: dict[str, Any]) -> None:
-    results["call.0.norm"][0, 0, 0] = np.nan
-
-
-def no_logits(results: dict[str, Any]) -> None:
-    del results["call.0.logits"]
-
-
-def slightly_off(results: dict[str, Any]) -> None:
-    results["call.0.logits"][0, 0, 0] += 1e-8
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (wrong_shape, "call.0.logits has the shape (1, 5, 31), not (1, 5, 32)"),
-        (not_finite, "call.0.norm at inf of its bound"),
-        (no_logits, "call.0.logits is missing"),
-        (slightly_off, "call.0.logits at "),
-    ],
-)
-def test_a_wrong_trace_fails_with_its_reason(spoil: Any, words: str, basic: Path) -> None:
-    results = expected(ONE, MODELS[ONE.model])
-    write_case(basic, ONE, results, "float64")
-    assert by_case(check(basic))[ONE.name].status == "passed"
-    spoil(results)
-    write_case(basic, ONE, results, "float64")
-    verdict = by_case(check(basic))[ONE.name]
-    assert verdict.status == "failed"
-    assert words in verdict.line()
-
-
-def test_logits_alone_are_enough(basic: Path) -> None:
-    results = expected(ONE, MODELS[ONE.model])
-    write_case(basic, ONE, {"call.0.logits": results["call.0.logits"]}, "float32")
-    verdict = by_case(check(basic))[ONE.name]
-    assert verdict.status == "passed"
-    assert verdict.reason.endswith("1 of 18 tensors")
-
-
-def test_padding_is_not_judged(basic: Path) -> None:
-    case = CASES["padding-left"]
-    results = expected(case, MODELS[case.model])
-    for value in results.values():
-        value[0, :3] = 1e9
-    write_case(basic, case, results, "float64")
-    assert by_case(check(basic))[case.name].status == "passed"
-    results["call.0.logits"][0, 3] += 1.0
-    write_case(basic, case, results, "float64")
-    assert by_case(check(basic))[case.name].status == "failed"
-
-
-def test_other_tokens_are_no_run_of_the_case(basic: Path) -> None:
-    call = ONE.calls[0]
-    other = call._replace(tokens=call.tokens[:, ::-1].copy())
-    results = expected(ONE, MODELS[ONE.model])
-    write_case(basic, ONE, results, "float64", calls=(other,))
-    verdict = by_case(check(basic))[ONE.name]
-    assert verdict.status == "failed"
-    assert "call 0 has other tokens" in verdict.reason
-
-
-def test_vectors_of_another_schema_version_are_refused(tmp_path: Path, basic: Path) -> None:
-    folder = tmp_path / "copy"
-    assert copy_vectors(folder) == len(CASES)
-    assert check(basic, folder=folder) == check(basic)
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    (folder / INDEX).write_text(json.dumps(index | {"schema_version": 2}), encoding="utf-8")
-    with pytest.raises(InputError, match="its schema version is 2, and this release reads 1"):
-        check(basic, folder=folder)
-    (folder / INDEX).write_text("{}", encoding="utf-8")
-    with pytest.raises(InputError, match="is no index of golden vectors"):
-        load_index(folder)
-
-
-def test_folders_without_what_is_needed_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        check(tmp_path / "none")
-    with pytest.raises(InputError, match="has no trace of a case"):
-        check(tmp_path)
-    (tmp_path / "basic-order.safetensors").write_bytes(b"x" * 20)
-    with pytest.raises(InputError, match="not a complete safetensors file"):
-        check(tmp_path)
-    with pytest.raises(InputError, match="is there already"):
-        copy_vectors(tmp_path)
-
-
-def test_a_copy_and_a_list_are_complete(tmp_path: Path) -> None:
-    copy_vectors(tmp_path / "a")
-    names = {path.name for path in VECTORS.glob("models/*")}
-    assert {path.name for path in (tmp_path / "a" / "models").iterdir()} == names
-    assert (tmp_path / "a" / "readers" / "reader.cpp").is_file()
-    lines = list_cases(tmp_path / "a")
-    assert [line.split()[0] for line in lines] == list(CASES)
-    shutil.rmtree(tmp_path / "a" / "traces")

@@ -13,8 +13,9 @@ from reference_np.low_precision import round_to
 from ..vectors.arithmetic import Arithmetic
 from ..vectors.case_parts import Case
 from ..vectors.cases import all_cases
+from ..vectors.check import Verdict, check
 from ..vectors.models import Model, all_models
-from ..vectors.results import Operations, Results, arithmetic_operations, run
+from ..vectors.results import Operations, Results, arithmetic_operations, expected, run
 
 CASES, MODELS = {case.name: case for case in all_cases()}, all_models()
 Port = Callable[[Case, Model], Results | None]  # None: it does not offer the case
@@ -72,19 +73,20 @@ def _as(value: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
 def write_case(
     folder: Path, case: Case, results: Mapping[str, Any], dtype: str, **changed: Any
 ) -> Path:
-    """Write one trace with these results; ``changed``: other calls or steps."""
+    """Write one trace with these results; ``changed``: another config, calls, steps or hyper."""
 
     def fill(writer: TraceWriter) -> None:
         for name, value in results.items():
             kind, at, rest = name.split(".", 2)
             add = writer.add if kind == "call" else writer.add_step
             wide = np.asarray(value)
-            add(int(at), rest, wide if wide.dtype == np.float64 else wide.astype(np.float32))
+            as_is = wide.dtype in (np.float64, np.int64)
+            add(int(at), rest, wide if as_is else wide.astype(np.float32))
 
     path = folder / f"{case.name}.safetensors"
     calls, steps = changed.get("calls", case.calls), changed.get("steps", case.steps)
-    hyper = case.hyperparameters
-    config = MODELS[case.model].config
+    hyper = changed.get("hyper", case.hyperparameters)
+    config = changed.get("config", MODELS[case.model].config)
     write_trace(path, config, calls, dtype, fill, steps=steps, hyperparameters=hyper)
     return path
 
@@ -95,3 +97,25 @@ def write_traces(folder: Path, port: Port, dtype: str) -> None:
         results = port(case, MODELS[case.model])
         if results is not None:
             write_case(folder, case, results, dtype)
+
+
+def write_basic(folder: Path, dtype: str = "float64") -> Path:
+    """Make a folder with right traces of the basic cases; return it."""
+    folder.mkdir()
+    for case in CASES.values():
+        if case.basic:
+            write_case(folder, case, expected(case, MODELS[case.model]), dtype)
+    return folder
+
+
+def right(name: str) -> Results:
+    """Return the expected results of a case."""
+    return expected(CASES[name], MODELS[CASES[name].model])
+
+
+def verdict_on(
+    folder: Path, name: str, results: Mapping[str, Any], dtype: str = "float64", **changed: Any
+) -> Verdict:
+    """Write a trace of a case with these results; return the verdict on it."""
+    write_case(folder, CASES[name], results, dtype, **changed)
+    return next(verdict for verdict in check(folder) if verdict.case == name)

@@ -12,8 +12,7 @@ from reference_np.ops import Array
 from reference_np.optim import Hyperparameters
 
 from .models import all_models, random_integers
-
-Ranges = list[list[int]]  # of each row, the first real token and the one after the last
+from .reading import Ranges
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from reference_np.ops import IGNORE
 from .case_parts import (
     CONFIGS,
     Case,
-    Ranges,
     chunks,
     packed,
     padded,
@@ -20,6 +19,7 @@ from .case_parts import (
     with_diagonal,
 )
 from .models import BASICS, random_integers
+from .reading import Ranges
 from .training_cases import gradient_cases, update_cases
 
 

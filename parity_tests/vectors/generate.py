@@ -16,8 +16,8 @@ from reference_np.ops import Array
 from . import flags, page
 from .case_parts import Case
 from .cases import all_cases
-from .check import FORMAT, INDEX, SCHEMA_VERSION
 from .files import gguf_note, write_gguf, write_safetensors
+from .folder import FORMAT, INDEX, SCHEMA_VERSION
 from .models import Model, all_models
 from .results import PRECISIONS, bounds, expected, told_apart
 from .text_index import text_index

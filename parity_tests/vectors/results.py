@@ -29,7 +29,7 @@ from reference_np.training_mutants import TRAINING
 from .arithmetic import Arithmetic, decimal_digits, decimals, rounded
 from .case_parts import Case
 from .models import Model, random_integers
-from .reading import relative_error
+from .reading import real_tokens, relative_error
 
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 # As the conformance suite's: AdamW divides by sqrt(v) + 1e-5.
@@ -115,21 +115,11 @@ def expected(case: Case, model: Model) -> Results:
         return {name: rounded(value) for name, value in found.items()}
 
 
-def real_tokens(case: Case, name: str, value: Array) -> Array:
-    """Return the elements of a result that are judged: of real tokens, those of all rows."""
-    kind, index, _ = name.split(".", 2)
-    ranges = case.real[int(index)] if kind == "call" else None
-    if ranges is None:
-        return value
-    rows = [row[first:end] for row, (first, end) in zip(value, ranges, strict=True)]
-    return np.concatenate(rows)
-
-
 def error(case: Case, name: str, actual: Array, exact: Array) -> float:
     """Return ``max |a - e| / max |e|`` over the real tokens; inf for what is not finite."""
     if actual.shape != exact.shape:
         return math.inf
-    return relative_error(real_tokens(case, name, actual), real_tokens(case, name, exact))
+    return relative_error(real_tokens(case.real, name, actual), real_tokens(case.real, name, exact))
 
 
 @cache
@@ -180,8 +170,8 @@ def _angle_changes(case: Case, model: Model, exact: Results) -> dict[str, float]
         by = SimpleNamespace(**vars(ops) | {"rope_tables": inexact_tables(pattern)})
         moved = Operations(by, rules=Arithmetic(decimal=False).rules(by))
         for name, value in run(case, model.config, params, moved).items():
-            scale = float(np.abs(real_tokens(case, name, exact[name])).max()) or 1.0
-            off = np.abs(real_tokens(case, name, value - plain[name])).max() / scale
+            scale = float(np.abs(real_tokens(case.real, name, exact[name])).max()) or 1.0
+            off = np.abs(real_tokens(case.real, name, value - plain[name])).max() / scale
             changes[name] = max(changes[name], float(off))
     return changes
 

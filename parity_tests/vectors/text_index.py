@@ -4,14 +4,15 @@ Each file offset counts from the file's first byte; numbers are little-endian, r
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from reference_np.config import LlamaConfig
 
-from .check import FORMAT, SCHEMA_VERSION
 from .files import safetensors_header
+from .folder import FORMAT, SCHEMA_VERSION
 
 
 def text_index(folder: Path, index: Mapping[str, Any]) -> str:
@@ -22,7 +23,7 @@ def text_index(folder: Path, index: Mapping[str, Any]) -> str:
     for case in index["cases"]:
         if case["kind"] != "training":
             lines += _case(folder, case)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "end"]) + "\n"
 
 
 def _model(folder: Path, name: str, model: Mapping[str, Any]) -> Iterator[str]:
@@ -35,7 +36,8 @@ def _model(folder: Path, name: str, model: Mapping[str, Any]) -> Iterator[str]:
     header, start = safetensors_header(folder / model["weights"])
     for key, entry in header.items():
         if key != "__metadata__":
-            yield f"weight {key} {start + entry['data_offsets'][0]}"
+            count = math.prod(entry["shape"])
+            yield f"weight {key} {start + entry['data_offsets'][0]} {count}"
 
 
 def _case(folder: Path, case: Mapping[str, Any]) -> Iterator[str]:
@@ -44,10 +46,11 @@ def _case(folder: Path, case: Mapping[str, Any]) -> Iterator[str]:
     calls = LlamaCalls(header)
     for c, (after, real) in enumerate(zip(calls.after, case["real"], strict=True)):
         rows, length = header[f"call.{c}.tokens"]["shape"]
-        offsets = [calls.offset(c, name, start) for name in ("tokens", "positions", "mask")]
+        inputs = "tokens", "positions", "mask", "logits"
+        offsets = [calls.offset(c, name, start) for name in inputs]
         ranges = real or [[0, length]] * rows
-        at = calls.offset(c, "logits", start)
-        words = *(after, rows, length), *offsets, at, case["bounds"][f"call.{c}.logits"][0]
+        bounds = case["bounds"][f"call.{c}.logits"]
+        words = after, calls.cached(c), rows, length, *offsets, *bounds
         yield f"call {' '.join(map(str, words))}"
         yield f"real {' '.join(f'{first} {end}' for first, end in ranges)}"
 
@@ -59,6 +62,13 @@ class LlamaCalls:
         calls = json.loads(header["__metadata__"]["calls"])
         self.after = [-1 if call["after"] is None else call["after"] for call in calls]
         self._header = header
+
+    def cached(self, call: int) -> int:
+        """Return how many tokens of a row the calls have that this one continues."""
+        before = self.after[call]
+        if before < 0:
+            return 0
+        return self.cached(before) + int(self._header[f"call.{before}.tokens"]["shape"][1])
 
     def offset(self, call: int, name: str, start: int) -> int:
         """Return a tensor's place in the file, -1 where it is not there."""
