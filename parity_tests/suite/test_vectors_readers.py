@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from ..vectors.folder import INDEX, VECTORS, copy_vectors, load_index
@@ -120,6 +122,15 @@ def test_padding_is_not_judged(reader: Reader, copy: Path) -> None:
     poke(copy / "traces/padding-both.safetensors", "call.0.logits", -1, lambda x: 1e9)
     code, output = reader(copy)
     assert code == 0, output
+
+
+def test_a_masked_key_has_no_part_in_the_softmax_however_large_its_score() -> None:
+    code = (VECTORS / "readers" / "llama.py").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(compile(code, "llama.py", "exec"), names)
+    scores = np.array([[0.0, 0.0, 2000.0], [1.0, 2.0, 3.0]])
+    mask = np.array([[True, True, False], [False, False, False]])
+    assert names["softmax"](scores, mask).tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
 
 
 # The same wrong step in each language: epsilon, the scale, the mask.

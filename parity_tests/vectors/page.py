@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 TEMPLATE = Path(__file__).parent / "page.md"
@@ -14,12 +15,21 @@ def text(index: Mapping[str, Any]) -> str:
         "CASES": str(len(index["cases"])),
         "MODELS": str(len(index["models"])),
         "FLAGS": str(len(index["flags"])),
+        "BFLOAT16": _middle_bound(index, "bfloat16"),
+        "FLOAT16": _middle_bound(index, "float16"),
         "BUG_TABLE": _bugs(index),
         "CASE_TABLE": _cases(index),
     }
     for word, value in counts.items():
         page = page.replace("{{" + word + "}}", value)
     return page
+
+
+def _middle_bound(index: Mapping[str, Any], precision: str) -> str:
+    """Return the bound that half of a precision's are above, with two digits."""
+    column = index["precisions"].index(precision)
+    rows = [row for case in index["cases"] for row in case["bounds"].values()]
+    return f"{median(row[column] for row in rows if row[column] is not None):.2g}"
 
 
 def _bugs(index: Mapping[str, Any]) -> str:
