@@ -23,10 +23,11 @@ Padding = Sequence[Array | None]  # by call: bool [B, T], True is padding; None 
 def find_padding(calls: Sequence[Call]) -> Padding:
     """Return which tokens of every call are padding, as the masks of its whole sequence tell.
 
-    A row has padding where each real query may attend to exactly the real tokens up to itself, and
-    where padding lies at the left or the right end of the row's part in each call. On the left it
-    may attend to nothing but itself, elsewhere to no later token. A row with any other mask has
-    none, and all of it is judged.
+    In a row with padding each real token may attend to exactly the real tokens up to itself, there
+    are two of them at least, and they are contiguous in each call: padding lies at the left or the
+    right end. Padding of a call is alike: it may attend to nothing; or, being one token id, to
+    itself, and on the right to the real tokens before it, with itself or with all padding before
+    it. A row with any other mask has none, and all of it is judged.
     """
     found: list[Array] = [np.zeros(call.tokens.shape, dtype=bool) for call in calls]
     for last in set(range(len(calls))) - {call.after for call in calls}:
@@ -63,15 +64,31 @@ def _padding_if_real(
     """Return ``~real_BS`` in the rows whose mask is that of these real tokens, else False."""
     n_keys = mask_BSS.shape[-1]
     causal = causal_mask(n_keys, n_keys)
-    seen = np.cumsum(real_BS, axis=1) > 0  # whether a real token stands here or before
-    alike = ((mask_BSS == (causal & real_BS[:, None])) | ~real_BS[:, :, None]).all(axis=(1, 2))
-    allowed = np.where(seen[:, :, None], causal, np.eye(n_keys, dtype=bool))
-    alike &= ~(mask_BSS & ~allowed).any(axis=(1, 2)) & real_BS.any(axis=1)
+    visible = causal & real_BS[:, None]
+    alike = ((mask_BSS == visible) | ~real_BS[:, :, None]).all(axis=(1, 2))
+    is_blind = ~(mask_BSS & ~real_BS[:, :, None]).any(axis=(1, 2))
+    tokens_BS = np.concatenate([calls[c].tokens for c in chain], axis=1)
+    pad_id = tokens_BS[np.arange(len(tokens_BS)), real_BS.argmin(axis=1)]  # of the first padding
+    is_one_id = ((tokens_BS == pad_id[:, None]) | real_BS).all(axis=1)
+    # Of one real token the mask does not tell it from tokens that each see themselves alone.
+    alike &= np.where(is_blind, real_BS.any(axis=1), is_one_id & (real_BS.sum(axis=1) > 1))
+    is_left = np.cumsum(real_BS, axis=1) == 0
+    own = np.eye(n_keys, dtype=bool)
+    forms = (
+        np.zeros_like(causal),
+        visible,
+        visible | own,
+        np.where(is_left[:, :, None], own, causal),
+    )
     for c in chain:
         start = n_cached(calls, c)
-        part = real_BS[:, start : start + calls[c].tokens.shape[1]]
-        alike &= (part[:, 1:] != part[:, :-1]).sum(axis=1) <= 1
-        if not (part | ~alike[:, None]).any():  # nothing of the call would be judged
+        part = slice(start, start + calls[c].tokens.shape[1])
+        real = real_BS[:, part]
+        is_form = [
+            ((mask_BSS == form)[:, part] | real[:, :, None]).all(axis=(1, 2)) for form in forms
+        ]
+        alike &= np.any(is_form, axis=0) & ((real[:, 1:] != real[:, :-1]).sum(axis=1) <= 1)
+        if not (real | ~alike[:, None]).any():  # nothing of the call would be judged
             alike[:] = False
     padding: Array = ~real_BS & alike[:, None]
     return padding

@@ -30,6 +30,7 @@ LEFT[1, :, :7] = False
 LEFT |= np.eye(24, dtype=bool)
 POSITIONS = np.stack([np.arange(24), np.maximum(np.arange(24) - 7, 0)])
 TOKENS = RNG.integers(0, 300, (2, 24))
+TOKENS[1, :7] = 0
 TARGETS = np.where(RNG.random((2, 24)) < 0.3, IGNORE, RNG.integers(0, 300, (2, 24)))
 CALLS = [
     Call("plain", TOKENS),

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from llama_parity.comparison.padding import find_padding
+from llama_parity.comparison.trace_file import TraceWriter, write_trace
 from llama_parity.comparison.trace_format import Call
+from reference_np.checkpoint import Checkpoint
 from reference_np.limits import real_tokens
 
 from ..conformance.strategies import packed, padded
 from ..planted.port import Planted
-from .comparing import QUICK, Silent, named
+from .comparing import CONFIG, QUICK, Silent, named
 
 
 class Careless(Planted):
@@ -99,18 +101,21 @@ def test_one_wrong_real_token_of_the_padded_run_fails(
     assert "in 1 of 18 tokens" in found["first_divergence"]["where"]
 
 
-def calls_with(*masks: np.ndarray | None, widths: tuple[int, ...]) -> list[Call]:
-    """Return a chain of calls with these masks; ``widths`` are their numbers of tokens."""
+def found_padding(
+    *masks: np.ndarray | None, widths: tuple[int, ...], tokens: np.ndarray | None = None
+) -> list[Any]:
+    """Return the padding of a chain of calls with these masks and ``widths``, numbers of tokens.
+
+    ``tokens``: of the whole chain [B, S]; else all are the same.
+    """
     rows = next(len(mask) for mask in masks if mask is not None)
-    return [
-        Call("", np.zeros((rows, width), int), None, mask, None if c == 0 else c - 1)
-        for c, (mask, width) in enumerate(zip(masks, widths, strict=True))
+    tokens = np.zeros((rows, sum(widths)), int) if tokens is None else tokens
+    parts = np.split(tokens, np.cumsum(widths)[:-1], axis=1)
+    calls = [
+        Call("", part, None, mask, None if c == 0 else c - 1)
+        for c, (mask, part) in enumerate(zip(masks, parts, strict=True))
     ]
-
-
-def found_padding(*masks: np.ndarray | None, widths: tuple[int, ...]) -> list[Any]:
-    found = find_padding(calls_with(*masks, widths=widths))
-    return [None if where is None else where.tolist() for where in found]
+    return [None if where is None else where.tolist() for where in find_padding(calls)]
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -137,6 +142,11 @@ def band(mask: np.ndarray) -> np.ndarray:
     return mask & ~np.tril(mask, -2)
 
 
+# The tokens of two prefixes, as padding on the right that sees more or less would be.
+ALL_OR_FIRST = np.tril(np.ones((1, 6, 6), bool))
+ALL_OR_FIRST[:, 5, 2:] = False
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -147,11 +157,65 @@ def band(mask: np.ndarray) -> np.ndarray:
         np.random.default_rng(1).random((40, 6, 6)) < 0.9,
         np.zeros((1, 4, 4), bool),
         np.tril(np.ones((1, 5, 5), bool)) & (np.arange(5) != 2),
+        np.eye(6, dtype=bool)[None],
+        np.broadcast_to(np.eye(6, dtype=bool), (3, 6, 6)),
+        np.broadcast_to(np.arange(6) == 0, (1, 6, 6)),
+        np.eye(6, dtype=bool)[None] | (np.arange(6) == 0),
+        ALL_OR_FIRST,
+        np.stack([np.tril(np.ones((6, 6), bool)), np.eye(6, dtype=bool)]),
     ],
-    ids=["packed", "window", "all", "half", "most", "nothing", "hole"],
+    ids=[
+        *("packed", "window", "all", "half", "most", "nothing", "hole", "itself", "itself, rows"),
+        *("first", "first and itself", "all or first", "causal and itself"),
+    ],
 )
 def test_other_masks_are_judged_whole(mask: np.ndarray) -> None:
     assert found_padding(mask, widths=(mask.shape[1],)) == [None]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        packed([1, 1, 1, 3])[1],  # documents of one token, then one of three
+        padded([6, 3], left=False)[1][1:],  # a prompt, then candidates that see it and themselves
+    ],
+    ids=["packed", "candidates"],
+)
+def test_padding_is_one_token_id(mask: np.ndarray) -> None:
+    """A mask alone does not tell padding from tokens that stand for themselves."""
+    assert found_padding(mask, widths=(6,), tokens=np.arange(6)[None]) == [None]
+    assert found_padding(mask, widths=(6,)) != [None]
+
+
+def test_a_prompt_of_one_token_is_told_by_the_steps_after_it() -> None:
+    prompt = padded([3, 1], left=True)[1]
+    step = np.ones((2, 1, 4), bool)
+    step[1, :, :2] = False
+    assert found_padding(prompt, widths=(3,)) == [None]
+    left = [[False, False, False], [True, True, False]]
+    assert found_padding(prompt, step, widths=(3, 1)) == [left, None]
+
+
+@pytest.mark.parametrize("shows", ["all", "logits"])
+def test_a_bug_shows_under_a_mask_by_which_each_token_sees_itself_alone(
+    ckpt: Path, report: Callable, tmp_path: Path, shows: str
+) -> None:
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 8))
+    mask = np.broadcast_to(np.eye(8, dtype=bool), (2, 8, 8))
+    call = Call("alone", tokens, mask=mask)
+    found, _ = Planted().traced_decode(CONFIG, dict(Checkpoint(ckpt)), tokens, None, mask, None)
+    values = {name: value.copy() for name, value in found.items() if shows in ("all", name)}
+    values["logits"][:, 2] *= 1.01
+
+    def fill(writer: TraceWriter) -> None:
+        for name, value in values.items():
+            writer.add(0, name, value)
+
+    path = tmp_path / "trace.safetensors"
+    write_trace(path, CONFIG, [call], "float32", fill)
+    report_found = report(ckpt, "--against", path, "--no-diagnose")
+    assert report_found["first_divergence"]["name"] == "logits"
+    assert "in 2 of 16 tokens" in report_found["first_divergence"]["where"]
 
 
 def test_padding_that_a_later_step_sees_is_judged() -> None:
