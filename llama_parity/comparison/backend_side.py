@@ -1,6 +1,5 @@
 """Record the activations of a backend of the suite's protocol."""
 
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +8,12 @@ import numpy as np
 
 from reference_np import backend as backends
 from reference_np.config import InputError, LlamaConfig
-from reference_np.limits import limits_of
+from reference_np.limits import Limits, limits_of
 from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.ops import Array
-from reference_np.refusals import is_own_refusal
 
-from .sides import Advance, Side, is_covered
+from .engine_side import Engine, as_arrays, call_backend
+from .sides import NOT_COVERED, Advance, Side, is_covered
 from .source import Source
 from .trace_file import TraceWriter
 from .trace_format import Call
@@ -62,54 +61,48 @@ def make_backend_side(spec: str, dtype: str, checkpoint: Source) -> Side:
     def write(
         writer: TraceWriter, calls: Sequence[Call], config: LlamaConfig, advance: Advance
     ) -> list[str]:
-        params = BackendParams(checkpoint, config, dtype)
-        caches: list[Any] = []
-        coverage: list[str] = []
-        for index, call in enumerate(calls):
-            found: dict[str, Array] = {}
-            cache = None
-            if limit := exceeded_limit(limits, call):
-                covers = f"not covered, by limit: {limit}"
-            elif call.after is not None and not is_covered(coverage[call.after]):
-                covers = "not covered: the call that it continues is not"
-                if calls[call.after].after is not None:  # of the first one that continues it
-                    covers = coverage[call.after]
-            else:
-                before = None if call.after is None else caches[call.after]
-                found, cache, covers = _run_call(backend, config, params, call, before)
-            caches.append(cache)
-            coverage.append(covers)
+        run = _Run(backend, limits, config, BackendParams(checkpoint, config, dtype))
+        for index in range(len(calls)):
+            found = run.call(calls, index)
             for name in activation_axes(config):
                 if name in found:
                     writer.add(index, name, found[name])
             for _ in range(config.n_layers):
                 advance()
-        return coverage
+        return run.coverage
 
     return Side(spec, dtype, write, backend=spec, limits=limits)
 
 
-def call_backend(backend: Any, name: str, purpose: str, *arguments: Any) -> Any:
-    """Return the result of a backend's method; ``purpose`` completes "failed on ..." in an error.
+class _Run:
+    """Runs the calls of a comparison on a backend, by what it offers of the protocol."""
 
-    Raises NotImplementedError where the method is missing or raises it in the backend's own file,
-    and InputError, one line with the place in the code, for any other exception.
-    """
-    method = getattr(backend, name, None)
-    if not callable(method):
-        raise NotImplementedError(f"{name} is not offered")
-    try:
-        return method(*arguments)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, NotImplementedError) and is_own_refusal(backend, error):
-            raise NotImplementedError(str(error) or f"{name} is not offered") from None
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(
-            f"--against: {name} failed on {purpose}: {why} "
-            f"({at.filename}:{at.lineno}); mend it, or raise NotImplementedError in the backend's "
-            "own file"
-        ) from error
+    def __init__(
+        self, backend: Any, limits: Limits, config: LlamaConfig, params: Mapping[str, Array]
+    ) -> None:
+        self.backend, self.limits, self.config, self.params = backend, limits, config, params
+        self.engine = Engine(backend, config, params)
+        self.caches: list[Any] = []
+        self.coverage: list[str] = []
+
+    def call(self, calls: Sequence[Call], index: int) -> dict[str, Array]:
+        """Run the next call; return its activations or logits, and note how much that is."""
+        call, cache = calls[index], None
+        found: dict[str, Array] = {}
+        if limit := exceeded_limit(self.limits, call):
+            covers = f"{NOT_COVERED}, by limit: {limit}"
+        elif call.after is not None and not is_covered(self.coverage[call.after]):
+            covers = f"{NOT_COVERED}: the call that it continues is not"
+            if calls[call.after].after is not None:  # of the first one that continues it
+                covers = self.coverage[call.after]
+        else:
+            before = None if call.after is None else self.caches[call.after]
+            found, cache, covers = _run_call(self.backend, self.config, self.params, call, before)
+            if cache is None and self.engine.is_offered:
+                found, covers = self.engine.run(call, index, found, covers)
+        self.caches.append(cache)
+        self.coverage.append(covers)
+        return found
 
 
 def _run_call(
@@ -125,19 +118,19 @@ def _run_call(
     try:
         pair = call_backend(backend, "traced_decode", purpose, *given, cache)
         found, cache = _as_pair(pair, "traced_decode")
-        return _as_arrays(found, "traced_decode"), cache, "activations"
+        return as_arrays(found, "traced_decode"), cache, "activations"
     except NotImplementedError:
         pass
     logits: dict[str, Array] = {}
     try:
         pair = call_backend(backend, "decode", purpose, *given, cache)
         decoded, cache = _as_pair(pair, "decode")
-        logits = _as_arrays({"logits": decoded}, "decode")
+        logits = as_arrays({"logits": decoded}, "decode")
     except NotImplementedError as error:
         why, cache = str(error), None
     if call.after is None:
         try:
-            found = _as_arrays(call_backend(backend, "trace", purpose, *given), "trace")
+            found = as_arrays(call_backend(backend, "trace", purpose, *given), "trace")
             # People run decode: its logits are judged in place of the trace's.
             return found | logits, cache, "activations"
         except NotImplementedError:
@@ -145,7 +138,7 @@ def _run_call(
         try:
             if not logits:
                 alone = call_backend(backend, "logits", purpose, *given)
-                logits = _as_arrays({"logits": alone}, "logits")
+                logits = as_arrays({"logits": alone}, "logits")
         except NotImplementedError as error:
             why = str(error)
     return logits, cache, "logits" if logits else f"not covered: {why}"
@@ -156,13 +149,3 @@ def _as_pair(value: Any, name: str) -> tuple[Any, Any]:
     if not isinstance(value, tuple) or len(value) != 2:
         raise InputError(f"--against: {name} must return two things, got {type(value).__name__}")
     return value
-
-
-def _as_arrays(found: Any, name: str) -> dict[str, Array]:
-    """Return a method's arrays by name, in float64 where they are and else in float32."""
-    try:
-        arrays = {key: np.asarray(value) for key, value in dict(found).items()}
-        return {k: v if v.dtype == np.float64 else v.astype(np.float32) for k, v in arrays.items()}
-    except Exception as error:
-        why = " ".join(str(error).split())
-        raise InputError(f"--against: {name} must return NumPy arrays ({why})") from None

@@ -17,7 +17,7 @@ from .judging import KL, Row
 from .logprobs import at_targets, judged_targets
 from .padding import Padding, find_padding
 from .replay import EMBEDDING_STAGE, Key, RoundedParams, stage_input, stage_names
-from .sides import Recording
+from .sides import LAST_LOGITS, Recording
 from .trace_file import TraceFile
 from .trace_format import LOGPROBS, Call
 
@@ -75,7 +75,8 @@ class Comparison(NamedTuple):
     recording: Recording
     theirs: TheirActivations
     first_layer: int  # of those that are compared
-    padding: Padding  # by call: the tokens that are not judged
+    # By call: the tokens that are not judged. Besides padding, of an engine all but the last.
+    padding: Padding
 
     @property
     def precision(self) -> str:
@@ -120,7 +121,8 @@ class Comparison(NamedTuple):
         """
         if name == LOGPROBS:
             return self.calls[c].targets is not None
-        return covers == "activations" or (covers == "logits" and name in ("logits", KL))
+        alone = covers in ("logits", LAST_LOGITS)
+        return covers == "activations" or (alone and name in ("logits", KL))
 
     def names(self, stage: int) -> list[str]:
         """Return the names of a stage's activations to compare, in any call."""
@@ -131,11 +133,23 @@ class Comparison(NamedTuple):
 
     def shows_logits(self) -> bool:
         """Return whether the other side shows logits in any call."""
-        return not {"activations", "logits"}.isdisjoint(self.recording.coverage)
+        return not {"activations", "logits", LAST_LOGITS}.isdisjoint(self.recording.coverage)
 
     def has_activations(self) -> bool:
         """Return whether the other side shows more than logits in any call."""
         return "activations" in self.recording.coverage
+
+
+def without_earlier_tokens(
+    padding: Padding, calls: Sequence[Call], coverage: Sequence[str]
+) -> Padding:
+    """Return the tokens that are not judged: all but the last of calls of ``LAST_LOGITS``, too."""
+    found = list(padding)
+    for c, covers in enumerate(coverage):
+        if covers == LAST_LOGITS:
+            length = calls[c].tokens.shape[1]
+            found[c] = np.broadcast_to(np.arange(length) < length - 1, calls[c].tokens.shape)
+    return found
 
 
 def make_comparison(
@@ -149,7 +163,7 @@ def make_comparison(
     """Open the checkpoint's parameters in both precisions, and the recorded activations."""
     exact = RoundedParams(path, precision, "float64")
     baseline = exact if precision == "float64" else RoundedParams(path, precision, "float32")
-    padding = find_padding(calls)
+    padding = without_earlier_tokens(find_padding(calls), calls, recording.coverage)
     calls = judged_targets(calls, padding, recording.trace)
     theirs = TheirActivations(recording.trace, config, calls)
     return Comparison(config, calls, exact, baseline, recording, theirs, first_layer, padding)

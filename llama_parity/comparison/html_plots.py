@@ -21,6 +21,7 @@ from .report_rows import (
     finite_or_inf,
     group_by,
     is_out,
+    judged_kl,
     rms_of,
     worst_row,
 )
@@ -178,22 +179,20 @@ def predictions_section(report: Mapping[str, Any]) -> str:
         after = call["after"]
         roots.append(number if after is None else roots[after])
         starts.append(0 if after is None else starts[after] + len(calls[after]["tokens"][0]))
-    scale = Decades(
-        finite_or_inf(value) for entry in logits for row in entry["kl"] for value in row
-    )
+    scale = Decades(value for entry in logits for value in judged_kl(entry))
     axes, legend = _figure(4.2, 2.4), ""
     for i, (root, entries) in enumerate(group_by(logits, lambda e: roots[e["call"]]).items()):
         colour = COLOURS[i % len(COLOURS)]
         for entry in entries:
             for row in entry["kl"]:
-                heights = scale.heights([finite_or_inf(value) for value in row])
-                positions = starts[entry["call"]] + np.arange(len(row))
-                marker = "o" if len(row) == 1 else ""
+                judged = [i for i, value in enumerate(row) if value is not None]
+                heights = scale.heights([row[i] for i in judged])
+                positions = starts[entry["call"]] + np.array(judged)
+                marker = "o" if len(judged) == 1 else ""
                 axes.plot(positions, heights, color=colour, lw=1, marker=marker, ms=3)
-                scale.cross(axes, positions[np.isnan(heights)])
-        kl = [finite_or_inf(value) for entry in entries for row in entry["kl"] for value in row]
+        kl = [value for entry in entries for value in judged_kl(entry)]
         more = f", then {counted(len(entries) - 1, 'more call')}" if len(entries) > 1 else ""
-        worst = f"at most {max(kl):.1e} nats" if max(kl) < math.inf else "not finite"
+        worst = f"at most {max(kl):.1e} nats"
         legend += f'<li><i style="color: {colour}"></i>{escape(calls[root]["name"])}{more}: {worst}'
         legend += f"; first choice differs at {sum(e['changed'] for e in entries)} of {len(kl)}"
         legend += "</li>"

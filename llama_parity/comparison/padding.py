@@ -3,7 +3,7 @@
 Axes: B batch, T tokens of the call, S cached + T.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -137,13 +137,15 @@ def _zeroed(value: Array, padding: Array | None) -> Array:
     return copy
 
 
-def padding_note(calls: Sequence[Call], padding: Padding) -> str:
-    """Return a sentence of the tokens that are not judged; "" where all are."""
-    counts: Mapping[str, Array] = {
-        call.name: where for call, where in zip(calls, padding, strict=True) if where is not None
-    }
-    if not counts:
+def padding_note(calls: Sequence[Call], padding: Padding, is_covered: Sequence[bool]) -> str:
+    """Return a sentence of the tokens that are not judged of calls that are; "" for none."""
+    padded = [
+        (call.name, where)
+        for call, where, covered in zip(calls, padding, is_covered, strict=True)
+        if where is not None and covered
+    ]
+    if not padded:
         return ""
-    listed = [f"{int(w.sum())} of {w.size} tokens of {name}" for name, w in counts.items()]
+    listed = [f"{int(w.sum())} of {w.size} tokens of {name}" for name, w in padded]
     more = f" and {len(listed) - 4} more calls" if len(listed) > 4 else ""
     return f"Padding is not judged: {'; '.join(listed[:4])}{more}."

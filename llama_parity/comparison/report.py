@@ -18,6 +18,7 @@ from .differences import StageResult
 from .engine_report import logprob_entry
 from .judging import KL, REORDERED, Measure, Row
 from .logprobs import find_slip
+from .padding import Padding
 from .trace_format import LOGPROBS, Call
 from .verdict import operation, place
 
@@ -28,11 +29,11 @@ CELLS = 256  # largest number of columns of the heat map
 class ReportBuilder:
     """Collects the rows of a comparison, its first divergence, its heat map and the logits' KL.
 
-    No activation is kept.
+    No activation is kept. ``padding``: by call, the tokens that are not judged.
     """
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = calls
+    def __init__(self, calls: Sequence[Call], padding: Padding) -> None:
+        self.calls, self.padding = calls, padding
         self.rows: list[Row] = []
         self.first_divergence: dict[str, Any] | None = None
         self.heatmap: dict[str, Any] | None = None
@@ -51,11 +52,17 @@ class ReportBuilder:
             theirs, exact = (x.get((c, "logits")) for x in (stage.theirs, stage.free_running))
             if exact is None or theirs is None or theirs.shape != exact.shape:
                 continue
-            if np.isfinite(theirs).all() and np.isfinite(exact).all():
-                kl = kl_per_token(theirs, exact)
+            if np.isfinite(kl := kl_per_token(theirs, exact)).all():
                 changed = int(np.sum(theirs.argmax(-1) != exact.argmax(-1)))
-                entry = {"call": c, "name": call.name, "kl": kl.tolist(), "changed": changed}
-                self.logits.append(entry)
+                self.logits.append(self._distance(c, kl, changed))
+
+    def _distance(self, c: int, kl_BT: Array, changed: int) -> dict[str, Any]:
+        """Return the entry of a call's logits: the KL of every token, null of those not judged."""
+        kl = kl_BT.astype(object)
+        if (unjudged := self.padding[c]) is not None:
+            kl[unjudged] = None  # their logits are zeros on both sides
+        name = self.calls[c].name
+        return {"call": c, "name": name, "kl": kl.tolist(), "changed": changed}
 
     def _add_logprobs(self, c: int, call: Call, stage: StageResult) -> None:
         """Add the distance of a call's log-probabilities from the oracle's, and a known slip."""

@@ -37,6 +37,11 @@ def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
+def judged_kl(entry: Mapping[str, Any]) -> list[float]:
+    """Return the KL of a call's judged tokens, of an entry of ``report["logits"]``."""
+    return [value for row in entry["kl"] for value in row if value is not None]
+
+
 def wrong_rows(rows: Iterable[RowEntry]) -> list[RowEntry]:
     """Return the rows that are wrong by themselves, or could not be compared."""
     return [row for row in rows if row["status"] not in RIGHT]

@@ -19,9 +19,9 @@ from .differences import compare
 from .engine_report import engine_entries
 from .float32_angles import Float32Angles
 from .oracle_trace import write_oracle_trace
-from .padding import padding_note
+from .padding import find_padding, padding_note
 from .progress import Start
-from .sides import Recording, Side, record
+from .sides import Recording, Side, is_covered, record
 from .source import Source
 from .trace_file import TraceFile
 from .trace_format import LONGEST_NAME, Call
@@ -152,10 +152,10 @@ def _warnings(
     angles: Float32Angles,
 ) -> str:
     """Return sentences of padding, angles, reordered activations, slips, and what is left out."""
-    calls = comparison.calls
+    calls, covered = comparison.calls, [*map(is_covered, comparison.recording.coverage)]
     notes = (
         angles.note(is_backend=":" in settings.against and side.backend is not None),
-        padding_note(calls, comparison.padding),
+        padding_note(calls, find_padding(calls), covered),
         reports.reordered_warning(builder.rows, calls),
         *builder.slips,
         _left_out(settings, side, calls, comparison.config),
@@ -179,7 +179,7 @@ def _compare_activations(
     comparison: Comparison, angles: Float32Angles, start: Start, diagnosing: bool
 ) -> tuple[reports.ReportBuilder, Diagnosis]:
     """Measure and explain the activations, stage by stage; return the report's rows and these."""
-    builder = reports.ReportBuilder(comparison.calls)
+    builder = reports.ReportBuilder(comparison.calls, comparison.padding)
     if not comparison.calls:  # a trace of training steps alone
         return builder, Diagnosis([], [])
     stages = comparison.stages()

@@ -15,6 +15,7 @@ from .trace_format import LOGPROBS, Call
 
 Advance = Callable[[], None]
 LOGPROBS_ALONE = "log-probabilities"  # of given targets alone: how much of a call a trace covers
+LAST_LOGITS = "next-token logits"  # of a call's last tokens alone: of an engine
 NOT_COVERED = "not covered"
 NO_OUTPUT = f"{NOT_COVERED}: the trace has no output of it"
 NO_TARGET = f"{NOT_COVERED}: its log-probabilities are of no target; write its targets"
@@ -27,8 +28,8 @@ class Side(NamedTuple):
     title: str
     dtype: str
     # Runs every call and writes its activations; returns each call's coverage: "activations",
-    # "logits" (of those alone), or "not covered: " and why. None where there is a trace, which
-    # may cover ``LOGPROBS_ALONE``.
+    # "logits" (of those alone), ``LAST_LOGITS``, or "not covered: " and why. None where there is a
+    # trace, which may cover ``LOGPROBS_ALONE``.
     write: Callable[[TraceWriter, Sequence[Call], LlamaConfig, Advance], list[str]] | None
     trace: TraceFile | None = None
     backend: Any = None  # for --grads: the name of a backend, as ``reference_np.backend`` loads it

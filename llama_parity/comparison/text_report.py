@@ -12,8 +12,8 @@ from rich.table import Table
 from llama_common.errors import printable
 
 from . import engine_report
-from .report_rows import RowEntry, inheriting_rows, short_name, wrong_rows
-from .sides import LOGPROBS_ALONE
+from .report_rows import RowEntry, inheriting_rows, judged_kl, short_name, wrong_rows
+from .sides import LAST_LOGITS, LOGPROBS_ALONE
 
 Say = Callable[..., None]  # prints a line, in a style
 SHOWN = 16  # rows of a table unless all are asked for
@@ -62,6 +62,8 @@ def _say_coverage(report: Mapping[str, Any], names: Sequence[str], say: Say) -> 
         where = "" if count == len(names) else f" ({'; '.join(which)})"
         if covers == "logits":
             say(f"{count} of {len(names)} calls offer their logits alone{where}", style="yellow")
+        elif covers == LAST_LOGITS:
+            say(f"{count} of {len(names)} calls show the logits of their last token alone{where}")
         elif covers == LOGPROBS_ALONE:
             say(f"{count} of {len(names)} calls show log-probabilities of targets alone{where}")
         elif covers != "activations":
@@ -70,9 +72,9 @@ def _say_coverage(report: Mapping[str, Any], names: Sequence[str], say: Say) -> 
 
 def _say_distances(report: Mapping[str, Any], everything: bool, say: Say) -> None:
     """Print how far logits and log-probabilities are from the oracle's."""
-    longest = max((np.size(entry["kl"]) for entry in report["logits"]), default=0)
-    for entry in report["logits"]:
-        kl = np.array(entry["kl"])
+    judged = [np.array(judged_kl(entry)) for entry in report["logits"]]
+    longest = max((kl.size for kl in judged), default=0)
+    for entry, kl in zip(report["logits"], judged, strict=True):
         if everything or entry["changed"] or kl.size == longest:
             say(
                 f"logits of {entry['name']}: KL {kl.mean():.1e} nats per token, {kl.max():.1e} at "

@@ -22,8 +22,9 @@ from reference_np.optim import OptState
 from reference_np.tolerances import Errors, errors
 from reference_np.training_mutants import TRAINING
 
-from .backend_side import BackendParams, call_backend
+from .backend_side import BackendParams
 from .diagnosis import Diagnosis, greedy_set_cover
+from .engine_side import call_backend
 from .judging import Reference, Row, error_bound, judge
 from .progress import Start
 from .replay import Key

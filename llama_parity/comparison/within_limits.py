@@ -45,7 +45,7 @@ def config_within(limits: Limits, config: LlamaConfig) -> LlamaConfig:
 def exceeded_limit(limits: Limits, call: Call) -> str:
     """Return ``limit = value`` for a limit that a call exceeds; "" for a call inside all."""
     name = ""
-    if call.after is not None and limits.cache in ("engine", "none"):
+    if call.after is not None and limits.cache == "none":
         name = "cache"
     elif limits.batch is not None and len(call.tokens) > limits.batch:
         name = "batch"

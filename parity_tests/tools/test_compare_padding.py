@@ -58,6 +58,8 @@ def test_outputs_at_padding_are_not_judged(
     found = report(ckpt, "--against", spec, "--dtype", dtype, *QUICK)
     assert found["verdict"]["holds"], found["verdict"]["line"]
     assert "Padding is not judged: 4 of 18 tokens of padded." in found["warnings"]
+    (kl,) = (entry["kl"] for entry in found["logits"] if entry["name"] == "padded")
+    assert sum(value is None for row in kl for value in row) == 4
 
 
 @pytest.mark.parametrize("shown", ["all", "logits"])
