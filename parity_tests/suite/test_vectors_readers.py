@@ -207,12 +207,21 @@ def test_another_schema_version_is_refused(reader: Reader, copy: Path) -> None:
     assert len(output.splitlines()) == 1
 
 
+def test_no_case_is_no_success(reader: Reader, copy: Path) -> None:
+    index = json.loads((copy / INDEX).read_text(encoding="utf-8"))
+    (copy / INDEX).write_text(json.dumps(index | {"cases": []}), encoding="utf-8")
+    (copy / "index.txt").write_text("llama-vectors 1\nend\n", encoding="utf-8")
+    code, output = reader(copy)
+    assert (code, output.split(",")[0]) == (1, "0 cases")
+
+
 def test_what_is_cut_short_is_no_success(reader: Reader, language: str, copy: Path) -> None:
     whole = (copy / "index.txt").read_text(encoding="utf-8")
     for length in (len(whole) // 2, len(whole) - len("end\n"), whole.rindex("call") + 9):
         (copy / "index.txt").write_text(whole[:length], encoding="utf-8")
         code, output = reader(copy)
         assert code == (2 if language == "C++" else 0), output  # the others read index.json
+        assert language != "C++" or output == "error: index.txt is not complete\n"
     (copy / "index.txt").write_text(whole, encoding="utf-8")
     path = copy / "traces" / f"{PLANTED}.safetensors"
     path.write_bytes(path.read_bytes()[:-64])

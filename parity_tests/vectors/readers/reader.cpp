@@ -12,7 +12,7 @@ template <class T> vector<T> read(const string& path, int64_t at, int64_t count)
   vector<T> values(count);
   std::ifstream file(path, std::ios::binary);
   file.seekg(at).read(reinterpret_cast<char*>(values.data()), count * sizeof(T));
-  if (!file) throw std::runtime_error(path);
+  if (!file) throw std::runtime_error(path + ": cannot be read");
   return values;
 }
 
@@ -25,7 +25,7 @@ int main(int count, char** arguments) try {
   int64_t cases = 0, failed = 0, at, size;
   double worst = 0;  // error, as a part of its bound
   if (!(index >> word >> version) || word != "llama-vectors" || version != "1")
-    throw std::runtime_error(folder + "index.txt of version 1");
+    throw std::runtime_error(folder + "index.txt: is no index of version 1");
   index.exceptions(std::ios::failbit);  // thrown where it breaks off
   while (index >> word, word != "end") {
     if (word == "model") {
@@ -75,8 +75,11 @@ int main(int count, char** arguments) try {
     }
   }
   std::cout << cases << " cases, " << failed << " calls failed, largest error " << worst << " of its bound\n";
-  return failed > 0;
+  return failed > 0 || cases == 0;
+} catch (const std::ios_base::failure&) {
+  std::cerr << "error: index.txt is not complete\n";
+  return 2;
 } catch (const std::exception& error) {
-  std::cerr << "cannot be read: " << error.what() << "\n";
+  std::cerr << "error: " << error.what() << "\n";
   return 2;
 }

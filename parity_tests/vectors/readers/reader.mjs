@@ -63,4 +63,4 @@ for (const one of cases) {
   }
 }
 console.log(`${cases.length} cases, ${failed} calls failed, largest error ${worst} of its bound`);
-process.exit(failed ? 1 : 0);
+process.exit(failed || !cases.length ? 1 : 0);
