@@ -60,6 +60,8 @@ class Watch:
     def __init__(self, errors: ErrorOutput) -> None:
         self._errors = errors
         self.interrupted = False
+        self.refusal = ""
+        self._plugins: pytest.PytestPluginManager | None = None
 
     def pytest_configure(self, config: pytest.Config) -> None:
         """Keep the configuration; refuse words beside the flags, which pytest takes for paths."""
@@ -73,9 +75,11 @@ class Watch:
         self._errors.release()
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Note Ctrl-C, which pytest handles; after it nothing is printed but one line."""
+        """Note Ctrl-C or pytest.exit, which pytest handles; then one line alone is printed."""
         self.interrupted = excinfo.errisinstance(KeyboardInterrupt)
-        if self.interrupted:
+        if isinstance(excinfo.value, pytest.exit.Exception):
+            self.refusal = excinfo.value.msg
+        if self._plugins is not None and (self.interrupted or self.refusal):
             self._plugins.unregister(name="terminalreporter")
 
 
@@ -110,6 +114,8 @@ def run_pytest(arguments: Sequence[str], ports: Sequence[str], command: str) -> 
         code = int(pytest.main(given, plugins=[watch]))
     if watch.interrupted:
         raise KeyboardInterrupt
+    if watch.refusal:
+        raise InputError(watch.refusal)
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise InputError("no check is selected; llama-parity test MODULE:OBJECT --list names them")
     if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
