@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from reference_np import backend as backends
 from reference_np.config import InputError, LlamaConfig
+from reference_np.limits import Limits
 
 from .backend_side import make_backend_side
 from .python_source import naming_hint
@@ -42,7 +43,9 @@ def find_side(spec: str, dtype: str, checkpoint: Source) -> Side:
             _require_same(trace.config, checkpoint, spec)
             if dtype not in ("", trace.dtype):
                 raise InputError(f"--dtype {dtype}: {spec} was computed in {trace.dtype}; drop it")
-            return Side(f"the trace {spec}", trace.dtype, None, trace)
+            declared = (trace.dtype,) if trace.float32_angles else ()
+            limits = Limits(float32_angles=declared)
+            return Side(f"the trace {spec}", trace.dtype, None, trace, limits=limits)
         _require_same(open_checkpoint(path).config, checkpoint, spec)
         side = _torch_side("torch", dtype or "float32", path, spec)
         return side._replace(title=f"torch with the weights of {spec}", weights=path)

@@ -31,7 +31,9 @@ from .padding import without_padding
 from .replay import Activations, Replay, finite_only
 
 ROTATED = ("q_rope", "k_rope")
-DECLARATION = "limits = reference_np.limits.Limits(float32_angles=({dtype!r},))"
+# How a backend declares them, and a trace.
+BACKENDS_DECLARATION = "limits = reference_np.limits.Limits(float32_angles=({dtype!r},))"
+TRACES_DECLARATION = 'it in the metadata of the trace, "float32_angles": "true"'
 
 
 class Angled(NamedTuple):
@@ -80,10 +82,10 @@ class Float32Angles:
         rows = [allowed.get((row.call, row.name), row) for row in result.rows]
         return result._replace(rows=rows)
 
-    def note(self, is_backend: bool) -> str:
+    def note(self, declaration: str) -> str:
         """Return a sentence of what float32 angles explain; "" for nothing.
 
-        ``is_backend``: whether the other side can declare limits.
+        ``declaration``: how the other side declares them; "" where it cannot.
         """
         if not self.count or not (self.declared or self.explains_all):
             return ""
@@ -94,7 +96,7 @@ class Float32Angles:
                 f"are multiplied in float32, as declared: within that product's bound, and at most "
                 f"{self.largest:.2g} times the bound without it."
             )
-        declare = f", declare {DECLARATION.format(dtype=dtype)}" if is_backend else ""
+        declare = f", declare {declaration.format(dtype=dtype)}" if declaration else ""
         return (
             f"All {self.count} errors are those of rotary angles that are multiplied in float32: "
             f"within that product's bound. If this is by design{declare or ', it is documented'}."

@@ -17,7 +17,7 @@ from .config import CompareConfig
 from .diagnosis import Diagnosis, diagnose
 from .differences import compare
 from .engine_report import engine_entries
-from .float32_angles import Float32Angles
+from .float32_angles import BACKENDS_DECLARATION, TRACES_DECLARATION, Float32Angles
 from .oracle_trace import write_oracle_trace
 from .padding import find_padding, padding_note
 from .progress import Start
@@ -154,13 +154,21 @@ def _warnings(
     """Return sentences of padding, angles, reordered activations, slips, and what is left out."""
     calls, covered = comparison.calls, [*map(is_covered, comparison.recording.coverage)]
     notes = (
-        angles.note(is_backend=":" in settings.against and side.backend is not None),
+        angles.note(_angles_declaration(settings, side)),
         padding_note(calls, find_padding(calls), covered),
         reports.reordered_warning(builder.rows, calls),
         *builder.slips,
         _left_out(settings, side, calls, comparison.config),
     )
     return " ".join(filter(None, notes))
+
+
+def _angles_declaration(settings: CompareConfig, side: Side) -> str:
+    """Return how the other side declares float32 angles; "" where it cannot."""
+    if side.trace is not None:
+        return TRACES_DECLARATION
+    is_backend = ":" in settings.against and side.backend is not None
+    return BACKENDS_DECLARATION if is_backend else ""
 
 
 def _engines(beside: str, side: Side) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from llama_torch.checkpoint.weight_files import weight_files
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from reference_np.config import InputError, LlamaConfig
+from reference_np.limits import UNLIMITED, Limits
 from reference_np.naming import EMBED, LM_HEAD
 
 from ..conversion.file_kinds import is_gguf
@@ -28,6 +29,9 @@ from ..conversion.gguf_model import model_of
 from .sides import Advance, Side
 from .trace_file import TraceWriter
 from .trace_format import Call
+
+# transformers multiplies position and frequency in float32. In float64 that is lifted.
+TRANSFORMERS_LIMITS = Limits(float32_angles=("float32", "bfloat16", "float16"))
 
 
 def stream_weights(
@@ -107,7 +111,8 @@ def make_torch_side(kind: str, dtype: str, path: Path, spec: str) -> Side:
         "cuda": ("torch on the GPU", "cuda"),
         "hf": ("transformers", "transformers"),
     }[kind]
-    return Side(f"{title}, the same weights", dtype, write, backend=shipped)
+    limits = TRANSFORMERS_LIMITS if kind == "hf" else UNLIMITED
+    return Side(f"{title}, the same weights", dtype, write, backend=shipped, limits=limits)
 
 
 def _opened(path: Path) -> tuple[ModelConfig, Callable[[str], Tensor]]:

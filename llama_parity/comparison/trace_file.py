@@ -158,6 +158,7 @@ class TraceFile:
         self.dtype = metadata.get("dtype", "")
         if self.dtype not in UNIT_ROUNDOFF:
             raise self._file.error(f"dtype {self.dtype!r} is not one of {', '.join(UNIT_ROUNDOFF)}")
+        self.float32_angles = self._flag("float32_angles")
         source = f"{path} (metadata)"
         self.config = LlamaConfig.from_hf(parse_json(metadata.get("config", ""), source), source)
         self.calls = read_calls(self._file, self.config, self.version)
@@ -203,6 +204,15 @@ class TraceFile:
             )
         if self.version not in READABLE:
             raise self._file.error(f"its metadata says version {self.version!r}, not {known}")
+
+    def _flag(self, key: str) -> bool:
+        """Return a value of the metadata that is true or false, false where it has none."""
+        text = self._file.metadata.get(key, "false")
+        if text not in ("true", "false"):
+            raise self._file.error(
+                f"its metadata says {key} {printable(text, 20)}, not true or false"
+            )
+        return text == "true"
 
     def _is_known(self, name: str) -> bool:
         """Return whether a tensor is an input or a result of one of the calls or steps."""

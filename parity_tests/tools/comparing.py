@@ -8,6 +8,7 @@ import numpy as np
 from safetensors import safe_open
 
 from reference_np.config import LlamaConfig
+from reference_np.limits import UNLIMITED, Limits
 from reference_np.naming import activation_axes
 
 from ..backends.torch_model import save_numpy
@@ -37,17 +38,18 @@ def named(found: Mapping[str, Any]) -> list[list[str]]:
     return [[bug["name"] for bug in entry["mutants"]] for entry in found["diagnosis"]]
 
 
-class Silent:
-    """A backend that offers logits alone."""
+class Offering:
+    """A backend that offers some methods of another alone, and may declare limits."""
 
-    def __init__(self, inner: Planted) -> None:
-        self.inner, self.dtypes = inner, inner.dtypes
+    def __init__(self, inner: Any, *methods: str, limits: Limits = UNLIMITED) -> None:
+        self.dtypes, self.limits = inner.dtypes, limits
+        for name in methods:
+            setattr(self, name, getattr(inner, name))
 
-    def decode(self, *arguments: Any) -> Any:
-        return self.inner.decode(*arguments)
 
-    def logits(self, *arguments: Any) -> Any:
-        return self.inner.logits(*arguments)
+def silent(inner: Any) -> Offering:
+    """Return a backend that offers another's logits alone."""
+    return Offering(inner, "logits", "decode")
 
 
 class Edited(Planted):

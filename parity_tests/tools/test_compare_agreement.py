@@ -16,7 +16,8 @@ from llama_torch.checkpoint.hf import load_model, locate, read_tensor
 from reference_np.config import LlamaConfig
 
 from ..backends.torch_model import save_numpy
-from .comparing import CALLS, CONFIG, NAMES, QUICK, Edited, named, write
+from ..backends.transformers_backend import backend as transformers
+from .comparing import CALLS, CONFIG, NAMES, QUICK, Edited, Offering, named, write
 
 
 @pytest.mark.parametrize("against", ["torch", "torch:float64", "torch:bfloat16", "torch:float16"])
@@ -42,13 +43,22 @@ def test_hugging_faces_llama_passes(tmp_path: Path, run: Callable, against: str)
     assert f"PASS: {CALLS * (len(NAMES) + ('float64' not in against))} of " in out
 
 
-def test_hugging_faces_float32_angles_are_named(ckpt: Path, report: Callable) -> None:
-    """A real difference: transformers multiplies position and frequency in float32."""
+def test_hugging_faces_float32_angles_are_a_documented_difference(
+    ckpt: Path, report: Callable, offer: Callable
+) -> None:
+    """Transformers multiplies position and frequency in float32; undeclared, that is named."""
     found = report(ckpt, "--against", "hf")
+    assert found["verdict"]["holds"], found["verdict"]["line"]
+    documented = [row for row in found["rows"] if row["status"] == "documented"]
+    assert {found["calls"][row["call"]]["name"] for row in documented} == {"position 2,040 on"}
+    assert "as declared: within that product's bound" in found["warnings"]
+    found = report(ckpt, "--against", offer(Offering(transformers, "traced_decode", "logits")))
     assert found["first_divergence"]["name"] == "layers.0.q_rope"
     assert found["calls"][found["first_divergence"]["call"]]["name"] == "position 2,040 on"
     assert named(found) == [["rope_angles_float32"]]
     assert found["unexplained"] == 0
+    errors = "errors are those of rotary angles that are multiplied in float32"
+    assert errors in found["warnings"]
 
 
 def test_a_misread_config_is_seen(

@@ -11,25 +11,15 @@ import pytest
 from ..conformance.oracle import Oracle
 from ..planted.port import Planted
 from ..suite.toy_ports import Engine
-from .comparing import CONFIG, QUICK, named, write
+from .comparing import CONFIG, QUICK, Offering, named, write
 
 
 def test_a_trace_without_decoding(ckpt: Path, report: Callable, offer: Callable) -> None:
-    class OneCall:
-        dtypes = ("float32",)
-
-        def __init__(self, bug: str) -> None:
-            self.inner = Planted(bug)
-
-        def logits(self, *arguments: Any) -> Any:
-            return self.inner.logits(*arguments)
-
-        def trace(self, *arguments: Any) -> Any:
-            return self.inner.trace(*arguments)
-
-    assert report(ckpt, "--against", offer(OneCall("")), *QUICK)["verdict"]["holds"]
-    found = report(ckpt, "--against", offer(OneCall("silu_on_up")), *QUICK)
-    assert named(found) == [["silu_on_up"]]
+    for bug in ("", "silu_on_up"):
+        spec = offer(Offering(Planted(bug), "logits", "trace"))
+        found = report(ckpt, "--against", spec, *QUICK)
+        assert found["verdict"]["holds"] == (not bug)
+        assert named(found) == ([[bug]] if bug else [])
 
 
 @pytest.mark.parametrize("which", [2, 3, 4])
@@ -60,13 +50,7 @@ def test_nothing_covered_is_not_a_pass(ckpt: Path, run: Callable, offer: Callabl
 
 
 def test_what_a_backend_lacks_is_counted(ckpt: Path, run: Callable, offer: Callable) -> None:
-    class OnlyLogits:
-        dtypes = ("float32",)
-
-        def logits(self, *arguments: Any) -> Any:
-            return Oracle().logits(*arguments)
-
-    code, out, _ = run(ckpt, "--against", offer(OnlyLogits()))
+    code, out, _ = run(ckpt, "--against", offer(Offering(Oracle(), "logits")))
     assert code == 0
     assert "3 of 7 calls offer their logits alone" in out
     assert "4 of 7 calls not covered: decoding is not offered" in out

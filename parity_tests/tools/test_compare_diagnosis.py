@@ -17,7 +17,7 @@ from reference_np.mutants import FORWARD
 
 from ..planted.bugs import BUGS
 from ..planted.port import Planted
-from .comparing import CALLS, CONFIG, QUICK, QUICK_CALLS, Edited, Silent, named, write
+from .comparing import CALLS, CONFIG, QUICK, QUICK_CALLS, Edited, named, silent, write
 
 # The first activation that an operation of the catalogue makes.
 MADE_BY = {
@@ -92,7 +92,7 @@ def test_a_planted_bug_is_named_by_the_logits_alone(
     if "scaling" in bug:
         scaled = dataclasses.replace(CONFIG, rope_type="llama3", rope_factor=8.0)
         ckpt = write(tmp_path / "scaled.safetensors", scaled)
-    argv = (ckpt, "--against", offer(Silent(Planted(bug))), "--dtype", "float64")
+    argv = (ckpt, "--against", offer(silent(Planted(bug))), "--dtype", "float64")
     found = report(*argv, "--tokens", 8, "--steps", steps(bug))
     assert found["verdict"]["expected"] == QUICK_CALLS + 2 * steps(bug)
     assert found["first_divergence"]["name"] == "logits"
@@ -128,7 +128,7 @@ def test_no_bug_is_named_for_what_is_none(
 ) -> None:
     """The error is as large as some rounding's, which would touch more elements."""
     port = Damaged(scaled(part, factor))
-    spec = offer(Silent(port) if shown == "logits" else port)
+    spec = offer(silent(port) if shown == "logits" else port)
     found = report(ckpt, "--against", spec, *QUICK)
     assert not found["verdict"]["holds"]
     assert found["diagnosis"] == []
@@ -206,7 +206,7 @@ def test_two_bugs_at_once(
 def test_two_bugs_by_the_logits_alone(
     ckpt: Path, report: Callable, offer: Callable, bugs: tuple[str, str]
 ) -> None:
-    argv = ("--against", offer(Silent(Two(*bugs))), "--dtype", "float64", *QUICK)
+    argv = ("--against", offer(silent(Two(*bugs))), "--dtype", "float64", *QUICK)
     found = named(report(ckpt, *argv))
     assert sorted(found[-1]) == sorted(bugs)
     # A forgotten mask does nothing in the padded run, which has its own: the other bug is alone.
@@ -219,7 +219,7 @@ def test_a_diagnosis_by_the_logits_alone_takes_seconds(
     """Of four layers, and where no bug explains the logits, so that all pairs are tried."""
     config = LlamaConfig(128, 4, 8, 4, 16, 344, 4000, max_seq_len=2048)
     path = write(tmp_path / "four.safetensors", config)
-    spec = offer(Silent(Damaged(scaled("up_proj", 1.05))))
+    spec = offer(silent(Damaged(scaled("up_proj", 1.05))))
     before = time.process_time()
     found = report(path, "--against", spec, "--dtype", "float64")
     assert time.process_time() - before < 30

@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llama_parity.comparison.logprobs import given_targets, target_logprobs
 from llama_parity.comparison.report_rows import RowEntry
+from llama_parity.comparison.trace_file import TraceWriter, write_trace
+from llama_parity.comparison.trace_format import LOGPROBS, Call
+from reference_np.checkpoint import Checkpoint
 from reference_np.config import LlamaConfig
 from reference_np.limits import Limits
 
 from ..backends.torch_model import save_numpy
+from ..backends.transformers_backend import backend as transformers
 from ..conformance.strategies import cast, random_params
 from ..planted.port import Planted
 from ..suite import toy_ports
-from .comparing import QUICK, named, write
+from .comparing import QUICK, Offering, contents, named, write
 
 DTYPES = ("float64", "float32")
 # Wide heads: most of their frequencies turn far, by angles that float32 rounds.
@@ -81,27 +86,66 @@ def test_another_bug_is_not_taken_for_float32_angles(
         assert "multiplied in float32" not in found["warnings"]
 
 
-def test_activations_by_float32_angles(ckpt: Path, report: Callable, offer: Callable) -> None:
-    """Transformers' Llama, all of whose activations are shown."""
-    found = report(ckpt, "--against", "hf")
-    assert "errors are those of rotary angles that are multiplied in float32" in found["warnings"]
-    assert "declare" not in found["warnings"]  # it has no limits
+ANGLES = {"float32_angles": "true"}
 
-    class Declares:
-        dtypes, limits = ("float32",), Limits(float32_angles=("float32",))
 
-        def __init__(self) -> None:
-            from ..backends.transformers_backend import backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_trace_declares_float32_angles_in_its_metadata(
+    tmp_path: Path, report: Callable, run: Callable, dtype: str
+) -> None:
+    """Activations, logits alone and log-probabilities alone; undeclared, the remedy is told."""
+    path = write(tmp_path / "far.safetensors", FAR)
+    call = Call("far", np.arange(12)[None], FAR.max_seq_len - 12 + np.arange(12)[None])
+    trace = traced(path, call, toy_ports.Float32Angles(), dtype)
+    for shown in ("logits", LOGPROBS):
+        metadata, tensors = contents(trace)
+        other = ({"logits", LOGPROBS} - {shown}).pop()
+        del tensors[f"call.0.{other}"]
+        for declared in (ANGLES, {}, {"float32_angles": "false"}):
+            save_numpy(tensors, tmp_path / "some.safetensors", metadata | declared)
+            argv = (path, "--against", tmp_path / "some.safetensors", "--no-diagnose")
+            found = report(*argv)
+            assert found["verdict"]["holds"] == (declared is ANGLES)
+            assert ("documented" in statuses(found)) == (declared is ANGLES)
+            remedy = 'declare it in the metadata of the trace, "float32_angles": "true"'
+            assert (remedy in found["warnings"]) == (declared is not ANGLES)
+    save_numpy(tensors, tmp_path / "some.safetensors", metadata | {"float32_angles": "yes"})
+    code, _, err = run(*argv)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "its metadata says float32_angles yes, not true or false" in err
 
-            self.inner = backend
 
-        def logits(self, *arguments: Any) -> Any:
-            return self.inner.logits(*arguments)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_traces_declaration_hides_no_bug(tmp_path: Path, report: Callable, dtype: str) -> None:
+    path = write(tmp_path / "far.safetensors", FAR)
+    call = Call("far", np.arange(12)[None], FAR.max_seq_len - 12 + np.arange(12)[None])
+    port = toy_ports.Float32AnglesWithBfloat16Frequencies()
+    trace = traced(path, call, port, dtype)
+    metadata, tensors = contents(trace)
+    save_numpy(tensors, trace, metadata | ANGLES)
+    assert not report(path, "--against", trace, "--no-diagnose")["verdict"]["holds"]
 
-        def traced_decode(self, *arguments: Any) -> Any:
-            return self.inner.traced_decode(*arguments)
 
-    found = report(ckpt, "--against", offer(Declares()))
+def traced(path: Path, call: Call, port: Any, dtype: str) -> Path:
+    """Write a trace of a port's logits and log-probabilities of the next tokens."""
+    params = dict(Checkpoint(path, dtype))
+    logits = port.logits(FAR, params, call.tokens, call.positions, None)
+
+    def fill(writer: TraceWriter) -> None:
+        writer.add(0, "logits", logits)
+        writer.add(0, LOGPROBS, target_logprobs(logits, given_targets(call)))
+
+    trace = path.with_name("trace.safetensors")
+    write_trace(trace, FAR, [call], dtype, fill)
+    return trace
+
+
+def test_a_backend_of_transformers_declares_float32_angles(
+    ckpt: Path, report: Callable, offer: Callable
+) -> None:
+    limits = Limits(float32_angles=("float32",))
+    spec = offer(Offering(transformers, "traced_decode", "logits", limits=limits))
+    found = report(ckpt, "--against", spec)
     assert found["verdict"]["holds"], found["verdict"]["line"]
     kinds = {row["kind"] for row in statuses(found)["documented"]}
     assert {"q_rope", "k_rope"} <= kinds

@@ -15,7 +15,7 @@ from reference_np.limits import real_tokens
 
 from ..conformance.strategies import packed, padded
 from ..planted.port import Planted
-from .comparing import CONFIG, QUICK, Silent, named
+from .comparing import CONFIG, QUICK, named, silent
 
 
 class Careless(Planted):
@@ -54,7 +54,7 @@ def test_outputs_at_padding_are_not_judged(
     ckpt: Path, report: Callable, offer: Callable, garbage: float, shown: str, dtype: str
 ) -> None:
     port = Careless(garbage)
-    spec = offer(Silent(port) if shown == "logits" else port)
+    spec = offer(silent(port) if shown == "logits" else port)
     found = report(ckpt, "--against", spec, "--dtype", dtype, *QUICK)
     assert found["verdict"]["holds"], found["verdict"]["line"]
     assert "Padding is not judged: 4 of 18 tokens of padded." in found["warnings"]
@@ -67,7 +67,7 @@ def test_an_error_of_the_padded_run_alone_is_found(
     ckpt: Path, report: Callable, offer: Callable, shown: str
 ) -> None:
     port = OnlyPadded("silu_on_up")
-    spec = offer(Silent(port) if shown == "logits" else port)
+    spec = offer(silent(port) if shown == "logits" else port)
     found = report(ckpt, "--against", spec, "--dtype", "float64", *QUICK)
     assert not found["verdict"]["holds"]
     names = [call["name"] for call in found["calls"]]
