@@ -16,6 +16,7 @@ from ..conformance.basic import Finding, check_adapter
 from ..conformance.oracle import Oracle
 from ..conformance.slips import PROJECTIONS
 from ..support.jobs import Job
+from ..support.oracle_inputs import transposed
 from . import toy_ports
 
 Compute = Callable[..., Array]  # the oracle's logits, of other parameters or tokens if given
@@ -33,10 +34,6 @@ class Adapter(Oracle):
             return super(Adapter, self).logits(config, params, tokens, positions, mask)
 
         return self._adapt(compute, params, tokens)
-
-
-def transposed(params: Mapping[str, Array], part: str) -> Mapping[str, Array]:
-    return {n: v.T if v.ndim == 2 and part in n else v for n, v in params.items()}
 
 
 def log_softmax(logits: Array) -> Array:

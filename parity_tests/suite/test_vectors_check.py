@@ -12,6 +12,7 @@ from reference_np.low_precision import round_to
 from reference_np.mutants import FORWARD
 from reference_np.training_mutants import TRAINING
 
+from ..support.oracle_inputs import transposed
 from ..vectors.check import Verdict, check, exit_code, report
 from ..vectors.results import Operations
 from .vector_traces import CASES, MODELS, numpy_port, write_basic, write_case, write_traces
@@ -95,20 +96,12 @@ def basic_failures(folder: Path, change: Any) -> set[str]:
     return {v.case for v in check(folder) if v.status == "failed"}
 
 
-def transposed(part: str) -> Any:
-    def change(tokens: Any, params: dict[str, Any]) -> Any:
-        changed = {n: p.T if part in n and p.shape == p.T.shape else p for n, p in params.items()}
-        return tokens, changed
-
-    return change
-
-
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
 @pytest.mark.parametrize("part", MATRICES)
 def test_a_transposed_matrix_fails_a_basic_case(part: str, basic: Path) -> None:
-    failed = basic_failures(basic, transposed(part))
+    failed = basic_failures(basic, lambda t, p: (t, transposed(p, part, square_only=True)))
     assert failed
     assert not failed & {"basic-one-token", "basic-order"}  # of identities
 

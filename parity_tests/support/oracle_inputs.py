@@ -1,5 +1,6 @@
 """Inputs and runs of the oracle that its tests share with those that compare it with torch."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,21 @@ def oracle_trace(case: Case, dtype: type) -> dict[str, Array]:
         trace=trace.__setitem__,
     )
     return trace
+
+
+def transposed(
+    params: Mapping[str, Array], part: str, *, square_only: bool = False
+) -> dict[str, Array]:
+    """Return parameters, transposed where their names hold ``part`` and they are matrices.
+
+    ``square_only``: where the transposed matrix has the shape of the right one.
+    """
+
+    def is_meant(name: str, value: Array) -> bool:
+        fits = not square_only or value.shape == value.T.shape
+        return value.ndim == 2 and part in name and fits
+
+    return {n: value.T if is_meant(n, value) else value for n, value in params.items()}
 
 
 @composite
