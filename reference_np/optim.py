@@ -1,7 +1,7 @@
 """The training step as pure functions: accumulation, clipping, AdamW, learning rate schedule."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,9 +20,27 @@ Params = dict[str, Array]
 CLIP_EPS = 1e-6
 
 
+# Field -> whether a value is in its domain, and the domain in words. Outside, a step is no number.
+DOMAINS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda value: 0 <= value < math.inf, "zero or positive, and finite"),
+    "beta1": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "beta2": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "adam_eps": (lambda value: 0 < value < math.inf, "positive and finite"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "zero or positive, and finite"),
+    "grad_clip": (lambda value: value > 0, "positive"),
+    "warmup_steps": (lambda value: value >= 0, "zero or positive"),
+    "steps": (lambda value: value >= 0, "zero or positive"),
+    "final_lr_ratio": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "z_loss": (lambda value: 0 <= value < math.inf, "zero or positive, and finite"),
+}
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Hyperparameters of a training run, named as the trainer's flags (Llama 2, section 2.2)."""
+    """Hyperparameters of a training run, named as the trainer's flags (Llama 2, section 2.2).
+
+    Raises InputError naming a field outside its domain.
+    """
 
     lr: float = 3e-4
     beta1: float = 0.9
@@ -34,6 +52,12 @@ class Hyperparameters:
     steps: int = 240
     final_lr_ratio: float = 0.1
     z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, (is_inside, words) in DOMAINS.items():
+            value = getattr(self, name)
+            if not is_inside(value):
+                raise InputError(f"{name} is {value!r}, and must be {words}")
 
 
 class OptState(NamedTuple):

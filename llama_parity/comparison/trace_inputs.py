@@ -92,8 +92,8 @@ def read_steps(file: TensorFile, config: LlamaConfig) -> list[Step]:
 def read_hyperparameters(file: TensorFile, steps: Sequence[Step]) -> Hyperparameters | None:
     """Return the training run's hyperparameters, or None where the metadata has none.
 
-    Raises InputError where they are unknown, incomplete or no finite numbers, and where they are
-    missing beside results of an update.
+    Raises InputError where they are unknown, incomplete, no finite numbers or outside their domain,
+    and where they are missing beside results of an update.
     """
     text = file.metadata.get("hyperparameters")
     if text is None:
@@ -122,7 +122,10 @@ def read_hyperparameters(file: TensorFile, steps: Sequence[Step]) -> Hyperparame
             fits, wanted = type(value) in (int, float) and abs(value) < 1e300, "a finite number"
         if not fits:
             raise file.error(f"its hyperparameter {name} is {shown(value)}, not {wanted}")
-    return Hyperparameters(**given)
+    try:
+        return Hyperparameters(**given)
+    except InputError as outside:  # what a field must be
+        raise file.error(f"its hyperparameter {outside}") from None
 
 
 def _is_updated(name: str) -> bool:

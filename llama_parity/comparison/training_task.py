@@ -25,7 +25,8 @@ RUNS = ("clipped", "whole")
 
 def clip_limits(grads: Mapping[str, Array]) -> dict[str, float]:
     """Return each run's limit on the gradient norm, given all gradients."""
-    norm = optim.global_norm(grads) or 1.0
+    norm = optim.global_norm(grads)
+    norm = norm if 0 < norm < math.inf else 1.0
     # Of n tensors one has at least 1 / sqrt(n) of the whole norm.
     return {"clipped": norm / (2 * math.sqrt(len(grads))), "whole": 2 * norm}
 

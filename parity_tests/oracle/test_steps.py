@@ -1,5 +1,7 @@
 """Training steps of the oracle: what they change, learn and refuse."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -51,3 +53,28 @@ def test_a_step_without_valid_targets_is_refused() -> None:
     batch = Batch(tokens, np.full_like(tokens, IGNORE))
     with pytest.raises(InputError, match="valid target"):
         optim.accumulate(random_params(config, 0), [batch], config)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("lr", (-1e-3, math.inf, math.nan)),
+        ("beta1", (-0.1, 1.0)),
+        ("beta2", (1.0, 1.5)),
+        ("adam_eps", (0.0, -1e-8)),
+        ("weight_decay", (-0.1,)),
+        ("grad_clip", (0.0, -1.0, math.nan)),
+        ("warmup_steps", (-1,)),
+        ("steps", (-1,)),
+        ("final_lr_ratio", (-0.1, 1.1)),
+        ("z_loss", (-1e-4, math.nan)),
+    ],
+)
+def test_a_hyperparameter_outside_its_domain_is_named(name: str, values: tuple[float, ...]) -> None:
+    for value in values:
+        with pytest.raises(InputError, match=f"{name} is {value}, and must be "):
+            Hyperparameters(**{name: value})
+
+
+def test_no_clipping_and_a_constant_rate_are_inside() -> None:
+    Hyperparameters(lr=0.0, grad_clip=math.inf, warmup_steps=0, steps=0, final_lr_ratio=1.0)

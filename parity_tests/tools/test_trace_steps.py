@@ -203,6 +203,12 @@ def without(*names: str) -> str:
         (without("lr")[:-1] + ', "lr": NaN}', "its hyperparameter lr is nan, not a finite number"),
         (without("lr")[:-1] + ', "lr": "1"}', "its hyperparameter lr is '1', not a finite number"),
         (without("lr")[:-1] + ', "lr": true}', "its hyperparameter lr is True, not a finite"),
+        (without("beta2")[:-1] + ', "beta2": 1}', "beta2 is 1, and must be at least 0 and below 1"),
+        (
+            without("lr")[:-1] + ', "lr": -1e-3}',
+            "its hyperparameter lr is -0.001, and must be zero",
+        ),
+        (without("adam_eps")[:-1] + ', "adam_eps": 0}', "adam_eps is 0, and must be positive and"),
         (without("steps")[:-1] + ', "steps": 1.5}', "steps is 1.5, not an integer from 0 on"),
         (without("steps")[:-1] + ', "steps": -1}', "steps is -1, not an integer from 0 on"),
         (without("steps")[:-1] + ', "steps": 1' + "0" * 400 + "}", "not an integer from 0 on"),
