@@ -29,6 +29,7 @@ from reference_np.tolerances import (
 )
 from reference_np.training_mutants import TRAINING
 
+from .ignored import IGNORED
 from .oracle import Baseline, Oracle
 
 Outputs = Mapping[str, Array]
@@ -132,19 +133,27 @@ def _fixed_epsilon(value: float) -> Mutant:
 FIXED_EPSILONS = tuple(_fixed_epsilon(value) for value in (1e-5, 1e-6))
 
 
+def _suspects() -> Iterator[tuple[str, str, Oracle]]:
+    """Yield the name, the sentence and the oracle of every bug that a failure may equal."""
+    for mutant in (*FORWARD, *FIXED_EPSILONS, *TRAINING):
+        parts = (ops, grad.REFERENCE_VJPS, optim.REFERENCE_RULES)
+        yield mutant.name, mutant.sentence, Oracle(*(mutant.apply(part) for part in parts))
+    for name, (sentence, oracle) in IGNORED.items():
+        yield name, sentence, oracle
+
+
 def resembling(run: Scenario, name: str, actual: Array, exact: Array, dtype: str) -> list[str]:
     """Return "name: sentence" of the known bugs with which the scenario has this output."""
     if dtype not in ("float64", "float32"):
         return []
     nearest = max_relative_error(actual, exact) / RESEMBLING
     found = []
-    for mutant in (*FORWARD, *FIXED_EPSILONS, *TRAINING):
-        parts = (ops, grad.REFERENCE_VJPS, optim.REFERENCE_RULES)
+    for bug, sentence, oracle in _suspects():
         try:
             with np.errstate(all="ignore"):
-                outputs = run(Oracle(*(mutant.apply(part) for part in parts)))
+                outputs = run(oracle)
         except Exception:  # a bug may fail on its own consequences
             continue
         if max_relative_error(actual, outputs[name]) <= nearest:
-            found.append(f"{mutant.name}: {mutant.sentence}")
+            found.append(f"{bug}: {sentence}")
     return found
