@@ -4,14 +4,14 @@ Axes: B batch, T tokens of the call.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from reference_np.config import InputError
 from reference_np.ops import IGNORE, Array
 
-from .logprobs import at_targets, target_logprobs, with_targets
+from .logprobs import at_targets, has_targets, target_logprobs, with_targets
 from .padding import find_padding
 from .trace_file import TraceFile
 from .trace_format import LOGPROBS, Call
@@ -47,7 +47,14 @@ def logprob_entry(
     }
 
 
-def engine_entries(one: TraceFile, other: TraceFile) -> list[dict[str, Any]]:
+class Distances(NamedTuple):
+    """How far two engines' log-probabilities are apart, and the calls of which nobody can say."""
+
+    calls: list[dict[str, Any]]
+    not_compared: list[str]  # names of calls of which one shows none, or none that is finite
+
+
+def engine_entries(one: TraceFile, other: TraceFile) -> Distances:
     """Return how far apart two engines' log-probabilities are, for each call that both show.
 
     Raises InputError for traces of other calls, or without log-probabilities in common.
@@ -60,17 +67,20 @@ def engine_entries(one: TraceFile, other: TraceFile) -> list[dict[str, Any]]:
             f"--beside {other.path}: not of the calls of {one.path}; write both traces with the "
             "same config, tokens, positions, masks and targets"
         )
-    found = (
-        logprob_entry(c, call, _logprobs(one, c, call), _logprobs(other, c, call))
-        for c, call in enumerate(calls)
-    )
-    entries = [entry for entry in found if entry is not None]
+    entries: list[dict[str, Any]] = []
+    not_compared: list[str] = []
+    for c, call in enumerate(calls):
+        entry = logprob_entry(c, call, _logprobs(one, c, call), _logprobs(other, c, call))
+        if entry is not None:
+            entries.append(entry)
+        elif has_targets(call):
+            not_compared.append(call.name)
     if not entries:
         raise InputError(
             f"--beside {other.path}: no call has log-probabilities, finite ones, in both traces; "
             f"write {LOGPROBS} or logits"
         )
-    return entries
+    return Distances(entries, not_compared)
 
 
 def _is_same(one: Call, other: Call) -> bool:
@@ -99,6 +109,11 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     if report["engines"] is not None:
         other = f"from those of {report['engines']['beside']}"
         lines += [sentence(entry, other) for entry in report["engines"]["calls"]]
+        if names := report["engines"]["not_compared"]:
+            lines.append(
+                f"Not compared with those of {report['engines']['beside']}, since one trace has "
+                f"none, or none that is finite: {'; '.join(names)}."
+            )
     return lines
 
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from reference_np.ops import Array
 
-from .html_tables import MOST_TOKENS, call_title, counted, css_class, rows_table
+from .html_tables import MOST_TOKENS, call_title, css_class, rows_table
 from .report_rows import (
     PARTS,
     STATUSES,
     RowEntry,
+    counted,
     escape,
     finite_or_inf,
     group_by,
@@ -143,6 +144,9 @@ def depth_section(rows: Sequence[RowEntry], names: Sequence[str]) -> str:
     worst = [worst_row(calls, PARTS) for calls in group_by(others, itemgetter("kind")).values()]
     unit = '<p class="soft">logits.kl is the KL of the worst token, in nats.</p>'
     unit = unit if any(row["kind"] == "logits.kl" for row in others) else ""
+    outside = f"{unit}{rows_table(worst, PARTS, names)}"
+    if not layered:
+        return f"<h2>Outside the layers</h2>{outside}"
     return (
         '<h2>Error by depth</h2><p class="soft">Inherited: the activation as it is, with the '
         "errors of everything before it. Fresh: what its own operation adds. Root mean square, "
@@ -150,7 +154,7 @@ def depth_section(rows: Sequence[RowEntry], names: Sequence[str]) -> str:
         f'worst token is.</p><ul class="legend">{legend}<li><b>●</b>out of bound</li>'
         "<li><b>✕</b>missing, misshapen, not finite or in another order</li></ul>"
         f'<div class="grid">{plots}</div>'
-        f"<h3>Outside the layers</h3>{unit}{rows_table(worst, PARTS, names)}"
+        f"<h3>Outside the layers</h3>{outside}"
     )
 
 

@@ -7,8 +7,8 @@ from llama_common.errors import InputError
 
 from . import engine_report
 from .html_plots import RC, depth_section, heat_map_section, predictions_section
-from .html_tables import call_title, counted, rows_section
-from .report_rows import PARTS, escape
+from .html_tables import call_title, rows_section
+from .report_rows import PARTS, counted, coverage_sentences, escape
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --soft: #63636b; --line: #dcdce0;
@@ -74,9 +74,10 @@ def page(report: Mapping[str, Any]) -> str:
         body = (
             f"{_summary(report, names)}{depth_section(report['rows'], names)}"
             f'<div class="grid pair">{predictions_section(report)}'
-            f"{heat_map_section(report['heatmap'], names)}"
-            f"</div><h2>Activations</h2>{rows_section(report['rows'], PARTS, names)}"
+            f"{heat_map_section(report['heatmap'], names)}</div>"
         )
+    if names:
+        body += f"<h2>Activations</h2>{rows_section(report['rows'], PARTS, names)}"
     if report["training"] is not None:
         rows = rows_section(report["training"]["rows"], PARTS[:1], ())
         body += f"<h2>Training step</h2>{rows}"
@@ -99,12 +100,12 @@ def _summary(report: Mapping[str, Any], names: Sequence[str]) -> str:
         where = [part for part in (first["operation"], first["where"]) if part]
         text += f"<p><b>First divergence:</b> <code>{escape(first['name'])}</code>, "
         text += f"{escape(', '.join(where))} ({escape(call_title(first, names))})</p>"
-    for name, covers in zip(names, report["coverage"], strict=True):
-        if covers == "logits":
-            text += _note(f"{name}: only the logits are offered")
-        elif covers != "activations":
-            text += _note(f"{name}: {covers}")
-    notes = (report["warnings"], *training["notes"], *engine_report.sentences(report))
+    notes = (
+        *coverage_sentences(report),
+        report["warnings"],
+        *training["notes"],
+        *engine_report.sentences(report),
+    )
     text += "".join(_note(note) for note in notes if note)
     (begin, end), n_layers = report["layers"], report["n_layers"]
     layers = counted(n_layers, "layer")

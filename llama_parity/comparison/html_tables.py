@@ -7,6 +7,7 @@ from .report_rows import (
     STATUSES,
     UNMEASURED,
     RowEntry,
+    counted,
     escape,
     finite_or_inf,
     is_out,
@@ -66,11 +67,6 @@ def _table_row(row: RowEntry, parts: Sequence[str], names: Sequence[str]) -> str
 
 def _show(value: float | None, style: str = ".1e") -> str:
     return f"{value:{style}}" if finite_or_inf(value) < float("inf") else "not finite"
-
-
-def counted(n: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is one."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def call_title(row: RowEntry, names: Sequence[str]) -> str:

@@ -6,16 +6,25 @@ call, its status, and under "inherited" and "fresh" an error beside its bound.
 
 import html
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from llama_common.errors import printable
+from reference_np.naming import NORM
 
 from .judging import DOCUMENTED, REORDERED, RIGHT
+from .sides import LAST_LOGITS, LOGPROBS_ALONE
 
 RowEntry = Mapping[str, Any]
 
 PARTS = ("inherited", "fresh")  # a row's errors
+# What a call offers, where that is less than all activations; other coverage says so itself.
+COVERAGE = {
+    "logits": "offer their logits alone",
+    LAST_LOGITS: "show the logits of their last token alone",
+    LOGPROBS_ALONE: "show log-probabilities of targets alone",
+}
 UNMEASURED = ("missing", "not finite", "misshapen", REORDERED)
 STATUSES = (
     "diverges",
@@ -27,14 +36,36 @@ STATUSES = (
 
 
 def short_name(row: RowEntry) -> str:
-    """Return the row's name without the parameter names' "model." and ".weight"."""
+    """Return the row's name without the parameter names' "model." and ".weight".
+
+    The final norm keeps them: its gradient would read as the norm of all gradients.
+    """
     name: str = row["name"]
+    if name.endswith(NORM):
+        return name
     return name.replace(" model.", " ").removesuffix(".weight")
 
 
 def escape(text: str) -> str:
     """Return text for the HTML page, without control characters of the files that it quotes."""
     return html.escape(printable(text))
+
+
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def coverage_sentences(report: Mapping[str, Any]) -> list[str]:
+    """Return which of the report's calls offer less than all activations, and what instead."""
+    names, found = [call["name"] for call in report["calls"]], []
+    for covers, count in Counter(report["coverage"]).items():  # in the order of the calls
+        which = [name for name, c in zip(names, report["coverage"], strict=True) if c == covers]
+        where = "" if count == len(names) else f" ({'; '.join(which)})"
+        if covers != "activations":
+            what = COVERAGE.get(covers, covers)
+            found.append(f"{count} of {len(names)} calls {what}{where}")
+    return found
 
 
 def judged_kl(entry: Mapping[str, Any]) -> list[float]:

@@ -21,6 +21,7 @@ from .float32_angles import BACKENDS_DECLARATION, TRACES_DECLARATION, Float32Ang
 from .oracle_trace import write_oracle_trace
 from .padding import find_padding, padding_note
 from .progress import Start
+from .report_rows import counted
 from .sides import Recording, Side, is_covered, record
 from .source import Source
 from .trace_file import TraceFile
@@ -180,7 +181,7 @@ def _engines(beside: str, side: Side) -> dict[str, Any] | None:
         return None
     if side.trace is None:
         raise InputError(f"--beside {beside}: needs a trace in --against too; give both engines'")
-    return {"beside": beside, "calls": engine_entries(side.trace, TraceFile(beside))}
+    return {"beside": beside, **engine_entries(side.trace, TraceFile(beside))._asdict()}
 
 
 def _compare_activations(
@@ -229,9 +230,9 @@ def _header(
     """Return the report's part about its inputs: both sides, precision, layers, calls."""
     n_tokens = sum(call.tokens.size for call in calls)
     title = f"{settings.ckpt}: oracle against {side.title}, {side.dtype}, {n_tokens} tokens in "
-    title += f"{len(calls)} calls"
+    title += counted(len(calls), "call")
     if side.trace is not None and side.trace.steps:
-        title += f", {len(side.trace.steps)} training steps"
+        title += f", {counted(len(side.trace.steps), 'training step')}"
     title += f", layers {layers[0]} to {layers[1] - 1}" if settings.layers else ""
     return {
         "schema": reports.SCHEMA,

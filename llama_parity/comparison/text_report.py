@@ -1,6 +1,5 @@
 """Print a comparison's report (schema llama-compare/2) on a terminal."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,14 @@ from rich.table import Table
 from llama_common.errors import printable
 
 from . import engine_report
-from .report_rows import RowEntry, inheriting_rows, judged_kl, short_name, wrong_rows
-from .sides import LAST_LOGITS, LOGPROBS_ALONE
+from .report_rows import (
+    RowEntry,
+    coverage_sentences,
+    inheriting_rows,
+    judged_kl,
+    short_name,
+    wrong_rows,
+)
 
 Say = Callable[..., None]  # prints a line, in a style
 SHOWN = 16  # rows of a table unless all are asked for
@@ -30,7 +35,8 @@ def print_report(report: Mapping[str, Any], console: Console, everything: bool) 
 
     say(report["title"])
     names = [call["name"] for call in report["calls"]]
-    _say_coverage(report, names, say)
+    for line in coverage_sentences(report):
+        say(line, style="yellow")
     _table(report["rows"], names, console, everything)
     _say_distances(report, everything, say)
     training = report["training"]
@@ -53,21 +59,6 @@ def print_report(report: Mapping[str, Any], console: Console, everything: bool) 
         say(report["warnings"], style="yellow")
     holds = report["verdict"]["holds"]
     say(report["verdict"]["line"], style="bold green" if holds else "bold red")
-
-
-def _say_coverage(report: Mapping[str, Any], names: Sequence[str], say: Say) -> None:
-    """Print which calls offer less than all activations."""
-    for covers, count in Counter(report["coverage"]).items():  # in the order of the calls
-        which = [name for name, c in zip(names, report["coverage"], strict=True) if c == covers]
-        where = "" if count == len(names) else f" ({'; '.join(which)})"
-        if covers == "logits":
-            say(f"{count} of {len(names)} calls offer their logits alone{where}", style="yellow")
-        elif covers == LAST_LOGITS:
-            say(f"{count} of {len(names)} calls show the logits of their last token alone{where}")
-        elif covers == LOGPROBS_ALONE:
-            say(f"{count} of {len(names)} calls show log-probabilities of targets alone{where}")
-        elif covers != "activations":
-            say(f"{count} of {len(names)} calls {covers}{where}", style="yellow")
 
 
 def _say_distances(report: Mapping[str, Any], everything: bool, say: Say) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from reference_np.naming import parameter_shapes
 from reference_np.ops import Array
 from reference_np.optim import Hyperparameters, OptState
+from reference_np.training_mutants import TRAINING
 
 from .diagnosis import Diagnosis, Explanation
 from .judging import Row
@@ -88,16 +89,20 @@ def compare_traced_steps(
     diagnosed = 0
     starts: list[_Start | None] = []
     empty: list[int] = []
+    untried: list[int] = []
     for s in every:
         at = _start_of(trace, checkpoint, s)
         starts.append(at and at._replace(exact={}, low={}, state=None))
         if at is not None:
             task = _task(trace, s, at.state)
             theirs = _their_values(trace, s, at)
-            found, more = _judge(task, trace.dtype, at, theirs, s, start if diagnosing else None)
-            if more is not None and diagnosed < MOST_DIAGNOSED:
+            tried = start if diagnosing and diagnosed < MOST_DIAGNOSED else None
+            found, more = _judge(task, trace.dtype, at, theirs, s, tried)
+            if more is not None:
                 diagnosed += 1
                 diagnosis = _joined(diagnosis, more)
+            elif diagnosing and any(row.status == "diverges" for row in found):
+                untried.append(s)
             rows += found
             empty += [s] if not found else []
             bad = [row for row in found if row.status == "not finite"]
@@ -106,6 +111,7 @@ def compare_traced_steps(
     gaps = _gaps(trace, starts, empty)
     unjudged = [f"{what}{listed('training step', at)}" for what, at, _ in gaps]
     notes += [f"Not judged: {what}{listed('step', at)}: {why}." for what, at, why in gaps]
+    notes += [f"The known bugs were not tried on {listed('step', untried)}."] if untried else []
     judged = len(trace.steps) - sum(len(at) for what, at, _ in gaps if not what)
     return TracedSteps(rows, diagnosis, notes, _unseen(trace), unjudged, judged)
 
@@ -156,7 +162,7 @@ def _judge(
     rows = compare_step(task, dtype, theirs, exact, baseline, names)
     diagnosis = None
     if start is not None and any(row.status == "diverges" for row in rows):
-        advance = start("known training bugs", 1)
+        advance = start("known training bugs", len(TRAINING))
         diagnosis = diagnose_step(task, dtype, at.exact, at.low, theirs, exact, rows, advance)
         diagnosis = Diagnosis(
             [e._replace(row=_renamed(e.row, s)) for e in diagnosis.explanations],
