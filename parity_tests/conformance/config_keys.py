@@ -53,6 +53,12 @@ def _others(config: LlamaConfig) -> dict[str, LlamaConfig]:
     }
 
 
+def unrelated(key: Key) -> dict[str, LlamaConfig]:
+    """Return a key's config with other usual values of keys that it is not about."""
+    own = [key.config, *key.unread.values(), *key.lost.values()]
+    return {value: config for value, config in _others(key.config).items() if config not in own}
+
+
 def _unscaled(place: str) -> dict[str, LlamaConfig]:
     """Return configs of linear scaling without it, and of its place without anything read."""
     return {"no scaling": replace(LINEAR, rope_type="default"), f"no {place}": PLAIN}

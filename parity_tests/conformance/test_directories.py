@@ -7,6 +7,7 @@ key that was not read.
 """
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,12 @@ from reference_np.config import LlamaConfig
 from reference_np.limits import limits_of
 from reference_np.tolerances import errors
 
-from .calls import Calls, ParityError
+from .calls import Calls, ParityError, last_call
 from .case_parts import best_dtype, oracle_logits, rounded_to
-from .config_keys import KEYS, LENGTH, PLAIN_NAME, Key, named
+from .config_keys import KEYS, LENGTH, PLAIN_NAME, Key, named, unrelated
 from .description import describe_error
 from .directories import ABSENT, Form, forms, write_directory
-from .judge import JUDGE
+from .judge import JUDGE, Judge
 from .strategies import Array, Params, random_params, unmasked_cases_for
 
 pytestmark = pytest.mark.numeric
@@ -41,45 +42,8 @@ def test_directory(backend: Any, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stored = write_directory(Path(folder), case.config, case.params, form)
         exact = oracle_logits(rounded_to(dtype, stored), case.config, case.tokens)
-        _compare(backend, dtype, (case.config, str(form), folder), case.tokens, exact)
-
-
-def _compare(
-    backend: Any, dtype: str, written: tuple[LlamaConfig, str, str], tokens: Array, exact: Array
-) -> None:
-    """Compare the logits of a directory (its config, form in words, path) with ``exact``."""
-    JUDGE.compare(
-        backend,
-        dtype,
-        lambda model: {"logits": model.directory_logits(*written, dtype, tokens)},
-        {"logits": exact},
-    )
-
-
-@pytest.mark.needs("from_directory")
-@pytest.mark.parametrize("key", KEYS)
-def test_key_of_config_json(backend: Any, key: str) -> None:
-    """Logits of a directory in which one key of config.json is unlike the first Llama's."""
-    about, dtype, limits = KEYS[key], best_dtype(backend), limits_of(backend)
-    if name := limits.excluding(about.config):
-        outside = f"{name} = {getattr(limits, name)}"
-        JUDGE.entry.by_limit[outside] += 1
-        pytest.skip(f"not covered, by limit: {outside}")
-    with tempfile.TemporaryDirectory() as folder:
-        written = _write(backend, about, folder, dtype)
-        try:
-            _compare(backend, dtype, written.words, written.tokens, written.exact)
-        except ParityError as error:
-            why = _unread(backend, dtype, about, written)
-            why = why or f"{error.sentence}{_also_plain(backend, dtype, key, error)}"
-            sentence = f"config.json: {key}: {why}"
-            raise ParityError(sentence, error.details, error.resembling) from None
-        except (AssertionError, pytest.fail.Exception):
-            raise
-        except Exception as error:
-            why = describe_error(error)
-            why += _also_plain(backend, dtype, key, error)
-            raise ParityError(f"config.json: {key}: from_directory failed: {why}") from error
+        words = case.config, str(form), folder
+        _compare(backend, dtype, _Written(words, stored, case.tokens, exact))
 
 
 class _Written(NamedTuple):
@@ -89,6 +53,62 @@ class _Written(NamedTuple):
     stored: Params
     tokens: Array
     exact: Array
+
+
+def _compare(backend: Any, dtype: str, written: _Written, judge: Judge = JUDGE) -> None:
+    """Compare the logits of a directory with the oracle's."""
+    judge.compare(
+        backend,
+        dtype,
+        lambda model: {"logits": model.directory_logits(*written.words, dtype, written.tokens)},
+        {"logits": written.exact},
+    )
+
+
+@pytest.mark.needs("from_directory")
+@pytest.mark.parametrize("key", KEYS)
+def test_key_of_config_json(backend: Any, key: str) -> None:
+    """Logits of a directory in which one key of config.json is unlike the first Llama's."""
+    about, dtype, limits = KEYS[key], best_dtype(backend), limits_of(backend)
+    if limit := limits.excluding(about.config):
+        outside = f"{limit} = {getattr(limits, limit)}"
+        JUDGE.entry.by_limit[outside] += 1
+        pytest.skip(f"not covered, by limit: {outside}")
+    name, changed = f"config.json: {key}", about.changed.values()
+    with tempfile.TemporaryDirectory() as folder:
+        written = _write(backend, about, folder, dtype)
+        try:
+            _compare(backend, dtype, written)
+        except ParityError as error:
+            actual = _logits(backend, dtype, written)
+            if value := _value(actual, {**about.lost, **about.unread}, written):
+                is_unread = value in about.unread and about.is_key and ABSENT not in changed
+                why = f"{'is not read: ' if is_unread else ''}the logits are those with {value}"
+            elif value := _value(actual, unrelated(about), written):
+                raise _of_every_key(
+                    f"{name}: is right; the logits are those with {value}"
+                ) from None
+            elif _fails_plain(backend, dtype, key, error):
+                raise _of_every_key(f"{name}: {error.sentence}{ALSO_PLAIN}") from None
+            else:
+                why = error.sentence
+            raise ParityError(f"{name}: {why}", error.details, error.resembling) from None
+        except (AssertionError, pytest.fail.Exception):
+            raise
+        except Exception as error:
+            failed = f"{name}: from_directory failed: {describe_error(error)}"
+            if _fails_plain(backend, dtype, key, error):
+                raise _of_every_key(f"{failed}{ALSO_PLAIN}") from error
+            raise ParityError(failed) from error
+
+
+ALSO_PLAIN = "; a plain directory fails too, so it need not be this key"
+
+
+def _of_every_key(sentence: str) -> ParityError:
+    """Return the failure of a key that others share, in one line; the plain one's is whole."""
+    last_call.clear()
+    return ParityError(sentence)
 
 
 def _write(backend: Any, about: Key, folder: str, dtype: str) -> _Written:
@@ -104,35 +124,52 @@ def _write(backend: Any, about: Key, folder: str, dtype: str) -> _Written:
     return _Written(words, stored, tokens, oracle_logits(stored, config, tokens))
 
 
-def _unread(backend: Any, dtype: str, about: Key, written: _Written) -> str:
-    """Return the value of a key with which the oracle has the port's logits; "" for none."""
-    found = Calls(backend).directory_logits(*written.words, dtype, written.tokens)
-    actual = np.asarray(found, np.float64)
+def _logits(backend: Any, dtype: str, written: _Written) -> Array | None:
+    """Return the port's logits of a directory in float64; None where they cannot be compared."""
+    try:
+        found = Calls(backend).directory_logits(*written.words, dtype, written.tokens)
+    except ParityError:
+        return None
+    return found.astype(np.float64)
+
+
+def _value(actual: Array | None, configs: Mapping[str, LlamaConfig], written: _Written) -> str:
+    """Return which of several configs, by name, has the port's logits on the oracle; "" if none."""
     distances = {}
-    for value, config in {**about.lost, **about.unread}.items():
+    for value, config in configs.items() if actual is not None else ():
         other = oracle_logits(written.stored, config, written.tokens)
-        distances[value] = errors(actual, other).rms
+        distance = errors(actual, other).rms
         # Far nearer than any honest difference of the two values.
-        if distances[value] > min(1e-3, errors(written.exact, other).rms / 10):
-            del distances[value]
-    if not distances:
-        return ""
-    value = min(distances, key=distances.__getitem__)
-    is_unread = value in about.unread and about.is_key and ABSENT not in about.changed.values()
-    return f"{'is not read: ' if is_unread else ''}the logits are those with {value}"
+        if distance <= min(1e-3, errors(written.exact, other).rms / 10):
+            distances[value] = distance
+    return min(distances, key=distances.__getitem__, default="")
 
 
-def _also_plain(backend: Any, dtype: str, key: str, error: Exception) -> str:
-    """Return words for a kind of failure that a directory of usual values has too; or ""."""
-    plain = named(PLAIN_NAME, KEYS[key].version)
+# (backend, version of transformers) -> what it raises on a directory of usual values, or None.
+_plain: dict[tuple[str, str], type[Exception] | None] = {}
+
+
+def _fails_plain(backend: Any, dtype: str, key: str, error: Exception) -> bool:
+    """Return whether a directory of usual values fails as the key's does."""
+    version = KEYS[key].version
+    plain = named(PLAIN_NAME, version)
     if key == plain or limits_of(backend).excluding(KEYS[plain].config):
-        return ""
+        return False
+    place = JUDGE.current[1], version
+    if place not in _plain:
+        _plain[place] = _raised_on(backend, KEYS[plain], dtype)
+    return _plain[place] is type(error)
+
+
+def _raised_on(backend: Any, about: Key, dtype: str) -> type[Exception] | None:
+    """Return the type of error on the directory of a key, without a record of it."""
+    of_this = list(last_call)
     with tempfile.TemporaryDirectory() as folder:
-        written = _write(backend, KEYS[plain], folder, dtype)
+        written = _write(backend, about, folder, dtype)
         try:
-            _compare(backend, dtype, written.words, written.tokens, written.exact)
-        except Exception as other:  # the port fails on it in whatever way
-            if type(other) is not type(error):
-                return ""
-            return "; a plain directory fails too, so it need not be this key"
-    return ""
+            _compare(backend, dtype, written, Judge())
+        except Exception as error:  # the port fails on it in whatever way
+            return type(error)
+        finally:
+            last_call[:] = of_this
+    return None

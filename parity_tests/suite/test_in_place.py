@@ -58,7 +58,7 @@ RED = suite(
 def reports(name: str, test: str) -> list[str]:
     """Return the reports of the failures of a port in a test."""
     title = rf"^_+ test_{test}\[{re.escape(PORTS + name)}(?:-\d+)?\] _+\n"
-    return re.findall(title + r"(.*?)\n[_=]", RED.done().stdout, re.DOTALL | re.MULTILINE)
+    return re.findall(title + r"(.*?)(?=\n[_=])", RED.done().stdout, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -111,6 +111,7 @@ FILE = "parity_tests/conformance/test_directories.py"
 HONEST = suite("parity_tests/conformance", f"--backend={PORTS}Reader")
 SELECTIVE = suite(FILE, f"--backend={PORTS}Selective", "-k", "key_of")
 EPSILON = suite(FILE, f"--backend={PORTS}SmallEpsilonAndHeadDimRequired", "-k", "key_of")
+UNNAMED = suite(FILE, f"--backend={PORTS}NormsPlusOne", "-k", "key_of")
 RED = suite(
     *(f"{FILE}::test_{test.format(PORTS + name)}" for name, (test, _) in BUGS.items()),
     *(f"--backend={PORTS}{name}" for name in BUGS),
@@ -145,12 +146,38 @@ def test_a_near_epsilon_is_told_from_the_usual_one() -> None:
     )
     assert f"config.json: {usual}e-06" in output
     assert "rms_norm_eps (transformers 5): is not read: the logits are those with 1e-06" in output
-    # Other keys are read, and fail in a plain directory too.
-    assert "rms_norm_eps 1e-06; " not in output
-    assert output.count("a plain directory fails too") > 10
     # An error that is raised for this key alone is of this key.
     raised = "head_dim left out (transformers 5): from_directory failed: KeyError: 'head_dim'\n"
     assert raised in output
+
+
+def test_a_fault_of_every_directory_is_one_line_for_each_other_key() -> None:
+    reports = re.findall(
+        r"^_ test_key_of_config_json\[\S+-(.*?)\] _+\n(.*?)(?=\n[_=])",
+        EPSILON.done().stdout,
+        re.DOTALL | re.MULTILINE,
+    )
+    others = [
+        (key, report)
+        for key, report in reports
+        if report.startswith(
+            f"config.json: {key}: is right; the logits are those with rms_norm_eps"
+        )
+    ]
+    assert len(others) > 30
+    assert all(len(report.splitlines()) == 1 for _, report in others)
+    plain = dict(reports)["every key as in the first Llama (transformers 5)"]
+    assert "\nerror      " in plain
+    assert "\nconfig     " in plain
+
+
+def test_a_fault_of_every_directory_without_a_name_is_one_line_for_each_key() -> None:
+    output = UNNAMED.done().stdout
+    short = re.findall(
+        r"^config.json: .*; a plain directory fails too, so .*(?=\n[_=])", output, re.M
+    )
+    assert len(short) > 30
+    assert output.count("\nerror      ") == 2  # of the plain ones alone
 
 
 def test_a_report_of_a_key_has_no_example_of_the_test_before() -> None:
