@@ -51,9 +51,10 @@ def find_side(spec: str, dtype: str, checkpoint: Source) -> Side:
         return side._replace(title=f"torch with the weights of {spec}", weights=path)
     if spec in backends.SHIPPED or ":" in spec:
         return make_backend_side(spec, dtype, checkpoint)
+    names = f", or one of {', '.join(dict.fromkeys([*STREAMED, *backends.SHIPPED]))}"
     raise InputError(
-        f"--against {spec}: no such file; give a checkpoint, a trace, package.module:object, or "
-        f"one of {', '.join(dict.fromkeys([*STREAMED, *backends.SHIPPED]))}"
+        f"--against {spec}: no such file; give a checkpoint, a trace or package.module:object"
+        f"{'' if path.suffix or len(path.parts) > 1 else names}"
     )
 
 

@@ -58,7 +58,7 @@ class ReportBuilder:
 
     def _distance(self, c: int, kl_BT: Array, changed: int) -> dict[str, Any]:
         """Return the entry of a call's logits: the KL of every token, null of those not judged."""
-        kl = kl_BT.astype(object)
+        kl = np.maximum(kl_BT, 0.0).astype(object)  # rounding makes some a little negative
         if (unjudged := self.padding[c]) is not None:
             kl[unjudged] = None  # their logits are zeros on both sides
         name = self.calls[c].name

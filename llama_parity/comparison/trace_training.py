@@ -132,8 +132,8 @@ def _gaps(
     shown = [s for s in empty if _shows_update(trace, s)]
     nothing = [s for s in empty if s not in shown]
     parameters, moments = (
-        f"the trace does not show {what} after the step before, finite"
-        for what in ("all parameters", "exp_avg and exp_avg_sq of all parameters")
+        f"the trace does not show {what} after the step before, all of them finite"
+        for what in ("every parameter", "exp_avg and exp_avg_sq of every parameter")
     )
     found = [
         ("", unknown, parameters),

@@ -138,6 +138,8 @@ def test_bad_input_is_one_line(ckpt: Path, run: Callable, tmp_path: Path) -> Non
         ([ckpt, "--against", broken], "not a complete safetensors file"),
         ([ckpt, "--against", tmp_path / "other.safetensors"], "rope_theta 1000000.0 for 500000.0"),
         ([ckpt, "--against", "nothing"], "--against nothing: no such file"),
+        ([ckpt, "--against", "nothing"], "or package.module:object, or one of torch, cuda, hf"),
+        ([ckpt, "--against", "a.safetensors"], "a trace or package.module:object\n"),
         ([ckpt, "--against", "no.module:it"], "--against no.module:it: cannot be imported"),
         ([ckpt, "--against", "torch:float64", "--dtype", "float32"], "disagree"),
         ([ckpt, "--against", "torch:bfloat16", "--grads"], "--grads compares in float32"),

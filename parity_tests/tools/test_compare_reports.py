@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llama_parity.comparison import progress, trace_training
-from llama_parity.comparison.report_rows import short_name
+from llama_parity.comparison.report_rows import judged_kl, short_name
 from reference_np.training_mutants import TRAINING
 
 from ..backends.torch_model import save_numpy
@@ -126,6 +126,12 @@ def test_every_row_of_the_report_is_in_the_page(
     diverging = sum(row["status"] == "diverges" for row in rows)
     assert f"diverges: {diverging}, " in text_of(page)
     assert f"All {len(rows)} rows" in text_of(page)
+
+
+def test_no_divergence_is_negative(ckpt: Path, report: Callable) -> None:
+    """Though the sum that it is rounds to less than zero here and there."""
+    found = report(ckpt, "--dtype", "float64")
+    assert min(value for entry in found["logits"] for value in judged_kl(entry)) == 0
 
 
 def test_a_step_in_which_known_bugs_are_tried_counts_them(

@@ -71,7 +71,8 @@ def test_what_a_step_does_not_show_is_said(path: Path, run: Callable) -> None:
     trace = traced(path, values, keeps=gradients)
     code, out, _ = run(path, "--against", trace)
     assert code == 1, out
-    assert "Not judged: step 1: the trace does not show all parameters after the step before" in out
+    why = "the trace does not show every parameter after the step before, all of them finite"
+    assert f"Not judged: step 1: {why}." in out
     within = f"INCOMPLETE: {2 + N} of {2 + N} quantities in 1 of 2 training steps within bounds"
     assert within in out
     assert out.splitlines()[-1].endswith(
