@@ -1,6 +1,5 @@
 """Hypothesis strategies for training steps."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -100,20 +99,32 @@ def training_cases(
     return TrainingCase(config, params, batches, hyper, draw.numbers)
 
 
+@composite
+def wide_training_cases(draw: Draw, limits: Limits = UNLIMITED) -> TrainingCase:
+    """Draw a wide model and micro-batches of unequal valid counts, for low precision."""
+    case = draw(wide_cases(limits=limits))
+    rng = np.random.default_rng(draw(seeds, label="batches seed"))
+    first = Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions)
+    batches = [first]
+    for custom in draw(st.lists(st.booleans(), max_size=2), label="custom masks"):
+        batches.append(limited(random_batch(rng, case.config, custom), limits))
+    hyper = Hyperparameters(
+        lr=1e-3,
+        grad_clip=draw(st.sampled_from([1.0, 1e3]), label="grad_clip"),
+        z_loss=draw(st.sampled_from([0.0, 1e-2]), label="z_loss"),
+        warmup_steps=3,
+        steps=12,
+    )
+    config = reaching(case.config, [batch.positions for batch in batches])
+    return TrainingCase(config, case.params, batches, hyper, draw.numbers)
+
+
 def training_cases_for(
     dtype: str, conditioned: bool = False, limits: Limits = UNLIMITED
 ) -> st.SearchStrategy[TrainingCase]:
     """Return the strategy of training cases for a precision, float64 or float32."""
-    if dtype == "float64":
-        return training_cases(conditioned, limits)
-    return wide_cases(limits=limits).map(
-        lambda case: TrainingCase(
-            case.config,
-            case.params,
-            [Batch(case.tokens, np.roll(case.tokens, -1, axis=1), case.positions)],
-            dataclasses.replace(Hyperparameters(), lr=1e-3, warmup_steps=3, steps=12),
-            case.numbers,
-        )
+    return (
+        training_cases(conditioned, limits) if dtype == "float64" else wide_training_cases(limits)
     )
 
 

@@ -13,6 +13,7 @@ from ..support.suite_runs import suite
 from . import toy_ports
 
 NUMPY, TORCH = "parity_tests.suite.toy_ports:", "parity_tests.suite.toy_torch_port:"
+ORACLES = "parity_tests.suite.toy_oracles:"
 HONEST = [
     *(NUMPY + name for name in ("Small", "Engine", "Float32Epsilon", "Float32Angles")),
     NUMPY + "OneTokenEach",
@@ -23,7 +24,10 @@ BUGS = {
     NUMPY + "SmallWithFixedEpsilon": "causal_logits",
     NUMPY + "SmallWithFixedEpsilonInFloat32": "causal_logits",
     NUMPY + "SmallWithTiledHeads": "causal_logits",
-    "parity_tests.suite.toy_oracles:QueriesTransposedWhereSquare": "causal_logits",
+    ORACLES + "QueriesTransposedWhereSquare": "causal_logits",
+    ORACLES + "MeanOfMeansInFloat32": "loss_and_grads",
+    ORACLES + "PaddingLearntInFloat32": "loss_and_grads",
+    ORACLES + "ZLossForgottenInFloat32": "loss_and_grads",
     NUMPY + "EngineOfOldPrompts": "engine",
     NUMPY + "EngineOneLate": "engine",
     NUMPY + "Float32EpsilonUndeclared": "causal_logits",

@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from reference_np import grad, ops, optim
+from reference_np.training_mutants import TRAINING
+
 from ..conformance.oracle import Oracle
 
 
@@ -25,3 +28,33 @@ class WrongInTheAdaptersCheckAlone(Oracle):
         drawn = not config.dim == config.hidden_dim == config.vocab_size == 16
         read = params if drawn else dict(params) | {"model.norm.weight": np.ones(config.dim)}
         return super().decode(config, read, *rest)
+
+
+class TrainedInFloat32(Oracle):
+    """The oracle in float32 alone with a bug of training."""
+
+    dtypes = ("float32",)
+    bug: str
+
+    def __init__(self) -> None:
+        (mutant,) = (one for one in TRAINING if one.name == self.bug)
+        parts = (ops, grad.REFERENCE_VJPS, optim.REFERENCE_RULES)
+        super().__init__(*(mutant.apply(part) for part in parts))
+
+
+class MeanOfMeansInFloat32(TrainedInFloat32):
+    """The mean of the micro-batches' means."""
+
+    bug = "mean_of_means"
+
+
+class PaddingLearntInFloat32(TrainedInFloat32):
+    """Ignored targets learnt as token 0."""
+
+    bug = "padding_learnt"
+
+
+class ZLossForgottenInFloat32(TrainedInFloat32):
+    """The z-loss reported and never differentiated."""
+
+    bug = "z_loss_forgotten"
