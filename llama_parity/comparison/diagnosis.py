@@ -19,7 +19,7 @@ from .differences_by_design import by_design
 from .judging import KL, RIGHT, Row
 from .progress import Start
 from .replay import Key
-from .screening import find_bugs, find_pairs
+from .screening import Screening
 from .trace_format import call_chain
 from .trials import Effect, Suspect, Trials
 from .variants import Bugs
@@ -75,14 +75,15 @@ def diagnose(comparison: Comparison, rows: Sequence[Row], start: Start) -> Diagn
         advance = start("known bugs", len(known) * len(trials.stages))
         single = list(zip(bugs, trials.effects(bugs, advance), strict=True))
     else:
-        single = find_bugs(trials, bugs, start)
+        screening = Screening(trials, bugs, start)
+        single = screening.find_bugs()
     unexplained = set(trials.failing)
     explanations = greedy_set_cover(trials.rows, single, unexplained)
     if unexplained:
         if trials.teacher_forced:
             pairs = _pairs(trials, single, unexplained, start)
         else:
-            pairs = find_pairs(trials, bugs, unexplained, start)
+            pairs = screening.find_pairs(unexplained)
         explanations += greedy_set_cover(trials.rows, pairs, unexplained)
     if unexplained and trials.teacher_forced:  # an inherited error has any size, for any reason
         explanations += greedy_set_cover(trials.rows, single, unexplained, by_likeness=True)

@@ -17,8 +17,9 @@ from reference_np.tolerances import errors
 from .padding import without_padding
 from .progress import Start
 from .replay import Key
+from .report_rows import counted
 from .trace_format import LOGPROBS, Call, call_chain
-from .trials import Suspect, Trials
+from .trials import Effect, Suspect, Trials
 from .variants import Bugs, CallSubset, run_variants
 
 AT_ONCE = 64  # variants, each with residual streams and tables of its own
@@ -50,30 +51,34 @@ class Prefix:
         bound = trials.rows[target].operation_error
         assert bound is not None
         self.limit = SLACK * bound.loosest_bound.token
-        (self.bug_free,) = self.logits([()], lambda: None)
+        (self.bug_free,) = self.logits([()], silent)
 
-    def logits(self, suspects: Sequence[Bugs], advance: Callable[[], None]) -> list[Array]:
+    def logits(
+        self, suspects: Sequence[Bugs], start: Start, title: str = "known bugs"
+    ) -> list[Array]:
         """Return the logits [B, length, words] with each suspect's bugs, zeros at padding.
 
-        Of a target of log-probabilities those [B, length].
+        Of a target of log-probabilities those [B, length]. ``start`` shows how far it is, stage by
+        stage, under a title.
         """
         stages, c = self.trials.comparison.stages(), self.target[0]
         padding = list(self.trials.comparison.padding)
         if (of_call := padding[c]) is not None:
             padding[c] = of_call[:, : self.length]
+        title += f", {counted(self.length, 'token')}"
+        advance = start(title, len(suspects) * len(stages))
         found: list[Array] = []
         for at in range(0, len(suspects), AT_ONCE):
             some = suspects[at : at + AT_ONCE]
-            last = {
-                index: without_padding({self.target: values[self.target]}, padding)[self.target]
-                for index, values, _ in run_variants(
-                    self.trials.comparison, some, self.subset, stages, words=self.words
-                )
-                if self.target in values
-            }
-            found += [last[index] for index in range(len(some))]
-            for _ in some:
+            last: dict[int, Array] = {}
+            for index, values, _ in run_variants(
+                self.trials.comparison, some, self.subset, stages, words=self.words
+            ):
                 advance()
+                if self.target in values:
+                    of_target = {self.target: values[self.target]}
+                    last[index] = without_padding(of_target, padding)[self.target]
+            found += [last[index] for index in range(len(some))]
         return found
 
     def fits(self, logits: Array) -> bool:
@@ -86,17 +91,23 @@ class Prefix:
 
 
 class Screen:
-    """The prefixes of one call, and what each bug alone makes of them."""
+    """The prefixes of one call, and what each bug alone makes of them.
+
+    ``alone``: for each prefix the logits by the bug's name. A bug of the matrix products, which
+    round every weight and see one token each, is run on a longer prefix only if it fits the first.
+    """
 
     def __init__(self, trials: Trials, target: Key, bugs: Sequence[Bugs], start: Start) -> None:
         self.trials, self.target = trials, target
         self.prefixes = [Prefix(trials, target, length) for length in _lengths(trials, target)]
-        advance = start("known bugs", len(bugs) * len(self.prefixes))
-        names = [bug.name for (bug,) in bugs]
-        self.alone = [
-            dict(zip(names, prefix.logits(bugs, advance), strict=True)) for prefix in self.prefixes
-        ]
-        self.look_ahead = {name for name in names if self._looks_ahead(name)}
+        self.alone: list[dict[str, Array]] = []
+        left = list(bugs)
+        for prefix in self.prefixes:
+            logits = prefix.logits(left, start)
+            by_bug = list(zip(left, logits, strict=True))
+            self.alone.append({bug.name: value for (bug,), value in by_bug})
+            left = [one for one, v in by_bug if one[0].operation != "linear" or prefix.fits(v)]
+        self.look_ahead = {name for name in self.alone[-1] if self._looks_ahead(name)}
 
     def _looks_ahead(self, name: str) -> bool:
         """Return whether the tokens after the first change its logits."""
@@ -112,7 +123,7 @@ class Screen:
             for (bug,) in bugs
             if bug.name in self.look_ahead
             or all(
-                prefix.fits(alone[bug.name])
+                bug.name in alone and prefix.fits(alone[bug.name])
                 for prefix, alone in zip(self.prefixes, self.alone, strict=True)
             )
         ]
@@ -132,12 +143,12 @@ class Screen:
             fits |= {(name,): prefix.fits(logits) for name, logits in alone.items()}
             active = [tuple(bug.name for bug in pair if bug.name in changing) for pair in left]
             to_run = [pair for pair, names in zip(left, active, strict=True) if len(names) == 2]
-            logits = prefix.logits(to_run, start("pairs of bugs", len(to_run)))
+            logits = prefix.logits(to_run, start, "pairs of bugs")
             for (one, other), value in zip(to_run, logits, strict=True):
                 fits[one.name, other.name] = prefix.fits(value)
             left = [pair for pair, names in zip(left, active, strict=True) if fits[names]]
         whole = Prefix(self.trials, self.target, self.trials.theirs[self.target].shape[1])
-        logits = whole.logits(ahead, start("pairs of bugs that look ahead", len(ahead)))
+        logits = whole.logits(ahead, start, "pairs of bugs that look ahead")
         passing = [pair for pair, value in zip(ahead, logits, strict=True) if whole.fits(value)]
         return [*left, *passing]
 
@@ -192,66 +203,93 @@ def _cheapest(trials: Trials, keys: Set[Key]) -> Key:
     )
 
 
-def _confirmed(trials: Trials, target: Key, suspects: Sequence[Bugs]) -> list[Bugs]:
-    """Return the suspects that explain the whole of a call's logits, and all of which change it."""
-    found: list[Bugs] = []
-    bugs = list({bug.name: (bug,) for suspect in suspects for bug in suspect}.values())
-    changes: dict[str, bool] = {}
-    for (bug,), effect in zip(bugs, trials.effects_on(target, bugs), strict=True):
-        changes[bug.name] = effect.changes
-    for at in range(0, len(suspects), AT_ONCE):
-        some = suspects[at : at + AT_ONCE]
-        for suspect, effect in zip(some, trials.effects_on(target, some), strict=True):
-            if effect.fits and all(changes[bug.name] for bug in suspect):
+def silent(title: str, steps: int) -> Callable[[], None]:
+    """Show no progress: a ``Start`` for short runs."""
+    return lambda: None
+
+
+class Screening:
+    """Finds the bugs that explain a port's logits, call by call; keeps the screens of the calls."""
+
+    def __init__(self, trials: Trials, bugs: Sequence[Bugs], start: Start) -> None:
+        self.trials, self.bugs, self.start = trials, bugs, start
+        self.screens: dict[Key, Screen] = {}
+
+    def find_bugs(self) -> list[Suspect]:
+        """Return the bugs that explain a failing call's logits, with their effect on all calls.
+
+        The cheapest call is screened first; another only where it is left unexplained, and where
+        it continues none that is.
+        """
+        trials, calls = self.trials, self.trials.comparison.calls
+        found: list[Suspect] = []
+        left = list(self.bugs)
+        to_screen, unexplained = set(trials.failing), set(trials.failing)
+        while to_screen:
+            target = _cheapest(trials, to_screen)
+            to_screen.remove(target)
+            if any((c, target[1]) in unexplained for c in call_chain(calls, target[0])[:-1]):
+                continue
+            passing = self._screen(target, left).passing_bugs(left)
+            passing = self._confirmed(target, passing)
+            for suspect in zip(passing, self._effects(passing), strict=True):
                 found.append(suspect)
-    return found
+                left = [one for one in left if one is not suspect[0]]
+                unexplained -= {k for k, e in suspect[1].items() if e.fits and e.changes}
+            to_screen &= unexplained
+        return sorted(found, key=lambda suspect: self.bugs.index(suspect[0]))
 
+    def find_pairs(self, unexplained: Set[Key]) -> list[Suspect]:
+        """Return the pairs of bugs that explain the cheapest unexplained call, with their effects.
 
-def find_bugs(trials: Trials, bugs: Sequence[Bugs], start: Start) -> list[Suspect]:
-    """Return the bugs that explain a failing call's logits, with their effect on all calls.
+        Never two of one operation, and none that rounds the matrix products: to round every weight
+        takes longer than all else, and another port's products are rounded otherwise.
+        """
+        bugs = [(bug,) for (bug,) in self.bugs if bug.operation != "linear"]
+        target = _cheapest(self.trials, unexplained)
+        pairs = [
+            (*one, *other)
+            for one, other in combinations(bugs, 2)
+            if one[0].operation != other[0].operation
+        ]
+        passing = self._screen(target, bugs).passing_pairs(pairs, self.start)
+        passing = self._confirmed(target, passing)
+        return list(zip(passing, self._effects(passing), strict=True))
 
-    The cheapest call is screened first; another only where it is left unexplained, and where it
-    continues none that is.
-    """
-    calls = trials.comparison.calls
-    found: list[Suspect] = []
-    left = list(bugs)
-    to_screen, unexplained = set(trials.failing), set(trials.failing)
-    while to_screen:
-        target = _cheapest(trials, to_screen)
-        to_screen.remove(target)
-        if any((c, target[1]) in unexplained for c in call_chain(calls, target[0])[:-1]):
-            continue
-        passing = Screen(trials, target, left, start).passing_bugs(left)
-        passing = _confirmed(trials, target, passing)
-        for suspect in zip(passing, trials.effects(passing), strict=True):
-            found.append(suspect)
-            left = [one for one in left if one is not suspect[0]]
-            unexplained -= {k for k, e in suspect[1].items() if e.fits and e.changes}
-        to_screen &= unexplained
-    return sorted(found, key=lambda suspect: bugs.index(suspect[0]))
+    def _screen(self, target: Key, bugs: Sequence[Bugs]) -> Screen:
+        """Return the screen of a call with these bugs, and perhaps others."""
+        known = self.screens.get(target)
+        if known is None or any(bug.name not in known.alone[-1] for (bug,) in bugs):
+            known = self.screens[target] = Screen(self.trials, target, bugs, self.start)
+        return known
 
+    def _confirmed(self, target: Key, suspects: Sequence[Bugs]) -> list[Bugs]:
+        """Return the suspects that explain all of a call's logits, and each bug of which does."""
+        bugs = list({bug.name: (bug,) for suspect in suspects for bug in suspect}.values())
+        alone = self._effects_on(target, bugs)
+        together = self._effects_on(target, [one for one in suspects if len(one) > 1])
+        effects = {tuple(bug.name for bug in one): effect for one, effect in alone + together}
+        return [
+            suspect
+            for suspect in suspects
+            if effects[tuple(bug.name for bug in suspect)].fits
+            and all(effects[bug.name,].changes for bug in suspect)
+        ]
 
-def find_pairs(
-    trials: Trials, bugs: Sequence[Bugs], unexplained: Set[Key], start: Start
-) -> list[Suspect]:
-    """Return the pairs of bugs that explain the cheapest unexplained call, with their effects.
+    def _effects_on(self, target: Key, suspects: Sequence[Bugs]) -> list[tuple[Bugs, Effect]]:
+        """Return the suspects with their effect on one call's logits."""
+        steps = len(suspects) * len(self.trials.stages)
+        advance = self.start("bugs that fit, all tokens", steps)
+        found: list[Effect] = []
+        for at in range(0, len(suspects), AT_ONCE):
+            found += self.trials.effects_on(target, suspects[at : at + AT_ONCE], advance)
+        return list(zip(suspects, found, strict=True))
 
-    Never two of one operation, and none that rounds the matrix products: to round every weight
-    takes longer than all else, and another port's products are rounded otherwise.
-    """
-    bugs = [(bug,) for (bug,) in bugs if bug.operation != "linear"]
-    target = _cheapest(trials, unexplained)
-    pairs = [
-        (*one, *other)
-        for one, other in combinations(bugs, 2)
-        if one[0].operation != other[0].operation
-    ]
-    pairs = Screen(trials, target, bugs, start).passing_pairs(pairs, start)
-    pairs = _confirmed(trials, target, pairs)
-    effects = [
-        effect
-        for at in range(0, len(pairs), AT_ONCE)
-        for effect in trials.effects(pairs[at : at + AT_ONCE])
-    ]
-    return list(zip(pairs, effects, strict=True))
+    def _effects(self, suspects: Sequence[Bugs]) -> list[dict[Key, Effect]]:
+        """Return the suspects' effects on all calls."""
+        steps = len(suspects) * len(self.trials.stages)
+        advance = self.start("bugs that fit, all calls", steps)
+        found: list[dict[Key, Effect]] = []
+        for at in range(0, len(suspects), AT_ONCE):
+            found += self.trials.effects(suspects[at : at + AT_ONCE], advance)
+        return found

@@ -11,6 +11,7 @@ from reference_np.tolerances import Errors, errors
 
 from .comparison import Comparison
 from .judging import KL, Row
+from .kept_params import keep_if_small
 from .padding import readable, without_padding
 from .replay import Key, finite_only
 from .trace_format import LOGPROBS
@@ -64,6 +65,9 @@ class Trials:
             and comparison.stage_of(row) in stages
         ]
         self.teacher_forced = any(row.fresh for row in measured)
+        if not self.teacher_forced:  # the whole model runs for every few bugs
+            params = keep_if_small(comparison.baseline_params, comparison.config)
+            self.comparison = comparison = comparison._replace(baseline_params=params)
         self.stages = stages if self.teacher_forced else comparison.stages()
         self.rows = {
             (row.call, row.name): row for row in measured if bool(row.fresh) == self.teacher_forced
@@ -84,11 +88,13 @@ class Trials:
         """Return the effect of each suspect's bugs on every activation."""
         return self._effects(suspects, {c for c, _ in self.rows}, self.stages, advance)
 
-    def effects_on(self, target: Key, suspects: Sequence[Bugs]) -> list[Effect]:
+    def effects_on(
+        self, target: Key, suspects: Sequence[Bugs], advance: Callable[[], None] = lambda: None
+    ) -> list[Effect]:
         """Return the effect of each suspect's bugs on one activation."""
         last = self.comparison.stage_of(self.rows[target])
         stages = [stage for stage in self.stages if stage <= last]
-        by_suspect = self._effects(suspects, {target[0]}, stages, lambda: None)
+        by_suspect = self._effects(suspects, {target[0]}, stages, advance)
         return [effects[target] for effects in by_suspect]
 
     def _effects(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_parity.comparison import progress
+from llama_parity.comparison import kept_params, progress
+from llama_parity.comparison.replay import RoundedParams
 from reference_np.config import LlamaConfig
 from reference_np.mutants import FORWARD
 
@@ -224,6 +226,35 @@ def test_a_diagnosis_by_the_logits_alone_takes_seconds(
     found = report(path, "--against", spec, "--dtype", "float64")
     assert time.process_time() - before < 30
     assert found["unexplained"] == found["diverging"] == CALLS
+
+
+def test_a_diagnosis_by_the_logits_alone_reads_a_small_model_once(
+    ckpt: Path, run: Callable, offer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells how far it is, stage by stage; and a large model is not kept."""
+    read: Counter[str] = Counter()
+    real = RoundedParams.__getitem__
+
+    def counting(params: RoundedParams, name: str) -> np.ndarray:
+        read[name] += 1
+        return real(params, name)
+
+    monkeypatch.setattr(RoundedParams, "__getitem__", counting)
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
+    argv = (ckpt, "--against", offer(silent(Damaged(scaled("up_proj", 1.05)))), *QUICK)
+    err = run(*argv)[2]
+    for name in ("known bugs, 1 token", "pairs of bugs, 1 token", "bugs that fit, all tokens"):
+        counts = [int(n) for n in re.findall(rf"^{name}: (\d+) of ", err, re.MULTILINE)]
+        assert len(set(counts)) > CONFIG.n_layers + 2
+    most = max(read.values())
+    read.clear()
+    run(*argv, "--no-diagnose")
+    assert most == max(read.values()) + 1
+    monkeypatch.setattr(kept_params, "MOST_KEPT", 1000)
+    read.clear()
+    run(*argv)
+    assert max(read.values()) > most + 5
 
 
 def test_a_long_run_through_a_pipe_is_not_silent(
