@@ -111,6 +111,7 @@ def write(out: Path, config: LlamaConfig, dtype: str, seed: int, spread: bool = 
     shapes = parameter_shapes(config)
     generator = np.random.default_rng(seed)
     shards: dict[str, list[str]] = {}
+    size = 0
     for name in shapes:
         part = f"layer-{int(name.split('.')[2]):03}" if ".layers." in name else "rest"
         shards.setdefault(f"model-{part}.safetensors", []).append(name)
@@ -122,6 +123,7 @@ def write(out: Path, config: LlamaConfig, dtype: str, seed: int, spread: bool = 
             if std:
                 drawn += np.float32(std) * generator.standard_normal(shapes[name], np.float32)
             tensors[name] = drawn.astype(stored)
+            size += tensors[name].nbytes
         try:
             atomic_write(out / file, partial(save_file, tensors, metadata=dict(METADATA)))
         except SafetensorError as error:
@@ -129,8 +131,10 @@ def write(out: Path, config: LlamaConfig, dtype: str, seed: int, spread: bool = 
                 f"{out / file}: cannot be written ({error}); make room for it"
             ) from None
     weight_map = {name: file for file, names in shards.items() for name in names}
-    write_text(out / INDEX_FILE, json.dumps({"weight_map": weight_map}))
-    write_text(out / "config.json", json.dumps(config.to_hf(), indent=2))
+    # transformers loads no index without its metadata.
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_text(out / INDEX_FILE, json.dumps(index))
+    write_text(out / "config.json", json.dumps(config.to_hf() | {"dtype": dtype}, indent=2))
 
 
 def _distribution(

@@ -235,6 +235,23 @@ def test_a_random_checkpoint_is_one_that_both_sides_read(tmp_path: Path) -> None
     assert code == 2  # it holds a model already
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_transformers_loads_a_random_checkpoint_in_its_precision(
+    tmp_path: Path, dtype: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    random_checkpoint.write(tmp_path, LlamaConfig(16, 2, 4, 2, 4, 24, 60), dtype, seed=0)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert {str(x.dtype) for x in model.parameters()} == {f"torch.{dtype}"}
+    stored = sum(x.numel() * x.element_size() for x in model.parameters())
+    assert index["metadata"]["total_size"] == stored
+    ours = load_model(tmp_path).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.float(), ours[name])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("rope_type", ["default", "linear", "llama3"])
 def test_a_tiny_random_checkpoint_has_what_its_flags_say(
