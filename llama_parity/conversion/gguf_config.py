@@ -5,7 +5,7 @@ are no keys but the tensor ``rope_freqs.weight`` [K / 2]: what each frequency is
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,8 +14,9 @@ from llama_common.files import parse_json
 from reference_np.config import LlamaConfig
 from reference_np.ops import Array, rope_frequencies
 
-from .gguf_file import GgufFile
+from .gguf_file import GgufFile, shown
 
+PREFIX = "llama."
 ROPE_FREQS, OUTPUT, EMBEDDING = "rope_freqs.weight", "output.weight", "token_embd.weight"
 # The config as its maker's config.json said it: what the keys have no place for.
 OWN_CONFIG = "llama_parity.config"
@@ -35,17 +36,25 @@ HEAD_DIM = ("attention.key_length", "attention.value_length", "rope.dimension_co
 SCALING, FACTOR, OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"
 ORIGINAL = "rope.scaling.original_context_length"
 INERT = ("tensor_data_layout", "rope.scaling.finetuned")
-ABSENT = ("expert_count", "expert_used_count")  # zero, or the model is another
+# With one of these values the model is no other: 0.0 stands for no factor, as in llama.cpp.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("expert_count", "expert_used_count"), (0,)),
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (0.0, 1.0)),
+    **{"attention.scale": (0.0,), "attention.causal": (True,), "rope.scaling.attn_factor": (1.0,)},
+}
+# One number, or one for each layer.
+PER_LAYER = ("feed_forward_length", "attention.head_count", KV_HEADS)
 KNOWN = {
     *INTEGERS,
     *(EPSILON, KV_HEADS, BASE, *HEAD_DIM, SCALING, FACTOR, OLD_FACTOR, ORIGINAL, "vocab_size"),
-    *(*INERT, *ABSENT),
+    *(*INERT, *NEUTRAL),
 }
 
 # Llama 3.1's and its successors': low and high, and the context that they were trained on.
 LOW, HIGH, TRAINED = 1.0, 4.0, 8192
 # Of the divisors, where a converter computed them in float32, and where this one did.
 THEIRS, OURS = 1e-4, 1e-6
+N = TypeVar("N", int, float)
 
 
 def read_config(file: GgufFile, rope_freqs: Array | None) -> dict[str, Any]:
@@ -54,84 +63,108 @@ def read_config(file: GgufFile, rope_freqs: Array | None) -> dict[str, Any]:
     Raises InputError for another architecture and for every key that is missing, unusable or
     unknown, by name.
     """
-    architecture = file.metadata.get("general.architecture")
+    _require_whole(file)
+    architecture = file.get("general.architecture", str)
     if architecture != "llama":
-        raise InputError(f"{file.path}: its architecture is {architecture!r}; only llama is read")
-    parts = file.metadata.get("split.count", 0)
-    if parts not in (0, 1):
-        raise InputError(
-            f"{file.path}: is one of {parts!r} parts; join them first: llama-gguf-split --merge"
-        )
-    given = {
-        key.removeprefix("llama."): value
-        for key, value in file.metadata.items()
-        if key.startswith("llama.")
-    }
-    unknown = [key for key in given if key not in KNOWN]
-    unknown += [key for key in ABSENT if given.get(key, 0) != 0]
+        said = "is missing" if architecture is None else f"is {shown(architecture)}"
+        raise InputError(f"{file.path}: general.architecture {said}; only llama is read")
+    given = [key.removeprefix(PREFIX) for key in file.metadata if key.startswith(PREFIX)]
+    unknown = [key for key in given if key not in KNOWN or not _is_neutral(file, key)]
     if unknown:
-        raise InputError(f"{file.path}: not supported: {_named(unknown, given)}")
-    hf = _plain(file, given)
-    theirs = LlamaConfig.from_hf(hf | _scaling(file, given, hf, rope_freqs), str(file.path))
-    own = file.metadata.get(OWN_CONFIG)
+        named = [f"{PREFIX}{key}={shown(file.metadata[PREFIX + key])}" for key in unknown[:4]]
+        more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+        raise InputError(f"{file.path}: not supported: {', '.join(named)}{more}")
+    hf = _plain(file)
+    theirs = LlamaConfig.from_hf(hf | _scaling(file, hf, rope_freqs), str(file.path))
+    own = file.get(OWN_CONFIG, str)
     return theirs.to_hf() if own is None else _agreed(file, own, theirs, rope_freqs).to_hf()
 
 
-def _named(keys: list[str], given: dict[str, Any]) -> str:
-    shown = [f"llama.{key}={_shown(given[key])}" for key in keys[:4]]
-    return ", ".join(shown) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+def _require_whole(file: GgufFile) -> None:
+    """Raise InputError for one part of several, of which only the first has the model's keys."""
+    parts, number = file.get("split.count", int), file.get("split.no", int)
+    if parts not in (None, 0, 1):
+        which = "one" if number is None else f"part {number + 1}"
+        raise InputError(
+            f"{file.path}: is {which} of {parts} parts; join them first: llama-gguf-split --merge"
+        )
 
 
-def _shown(value: Any) -> str:
-    return "a list" if isinstance(value, list | np.ndarray) else repr(value)[:40]
+def _is_neutral(file: GgufFile, key: str) -> bool:
+    """Return whether a key's value changes nothing; True of a key that may have any."""
+    values = NEUTRAL.get(key)
+    return values is None or file.get(PREFIX + key, type(values[0])) in values
 
 
-def _plain(file: GgufFile, given: dict[str, Any]) -> dict[str, Any]:
+def _plain(file: GgufFile) -> dict[str, Any]:
     """Return the keys of a config.json but for those of the rotary scaling."""
+    n_layers = _positive(file, "block_count", int)
 
-    def number(key: str, kinds: tuple[type, ...], default: Any = None) -> Any:
-        value = given.get(key, default)
-        if type(value) not in kinds or not value > 0:
-            said = "is missing" if value is None else f"is {_shown(value)}"
-            wanted = "integer" if kinds == (int,) else "number"
-            raise InputError(f"{file.path}: llama.{key} {said}; a positive {wanted} is needed")
-        return value
+    def number(key: str, default: int | None = None) -> int:
+        if key in PER_LAYER and isinstance(file.metadata.get(PREFIX + key), np.ndarray):
+            return _equal(file, key, n_layers)
+        return _positive(file, key, int, default)
 
-    hf = {ours: number(key, (int,)) for key, ours in INTEGERS.items()}
+    hf: dict[str, Any] = {ours: number(key) for key, ours in INTEGERS.items()}
     heads, dim = hf["num_attention_heads"], hf["hidden_size"]
-    hf["num_key_value_heads"] = number(KV_HEADS, (int,), heads)
-    hf["rms_norm_eps"] = number(EPSILON, (float,))
-    hf["rope_theta"] = number(BASE, (float,), 10000.0)
-    sizes = {key: number(key, (int,)) for key in HEAD_DIM if key in given}
+    hf["num_key_value_heads"] = number(KV_HEADS, heads)
+    hf["rms_norm_eps"] = _positive(file, EPSILON, float)
+    hf["rope_theta"] = _positive(file, BASE, float, 10000.0)
+    sizes = {key: number(key) for key in HEAD_DIM if PREFIX + key in file.metadata}
     # As llama.cpp: the heads' size unless said, which turns as a whole.
     sizes |= {} if HEAD_DIM[0] in sizes else {"embedding_length": dim // heads}
     if len(set(sizes.values())) != 1:
-        said = ", ".join(f"llama.{key} {size}" for key, size in sizes.items())
+        said = ", ".join(f"{PREFIX}{key} {size}" for key, size in sizes.items())
         raise InputError(f"{file.path}: heads of several sizes are not supported: {said}")
     hf["head_dim"] = next(iter(sizes.values()))
     embedding = file.tensors.get(EMBEDDING)
     if embedding is None:
         raise InputError(f"{file.path}: holds no {EMBEDDING}; give a whole model")
     rows = embedding.shape[0]
-    if number("vocab_size", (int,), rows) != rows:
+    if number("vocab_size", rows) != rows:
         raise InputError(f"{file.path}: llama.vocab_size is not {rows}, {EMBEDDING}'s rows")
     tied = OUTPUT not in file.tensors
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     return hf | {"vocab_size": rows, "tie_word_embeddings": tied, **kind}
 
 
-def _scaling(
-    file: GgufFile, given: dict[str, Any], hf: dict[str, Any], rope_freqs: Array | None
-) -> dict[str, Any]:
-    """Return rope_scaling of a config.json, by the keys or by the divisors of Llama 3."""
-    kind = given.get(SCALING, "linear" if FACTOR in given or OLD_FACTOR in given else "none")
-    factor = given.get(FACTOR, given.get(OLD_FACTOR, 1.0))
-    if kind not in ("none", "linear") or not isinstance(factor, float):
+def _positive(file: GgufFile, key: str, wanted: type[N], default: N | None = None) -> N:
+    """Return a number of the metadata; InputError where it is missing or not positive."""
+    value = file.get(PREFIX + key, wanted)
+    return _require_positive(file, key, default if value is None else value)
+
+
+def _require_positive(file: GgufFile, key: str, value: N | None) -> N:
+    if value is None or not value > 0:
+        said = "is missing" if value is None else f"is {value!r}"
+        raise InputError(f"{file.path}: {PREFIX}{key} {said}; a positive number is needed")
+    return value
+
+
+def _equal(file: GgufFile, key: str, n_layers: int) -> int:
+    """Return the one number of a list with a number for each layer."""
+    numbers = sorted(set(file.get_list(PREFIX + key, int, n_layers) or ()))
+    if len(numbers) > 1:
         raise InputError(
-            f"{file.path}: llama.{SCALING} {_shown(kind)} with the factor {_shown(factor)} is not "
-            "supported: linear and Llama 3's are"
+            f"{file.path}: {PREFIX}{key} is {numbers[0]} to {numbers[-1]} by layer; layers that "
+            "differ are not supported"
         )
-    if kind == "linear" and factor not in (0.0, 1.0):
+    return _require_positive(file, key, numbers[0])
+
+
+def _scaling(file: GgufFile, hf: dict[str, Any], rope_freqs: Array | None) -> dict[str, Any]:
+    """Return rope_scaling of a config.json, by the keys or by the divisors of Llama 3."""
+    kind = file.get(PREFIX + SCALING, str)
+    factors = [file.get(PREFIX + key, float) for key in (FACTOR, OLD_FACTOR)]
+    factor = next((factor for factor in factors if factor is not None), None)
+    if kind is None:
+        kind = "none" if factor is None else "linear"
+    if kind not in ("none", "linear"):
+        raise InputError(
+            f"{file.path}: {PREFIX}{SCALING} {shown(kind)} is not supported: linear and Llama 3's "
+            "are"
+        )
+    if kind == "linear" and factor not in (None, 0.0, 1.0):
         if rope_freqs is not None:
             raise InputError(f"{file.path}: has linear scaling and {ROPE_FREQS}; not supported")
         return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
@@ -139,15 +172,13 @@ def _scaling(
         return {}
     if OWN_CONFIG in file.metadata:  # which is checked against them
         return {}
-    return _llama3(file, given, hf, rope_freqs)
+    return _llama3(file, hf, rope_freqs)
 
 
-def _llama3(
-    file: GgufFile, given: dict[str, Any], hf: dict[str, Any], rope_freqs: Array
-) -> dict[str, Any]:
+def _llama3(file: GgufFile, hf: dict[str, Any], rope_freqs: Array) -> dict[str, Any]:
     """Return the scaling that gives these divisors, with the released models' low and high."""
     _require_half(file, hf["head_dim"], rope_freqs)
-    for trained in dict.fromkeys((given.get(ORIGINAL, TRAINED), TRAINED)):
+    for trained in dict.fromkeys((_positive(file, ORIGINAL, int, TRAINED), TRAINED)):
         rope = {"rope_type": "llama3", "low_freq_factor": LOW, "high_freq_factor": HIGH}
         rope["original_max_position_embeddings"] = trained
         # Any factor, to see how much of the slowest frequency is kept: 1 / d = g + (1 - g) / f.
@@ -187,11 +218,11 @@ def _agree(found: Array, expected: Array, bound: float) -> bool:
 
 
 def _agreed(
-    file: GgufFile, text: Any, theirs: LlamaConfig, rope_freqs: Array | None
+    file: GgufFile, text: str, theirs: LlamaConfig, rope_freqs: Array | None
 ) -> LlamaConfig:
     """Return the config that the file states as JSON; InputError where its keys say another."""
     source = f"{file.path} ({OWN_CONFIG})"
-    own = LlamaConfig.from_hf(parse_json(text if isinstance(text, str) else "", source), source)
+    own = LlamaConfig.from_hf(parse_json(text, source), source)
     rope = [field.name for field in dataclasses.fields(own) if field.name.startswith("rope_")]
     names = [field.name for field in dataclasses.fields(own) if field.name not in rope]
     names += ["rope_theta"]
@@ -228,5 +259,7 @@ def stored_metadata(config: LlamaConfig) -> dict[str, int | float | str]:
         found |= {SCALING: "linear", FACTOR: float(config.rope_factor)}
     for key, value in found.items():
         if isinstance(value, float) and not 2.0**-126 <= value < 2.0**127:
-            raise InputError(f"llama.{key} {value!r} is no number of GGUF's single precision")
-    return {f"llama.{key}": value for key, value in found.items()} | {OWN_CONFIG: config.to_json()}
+            raise InputError(f"{PREFIX}{key} {value!r} is no number of GGUF's single precision")
+    return {f"{PREFIX}{key}": value for key, value in found.items()} | {
+        OWN_CONFIG: config.to_json()
+    }

@@ -8,7 +8,7 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,11 +22,19 @@ COPY = "copy it again"
 STRING, LIST, BOOL = 8, 9, 7
 # The numbers of ggml's types of values -> NumPy's types.
 SCALARS = {
-    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "<u1"},
+    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "?"},
     **{10: "<u8", 11: "<i8", 12: "<f8"},
+}
+# Types of values, as a message names one and several; NumPy's kinds of lists that have them.
+TYPES: dict[type, tuple[str, str, str]] = {
+    int: ("an integer", "integers", "iu"),
+    float: ("a float", "floats", "f"),
+    bool: ("true or false", "booleans", "b"),
+    str: ("a string", "strings", ""),
 }
 MOST_AXES, LONGEST_NAME = 4, 64  # of a tensor; ggml's own limits
 ALIGNMENT = 32  # of tensors, unless general.alignment says another
+T = TypeVar("T", int, float, bool, str)
 
 
 class StorageType(NamedTuple):
@@ -119,6 +127,39 @@ class GgufFile:
                 )
         return located
 
+    def get(self, key: str, wanted: type[T]) -> T | None:
+        """Return the value of a key, None where the file lacks it.
+
+        Raises InputError for a value of another type: llama.cpp does not convert any either.
+        """
+        value = self.metadata.get(key)
+        if value is None or type(value) is wanted:
+            return value
+        raise self._mistyped(key, f"is {shown(value)}; {TYPES[wanted][0]} is needed")
+
+    def get_list(self, key: str, wanted: type[T], length: int | None = None) -> list[T] | None:
+        """Return the list of a key, None where the file lacks it.
+
+        Raises InputError for no list, for one of another type and, with a length, for one of
+        another length.
+        """
+        value = self.metadata.get(key)
+        if value is None:
+            return None
+        if isinstance(value, np.ndarray):
+            is_wanted = value.dtype.kind in TYPES[wanted][2]
+        else:
+            is_wanted = isinstance(value, list) and wanted is str
+        if not is_wanted:
+            raise self._mistyped(key, f"is {shown(value)}; a list of {TYPES[wanted][1]} is needed")
+        if length is not None and len(value) != length:
+            raise self._mistyped(key, f"has {len(value):,} entries; {length:,} are needed")
+        found: list[T] = value if isinstance(value, list) else value.tolist()
+        return found
+
+    def _mistyped(self, key: str, problem: str) -> InputError:
+        return InputError(f"{self.path}: {key} {problem}; convert the model anew")
+
     def read(self, name: str) -> np.ndarray:
         """Return a tensor's bytes, uint8 [size]."""
         tensor = self.tensors[name]
@@ -127,6 +168,16 @@ class GgufFile:
         if found.size != tensor.size:
             raise InputError(f"{self.path}: ends within {name}; it is truncated: {COPY}")
         return found
+
+
+def shown(value: Any) -> str:
+    """Return a value of the metadata as a message shows it."""
+    if isinstance(value, list):
+        return "a list of strings"
+    if isinstance(value, np.ndarray):
+        plural = next(many for _, many, kinds in TYPES.values() if value.dtype.kind in kinds)
+        return f"a list of {plural}"
+    return repr(value[:60] if isinstance(value, str) else value)
 
 
 class _Header:

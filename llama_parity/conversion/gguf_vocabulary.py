@@ -2,18 +2,17 @@
 
 import json
 import re
-import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from llama_common.errors import InputError
+from llama_common.errors import InputError, flag_of
 from llama_common.notes import note
-from llama_torch.tokenizer.pieces import UNKNOWN, varint
+from llama_torch.tokenizer.pieces import BYTE, UNKNOWN, varint
 
-from .gguf_file import GgufFile
-from .gguf_tokenizer import BPE, CONTROL, PRE, UNUSED, USER_DEFINED
+from .gguf_file import GgufFile, shown
+from .gguf_tokenizer import BPE, CONTROL, NORMAL, PRE, UNUSED, USER_DEFINED
 from .token_ids import BOS, EOS, PAD, TokenIds
 
 KEYS = "tokenizer.ggml."
@@ -21,19 +20,23 @@ SAME_PRE = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "gpt2": "gpt-2"}
 PADDING = re.compile(r"\[PAD[0-9]+\]")  # of ids without a token
 
 
-def token_ids_of(file: GgufFile, vocab_size: int) -> TokenIds:
-    """Return the ids of BOS, EOS and padding; InputError beyond the vocabulary."""
+def token_ids_of(file: GgufFile, vocab_size: int, flagged: Collection[str] = ()) -> TokenIds:
+    """Return the ids of BOS, EOS and padding, but for those that flags tell.
+
+    Raises InputError for BOS and EOS beyond the vocabulary; padding there is left out and noted.
+    """
     found: dict[str, list[int]] = {BOS: [], EOS: [], PAD: []}
     for name, key in (("bos", BOS), ("eos", EOS), ("eot", EOS), ("eom", EOS), ("padding", PAD)):
-        value = file.metadata.get(f"{KEYS}{name}_token_id")
-        if value is None:
+        value = file.get(f"{KEYS}{name}_token_id", int)
+        if value is None or key in flagged:
             continue
-        if type(value) is not int or not 0 <= value < vocab_size:
-            raise InputError(
-                f"{file.path}: {KEYS}{name}_token_id {_cut(value)} is no token of the vocabulary "
-                f"of {vocab_size}; correct it"
-            )
-        found[key].append(value)
+        if 0 <= value < vocab_size:
+            found[key].append(value)
+            continue
+        problem = f"{file.path}: {KEYS}{name}_token_id {value} is no token of the vocabulary"
+        if key != PAD:
+            raise InputError(f"{problem} of {vocab_size}; give {flag_of(key)}")
+        note(f"{problem} of {vocab_size}, and is left out")
     ids = {key: sorted(set(values)) for key, values in found.items() if values}
     return {key: values if len(values) > 1 else values[0] for key, values in ids.items()}
 
@@ -43,47 +46,63 @@ def tokenizer_files(file: GgufFile, vocab_size: int, max_seq_len: int) -> dict[s
 
     A tokenizer of another kind is noted and left out. Raises InputError for lists of wrong lengths.
     """
-    kind = file.metadata.get(f"{KEYS}model")
+    kind = file.get(f"{KEYS}model", str)
     if kind in (None, "none", "no_vocab"):
         return {}
-    pre = file.metadata.get(f"{KEYS}pre", "")
-    pre = SAME_PRE.get(pre, pre) if isinstance(pre, str) else ""
+    pre = file.get(f"{KEYS}pre", str) or ""
+    pre = SAME_PRE.get(pre, pre)
     if kind != "llama" and (kind != "gpt2" or pre not in PRE):
-        note(
-            f"{file.path}: its tokenizer ({_cut(kind)}, {_cut(pre)}) is not carried over; copy the "
-            "files of the model's Hugging Face directory"
-        )
-        return {}
+        return _left_out(file, f"{shown(kind)}, {shown(pre)}")
+    scores = file.get_list(f"{KEYS}scores", float, vocab_size) if kind == "llama" else []
+    if scores is None:
+        return _left_out(file, f"'llama', without {KEYS}scores")
     tokens, kinds = _tokens(file, vocab_size)
     while tokens and kinds[-1] == UNUSED and PADDING.fullmatch(tokens[-1]):
         tokens, kinds = tokens[:-1], kinds[:-1]
+    if flaw := _flaw(kind, tokens, kinds):
+        return _left_out(file, f"{shown(kind)}, with {flaw}")
     settings = _settings(file, kind, tokens, max_seq_len)
     if kind == "llama":
-        files = {"tokenizer.model": _pieces_model(file, tokens, kinds)}
+        files = {"tokenizer.model": _pieces_model(file, tokens, scores, kinds)}
     else:
         text = json.dumps(_json(file, pre, tokens, kinds, settings), ensure_ascii=False)
         files = {"tokenizer.json": text.encode()}
-    template = file.metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
+    template = file.get("tokenizer.chat_template", str)
+    if template is not None:
         settings["chat_template"] = template
     return files | {"tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n"}
 
 
-def _cut(value: Any) -> str:
-    return "a list" if isinstance(value, list | np.ndarray) else repr(value)[:60]
+def _left_out(file: GgufFile, what: str) -> dict[str, bytes]:
+    note(
+        f"{file.path}: its tokenizer ({what}) is not carried over; copy the files of the model's "
+        "Hugging Face directory"
+    )
+    return {}
+
+
+def _flaw(kind: str, tokens: list[str], kinds: list[int]) -> str:
+    """Return what Hugging Face's form or SentencePiece's has no place for, "" of a whole list."""
+    if len(set(tokens)) < len(tokens):
+        return "a token that stands there twice"
+    if kind != "llama":
+        return ""
+    if any(not token or "\0" in token for token in tokens):
+        return "an empty token or one that holds a null character"
+    if kinds.count(UNKNOWN) > 1 or not {UNKNOWN, BYTE} & {*kinds}:
+        return "several unknown tokens, or none"
+    found = sorted(token for token, kind in zip(tokens, kinds, strict=True) if kind == BYTE)
+    is_whole = found in ([], [f"<0x{byte:02X}>" for byte in range(256)])
+    return "" if is_whole else "some of the 256 tokens for bytes alone"
 
 
 def _tokens(file: GgufFile, vocab_size: int) -> tuple[list[str], list[int]]:
-    tokens = file.metadata.get(f"{KEYS}tokens")
-    kinds = file.metadata.get(f"{KEYS}token_type", np.ones(vocab_size, np.int32))
-    for name, values in (("tokens", tokens), ("token_type", kinds)):
-        if not isinstance(values, list | np.ndarray) or len(values) != vocab_size:
-            raise InputError(
-                f"{file.path}: {KEYS}{name} is no list of {vocab_size}, as long as the vocabulary; "
-                "convert the model anew"
-            )
-    assert isinstance(tokens, list | np.ndarray)
-    return [str(token) for token in tokens], [int(kind) for kind in kinds]
+    """Return the tokens and their kinds; one of no kind that SentencePiece knows is normal."""
+    tokens = file.get_list(f"{KEYS}tokens", str, vocab_size)
+    if tokens is None:
+        raise InputError(f"{file.path}: {KEYS}tokens is missing; convert the model anew")
+    kinds = file.get_list(f"{KEYS}token_type", int, vocab_size) or [NORMAL] * vocab_size
+    return tokens, [kind if NORMAL <= kind <= BYTE else NORMAL for kind in kinds]
 
 
 def _settings(file: GgufFile, kind: str, tokens: list[str], max_seq_len: int) -> dict[str, Any]:
@@ -95,8 +114,8 @@ def _settings(file: GgufFile, kind: str, tokens: list[str], max_seq_len: int) ->
         "model_max_length": max_seq_len,
     }
     for name, role in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        id_ = file.metadata.get(f"{KEYS}{name}_token_id")
-        if type(id_) is int and 0 <= id_ < len(tokens):
+        id_ = _known_id(file, name, tokens)
+        if id_ >= 0:
             found[f"{role}_token"] = tokens[id_]
     if is_slow:
         found |= {"legacy": True, "add_bos_token": _says(file, "add_bos_token", True)}
@@ -108,24 +127,31 @@ def _settings(file: GgufFile, kind: str, tokens: list[str], max_seq_len: int) ->
 
 
 def _says(file: GgufFile, key: str, default: bool) -> bool:
-    return bool(file.metadata.get(f"{KEYS}{key}", default))
+    said = file.get(f"{KEYS}{key}", bool)
+    return default if said is None else said
 
 
-def _pieces_model(file: GgufFile, tokens: list[str], kinds: list[int]) -> bytes:
+def _known_id(file: GgufFile, name: str, tokens: Sequence[str]) -> int:
+    """Return the id of a special token, -1 of one that the file lacks or that is no token."""
+    id_ = file.get(f"{KEYS}{name}_token_id", int)
+    return id_ if id_ is not None and 0 <= id_ < len(tokens) else -1
+
+
+def _pieces_model(
+    file: GgufFile, tokens: list[str], scores: list[float], kinds: list[int]
+) -> bytes:
     """Return SentencePiece's model file: its pieces, and the settings that Llama 2's has."""
-    scores = file.metadata.get(f"{KEYS}scores")
-    if not isinstance(scores, np.ndarray) or len(scores) < len(tokens):
-        raise InputError(f"{file.path}: {KEYS}scores is no list as long as its tokens; convert it")
     parts = []
-    for token, score, kind in zip(tokens, scores.tolist(), kinds, strict=False):
+    with np.errstate(over="ignore"):  # of numbers in double precision
+        stored = np.array(scores, "<f4")
+    for token, score, kind in zip(tokens, stored, kinds, strict=False):
         text = token.encode()
-        piece = b"\x0a" + varint(len(text)) + text + b"\x15" + struct.pack("<f", score)
-        piece += b"\x18" + varint(kind & 0x7F)
+        piece = b"\x0a" + varint(len(text)) + text + b"\x15" + score.tobytes()
+        piece += b"\x18" + varint(kind)
         parts.append(b"\x0a" + varint(len(piece)) + piece)
-    trainer = {3: BPE, 4: len(tokens), 35: 1}  # with pieces for bytes
+    trainer = {3: BPE, 4: len(tokens), 35: int(BYTE in kinds)}  # pieces for bytes
     for name, number in (("unknown", 40), ("bos", 41), ("eos", 42), ("padding", 43)):
-        id_ = file.metadata.get(f"{KEYS}{name}_token_id")
-        trainer[number] = id_ if type(id_) is int and 0 <= id_ < len(tokens) else -1
+        trainer[number] = _known_id(file, name, tokens)
     if trainer[40] < 0 and UNKNOWN in kinds:
         trainer[40] = kinds.index(UNKNOWN)
     normalizer = b"\x0a\x08identity" + _numbers({3: 1, 4: 0, 5: 1})
@@ -145,9 +171,7 @@ def _json(
 ) -> dict[str, Any]:
     """Return a tokenizer.json of bytes."""
     steps, whole = PRE[pre]
-    merges = file.metadata.get(f"{KEYS}merges", [])
-    if not isinstance(merges, list):
-        raise InputError(f"{file.path}: {KEYS}merges is no list of pairs; convert the model anew")
+    merges = file.get_list(f"{KEYS}merges", str) or []
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     special = [i for i, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)]
     added = [
@@ -162,7 +186,7 @@ def _json(
     ]
     sequence = {"type": "Sequence", "pretokenizers": pretokenizers}
     bos = str(settings.get("bos_token", ""))
-    has_bos = bos in tokens and _says(file, "add_bos_token", whole)
+    has_bos = _says(file, "add_bos_token", whole) and bos in tokens
     return {
         "version": "1.0",
         "truncation": None,
@@ -178,7 +202,7 @@ def _json(
             "end_of_word_suffix": None,
             **{"fuse_unk": False, "byte_fallback": False, "ignore_merges": whole},
             "vocab": {token: i for i, token in enumerate(tokens[:n_own] if is_tail else tokens)},
-            "merges": [str(pair) for pair in merges],
+            "merges": merges,
         },
     }
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,7 @@ def write_hf(
     ids: Mapping[str, Any],
 ) -> None:
     """Write config.json and the safetensors files, with an index where they are several."""
-    kept = reduce(torch.promote_types, [weight.dtype for weight in model.weights.values()])
-    hf = model.config.to_hf() | {"dtype": label(dtype or kept), **ids}
+    hf = model.config.to_hf() | {"dtype": label(dtype or model.dtype), **ids}
     metadata = {"format": "pt", "config": json.dumps(hf)}
     sizes = {
         name: math.prod(weight.shape) * (dtype or weight.dtype).itemsize

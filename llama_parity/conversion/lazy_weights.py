@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -29,6 +30,12 @@ class Model:
 
     config: ModelConfig
     weights: dict[str, Weight]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every matrix; vectors may be wider, as in GGUF files."""
+        matrices = (w.dtype for w in self.weights.values() if len(w.shape) > 1)
+        return reduce(torch.promote_types, matrices)
 
 
 def stored(name: str, weight: Weight, dtype: torch.dtype | None) -> Tensor:

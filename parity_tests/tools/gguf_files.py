@@ -1,5 +1,7 @@
 """GGUF files by ggml's own package, as llama.cpp's converter writes them."""
 
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,7 @@ def write_vocabulary(path: Path, config: LlamaConfig, **changed: Any) -> Path:
     keys: dict[str, Any] = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "<s>", "c"]}
     for key, value in (keys | changed).items():
         add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32}
+        add |= {bool: writer.add_bool}
         add[type(value)](f"tokenizer.ggml.{key}", value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data)
@@ -82,3 +85,52 @@ def write_vocabulary(path: Path, config: LlamaConfig, **changed: Any) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+class ChangedKeys:
+    """A GGUF file, to be written with some keys of its metadata changed, added or left out."""
+
+    def __init__(self, path: Path) -> None:
+        import gguf
+
+        content = path.read_bytes()
+        reader = gguf.GGUFReader(path)
+        self.fields = {
+            name: content[field.offset : field.offset + sum(part.nbytes for part in field.parts)]
+            for name, field in reader.fields.items()
+            if not name.startswith("GGUF.")
+        }
+        start = 24 + sum(map(len, self.fields.values()))
+        entry = reader.tensors[-1].field
+        end = entry.offset + sum(part.nbytes for part in entry.parts)
+        self.head, self.entries = content[:16], content[start:end]
+        self.data = content[reader.data_offset :]
+
+    def write(self, path: Path, changed: Mapping[str, Any]) -> Path:
+        """Write the file; the value None leaves a key out. Lists hold values of one type."""
+        new = {key: _of_text(key) + _typed(v) for key, v in changed.items() if v is not None}
+        fields = {key: field for key, field in self.fields.items() if key not in changed} | new
+        head = self.head + struct.pack("<Q", len(fields)) + b"".join(fields.values()) + self.entries
+        path.write_bytes(head + bytes(-len(head) % 32) + self.data)
+        return path
+
+
+def _typed(value: Any) -> bytes:
+    """Return a value as GGUF stores it, after the number of its type."""
+    if isinstance(value, list):
+        items = [_typed(item) for item in value]
+        kind = items[0][:4] if items else struct.pack("<I", 5)
+        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(items)) + _joined(items)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + _of_text(value)
+    integer = (5, "i") if value < 0 else (4, "I")
+    number, form = {bool: (7, "?"), float: (6, "f"), int: integer}[type(value)]
+    return struct.pack(f"<I{form}", number, value)
+
+
+def _joined(items: Sequence[bytes]) -> bytes:
+    return b"".join(item[4:] for item in items)
+
+
+def _of_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()

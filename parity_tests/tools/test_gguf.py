@@ -73,14 +73,36 @@ def test_from_hugging_face_and_back(
     run_convert(folder / "b.gguf", folder / "c")
     assert LlamaConfig.from_hf(json.loads((folder / "c" / "config.json").read_text())) == config
     # Vectors are F32 there, as llama.cpp's kernels want them.
-    wide = {name: x.float() if x.ndim == 1 else x for name, x in tensors.items()}
-    assert_same_bits(read_hf(folder / "c"), wide)
+    assert_same_bits(read_hf(folder / "c"), tensors)
+    assert json.loads((folder / "c" / "config.json").read_text())["dtype"] == dtype
     run_convert(folder / "b.gguf", folder / "d", "--dtype", dtype)
     assert_same_bits(read_hf(folder / "d"), tensors)
     read, expected = GgufCheckpoint(folder / "b.gguf", np.float64), Checkpoint(folder / "a", "f8")
     assert (read.config, list(read)) == (expected.config, list(random_params(config, 0)))
     for name, value in expected.items():
         np.testing.assert_array_equal(read[name], value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("F16", torch.float16), ("BF16", torch.bfloat16), ("Q8_0", torch.float32)],
+)
+def test_vectors_that_the_matrices_dtype_does_not_hold_stay_and_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, dtype: torch.dtype
+) -> None:
+    params = cast(random_params(CONFIG, 0), np.float32)
+    path = write_as_llama_cpp(tmp_path / "m.gguf", CONFIG, params, kind)
+    run_convert(path, tmp_path / "out")
+    said = capsys.readouterr().err
+    is_noted = f"note: {path}: model.layers.0.input_layernorm.weight does not fit" in said
+    assert is_noted == (kind != "Q8_0")
+    tensors = read_hf(tmp_path / "out")
+    for name, tensor in tensors.items():
+        assert tensor.dtype == (torch.float32 if tensor.ndim == 1 else dtype)
+        if tensor.ndim == 1:
+            np.testing.assert_array_equal(tensor.numpy(), params[name])
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+    assert found == str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
@@ -135,10 +157,10 @@ REFUSED = [
     ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type 'yarn'"),
     ({"attention.value_length": 4}, "heads of several sizes are not supported"),
     ({"rope.dimension_count": 4}, "heads of several sizes are not supported"),
-    ({"block_count": None}, "llama.block_count is missing; a positive integer is needed"),
+    ({"block_count": None}, "llama.block_count is missing; a positive number is needed"),
     ({"block_count": 2**31 - 1}, "model.layers.2.input_layernorm.weight is missing"),
     ({"attention.head_count": 0}, "llama.attention.head_count is 0"),
-    ({"attention.layer_norm_rms_epsilon": 1}, "a positive number is needed"),
+    ({"attention.layer_norm_rms_epsilon": 1}, "epsilon is 1; a float is needed"),
     ({"vocab_size": 299}, "llama.vocab_size is not 300"),
 ]
 

@@ -1,6 +1,7 @@
 """The tokenizer on the way into a GGUF file and back: the same ids, or a note."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..support import tokenizers as made
 from ..support.llama3_ranks import a_llama3, gpt2_ranks
 from ..support.meta_checkpoints import write_hf
 from .commands import run_convert
-from .gguf_files import write_vocabulary
+from .gguf_files import ChangedKeys, write_vocabulary
 
 gguf = pytest.importorskip("gguf")
 
@@ -112,11 +113,21 @@ def test_what_llama_cpp_does_not_have_is_noted(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tokens": ["a"]}, "tokens is no list of 4, as long as the vocabulary"),
-        ({"token_type": [1, 1]}, "token_type is no list of 4"),
-        ({"bos_token_id": 4}, "bos_token_id 4 is no token of the vocabulary of 4"),
-        ({"model": "llama"}, "scores is no list as long as its tokens"),
-        ({"merges": [1]}, "merges is no list of pairs"),
+        ({"tokens": ["a"]}, "tokens has 1 entries; 4 are needed"),
+        ({"tokens": [1, 2, 3, 4]}, "tokens is a list of integers; a list of strings is needed"),
+        ({"token_type": [1, 1]}, "token_type has 2 entries; 4 are needed"),
+        ({"token_type": ["a"] * 4}, "token_type is a list of strings; a list of integers"),
+        ({"token_type": [math.nan] * 4}, "token_type is a list of floats; a list of integers"),
+        ({"bos_token_id": 4}, "bos_token_id 4 is no token of the vocabulary of 4; give --bos"),
+        ({"eot_token_id": 4}, "eot_token_id 4 is no token of the vocabulary of 4; give --eos"),
+        ({"model": "llama", "scores": [0.5]}, "scores has 1 entries; 4 are needed"),
+        ({"model": "llama", "scores": [1] * 4}, "scores is a list of integers; a list of floats"),
+        ({"model": [1, 2]}, "model is a list of integers; a string is needed"),
+        ({"pre": 3}, "pre is 3; a string is needed"),
+        ({"merges": [1]}, "merges is a list of integers; a list of strings is needed"),
+        ({"add_bos_token": [1, 2]}, "add_bos_token is a list of integers; true or false is needed"),
+        ({"add_bos_token": "false"}, "add_bos_token is 'false'; true or false is needed"),
+        ({"add_eos_token": 1}, "add_eos_token is 1; true or false is needed"),
     ],
 )
 def test_a_tokenizer_that_contradicts_itself_is_refused(
@@ -141,6 +152,72 @@ def test_another_tokenizer_is_noted_and_left_out(
         "config.json",
         "model.safetensors",
     ]
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"model": "llama"}, "'llama', without tokenizer.ggml.scores"),
+        ({"tokens": ["a", "b", "a", "c"]}, "'gpt2', with a token that stands there twice"),
+        ({"model": "llama", "scores": [0.5] * 4, "tokens": ["a", "", "b", "c"]}, "an empty token"),
+        ({"model": "llama", "scores": [0.5] * 4, "token_type": [2, 2, 1, 1]}, "several unknown"),
+        ({"model": "llama", "scores": [0.5] * 4}, "several unknown tokens, or none"),
+        (
+            {"model": "llama", "scores": [0.5] * 4, "tokens": BYTES[:4], "token_type": [6] * 4},
+            "with some of the 256 tokens for bytes alone",
+        ),
+    ],
+)
+def test_a_tokenizer_that_no_other_form_holds_is_noted_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], what: str
+) -> None:
+    path = write_vocabulary(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 4), **changed)
+    run_convert(path, tmp_path / "out")
+    err = capsys.readouterr().err
+    assert err.startswith(f"note: {path}: its tokenizer (")
+    assert what in err
+    assert err.count("\n") == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("kinds", [[2, 3, 3, 1, 1, 1], [2, 3, 3, 0, 99, -1]])
+@pytest.mark.parametrize("scores", [[0.0, 0.0, 0.0, -1.0, -2.0, -3.0], [math.nan] * 6])
+def test_pieces_without_bytes_and_of_odd_kinds_are_ones_that_sentencepiece_loads(
+    tmp_path: Path, kinds: list[int], scores: list[float]
+) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "\u2581", "a", "b"]
+    changed = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": kinds}
+    path = write_vocabulary(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 6), **changed)
+    run_convert(path, tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out", 6)
+    assert tokenizer.encode("ab") == [3, 4, 5]
+
+
+@pytest.mark.parametrize("id_", [4, -1, 2**32 - 1])
+def test_padding_beyond_the_vocabulary_is_noted_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], id_: int
+) -> None:
+    path = write_vocabulary(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 4), eos_token_id=2)
+    padded = ChangedKeys(path).write(tmp_path / "p.gguf", {"tokenizer.ggml.padding_token_id": id_})
+    run_convert(padded, tmp_path / "out")
+    err = capsys.readouterr().err
+    assert f"padding_token_id {id_} is no token of the vocabulary of 4, and is left out" in err
+    ids = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert ids == {"eos_token_id": 2}
+
+
+def test_flags_stand_for_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
+    beyond = {"bos_token_id": 4, "eos_token_id": 5, "eot_token_id": 6}
+    path = write_vocabulary(tmp_path / "m.gguf", LlamaConfig(4, 1, 1, 1, 4, 4, 4), **beyond)
+    run_convert(path, tmp_path / "out", "--bos-token-id", 2, "--eos-token-id", 3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (2, 3)
 
 
 def test_the_names_are_ggmls() -> None:
