@@ -1,6 +1,7 @@
 """Compare an implementation's activations with the NumPy oracle's, and name the bug if any.
 
-``python tools/compare.py ckpt.safetensors``; exit code 0: within bounds, 1: not, 2: bad input.
+``python tools/compare.py ckpt.safetensors``; exit code 0: within bounds, 1: not, or not all of a
+trace could be judged, 2: bad input.
 
 The other side is run first and its activations are recorded. Then the oracle runs the same calls,
 layer by layer, in float64, which counts as exact, and in the dtype under test. The error of the

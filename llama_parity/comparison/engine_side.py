@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from reference_np.backend import Backend
 from reference_np.config import InputError, LlamaConfig
 from reference_np.ops import Array
 from reference_np.refusals import is_own_refusal
@@ -23,7 +24,8 @@ class Engine:
     def __init__(self, backend: Any, config: LlamaConfig, params: Mapping[str, Array]) -> None:
         self.backend, self.config, self.params = backend, config, params
         self.last_call: int | None = None
-        self.is_offered = all(callable(getattr(backend, n, None)) for n in ("start", "append"))
+        self.refusal = ""  # why the sequences that run last were not begun or continued
+        self.is_offered = all(_offers(backend, name) for name in ("start", "append"))
 
     def run(
         self, call: Call, index: int, found: Mapping[str, Array], covers: str
@@ -46,10 +48,11 @@ class Engine:
             elif call.after == last_call:
                 given = call_backend(self.backend, "append", purpose, call.tokens.copy())
             else:
-                return found, covers
+                return found, f"{NOT_COVERED}: {self.refusal}" if self.refusal else covers
         except NotImplementedError as error:
+            self.refusal = str(error)
             return found, covers if found else f"{NOT_COVERED}: {error}"
-        self.last_call = index
+        self.last_call, self.refusal = index, ""
         last = as_arrays({"logits": given}, "start and append")["logits"]
         shape = (len(call.tokens), self.config.vocab_size)
         if last.shape != shape:
@@ -68,6 +71,12 @@ class Engine:
             logits = found["logits"].astype(np.result_type(found["logits"], last))
         logits[:, -1] = last
         return found | {"logits": logits}, covers
+
+
+def _offers(backend: Any, name: str) -> bool:
+    """Return whether a backend has a method, not that of ``Backend``, which raises."""
+    method = getattr(backend, name, None)
+    return callable(method) and getattr(method, "__func__", None) is not getattr(Backend, name)
 
 
 def call_backend(backend: Any, name: str, purpose: str, *arguments: Any) -> Any:

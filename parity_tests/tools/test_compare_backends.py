@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reference_np.backend import Backend
+from reference_np.limits import Limits
+
 from ..conformance.oracle import Oracle
 from ..planted.port import Planted
 from ..suite.toy_ports import Engine
@@ -142,6 +145,26 @@ def test_the_logits_of_tokens_that_are_not_judged_count_nowhere(
     page = (tmp_path / "x.html").read_text()
     assert "48 tokens, then 3 more calls: at most " in page
     assert "first choice differs at 8 of 102" in page
+
+
+def test_why_an_engine_is_not_run_is_said(derived: Path, run: Callable, offer: Callable) -> None:
+    class OneRow(Fused):
+        def start(self, config: Any, params: Any, rows: Any) -> Any:
+            raise NotImplementedError("one row at a time")
+
+    class Described(Backend):
+        dtypes, limits = ("float32",), Limits(masks="causal")
+
+        def logits(self, *arguments: Any) -> Any:
+            raise NotImplementedError("not today")
+
+    code, out, _ = run(derived, "--against", offer(OneRow()))
+    assert code == 0
+    assert "PASS: 2 of 2 activations in 1 of 7 calls within bounds" in out
+    assert "3 of 7 calls not covered: one row at a time (48 tokens, then 2; " in out
+    code, out, _ = run(derived, "--against", offer(Described()))
+    assert code == 1
+    assert "not covered: not today" in out
 
 
 @pytest.mark.parametrize("shape", ["[2, 1, 300]", "[300]"])
