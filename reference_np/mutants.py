@@ -224,6 +224,14 @@ def _mask_all(n_queries: int, n_keys: int) -> Array:
     return np.ones((n_queries, n_keys), dtype=bool)
 
 
+def _mask_next_seen(n_queries: int, n_keys: int) -> Array:
+    return np.tril(_mask_all(n_queries, n_keys), n_keys - n_queries + 1)
+
+
+def _mask_itself_hidden(n_queries: int, n_keys: int) -> Array:
+    return np.tril(_mask_all(n_queries, n_keys), n_keys - n_queries - 1)
+
+
 def _extend_first_row(past: Array, new: Array) -> Array:
     return ops.extend(past, np.broadcast_to(new[:1], new.shape))
 
@@ -495,6 +503,20 @@ FORWARD = (
         _mask_top_left,
     ),
     Mutant("mask_forgotten", "no causal mask", COMMON_SLIP, "causal_mask", _mask_all),
+    Mutant(
+        "mask_next_seen",
+        "the causal mask is off by one: each token attends to the next one too",
+        COMMON_SLIP,
+        "causal_mask",
+        _mask_next_seen,
+    ),
+    Mutant(
+        "mask_itself_hidden",
+        "the causal mask is off by one: no token attends to itself",
+        "former#10",
+        "causal_mask",
+        _mask_itself_hidden,
+    ),
     Mutant(
         "cache_first_row",
         "the cache stores the first row's keys and values for every row of a batch",

@@ -229,6 +229,8 @@ _BY_OPERATION: dict[str, dict[str, Operation]] = {
     "causal_mask": {
         "mask_top_left": lambda t, s: torch.ones(t, s, dtype=torch.bool).tril(),
         "mask_forgotten": lambda t, s: torch.ones(t, s, dtype=torch.bool),
+        "mask_next_seen": lambda t, s: torch.ones(t, s, dtype=torch.bool).tril(s - t + 1),
+        "mask_itself_hidden": lambda t, s: torch.ones(t, s, dtype=torch.bool).tril(s - t - 1),
     },
 }
 

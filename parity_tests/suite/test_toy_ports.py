@@ -37,6 +37,8 @@ BUGS = {
     TORCH + "InPlaceSaidToBeAValue": "reused_cache",
     TORCH + "CacheOverwritten": "chunked_decoding",
     TORCH + "PaddingSeen": "padding",
+    "parity_tests.planted:bug.mask_next_seen": "causal_logits",
+    "parity_tests.planted:bug.mask_itself_hidden": "causal_logits",
 }
 
 
@@ -92,6 +94,12 @@ def test_a_planted_bug_is_red(name: str) -> None:
 
 def test_an_epsilon_that_is_not_read_is_named() -> None:
     assert "norm_eps is 1e-05 whatever the config says" in ALL_WITH_BUGS.done().stdout
+
+
+def test_a_mask_that_is_off_by_one_is_named() -> None:
+    output = ALL_WITH_BUGS.done().stdout
+    for words in ("each token attends to the next one too", "no token attends to itself"):
+        assert f"the causal mask is off by one: {words}" in output
 
 
 def test_a_nearly_empty_run_is_red_and_says_why() -> None:
