@@ -131,9 +131,10 @@ class Oracle:
 class WithBug(Oracle):
     """The oracle with one known bug, without the methods that the bug does not change."""
 
-    dtypes = ("float64",)
-
-    def __init__(self, mutant: Mutant) -> None:
+    def __init__(self, mutant: Mutant, dtype: str = "float64") -> None:
+        self.dtypes = (dtype,)
+        if dtype != "float64":  # examples of wider models, which take longer
+            self.example_fraction = 0.1
         super().__init__(
             *(mutant.apply(part) for part in (ops, grad.REFERENCE_VJPS, optim.REFERENCE_RULES))
         )

@@ -14,7 +14,7 @@ GOAL = 10.0  # error / tolerance that every mutant should reach in at least one 
 
 LEAST_COMPARED = 10  # examples; fewer are no proof
 
-KEYS = "key_of_config_json"  # the test of keys, each a parameter
+KEYS = ("key_of_config_json", "unsupported_key")  # the tests of keys, each a parameter
 TRACES = ("trace", "chunked_trace")  # the tests of activations
 
 
@@ -51,7 +51,7 @@ def backend_table(entries: Entries, limits: Mapping[str, Limits]) -> Iterator[st
 
 
 def _lines(of_backend: Mapping[str, Entry]) -> Iterator[str]:
-    """Yield a line for each test; all keys of config.json have one."""
+    """Yield a line for each test; all keys of one test have one."""
     together: dict[str, list[Entry]] = {}
     for test, entry in of_backend.items():
         together.setdefault(_line(test), []).append(entry)
@@ -64,7 +64,7 @@ def _lines(of_backend: Mapping[str, Entry]) -> Iterator[str]:
 
 
 def _line(test: str) -> str:
-    return KEYS if test.startswith(f"{KEYS} ") else test
+    return next((name for name in KEYS if test.startswith(f"{name} ")), test)
 
 
 def _documented(of_backend: Mapping[str, Entry]) -> Iterator[str]:
@@ -124,25 +124,27 @@ def mutation_table(entries: Entries, mutants: Mapping[str, Mutant], honest: str)
     """Yield each mutant's largest error / tolerance and its test, and the score.
 
     ``honest`` names the correct implementation whose error / tolerance in the same test is
-    printed beside it. ``outputs alone`` is the largest margin without the tests of activations,
-    which few implementations offer.
+    printed beside it, where it ran in the same precision. ``outputs alone`` is the largest margin
+    without the tests of activations, which few implementations offer.
     """
     honest_entries = _by_test(entries, honest)
-    yield f"{'mutant':<30} {'killed by':<18} {'margin':>8} {'honest':>8} {'outputs alone':>14}"
+    yield f"{'mutant':<38} {'killed by':<18} {'margin':>8} {'honest':>8} {'outputs alone':>14}"
     for name, mutant in mutants.items():
         of_mutant = _by_test(entries, name)
         if not any(entry.covered for entry in of_mutant.values()):
-            yield f"{name:<30} was not run"
+            yield f"{name:<38} was not run"
             continue
         test = max(of_mutant, key=lambda test: of_mutant[test].share)
         share = of_mutant[test].share
         outputs = [e.share for t, e in of_mutant.items() if t not in TRACES]
         without_trace = max(outputs, default=0.0)
-        honest_share = honest_entries[test].share if test in honest_entries else 0.0
+        right = honest_entries.get(test)
+        same = right is not None and right.dtype == of_mutant[test].dtype
+        honest_share = f"{right.share:.1e}" if right and same else "-"
         verdict = test if share > 1 else ("DEAD: changes nothing" if share == 0 else "SURVIVES")
         weak = "  under the goal" if 1 < share < GOAL else ""
         yield (
-            f"{name:<30} {verdict:<18} {share:>8.1e} {honest_share:>8.1e}"
+            f"{name:<38} {verdict:<18} {share:>8.1e} {honest_share:>8}"
             f" {without_trace:>14.1e}{weak}  {mutant.sentence}"
         )
     alive = survivors(entries, mutants)

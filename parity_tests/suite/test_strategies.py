@@ -19,7 +19,7 @@ from ..conformance.strategies import (
     unmasked_cases_for,
     wide_cases,
 )
-from ..conformance.training_cases import TrainingCase, training_cases
+from ..conformance.training_cases import TrainingCase, training_cases, training_cases_for
 
 
 def embedding_sizes(case: Case) -> Any:
@@ -78,6 +78,15 @@ CORNERS: dict[str, tuple[st.SearchStrategy, Callable[[Any], bool]]] = {
     ),
     "clipping": (training_cases(), lambda c: c.hyper.grad_clip < 1),
     "z-loss": (training_cases(), lambda c: c.hyper.z_loss > 0),
+    "unequal counts, masks, z-loss and clipping in float32": (
+        training_cases_for("float32"),
+        lambda c: (
+            len({int((b.targets >= 0).sum()) for b in c.batches}) > 1
+            and any(b.mask is not None for b in c.batches)
+            and c.hyper.z_loss > 0
+            and c.hyper.grad_clip <= 1
+        ),
+    ),
 }
 
 
