@@ -1,12 +1,21 @@
-"""The keys of config.json that matter, each in a config that the logits tell from others."""
+"""The keys of config.json that matter, each in a config that the logits tell from others.
+
+Beside them, what real directories hold that must not change the logits.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from reference_np.config import LlamaConfig
+import numpy as np
 
-from .directories import ABSENT, VERSIONS
+from reference_np.config import LlamaConfig
+from reference_np.naming import DERIVED_SUFFIX
+
+from .directories import ABSENT, VERSIONS, Array, end_token
+
+# As many positions as show every frequency that the thresholds below part.
+LENGTH = 32
 
 
 class Key(NamedTuple):
@@ -19,11 +28,14 @@ class Key(NamedTuple):
     is_key: bool = True  # false: every key has its usual value
     # Other keys' values in words -> the config with those: the key is read, another one is lost.
     lost: Mapping[str, LlamaConfig] = {}
+    file: str = "config.json"  # what a failure is of
+    length: int = LENGTH  # tokens
+    stored: str = "float32"  # the dtype of the tensors
+    more: Mapping[str, Array] = {}  # tensors of the file that are no parameters
+    up_scale: float = 1.0  # of up_proj's weights; down_proj's are divided by it
 
 
-# As many positions as show every frequency that the thresholds below part.
 PLAIN = LlamaConfig(64, 2, 2, 2, 32, 48, 50, max_seq_len=64)
-LENGTH = 16
 PLAIN_NAME = "every key as in the first Llama"
 SCALED = replace(
     PLAIN, rope_type="llama3", rope_factor=8.0, rope_original_max_seq_len=32, rope_theta=5e5
@@ -34,6 +46,12 @@ LINEAR = replace(PLAIN, rope_type="linear", rope_factor=2.5, rope_theta=500.0)
 GROUPED = replace(PLAIN, n_heads=4, n_kv_heads=2, head_dim=16)
 # A matrix that is transposed by mistake has the right shape.
 SQUARE = replace(PLAIN, hidden_dim=64, vocab_size=64)
+# Beyond the 2,048 positions that some code has tables of. Each frequency is a power of two, so that
+# no product of a position and a frequency is rounded, in float32 neither.
+LONG = LlamaConfig(32, 1, 1, 1, 32, 48, 50, max_seq_len=4096, rope_theta=65536.0)
+LONG_LENGTH = 2100
+LATER_KEYS = ("attention_bias", "attention_dropout", "mlp_bias", "pretraining_tp", "rope_scaling")
+WEIGHTS = "the weights"
 # As text, layer 10 comes before layer 2.
 DEEP = replace(PLAIN, n_layers=11)
 
@@ -103,9 +121,9 @@ def _of_version(version: str) -> dict[str, Key]:
         f"{place}.rope_type llama3": Key(version, SCALED, none, lost=_lost(SCALED)),
     }
     for key, field, value, others in (
-        ("factor", "rope_factor", 3.5, (3.0, 8.0, 32.0)),
+        ("factor", "rope_factor", 1.5, (1.0, 2.0, 8.0, 32.0)),
         ("low_freq_factor", "rope_low_freq_factor", 2.5, (1.0, 2.0)),
-        ("high_freq_factor", "rope_high_freq_factor", 12.5, (4.0, 12.0)),
+        ("high_freq_factor", "rope_high_freq_factor", 6.5, (4.0, 6.0)),
         ("original_max_position_embeddings", "rope_original_max_seq_len", 16, (8192, 64)),
     ):
         config = replace(SCALED, **{field: value})
@@ -119,7 +137,21 @@ def _of_version(version: str) -> dict[str, Key]:
     found["tie_word_embeddings left out"] = Key(
         version, PLAIN, tied, {"tie_word_embeddings": ABSENT}
     )
+    found |= _harmless(version)
     return {named(key, version): one for key, one in found.items()}
+
+
+def _harmless(version: str) -> dict[str, Key]:
+    """Return what real files hold that changes no logits, by what it is."""
+    end, base = end_token(PLAIN.vocab_size), int(PLAIN.rope_theta)
+    whole = {"rope_parameters": {"rope_theta": base, "rope_type": "default"}}
+    changes: dict[str, dict[str, Any]] = {
+        "pad_token_id as eos_token_id": {"pad_token_id": end},
+        "eos_token_id a list": {"eos_token_id": [end, end + 1]},
+        "rope_theta an integer": whole if version == "5" else {"rope_theta": base},
+        "dtype unlike the tensors'": {"dtype" if version == "5" else "torch_dtype": "float16"},
+    }
+    return {name: Key(version, PLAIN, {}, changed) for name, changed in changes.items()}
 
 
 def named(key: str, version: str) -> str:
@@ -137,7 +169,77 @@ def _keys() -> dict[str, Key]:
     found[named("rope_theta left out", "4")] = Key(
         "4", PLAIN, _without(PLAIN, rope_theta=(5e5,)), {"rope_theta": ABSENT}
     )
+    found[named("keys left out that the first files lack", "4")] = Key(
+        "4", PLAIN, {}, dict.fromkeys(LATER_KEYS, ABSENT)
+    )
+    found[named(f"max_position_embeddings {LONG.max_seq_len}", "5")] = Key(
+        "5", LONG, {}, length=LONG_LENGTH
+    )
+    # Llama 2's own files hold the frequencies, without scaling and rounded.
+    plain = LINEAR.rope_theta ** (-np.arange(0, LINEAR.head_dim, 2) / LINEAR.head_dim)
+    buffers = {
+        f"model.layers.{i}.self_attn{DERIVED_SUFFIX}": plain.astype(np.float16)
+        for i in range(LINEAR.n_layers)
+    }
+    taken = {"the stored frequencies": replace(LINEAR, rope_type="default")}
+    found[named("rotary_emb.inv_freq stored", "4")] = Key(
+        "4", LINEAR, {}, lost=taken, file=WEIGHTS, more=buffers
+    )
+    found[named("bfloat16 numbers above 65504", "5")] = Key(
+        "5", PLAIN, {}, file=WEIGHTS, stored="bfloat16", up_scale=2.0**20
+    )
     return found
 
 
 KEYS = _keys()
+
+
+class Unsupported(NamedTuple):
+    """A directory that is no plain Llama: what config.json has, and the tensors beside."""
+
+    version: str  # of transformers
+    changed: Mapping[str, Any]
+    more: Mapping[str, Array] = {}
+    config: LlamaConfig = PLAIN  # of the plain Llama that it is taken for
+
+
+# More tokens than max_position_embeddings, from where dynamic scaling scales.
+SHORT = replace(PLAIN, max_seq_len=8)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+
+
+def _biases(names: Mapping[str, int]) -> dict[str, Array]:
+    """Return biases of every layer's projections, large enough to change every logit."""
+    rng = np.random.default_rng(0)
+    return {
+        f"model.layers.{i}.{name}.bias": rng.standard_normal(width).astype(np.float32)
+        for i in range(PLAIN.n_layers)
+        for name, width in names.items()
+    }
+
+
+def _unsupported() -> dict[str, Unsupported]:
+    attention = dict.fromkeys((f"self_attn.{part}_proj" for part in "qkvo"), PLAIN.dim)
+    feed_forward = {f"mlp.{part}_proj": PLAIN.hidden_dim for part in ("gate", "up")}
+    feed_forward["mlp.down_proj"] = PLAIN.dim
+    found = {}
+    for version in VERSIONS:
+        kinds = {
+            "attention_bias true": Unsupported(
+                version, {"attention_bias": True}, _biases(attention)
+            ),
+            "mlp_bias true": Unsupported(version, {"mlp_bias": True}, _biases(feed_forward)),
+            "hidden_act gelu": Unsupported(version, {"hidden_act": "gelu"}),
+        }
+        for rope, config in ((YARN, PLAIN), (DYNAMIC, SHORT)):
+            place = "rope_parameters" if version == "5" else "rope_scaling"
+            whole = rope | ({"rope_theta": config.rope_theta} if version == "5" else {})
+            name = f"{place}.rope_type {rope['rope_type']}"
+            kinds[name] = Unsupported(version, {place: whole}, config=config)
+        found |= {named(key, version): one for key, one in kinds.items()}
+    return found
+
+
+# What a reader of Llamas must not take for a plain one. They are computed or refused.
+UNSUPPORTED = _unsupported()

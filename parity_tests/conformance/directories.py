@@ -69,9 +69,14 @@ def forms(draw: Draw, config: LlamaConfig) -> Form:
     )
 
 
+def end_token(vocab_size: int) -> int:
+    """Return the id of the token that ends a text."""
+    return min(2, vocab_size - 1)
+
+
 def config_json(config: LlamaConfig, form: Form) -> dict[str, Any]:
     """Return the keys of config.json in a form."""
-    end = min(2, config.vocab_size - 1)
+    end = end_token(config.vocab_size)
     hf = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -123,10 +128,12 @@ def write_directory(
     params: Mapping[str, Array],
     form: Form,
     changed: Mapping[str, Any] = {},
+    more: Mapping[str, Array] = {},
 ) -> dict[str, Array]:
     """Write a model directory into an empty folder; return the stored parameters, in float64.
 
-    ``changed`` replaces keys of config.json; ABSENT for a key leaves it out.
+    ``changed`` replaces keys of config.json; ABSENT for a key leaves it out. ``more`` are further
+    tensors of the files, in their own dtype.
     """
     hf = config_json(config, form) | changed
     hf = {key: value for key, value in hf.items() if value is not ABSENT}
@@ -139,6 +146,7 @@ def write_directory(
     exact = {name: value.astype(np.float64) for name, value in stored.items()}
     if form.has_head:
         stored[LM_HEAD] = stored[EMBED].copy()
+    stored |= more
     # safetensors' NumPy writer takes the memory of an array as it lies.
     stored = {name: np.ascontiguousarray(value) for name, value in stored.items()}
     if form.shards == 1:
@@ -158,12 +166,23 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
     """Write a tokenizer of one word for each id: some loaders want one beside the weights."""
     words = {f"w{i}": i for i in range(vocab_size)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
+    ids = {"unk": 0, "bos": min(1, vocab_size - 1), "eos": end_token(vocab_size)}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = [
+        {"id": i, "content": f"w{i}", **plain, "special": True} for i in sorted({*ids.values()})
+    ]
     parts = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
     split = {"type": "WhitespaceSplit"}
-    made = {"version": "1.0", **parts, "added_tokens": [], "pre_tokenizer": split, "model": model}
+    made = {
+        "version": "1.0",
+        **parts,
+        "added_tokens": special,
+        "pre_tokenizer": split,
+        "model": model,
+    }
     _write_json(folder / "tokenizer.json", made)
-    names = {f"{name}_token": f"w{min(i, vocab_size - 1)}" for i, name in enumerate(("unk", "bos"))}
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": f"w{min(2, vocab_size - 1)}"}
+    names = {f"{name}_token": f"w{i}" for name, i in ids.items()}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
     _write_json(folder / "tokenizer_config.json", kind | names)
 
 

@@ -5,14 +5,18 @@ import re
 import numpy as np
 import pytest
 
-from reference_np.tolerances import errors
+from reference_np.tolerances import FLOAT64_TOLERANCE, UNIT_ROUNDOFF, errors
 
-from ..conformance.case_parts import oracle_logits
-from ..conformance.config_keys import KEYS, LENGTH
+from ..conformance.bounds import Bounds
+from ..conformance.case_parts import oracle_logits, rounded_to
+from ..conformance.config_keys import KEYS, LENGTH, PLAIN_NAME, UNSUPPORTED, named
+from ..conformance.directories import VERSIONS
 from ..conformance.strategies import random_params
 from ..support.suite_runs import suite
+from . import toy_file_loaders
 
 PORTS = "parity_tests.suite.toy_loaders:"
+FILES = "parity_tests.suite.toy_file_loaders:"
 # A reader with a bug, the end of a failing test's name, and words of the report.
 BUGS = {
     "FixedEpsilon": (
@@ -102,6 +106,50 @@ BUGS = {
     "FirstShardAlone": ("directory[{}]", "two shards and an index"),
     "Bfloat16TakenForFloat16": ("directory[{}]", "bfloat16, "),
     "NullRefused": ("directory[{}]", "optional keys null"),
+    "PaddingMasked": (
+        "key_of_config_json[{}-pad_token_id as eos_token_id (transformers 5)]",
+        "config.json: pad_token_id as eos_token_id (transformers 5): logits: ",
+    ),
+    "PaddingZeroed": (
+        "key_of_config_json[{}-pad_token_id as eos_token_id (transformers 4)]",
+        "config.json: pad_token_id as eos_token_id (transformers 4): logits: ",
+    ),
+    "OneEndToken": (
+        "key_of_config_json[{}-eos_token_id a list (transformers 5)]",
+        "config.json: eos_token_id a list (transformers 5): from_directory failed: TypeError",
+    ),
+    "BaseMustBeFloat": (
+        "key_of_config_json[{}-rope_theta an integer (transformers 5)]",
+        "rope_theta an integer (transformers 5): from_directory failed: TypeError: rope_theta: exp",
+    ),
+    "LaterKeysRequired": (
+        "key_of_config_json[{}-keys left out that the first files lack (transformers 4)]",
+        "first files lack (transformers 4): from_directory failed: KeyError: 'mlp_bias'",
+    ),
+    "DtypeOfConfig": (
+        "key_of_config_json[{}-dtype unlike the tensors' (transformers 4)]",
+        "config.json: dtype unlike the tensors' (transformers 4): logits: ",
+    ),
+    "HeldInFloat16": (
+        "key_of_config_json[{}-bfloat16 numbers above 65504 (transformers 5)]",
+        "the weights: bfloat16 numbers above 65504 (transformers 5): ",
+    ),
+    "StoredFrequencies": (
+        "key_of_config_json[{}-rotary_emb.inv_freq stored (transformers 4)]",
+        "rotary_emb.inv_freq stored (transformers 4): the logits are those with the stored frequ",
+    ),
+    "TableOf2048": (
+        "key_of_config_json[{}-max_position_embeddings 4096 (transformers 5)]",
+        "max_position_embeddings 4096 (transformers 5): the logits are wrong from token 2,048 on",
+    ),
+    "NothingRefused": (
+        "unsupported_key[{}-attention_bias true (transformers 4)]",
+        "config.json: attention_bias true (transformers 4): is not read: the logits are those wi",
+    ),
+    "IntegerFactorsInBfloat16": (
+        "key_of_config_json[{}-rope_parameters.factor (transformers 5)]",
+        "rope_parameters.factor (transformers 5): is not read: the logits are those with 1\n",
+    ),
     "NormsPlusOne": (
         "key_of_config_json[{}-rms_norm_eps (transformers 5)]",
         "; a plain directory fails too, so it need not be this key",
@@ -112,11 +160,21 @@ HONEST = suite("parity_tests/conformance", f"--backend={PORTS}Reader")
 SELECTIVE = suite(FILE, f"--backend={PORTS}Selective", "-k", "key_of")
 EPSILON = suite(FILE, f"--backend={PORTS}SmallEpsilonAndHeadDimRequired", "-k", "key_of")
 UNNAMED = suite(FILE, f"--backend={PORTS}NormsPlusOne", "-k", "key_of")
+
+
+def port(name: str) -> str:
+    """Return the module and the name of a reader."""
+    return f"{FILES if hasattr(toy_file_loaders, name) else PORTS}{name}"
+
+
 RED = suite(
-    *(f"{FILE}::test_{test.format(PORTS + name)}" for name, (test, _) in BUGS.items()),
-    *(f"--backend={PORTS}{name}" for name in BUGS),
+    *(f"{FILE}::test_{test.format(port(name))}" for name, (test, _) in BUGS.items()),
+    *(f"--backend={port(name)}" for name in BUGS),
     *("--hypothesis-profile", "unshrunk"),
 )
+UNREFUSED = suite(FILE, f"--backend={FILES}NothingRefused", "-k", "unsupported")
+IN_BFLOAT16 = "parity_tests.suite.toy_transformers:TransformersInBfloat16"
+SUPPORTED = suite(FILE, f"--backend={IN_BFLOAT16}", "-k", "key")
 
 
 def test_an_honest_reader_is_green_without_mapped_weights() -> None:
@@ -132,7 +190,7 @@ def test_a_planted_bug_is_red_and_named(name: str) -> None:
     test, words = BUGS[name]
     output = RED.done().stdout
     report = re.search(
-        rf"_ test_{re.escape(test.format(PORTS + name))} _+\n(.*?)\n[_=]", output, re.DOTALL
+        rf"_ test_{re.escape(test.format(port(name)))} _+\n(.*?)\n[_=]", output, re.DOTALL
     )
     assert report is not None, output
     assert words in report[1]
@@ -182,7 +240,7 @@ def test_a_fault_of_every_directory_without_a_name_is_one_line_for_each_key() ->
 
 def test_a_report_of_a_key_has_no_example_of_the_test_before() -> None:
     name = "NormsPlusOne"  # which runs after tests that draw
-    test = re.escape(f"test_{BUGS[name][0].format(PORTS + name)}")
+    test = re.escape(f"test_{BUGS[name][0].format(port(name))}")
     reports = re.findall(rf"^_ {test} _+$(.*?)^[_=]", RED.done().stdout, re.DOTALL | re.MULTILINE)
     assert len(reports) == 1
     assert "drawn" not in reports[0]
@@ -198,13 +256,44 @@ def test_a_refused_key_is_not_covered() -> None:
     assert "grouped queries" in done.stdout
 
 
+def test_a_directory_of_another_architecture_is_no_plain_llama() -> None:
+    """A reader that computes what the file says is green; the honest one above refuses."""
+    output = UNREFUSED.done().stdout
+    for key in UNSUPPORTED:
+        assert f"config.json: {key}: is not read: the logits are those without it" in output
+    done = SUPPORTED.done()
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
 @pytest.mark.parametrize("name", KEYS)
-def test_a_key_that_is_not_read_changes_the_logits_far_beyond_a_tolerance(name: str) -> None:
+def test_a_key_that_is_not_read_changes_the_logits_far_beyond_a_tolerance(
+    name: str, dtype: str
+) -> None:
     """A value that changed little would hide that it is not read."""
     key = KEYS[name]
-    params = random_params(key.config, 0, embed_scale=0.3)
+    params = rounded_to(dtype, random_params(key.config, 0, embed_scale=0.3))
     tokens = np.random.default_rng(0).integers(0, key.config.vocab_size, (1, LENGTH))
     exact = oracle_logits(params, key.config, tokens)
-    for value, config in key.unread.items():
+    bounds = Bounds(
+        dtype,
+        lambda model: {"logits": model.logits(key.config, params, tokens, None, None)},
+        FLOAT64_TOLERANCE,
+        rms_only=False,
+        float32_angles=False,
+    )
+    for value, config in (key.unread | key.lost if key.is_key else {}).items():
         other = oracle_logits(params, config, tokens)
-        assert errors(other, exact).rms > (0.01 if key.is_key else 1e-6), value
+        assert errors(other, exact).rms > 0.01, value
+        assert max(one.share for one in bounds.shares("logits", other, exact)) > 4, value
+
+
+def test_another_usual_value_changes_the_logits_beyond_a_tolerance() -> None:
+    """In 16 bits an epsilon of 1e-6 is no different from 1e-5."""
+    for name in (named(PLAIN_NAME, version) for version in VERSIONS):
+        key = KEYS[name]
+        params = random_params(key.config, 0, embed_scale=0.3)
+        tokens = np.random.default_rng(0).integers(0, key.config.vocab_size, (1, LENGTH))
+        exact = oracle_logits(params, key.config, tokens)
+        for value, config in key.unread.items():
+            assert errors(oracle_logits(params, config, tokens), exact).rms > 1e-6, value
