@@ -74,8 +74,8 @@ def _padding_if_real(
     alike &= np.where(is_blind, real_BS.any(axis=1), is_one_id & (real_BS.sum(axis=1) > 1))
     is_left = np.cumsum(real_BS, axis=1) == 0
     own = np.eye(n_keys, dtype=bool)
-    forms = (
-        np.zeros_like(causal),
+    forms = (  # of what padding may attend to
+        np.zeros_like(mask_BSS),
         visible,
         visible | own,
         np.where(is_left[:, :, None], own, causal),
@@ -85,7 +85,8 @@ def _padding_if_real(
         part = slice(start, start + calls[c].tokens.shape[1])
         real = real_BS[:, part]
         is_form = [
-            ((mask_BSS == form)[:, part] | real[:, :, None]).all(axis=(1, 2)) for form in forms
+            ((mask_BSS[:, part] == form[:, part]) | real[:, :, None]).all(axis=(1, 2))
+            for form in forms
         ]
         alike &= np.any(is_form, axis=0) & ((real[:, 1:] != real[:, :-1]).sum(axis=1) <= 1)
         if not (real | ~alike[:, None]).any():  # nothing of the call would be judged
