@@ -1,6 +1,6 @@
 """The tests that a backend can be put to: those of its methods and dtypes, inside its limits."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +38,7 @@ EXCLUDED: Mapping[str, Callable[[Limits], str]] = {
     "test_padding": lambda limits: _padding(limits, limits.padding_sides),
     "test_packing": lambda limits: "" if limits.masks in FREE_MASKS else "masks",
     "test_chunked_decoding": _decode,
+    "test_long_decoding": _decode,
     "test_chunked_trace": _decode,
     "test_padded_decoding": _padded_decoding,
     "test_reused_cache": lambda limits: "" if limits.cache == "value" else "cache",
@@ -58,12 +59,13 @@ def lacking(backend: Any, method: str, dtype: str | None) -> str:
     return "" if dtype is None or dtype in dtypes_of(backend) else dtype
 
 
-def count_tests(module: ModuleType, backend: Any) -> int:
-    """Return the number of a module's tests that run on a backend on drawn examples."""
+def count_tests(modules: Iterable[ModuleType], backend: Any) -> int:
+    """Return the number of some modules' tests that run on a backend on drawn examples."""
     return sum(
         is_drawn(vars(module)[name])
         and not lacking(backend, method, dtype)
         and not excluded_by(name, backend)
+        for module in modules
         for name, method, _, dtype in _parametrized(module)
     )
 

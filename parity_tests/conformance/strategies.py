@@ -202,6 +202,20 @@ def wide_cases(draw: Draw, for_transformers: bool = False, limits: Limits = UNLI
 
 
 @composite
+def long_cases(draw: Draw, limits: Limits = UNLIMITED) -> Case:
+    """Draw a causal call of up to 300 tokens in one row, within the context.
+
+    Past what bugs of a port depend on: blocks of 16 to 256 keys, a window, a mask or a table of
+    angles that ends, a cache that grows, positions that bfloat16 holds to 256.
+    """
+    case = draw(wide_cases(limits=replace(limits, positions="consecutive", batch=1)))
+    lengths = [length for length in (40, 150, 300) if length <= (limits.context or length)]
+    length = draw(st.sampled_from(lengths or [limits.context]), label="long length")
+    rng = np.random.default_rng(draw(seeds, label="long tokens seed"))
+    return case._replace(tokens=rng.integers(0, case.config.vocab_size, (1, length)))
+
+
+@composite
 def chunk_sizes(draw: Draw, length: int, limits: Limits = UNLIMITED) -> list[int]:
     """Draw the sizes of consecutive chunks, which sum to ``length``."""
     if limits.appended == "one token":

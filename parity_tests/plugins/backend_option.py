@@ -1,15 +1,17 @@
 """The options --backend and --mutants: the implementations that the conformance tests run on.
 
-``--backend package.module:object`` (or PARITY_BACKEND) runs test_conformance.py on that
-implementation alone; ``--mutants`` runs it on the oracle with each known bug. A backend's
+``--backend package.module:object`` (or PARITY_BACKEND) runs the tests of conformance/ on
+that implementation alone; ``--mutants`` runs it on the oracle with each known bug. A backend's
 ``example_fraction`` sets the number of examples.
 """
 
 import argparse
+import importlib
 import importlib.util
 import math
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ MUTANTS = {mutant.name: mutant for mutant in (*FORWARD, *TRAINING)} | IN_FLOAT32
 # The least examples that a backend under --backend is compared on, over all tests that it offers:
 # of one that offers little, each test has more.
 LEAST_EXAMPLES = 40
+CALLED = ("test_conformance", "test_long_sequences")  # the modules of tests on mapped weights
 USAGE = 2  # the exit code of bad input, as of every tool here
 HONEST = "torch"  # the correct implementation whose errors are printed beside the mutants'
 
@@ -209,6 +212,14 @@ def beyond_a_limit(item: Any) -> str:
     return excluded_by(item.originalname, backend_of(item))
 
 
+def _counted_together(module: ModuleType) -> list[ModuleType]:
+    """Return the modules whose tests share the least number of examples with a module's."""
+    package, _, name = module.__name__.rpartition(".")
+    if name not in CALLED:
+        return [module]
+    return [importlib.import_module(f"{package}.{other}") for other in CALLED]
+
+
 def _with_its_examples(item: Any) -> Any:
     """Return the test with the backend's number of examples, at least three.
 
@@ -218,7 +229,7 @@ def _with_its_examples(item: Any) -> Any:
     backend = backend_of(item)
     examples = math.ceil(example_fraction_of(backend) * settings.default.max_examples)
     if requested_backends(item.config):
-        n_tests = max(1, count_tests(item.module, backend))
+        n_tests = max(1, count_tests(_counted_together(item.module), backend))
         examples = max(examples, math.ceil(LEAST_EXAMPLES / n_tests))
     # Hypothesis begins with the smallest example there is, which can show few bugs.
     test = given(data=st.data())(item.obj.hypothesis.inner_test)

@@ -21,7 +21,7 @@ from reference_np.limits import Limits
 from ..backends import torch_port
 
 REQUIRES = ("litgpt==0.5.13", "torch==2.13.0")
-CACHED = 64  # the length of the cache
+CACHED = 320  # the length of the cache
 
 
 def config_of(config: Any) -> Config:

@@ -18,7 +18,7 @@ from reference_np.limits import Limits
 from reference_np.ops import rope_frequencies
 
 REQUIRES = ("llama_cpp_python==0.3.36", "gguf==0.19.0")
-LENGTH = 64  # positions of one sequence
+LENGTH = 320  # positions of one sequence
 QUIET = llama_cpp.llama_log_callback(lambda *_: None)
 LAYER = {
     "input_layernorm": "attn_norm",

@@ -20,7 +20,7 @@ from reference_np.limits import Limits
 from ..backends import torch_port
 
 REQUIRES = ("torchtune==0.6.1", "torchao==0.17.0", "torch==2.13.0")
-CACHED = 64  # the length of the cache
+CACHED = 320  # the length of the cache
 
 
 class Positional(nn.Module):

@@ -13,7 +13,7 @@ from ..support.suite_runs import suite
 from . import toy_ports
 
 NUMPY, TORCH = "parity_tests.suite.toy_ports:", "parity_tests.suite.toy_torch_port:"
-ORACLES = "parity_tests.suite.toy_oracles:"
+ORACLES, LONG = "parity_tests.suite.toy_oracles:", "parity_tests.suite.toy_long:"
 HONEST = [
     *(NUMPY + name for name in ("Small", "Engine", "Float32Epsilon", "Float32Angles")),
     NUMPY + "OneTokenEach",
@@ -30,6 +30,9 @@ BUGS = {
     ORACLES + "ZLossForgottenInFloat32": "loss_and_grads",
     NUMPY + "EngineOfOldPrompts": "engine",
     NUMPY + "EngineOneLate": "engine",
+    LONG + "Window": "long_logits",
+    LONG + "Bfloat16Positions": "long_logits",
+    LONG + "EngineOf128Keys": "long_engine",
     NUMPY + "Float32EpsilonUndeclared": "causal_logits",
     NUMPY + "Float32AnglesUndeclared": "logits",
     NUMPY + "Float32AnglesWithBfloat16Frequencies": "causal_logits",
@@ -47,7 +50,10 @@ def options(*names: str) -> list[str]:
 
 
 FOLDER = "parity_tests/conformance"
-TESTS = [f"{FOLDER}/test_conformance.py::test_{test}[{name}]" for name, test in BUGS.items()]
+TESTS = [
+    f"{FOLDER}/test_{'long_sequences' if 'long' in test else 'conformance'}.py::test_{test}[{name}]"
+    for name, test in BUGS.items()
+]
 ALL_HONEST = suite(FOLDER, *options(*HONEST))
 ALL_WITH_BUGS = suite(*TESTS, *options(*BUGS), "--hypothesis-profile", "unshrunk")
 NEARLY_EMPTY = suite(FOLDER, *options(NUMPY + "RefusesEverything"))

@@ -13,7 +13,7 @@ from reference_np.limits import Limits, real_tokens
 
 from ..backends.torch_port import continued, lifted, loss_and_grads, to_numpy, to_torch
 
-ROWS, COLUMNS = 3, 64  # of the cache
+ROWS, COLUMNS = 3, 320  # of the cache
 
 
 class Block(nn.Module):
