@@ -4,5 +4,6 @@ Read in this order: ops and model beside the paper, with config and naming at ha
 and optim for the training step and sampling for generation; tolerances for the error bounds, with
 low_precision for the baseline they start from; mutants and training_mutants for the bugs that a
 test must tell apart; checkpoint for the files; backend for the protocol of an implementation
-under test, with shipped for those of this repository, and refusals for what one does not offer.
+under test, with shipped for those of this repository, importing for
+others, and refusals for what one does not offer.
 """

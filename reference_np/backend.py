@@ -1,13 +1,9 @@
 """The protocol of a backend: an implementation under test, with NumPy arrays in and out."""
 
-import importlib
-import inspect
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +11,11 @@ from numpy.typing import NDArray
 
 from .config import InputError, LlamaConfig
 from .grad import Batch
+from .importing import module_of as module_of
+from .importing import named_object
 from .limits import UNLIMITED, Limits
 from .optim import Hyperparameters
 from .shipped import SHIPPED as SHIPPED
-from .shipped import remedy_of
 
 Array = NDArray[Any]
 
@@ -185,32 +182,21 @@ class Backend:
 
 @cache  # one object for all tests, however long it takes to make
 def load(spec: str, flag: str = "--backend") -> Any:
-    """Import a backend by its shipped name or as ``package.module:object``; InputError if none.
+    """Import a backend by its name; InputError if there is none, or one that contradicts itself.
 
-    A module may lie in the current folder. What it warns of while it is imported is printed.
+    The name is a shipped one, ``package.module:object``, where the module may lie in the current
+    folder, or ``FILE.py:object``. What the module warns of while it is imported is printed.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
-            found = _imported(SHIPPED.get(spec, spec))
-    except (Exception, SystemExit) as error:  # whatever somebody's module does
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        remedy = remedy_of(spec, error)
-        raise InputError(f"{flag} {spec}: cannot be imported ({why}); {remedy}") from error
-    if why := _contradiction(found):
+            found = named_object(spec)
+        why = _contradiction(found)
+    except InputError as error:
+        raise InputError(f"{flag} {spec}: {error}") from error
+    if why:
         raise InputError(f"{flag} {spec}: {why}; see reference_np/backend.py")
     return found
-
-
-def _imported(target: str) -> Any:
-    """Return the object that ``package.module:object`` names, an instance where it is a class."""
-    module_name, _, path = target.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # for good: the module may import others later
-    found: Any = importlib.import_module(module_name)
-    for part in path.split(".") if path else ():
-        found = getattr(found, part)
-    return found() if inspect.isclass(found) else found
 
 
 def _contradiction(backend: Any) -> str:

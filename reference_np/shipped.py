@@ -1,9 +1,7 @@
-"""The backends of this repository by their short names, and the remedy where one is not had."""
+"""The backends of this repository by their short names, and the extras that they need."""
 
-import difflib
-import sys
-
-# Short names of the backends in this repository; any other is package.module:object.
+# Short names of the backends in this repository; any other is
+# package.module:object or FILE.py:object.
 SHIPPED = {
     "torch": "parity_tests.backends.torch_backends:eager",
     "torch-math": "parity_tests.backends.torch_backends:math",
@@ -28,24 +26,5 @@ SHIPPED = {
     "cuda-graph-compile": "parity_tests.backends.decoding_backends:cuda_graph_compiled",
 }
 
-
 # The extra of pyproject.toml that brings a shipped backend's package.
 EXTRAS = {"jax": "jax", "transformers": "test"}
-
-
-def remedy_of(spec: str, error: BaseException) -> str:
-    """Return what to do about the error of importing a backend."""
-    if spec in SHIPPED:
-        extra = EXTRAS.get(spec, "torch")
-        return f"pip install 'llama-parity[{extra}]' (or -e '.[{extra}]') brings what it needs"
-    if ":" not in spec:
-        return f"give package.module:object or one of {', '.join(SHIPPED)}"
-    module_name, _, path = spec.partition(":")
-    if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-        return "the module must be installed or lie in the current folder"
-    if isinstance(error, ModuleNotFoundError):
-        return f"install {error.name}, which it needs, into this environment"
-    if isinstance(error, AttributeError) and module_name in sys.modules:
-        near = difflib.get_close_matches(path, dir(sys.modules[module_name]), 1)
-        return f"did you mean {module_name}:{near[0]}?" if near else "it has no such object"
-    return "its module failed while it was imported"

@@ -12,7 +12,7 @@ usage: llama-parity COMMAND [ARGUMENTS]
 
 Judge an implementation of Llama by the NumPy specification.
 
-  test MODULE:OBJECT    run the conformance suite on an implementation
+  test MODULE:OBJECT    run the conformance suite on an implementation; or test FILE.py:OBJECT
   test --new FILE.py    write one to fill in
   compare CHECKPOINT    find the layer and the operation in which an implementation errs
   convert SRC DST       convert a checkpoint: Hugging Face's form, Meta's, GGUF (needs PyTorch)
@@ -32,13 +32,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-V", "--version"):
         return _print(f"llama-parity {_version()}")
     if command in COMMANDS:
-        return COMMANDS[command](rest)
+        return _hidden_here() or COMMANDS[command](rest)
     from llama_common.errors import printable
     from llama_common.nearest import did_you_mean
 
     meant = did_you_mean(command, COMMANDS) or f" give one of {', '.join(COMMANDS)}"
     print(f"error: {printable(command)}: no such command;{meant}", file=sys.stderr)
     return 2
+
+
+def _hidden_here() -> int:
+    """Return 2, and say why, where modules of the current folder are imported in place of others.
+
+    Usually it is not searched for modules until that of an implementation is imported.
+    """
+    try:
+        if os.getcwd() not in map(os.path.abspath, sys.path):
+            return 0
+    except FileNotFoundError:  # it was removed
+        return 0
+    from pathlib import Path
+
+    from llama_common.errors import InputError
+    from llama_common.hidden_modules import require_hides_none
+
+    try:
+        require_hides_none(Path.cwd())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _print(text: str) -> int:

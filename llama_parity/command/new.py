@@ -1,16 +1,16 @@
 """``llama-parity test --new FILE.py``: a port to fill in."""
 
 import keyword
-import sys
 from pathlib import Path
 
 from llama_common.errors import InputError
+from llama_common.hidden_modules import require_hides_nothing
 
 SKELETON = '''\
 """My Llama as llama-parity sees it: NumPy arrays in, NumPy arrays out.
 
-    llama-parity test {module}:Port --basic            is the adapter right?
-    llama-parity test {module}:Port --profile quick    a short run; without it the whole one
+    llama-parity test {file}:Port --basic            is the adapter right?
+    llama-parity test {file}:Port --profile quick    a short run; without it the whole one
 """
 
 import numpy as np
@@ -67,7 +67,7 @@ def write_skeleton(name: str) -> str:
     require_hides_nothing(path, f"--new {name}")
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(SKELETON.format(module=path.stem))
+            file.write(SKELETON.format(file=path.name))
     except FileExistsError:
         raise InputError(f"--new {name}: exists already, and is left as it is") from None
     except (FileNotFoundError, NotADirectoryError):
@@ -75,25 +75,3 @@ def write_skeleton(name: str) -> str:
     except OSError as error:
         raise InputError(f"--new {name}: cannot be written ({error.strerror})") from None
     return f"llama-parity test {name}:Port"
-
-
-def require_hides_nothing(path: Path, who: str) -> None:
-    """Raise InputError for a module's file whose name is that of an installed module.
-
-    Its folder comes first when modules are imported, so that NumPy itself would import a numpy.py.
-    """
-    name = path.stem
-    if name in sys.stdlib_module_names or _found_elsewhere(path.resolve()):
-        raise InputError(
-            f"{who}: an installed module has the name {name}, and this file would be imported in "
-            f"its place; give it another name, as my_{name}.py"
-        )
-
-
-def _found_elsewhere(file: Path) -> bool:
-    """Return whether a module of a file's name is installed in another folder than the file's."""
-    own = {file.parent, Path.cwd()}
-    places = [place for place in sys.path if Path(place).resolve() not in own]
-    found = [finder.find_spec(file.stem, places) for finder in sys.meta_path]
-    origins = [Path(spec.origin) for spec in found if spec is not None and spec.origin]
-    return any(not origin.is_relative_to(file.parent) for origin in origins)

@@ -14,6 +14,7 @@ from llama_common.errors import InputError
 from parity_tests.plugins import PLUGINS
 
 from .cache import cache_folder
+from .flags import of_unknown
 
 CONFORMANCE = Path(parity_tests.conformance.__file__).parent
 SETTINGS = Path(__file__).with_name("suite.ini")
@@ -51,7 +52,7 @@ class ErrorOutput:
         self._held.clear()
         errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
         found = errors or [line for line in lines if line] or ["pytest could not begin"]
-        return found[0].removeprefix("ERROR: ").removeprefix("Exit: ")
+        return of_unknown(found[0].removeprefix("ERROR: ").removeprefix("Exit: "))
 
 
 class Watch:
@@ -92,6 +93,22 @@ def _unwanted(word: str) -> str:
     return f"{word}: no flag takes this word; tests other than the suite's are run by pytest itself"
 
 
+class Parsed:
+    """A plug-in that ends pytest once it knows its command line."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_cmdline_main(self) -> int:
+        """Run no test."""
+        return 0
+
+
+def require_known_flags(arguments: Sequence[str]) -> None:
+    """Raise InputError for a flag that neither the suite nor pytest has; nothing is run."""
+    errors = ErrorOutput(sys.stderr)
+    if _run(arguments, errors, Parsed()):
+        raise InputError(errors.complaint())
+
+
 def run_pytest(arguments: Sequence[str], ports: Sequence[str], command: str) -> int:
     """Run pytest on the suite; return the command's exit code.
 
@@ -99,27 +116,31 @@ def run_pytest(arguments: Sequence[str], ports: Sequence[str], command: str) -> 
     """
     errors = ErrorOutput(sys.stderr)
     watch = Watch(errors)
-    given = [
-        *("-c", str(SETTINGS), "--rootdir", str(CONFORMANCE), "--confcutdir", str(CONFORMANCE)),
-        *("-o", f"cache_dir={cache_folder() / 'pytest'}", "--no-header", "-q"),
-        "--noconftest",  # the suite has none, and no other is asked for
-        *("-p", "no:benchmark"),  # pytest-benchmark makes a folder .benchmarks where it runs
-        *(word for plugin in PLUGINS for word in ("-p", plugin)),
-        *("--of-command", command),
-        *(f"--backend={port}" for port in ports),
-        *arguments,
-        str(CONFORMANCE),
-    ]
-    with contextlib.redirect_stderr(errors):  # type: ignore[type-var]
-        code = int(pytest.main(given, plugins=[watch]))
+    of_ports = (f"--backend={port}" for port in ports)
+    code = _run(["--of-command", command, *of_ports, *arguments], errors, watch)
     if watch.interrupted:
         raise KeyboardInterrupt
     if watch.refusal:
         raise InputError(watch.refusal)
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise InputError("no check is selected; llama-parity test MODULE:OBJECT --list names them")
+        raise InputError("no check is selected; llama-parity test --list names them")
     if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return code
     if not errors.is_open:  # the command line was wrong
         raise InputError(errors.complaint())
     return 2
+
+
+def _run(arguments: Sequence[str], errors: ErrorOutput, plugin: Parsed | Watch) -> int:
+    """Run pytest on the suite's folder, with its settings and plug-ins; return its exit code."""
+    given = [
+        *("-c", str(SETTINGS), "--rootdir", str(CONFORMANCE), "--confcutdir", str(CONFORMANCE)),
+        *("-o", f"cache_dir={cache_folder() / 'pytest'}", "--no-header", "-q"),
+        "--noconftest",  # the suite has none, and no other is asked for
+        *("-p", "no:benchmark"),  # pytest-benchmark makes a folder .benchmarks where it runs
+        *(word for name in PLUGINS for word in ("-p", name)),
+        *arguments,
+        str(CONFORMANCE),
+    ]
+    with contextlib.redirect_stderr(errors):  # type: ignore[type-var]
+        return int(pytest.main(given, plugins=[plugin]))

@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,18 @@ from llama_common.errors import InputError
 from llama_common.files import require_writable
 from llama_common.nearest import did_you_mean
 
+from ..comparison.port_names import require_importable
+from . import flags
 from .cache import cache_folder
 from .errors import as_input_errors
-from .new import require_hides_nothing, write_skeleton
+from .new import write_skeleton
 
 HELP = """\
 usage: llama-parity test MODULE:OBJECT [FLAGS] [PYTEST'S FLAGS]
+       llama-parity test FILE.py:OBJECT [FLAGS] [PYTEST'S FLAGS]
 
 Run the conformance suite on an implementation: a class or an object with a method logits, in an
-installed module or one of the current folder; or a shipped one: torch, jax, transformers.
+installed module, one of the current folder, or a file; or a shipped one: torch, jax, transformers.
 
   --new FILE.py         write an implementation to fill in, and stop
   --basic               check the adapter alone: arrays, shapes, transposed matrices, token order
@@ -30,18 +32,16 @@ installed module or one of the current folder; or a shipped one: torch, jax, tra
   --profile NAME        number of examples: quick, default, thorough, search (new ones each time)
   --list                print the ids of the checks, and stop
   --check ID            run this check alone (repeatable): an id, or a pattern with *
-  --xfails-file FILE    checks that are to fail, one id a line, each with # REASON; one that
-                        passes, or compares nothing, is an error
+  --xfails-file FILE    checks that are to fail, one id a line, with # REASON if you like; one
+                        that passes, or compares nothing, is an error
   --skips-file FILE     checks not to run, in the same form
   --report FILE.json    write verdicts, errors and failures to a file
   --reproduce BLOB      run one failing example again, as its report says
 
-Pytest's own: -k, -x, --junitxml FILE, -n and others (pytest --help).
+Pytest's own: -k, -x, --junitxml FILE and others (pytest --help); -n N with pytest-xdist.
 Exit code: 0 = no check failed, 1 = one did, 2 = bad input."""
 
 PROFILES = ("quick", "default", "thorough", "search")
-# Pytest's flags whose value is the next word.
-WITH_VALUE = ("-k", "-m", "-p", "-o", "-c", "-n", "-r", "-W")
 PORT = re.compile(r"[\w./\\-]+:[\w.]+")
 
 
@@ -63,21 +63,38 @@ def _main(argv: list[str]) -> int:
             f"{did_you_mean(options.profile, PROFILES)}".removesuffix(";")
         )
     if options.list:
+        flags.require_alone("--list", _others(options, rest), "prints the ids of all checks")
         return _list()
     if options.report is not None:
         require_writable(Path(options.report).resolve(), f"--report {options.report}")
-    ports = [_as_module(port) for port in options.backend or [_take_port(rest)]]
     _prepare_environment()
+    from .run import require_known_flags, run_pytest
+
+    if not options.basic:
+        flags.require_usable(rest)
+        require_known_flags(rest)
+    ports = options.backend or [_take_port(rest)]
+    if options.basic:
+        flags.require_alone("--basic", _others(options, rest), "checks the adapter alone")
     command = shlex.join(["llama-parity", "test", *argv])
     with as_input_errors():
+        for port in ports:
+            require_importable(port)
         code = _run_basic(options, rest, ports, command)
     if code is not None:
         return code
     profile = [] if options.profile is None else ["--hypothesis-profile", options.profile]
     report = [] if options.report is None else ["--report", options.report]
-    from .run import run_pytest
-
     return run_pytest([*profile, *report, *rest], ports, command)
+
+
+def _others(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """Return the words beside an implementation and the flags --list, --basic and --report."""
+    profile = [] if options.profile is None else ["--profile"]
+    no_basic = ["--no-basic"] if options.no_basic else []
+    report = ["--report"] if options.report is not None and options.list else []
+    words = rest[1:] if options.list and rest and not rest[0].startswith("-") else rest
+    return [*profile, *no_basic, *report, *words]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,30 +131,12 @@ def _take_port(rest: list[str]) -> str:
     if rest and not rest[0].startswith("-"):
         return rest.pop(0)
     for i in range(1, len(rest)):
-        if PORT.fullmatch(rest[i]) and rest[i - 1] not in WITH_VALUE:
+        if PORT.fullmatch(rest[i]) and rest[i - 1] not in flags.WITH_VALUE:
             return rest.pop(i)
     raise InputError(
-        "test: no implementation is named; give MODULE:OBJECT, as in llama-parity test "
-        "my_llama:Port (--new my_llama.py writes one to fill in)"
+        "test: no implementation is named; give MODULE:OBJECT or FILE.py:OBJECT, as in "
+        "llama-parity test my_llama.py:Port (--new my_llama.py writes one to fill in)"
     )
-
-
-def _as_module(port: str) -> str:
-    """Return package.module:object, where a file is named its module."""
-    file, _, name = port.partition(":")
-    if not file.endswith(".py"):
-        return port
-    path = Path(file).resolve()
-    if not path.is_file():
-        raise InputError(f"{file}: no such file; give MODULE:OBJECT or FILE.py:OBJECT")
-    if not name:
-        raise InputError(f"{file}: names no object in it; give {file}:OBJECT, as {file}:Port")
-    require_hides_nothing(path, file)
-    sys.path.insert(0, str(path.parent))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(path.parent), os.environ.get("PYTHONPATH")])
-    )
-    return f"{path.stem}:{name}"
 
 
 def _prepare_environment() -> None:

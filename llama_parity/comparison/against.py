@@ -12,6 +12,7 @@ from reference_np.config import InputError, LlamaConfig
 from reference_np.limits import Limits
 
 from .backend_side import make_backend_side
+from .port_names import require_importable
 from .python_source import naming_hint
 from .sides import Side
 from .source import Source, open_checkpoint
@@ -50,11 +51,13 @@ def find_side(spec: str, dtype: str, checkpoint: Source) -> Side:
         side = _torch_side("torch", dtype or "float32", path, spec)
         return side._replace(title=f"torch with the weights of {spec}", weights=path)
     if spec in backends.SHIPPED or ":" in spec:
+        if spec not in backends.SHIPPED:
+            require_importable(spec, "--against")
         return make_backend_side(spec, dtype, checkpoint)
     names = f", or one of {', '.join(dict.fromkeys([*STREAMED, *backends.SHIPPED]))}"
     raise InputError(
-        f"--against {spec}: no such file; give a checkpoint, a trace or package.module:object"
-        f"{'' if path.suffix or len(path.parts) > 1 else names}"
+        f"--against {spec}: no such file; give a checkpoint, a trace, package.module:object or "
+        f"FILE.py:object{'' if path.suffix or len(path.parts) > 1 else names}"
     )
 
 
@@ -62,8 +65,8 @@ def _torch_side(kind: str, dtype: str, path: Path, spec: str) -> Side:
     """Return make_torch_side's side; InputError where PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise InputError(
-            f"--against {spec}: needs PyTorch; pip install 'llama-parity[torch]', or give a trace "
-            "or package.module:object"
+            f"--against {spec}: needs PyTorch; pip install 'llama-parity[torch]', or give a trace, "
+            "package.module:object or FILE.py:object"
         )
     from .torch_side import make_torch_side
 

@@ -21,7 +21,8 @@ class CompareConfig:
     """A .safetensors or .gguf file, or a model directory."""
     against: str = "torch"
     """What is tested: torch, cuda or hf, each with :float64, :float32, :bfloat16 or :float16; a
-    trace file; another checkpoint; a backend by its name or as package.module:object."""
+    trace file; another checkpoint; a backend by its name, as package.module:object or as
+    FILE.py:object."""
     beside: str = ""
     """A second trace of the same calls: how far its log-probabilities are from the first's. Of an
     engine that generates and one that trains, say, on one checkpoint."""

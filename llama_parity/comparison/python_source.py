@@ -1,4 +1,4 @@
-"""Say how a port in a Python file is named as a backend: ``module:Class``."""
+"""Say how a port in a Python file is named: ``FILE.py:Class`` or ``module:Class``."""
 
 import ast
 from pathlib import Path
@@ -11,13 +11,9 @@ def naming_hint(spec: str, flag: str) -> str:
         path = Path(*spec.split(".")).with_suffix(".py") if spec else path
     if not path.is_file():
         return ""
-    inside = path.resolve().is_relative_to(Path.cwd())
-    relative = path.resolve().relative_to(Path.cwd()) if inside else Path(path.name)
-    module = ".".join(relative.with_suffix("").parts)
     names = ports_in(path) or ["ClassName"]
-    where = "" if inside else f", in the folder {path.resolve().parent}"
-    given = " or ".join(f"{flag} {module}:{name}" for name in names)
-    return f"{flag} {spec}: {path.name} is Python source: give {given}{where}"
+    given = " or ".join(f"{flag} {spec}:{name}".strip() for name in names)
+    return f"{flag} {spec}: {path.name} is Python source: give {given}".strip()
 
 
 def ports_in(path: Path) -> list[str]:

@@ -1,8 +1,8 @@
 """The options --backend and --mutants: the implementations that the conformance tests run on.
 
-``--backend package.module:object`` (or PARITY_BACKEND) runs the tests of conformance/ on
-that implementation alone; ``--mutants`` runs it on the oracle with each known bug. A backend's
-``example_fraction`` sets the number of examples.
+``--backend package.module:object`` or ``FILE.py:object`` (or PARITY_BACKEND) runs the tests of
+conformance/ on that implementation alone; ``--mutants`` runs them on the oracle with each known
+bug. A backend's ``example_fraction`` sets the number of examples.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         metavar="MODULE:OBJECT",
         help="test this implementation alone (repeatable; or set PARITY_BACKEND): "
-        f"package.module:object, or one of {', '.join(SHIPPED)}",
+        f"package.module:object, FILE.py:object, or one of {', '.join(SHIPPED)}",
     )
     group.addoption("--of-command", default="", help=argparse.SUPPRESS)
     group.addoption("--mutants", action="store_true", help="run the suite against every known bug")
@@ -182,7 +182,13 @@ def backend_name(item: Any) -> str:
     ids = item.callspec.id
     for other in other_parameters(item):
         ids = ids.removeprefix(f"{other}-").removesuffix(f"-{other}")
-    return str(ids)
+    # Pytest escapes an id's letters other than ASCII: those of a file's name, say.
+    named = (name for name in requested_backends(item.config) if _as_id(name) == ids)
+    return next(named, str(ids))
+
+
+def _as_id(name: str) -> str:
+    return name.encode("unicode_escape").decode()
 
 
 def other_parameters(item: Any) -> list[str]:

@@ -117,7 +117,7 @@ def _of_pytest(item: pytest.Item) -> tuple[str, str]:
     """Return the command line of pytest for a test, and its --backend."""
     path, _, name = item.nodeid.partition("::")
     test = f"{os.path.relpath(item.config.rootpath / path)}::{name}"
-    chosen = "".join(f" --backend {name}" for name in requested_backends(item.config))
+    chosen = "".join(f" --backend {shlex.quote(name)}" for name in requested_backends(item.config))
     return f"pytest '{test}'", chosen
 
 

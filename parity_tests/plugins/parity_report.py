@@ -1,5 +1,6 @@
 """Record errors by test and backend, skip or fail tests that compared nothing, print the tables."""
 
+import shlex
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -92,7 +93,7 @@ def comparison_commands(name: str, installed: bool = False) -> list[str]:
     return [
         "these two commands name the layer, the operation and, where it is a known one, the bug:",
         f"python -m llama_parity.random_checkpoint tiny-llama {flags}",
-        f"{compare} tiny-llama --against {name}",
+        f"{compare} tiny-llama --against {shlex.quote(name)}",
     ]
 
 

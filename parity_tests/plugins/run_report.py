@@ -21,7 +21,7 @@ import pytest
 
 from llama_common.errors import InputError
 from llama_common.files import require_writable, write_text
-from reference_np.backend import SHIPPED, dtypes_of, load
+from reference_np.backend import dtypes_of, load, module_of
 from reference_np.limits import limits_of
 
 from ..conformance.basic import FINDINGS
@@ -203,7 +203,7 @@ def _installed(package: str) -> str | None:
 def _backend(name: str) -> dict[str, Any]:
     """Return all about one backend as a JSON object."""
     backend = load(name)
-    module = sys.modules[SHIPPED.get(name, name).partition(":")[0]]
+    module = module_of(name)
     package = sys.modules.get(module.__name__.partition(".")[0])
     version = getattr(module, "__version__", getattr(package, "__version__", None))
     found = [_check(check) for (_, of), check in sorted(checks.items()) if of == name]

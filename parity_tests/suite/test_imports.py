@@ -32,6 +32,7 @@ ORACLE_ORDER = [
         "mutants",
         "training_mutants",
         "shipped",
+        "importing",
         "backend",
         "refusals",
     ),
