@@ -20,7 +20,7 @@ from reference_np.tolerances import max_relative_error
 
 from .architectures import EPSILONS
 from .bounds import resembling
-from .calls import Calls, ParityError, as_array
+from .calls import Calls, ParityError, as_array, no_exit
 from .case_parts import best_dtype, oracle_logits, rounded_and_exact_params
 from .description import describe_error
 from .handed import Handed, describe_change
@@ -59,7 +59,9 @@ class Probe:
         """Return the backend's logits as they are, and the names of the arrays that it changed."""
         params, tokens = Handed(self.params), Handed({"tokens": self.tokens})
         inputs = (params.copies, tokens.copies["tokens"], None, None)
-        return self.backend.logits(self.config, *inputs), params.changed() + tokens.changed()
+        with no_exit("logits"):
+            value = self.backend.logits(self.config, *inputs)
+        return value, params.changed() + tokens.changed()
 
     def expected(self) -> Array:
         """Return the oracle's logits [B, T, V]."""

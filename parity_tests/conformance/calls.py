@@ -2,7 +2,9 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,24 @@ class ParityError(AssertionError):
     ) -> None:
         super().__init__(sentence)
         self.sentence, self.details, self.resembling = sentence, details, resembling
+
+
+TERMINATED = 143  # the exit code that llama-parity raises itself, on SIGTERM
+
+
+@contextmanager
+def no_exit(method: str) -> Iterator[None]:
+    """Raise ParityError where a backend's method would end the process, as if all were well."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == TERMINATED:
+            raise
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise ParityError(
+            f"{method} raised {error!r}, which ends the process, at {at.filename}:{at.lineno}: "
+            "raise another error"
+        ) from error
 
 
 # The config and the call of the example that runs, for the report of a failure.
@@ -75,7 +95,8 @@ def _pair(method: str, result: Any) -> tuple[Any, Any]:
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     """Return a mapping with copies of its arrays, to which a later call may write."""
     if not isinstance(value, Mapping):
-        raise ParityError(f"{name} is of type {type(value).__name__}, not a mapping from names")
+        kind = type(value).__name__
+        raise ParityError(f"{name} must be a mapping from names to arrays, got {kind}")
     return {key: v.copy() if isinstance(v, np.ndarray) else v for key, v in value.items()}
 
 
@@ -102,7 +123,9 @@ class Calls:
             self._params = params, Handed(params)
         handed = Handed(inputs)
         given = self._params[1].copies, *handed.copies.values(), *rest
-        result = self._method(method)(config, *given)
+        function = self._method(method)
+        with no_exit(method):
+            result = function(config, *given)
         self._note_changes(method, handed)
         return result
 
@@ -156,7 +179,8 @@ class Calls:
         method, handed = self._method("from_directory"), Handed({"tokens": tokens})
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(path, folder, dirs_exist_ok=True)
-            value = method(folder, dtype)(handed.copies["tokens"])
+            with no_exit("from_directory"):
+                value = method(folder, dtype)(handed.copies["tokens"])
         self._note_changes("from_directory", handed)
         shape = (*tokens.shape, config.vocab_size)
         return self._checked("from_directory", value, shape, "[B, T, V]")
@@ -198,7 +222,9 @@ class Calls:
     def append(self, tokens: Array) -> Array:
         last_call[1:] = [describe_call("append", (tokens,))]
         handed = Handed({"tokens": tokens})
-        value = self._method("append")(handed.copies["tokens"])
+        method = self._method("append")
+        with no_exit("append"):
+            value = method(handed.copies["tokens"])
         self._note_changes("append", handed)
         return self._checked("append", value, self._shape, "[B, V]")
 

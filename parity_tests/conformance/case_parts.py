@@ -13,7 +13,7 @@ from reference_np.config import LlamaConfig
 from reference_np.limits import UNLIMITED, Limits, limits_of
 from reference_np.model import forward
 
-from .calls import ParityError, checked_parameters
+from .calls import ParityError, checked_parameters, no_exit
 from .handed import Handed
 from .strategies import Array, Case, Params, cast, padded, unmasked_cases_for
 from .training_cases import TrainingCase
@@ -42,7 +42,8 @@ def _effective(backend: Any, config: LlamaConfig, rounded: Params) -> Params:
 
     Raises ParityError where one is no rounding of the weight that is given.
     """
-    found = effective_params_of(backend, config, Handed(rounded).copies)
+    with no_exit("effective_params"):
+        found = effective_params_of(backend, config, Handed(rounded).copies)
     found = checked_parameters("effective weight", dict(found), rounded)
     exact = {name: np.array(value, np.float64) for name, value in found.items()}
     for name, value in exact.items():

@@ -2,8 +2,8 @@
 
 An id is the test's name and its parameters without the backend: ``test_logits_in[float32]``. In a
 pattern ``*`` stands for any characters and ``?`` for one. A file has one id or pattern a line;
-what follows a ``#`` is the reason. An expected failure that passes fails the run, as does one in
-which nothing was compared (run_report.py).
+what follows a ``#`` is the reason, which may be left out. An expected failure that passes fails the
+run, as does one in which nothing was compared (run_report.py).
 """
 
 import difflib
@@ -47,11 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--xfails-file",
         metavar="FILE",
-        help="ids of checks that are to fail, one a line, each with # REASON; one that passes, or "
-        "compares nothing, is an error",
+        help="ids of checks that are to fail, one a line, with # REASON if you like; one that "
+        "passes, or compares nothing, is an error",
     )
     group.addoption(
-        "--skips-file", metavar="FILE", help="ids of checks not to run, one a line, with # REASON"
+        "--skips-file", metavar="FILE", help="ids of checks not to run, in the same form"
     )
 
 

@@ -42,7 +42,7 @@ WORST = (
     "passed unexpectedly",
     "failed",
 )
-
+REASONS = 3  # of checks that were skipped, each once
 
 # (id, backend) -> the check as far as its phases have ended.
 checks: dict[tuple[str, str], dict[str, Any]] = {}
@@ -101,6 +101,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Name each failed check on a line, and each that failed as expected, for llama-parity."""
     for sentence in stale_lines(config):
         terminalreporter.write_line(f"FAILED {sentence}")
+    for sentence in nothing_compared(config):
+        terminalreporter.write_line(sentence)
     for name, sentence in unexplained(config):
         terminalreporter.write_line(
             f"FAILED {name}: no check failed, but in the adapter's {sentence}"
@@ -130,6 +132,21 @@ def unexplained(config: pytest.Config) -> list[tuple[str, str]]:
     ]
 
 
+def nothing_compared(config: pytest.Config) -> list[str]:
+    """Return a line for each backend of --backend of which every check was skipped."""
+    sentences, told = [], " ".join(parity_report.too_few(config))
+    for name in requested_backends(config):
+        found = [check for (_, of), check in checks.items() if of == name]
+        if not {check["verdict"] for check in found} <= {"skipped", "not covered"}:
+            continue
+        reasons = list(dict.fromkeys(check["reason"] for check in found))
+        if found and f"FAILED {name}:" not in told:
+            why = "; ".join(reasons[:REASONS])
+            more = f"; and {len(reasons) - REASONS} more" if len(reasons) > REASONS else ""
+            sentences.append(f"FAILED {name}: nothing was compared ({why}{more})")
+    return sentences
+
+
 def stale_lines(config: pytest.Config) -> list[str]:
     """Return a sentence for each line of --xfails-file in whose checks nothing was compared.
 
@@ -152,7 +169,8 @@ def stale_lines(config: pytest.Config) -> list[str]:
 @pytest.hookimpl(trylast=True)  # after parity_report.py, which may fail the run
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    if not session.exitstatus and (unexplained(config) or stale_lines(config)):
+    wrong = unexplained(config) or stale_lines(config) or nothing_compared(config)
+    if not session.exitstatus and wrong:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     name = config.getoption("report")
     if name and not hasattr(config, "workerinput"):
@@ -161,7 +179,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         machine = sorted(parity_report.computed_by) or [processor.describe()]
         document = as_document(names, int(session.exitstatus), command, machine)
         document["profile"] = hypothesis.settings.get_current_profile_name()
-        document["too_few"] = parity_report.too_few(config)
+        document["too_few"] = [*parity_report.too_few(config), *nothing_compared(config)]
         document["stale_lines"] = stale_lines(config)
         write(Path(name), document)
 

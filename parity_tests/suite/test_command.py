@@ -16,6 +16,11 @@ WITH_BUG = in_folder(
     *("test", "mine:SmallWithTiledHeads", *QUICK, "--xfails-file", "xfails.txt"),
     *("--report", "report.json", "--junitxml", "junit.xml"),
 )
+SKIPPED = in_folder(
+    *("test", "mine:SmallWithTiledHeads", *QUICK, "--no-basic", "--skips-file", "every.txt"),
+    *("--report", "report.json"),
+)
+UNCOVERED = in_folder("test", "mine:SmallWithTiledHeads", *QUICK, "--check", "test_packing")
 INTERRUPTED = in_folder(
     *("test", "mine:Interrupted", *QUICK, "--no-basic", "--report", "report.json")
 )
@@ -72,6 +77,18 @@ def test_the_report_has_every_check() -> None:
     assert checks["test_logits"]["reason"] == "tiled"
     assert checks["test_packing"]["verdict"] == "not covered"
     assert checks["test_packing"]["outside_limits"] == ["masks = causal"]
+
+
+def test_a_run_in_which_nothing_was_compared_does_not_pass() -> None:
+    done = SKIPPED.done()
+    assert done.returncode == 1, done.stdout + done.stderr
+    sentence = "FAILED mine:SmallWithTiledHeads: nothing was compared (for now)"
+    assert sentence in done.stdout.splitlines()
+    report = json.loads((SKIPPED.folder / "report.json").read_text())
+    assert (report["verdict"], report["too_few"]) == ("failed", [sentence])
+    done = UNCOVERED.done()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "nothing was compared (not covered, by limit: masks = causal)" in done.stdout
 
 
 def test_a_key_of_config_json_is_counted_once_in_several_processes() -> None:
@@ -166,5 +183,5 @@ def test_a_new_port_is_short_and_right_once_logits_are_filled_in(run: Run, tmp_p
     (tmp_path / "filled.py").write_text(filled)
     assert run("filled.py:Port", "--basic")[:2] == (
         0,
-        "adapter filled:Port: arrays, shapes, order and sizes are right\n",
+        "adapter filled.py:Port: arrays, shapes, order and sizes are right\n",
     )

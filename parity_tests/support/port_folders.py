@@ -24,6 +24,7 @@ HOSTILE = {
     "xfails.txt": "\ufefftest_logits  # tiled\n# a comment\n\ntest_logits_in[float32] # too\n"
     "test_long_logits\n",
     "all.txt": "test_*logits* # all\n",
+    "every.txt": "test_* # for now\n",
     "stale.txt": "test_*logits* # all\ntest_trace # later\ntest_training[1]\ntest_pa*ing # no\n",
     "wrong.txt": "test_logits\ntest_logits_in[flot32]\n",
 }
