@@ -198,6 +198,20 @@ def require_writable(path: Path, who: str) -> None:
         ) from None
 
 
+def require_readable(path: Path) -> None:
+    """Raise InputError for a file that is there and cannot be opened.
+
+    The reader of safetensors says of it that it is not there.
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give yourself the right to read it"
+        ) from None
+
+
 def require_no_pointer(path: Path) -> None:
     """Raise InputError for a file whose content git-LFS has not fetched."""
     with path.open("rb") as file:

@@ -3,23 +3,26 @@
 Meta's form is described in conversion/meta_checkpoint.py, GGUF in conversion/gguf_*.py.
 """
 
+import importlib.util
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
 from llama_common import cli
 from llama_common.errors import InputError, check
 from llama_common.files import finish, publish_folder, temporary_folder
-from llama_torch.checkpoint.file_names import INDEX_FILE, META_FILES, MODEL_FILE
-from llama_torch.model.config import ModelConfig
+from reference_np.foreign import INDEX_FILE, META_FILES, MODEL_FILE
 
-from .conversion.file_kinds import is_gguf
+from .conversion.file_kinds import is_gguf, names_file
+
+if TYPE_CHECKING:
+    from llama_torch.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,15 @@ def _main(argv: Sequence[str]) -> int:
     written_as = "gguf" if target.suffix.lower() == ".gguf" else ""
     to = settings.to or written_as or {"hf": "meta", "meta": "hf", "gguf": "hf"}[form]
     _check_pair(settings, form, to, written_as)
+    if to != "gguf" and not settings.to and (why := names_file(target)):
+        raise InputError(f"{settings.dst}: would be a directory{why} --to {to} writes one so named")
     check_flags(settings, form, to)
     if source.resolve() in (target, *target.parents):
         raise InputError(f"{settings.dst}: lies in {source}, the source; give another directory")
     require_new(target)
+    # What follows imports torch, which takes seconds: a wrong flag or directory is told before.
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("convert needs PyTorch: pip install 'llama-parity[torch]'")
     if "gguf" in (form, to):
         return _convert_gguf(settings, source, target, form)
     return _convert(settings, source, target, form, to)
@@ -170,7 +178,6 @@ def _convert_gguf(settings: ConvertConfig, source: Path, target: Path, form: str
 
 
 def _convert(settings: ConvertConfig, source: Path, target: Path, form: str, to: str) -> int:
-    # These import torch, which takes seconds: a wrong flag or directory is told before.
     import torch
 
     from llama_torch.checkpoint.file_names import GENERATION_FILE
@@ -210,7 +217,7 @@ def _convert(settings: ConvertConfig, source: Path, target: Path, form: str, to:
     return 0
 
 
-def _print_summary(settings: ConvertConfig, config: ModelConfig, form: str, to: str) -> None:
+def _print_summary(settings: ConvertConfig, config: "ModelConfig", form: str, to: str) -> None:
     target = Path(settings.dst)
     tied = ", tied embeddings" if config.tie_embeddings else ""
     print(f"{target}: {config.n_layers} layers of width {config.dim}{tied}, written as {to}")

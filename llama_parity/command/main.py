@@ -97,13 +97,10 @@ def _compare(argv: Sequence[str]) -> int:
 
 
 def _convert(argv: Sequence[str]) -> int:
-    def run() -> int:
-        from .. import convert
+    from .. import convert
 
-        convert.ConvertConfig.command = "llama-parity convert"
-        return convert.main(argv)
-
-    return _with_torch("convert", run)
+    convert.ConvertConfig.command = "llama-parity convert"
+    return convert.main(argv)
 
 
 def _vectors(argv: Sequence[str]) -> int:

@@ -46,7 +46,7 @@ def _read(checkpoint: GgufCheckpoint, name: str) -> Tensor:
 def require_library() -> None:
     """Raise InputError where the package that writes GGUF files is not installed."""
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("writing a GGUF file needs the package gguf: pip install -e '.[gguf]'")
+        raise InputError("writing a GGUF file needs gguf: pip install 'llama-parity[gguf]'")
 
 
 def write_gguf(

@@ -1,7 +1,7 @@
 """A Llama in JAX as a backend, written for this suite from the equations alone.
 
 It uses einsum and automatic differentiation of a pure function, and shares no code with the
-oracle. ``pip install -e '.[jax]'``.
+oracle. ``pip install 'llama-parity[jax]'``.
 """
 
 from collections.abc import Mapping, Sequence
