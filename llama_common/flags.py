@@ -92,12 +92,15 @@ def require_known(argv: Sequence[str], config_class: type[Any]) -> None:
     flags = [flag for flag in flags_of(config_class) if not flag.metavar]
     known = {flag.word for flag in flags} | set(HELP_FLAGS)
     known |= {f"--no-{flag.word[2:]}" for flag in flags if flag.kind is bool}
+    many = {flag.word for flag in flags if flag.takes_many}
     words = list(argv)[: argv.index("--") if "--" in argv else len(argv)]
     for i, word in enumerate(words):
         name = word.partition("=")[0].replace("_", "-")
+        value = words[i + 1] if i + 1 < len(words) and not FLAG.fullmatch(words[i + 1]) else ""
+        if name in many and "=" not in word and not value:
+            raise InputError(f"{word}: its value is missing; see --help")
         if name in known or not FLAG.fullmatch(word) or word.startswith("--tyro-"):
             continue
-        value = words[i + 1] if i + 1 < len(words) and not FLAG.fullmatch(words[i + 1]) else ""
         near = did_you_mean(f"--{name.lstrip(DASHES)}", known)
         if not near and not word.startswith("-"):
             continue

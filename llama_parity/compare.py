@@ -8,6 +8,7 @@ layer by layer, in float64, which counts as exact, and in the dtype under test. 
 latter is the baseline: the other side's may be BASELINE_FACTOR times as large.
 """
 
+import importlib.util
 import json
 import sys
 import tempfile
@@ -107,7 +108,7 @@ def _write(report: dict[str, Any], settings: CompareConfig) -> None:
 
 
 def _check_outputs(settings: CompareConfig, files: Sequence[Path]) -> None:
-    """Raise InputError where a report cannot be written, or would overwrite an input."""
+    """Raise InputError where a report cannot be made, or would overwrite an input."""
     ckpt = Path(settings.ckpt)
     inputs = [*files, settings.against, settings.beside or ckpt, settings.file or ckpt]
     taken = {Path(path).resolve() for path in inputs}
@@ -120,6 +121,8 @@ def _check_outputs(settings: CompareConfig, files: Sequence[Path]) -> None:
             raise InputError(f"--{flag} {name}: would overwrite an input or another report")
         require_writable(path, f"--{flag} {name}")
         taken.add(path)
+    if settings.html and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--html needs matplotlib; pip install 'llama-parity[plot]'")
 
 
 def _in(path: Path, ckpt: Path) -> bool:

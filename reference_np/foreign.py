@@ -52,6 +52,20 @@ def missing(path: Path) -> InputError:
     )
 
 
+def require_readable(path: Path) -> None:
+    """Raise InputError for a file that is there and cannot be opened.
+
+    The reader of safetensors says of it that it is not there.
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give yourself the right to read it"
+        ) from None
+
+
 def require_no_other_kind(path: Path) -> None:
     """Raise InputError for a file that is no safetensors file by its name or its first bytes.
 
@@ -59,6 +73,7 @@ def require_no_other_kind(path: Path) -> None:
     """
     kind = path.suffix.lower()
     if path.is_file() and kind != ".gguf":
+        require_readable(path)
         with path.open("rb") as file:
             kind = ".gguf" if file.read(4) == b"GGUF" else kind
     if kind in OTHER_KINDS:

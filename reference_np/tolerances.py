@@ -253,7 +253,7 @@ def composed_bound(baseline_error: Errors, dtype: str) -> Errors:
 def kl_per_token(actual_BTV: Array, exact_BTV: Array) -> Array:
     """Return KL(exact || actual) in nats of every token's logits: [B, T, V] -> [B, T]."""
     p, q = _log_softmax(exact_BTV), _log_softmax(actual_BTV)
-    divergence: Array = np.sum(np.exp(p) * (p - q), axis=-1)
+    divergence: Array = np.maximum(np.sum(np.exp(p) * (p - q), axis=-1), 0.0)  # but for rounding
     return divergence
 
 

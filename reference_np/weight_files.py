@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from .config import InputError
-from .foreign import INDEX_FILE, MODEL_FILE, explain_absence, missing, require_no_other_kind
+from .foreign import (
+    INDEX_FILE,
+    MODEL_FILE,
+    explain_absence,
+    missing,
+    require_no_other_kind,
+    require_readable,
+)
 from .naming import EMBED, LM_HEAD
 
 if TYPE_CHECKING:
@@ -52,6 +59,7 @@ class Header:
         self.path = path
         if not os.path.isfile(path):  # false for a name that no file can have
             raise InputError(f"{path}: no such file; give a .safetensors file or its directory")
+        require_readable(path)
         try:
             with safe_open(path, framework="np") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}

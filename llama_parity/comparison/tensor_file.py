@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from reference_np.config import InputError
+from reference_np.foreign import require_readable
 from reference_np.ops import Array
 
 MOST_AXES = 32  # a wrong shape is an activation that fails, but NumPy holds no array of 65 axes
@@ -26,6 +27,7 @@ class TensorFile:
         self.path = Path(path)
         if not os.path.isfile(self.path):  # false for a name that no file can have
             raise InputError(f"{self.path}: no such file; give a trace in safetensors")
+        require_readable(self.path)
         try:
             with safe_open(self.path, framework="np") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}

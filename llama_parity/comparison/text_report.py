@@ -68,11 +68,16 @@ def _say_distances(report: Mapping[str, Any], everything: bool, say: Say) -> Non
     for entry, kl in zip(report["logits"], judged, strict=True):
         if everything or entry["changed"] or kl.size == longest:
             say(
-                f"logits of {entry['name']}: KL {kl.mean():.1e} nats per token, {kl.max():.1e} at "
-                f"worst; first choice differs at {entry['changed']} of {kl.size} positions"
+                f"logits of {entry['name']}: KL {_nats(kl.mean())} nats per token, "
+                f"{_nats(kl.max())} at worst; first choice differs at {entry['changed']} of "
+                f"{kl.size} positions"
             )
     for line in engine_report.sentences(report):
         say(line)
+
+
+def _nats(divergence: float) -> str:
+    return f"{divergence:.1e}" if divergence else "0"
 
 
 def _table(

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from llama_common.errors import InputError
+from llama_common.files import require_readable
 
 from .file_names import INDEX_FILE, META_FILES, METADATA_FILE, MODEL_FILE, RUN_FILE, STATE_FILE
 
@@ -53,6 +54,7 @@ def require_no_other_kind(path: Path) -> None:
     """
     kind = path.suffix.lower()
     if path.is_file() and kind != ".gguf":
+        require_readable(path)
         with path.open("rb") as file:
             kind = ".gguf" if file.read(4) == b"GGUF" else kind
     if kind in OTHER_KINDS:

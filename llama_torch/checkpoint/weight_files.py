@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from llama_common.errors import InputError
-from llama_common.files import read_json, require_name, require_no_pointer
+from llama_common.files import read_json, require_name, require_no_pointer, require_readable
 from llama_common.notes import note
 
 from .file_names import INDEX_FILE, MODEL_FILE
@@ -67,6 +67,7 @@ def open_safetensors(path: Path, framework: str = "pt") -> Iterator[safe_open]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a model directory or a .safetensors file")
+    require_readable(path)
     try:
         with safe_open(path, framework=framework) as file:
             yield file
