@@ -5,6 +5,7 @@ are no keys but the tensor ``rope_freqs.weight`` [K / 2]: what each frequency is
 """
 
 import dataclasses
+import math
 from typing import Any, TypeVar
 
 import numpy as np
@@ -84,10 +85,8 @@ def _require_whole(file: GgufFile) -> None:
     """Raise InputError for one part of several, of which only the first has the model's keys."""
     parts, number = file.get("split.count", int), file.get("split.no", int)
     if parts not in (None, 0, 1):
-        which = "one" if number is None else f"part {number + 1}"
-        raise InputError(
-            f"{file.path}: is {which} of {parts} parts; join them first: llama-gguf-split --merge"
-        )
+        which = f"one of {parts} parts" if number is None else f"part {number + 1} of {parts}"
+        raise InputError(f"{file.path}: is {which}; join them first: llama-gguf-split --merge")
 
 
 def _is_neutral(file: GgufFile, key: str) -> bool:
@@ -135,7 +134,7 @@ def _positive(file: GgufFile, key: str, wanted: type[N], default: N | None = Non
 
 
 def _require_positive(file: GgufFile, key: str, value: N | None) -> N:
-    if value is None or not value > 0:
+    if value is None or not 0 < value < math.inf:
         said = "is missing" if value is None else f"is {value!r}"
         raise InputError(f"{file.path}: {PREFIX}{key} {said}; a positive number is needed")
     return value
@@ -155,8 +154,8 @@ def _equal(file: GgufFile, key: str, n_layers: int) -> int:
 def _scaling(file: GgufFile, hf: dict[str, Any], rope_freqs: Array | None) -> dict[str, Any]:
     """Return rope_scaling of a config.json, by the keys or by the divisors of Llama 3."""
     kind = file.get(PREFIX + SCALING, str)
-    factors = [file.get(PREFIX + key, float) for key in (FACTOR, OLD_FACTOR)]
-    factor = next((factor for factor in factors if factor is not None), None)
+    key = FACTOR if PREFIX + FACTOR in file.metadata else OLD_FACTOR
+    factor = file.get(PREFIX + key, float)
     if kind is None:
         kind = "none" if factor is None else "linear"
     if kind not in ("none", "linear"):
@@ -165,6 +164,7 @@ def _scaling(file: GgufFile, hf: dict[str, Any], rope_freqs: Array | None) -> di
             "are"
         )
     if kind == "linear" and factor not in (None, 0.0, 1.0):
+        _require_positive(file, key, factor)
         if rope_freqs is not None:
             raise InputError(f"{file.path}: has linear scaling and {ROPE_FREQS}; not supported")
         return {"rope_scaling": {"rope_type": "linear", "factor": factor}}

@@ -5,7 +5,7 @@ for the flags of added tokens: what it would do otherwise is noted, or leaves th
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,17 @@ def vocabulary_of(
     has_pieces = slow.is_file() and not pieces.is_ranks(slow)
     is_gpt2 = not slow.is_file() and VOCAB_SIZE <= vocab_size < 2 * VOCAB_SIZE
     if not has_pieces and not fast.is_file() and not is_gpt2:
-        return NONE
+        return NONE | _ids(ids | flagged, ())
     tokenizer = load_tokenizer(folder, vocab_size)
     if has_pieces:
         found = _of_pieces(slow, vocab_size)
     else:
         content = read_json(fast) if fast.is_file() else json.loads(hf_files()[fast.name])
         found = _of_json(fast, content, tokenizer, vocab_size)
+    own = _own_first(tokenizer, ids) | flagged
     if not found:
-        return NONE
-    return found | _ids(_own_first(tokenizer, ids) | flagged, found[TOKENS]) | _template(folder)
+        return NONE | _ids(own, ())
+    return found | _ids(own, found[TOKENS]) | _template(folder)
 
 
 def _own_first(tokenizer: Tokenizer, ids: TokenIds) -> TokenIds:
@@ -79,14 +80,17 @@ def _listed(ids: Any) -> list[int]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def _ids(ids: TokenIds, tokens: list[str]) -> dict[str, int]:
-    """Return the ids of the special tokens; of several end tokens GGUF has places for three."""
+def _ids(ids: TokenIds, tokens: Sequence[str]) -> dict[str, int]:
+    """Return the ids of the special tokens; of several end tokens GGUF has places for three.
+
+    Without tokens llama.cpp reads none of them, but the way back to Hugging Face's form does.
+    """
     found: dict[str, int] = {}
     for key, name in ((BOS, "bos"), (PAD, "padding")):
         if ids.get(key) is not None:
             found[f"tokenizer.ggml.{name}_token_id"] = ids[key]
     for end in _listed(ids.get(EOS)):
-        names = ("eom", "eot", "eos") if tokens[end] == EOM else ("eos", "eot", "eom")
+        names = ("eom", "eot", "eos") if tokens and tokens[end] == EOM else ("eos", "eot", "eom")
         free = [k for n in names if (k := f"tokenizer.ggml.{n}_token_id") not in found]
         if free:
             found[free[0]] = end

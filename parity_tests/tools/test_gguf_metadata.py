@@ -120,7 +120,7 @@ def test_compare_tells_the_key_of_an_odd_type(
     [
         ({"split.count": 5, "split.no": 1, "general.architecture": None}, "part 2 of 5"),
         ({"split.count": 5, "split.no": 0}, "part 1 of 5"),
-        ({"split.count": 5}, "one of 5"),
+        ({"split.count": 5}, "one of 5 parts"),
     ],
 )
 def test_one_part_of_several_is_told_whatever_it_lacks(
@@ -130,7 +130,7 @@ def test_one_part_of_several_is_told_whatever_it_lacks(
     path = ChangedKeys(plain).write(tmp_path / "m.gguf", changed)
     code, _, err = run(path)
     assert code == 2
-    assert err == f"error: {path}: is {part} parts; join them first: llama-gguf-split --merge\n"
+    assert err == f"error: {path}: is {part}; join them first: llama-gguf-split --merge\n"
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,11 @@ def test_what_changes_nothing_in_llama_cpp_is_read(tmp_path: Path, changed: dict
         ({"llama.attention.head_count_kv": [1]}, "head_count_kv has 1 entries; 2 are needed"),
         ({"llama.embedding_length": [8, 8]}, "embedding_length is a list of integers; an integer"),
         ({"llama.attention.head_count": [0, 0]}, "head_count is 0; a positive number is needed"),
+        (
+            {"llama.rope.scale_linear": math.nan},
+            "llama.rope.scale_linear is nan; a positive number",
+        ),
+        ({"llama.rope.freq_base": math.inf}, "llama.rope.freq_base is inf; a positive number"),
         ({"llama.logit_scale": 0.5}, "not supported: llama.logit_scale=0.5"),
         ({"llama.attention.scale": 1.0}, "not supported: llama.attention.scale=1.0"),
         ({"llama.attention.causal": False}, "not supported: llama.attention.causal=False"),

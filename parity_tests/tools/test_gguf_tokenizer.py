@@ -108,6 +108,24 @@ def test_what_llama_cpp_does_not_have_is_noted(
     assert GgufFile(tmp_path / "b.gguf").metadata["tokenizer.ggml.model"] == "none"
     run_convert(tmp_path / "b.gguf", tmp_path / "c")
     assert not (tmp_path / "c" / "tokenizer.json").exists()
+    tokenizer = load_tokenizer(source, 700)
+    ids = json.loads((tmp_path / "c" / "generation_config.json").read_text())
+    assert tokenizer.special[tokenizer.eos] in np.atleast_1d(ids["eos_token_id"])
+
+
+@pytest.mark.parametrize("eos", [3, [2, 3, 5]])
+def test_ids_without_a_tokenizer_come_back(tmp_path: Path, eos: int | list[int]) -> None:
+    config = LlamaConfig(4, 1, 1, 1, 4, 4, 7, max_seq_len=64)
+    tensors = {n: torch.from_numpy(x).float() for n, x in random_params(config, 0).items()}
+    write_hf(tmp_path / "a", config, tensors, 1)
+    told = {"bos_token_id": 1, "eos_token_id": eos, "pad_token_id": 0}
+    keys = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(keys | told))
+    run_convert(tmp_path / "a", tmp_path / "b.gguf")
+    run_convert(tmp_path / "b.gguf", tmp_path / "c")
+    for name in ("generation_config.json", "config.json"):
+        found = json.loads((tmp_path / "c" / name).read_text())
+        assert told == {key: found[key] for key in told}
 
 
 @pytest.mark.parametrize(
