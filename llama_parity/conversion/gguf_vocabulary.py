@@ -59,7 +59,11 @@ def tokenizer_files(file: GgufFile, vocab_size: int, max_seq_len: int) -> dict[s
     tokens, kinds = _tokens(file, vocab_size)
     while tokens and kinds[-1] == UNUSED and PADDING.fullmatch(tokens[-1]):
         tokens, kinds = tokens[:-1], kinds[:-1]
-    if flaw := _flaw(kind, tokens, kinds):
+    if kind == "llama":
+        flaw = _flaw_of_pieces(tokens, kinds)
+    else:
+        flaw = _flaw_of_json(tokens, kinds, file.get_list(f"{KEYS}merges", str) or [])
+    if flaw:
         return _left_out(file, f"{shown(kind)}, with {flaw}")
     settings = _settings(file, kind, tokens, max_seq_len)
     if kind == "llama":
@@ -81,12 +85,22 @@ def _left_out(file: GgufFile, what: str) -> dict[str, bytes]:
     return {}
 
 
-def _flaw(kind: str, tokens: list[str], kinds: list[int]) -> str:
-    """Return what Hugging Face's form or SentencePiece's has no place for, "" of a whole list."""
+def _flaw_of_json(tokens: list[str], kinds: list[int], merges: list[str]) -> str:
+    """Return what a tokenizer.json of bytes has no place for, "" of a whole vocabulary."""
     if len(set(tokens)) < len(tokens):
         return "a token that stands there twice"
-    if kind != "llama":
-        return ""
+    vocabulary = _own_tokens(tokens, kinds)
+    for merge in merges:
+        left, blank, right = merge.partition(" ")
+        if not (blank and {left, right, left + right} <= vocabulary.keys()):
+            return f"the merge {shown(merge)} of or into no token"
+    return ""
+
+
+def _flaw_of_pieces(tokens: list[str], kinds: list[int]) -> str:
+    """Return what SentencePiece does not load, "" of a whole vocabulary."""
+    if len(set(tokens)) < len(tokens):
+        return "a token that stands there twice"
     if any(not token or "\0" in token for token in tokens):
         return "an empty token or one that holds a null character"
     if kinds.count(UNKNOWN) > 1 or not {UNKNOWN, BYTE} & {*kinds}:
@@ -94,6 +108,17 @@ def _flaw(kind: str, tokens: list[str], kinds: list[int]) -> str:
     found = sorted(token for token, kind in zip(tokens, kinds, strict=True) if kind == BYTE)
     is_whole = found in ([], [f"<0x{byte:02X}>" for byte in range(256)])
     return "" if is_whole else "some of the 256 tokens for bytes alone"
+
+
+def _own_tokens(tokens: list[str], kinds: list[int]) -> dict[str, int]:
+    """Return the ids of a tokenizer.json's vocabulary.
+
+    Special tokens behind the others are no part of it, as in Llama 3's file.
+    """
+    special = [i for i, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)]
+    n_own = len(tokens) - len(special)
+    is_tail = special == list(range(n_own, len(tokens)))
+    return {token: i for i, token in enumerate(tokens[:n_own] if is_tail else tokens)}
 
 
 def _tokens(file: GgufFile, vocab_size: int) -> tuple[list[str], list[int]]:
@@ -177,9 +202,6 @@ def _json(
     added = [
         {"id": i, "content": tokens[i], **flags, "special": kinds[i] == CONTROL} for i in special
     ]
-    # Behind the others they are no part of the vocabulary, as in Llama 3's file.
-    n_own = len(tokens) - len(special)
-    is_tail = special == list(range(n_own, len(tokens)))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     pretokenizers = [
         step | {"trim_offsets": False} if "use_regex" in step else step for step in steps
@@ -201,7 +223,7 @@ def _json(
             **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix")),
             "end_of_word_suffix": None,
             **{"fuse_unk": False, "byte_fallback": False, "ignore_merges": whole},
-            "vocab": {token: i for i, token in enumerate(tokens[:n_own] if is_tail else tokens)},
+            "vocab": _own_tokens(tokens, kinds),
             "merges": merges,
         },
     }

@@ -180,6 +180,8 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
     [
         ({"model": "llama"}, "'llama', without tokenizer.ggml.scores"),
         ({"tokens": ["a", "b", "a", "c"]}, "'gpt2', with a token that stands there twice"),
+        ({"merges": ["a c"]}, "'gpt2', with the merge 'a c' of or into no token"),
+        ({"merges": ["a"]}, "'gpt2', with the merge 'a' of or into no token"),
         ({"model": "llama", "scores": [0.5] * 4, "tokens": ["a", "", "b", "c"]}, "an empty token"),
         ({"model": "llama", "scores": [0.5] * 4, "token_type": [2, 2, 1, 1]}, "several unknown"),
         ({"model": "llama", "scores": [0.5] * 4}, "several unknown tokens, or none"),
