@@ -20,6 +20,7 @@ from reference_np.backend import Array
 from reference_np.mutants import FORWARD, Mutant
 from reference_np.tolerances import (
     BASELINE_FACTOR,
+    FLOAT64_TOLERANCE,
     Errors,
     composed_bound,
     errors,
@@ -143,17 +144,19 @@ def _suspects() -> Iterator[tuple[str, str, Oracle]]:
 
 
 def resembling(run: Scenario, name: str, actual: Array, exact: Array, dtype: str) -> list[str]:
-    """Return "name: sentence" of the known bugs with which the scenario has this output."""
+    """Return "name: sentence" of the known bugs with this output, the nearest first."""
     if dtype not in ("float64", "float32"):
         return []
     nearest = max_relative_error(actual, exact) / RESEMBLING
-    found = []
+    found = {}
     for bug, sentence, oracle in _suspects():
         try:
             with np.errstate(all="ignore"):
                 outputs = run(oracle)
         except Exception:  # a bug may fail on its own consequences
             continue
-        if max_relative_error(actual, outputs[name]) <= nearest:
-            found.append(f"{bug}: {sentence}")
-    return found
+        distance = max_relative_error(actual, outputs[name])
+        if distance <= nearest:
+            # In float64 what is equal but for rounding keeps the catalogue's order.
+            found[f"{bug}: {sentence}"] = max(distance, FLOAT64_TOLERANCE)
+    return sorted(found, key=found.__getitem__)

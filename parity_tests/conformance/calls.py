@@ -53,6 +53,10 @@ def no_exit(method: str) -> Iterator[None]:
         ) from error
 
 
+class WrongKindError(ParityError):
+    """A result of a wrong type, as it is on any example: no smaller one is searched for."""
+
+
 # The config and the call of the example that runs, for the report of a failure.
 last_call: list[str] = []
 
@@ -61,7 +65,7 @@ def as_array(name: str, value: Any) -> Array:
     """Return a result as a NumPy array of floats; ParityError for anything else."""
     kind = type(value)
     if kind.__module__.partition(".")[0] == "torch":
-        raise ParityError(
+        raise WrongKindError(
             f"{name} is a torch tensor: return a NumPy array (x.detach().float().cpu().numpy(), "
             "or double() for float64)"
         )
@@ -70,8 +74,10 @@ def as_array(name: str, value: Any) -> Array:
         if array.dtype.kind in "fV":  # "V": bfloat16 of ml_dtypes
             return array if array.dtype.kind == "f" else array.astype(np.float32)
     except (TypeError, ValueError) as error:
-        raise ParityError(f"{name} is no array: {' '.join(str(error).split())}") from None
-    raise ParityError(f"{name} is of type {kind.__name__} and dtype {array.dtype}: return floats")
+        raise WrongKindError(f"{name} is no array: {' '.join(str(error).split())}") from None
+    raise WrongKindError(
+        f"{name} is of type {kind.__name__} and dtype {array.dtype}: return floats"
+    )
 
 
 def unfit(name: str, value: Array, shape: tuple[int, ...]) -> str:
@@ -88,7 +94,7 @@ def unfit(name: str, value: Array, shape: tuple[int, ...]) -> str:
 
 def _pair(method: str, result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
-        raise ParityError(f"{method} returned {type(result).__name__}, not a tuple of two")
+        raise WrongKindError(f"{method} returned {type(result).__name__}, not a tuple of two")
     return result
 
 
@@ -96,7 +102,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     """Return a mapping with copies of its arrays, to which a later call may write."""
     if not isinstance(value, Mapping):
         kind = type(value).__name__
-        raise ParityError(f"{name} must be a mapping from names to arrays, got {kind}")
+        raise WrongKindError(f"{name} must be a mapping from names to arrays, got {kind}")
     return {key: v.copy() if isinstance(v, np.ndarray) else v for key, v in value.items()}
 
 
@@ -180,7 +186,13 @@ class Calls:
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(path, folder, dirs_exist_ok=True)
             with no_exit("from_directory"):
-                value = method(folder, dtype)(handed.copies["tokens"])
+                run = method(folder, dtype)
+                if not callable(run):
+                    raise WrongKindError(
+                        f"from_directory returned {type(run).__name__}: return a function from "
+                        "tokens [B, T] to logits [B, T, V]"
+                    )
+                value = run(handed.copies["tokens"])
         self._note_changes("from_directory", handed)
         shape = (*tokens.shape, config.vocab_size)
         return self._checked("from_directory", value, shape, "[B, T, V]")

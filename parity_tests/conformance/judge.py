@@ -6,7 +6,7 @@ An error's share is ``error / tolerance``: at most 1 passes; bounds.py has the t
 import math
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from reference_np.tolerances import FLOAT64_TOLERANCE
 
 from . import drawn
 from .bounds import Bounds, Outputs, Scenario, resembling
-from .calls import Calls, ParityError, as_array, last_call, unfit
+from .calls import Calls, ParityError, WrongKindError, as_array, last_call, unfit
 from .shrinking import Shrinking
 
 __all__ = ["JUDGE", "Entry", "Judge", "Outputs", "Scenario"]
@@ -55,11 +55,15 @@ class Judge:
     # The sentence on what the backend wrote to in the running test, of what was not its own. Such
     # a test fails at its end: first its values are judged in every example.
     overwritten: str = ""
+    # The largest error of the running test, and what names the known bugs that it equals: the
+    # smallest example may err by too little above its rounding to be told from other bugs.
+    largest: tuple[float, Callable[[], list[str]]] = (0.0, list)
     only_record: bool = False  # for mutants, which are to fail: record their errors and go on
 
     def begin(self, test: str, backend: str) -> Entry:
         """Record from now on for this test and backend; plugins/parity_report.py calls it."""
         self.current, self.shrinking, self.overwritten = (test, backend), Shrinking(), ""
+        self.largest = (0.0, list)
         drawn.last_example.clear()  # of the test before: not every test draws its examples
         return self.entry
 
@@ -106,8 +110,10 @@ class Judge:
             reject()
         try:
             self._compare(backend, dtype, run, exact, tolerance, rms_only)
-        except Exception:
+        except Exception as error:
             self.shrinking.failed(example)
+            if isinstance(error, WrongKindError):
+                self.shrinking.end()
             raise
 
     def _compare(
@@ -157,8 +163,18 @@ class Judge:
         """Record the error / tolerance of one output; raise the failure if it is above 1."""
         if not share <= self.entry.share:
             self.entry.share, self.entry.name = share, name
-        if not self.only_record and not share <= 1:
-            raise failure or ParityError(f"{name}: {share:.3g} times its tolerance")
+        if self.only_record or share <= 1:
+            return
+        failure = failure or ParityError(f"{name}: {share:.3g} times its tolerance")
+        if self.largest[0] < share < math.inf:
+            self.largest = share, failure.resembling
+        failure.resembling = partial(_first_named, failure.resembling, self.largest[1])
+        raise failure  # at one place: Hypothesis tells failures apart by it
+
+
+def _first_named(own: Callable[[], list[str]], largest: Callable[[], list[str]]) -> list[str]:
+    """Return the known bugs that a failure equals; of none, the nearest to the largest failure."""
+    return own() or [f"{bug} (in a larger example)" for bug in largest()[:1]]
 
 
 def _from_a_library(backend: Any, error: NotImplementedError) -> str:

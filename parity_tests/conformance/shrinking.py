@@ -1,5 +1,6 @@
 """An end to the search for a smaller failing example, for code that takes seconds for each."""
 
+import math
 import time
 
 SECONDS = 30.0  # of the search, for each test
@@ -17,6 +18,10 @@ class Shrinking:
         if not self.failing:
             self.since = time.monotonic()
         self.failing.add(example)
+
+    def end(self) -> None:
+        """End the search: no smaller example would say more."""
+        self.since = -math.inf
 
     def is_over(self, example: str) -> bool:
         """Return whether an example is not to be run: it is new, and the time is spent."""

@@ -99,7 +99,7 @@ def test_key_of_config_json(backend: Any, key: str) -> None:
         except Exception as error:
             failed = f"{name}: from_directory failed: {describe_error(error)}"
             if _fails_plain(backend, dtype, key, error):
-                raise _of_every_key(f"{failed}{ALSO_PLAIN}") from error
+                raise _of_every_key(f"{failed}{ALSO_PLAIN}") from None
             raise ParityError(failed) from error
 
 
@@ -128,7 +128,7 @@ def test_unsupported_key(backend: Any, key: str) -> None:
             found = Calls(backend).directory_logits(*written.words, dtype, written.tokens)
         except AssertionError:
             raise
-        except (Exception, SystemExit):
+        except Exception:
             return
         if _is_within(backend, dtype, found, _write(backend, plain, beside, dtype)):
             raise ParityError(

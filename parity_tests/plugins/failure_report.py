@@ -72,16 +72,21 @@ def _lines(error: BaseException) -> list[str]:
     if isinstance(error, ParityError):
         equal = error.resembling()
         same = [f"equals     the known bug {bug}" for bug in equal[:2]]
-        details = [*error.details, *_example(), *same]
-        return [error.sentence, *details]
+        places = _places(error.__cause__) if error.__cause__ else []
+        return [error.sentence, *error.details, *places, *_example(), *same]
+    places = _places(error)
+    if not places or not isinstance(error, Exception):
+        return []
+    return [describe_error(error), *places, *_example()]
+
+
+def _places(error: BaseException) -> list[str]:
+    """Return the lines of the implementation that raised an error; none for one of the suite's."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = [i for i, frame in enumerate(frames) if Path(frame.filename) == Path(calls.__file__)]
-    if not inside or inside[-1] == len(frames) - 1 or not isinstance(error, Exception):
-        return []
-    own = frames[inside[-1] + 1 :]
+    own = frames[inside[-1] + 1 :] if inside else []
     places = [f"at         {at.filename}:{at.lineno} in {at.name}: {at.line}" for at in own]
-    shown = places if len(places) <= FRAMES else [places[0], *places[1 - FRAMES :]]
-    return [describe_error(error), *shown, *_example()]
+    return places if len(places) <= FRAMES else [places[0], *places[1 - FRAMES :]]
 
 
 def _example() -> list[str]:

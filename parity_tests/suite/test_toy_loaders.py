@@ -172,6 +172,10 @@ RED = suite(
     *(f"--backend={port(name)}" for name in BUGS),
     *("--hypothesis-profile", "unshrunk"),
 )
+NOT_A_FUNCTION = suite(
+    f"{FILE}::test_directory[{FILES}NotAFunction]", f"--backend={FILES}NotAFunction"
+)
+RAISES = suite(FILE, f"--backend={FILES}Raises", "-k", "every")
 UNREFUSED = suite(FILE, f"--backend={FILES}NothingRefused", "-k", "unsupported")
 IN_BFLOAT16 = "parity_tests.suite.toy_transformers:TransformersInBfloat16"
 SUPPORTED = suite(FILE, f"--backend={IN_BFLOAT16}", "-k", "key")
@@ -248,6 +252,20 @@ def test_a_report_of_a_key_has_no_example_of_the_test_before() -> None:
 
 def test_a_failure_of_one_key_is_of_that_key_alone() -> None:
     assert RED.done().stdout.count("a plain directory fails too") == 1
+
+
+def test_a_result_that_is_no_function_is_told_in_one_line_without_a_search() -> None:
+    done = NOT_A_FUNCTION.done()
+    sentence = "from_directory returned ndarray: return a function from tokens [B, T] to logits"
+    assert re.search(rf"^{re.escape(sentence)}", done.stdout, re.MULTILINE)
+    assert "Traceback" not in done.stdout
+    compared = re.search(r"directory +(\d+) compared", done.stdout)
+    assert compared is None or int(compared[1]) == 0
+
+
+def test_a_key_on_which_a_reader_fails_names_the_line_that_raised() -> None:
+    line = re.compile(r"^at         \S+toy_file_loaders.py:\d+ in from_directory: raise", re.M)
+    assert len(line.findall(RAISES.done().stdout)) == 2  # the plain directories
 
 
 def test_a_refused_key_is_not_covered() -> None:

@@ -56,6 +56,10 @@ TESTS = [
 ]
 ALL_HONEST = suite(FOLDER, *options(*HONEST))
 ALL_WITH_BUGS = suite(*TESTS, *options(*BUGS), "--hypothesis-profile", "unshrunk")
+SHRUNK = suite(
+    f"{FOLDER}/test_conformance.py::test_causal_logits[{NUMPY}SmallWithFixedEpsilonInFloat32]",
+    f"--backend={NUMPY}SmallWithFixedEpsilonInFloat32",
+)
 NEARLY_EMPTY = suite(FOLDER, *options(NUMPY + "RefusesEverything"))
 OF_A_LIBRARY = suite(FOLDER, *options(NUMPY + "Refusing"), "-k", "causal_logits")
 
@@ -100,6 +104,12 @@ def test_a_planted_bug_is_red(name: str) -> None:
 
 def test_an_epsilon_that_is_not_read_is_named() -> None:
     assert "norm_eps is 1e-05 whatever the config says" in ALL_WITH_BUGS.done().stdout
+
+
+def test_an_epsilon_is_named_in_float32_where_the_smallest_example_cannot_tell_it() -> None:
+    output = SHRUNK.done().stdout
+    assert "equals     the known bug norm_eps_1e-05: norm_eps is 1e-05 whatever the " in output
+    assert "norm_eps_1e-06" not in output
 
 
 def test_a_mask_that_is_off_by_one_is_named() -> None:

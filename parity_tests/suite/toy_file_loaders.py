@@ -149,3 +149,17 @@ class IntegerFactorsInBfloat16(IntegerFactors):
     """Holds the numbers of scaling as integers, where the tolerance is widest."""
 
     dtypes = ("bfloat16",)
+
+
+class NotAFunction(FileReader):
+    """Returns the logits' array in place of a function of tokens."""
+
+    def from_directory(self, path: str, dtype: str) -> Any:
+        return super().from_directory(path, dtype)(np.zeros((1, 3), np.int64))
+
+
+class Raises(FileReader):
+    """Fails on every directory."""
+
+    def from_directory(self, path: str, dtype: str) -> Any:
+        raise KeyError("model.layers.0.attention.wq.weight")
