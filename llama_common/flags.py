@@ -95,12 +95,13 @@ def require_known(argv: Sequence[str], config_class: type[Any]) -> None:
     many = {flag.word for flag in flags if flag.takes_many}
     words = list(argv)[: argv.index("--") if "--" in argv else len(argv)]
     for i, word in enumerate(words):
-        name = word.partition("=")[0].replace("_", "-")
-        value = words[i + 1] if i + 1 < len(words) and not FLAG.fullmatch(words[i + 1]) else ""
-        if name in many and "=" not in word and not value:
+        name = _name(word)
+        following = words[i + 1] if i + 1 < len(words) else None
+        if name in many and "=" not in word and (following is None or _name(following) in known):
             raise InputError(f"{word}: its value is missing; see --help")
         if name in known or not FLAG.fullmatch(word) or word.startswith("--tyro-"):
             continue
+        value = following if following and not FLAG.fullmatch(following) else ""
         near = did_you_mean(f"--{name.lstrip(DASHES)}", known)
         if not near and not word.startswith("-"):
             continue
@@ -110,11 +111,16 @@ def require_known(argv: Sequence[str], config_class: type[Any]) -> None:
         raise InputError(f"{f'{word} {value}'.strip()}: no such flag;{near} see --help")
 
 
+def _name(word: str) -> str:
+    """Return a word of the command line without a value after =, underscores as dashes."""
+    return word.partition("=")[0].replace("_", "-")
+
+
 def reworded(complaint: str, config_class: type[Any], argv: Sequence[str]) -> str:
     """Return tyro's complaint in the words of this program's other errors."""
     flags = flags_of(config_class)
     if complaint.startswith("Missing from"):
-        given = {word.partition("=")[0].replace("_", "-") for word in argv}
+        given = {_name(word) for word in argv}
         required = [flag for flag in flags if flag.default is dataclasses.MISSING]
         missing = [f.word for f in required if f.metavar in complaint and f.word not in given]
         return f"{' and '.join(missing)}: required" if missing else complaint

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from reference_np import optim
@@ -32,12 +31,12 @@ from .case_parts import (
     run_in_chunks,
     training_dtype,
 )
+from .check_parts import check_logits, data_given
 from .judge import JUDGE
 from .oracle import Oracle
 from .scope import decoding_sides
 from .strategies import (
     Array,
-    Case,
     Params,
     cases_for,
     chunk_sizes,
@@ -47,21 +46,6 @@ from .strategies import (
 from .training_cases import STEPS_TOLERANCE, training_cases_for
 
 pytestmark = pytest.mark.numeric
-
-data_given = given(data=st.data())
-
-
-def check_logits(backend: Any, dtype: str, case: Case) -> None:
-    """Compare the logits of one case with the oracle's."""
-    low, exact = rounded_and_exact_params(backend, case, dtype)
-    inputs = (case.tokens, case.positions, case.mask)
-    expected = oracle_logits(exact, case.config, *inputs)
-    JUDGE.compare(
-        backend,
-        dtype,
-        lambda model: {"logits": model.logits(case.config, low, *inputs)},
-        {"logits": expected},
-    )
 
 
 @pytest.mark.needs("logits")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from reference_np.limits import limits_of
 
 from .case_parts import best_dtype, oracle_logits, rounded_and_exact_params, run_in_chunks
+from .check_parts import check_logits, data_given
 from .judge import JUDGE
 from .strategies import Array, Case, Params, long_cases
-from .test_conformance import check_logits, data_given
 
 pytestmark = pytest.mark.numeric
 
