@@ -108,10 +108,11 @@ class Judge:
         example = drawn.format_numbers(drawn.last_example)
         if self.shrinking.is_over(example):
             reject()
+        self.shrinking.begun(example)
         try:
             self._compare(backend, dtype, run, exact, tolerance, rms_only)
         except Exception as error:
-            self.shrinking.failed(example)
+            self.shrinking.failed()
             if isinstance(error, WrongKindError):
                 self.shrinking.end()
             raise

@@ -7,23 +7,27 @@ SECONDS = 30.0  # of the search, for each test
 
 
 class Shrinking:
-    """The failing examples of one test, and the time of the first."""
+    """The examples of one test that were run, and the time of the first that failed."""
 
     def __init__(self) -> None:
-        self.since = 0.0
-        self.failing: set[str] = set()
+        self.since = math.inf
+        self.run: set[str] = set()
 
-    def failed(self, example: str) -> None:
-        """Note a failing example."""
-        if not self.failing:
-            self.since = time.monotonic()
-        self.failing.add(example)
+    def begun(self, example: str) -> None:
+        """Note an example that is run."""
+        self.run.add(example)
+
+    def failed(self) -> None:
+        """Note that an example failed."""
+        self.since = min(self.since, time.monotonic())
 
     def end(self) -> None:
         """End the search: no smaller example would say more."""
         self.since = -math.inf
 
     def is_over(self, example: str) -> bool:
-        """Return whether an example is not to be run: it is new, and the time is spent."""
-        late = bool(self.failing) and time.monotonic() - self.since > SECONDS
-        return late and example not in self.failing
+        """Return whether an example is not to be run: it is new, and the time is spent.
+
+        One that was run, failing or not, is run again: Hypothesis asks for the same result.
+        """
+        return time.monotonic() - self.since > SECONDS and example not in self.run

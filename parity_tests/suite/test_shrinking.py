@@ -55,6 +55,17 @@ def test_the_search_ends_when_its_time_is_spent(monkeypatch: pytest.MonkeyPatch)
     assert set(found) == {found[0]}
 
 
+def test_an_example_that_passed_is_run_again_when_the_time_is_spent() -> None:
+    """Rejected then, it would have two results, which Hypothesis reports in place of the error."""
+    search = shrinking.Shrinking()
+    assert not search.is_over("passes")
+    search.begun("passes")
+    search.begun("fails")
+    search.failed()
+    search.end()
+    assert [search.is_over(example) for example in ("passes", "fails", "new")] == [0, 0, 1]
+
+
 def printed_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.startswith("this port computes")]
 
