@@ -12,12 +12,16 @@ from reference_np.limits import Limits, limits_of
 from reference_np.naming import activation_axes, parameter_shapes
 from reference_np.ops import Array
 
-from .engine_side import Engine, as_arrays, call_backend
+from .engine_side import Engine, as_arrays, call_backend, offers
 from .sides import NOT_COVERED, Advance, Side, is_covered
 from .source import Source
 from .trace_file import TraceWriter
 from .trace_format import Call
 from .within_limits import exceeded_limit, require_config
+
+TRAINING_METHODS = ("loss_and_grads", "train")
+# What may give other numbers than traced_decode, by which all is judged where it is offered.
+METHODS = ("logits", "decode", "start", "append", "trace", "from_directory", *TRAINING_METHODS)
 
 
 class BackendParams(Mapping[str, Array]):
@@ -58,6 +62,8 @@ def make_backend_side(spec: str, dtype: str, checkpoint: Source) -> Side:
             f"--dtype {dtype}: {spec} computes in {', '.join(known)}; give one of them"
         )
 
+    uncalled: list[str] = []
+
     def write(
         writer: TraceWriter, calls: Sequence[Call], config: LlamaConfig, advance: Advance
     ) -> list[str]:
@@ -69,9 +75,10 @@ def make_backend_side(spec: str, dtype: str, checkpoint: Source) -> Side:
                     writer.add(index, name, found[name])
             for _ in range(config.n_layers):
                 advance()
+        uncalled[:] = [name for name in METHODS if offers(backend, name) and name not in run.called]
         return run.coverage
 
-    return Side(spec, dtype, write, backend=spec, limits=limits)
+    return Side(spec, dtype, write, backend=spec, limits=limits, uncalled=uncalled)
 
 
 class _Run:
@@ -82,6 +89,7 @@ class _Run:
     ) -> None:
         self.backend, self.limits, self.config, self.params = backend, limits, config, params
         self.engine = Engine(backend, config, params)
+        self.called = self.engine.called  # names of methods
         self.caches: list[Any] = []
         self.coverage: list[str] = []
 
@@ -97,51 +105,52 @@ class _Run:
                 covers = self.coverage[call.after]
         else:
             before = None if call.after is None else self.caches[call.after]
-            found, cache, covers = _run_call(self.backend, self.config, self.params, call, before)
+            found, cache, covers = self._run_call(call, before)
             if cache is None and self.engine.is_offered:
                 found, covers = self.engine.run(call, index, found, covers)
         self.caches.append(cache)
         self.coverage.append(covers)
         return found
 
-
-def _run_call(
-    backend: Any, config: LlamaConfig, params: Mapping[str, Array], call: Call, cache: Any
-) -> tuple[dict[str, Array], Any, str]:
-    """Run one call; return the activations or logits, the cache, and which of them are offered."""
-    # Copies: a backend that overwrites its inputs must not change the oracle's.
-    inputs = (None if x is None else x.copy() for x in (call.tokens, call.positions, call.mask))
-    given = (config, params, *inputs)
-    purpose = f"the call {call.name!r}"
-    if call.after is not None and cache is None:
-        return {}, None, "not covered: decoding is not offered"
-    try:
-        pair = call_backend(backend, "traced_decode", purpose, *given, cache)
-        found, cache = _as_pair(pair, "traced_decode")
-        return as_arrays(found, "traced_decode"), cache, "activations"
-    except NotImplementedError:
-        pass
-    logits: dict[str, Array] = {}
-    try:
-        pair = call_backend(backend, "decode", purpose, *given, cache)
-        decoded, cache = _as_pair(pair, "decode")
-        logits = as_arrays({"logits": decoded}, "decode")
-    except NotImplementedError as error:
-        why, cache = str(error), None
-    if call.after is None:
+    def _run_call(self, call: Call, cache: Any) -> tuple[dict[str, Array], Any, str]:
+        """Run one call; return the activations or logits, the cache, and which are offered."""
+        # Copies: a backend that overwrites its inputs must not change the oracle's.
+        inputs = (None if x is None else x.copy() for x in (call.tokens, call.positions, call.mask))
+        given = (self.config, self.params, *inputs)
+        if call.after is not None and cache is None:
+            return {}, None, "not covered: decoding is not offered"
         try:
-            found = as_arrays(call_backend(backend, "trace", purpose, *given), "trace")
-            # People run decode: its logits are judged in place of the trace's.
-            return found | logits, cache, "activations"
+            pair = self._call("traced_decode", call, *given, cache)
+            found, cache = _as_pair(pair, "traced_decode")
+            return as_arrays(found, "traced_decode"), cache, "activations"
         except NotImplementedError:
             pass
+        logits: dict[str, Array] = {}
         try:
-            if not logits:
-                alone = call_backend(backend, "logits", purpose, *given)
-                logits = as_arrays({"logits": alone}, "logits")
+            pair = self._call("decode", call, *given, cache)
+            decoded, cache = _as_pair(pair, "decode")
+            logits = as_arrays({"logits": decoded}, "decode")
         except NotImplementedError as error:
-            why = str(error)
-    return logits, cache, "logits" if logits else f"not covered: {why}"
+            why, cache = str(error), None
+        if call.after is None:
+            try:
+                found = as_arrays(self._call("trace", call, *given), "trace")
+                # People run decode: its logits are judged in place of the trace's.
+                return found | logits, cache, "activations"
+            except NotImplementedError:
+                pass
+            try:
+                if not logits:
+                    alone = self._call("logits", call, *given)
+                    logits = as_arrays({"logits": alone}, "logits")
+            except NotImplementedError as error:
+                why = str(error)
+        return logits, cache, "logits" if logits else f"not covered: {why}"
+
+    def _call(self, name: str, call: Call, *given: Any) -> Any:
+        """Return the result of a method on a call; see ``call_backend``."""
+        self.called.add(name)
+        return call_backend(self.backend, name, f"the call {call.name!r}", *given)
 
 
 def _as_pair(value: Any, name: str) -> tuple[Any, Any]:

@@ -24,8 +24,9 @@ class Engine:
     def __init__(self, backend: Any, config: LlamaConfig, params: Mapping[str, Array]) -> None:
         self.backend, self.config, self.params = backend, config, params
         self.last_call: int | None = None
+        self.called: set[str] = set()  # names of methods
         self.refusal = ""  # why the sequences that run last were not begun or continued
-        self.is_offered = all(_offers(backend, name) for name in ("start", "append"))
+        self.is_offered = all(offers(backend, name) for name in ("start", "append"))
 
     def run(
         self, call: Call, index: int, found: Mapping[str, Array], covers: str
@@ -43,9 +44,11 @@ class Engine:
         purpose = f"the call {call.name!r}"
         try:
             if call.after is None:
+                self.called.add("start")
                 rows = list(call.tokens.copy())
                 given = call_backend(self.backend, "start", purpose, self.config, self.params, rows)
             elif call.after == last_call:
+                self.called.add("append")
                 given = call_backend(self.backend, "append", purpose, call.tokens.copy())
             else:
                 return found, f"{NOT_COVERED}: {self.refusal}" if self.refusal else covers
@@ -73,7 +76,7 @@ class Engine:
         return found | {"logits": logits}, covers
 
 
-def _offers(backend: Any, name: str) -> bool:
+def offers(backend: Any, name: str) -> bool:
     """Return whether a backend has a method, not that of ``Backend``, which raises."""
     method = getattr(backend, name, None)
     return callable(method) and getattr(method, "__func__", None) is not getattr(Backend, name)

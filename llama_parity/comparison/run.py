@@ -10,8 +10,9 @@ from reference_np import backend as backends
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 
+from . import backend_training
 from . import report as reports
-from . import training_step
+from .backend_side import TRAINING_METHODS
 from .comparison import Comparison, make_comparison
 from .config import CompareConfig
 from .diagnosis import Diagnosis, diagnose
@@ -112,7 +113,7 @@ def run_comparison(
     traced = None
     if batches is not None or (side.trace and side.trace.steps):
         traced = _compare_training(side, checkpoint, batches, start, settings.diagnose)
-    rows, extent = builder.rows, _extent(recording, calls, side.trace, traced)
+    rows, extent = builder.rows, _extent(recording, calls, side, traced)
     expected = len(comparison.expected())
     if traced is not None:
         rows, expected = rows + traced.rows, expected + len(traced.rows)
@@ -133,16 +134,19 @@ def run_comparison(
 
 
 def _extent(
-    recording: Recording, calls: Sequence[Call], trace: TraceFile | None, traced: TracedSteps | None
+    recording: Recording, calls: Sequence[Call], side: Side, traced: TracedSteps | None
 ) -> Extent:
-    """Return how much of the other side was compared; ``trace`` where it is one."""
+    """Return how much of the other side was compared."""
+    trace = side.trace
     unseen = [] if trace is None else unseen_outputs(recording)
     unjudged = [] if trace is None else unjudged_calls(recording, calls)
     noun, steps = "outputs" if unseen else "activations", (0, 0)
     if traced is not None:
         noun, steps = "quantities", (traced.judged, len(trace.steps) if trace else traced.judged)
         unseen, unjudged = unseen + traced.unseen, unjudged + traced.unjudged
-    return Extent(extent_noun(noun, recording, calls, steps), unseen, unjudged)
+    trained = TRAINING_METHODS if traced is not None else ()
+    uncalled = [name for name in side.uncalled if name not in trained]
+    return Extent(extent_noun(noun, recording, calls, steps), unseen, unjudged, uncalled)
 
 
 def _warnings(
@@ -207,8 +211,9 @@ def _compare_training(
     if side.trace is not None:
         return compare_traced_steps(side.trace, checkpoint, start, diagnosing)
     assert batches is not None
-    found = training_step.compare_training(side, checkpoint, batches, start, diagnosing)
-    return TracedSteps(*found, unseen=[], unjudged=[], judged=1)
+    found = backend_training.compare_training(side, checkpoint, batches, start, diagnosing)
+    rows, diagnosis, notes, unseen = found
+    return TracedSteps(rows, diagnosis, notes, unseen, unjudged=[], judged=1)
 
 
 def _training_entry(traced: TracedSteps, calls: Sequence[Call]) -> dict[str, Any]:

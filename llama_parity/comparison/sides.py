@@ -35,6 +35,8 @@ class Side(NamedTuple):
     backend: Any = None  # for --grads: the name of a backend, as ``reference_np.backend`` loads it
     weights: Path | None = None  # a checkpoint, where it is not the oracle's
     limits: Limits = UNLIMITED  # of a backend that declares them
+    # Methods that a backend offers and ``write`` did not call; ``write`` fills the list.
+    uncalled: Sequence[str] = ()
 
 
 class Recording(NamedTuple):

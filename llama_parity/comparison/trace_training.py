@@ -15,27 +15,18 @@ import numpy as np
 from reference_np.naming import parameter_shapes
 from reference_np.ops import Array
 from reference_np.optim import Hyperparameters, OptState
-from reference_np.training_mutants import TRAINING
 
 from .diagnosis import Diagnosis, Explanation
 from .judging import Row
 from .progress import Start
+from .replayed_step import RUN, StepStart, judge_step
 from .source import Source
 from .trace_file import TraceFile
 from .trace_format import AFTER_UPDATE, STEP_SCALARS
-from .training_step import (
-    as_tokens,
-    compare_step,
-    diagnose_step,
-    exact_and_low_params,
-    gradients,
-    step_values,
-    update_values,
-)
+from .training_step import as_tokens, exact_and_low_params, update_values
 from .training_task import Task
 from .verdict import listed
 
-RUN = "step"  # the only run of a traced step, by the names of training_task.quantity_names
 # What a step may show, and the kind of its tensors.
 SHOWN = {
     "losses": "loss",
@@ -64,15 +55,6 @@ class TracedSteps(NamedTuple):
     judged: int
 
 
-class _Start(NamedTuple):
-    """Where a step starts: the parameters in float64 and in the precision under test."""
-
-    exact: Params
-    low: Params
-    state: OptState | None
-    updates: bool = True  # whether the optimizer's state is known
-
-
 def compare_traced_steps(
     trace: TraceFile, checkpoint: Source, start: Start, diagnosing: bool
 ) -> TracedSteps:
@@ -87,7 +69,7 @@ def compare_traced_steps(
     diagnosis = Diagnosis([], [])
     advance = start("training steps", len(trace.steps))
     diagnosed = 0
-    starts: list[_Start | None] = []
+    starts: list[StepStart | None] = []
     empty: list[int] = []
     untried: list[int] = []
     for s in every:
@@ -97,7 +79,7 @@ def compare_traced_steps(
             task = _task(trace, s, at.state)
             theirs = _their_values(trace, s, at)
             tried = start if diagnosing and diagnosed < MOST_DIAGNOSED else None
-            found, more = _judge(task, trace.dtype, at, theirs, s, tried)
+            found, more = judge_step(task, trace.dtype, at, theirs, s, tried)
             if more is not None:
                 diagnosed += 1
                 diagnosis = _joined(diagnosis, more)
@@ -117,7 +99,7 @@ def compare_traced_steps(
 
 
 def _gaps(
-    trace: TraceFile, starts: Sequence[_Start | None], empty: Sequence[int]
+    trace: TraceFile, starts: Sequence[StepStart | None], empty: Sequence[int]
 ) -> list[tuple[str, list[int], str]]:
     """Return what is not judged, of which steps, and why: "" stands for all of a step.
 
@@ -150,35 +132,6 @@ def _shows_update(trace: TraceFile, s: int) -> bool:
     return any(trace.has_step(s, f"{kind}.{name}") for kind in AFTER_UPDATE for name in names)
 
 
-def _judge(
-    task: Task, dtype: str, at: _Start, theirs: Mapping[str, Array], s: int, start: Start | None
-) -> tuple[list[Row], Diagnosis | None]:
-    """Return the rows of a step and, with ``start``, the diagnosis of those that diverge."""
-    exact = step_values(task, at.exact, gradients(task, at.exact), trains=True)
-    baseline = exact
-    if dtype != "float64":
-        baseline = step_values(task, at.low, gradients(task, at.low), trains=True)
-    names = [name for name in exact if name in theirs]
-    rows = compare_step(task, dtype, theirs, exact, baseline, names)
-    diagnosis = None
-    if start is not None and any(row.status == "diverges" for row in rows):
-        advance = start("known training bugs", len(TRAINING))
-        diagnosis = diagnose_step(task, dtype, at.exact, at.low, theirs, exact, rows, advance)
-        diagnosis = Diagnosis(
-            [e._replace(row=_renamed(e.row, s)) for e in diagnosis.explanations],
-            [_renamed(row, s) for row in diagnosis.unexplained],
-        )
-    return [_renamed(row, s) for row in rows], diagnosis
-
-
-def _renamed(row: Row, s: int) -> Row:
-    """Return a row under the name that its tensor has in the trace, but for the update."""
-    name = row.name.removeprefix(f"{RUN} ")
-    if name.startswith("step "):
-        name = f"update {name.removeprefix('step ')}"
-    return row._replace(name=f"step {s} {name}")
-
-
 def _joined(one: Diagnosis, other: Diagnosis) -> Diagnosis:
     """Return the diagnosis of two steps: the same bugs explain the rows of both."""
     explanations: list[Explanation] = list(one.explanations)
@@ -203,18 +156,18 @@ def _task(trace: TraceFile, s: int, state: OptState | None) -> Task:
     return Task(trace.config, trace.steps[s].batches, limits, hyper.z_loss, hyper, state)
 
 
-def _start_of(trace: TraceFile, checkpoint: Source, s: int) -> _Start | None:
+def _start_of(trace: TraceFile, checkpoint: Source, s: int) -> StepStart | None:
     """Return where step ``s`` starts; None where the trace lacks the parameters before it."""
     if s == 0:
-        return _Start(*exact_and_low_params(checkpoint, trace.dtype), None)
+        return StepStart(*exact_and_low_params(checkpoint, trace.dtype), None)
     params = _all_finite(trace, s - 1, "param")
     if params is None:
         return None
     low = {name: value.astype(trace.dtype) for name, value in params.items()}
     exp_avg, exp_avg_sq = (_all_finite(trace, s - 1, kind) for kind in ("exp_avg", "exp_avg_sq"))
     if exp_avg is None or exp_avg_sq is None:
-        return _Start(params, low, None, updates=False)
-    return _Start(params, low, OptState(s, exp_avg, exp_avg_sq))
+        return StepStart(params, low, None, updates=False)
+    return StepStart(params, low, OptState(s, exp_avg, exp_avg_sq))
 
 
 def _all_finite(trace: TraceFile, s: int, kind: str) -> dict[str, Array] | None:
@@ -237,7 +190,7 @@ def _read_all(trace: TraceFile, s: int, kind: str) -> dict[str, Array]:
     return found
 
 
-def _their_values(trace: TraceFile, s: int, at: _Start) -> dict[str, Array]:
+def _their_values(trace: TraceFile, s: int, at: StepStart) -> dict[str, Array]:
     """Return a step's results by the names of ``step_values``, those that can be judged."""
     grads = _read_all(trace, s, "grad")
     after, exp_avg, exp_avg_sq = (

@@ -1,45 +1,31 @@
 """Compare a training step: its loss and gradients, and clipping's and AdamW's results.
 
-Two micro-batches with unequal numbers of targets share one step; it is taken once with a limit
-that clips and once with one that does not. Whole models are held in memory.
+Whole models are held in memory.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from reference_np import backend as backends
 from reference_np import grad, optim
-from reference_np.config import InputError
-from reference_np.grad import Batch
 from reference_np.ops import Array
 from reference_np.optim import OptState
 from reference_np.tolerances import Errors, errors
 from reference_np.training_mutants import TRAINING
 
-from .backend_side import BackendParams
 from .diagnosis import Diagnosis, greedy_set_cover
-from .engine_side import call_backend
 from .judging import Reference, Row, error_bound, judge
-from .progress import Start
 from .replay import Key
-from .sides import Side
 from .source import Source, open_checkpoint
 from .training_task import (
-    HYPERPARAMETERS,
-    RUNS,
     Task,
-    clip_limits,
     inherited_bounds,
-    quantity_names,
 )
 from .trials import Effect, Suspect
-from .within_limits import config_within
 
 
 def gradients(
@@ -93,106 +79,6 @@ def step_values(
             params, task.state_like(params), task.batches, task.config, hyper, rules=given
         )
         values |= update_values(run, metrics.grad_norm, state, params, new)
-    return values
-
-
-def compare_training(
-    side: Side, checkpoint: Source, batches: list[Batch], start: Start, diagnosing: bool
-) -> tuple[list[Row], Diagnosis, list[str]]:
-    """Take a training step on both sides; return its rows, their diagnosis, and notes to print.
-
-    Raises InputError for a backend without gradients, and for one that fails.
-    """
-    exact_params, low_params = exact_and_low_params(checkpoint, side.dtype)
-    advance = start("training step", 3)
-    step = _their_step(side, checkpoint, batches, exact_params)
-    task, trains = step.task, step.trains
-    advance()
-    exact_values = step_values(task, exact_params, step.exact_gradients, trains)
-    advance()
-    baseline = exact_values
-    if low_params is not exact_params:
-        baseline = step_values(task, low_params, gradients(task, low_params), trains)
-    advance()
-    names = quantity_names(task.config, trains)
-    rows = compare_step(task, side.dtype, step.values, exact_values, baseline, names)
-    diagnosis = Diagnosis([], [])
-    if diagnosing and any(row.status == "diverges" for row in rows):
-        advance = start("known training bugs", len(TRAINING))
-        diagnosis = diagnose_step(
-            task, side.dtype, exact_params, low_params, step.values, exact_values, rows, advance
-        )
-    return rows, diagnosis, step.notes
-
-
-class TheirStep(NamedTuple):
-    """The other side's training step, and the part of it that is compared."""
-
-    task: Task  # without z-loss where that is not offered
-    exact_gradients: Any  # the oracle's loss and gradients, which decide where norms are clipped
-    values: dict[str, Array]
-    trains: bool  # whether there is more than gradients
-    notes: list[str]
-
-
-def _their_step(
-    side: Side, checkpoint: Source, batches: list[Batch], exact_params: Mapping[str, Array]
-) -> TheirStep:
-    """Take the other side's step, as much of it as its backend offers.
-
-    Raises InputError for a backend without gradients, and for one that fails.
-    """
-    backend = backends.load(side.backend, "--against")
-    config = config_within(side.limits, checkpoint.config)
-    path = checkpoint.path if side.weights is None else side.weights
-    params = BackendParams(open_checkpoint(path, side.dtype), config, side.dtype)
-    notes: list[str] = []
-
-    def call(name: str, *arguments: Any) -> Any:
-        given = (config, params, copy.deepcopy(batches), *arguments)
-        return call_backend(backend, name, "the training step", *given)
-
-    task = Task(config, batches, {}, HYPERPARAMETERS.z_loss)
-    try:
-        loss_and_grads = call("loss_and_grads", task.z_loss)
-    except NotImplementedError as error:
-        notes.append(f"z-loss is left out ({error})")
-        task = task._replace(z_loss=0.0)
-        try:
-            loss_and_grads = call("loss_and_grads", 0.0)
-        except NotImplementedError as other:
-            raise InputError(f"--grads: {side.title} does not offer it ({other})") from None
-    exact_gradients = gradients(task, exact_params)
-    task = task._replace(clip_limits=clip_limits(exact_gradients[1]))
-    try:
-        steps = {}
-        for run in RUNS:
-            hyper = replace(HYPERPARAMETERS, z_loss=task.z_loss, grad_clip=task.clip_limits[run])
-            steps[run] = call("train", hyper, 1)
-    except NotImplementedError as error:
-        notes.append(f"gradients alone, no step ({error})")
-        steps = {}
-    values = _their_values(loss_and_grads, steps, params)
-    return TheirStep(task, exact_gradients, values, bool(steps), notes)
-
-
-def _their_values(
-    loss_and_grads: Any, steps: Mapping[str, Any], before: Mapping[str, Array]
-) -> dict[str, Array]:
-    """Return gradients and steps by the names of ``quantity_names``.
-
-    ``before``: the parameters before the step. Raises InputError for results of another form.
-    """
-    try:
-        values = gradient_values(*loss_and_grads)
-        for run, step in steps.items():
-            norm, exp_avg, after = step["grad_norm"][0], step["exp_avg"], step["params"]
-            values |= update_values(run, norm, OptState(1, exp_avg, {}), before, after)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(
-            f"--against: loss_and_grads or train returned something else than the protocol says "
-            f"({type(error).__name__}: {error}); see reference_np/backend.py"
-        ) from None
     return values
 
 

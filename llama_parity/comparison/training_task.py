@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,16 @@ from .judging import error_bound
 # The paper's settings at the peak of the schedule, where a step is largest; z-loss as in PaLM.
 HYPERPARAMETERS = optim.Hyperparameters(warmup_steps=0, z_loss=1e-4)
 
-# The step is taken twice: with a limit on the gradient norm that some single tensor exceeds, and
-# with one above the norm of all.
+# For the steps after one another, which see what a first step at the peak hides: beta2, the moments
+# of several gradients, and the schedule. Half the rate, the peak twice, 0.775 of it, where neither
+# a straight line nor a decay that ends elsewhere has the same.
+SCHEDULE = replace(HYPERPARAMETERS, warmup_steps=2, steps=6)
+N_STEPS = 4
+
+# The first step is taken twice: with a limit on the gradient norm that some single tensor exceeds,
+# and with one above the norm of all.
 RUNS = ("clipped", "whole")
+KINDS = ("exp_avg", "exp_avg_sq", "step")  # what a step shows of each parameter; "step": the update
 
 
 def clip_limits(grads: Mapping[str, Array]) -> dict[str, float]:
@@ -72,7 +80,7 @@ def quantity_names(config: LlamaConfig, trains: bool) -> list[str]:
     names = ["loss", *(f"grad {name}" for name in parameters)]
     for run in RUNS if trains else ():
         names.append(f"{run} grad_norm")
-        names += [f"{run} {kind} {name}" for kind in ("exp_avg", "step") for name in parameters]
+        names += [f"{run} {kind} {name}" for kind in KINDS for name in parameters]
     return names
 
 

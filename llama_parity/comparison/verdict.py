@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from reference_np.tolerances import Errors
 
-from .judging import OPERATION, Measure, Row
+from .judging import DOCUMENTED, OPERATION, Measure, Row
 from .sides import Recording, is_covered, is_lost
 from .trace_format import LOGPROBS, Call
 
@@ -22,6 +22,7 @@ class Extent(NamedTuple):
     noun: str
     unseen: Sequence[str] = ()
     unjudged: Sequence[str] = ()
+    uncalled: Sequence[str] = ()  # methods that a backend offers
 
 
 def verdict(
@@ -45,19 +46,31 @@ def verdict(
         line += f"({_reason(first)})"
     elif first := next((row for row in rows if row.status == "inherits"), None):
         line = f"FAIL: {within}; every operation is right by itself, but errors add up: first "
-        line += f"beyond the bound at {place(first, calls)}"
+        line += f"beyond the bound at {place(first, calls)}{_documented(rows)}"
     else:
         line = f"FAIL: {compared} of {expected} {noun} compared"
     for title, left_out in (("not judged", extent.unjudged), ("not seen", extent.unseen)):
         line += f"; {title}: {', '.join(left_out)}" if left_out else ""
+    if holds and extent.uncalled:  # of what fails the wrong rows say enough
+        line += f"; not called: {', '.join(extent.uncalled)}"
     return {
         "holds": holds and not extent.unjudged,
         "compared": compared,
         "expected": expected,
         "unjudged": list(extent.unjudged),
         "unseen": list(extent.unseen),
+        "uncalled": list(extent.uncalled),
         "line": line,
     }
+
+
+def _documented(rows: Sequence[Row]) -> str:
+    """Return what says that operations are right by a declared difference alone; "" for none."""
+    kinds = dict.fromkeys(row.kind for row in rows if row.status == DOCUMENTED and row.fresh)
+    if not kinds:
+        return ""
+    are = "are" if len(kinds) > 1 else "is"
+    return f" ({' and '.join(kinds)} {are} within the bound of declared float32 angles alone)"
 
 
 def extent_noun(

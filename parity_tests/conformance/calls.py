@@ -14,7 +14,7 @@ from reference_np.config import LlamaConfig
 from reference_np.grad import Batch
 
 from .description import describe_call, describe_config
-from .handed import Handed, describe_change
+from .handed import OVERWRITES, Handed, describe_change
 
 Inputs = Mapping[str, Any]  # by name: arrays, or sequences of them
 
@@ -144,7 +144,7 @@ class Calls:
         found = describe_change(method, changed) if changed else ""
         for name, array, copy in self._returned:
             if not found and not np.array_equal(array, copy, equal_nan=True):
-                found = f"{method} changes what {name} returned before: return an array of its own"
+                found = f"{method} changes what {name} returned before: {OVERWRITES[1]}"
         self.overwritten = self.overwritten or found
 
     def _method(self, name: str) -> Callable[..., Any]:

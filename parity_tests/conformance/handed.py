@@ -11,6 +11,9 @@ import numpy as np
 
 from reference_np.ops import Array
 
+# How every sentence on a method ends that writes to an array: one it was given, or one it returned.
+OVERWRITES = ("copy them", "return an array of its own")
+
 
 class Handed:
     """Copies of the arrays in ``given``, by name: arrays, or lists and tuples of them."""
@@ -36,7 +39,7 @@ class Handed:
 def describe_change(method: str, names: list[str]) -> str:
     """Return the sentence on a method that changes what it is given."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{method} changes the arrays that it is given ({names[0]}{more}): copy them"
+    return f"{method} changes the arrays that it is given ({names[0]}{more}): {OVERWRITES[0]}"
 
 
 def _copied(value: Any) -> Any:

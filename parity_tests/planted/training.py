@@ -153,17 +153,28 @@ class PlantedTrainer(Planted):
         hyper: Hyperparameters,
         steps: int,
     ) -> Mapping[str, Any]:
-        assert (steps, hyper.warmup_steps) == (1, 0)
-        tensors = _tensors(params)
-        loss, grads = self._gradients(config, tensors, batches, hyper.z_loss)
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
-        new, exp_avg = {}, {}
-        for name, g in grads.items():
-            with torch.no_grad():
+        tensors, losses, norms = _tensors(params), [], []
+        exp_avg, exp_avg_sq = (
+            {name: torch.zeros_like(p) for name, p in tensors.items()} for _ in range(2)
+        )
+        for t in range(steps):
+            loss, grads = self._gradients(config, tensors, batches, hyper.z_loss)
+            norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+            new = {}
+            for name, g in grads.items():
+                p, moments = tensors[name].detach(), (exp_avg[name], exp_avg_sq[name])
                 g = self._clipped(g, norm, hyper.grad_clip)
-                new[name], exp_avg[name] = self._adam(tensors[name].detach(), g, hyper)
-        arrays = [{n: t.numpy() for n, t in part.items()} for part in (new, exp_avg)]
-        return {"loss": [loss], "grad_norm": [norm], "params": arrays[0], "exp_avg": arrays[1]}
+                new[name], *moments = self._adam(p, g, *moments, t, hyper)
+                exp_avg[name], exp_avg_sq[name] = moments
+            tensors = {name: p.requires_grad_() for name, p in new.items()}
+            losses.append(loss)
+            norms.append(norm)
+        named = {"params": tensors, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        arrays = {
+            kind: {name: x.detach().numpy() for name, x in part.items()}
+            for kind, part in named.items()
+        }
+        return {"loss": losses, "grad_norm": norms, **arrays}
 
     def _gradients(
         self, config: LlamaConfig, tensors: Tensors, batches: Sequence[Batch], z_loss: float
@@ -210,21 +221,35 @@ class PlantedTrainer(Planted):
         factor = limit / (norm + 1e-6)
         return g * (factor if self.bug == "clip_always" else min(1.0, factor))
 
-    def _adam(self, p: Tensor, g: Tensor, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
+    def _adam(
+        self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, hyper: Hyperparameters
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a parameter and its moments after step ``t``, from 0; all of one shape."""
         decays = p.ndim > 1 or self.bug == "decay_on_norms"
         decay = hyper.weight_decay if decays else 0.0
         if self.bug == "decay_in_gradient":
             g, decay = g + decay * p, 0.0
-        decay_rate = 1.0 if self.bug == "decay_without_rate" else hyper.lr
-        step = 2 if self.bug == "adam_step_from_one_too_many" else 1
-        m, v = (1 - hyper.beta1) * g, (1 - hyper.beta2) * g.square()
+        lr = _rate(t, hyper)
+        decay_rate = 1.0 if self.bug == "decay_without_rate" else lr
+        step = t + (2 if self.bug == "adam_step_from_one_too_many" else 1)
+        m = hyper.beta1 * m + (1 - hyper.beta1) * g
+        v = hyper.beta2 * v + (1 - hyper.beta2) * g.square()
         m_hat, v_hat = m / (1 - hyper.beta1**step), v / (1 - hyper.beta2**step)
         if self.bug == "adam_uncorrected":
             m_hat, v_hat = m, v
         denominator = v_hat.sqrt() + hyper.adam_eps
         if self.bug == "adam_eps_inside":
             denominator = (v_hat + hyper.adam_eps).sqrt()
-        return p - decay_rate * decay * p - hyper.lr * m_hat / denominator, m
+        return p - decay_rate * decay * p - lr * m_hat / denominator, m, v
+
+
+def _rate(t: int, hyper: Hyperparameters) -> float:
+    """Return the learning rate of step ``t``, from 0: a linear warmup, then half a cosine."""
+    if t < hyper.warmup_steps:
+        return hyper.lr * (t + 1) / hyper.warmup_steps
+    last = max(1, hyper.steps - 1 - hyper.warmup_steps)
+    height = (1 + math.cos(math.pi * min(1.0, (t - hyper.warmup_steps) / last))) / 2
+    return hyper.lr * (hyper.final_lr_ratio + (1 - hyper.final_lr_ratio) * height)
 
 
 def _tensors(params: Params) -> Tensors:

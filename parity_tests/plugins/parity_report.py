@@ -1,6 +1,5 @@
 """Record errors by test and backend, skip or fail tests that compared nothing, print the tables."""
 
-import shlex
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from reference_np.limits import limits_of
 from ..conformance.calls import ParityError
 from ..conformance.judge import JUDGE
 from . import processor, summary_tables
+from .advice import comparison_commands, failed_checks
 from .backend_option import (
     HONEST,
     MUTANTS,
@@ -80,21 +80,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("parity")
         for line in (*lines, *too_few(config)):
             terminalreporter.write_line(line)
-        failed = bool(terminalreporter.stats.get("failed"))
-        for name in named if failed else ():
-            for line in comparison_commands(name, bool(command_of(config))):
+        failed = failed_checks(terminalreporter.stats.get("failed", ()))
+        for name in named:
+            for line in comparison_commands(name, failed.get(name, ()), bool(command_of(config))):
                 terminalreporter.write_line(line)
-
-
-def comparison_commands(name: str, installed: bool = False) -> list[str]:
-    """Return the lines that say how to find a backend's bug, its two commands to be pasted."""
-    compare = "llama-parity compare" if installed else "python -m llama_parity.compare"
-    flags = limits_of(load(name)).checkpoint_flags()
-    return [
-        "these two commands name the layer, the operation and, where it is a known one, the bug:",
-        f"python -m llama_parity.random_checkpoint tiny-llama {flags}",
-        f"{compare} tiny-llama --against {shlex.quote(name)}",
-    ]
 
 
 def runs_all(config: pytest.Config) -> bool:

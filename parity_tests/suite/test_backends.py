@@ -57,7 +57,9 @@ def test_a_wrong_backend_fails_and_says_how_to_repeat_it() -> None:
     assert any(line.startswith("error      1e-06 of the largest value, tol") for line in report)
     lines = done.stdout.splitlines()
     assert "python -m llama_parity.random_checkpoint tiny-llama --shape tiny" in lines
-    assert f"python -m llama_parity.compare tiny-llama --against {CHOSEN[1]}" in lines
+    assert (
+        f"python -m llama_parity.compare tiny-llama --against {CHOSEN[1]} --dtype float64" in lines
+    )
     again = reproducing.done()
     assert again.returncode == 1
     assert "times its tolerance" in again.stdout

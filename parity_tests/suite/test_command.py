@@ -48,7 +48,8 @@ def test_a_bug_is_red_in_a_folder_whose_own_settings_are_broken() -> None:
     assert failed.startswith("FAILED mine:SmallWithTiledHeads test_causal_logits: logits: ")
     assert "expected failure: mine:SmallWithTiledHeads test_logits: tiled" in last
     assert "equals     the known bug kv_heads_tiled" in done.stdout
-    assert "llama-parity compare tiny-llama --against mine:SmallWithTiledHeads" in last
+    compare = "llama-parity compare tiny-llama --against mine:SmallWithTiledHeads --dtype float64"
+    assert compare in last
     kept = {path.name for path in WITH_BUG.folder.iterdir()} - {"__pycache__"}
     assert kept == {*HOSTILE, "report.json", "junit.xml", "cache"}
     again = next(line for line in last if line.startswith("again "))

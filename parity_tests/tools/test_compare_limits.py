@@ -16,7 +16,7 @@ from reference_np.limits import Limits
 from reference_np.ops import rope_frequencies
 
 from ..planted.port import Planted
-from ..plugins.parity_report import comparison_commands
+from ..plugins.advice import comparison_commands
 from ..suite.toy_ports import Engine, Small, SmallWithTiledHeads
 from .comparing import CONFIG, QUICK, write
 
@@ -169,7 +169,7 @@ def test_the_commands_that_a_failing_suite_prints_name_the_bug(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     spec = offer(TiledHeads())
-    commands = [line.split() for line in comparison_commands(spec)[-2:]]
+    commands = [line.split() for line in comparison_commands(spec, ["test_logits"])[-2:]]
     assert [command[:3] for command in commands] == [
         ["python", "-m", "llama_parity.random_checkpoint"],
         ["python", "-m", "llama_parity.compare"],

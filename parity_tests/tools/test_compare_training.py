@@ -25,7 +25,8 @@ def test_gradients_and_the_step_agree(ckpt: Path, run: Callable, dtype: str) -> 
     code, out, _ = run(ckpt, *SHORT, "--dtype", dtype)
     assert code == 0
     n = QUICK_CALLS * (len(NAMES) + (dtype == "float32"))
-    n += 1 + 2 + 5 * len(parameter_shapes(CONFIG))
+    n += 1 + 2 + 7 * len(parameter_shapes(CONFIG))
+    n += training_task.N_STEPS * (2 + 3 * len(parameter_shapes(CONFIG)))
     assert out.splitlines()[-1].startswith(f"PASS: {n} of {n} quantities within bounds")
 
 
