@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_parity.comparison import progress, replayed_step
+from llama_parity.comparison import progress, replayed_step, trace_training
 from llama_parity.comparison.report_rows import judged_kl, short_name
 from reference_np.training_mutants import TRAINING
 
@@ -153,7 +153,7 @@ def test_known_bugs_are_tried_on_the_first_wrong_steps_alone(
     """Each takes the training step some thirty times."""
     path, tried = write(tmp_path / "trained.safetensors", TRAINED_CONFIG), []
     real = replayed_step.diagnose_step
-    monkeypatch.setattr(replayed_step, "MOST_DIAGNOSED", 1)
+    monkeypatch.setattr(trace_training, "MOST_DIAGNOSED", 1)
     monkeypatch.setattr(
         replayed_step, "diagnose_step", lambda *args: (tried.append(1), real(*args))[1]
     )
