@@ -41,7 +41,7 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
 
         model = self._model(config, params)
         with torch.no_grad(), tracing(model, trace):
-            _, cache = call(model, tokens, positions, mask, cache)
+            _, cache = self._call(model, tokens, positions, mask, cache)
         return activations, cache
 
     def decode(
@@ -55,7 +55,7 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
     ) -> tuple[Array, DynamicCache]:
         model = self._model(config, params)
         with torch.no_grad():
-            out, cache = call(model, tokens, positions, mask, cache)
+            out, cache = self._call(model, tokens, positions, mask, cache)
         return out.to(torch.promote_types(out.dtype, torch.float32)).numpy(), cache
 
     def from_directory(self, path: str, dtype: str) -> Callable[[Array], Array]:
@@ -81,13 +81,24 @@ class Transformers(LogitsByDecode, TraceByTracedDecode):
         count = sum(int(np.sum(batch.targets != -100)) for batch in batches)
         total = 0.0
         for batch in batches:
-            logits, _ = call(model, batch.tokens, batch.positions, batch.mask)
+            logits, _ = self._call(model, batch.tokens, batch.positions, batch.mask, None)
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten(), reduction="sum"
             )
             (loss / count).backward()
             total += loss.item() / count
         return total, {n: p.grad.numpy() for n, p in model.named_parameters()}
+
+    def _call(
+        self,
+        model: Any,
+        tokens: Array,
+        positions: Array | None,
+        mask: Array | None,
+        cache: DynamicCache | None,
+    ) -> tuple[torch.Tensor, DynamicCache]:
+        """Return the logits [B, T, V] of tokens and the cache with them added."""
+        return call(model, tokens, positions, mask, cache)
 
     def _model(self, config: LlamaConfig, params: Params) -> Any:
         dtype = next(iter(params.values())).dtype

@@ -5,8 +5,10 @@ GB, since keras-hub depends on TensorFlow). Weights are mapped by ``convert_llam
 of Hugging Face directories. The cache is an array of a fixed length, returned by each call.
 """
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -22,6 +24,7 @@ from keras_hub.src.utils.transformers import convert_llama3
 from reference_np.limits import Limits, real_tokens
 
 REQUIRES = ("keras-hub==0.32.0", "keras==3.15.1", "jax==0.10.2")
+OBJECTS = ("Port", "Directory", "DirectoryWithEpsilon")
 CACHED = 320  # the length of the cache
 # The weights are all assigned; to draw random ones first would be compiled for each shape.
 keras.initializers.RandomNormal.__call__ = lambda self, shape, dtype: np.zeros(shape, dtype)
@@ -111,10 +114,22 @@ class Directory:
     )
 
     def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
-        model = LlamaCausalLM(Backbone.from_preset(path, dtype=dtype))
+        return self.called(Backbone.from_preset(path, dtype=dtype))
+
+    def called(self, backbone: Any) -> Callable[[Any], Any]:
+        model = LlamaCausalLM(backbone)
 
         def logits(tokens: Any) -> Any:
             real = np.ones(tokens.shape, np.int32)
             return to_numpy(model({"token_ids": tokens, "padding_mask": real}))
 
         return logits
+
+
+class DirectoryWithEpsilon(Directory):
+    """The same with the file's epsilon as an argument, which shows what else is read wrongly."""
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        file = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+        eps = file["rms_norm_eps"]
+        return self.called(Backbone.from_preset(path, dtype=dtype, layer_norm_epsilon=eps))

@@ -10,74 +10,16 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
 
 from reference_np.limits import Limits
-from reference_np.ops import rope_frequencies
+
+from .gguf_file import write
 
 REQUIRES = ("llama_cpp_python==0.3.36", "gguf==0.19.0")
 LENGTH = 320  # positions of one sequence
 QUIET = llama_cpp.llama_log_callback(lambda *_: None)
-LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
-def tensor_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    if stem in TOP:
-        return f"{TOP[stem]}.weight"
-    _, _, layer, kind = stem.split(".", 3)
-    return f"blk.{layer}.{LAYER[kind]}.weight"
-
-
-def paired(weight: Any, n_heads: int) -> Any:
-    """Return q's or k's rows in the order of rotation of neighbouring pairs."""
-    halves = weight.reshape(n_heads, 2, -1, weight.shape[1])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
-
-
-def write(path: str, config: Any, params: Any) -> None:
-    file = gguf.GGUFWriter(path, "llama")
-    file.add_context_length(config.max_seq_len)
-    file.add_embedding_length(config.dim)
-    file.add_block_count(config.n_layers)
-    file.add_feed_forward_length(config.hidden_dim)
-    file.add_head_count(config.n_heads)
-    file.add_head_count_kv(config.n_kv_heads)
-    file.add_key_length(config.head_dim)
-    file.add_value_length(config.head_dim)
-    file.add_rope_dimension_count(config.head_dim)
-    file.add_rope_freq_base(config.rope_theta)
-    file.add_layer_norm_rms_eps(config.norm_eps)
-    file.add_vocab_size(config.vocab_size)
-    file.add_tokenizer_model("none")
-    if config.rope_type == "linear":
-        file.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        file.add_rope_scaling_factor(config.rope_factor)
-    if config.rope_type == "llama3":
-        plain = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-        factors = plain / rope_frequencies(config)
-        file.add_tensor("rope_freqs.weight", factors.astype(np.float32))
-    for name, value in params.items():
-        heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
-        n_heads = heads.get(name.split(".")[-2])
-        file.add_tensor(tensor_name(name), paired(value, n_heads) if n_heads else value)
-    file.write_header_to_file()
-    file.write_kv_data_to_file()
-    file.write_tensors_to_file()
-    file.close()
 
 
 class Engine:

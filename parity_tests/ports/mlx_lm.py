@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model
 
 from reference_np.limits import Limits, real_tokens
 
-REQUIRES = ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")
+REQUIRES = ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4")
 mx.set_default_device(mx.cpu)
 
 

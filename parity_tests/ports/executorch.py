@@ -1,0 +1,124 @@
+"""ExecuTorch's own Llama, the PyTorch module that it exports, as a backend.
+
+Tested with executorch 1.5.1 and torch 2.13.0 (``pip install executorch torch==2.13.0``; 1.9 GB).
+The module is ``examples/models/llama`` of the wheel with ``use_hf_rope``, which keeps Hugging
+Face's order of rows; weights are mapped by name. Its cache lies in the module and is copied here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from executorch.examples.models.llama.llama_transformer import construct_transformer
+from executorch.examples.models.llama.model_args import ModelArgs
+from torch import nn
+
+from reference_np.limits import Limits
+
+from ..backends import torch_port
+
+REQUIRES = ("executorch==1.5.1", "torch==2.13.0")
+CONTEXT = 320  # the length of the cache and of the mask
+LAYER = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+
+
+def renamed(params: dict[str, Any]) -> dict[str, Any]:
+    """Return ExecuTorch's parameters, by the names of Called."""
+    found = {}
+    for name, value in params.items():
+        stem = name.removesuffix(".weight")
+        if stem not in TOP:
+            _, _, layer, kind = stem.split(".", 3)
+            found[f"model.layers.{layer}.{LAYER[kind]}.weight"] = value
+        else:
+            found[f"model.{TOP[stem]}.weight"] = value
+    found.setdefault("model.output.weight", found["model.tok_embeddings.weight"])
+    return found
+
+
+class Called(nn.Module):
+    """The transformer, called with tokens, positions and mask."""
+
+    def __init__(self, config: Any, dtype: Any, batch: int = 0) -> None:
+        super().__init__()
+        arguments = ModelArgs(
+            dim=config.dim,
+            n_layers=config.n_layers,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            hidden_dim=config.hidden_dim,
+            vocab_size=config.vocab_size,
+            norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            use_hf_rope=True,
+            max_seq_len=CONTEXT,
+            max_context_len=CONTEXT,
+            max_batch_size=batch,
+            use_kv_cache=batch > 0,
+            generate_full_logits=True,
+        )
+        self.model = construct_transformer(arguments)
+        for _, buffer in self.model.named_buffers():  # as Module.to, which the exporter calls
+            if buffer.is_floating_point():
+                buffer.data = buffer.to(dtype)
+        self.start = 0
+
+    def forward(self, tokens: Any, positions: Any, mask: Any) -> Any:
+        if not self.model.use_kv_cache:
+            return self.model(tokens)
+        at = torch.arange(self.start, self.start + tokens.shape[1])
+        self.start += tokens.shape[1]
+        return self.model(tokens, attn_options={"input_pos": at})
+
+
+def built(config: Any, params: Any, batch: int = 0) -> Called:
+    dtype = torch_port.to_torch(params["model.norm.weight"]).dtype
+    module = Called(config, dtype, batch)
+    weights = renamed({name: torch_port.to_torch(value) for name, value in params.items()})
+    unexpected = module.load_state_dict(weights, strict=False, assign=True).unexpected_keys
+    assert not unexpected, unexpected
+    return module.eval()
+
+
+class Port:
+    """The transformer with ``use_hf_rope``, and its KVCache."""
+
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+    limits = Limits(
+        masks="causal",
+        positions="consecutive",
+        rope_types=("default",),
+        float32_angles=("float32", "bfloat16", "float16"),
+    )
+
+    @torch.no_grad()
+    def logits(self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any) -> Any:
+        with torch_port.lifted(params):
+            return torch_port.to_numpy(built(config, params)(torch.from_numpy(tokens), None, None))
+
+    @torch.no_grad()
+    def decode(
+        self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any, cache: Any
+    ) -> tuple[Any, Any]:
+        with torch_port.lifted(params):
+            module = torch_port.continued(cache, lambda: built(config, params, len(tokens)))
+            return torch_port.to_numpy(module(torch.from_numpy(tokens), None, None)), module
+
+    def loss_and_grads(
+        self, config: Any, params: Any, batches: Sequence[Any], z_loss: float
+    ) -> tuple[float, Any]:
+        with torch_port.lifted(params):
+            module = built(config, params)
+            return torch_port.loss_and_grads(module, params, batches, z_loss, renamed)

@@ -1,0 +1,86 @@
+"""Penzai's Llama on JAX, as a backend.
+
+Tested with penzai 0.2.5 and jax 0.10.2 (``pip install penzai jax``; 490 MB). Weights go through
+``llamalike_from_huggingface_model``, its converter of transformers' models, which needs their
+numbers alone. Positions are an input; ``KVCachingTransformerLM`` leaves padding out by an id.
+"""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+# Each shape of each operation is compiled once, which takes longer than to run it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax.numpy as jnp
+import numpy as np
+from penzai import pz
+from penzai.models.transformer.sampling_mode import KVCachingTransformerLM
+from penzai.models.transformer.variants.llamalike_common import llamalike_from_huggingface_model
+
+from reference_np.limits import Limits, real_tokens
+
+REQUIRES = ("penzai==0.2.5", "jax==0.10.2")
+MINUTES = 12.0  # compiling
+CACHED, PADDING = 32, -1  # the length of the cache; the id of padding
+
+
+def converted(config: Any, params: Any) -> Any:
+    weights = {name: jnp.asarray(value) for name, value in params.items()}
+    given = SimpleNamespace(
+        hidden_size=config.dim,
+        intermediate_size=config.hidden_dim,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        num_hidden_layers=config.n_layers,
+        vocab_size=config.vocab_size,
+        rms_norm_eps=config.norm_eps,
+        rope_theta=config.rope_theta,
+    )
+    dtype = f"torch.{params['model.norm.weight'].dtype}"
+    of_transformers = SimpleNamespace(config=given, dtype=dtype, state_dict=lambda: weights)
+    return llamalike_from_huggingface_model(of_transformers)
+
+
+def named(array: Any) -> Any:
+    return pz.nx.wrap(jnp.asarray(array, jnp.int32)).tag("batch", "seq")
+
+
+@pz.variable_jit  # to compile it whole takes a fifth of the time of its operations
+def called(model: Any, tokens: Any, given: dict[str, Any]) -> Any:
+    return model(tokens, **given)
+
+
+def to_numpy(logits: Any) -> Any:
+    return np.array(logits.unwrap("batch", "seq", "vocabulary").astype(jnp.float32))
+
+
+class Port:
+    """``TransformerLM``, and ``KVCachingTransformerLM`` for its cache."""
+
+    dtypes = ("float32", "bfloat16")
+    limits = Limits(
+        head_dim="dim / n_heads",
+        masks="padding",
+        positions="shifted",
+        cache="in place",
+        rope_types=("default",),
+        tied=(False,),
+        float32_angles=("float32", "bfloat16"),
+    )
+
+    def logits(self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any) -> Any:
+        if mask is not None:
+            return self.decode(config, params, tokens, positions, mask, None)[0]
+        given = {} if positions is None else {"token_positions": named(positions)}
+        return to_numpy(called(converted(config, params), named(tokens), given))
+
+    def decode(
+        self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any, cache: Any
+    ) -> Any:
+        model = cache or KVCachingTransformerLM.from_uncached(
+            converted(config, params), CACHED, {"batch": len(tokens)}, pad_id=PADDING
+        )
+        if mask is not None:
+            tokens = np.where(real_tokens(mask)[:, -tokens.shape[1] :], tokens, PADDING)
+        return to_numpy(called(model, named(tokens), {})), model
