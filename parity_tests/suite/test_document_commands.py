@@ -112,6 +112,7 @@ def check_module(
     if name == "llama_torch.train":  # which would look for the run that it resumes
         cli.parse(training_config.TrainConfig, arguments)
         return
+    name = f"{name}.__main__" if f"{name}.__main__" in SOURCES else name  # a package
     stop_after(patch, cli, "parse")
     stop_after(patch, argparse.ArgumentParser, "parse_args")
     patch.setattr(sys, "argv", [name, *arguments])

@@ -1,0 +1,75 @@
+"""The causes of red cells, each confirmed without this project: causes/NAME.toml."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from llama_common.errors import InputError
+
+CAUSES = Path(__file__).with_name("causes")
+FINDINGS = Path(__file__).parent.parent.parent / "findings"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why checks of a port are red.
+
+    port     the module's name, or NAME:OBJECT for one of its backends; a pattern with *
+    checks   patterns of the checks' ids
+    title    a line
+    words    what happens, whom it concerns, and the remedy
+    repeat   the script in findings/ that shows it without this project; or "" where ``code`` does
+    code     a program that shows it, pinned packages in its first line
+    bug      the known bug that it equals; "" for none
+    """
+
+    port: str
+    checks: tuple[str, ...]
+    title: str
+    words: str
+    repeat: str = ""
+    code: str = ""
+    bug: str = ""
+
+    def explains(self, name: str, backend: str, check: str) -> bool:
+        """Return whether this is the cause of a red check."""
+        port, _, wanted = self.port.partition(":")
+        return (
+            fnmatchcase(name, port)
+            and wanted in ("", backend)
+            and any(fnmatchcase(check, _literal(pattern)) for pattern in self.checks)
+        )
+
+    @property
+    def anchor(self) -> str:
+        """The name of its section in the page."""
+        return "".join(c if c.isalnum() else "-" for c in f"{self.port} {self.title}".lower())
+
+
+def _literal(pattern: str) -> str:
+    """Return a pattern in which [ is itself, as the ids have it, and * alone is special."""
+    return pattern.replace("[", "[[]")
+
+
+def read_causes(folder: Path = CAUSES) -> list[Cause]:
+    """Return the causes of all files; InputError for a file that is not as described."""
+    return [cause for file in sorted(folder.glob("*.toml")) for cause in _read(file)]
+
+
+def _read(file: Path) -> list[Cause]:
+    try:
+        listed: list[dict[str, Any]] = tomllib.loads(file.read_text(encoding="utf-8"))["cause"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{file}: is no list of causes ({error})") from None
+    known = {one.name for one in fields(Cause)}
+    for entry in listed:
+        if unknown := set(entry) - known:
+            raise InputError(f"{file}: {unknown.pop()}: no key of a cause; {', '.join(known)} are")
+        repeat = entry.get("repeat")
+        if repeat and not (FINDINGS / repeat).is_file():
+            raise InputError(f"{file}: repeat {repeat}: no such file in findings/")
+        if not (repeat or entry.get("code")):
+            raise InputError(f"{file}: {entry.get('title')}: give repeat or code, that confirm it")
+    return [Cause(**entry | {"checks": tuple(entry["checks"])}) for entry in listed]

@@ -1,0 +1,190 @@
+"""The cells of the grid: what the checks of one column found for one package."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from .causes import Cause
+
+
+class State(Enum):
+    """The verdict of a cell; the worst of its checks decides. Value: its sign and its words."""
+
+    FAILED = ("✗", "computes something else")
+    UNCONFIRMED = ("?", "red, not yet confirmed")
+    HIDDEN = ("▫", "hidden: a plain directory of the package fails too")
+    DOCUMENTED = ("≈", "right, with a documented difference")
+    PASSED = ("✓", "right")
+    NOT_COVERED = ("·", "not offered, or outside the declared limits")
+    NOT_RUN = ("∅", "did not run to its end")
+
+    @property
+    def sign(self) -> str:
+        return self.value[0]
+
+    @property
+    def words(self) -> str:
+        return self.value[1]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A question about a package: a title, the question, and the checks that answer it."""
+
+    title: str
+    question: str
+    pattern: str  # a regular expression of the checks' ids
+
+    def has(self, check: Mapping[str, Any]) -> bool:
+        """Return whether a check belongs to the column."""
+        return re.fullmatch(self.pattern, check["id"]) is not None
+
+
+def _keys(words: str) -> str:
+    return rf"test_key_of_config_json\[(?:{words})(?: .*)?\]"
+
+
+# Words of a failure of one key (conformance/test_directories.py), where every directory fails.
+ALSO_PLAIN = "a plain directory fails too"
+RIGHT_ALONE = ": is right; the logits are those with "
+SCALING = r"rope_(?:scaling|parameters)\."
+NAMED = (  # the keys with a column of their own
+    r"rms_norm_eps|(?:rope_parameters\.)?rope_theta|rope_scaling\.|rope_parameters\.|tie_word|num_at|"
+    "num_key|head_dim"
+)
+COLUMNS = (
+    Column(
+        "logits", "the logits of a prompt, in its most precise type", "test_((causal|long)_)?logits"
+    ),
+    Column("float32", "logits in float32", r"test_logits_in\[float32\]"),
+    Column("bfloat16", "logits in bfloat16", r"test_logits_in\[bfloat16\]"),
+    Column("float16", "logits in float16", r"test_logits_in\[float16\]"),
+    Column("padding", "prompts of unequal lengths in one batch", "test_pad(ding|ded_decoding)"),
+    Column("packing", "several documents in one row", "test_packing"),
+    Column(
+        "cache",
+        "tokens after a cache",
+        "test_((chunked|long)_decoding|reused_cache|(long_)?engine)",
+    ),
+    Column("activations", "every activation inside", "test_(chunked_)?trace"),
+    Column("gradients", "the loss and its gradients", "test_loss_and_grads"),
+    Column("training", "whole training steps", r"test_training\[\d+\]"),
+    Column("loader", "directories read by its own loader", "test_directory"),
+    Column("epsilon", "rms_norm_eps of config.json", _keys("rms_norm_eps")),
+    Column("base", "rope_theta of config.json", _keys(r"(?:rope_parameters\.)?rope_theta")),
+    Column(
+        "llama3",
+        "rotary scaling of Llama 3.1 in config.json",
+        _keys(f"{SCALING}(?:rope_type llama3|factor|low_.*|high_.*|original_.*)"),
+    ),
+    Column(
+        "linear",
+        "linear rotary scaling in config.json",
+        _keys(f"{SCALING}(?:rope_type linear|type.*)"),
+    ),
+    Column("tied", "tie_word_embeddings of config.json", _keys("tie_word_embeddings")),
+    Column(
+        "heads",
+        "numbers of heads and head_dim of config.json",
+        _keys("num_attention_heads|num_key_value_heads|head_dim"),
+    ),
+    Column(
+        "others",
+        "the other keys of config.json",
+        rf"test_key_of_config_json\[(?!{NAMED}).*\]",
+    ),
+    Column(
+        "refuses",
+        "what it does not compute (biases, GELU, YaRN) is refused, not left out",
+        r"test_unsupported_key\[.*\]",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its state, the largest error as a share of its tolerance, and what it is made of.
+
+    share     the largest over the checks; None where nothing finite was compared
+    compared  the number of examples
+    notes     a sentence for each reason of what is not covered, or of a documented difference
+    reds      the failed checks, each with its backend's name and the cause where it is known
+    """
+
+    state: State
+    share: float | None
+    compared: int
+    notes: tuple[str, ...]
+    reds: tuple[tuple[str, dict[str, Any], Cause | None], ...]
+
+
+def cell(result: Mapping[str, Any], column: Column, causes: Iterable[Cause]) -> Cell:
+    """Return a package's cell in a column."""
+    found = [
+        (backend, check)
+        for backend, run in result["runs"].items()
+        for check in run["checks"]
+        if column.has(check)
+    ]
+    causes = list(causes)
+    reds = [
+        (backend, check, _cause(result["name"], backend, check["id"], causes))
+        for backend, check in found
+        if check["verdict"] in ("failed", "passed unexpectedly")
+    ]
+    shares = [check["worst_share"] for _, check in found if check["worst_share"] is not None]
+    return Cell(
+        _state(result, found, reds),
+        max(shares, default=None),
+        sum(check["compared"] for _, check in found),
+        tuple(dict.fromkeys(note for _, check in found for note in _notes(check))),
+        tuple(reds),
+    )
+
+
+def _state(result: Mapping[str, Any], found: list[Any], reds: list[Any]) -> State:
+    verdicts = {check["verdict"] for _, check in found}
+    shown = [red for red in reds if not _is_hidden(red[1])]
+    if shown:
+        return State.FAILED if all(cause for *_, cause in shown) else State.UNCONFIRMED
+    if any(not _is_right_alone(check) for _, check, _ in reds):
+        return State.HIDDEN
+    if reds:
+        return State.PASSED
+    if "incomplete" in verdicts or (not found and _is_cut(result)):
+        return State.NOT_RUN
+    if any(check["documented"] for _, check in found):
+        return State.DOCUMENTED
+    return State.PASSED if "passed" in verdicts else State.NOT_COVERED
+
+
+def _is_cut(result: Mapping[str, Any]) -> bool:
+    return any("error" in run or "over" in run for run in result["runs"].values())
+
+
+def _is_hidden(check: Mapping[str, Any]) -> bool:
+    """Return whether a key of config.json failed where a directory of usual values does too."""
+    message = (check["failure"] or {}).get("message", "")
+    return ALSO_PLAIN in message or RIGHT_ALONE in message
+
+
+def _is_right_alone(check: Mapping[str, Any]) -> bool:
+    """Return whether a key is read rightly, though each directory fails by another."""
+    return RIGHT_ALONE in (check["failure"] or {}).get("message", "")
+
+
+def _notes(check: Mapping[str, Any]) -> Iterable[str]:
+    for reason in check["not_covered"]:
+        yield f"not covered: {reason}"
+    for limit in check["outside_limits"]:
+        yield f"not covered, by limit: {limit}"
+    if _is_right_alone(check):
+        yield f"read rightly; {check['failure']['message'].partition('; ')[2]}"
+    for reason in check["documented"]:
+        yield f"documented difference: {reason}"
+
+
+def _cause(name: str, backend: str, check: str, causes: list[Cause]) -> Cause | None:
+    return next((cause for cause in causes if cause.explains(name, backend, check)), None)
