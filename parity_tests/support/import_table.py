@@ -82,7 +82,10 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "parity_tests.planted": ("reference_np", "parity_tests.conformance"),
     "parity_tests.vectors": ("reference_np", "llama_common", *JUDGE),
     # Each with the package that it is a port of, which is not installed here.
-    "parity_tests.ports": ("reference_np", "parity_tests.backends"),
+    "parity_tests.ports": (
+        *("reference_np", "parity_tests.backends", "parity_tests.conformance"),
+        "llama_parity.comparison",
+    ),
     "parity_tests.gpu_faults": (),
     # What pytest loads, for a port's own run too; poison.py knows PyTorch.
     "parity_tests.plugins": (
