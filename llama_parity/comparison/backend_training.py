@@ -117,6 +117,10 @@ def compare_training(
     advance()
     names = quantity_names(task.config, trains)
     rows = compare_step(task, side.dtype, step.values, exact_values, baseline, names)
+    zero = _zero_gradient(step.exact_gradients[1])
+    if trains and zero and all(row.held for row in rows):
+        notes = [*step.notes, f"No further step is judged: the gradient of {zero} is zero."]
+        return Findings(rows, Diagnosis([], []), notes, [FIRST_ALONE])
     if trains and all(row.held for row in rows):
         both = (step.exact_gradients, low_gradients)
         at = StepStart(exact_params, low_params, None, gradients=both)
@@ -131,6 +135,14 @@ def compare_training(
             task, side.dtype, exact_params, low_params, step.values, exact_values, rows, advance
         )
     return Findings(rows, diagnosis, notes, [FIRST_ALONE if trains else NO_STEP])
+
+
+def _zero_gradient(gradients: Mapping[str, Array]) -> str:
+    """Return the name of a parameter whose whole gradient is zero; "" where there is none.
+
+    A step later it is made of rounding, as where the embedding is zero; AdamW divides by its size.
+    """
+    return next((name for name, value in gradients.items() if not np.any(value)), "")
 
 
 def _their_step(trainer: Trainer, title: str, exact_params: Mapping[str, Array]) -> TheirStep:

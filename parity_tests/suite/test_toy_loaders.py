@@ -170,6 +170,8 @@ NOT_A_FUNCTION = suite(
 )
 RAISES = suite(FILE, f"--backend={FILES}Raises", "-k", "every")
 UNREFUSED = suite(FILE, f"--backend={FILES}NothingRefused", "-k", "unsupported")
+HIDDEN = suite(FILE, f"--backend={FILES}NothingRefusedAndSmallEpsilon", "-k", "unsupported")
+ASSERTS = suite(FILE, f"--backend={FILES}RefusesByAssertion", "-k", "unsupported")
 IN_BFLOAT16 = "parity_tests.suite.toy_transformers:TransformersInBfloat16"
 SUPPORTED = suite(FILE, f"--backend={IN_BFLOAT16}", "-k", "key")
 
@@ -269,8 +271,10 @@ def test_a_refused_key_is_not_covered() -> None:
 
 def test_a_directory_of_another_architecture_is_no_plain_llama() -> None:
     """A reader that computes what the file says is green; the honest one above refuses."""
-    output = UNREFUSED.done().stdout
-    for key in UNSUPPORTED:
-        assert f"config.json: {key}: is not read: the logits are those without it" in output
+    for run in (UNREFUSED, HIDDEN):
+        output = run.done().stdout
+        for key in UNSUPPORTED:
+            assert f"config.json: {key}: is not read: the logits are those without it" in output
+    assert ASSERTS.done().returncode == 0, ASSERTS.done().stdout
     done = SUPPORTED.done()
     assert done.returncode == 0, done.stdout

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from reference_np import ops
-from reference_np.config import REQUIRED_VALUES, LlamaConfig
+from reference_np.config import REQUIRED_VALUES, InputError, LlamaConfig
 from reference_np.model import forward
 from reference_np.ops import Array
 
@@ -143,6 +144,23 @@ class NothingRefused(FileReader):
                 theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
                 plain[place] = theta or None
         return super().config(plain)
+
+
+class NothingRefusedAndSmallEpsilon(NothingRefused):
+    """As NothingRefused, with a fault in every directory besides."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        return replace(super().config(hf), norm_eps=1e-6)
+
+
+class RefusesByAssertion(FileReader):
+    """Refuses what it does not know as reference code does."""
+
+    def config(self, hf: Mapping[str, Any]) -> LlamaConfig:
+        try:
+            return super().config(hf)
+        except InputError as error:
+            raise AssertionError(error) from None
 
 
 class IntegerFactorsInBfloat16(IntegerFactors):
