@@ -3,11 +3,13 @@
 import shutil
 import tempfile
 import traceback
+import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
@@ -40,9 +42,14 @@ TERMINATED = 143  # the exit code that llama-parity raises itself, on SIGTERM
 
 @contextmanager
 def no_exit(method: str) -> Iterator[None]:
-    """Raise ParityError where a backend's method would end the process, as if all were well."""
+    """Raise ParityError where a backend's method would end the process or skip the check."""
     try:
         yield
+    except (unittest.SkipTest, pytest.skip.Exception) as error:
+        raise ParityError(
+            f"{method} skips the check ({error}): raise NotImplementedError with the reason for "
+            "what it does not offer"
+        ) from error
     except SystemExit as error:
         if error.code == TERMINATED:
             raise

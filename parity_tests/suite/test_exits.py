@@ -1,6 +1,7 @@
 """A backend's method that ends the process, or returns a list, fails by name."""
 
 import sys
+import unittest
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,16 @@ def test_a_method_that_ends_the_process_is_named(tmp_path: Path) -> None:
             call()
     with pytest.raises(SystemExit):  # as llama-parity raises it on SIGTERM
         Calls(Leaving(143)).append(TOKENS)
+
+
+@pytest.mark.parametrize("error", [unittest.SkipTest("later"), pytest.skip.Exception("later")])
+def test_a_method_that_skips_the_check_is_named(error: BaseException) -> None:
+    class Skipping:
+        def append(self, tokens):
+            raise error
+
+    with pytest.raises(ParityError, match=r"append skips the check \(later\): raise NotImplem"):
+        Calls(Skipping()).append(TOKENS)
 
 
 def test_gradients_that_are_no_mapping_are_told() -> None:
