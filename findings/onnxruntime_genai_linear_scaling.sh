@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The model builder of ONNX Runtime GenAI 0.18.0 builds a Llama with linear rotary scaling as one without,
-# and says nothing. Its base class has linear scaling (make_rope_init sets rescale_factors); the class of
-# Llama replaces that method by one that knows "llama3" alone, so that the factor stays 1.
+# The model builder of ONNX Runtime GenAI 0.18.0 builds a Llama with linear rotary scaling, or with YaRN's,
+# as one without, and says nothing. Its base class has both (make_rope_init); the class of Llama replaces
+# that method by one that knows "llama3" alone, so that the factor stays 1.
 #
 # Seen 2026-11-28 with Python 3.11, onnxruntime 1.32.0, transformers 5.23.0, torch 2.13.0, Linux x86-64.
 # One set of weights, 150 tokens, in float32; largest difference of the logits (largest logit: 7):
@@ -9,8 +9,9 @@
 #   none                  2e-05               2e-05
 #   llama3, factor 8      1e-05               9
 #   linear, factor 4      8                   2e-05
+#   yarn, factor 4        8                   2e-05
 # It concerns Llama 1 and 2 whose context was extended by position interpolation (LongChat, Vicuna with
-# 16k). There is no option for it: divide the frequencies in the graph's cos_cache and sin_cache.
+# 16k) or by YaRN. There is no option for it: divide the frequencies in the graph's cos_cache and sin_cache.
 #
 # Run: bash findings/onnxruntime_genai_linear_scaling.sh [python]
 # It installs ONNX Runtime GenAI, and transformers and PyTorch, which its builder needs, in a virtual
@@ -101,15 +102,17 @@ llama3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 plain, same = both("none", None)[0], True
 for name, scaling in (
-    ("none", None), ("llama3", llama3), ("linear", {"rope_type": "linear", "factor": 4.0})
+    ("none", None), ("llama3", llama3), ("linear", {"rope_type": "linear", "factor": 4.0}),
+    ("yarn", yarn),
 ):
     exact, found = both(f"try_{name}", scaling)
     error, unscaled = abs(found - exact).max(), abs(found - plain).max()
     print(f"rope_scaling {name:6}: largest logit {abs(exact).max():.1f}; largest difference from", end=" ")
     print(f"transformers {error:.0e}, from transformers without scaling {unscaled:.0e}")
-    same &= error > 0.1 and unscaled < 1e-3 if name == "linear" else error < 1e-3
+    same &= error > 0.1 and unscaled < 1e-3 if name in ("linear", "yarn") else error < 1e-3
 print("As stated." if same else "Not as stated.")
 sys.exit(not same)
 PYTHON

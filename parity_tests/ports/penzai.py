@@ -22,7 +22,7 @@ from reference_np.limits import Limits, real_tokens
 
 REQUIRES = ("penzai==0.2.5", "jax==0.10.2")
 MINUTES = 12.0  # compiling
-CACHED, PADDING = 32, -1  # the length of the cache; the id of padding
+CACHED, PADDING = 320, -1  # the length of the cache; the id of padding
 
 
 def converted(config: Any, params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""transformers' LlamaForCausalLM on a GPU: its attentions, compiled, and with Liger's kernels.
+"""transformers' LlamaForCausalLM on a GPU: its attentions, and with Liger's kernels.
 
 Tested with transformers 5.17.0, torch 2.11.0 (CUDA 13) and liger-kernel 0.8.5, all of that machine
 (``--python python3``). ``Sdpa`` has torch choose its kernel: flash in bfloat16 and float16.
@@ -18,7 +18,7 @@ from reference_np.limits import Limits, real_tokens
 from ..backends import torch_port
 
 REQUIRES = ("transformers==5.17.0", "torch==2.11.0", "liger-kernel==0.8.5")
-OBJECTS = ("Eager", "Sdpa", "Compiled", "Liger")
+OBJECTS = ("Eager", "Sdpa", "Liger")
 NEEDS_GPU = True
 
 
@@ -101,28 +101,6 @@ class Sdpa(Eager):
     """``attn_implementation="sdpa"``, the default."""
 
     attention = "sdpa"
-
-
-class Compiled(Sdpa):
-    """The default, under torch.compile; prompts alone, each shape compiled anew."""
-
-    limits = Limits(
-        head_dim="dim a multiple of n_heads",
-        masks="causal",
-        positions="consecutive",
-        cache="none",
-        float32_angles=("float32", "bfloat16", "float16"),
-    )
-    decode = None
-    loss_and_grads = None
-
-    def logits(self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any) -> Any:
-        torch._dynamo.reset()
-        whole = self._model(config, params)
-        run: Callable[..., Any] = torch.compile(whole.model)
-        ids = torch.from_numpy(np.array(tokens)).to(self.device)
-        with torch.no_grad():
-            return torch_port.to_numpy(run(ids, use_cache=False).logits)
 
 
 class Liger(Sdpa):
