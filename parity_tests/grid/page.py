@@ -10,6 +10,7 @@ from llama_common.files import write_text
 from . import markdown
 from .causes import Cause
 from .cells import COLUMNS, Cell, Column, State, cell
+from .results import tried_without_port
 from .sections import cause_section, package_section
 from .style import STYLE
 
@@ -21,7 +22,7 @@ def write(results: Sequence[dict[str, Any]], causes: Sequence[Cause], docs: Path
     """Write both pages."""
     ran = [result for result in results if result["runs"]]
     rows = [(result, [cell(result, column, causes) for column in COLUMNS]) for result in ran]
-    not_run = [result for result in results if not result["runs"]]
+    not_run = [result for result in results if not result["runs"]] + tried_without_port()
     write_text(docs / "grid.md", markdown.document(rows, not_run, causes))
     write_text(docs / "grid.html", document(rows, not_run, causes))
 
@@ -48,9 +49,8 @@ def document(rows: Rows, not_run: Sequence[dict[str, Any]], causes: Sequence[Cau
     if not_run:
         parts.append('<h2>Not run</h2><ul class="plain">')
         for result in not_run:
-            requires = escape(", ".join(result["requires"]))
-            why = escape(result["not_run"])
-            parts.append(f"<li><b>{escape(result['name'])}</b> <code>{requires}</code>: {why}</li>")
+            name, why = escape(result["name"]), escape(result["not_run"])
+            parts.append(f"<li><b>{name}</b>: {why}</li>")
         parts.append("</ul>")
     return "\n".join([*parts, "</main></body></html>"]) + "\n"
 

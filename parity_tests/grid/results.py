@@ -1,6 +1,7 @@
 """The results of the grid: a JSON file for each package in results/."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from llama_common.errors import InputError
 from llama_common.files import read_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
+NOT_RUN = Path(__file__).with_name("not_run.toml")
 SCHEMA = 1
 
 
@@ -28,6 +30,12 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if result.get("schema") != SCHEMA:
             raise InputError(f"{folder}: a result of schema {result.get('schema')}, not {SCHEMA}")
     return results
+
+
+def tried_without_port(file: Path = NOT_RUN) -> list[dict[str, Any]]:
+    """Return the packages that have no port, each as a result without runs."""
+    listed = tomllib.loads(file.read_text(encoding="utf-8"))
+    return [failed_result(name, name, [], why) for name, why in sorted(listed.items())]
 
 
 def failed_result(name: str, title: str, requires: list[str], why: str) -> dict[str, Any]:
