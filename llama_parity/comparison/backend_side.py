@@ -118,7 +118,7 @@ class _Run:
         inputs = (None if x is None else x.copy() for x in (call.tokens, call.positions, call.mask))
         given = (self.config, self.params, *inputs)
         if call.after is not None and cache is None:
-            return {}, None, "not covered: decoding is not offered"
+            return {}, None, f"{NOT_COVERED}: decoding is not offered"
         try:
             pair = self._call("traced_decode", call, *given, cache)
             found, cache = _as_pair(pair, "traced_decode")
@@ -145,7 +145,7 @@ class _Run:
                     logits = as_arrays({"logits": alone}, "logits")
             except NotImplementedError as error:
                 why = str(error)
-        return logits, cache, "logits" if logits else f"not covered: {why}"
+        return logits, cache, "logits" if logits else f"{NOT_COVERED}: {why}"
 
     def _call(self, name: str, call: Call, *given: Any) -> Any:
         """Return the result of a method on a call; see ``call_backend``."""

@@ -117,11 +117,10 @@ def compare_training(
     advance()
     names = quantity_names(task.config, trains)
     rows = compare_step(task, side.dtype, step.values, exact_values, baseline, names)
-    zero = _zero_gradient(step.exact_gradients[1])
-    if trains and zero and all(row.held for row in rows):
-        notes = [*step.notes, f"No further step is judged: the gradient of {zero} is zero."]
-        return Findings(rows, Diagnosis([], []), notes, [FIRST_ALONE])
     if trains and all(row.held for row in rows):
+        if zero := _zero_gradient(step.exact_gradients[1]):
+            notes = [*step.notes, f"No further step is judged: the gradient of {zero} is zero."]
+            return Findings(rows, Diagnosis([], []), notes, [FIRST_ALONE])
         both = (step.exact_gradients, low_gradients)
         at = StepStart(exact_params, low_params, None, gradients=both)
         more = _further_steps(trainer, task, side.dtype, at, start, diagnosing)

@@ -16,6 +16,9 @@ from .directories import ABSENT, VERSIONS, Array, end_token
 
 # As many positions as show every frequency that the thresholds below part.
 LENGTH = 32
+# Words of a key's failure where every directory fails: so that the key is right, or may be.
+RIGHT_ALONE = ": is right; the logits are those with "
+ALSO_PLAIN = "; a plain directory fails too, so it need not be this key"
 
 
 class Key(NamedTuple):

@@ -169,7 +169,8 @@ class Judge:
         failure = failure or ParityError(f"{name}: {share:.3g} times its tolerance")
         if self.largest[0] < share < math.inf:
             self.largest = share, failure.resembling
-        failure.resembling = partial(_first_named, failure.resembling, self.largest[1])
+        if share != self.largest[0]:  # else it is the largest itself
+            failure.resembling = partial(_first_named, failure.resembling, self.largest[1])
         raise failure  # at one place: Hypothesis tells failures apart by it
 
 

@@ -24,7 +24,17 @@ from reference_np.tolerances import FLOAT64_TOLERANCE, errors
 from .bounds import Bounds
 from .calls import Calls, ParityError, last_call
 from .case_parts import best_dtype, oracle_logits, rounded_to
-from .config_keys import KEYS, LENGTH, PLAIN_NAME, UNSUPPORTED, Key, named, unrelated
+from .config_keys import (
+    ALSO_PLAIN,
+    KEYS,
+    LENGTH,
+    PLAIN_NAME,
+    RIGHT_ALONE,
+    UNSUPPORTED,
+    Key,
+    named,
+    unrelated,
+)
 from .description import describe_error
 from .directories import ABSENT, Form, end_token, forms, write_directory
 from .judge import JUDGE, Judge
@@ -86,9 +96,7 @@ def test_key_of_config_json(backend: Any, key: str) -> None:
                 is_unread = value in about.unread and about.is_key and ABSENT not in changed
                 why = f"{'is not read: ' if is_unread else ''}the logits are those with {value}"
             elif value := _value(actual, unrelated(about), written, dtype):
-                raise _of_every_key(
-                    f"{name}: is right; the logits are those with {value}"
-                ) from None
+                raise _of_every_key(f"{name}{RIGHT_ALONE}{value}") from None
             elif _fails_plain(backend, dtype, key, error):
                 raise _of_every_key(f"{name}: {error.sentence}{ALSO_PLAIN}") from None
             else:
@@ -143,11 +151,8 @@ def _is_own(backend: Any, dtype: str, found: Array, written: _Written) -> bool:
 
     So a fault of every directory does not hide a key that is not read.
     """
-    try:
-        own = Calls(backend).directory_logits(*written.words, dtype, written.tokens)
-    except Exception:  # what the plain directory's own check tells
-        return False
-    return errors(found.astype(np.float64), own.astype(np.float64)).rms < 1e-9
+    own = _logits(backend, dtype, written)
+    return own is not None and errors(found.astype(np.float64), own).rms < 1e-9
 
 
 def _is_within(backend: Any, dtype: str, found: Array, written: _Written) -> bool:
@@ -160,9 +165,6 @@ def _is_within(backend: Any, dtype: str, found: Array, written: _Written) -> boo
         float32_angles=dtype in limits_of(backend).float32_angles,
     )
     return all(one.share <= 1 for one in bounds.shares("logits", found, written.exact))
-
-
-ALSO_PLAIN = "; a plain directory fails too, so it need not be this key"
 
 
 def _of_every_key(sentence: str) -> ParityError:
@@ -193,7 +195,7 @@ def _logits(backend: Any, dtype: str, written: _Written) -> Array | None:
     """Return the port's logits of a directory in float64; None where they cannot be compared."""
     try:
         found = Calls(backend).directory_logits(*written.words, dtype, written.tokens)
-    except ParityError:
+    except Exception:  # a ParityError, or what the port raises
         return None
     return found.astype(np.float64)
 

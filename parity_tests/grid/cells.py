@@ -1,11 +1,12 @@
 """The cells of the grid: what the checks of one column found for one package."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from ..conformance.config_keys import ALSO_PLAIN, RIGHT_ALONE
 from .causes import Cause
 
 
@@ -46,9 +47,6 @@ def _keys(words: str) -> str:
     return rf"test_key_of_config_json\[(?:{words})(?: .*)?\]"
 
 
-# Words of a failure of one key (conformance/test_directories.py), where every directory fails.
-ALSO_PLAIN = "a plain directory fails too"
-RIGHT_ALONE = ": is right; the logits are those with "
 SCALING = r"rope_(?:scaling|parameters)\."
 NAMED = (  # the keys with a column of their own
     r"rms_norm_eps|(?:rope_parameters\.)?rope_theta|rope_scaling\.|rope_parameters\.|tie_word|num_at|"
@@ -142,6 +140,12 @@ def cell(result: Mapping[str, Any], column: Column, causes: Iterable[Cause]) -> 
         tuple(dict.fromkeys(note for _, check in found for note in _notes(check))),
         tuple(reds),
     )
+
+
+def used_causes(cells: Iterable[Sequence[Cell]], causes: Sequence[Cause]) -> list[Cause]:
+    """Return the causes of the red checks in rows of cells, in the causes' order."""
+    used = {cause for row in cells for one in row for *_, cause in one.reds if cause}
+    return [cause for cause in causes if cause in used]
 
 
 def _state(result: Mapping[str, Any], found: list[Any], reds: list[Any]) -> State:

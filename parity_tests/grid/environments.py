@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from llama_common.errors import InputError
+from llama_common.files import remove
 
 from .recorders import Recorder
 
@@ -44,15 +45,9 @@ def _make(recorder: Recorder, folder: Path) -> None:
         if recorder.npm:
             _call(["npm", "install", "--silent", "--prefix", str(folder), *recorder.npm])
     except InstallError:
-        _remove(folder)
+        remove(folder)
         raise
     (folder / "complete").touch()
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _call(command: list[str]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .causes import Cause
-from .cells import COLUMNS, Cell, State
+from .cells import COLUMNS, Cell, State, used_causes
 
 INTRODUCTION = (
     "The conformance suite on public packages that compute Llama: each on random small models, "
@@ -21,7 +21,7 @@ def document(
     causes: Sequence[Cause],
 ) -> str:
     """Return the page."""
-    used = {cause for _, cells in rows for one in cells for *_, cause in one.reds if cause}
+    used = used_causes((cells for _, cells in rows), causes)
     lines = [
         "# Who computes Llama",
         "",
@@ -43,8 +43,8 @@ def document(
     ]
     if used:
         lines += ["", "## What is red, and why"]
-        for cause in causes:
-            lines += _cause(cause) if cause in used else []
+        for cause in used:
+            lines += _cause(cause)
     lines += ["", "## The packages", "", "| package | what | installed | compared | date |"]
     lines += ["| --- | --- | --- | ---: | --- |", *(_package(result) for result, _ in rows)]
     if not_run:

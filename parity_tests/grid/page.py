@@ -9,7 +9,7 @@ from llama_common.files import write_text
 
 from . import markdown
 from .causes import Cause
-from .cells import COLUMNS, Cell, Column, State, cell
+from .cells import COLUMNS, Cell, Column, State, cell, used_causes
 from .results import tried_without_port
 from .sections import cause_section, package_section
 from .style import STYLE
@@ -29,7 +29,7 @@ def write(results: Sequence[dict[str, Any]], causes: Sequence[Cause], docs: Path
 
 def document(rows: Rows, not_run: Sequence[dict[str, Any]], causes: Sequence[Cause]) -> str:
     """Return the page."""
-    used = {cause for _, cells in rows for one in cells for *_, cause in one.reds if cause}
+    used = used_causes((cells for _, cells in rows), causes)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -43,7 +43,7 @@ def document(rows: Rows, not_run: Sequence[dict[str, Any]], causes: Sequence[Cau
     ]
     if used:
         parts.append("<h2>What is red, and why</h2>")
-        parts += [cause_section(cause, rows) for cause in causes if cause in used]
+        parts += [cause_section(cause, rows) for cause in used]
     parts.append("<h2>The packages</h2>")
     parts += [package_section(result, cells) for result, cells in rows]
     if not_run:

@@ -13,36 +13,18 @@ from executorch.examples.models.llama.llama_transformer import construct_transfo
 from executorch.examples.models.llama.model_args import ModelArgs
 from torch import nn
 
+from llama_parity.conversion.meta_names import meta_name
 from reference_np.limits import Limits
 
 from ..backends import torch_port
 
 REQUIRES = ("executorch==1.5.1", "torch==2.13.0")
 CONTEXT = 320  # the length of the cache and of the mask
-LAYER = {
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
 
 
 def renamed(params: dict[str, Any]) -> dict[str, Any]:
     """Return ExecuTorch's parameters, by the names of Called."""
-    found = {}
-    for name, value in params.items():
-        stem = name.removesuffix(".weight")
-        if stem not in TOP:
-            _, _, layer, kind = stem.split(".", 3)
-            found[f"model.layers.{layer}.{LAYER[kind]}.weight"] = value
-        else:
-            found[f"model.{TOP[stem]}.weight"] = value
+    found = {f"model.{meta_name(name)}": value for name, value in params.items()}
     found.setdefault("model.output.weight", found["model.tok_embeddings.weight"])
     return found
 

@@ -16,6 +16,7 @@ from llama_models.llama3.args import ModelArgs
 from llama_models.llama3.model import Transformer
 from torch import nn
 
+from llama_parity.conversion.meta_names import meta_name
 from reference_np.limits import Limits
 
 from ..backends import torch_port
@@ -23,21 +24,6 @@ from ..backends.mixins import LogitsByDecode
 
 REQUIRES = ("llama-models==0.3.0", "fairscale==0.4.13", "torch==2.13.0")
 CACHED = 320  # the length of the cache
-NAMES = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "output",
-    "model.layers": "layers",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 
 
 def args_of(config: Any, batch: int) -> ModelArgs:
@@ -77,9 +63,7 @@ def renamed(config: Any, params: dict[str, Any]) -> dict[str, Any]:
         if n_heads := heads.get(name.split(".")[-2]):
             halves = value.view(n_heads, 2, -1, value.shape[1])
             value = halves.transpose(1, 2).reshape(value.shape)
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
-        found[f"llama.{name}"] = value
+        found[f"llama.{meta_name(name)}"] = value
     if config.tie_embeddings:
         found["llama.output.weight"] = found["llama.tok_embeddings.weight"]
     return found

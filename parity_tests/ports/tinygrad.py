@@ -8,6 +8,7 @@ frequencies lie in the file.
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,5 @@ class Scaled:
 
     dtypes = Port.dtypes
     example_fraction = 0.2
-    limits = Limits(
-        masks="causal",
-        positions="consecutive",
-        cache="none",
-        rope_types=("llama3",),
-        float32_angles=("float32",),
-        float32_epsilon=True,
-    )
+    limits = replace(Port.limits, cache="none", rope_types=("llama3",))
     logits = Port().logits

@@ -84,7 +84,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     # Each with the package that it is a port of, which is not installed here.
     "parity_tests.ports": (
         *("reference_np", "parity_tests.backends", "parity_tests.conformance"),
-        "llama_parity.comparison",
+        *("llama_parity.comparison", "llama_parity.conversion"),
     ),
     "parity_tests.gpu_faults": (),
     # What pytest loads, for a port's own run too; poison.py knows PyTorch.
