@@ -17,6 +17,9 @@ SUITE = (
     *("numpy", "ml_dtypes", "safetensors", "rich", "tyro"),
 )
 
+# Scripts of packages fetch what no pin holds: CUDA libraries, another build. No port needs any.
+NPM_INSTALL = ("install", "--no-audit", "--no-fund", "--loglevel=error", "--ignore-scripts")
+
 
 class InstallError(Exception):
     """The packages of a port could not be installed; the message is the installer's last line."""
@@ -43,7 +46,7 @@ def _make(recorder: Recorder, folder: Path) -> None:
     try:
         _call([str(python_of(folder)), "-m", "pip", "install", "-q", *recorder.requires, *SUITE])
         if recorder.npm:
-            _call(["npm", "install", "--silent", "--prefix", str(folder), *recorder.npm])
+            _call(["npm", *NPM_INSTALL, "--prefix", str(folder), *recorder.npm])
     except InstallError:
         remove(folder)
         raise

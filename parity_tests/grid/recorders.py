@@ -21,6 +21,7 @@ class Recorder:
     requires     what pip installs, each with its version
     objects      the names of its backends
     variables    environment variables of its processes
+    npm          what npm installs, each with its version; scripts of packages are not run
     minutes      the time limit of one backend's run
     needs_gpu    whether it runs on a CUDA device alone
     """

@@ -1,0 +1,29 @@
+"""The environments of the grid's packages: what is installed, and how."""
+
+from pathlib import Path
+
+import pytest
+
+from ..grid import environments
+from ..grid.recorders import Recorder
+
+NODE = Recorder("toy", "A toy", ("toy==1.0",), ("Port",), npm=("@a/toy@2.0", "other@3.0"))
+
+
+def test_npm_packages_are_installed_into_the_environment_without_running_their_scripts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[list[str]] = []
+
+    def call(command: list[str]) -> None:
+        calls.append(command)
+        if "venv" in command:
+            Path(command[-1]).mkdir()
+
+    monkeypatch.setattr(environments, "_call", call)
+    folder = environments.environment(NODE, tmp_path)
+    (npm,) = [command for command in calls if command[0] == "npm"]
+    assert npm[1] == "install"
+    assert "--ignore-scripts" in npm
+    assert "--silent" not in npm  # which hides why a package is not installed
+    assert npm[-4:] == ["--prefix", str(folder), "@a/toy@2.0", "other@3.0"]
