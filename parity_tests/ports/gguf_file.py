@@ -1,4 +1,4 @@
-"""A Llama as a GGUF file, which llama_cpp and tinygrad read.
+"""A Llama as a GGUF file, which llama_cpp, node_llama_cpp and tinygrad read.
 
 It is written by ``gguf``, with q and k permuted as convert_hf_to_gguf does, and the scaling llama3
 as the divisors that it makes of it.
@@ -39,8 +39,13 @@ def paired(weight: Any, n_heads: int) -> Any:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def write(path: str, config: Any, params: Any, has_words: bool = False) -> None:
-    """Write a model as a GGUF file; ``has_words``: with a vocabulary, which some readers want."""
+def write(
+    path: str, config: Any, params: Any, has_words: bool = False, tokenizer: str = "llama"
+) -> None:
+    """Write a model as a GGUF file; ``has_words``: with a vocabulary, which some readers want.
+
+    ``tokenizer``: its kind, "llama" or "gpt2"; the latter splits a text without pieces for bytes.
+    """
     file = gguf.GGUFWriter(path, "llama")
     file.add_context_length(config.max_seq_len)
     file.add_embedding_length(config.dim)
@@ -54,7 +59,7 @@ def write(path: str, config: Any, params: Any, has_words: bool = False) -> None:
     file.add_rope_freq_base(config.rope_theta)
     file.add_layer_norm_rms_eps(config.norm_eps)
     file.add_vocab_size(config.vocab_size)
-    file.add_tokenizer_model("llama" if has_words else "none")
+    file.add_tokenizer_model(tokenizer if has_words else "none")
     if has_words:
         special = [(b"<unk>", 2), (b"<s>", 3), (b"</s>", 3), (b"<0x0A>", 6)][: config.vocab_size]
         words = special + [(f"w{i}".encode(), 1) for i in range(len(special), config.vocab_size)]
@@ -62,6 +67,8 @@ def write(path: str, config: Any, params: Any, has_words: bool = False) -> None:
         file.add_token_list([word for word, _ in words])
         file.add_token_scores([0.0] * config.vocab_size)
         file.add_token_types([kind for _, kind in words])
+        if tokenizer == "gpt2":
+            file.add_token_merges(["w 0"])
     if config.rope_type == "linear":
         file.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         file.add_rope_scaling_factor(config.rope_factor)
