@@ -3,11 +3,15 @@ const readline = require('node:readline');
 
 console.log = console.info = console.warn = console.error; // stdout is for the answers
 
+const KINDS = {
+  float32: Float32Array, float16: Uint16Array, int64: BigInt64Array, int32: Int32Array,
+  uint8: Uint8Array, bool: Uint8Array,
+};
+
 /** Return the typed array of a packed one; float16 as its bits. */
 exports.numbers = ({ type, data }) => {
   const bytes = Uint8Array.from(Buffer.from(data, 'base64')); // a copy, so at an even place
-  const kinds = { float32: Float32Array, float16: Uint16Array, int64: BigInt64Array };
-  return new kinds[type](bytes.buffer);
+  return new KINDS[type](bytes.buffer);
 };
 
 exports.packed = ({ type, dims, data }) => {
