@@ -67,7 +67,7 @@ def python_of(folder: Path) -> Path:
 
 
 def installed(python: Path, recorder: Recorder) -> dict[str, str]:
-    """Return the versions of a port's packages in an environment."""
+    """Return the versions of a port's packages in an environment, its own first: those of npm."""
     listed = subprocess.run(
         [str(python), "-m", "pip", "list", "--format=json"],
         capture_output=True,
@@ -77,7 +77,7 @@ def installed(python: Path, recorder: Recorder) -> dict[str, str]:
     versions = {one["name"].lower().replace("_", "-"): one for one in json.loads(listed.stdout)}
     names = [_name(one) for one in (*recorder.requires, "numpy", "hypothesis", "pytest")]
     found = {name: versions[name]["version"] for name in names if name in versions}
-    return found | {one.rpartition("@")[0]: one.rpartition("@")[2] for one in recorder.npm}
+    return {one.rpartition("@")[0]: one.rpartition("@")[2] for one in recorder.npm} | found
 
 
 def _name(requirement: str) -> str:

@@ -1,10 +1,12 @@
 """The environments of the grid's packages: what is installed, and how."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from ..grid import environments
+from ..grid.markdown import version_of
 from ..grid.recorders import Recorder
 
 NODE = Recorder("toy", "A toy", ("toy==1.0",), ("Port",), npm=("@a/toy@2.0", "other@3.0"))
@@ -27,3 +29,10 @@ def test_npm_packages_are_installed_into_the_environment_without_running_their_s
     assert "--ignore-scripts" in npm
     assert "--silent" not in npm  # which hides why a package is not installed
     assert npm[-4:] == ["--prefix", str(folder), "@a/toy@2.0", "other@3.0"]
+
+
+def test_a_row_of_an_npm_package_has_its_own_version_not_that_of_its_helper_of_pip() -> None:
+    helped = Recorder("toy", "A toy", ("pytest==9.2.0",), ("Port",), npm=("@a/toy@2.0",))
+    versions = environments.installed(Path(sys.executable), helped)
+    assert version_of({"versions": versions}) == "2.0"
+    assert "pytest" in versions
