@@ -54,7 +54,10 @@ def _make(recorder: Recorder, folder: Path) -> None:
 
 
 def _call(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise InstallError(f"there is no {command[0]} on this machine; install it") from None
     if done.returncode:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
         errors = [line for line in lines if "error" in line.lower()]

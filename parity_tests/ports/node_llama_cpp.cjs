@@ -27,7 +27,7 @@ serve({
     model = await llama.loadModel({ modelPath: file, useMmap: false });
     context = await model.createContext({
       contextSize: LENGTH,
-      batchSize: LENGTH * rows,
+      batchSize: 16, // so that the scheduler parts long prompts, among all sequences
       sequences: rows,
       threads: 1,
       flashAttention: false,

@@ -36,3 +36,20 @@ def test_a_row_of_an_npm_package_has_its_own_version_not_that_of_its_helper_of_p
     versions = environments.installed(Path(sys.executable), helped)
     assert version_of({"versions": versions}) == "2.0"
     assert "pytest" in versions
+
+
+def test_without_npm_its_packages_are_not_installed_and_no_environment_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = environments._call
+
+    def call(command: list[str]) -> None:
+        if "venv" in command:
+            Path(command[-1]).mkdir()
+        elif command[0] == "npm":
+            run(["an-npm-that-is-not-there", *command[1:]])
+
+    monkeypatch.setattr(environments, "_call", call)
+    with pytest.raises(environments.InstallError, match="there is no an-npm-that-is-not-there on"):
+        environments.environment(NODE, tmp_path)
+    assert not list(tmp_path.iterdir())
