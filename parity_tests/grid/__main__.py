@@ -1,7 +1,11 @@
 """Run the suite on public packages and write the grid: ``python -m parity_tests.grid``."""
 
+import contextlib
+import os
+import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -9,14 +13,16 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from llama_common import cli
-from llama_common.errors import InputError
+from llama_common.errors import InputError, check_text
+from llama_common.files import require_writable
+from llama_common.interrupt import raise_or_end
 from llama_parity.command.cache import cache_folder
 
 from . import page
 from .causes import read_causes
 from .environments import InstallError
 from .recorders import Recorder, chosen
-from .results import RESULTS, failed_result, read_results, write_result
+from .results import RESULTS, failed_result, kept_date, read_results, write_result
 from .running import run_recorder
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -46,6 +52,7 @@ class GridConfig:
             raise InputError(f"{self.action}: no such action; give run or page")
         if self.profile not in ("quick", "default", "thorough"):
             raise InputError(f"--profile {self.profile}: give quick, default or thorough")
+        check_text("results", self.results)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,23 +67,68 @@ def _main(argv: Sequence[str]) -> int:
         page.write(read_results(results), read_causes(), DOCS)
         return 0
     recorders = chosen(list(config.names))
-    for recorder in recorders:
-        print(f"{recorder.name}: {', '.join(recorder.requires)}", flush=True)
-        result = _run(recorder, config)
-        write_result(result, results)
-        for backend, run in result["runs"].items():
-            words = run.get("error") or f"{run['verdict']}, {run['compared']} compared"
-            over = f", stopped by {run['over']}" if "over" in run else ""
-            print(f"  {backend}: {words}{over}; {run['seconds']:.0f} s", flush=True)
-        if "not_run" in result:
-            print(f"  not run: {result['not_run']}", flush=True)
+    python = _program(config.python) if config.python else None
+    _require_results(results, recorders)
+    with _ended_as_interrupted():
+        for recorder in recorders:
+            print(f"{recorder.name}: {', '.join(recorder.requires)}", flush=True)
+            _keep(_run(recorder, config, python), results)
     return 0
 
 
-def _run(recorder: Recorder, config: GridConfig) -> dict[str, Any]:
+def _require_results(results: Path, recorders: Sequence[Recorder]) -> None:
+    """Raise InputError, before hours of work, where the results cannot be written."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"no folder can be made there ({error.strerror})"
+        raise InputError(f"--results {results}: {why}; name another place") from None
+    for recorder in recorders:
+        require_writable(results / f"{recorder.name}.json", f"--results {results}")
+
+
+def _program(name: str) -> Path:
+    """Return the absolute path of a Python, its links as they are; InputError for none."""
+    found = shutil.which(name)
+    if found is None:
+        raise InputError(f"--python {name}: no such program; give an environment's bin/python")
+    return Path(os.path.abspath(found))
+
+
+@contextlib.contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """Let kill and the end of a terminal end what runs, as Ctrl-C does, where they would end us."""
+    signals = [
+        one
+        for one in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(one) is signal.SIG_DFL  # nohup ignores the latter
+    ]
+    try:
+        for one in signals:
+            signal.signal(one, raise_or_end)
+        yield
+    finally:
+        for one in signals:
+            signal.signal(one, signal.SIG_DFL)
+
+
+def _keep(result: dict[str, Any], results: Path) -> None:
+    """Write a result and print it; one that says nothing of the package replaces none that does."""
+    for backend, run in result["runs"].items():
+        words = run.get("error") or f"{run['verdict']}, {run['compared']} compared"
+        over = f", stopped by {run['over']}" if "over" in run else ""
+        print(f"  {backend}: {words}{over}; {run['seconds']:.0f} s", flush=True)
+    kept = kept_date(result["name"], results) if "not_run" in result else None
+    if "not_run" in result:
+        stays = f"; the result of {kept} stays" if kept else ""
+        print(f"  not run: {result['not_run']}{stays}", flush=True)
+    if not kept:
+        write_result(result, results)
+
+
+def _run(recorder: Recorder, config: GridConfig, python: Path | None) -> dict[str, Any]:
     """Return a package's result, of whatever end: it stops no other's run."""
     cache = Path(config.environments) if config.environments else cache_folder() / "grid"
-    python = Path(config.python) if config.python else None
     try:
         return run_recorder(recorder, cache, python, config.profile)
     except InstallError as error:

@@ -49,7 +49,7 @@ def chosen(names: list[str]) -> list[Recorder]:
         if name not in known:
             meant = did_you_mean(name, known) or f" give some of {', '.join(known)}"
             raise InputError(f"{name}: no such port in parity_tests/ports;{meant}")
-    return [known[name] for name in names or known]
+    return [known[name] for name in dict.fromkeys(names) or known]
 
 
 def read_recorder(file: Path) -> Recorder | None:

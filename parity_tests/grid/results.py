@@ -21,6 +21,15 @@ def write_result(result: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def kept_date(name: str, folder: Path) -> str | None:
+    """Return the date of a package's result that has runs; None where there is no such result."""
+    try:
+        result = read_json(folder / f"{name}.json")
+    except InputError:
+        return None
+    return str(result.get("date")) if result.get("runs") else None
+
+
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Return all results of a folder by name; InputError for a file of another schema."""
     if not folder.is_dir():
