@@ -20,6 +20,7 @@ from llama_parity.command.cache import cache_folder
 
 from . import page
 from .causes import read_causes
+from .cells import without_cause, without_red
 from .environments import InstallError
 from .recorders import Recorder, chosen
 from .results import RESULTS, failed_result, kept_date, read_results, write_result
@@ -53,6 +54,8 @@ class GridConfig:
         if self.profile not in ("quick", "default", "thorough"):
             raise InputError(f"--profile {self.profile}: give quick, default or thorough")
         check_text("results", self.results)
+        if self.action == "page" and self.names:
+            raise InputError(f"page {self.names[0]}: it is written of all results; give no name")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +67,10 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(GridConfig, argv)
     results = Path(config.results)
     if config.action == "page":
-        page.write(read_results(results), read_causes(), DOCS)
+        found, causes = read_results(results), read_causes()
+        page.write(found, causes, DOCS)
+        for line in (*without_cause(found, causes), *without_red(found, causes)):
+            print(line)
         return 0
     recorders = chosen(list(config.names))
     python = _program(config.python) if config.python else None

@@ -1,5 +1,6 @@
 """The causes of red cells, each confirmed without this project: causes/NAME.toml."""
 
+import os
 import tomllib
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -60,16 +61,30 @@ def read_causes(folder: Path = CAUSES) -> list[Cause]:
 
 def _read(file: Path) -> list[Cause]:
     try:
-        listed: list[dict[str, Any]] = tomllib.loads(file.read_text(encoding="utf-8"))["cause"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        listed: Any = tomllib.loads(file.read_text(encoding="utf-8"))["cause"]
+    except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{file}: is no list of causes ({error})") from None
-    known = {one.name for one in fields(Cause)}
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+        raise InputError(f"{file}: is no list of causes; begin each with [[cause]]")
     for entry in listed:
-        if unknown := set(entry) - known:
-            raise InputError(f"{file}: {unknown.pop()}: no key of a cause; {', '.join(known)} are")
-        repeat = entry.get("repeat")
-        if repeat and not (FINDINGS / repeat).is_file():
-            raise InputError(f"{file}: repeat {repeat}: no such file in findings/")
-        if not (repeat or entry.get("code")):
-            raise InputError(f"{file}: {entry.get('title')}: give repeat or code, that confirm it")
+        _require(entry, file)
     return [Cause(**entry | {"checks": tuple(entry["checks"])}) for entry in listed]
+
+
+def _require(entry: dict[str, Any], file: Path) -> None:
+    """Raise InputError for a cause with a key that is unknown, missing or of another type."""
+    known = [one.name for one in fields(Cause)]
+    if unknown := set(entry) - set(known):
+        raise InputError(f"{file}: {unknown.pop()}: no key of a cause; {', '.join(known)} are")
+    repeat, title = entry.get("repeat", ""), entry.get("title")
+    if repeat and isinstance(repeat, str) and repeat not in os.listdir(FINDINGS):
+        raise InputError(f"{file}: repeat {repeat}: no such file in findings/")
+    if not (repeat or entry.get("code")):
+        raise InputError(f"{file}: {title}: give repeat or code, that confirm it")
+    for key in known:
+        value = entry.get(key, "")
+        is_text = isinstance(value, str) and (value or key in ("repeat", "code", "bug"))
+        is_list = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+        if not (is_list if key == "checks" else is_text):
+            kind = "a list of patterns" if key == "checks" else "a text"
+            raise InputError(f"{file}: {title}: {key}: give {kind}")

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from ..conformance.config_keys import ALSO_PLAIN, RIGHT_ALONE
 from .causes import Cause
+
+RED = ("failed", "passed unexpectedly")
 
 
 class State(Enum):
@@ -130,11 +132,11 @@ def cell(result: Mapping[str, Any], column: Column, causes: Iterable[Cause]) -> 
     reds = [
         (backend, check, _cause(result["name"], backend, check["id"], causes))
         for backend, check in found
-        if check["verdict"] in ("failed", "passed unexpectedly")
+        if check["verdict"] in RED
     ]
     shares = [check["worst_share"] for _, check in found if check["worst_share"] is not None]
     return Cell(
-        _state(result, found, reds),
+        _state(found, reds, any(_is_cut(run, column) for run in result["runs"].values())),
         max(shares, default=None),
         sum(check["compared"] for _, check in found),
         tuple(dict.fromkeys(note for _, check in found for note in _notes(check))),
@@ -148,24 +150,49 @@ def used_causes(cells: Iterable[Sequence[Cell]], causes: Sequence[Cause]) -> lis
     return [cause for cause in causes if cause in used]
 
 
-def _state(result: Mapping[str, Any], found: list[Any], reds: list[Any]) -> State:
+def without_cause(results: Iterable[Mapping[str, Any]], causes: Sequence[Cause]) -> Iterable[str]:
+    """Yield a line for each red cell without a cause."""
+    for result in results:
+        for column in COLUMNS:
+            if cell(result, column, causes).state is State.UNCONFIRMED:
+                yield f"{result['name']}: {column.title}: red without a cause"
+
+
+def without_red(results: Iterable[Mapping[str, Any]], causes: Iterable[Cause]) -> Iterable[str]:
+    """Yield a line for each pattern of a cause that no red check has: what it explained is gone."""
+    reds = [
+        (result["name"], backend, check["id"])
+        for result in results
+        for backend, run in result["runs"].items()
+        for check in run["checks"]
+        if check["verdict"] in RED
+    ]
+    for cause in causes:
+        for pattern in cause.checks:
+            alone = replace(cause, checks=(pattern,))
+            if not any(alone.explains(*red) for red in reds):
+                yield f"{cause.port}: {pattern}: no check is red by it ({cause.title})"
+
+
+def _state(found: list[Any], reds: list[Any], is_cut: bool) -> State:
     verdicts = {check["verdict"] for _, check in found}
     shown = [red for red in reds if not _is_hidden(red[1])]
     if shown:
         return State.FAILED if all(cause for *_, cause in shown) else State.UNCONFIRMED
     if any(not _is_right_alone(check) for _, check, _ in reds):
         return State.HIDDEN
+    if "incomplete" in verdicts or is_cut:
+        return State.NOT_RUN
     if reds:
         return State.PASSED
-    if "incomplete" in verdicts or (not found and _is_cut(result)):
-        return State.NOT_RUN
     if any(check["documented"] for _, check in found):
         return State.DOCUMENTED
     return State.PASSED if "passed" in verdicts else State.NOT_COVERED
 
 
-def _is_cut(result: Mapping[str, Any]) -> bool:
-    return any("error" in run or "over" in run for run in result["runs"].values())
+def _is_cut(run: Mapping[str, Any], column: Column) -> bool:
+    """Return whether a backend's run ended before its answer, which may be another than theirs."""
+    return ("error" in run or "over" in run) and not any(map(column.has, run["checks"]))
 
 
 def _is_hidden(check: Mapping[str, Any]) -> bool:

@@ -12,6 +12,14 @@ RESULTS = Path(__file__).parent / "results"
 NOT_RUN = Path(__file__).with_name("not_run.toml")
 SCHEMA = 1
 
+# What the pages read of a result, of the run of a backend, and of a check.
+RESULT = {"name": str, "title": str, "requires": list, "versions": dict, "runs": dict}
+RUN = {"compared": int, "dtypes": list, "limits": dict, "processor": list}
+CHECK = {
+    **{"id": str, "verdict": str, "compared": int, "worst_share": float | int | None},
+    **{"not_covered": dict, "outside_limits": list, "documented": dict, "failure": dict | None},
+}
+
 
 def write_result(result: dict[str, Any], folder: Path) -> Path:
     """Write a package's result atomically; return its file."""
@@ -31,14 +39,43 @@ def kept_date(name: str, folder: Path) -> str | None:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return all results of a folder by name; InputError for a file of another schema."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; python -m parity_tests.grid run makes it")
-    results = [read_json(file) for file in sorted(folder.glob("*.json"))]
-    for result in results:
+    """Return all results of a folder by name; InputError for one that is not as a run writes it."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        what = "no result in it" if folder.is_dir() else "no such folder"
+        raise InputError(f"{folder}: {what}; python -m parity_tests.grid run makes it")
+    results = []
+    for file in files:
+        result = read_json(file)
         if result.get("schema") != SCHEMA:
-            raise InputError(f"{folder}: a result of schema {result.get('schema')}, not {SCHEMA}")
+            why = f"a result of schema {result.get('schema')}, not {SCHEMA}"
+            raise InputError(f"{file}: {why}; {_again(file)}")
+        _require_result(result, file)
+        results.append(result)
     return results
+
+
+def _require_result(result: dict[str, Any], file: Path) -> None:
+    _require(result, RESULT, file)
+    if result["name"] != file.stem:
+        raise InputError(f"{file}: is the result of {result['name']}; name it so, or remove it")
+    _require(result, {"date": str} if result["runs"] else {"not_run": str}, file)
+    for run in result["runs"].values():
+        _require(run, {"checks": list}, file)
+        _require(run, {"error": str} if "error" in run else RUN, file)
+        for check in run["checks"]:
+            _require(check, CHECK, file)
+
+
+def _require(found: Any, kinds: dict[str, Any], file: Path) -> None:
+    """Raise InputError for what is no object, or has a key that is missing or of another type."""
+    for key, kind in kinds.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key, _require), kind):
+            raise InputError(f"{file}: {key}: missing, or of another type; {_again(file)}")
+
+
+def _again(file: Path) -> str:
+    return f"write it again: python -m parity_tests.grid run {file.stem}"
 
 
 def tried_without_port(file: Path = NOT_RUN) -> list[dict[str, Any]]:
