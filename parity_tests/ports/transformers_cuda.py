@@ -1,16 +1,20 @@
 """transformers' LlamaForCausalLM on a GPU: its attentions, and with Liger's kernels.
 
 Tested with transformers 5.17.0, torch 2.11.0 (CUDA 13) and liger-kernel 0.8.5, all of that machine
-(``--python python3``). ``Sdpa`` has torch choose its kernel: flash in bfloat16 and float16.
+(``--python python3``). ``Sdpa`` has torch choose its kernel. ``Flash`` has flash attention alone
+where the prompt has neither mask nor cache, and elsewhere what torch chooses.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from reference_np.limits import Limits, real_tokens
@@ -18,7 +22,7 @@ from reference_np.limits import Limits, real_tokens
 from ..backends import torch_port
 
 REQUIRES = ("transformers==5.17.0", "torch==2.11.0", "liger-kernel==0.8.5")
-OBJECTS = ("Eager", "Sdpa", "Liger")
+OBJECTS = ("Eager", "Sdpa", "Flash", "Liger")
 NEEDS_GPU = True
 
 
@@ -101,6 +105,25 @@ class Sdpa(Eager):
     """``attn_implementation="sdpa"``, the default."""
 
     attention = "sdpa"
+
+
+class OnFlash(OnDevice):
+    """The model, whose causal prompts are computed by torch's flash attention or not at all."""
+
+    def forward(self, tokens: Any, positions: Any, mask: Any, cache: Any = None) -> Any:
+        is_prompt = mask is None and not (cache and cache.get_seq_length())
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if is_prompt else nullcontext():
+            return super().forward(tokens, positions, mask, cache)
+
+
+class Flash(Sdpa):
+    """``attn_implementation="sdpa"`` inside ``sdpa_kernel(SDPBackend.FLASH_ATTENTION)``."""
+
+    dtypes: Any = ("bfloat16", "float16")
+    limits = dataclasses.replace(Eager.limits, float32_angles=("bfloat16", "float16"))
+
+    def _model(self, config: Any, params: Any) -> OnDevice:
+        return OnFlash(config, params, self.attention, self.device)
 
 
 class Liger(Sdpa):
