@@ -1,7 +1,9 @@
 """The causes of red cells, each confirmed without this project: causes/NAME.toml."""
 
 import os
+import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from llama_common.errors import InputError
 
 CAUSES = Path(__file__).with_name("causes")
+OPTIONAL = ("repeat", "code", "bug", "seen", "documented")
 FINDINGS = Path(__file__).parent.parent.parent / "findings"
 
 
@@ -17,13 +20,16 @@ FINDINGS = Path(__file__).parent.parent.parent / "findings"
 class Cause:
     """Why checks of a port are red.
 
-    port     the module's name, or NAME:OBJECT for one of its backends; a pattern with *
+    port     the module's name, or NAME:OBJECT for some of its backends; a pattern with *
     checks   patterns of the checks' ids
     title    a line
     words    what happens, whom it concerns, and the remedy
     repeat   the script in findings/ that shows it without this project; or "" where ``code`` does
     code     a program that shows it, pinned packages in its first line
     bug      the known bug that it equals; "" for none
+    seen     a regular expression that a drawn example that failed must match, so that a random
+             check that fails by another fault is not taken for explained; "" for any
+    documented  where the package's documentation says so: no fault then; "" where it does not
     """
 
     port: str
@@ -33,15 +39,24 @@ class Cause:
     repeat: str = ""
     code: str = ""
     bug: str = ""
+    seen: str = ""
+    documented: str = ""
 
     def explains(self, name: str, backend: str, check: str) -> bool:
         """Return whether this is the cause of a red check."""
         port, _, wanted = self.port.partition(":")
         return (
             fnmatchcase(name, port)
-            and wanted in ("", backend)
+            and fnmatchcase(backend, wanted or "*")
             and any(fnmatchcase(check, _literal(pattern)) for pattern in self.checks)
         )
+
+    def fits(self, failure: Mapping[str, Any] | None) -> bool:
+        """Return whether a failed example, where it is a drawn one, is one of this cause."""
+        found = failure or {}
+        if not (self.seen and found.get("drawn")):
+            return True
+        return re.search(self.seen, f"{found['drawn']} {found.get('config')}") is not None
 
     @property
     def anchor(self) -> str:
@@ -83,8 +98,12 @@ def _require(entry: dict[str, Any], file: Path) -> None:
         raise InputError(f"{file}: {title}: give repeat or code, that confirm it")
     for key in known:
         value = entry.get(key, "")
-        is_text = isinstance(value, str) and (value or key in ("repeat", "code", "bug"))
+        is_text = isinstance(value, str) and (value or key in OPTIONAL)
         is_list = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
         if not (is_list if key == "checks" else is_text):
             kind = "a list of patterns" if key == "checks" else "a text"
             raise InputError(f"{file}: {title}: {key}: give {kind}")
+    try:
+        re.compile(entry.get("seen", ""))
+    except re.error as error:
+        raise InputError(f"{file}: {title}: seen: {error}") from None

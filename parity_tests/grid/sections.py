@@ -25,6 +25,7 @@ def cause_section(cause: Cause, rows: Sequence[tuple[dict[str, Any], list[Cell]]
         f'<section id="{cause.anchor}"><h3>{escape(cause.title)}</h3>',
         f'<p class="soft">{escape(names)}; {escape(", ".join(result["requires"]))}</p>',
         *(f"<p>{escape(paragraph)}</p>" for paragraph in cause.words.strip().split("\n\n")),
+        f"<p>Documented: {escape(cause.documented)}.</p>" if cause.documented else "",
         f"<p>Equals the known bug <code>{escape(cause.bug)}</code>.</p>" if cause.bug else "",
         "<details><summary>The smallest input, and the checks</summary>",
         f"<pre>{escape(_smallest(failure))}</pre>",

@@ -42,7 +42,7 @@ tbody :is(th, td) { border-top: 1px solid var(--line); }
 .cell a { display: block; text-decoration: none; }
 .passed { color: var(--good); background: var(--goodback); }
 .failed, .unconfirmed { color: var(--bad); background: var(--badback); }
-.documented { color: var(--warn); background: var(--warnback); }
+.documented, .stopped { color: var(--warn); background: var(--warnback); }
 .hidden { color: var(--bad); background: var(--greyback); }
 .not_covered, .not_run { color: var(--grey); background: var(--greyback); }
 .columns { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }

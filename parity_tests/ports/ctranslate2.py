@@ -124,7 +124,7 @@ class Directory:
 
     dtypes = Port.dtypes
     limits = Limits(
-        head_dim="dim / n_heads",
+        head_dim="dim a multiple of n_heads",
         masks="causal",
         positions="consecutive",
         cache="none",

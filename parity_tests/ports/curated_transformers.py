@@ -32,6 +32,7 @@ REQUIRES = (
     "requests==2.34.2",
     "torch==2.13.0",
 )
+OBJECTS = ("Port", "Directory", "DirectoryWithTorchDtype")
 
 
 class Positional(nn.Module):
@@ -101,9 +102,30 @@ class Port(LogitsByDecode):
             return torch_port.loss_and_grads(module, params, batches, z_loss, renamed)
 
 
-class Directory:
-    """``LlamaCausalLM.from_fsspec``; it wants the weights in config.json's torch_dtype, as here."""
+def rewrite(path: str, dtype: str, also_key: str | None = None) -> None:
+    """Write a directory's tensors in ``dtype``, and its key, where they had one dtype."""
+    file = Path(path, "config.json")
+    config = json.loads(file.read_text())
+    [key] = {"torch_dtype", "dtype"} & set(config)
+    shards = {shard: load_file(shard) for shard in Path(path).glob("*.safetensors")}
+    stored = {str(value.dtype) for weights in shards.values() for value in weights.values()}
+    if f"torch.{config[key]}" not in stored:
+        return
+    keys = {key, also_key or key}
+    file.write_text(json.dumps(config | dict.fromkeys(keys, dtype)))
+    for shard, weights in shards.items():
+        kind = getattr(torch, dtype)
+        save_file({name: value.to(kind) for name, value in weights.items()}, shard)
 
+
+class Directory:
+    """``LlamaCausalLM.from_fsspec``, which wants the weights in the dtype of config.json.
+
+    So a directory in which both are one is written anew in the dtype asked for: the tensors, and
+    the key that tells it, ``torch_dtype`` of transformers 4 or ``dtype`` of transformers 5.
+    """
+
+    also_key: str | None = None
     dtypes = Port.dtypes
     limits = Limits(
         head_dim="dim / n_heads",
@@ -115,16 +137,7 @@ class Directory:
     )
 
     def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
-        file = Path(path, "config.json")
-        config = json.loads(file.read_text())
-        if config.get("num_key_value_heads", 0) is None:
-            raise NotImplementedError("num_key_value_heads null")
-        file.write_text(json.dumps({**config, "torch_dtype": dtype}))
-        for shard in Path(path).glob("*.safetensors"):
-            weights = {
-                name: value.to(getattr(torch, dtype)) for name, value in load_file(shard).items()
-            }
-            save_file(weights, shard)
+        rewrite(path, dtype, self.also_key)
         context = LiftFloat32 if dtype == "float64" else nullcontext
         with context():
             model = LlamaCausalLM.from_fsspec(fs=LocalFileSystem(), model_path=path)
@@ -137,3 +150,9 @@ class Directory:
                 return torch_port.to_numpy(model(torch.from_numpy(tokens), mask).logits)
 
         return logits
+
+
+class DirectoryWithTorchDtype(Directory):
+    """The same with the key ``torch_dtype`` in all, which shows what else is read wrongly."""
+
+    also_key = "torch_dtype"

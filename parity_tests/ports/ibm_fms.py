@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from fms.models import get_model
 from fms.models.llama import LLaMA, LLaMAConfig
@@ -94,9 +93,6 @@ class Port:
     def decode(
         self, config: Any, params: Any, tokens: Any, positions: Any, mask: Any, cache: Any
     ) -> tuple[Any, Any]:
-        if mask is None and cache is not None:
-            start, length = cache[0][0].shape[2], tokens.shape[1]
-            mask = np.tril(np.ones((1, length, start + length), bool), start)
         given = {} if positions is None else {"position_ids": torch.from_numpy(positions)}
         if mask is not None:
             given["mask"] = torch.from_numpy(mask)
@@ -125,7 +121,6 @@ class Directory:
         masks="causal",
         positions="consecutive",
         cache="none",
-        rope_types=("default", "llama3"),
         float32_angles=Port.limits.float32_angles,
     )
 

@@ -1,4 +1,4 @@
-"""ONNX's reference evaluator on a Llama's graph of ONNX's own operators, as a backend.
+"""ONNX's reference evaluator on a graph that the adapter makes of ONNX's operators, as a backend.
 
 Tested with onnx 1.23.2 (``pip install onnx``; 70 MB). The evaluator is the specification of the
 operators in NumPy: Attention, RotaryEmbedding and RMSNormalization of ONNX 23.

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a backend: a Llama's graph of its own operators, and one of ONNX's.
+"""ONNX Runtime on graphs that the adapter makes: of its own operators, and of ONNX's.
 
 Tested with onnxruntime 1.32.0 and onnx 1.23.2 (``pip install onnxruntime onnx``; 240 MB).
 ``Port`` is the graph that onnxruntime-genai builds: GroupQueryAttention with its rotation and

@@ -1,4 +1,4 @@
-"""OpenVINO on a Llama's graph of ONNX's operators, as a backend.
+"""OpenVINO on a graph that the adapter makes of ONNX's operators, as a backend.
 
 Tested with openvino 2026.4.1 and onnx 1.23.2 (``pip install openvino onnx``; 330 MB). The graph is
 onnx_graph's, read by OpenVINO's ONNX frontend with the shapes of each call, and computed by its CPU

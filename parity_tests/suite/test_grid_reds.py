@@ -1,0 +1,68 @@
+"""What a red check of the grid is taken for: a wrong number, an error, a documented difference."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ..conformance.config_keys import ALSO_PLAIN
+from ..grid.causes import Cause
+from ..grid.cells import COLUMNS, State, cell
+
+KEY = "test_key_of_config_json[rope_theta left out (transformers 4)]"
+RAISED = "config.json: rope_theta left out: from_directory failed: KeyError: 'rope_theta'"
+CAUSE = Cause("toy", ("test_*",), "", "", code="pass")
+
+
+def state(cause: Cause, check: str, message: str, title: str, **failed: Any) -> State:
+    """Return the state of a cell with one failed check."""
+    red = {
+        "id": check,
+        "verdict": "failed",
+        "compared": 5,
+        "worst_share": failed.pop("worst_share", 0.0),
+        "not_covered": {},
+        "outside_limits": [],
+        "documented": {},
+        "failure": {"message": message, **failed},
+    }
+    column = next(one for one in COLUMNS if one.title == title)
+    return cell({"name": "toy", "runs": {"Port": {"checks": [red]}}}, column, [cause]).state
+
+
+def test_a_loader_that_stops_is_not_said_to_compute_something_else() -> None:
+    assert state(CAUSE, KEY, RAISED, "base") is State.STOPPED
+    assert state(CAUSE, KEY, "rope_theta is not read", "base") is State.FAILED
+    assert state(CAUSE, "test_directory", "KeyError: 'x'", "loader") is State.STOPPED
+    wrong = state(CAUSE, "test_directory", "KeyError: 'x'", "loader", worst_share=9.0)
+    assert wrong is State.FAILED
+    assert state(CAUSE, KEY, RAISED + ALSO_PLAIN, "base") is State.HIDDEN
+
+
+def test_what_one_directory_hides_is_right_where_another_shows_it() -> None:
+    shared = {"id": KEY, "compared": 1, "worst_share": 0.0, "not_covered": {}}
+    shared |= {"outside_limits": [], "documented": {}}
+    hidden = shared | {"verdict": "failed", "failure": {"message": RAISED + ALSO_PLAIN}}
+    right = shared | {"verdict": "passed", "failure": None}
+    column = next(one for one in COLUMNS if one.title == "base")
+    for other, expected in ((right, State.PASSED), (hidden, State.HIDDEN)):
+        runs = {"Directory": {"checks": [hidden]}, "Helped": {"checks": [other]}}
+        assert cell({"name": "toy", "runs": runs}, column, [CAUSE]).state is expected
+
+
+def test_what_a_package_documents_is_no_fault() -> None:
+    documented = replace(CAUSE, documented="its manual")
+    assert state(documented, KEY, "logits: 9 times", "base") is State.DOCUMENTED
+
+
+@pytest.mark.parametrize(
+    ("drawn", "expected"),
+    [("rope_type='llama3'", State.FAILED), ("rope_type='default'", State.UNCONFIRMED)],
+)
+def test_a_cause_explains_only_the_drawn_examples_that_it_names(
+    drawn: str, expected: State
+) -> None:
+    cause = replace(CAUSE, seen="rope_type='llama3'")
+    found = state(cause, "test_directory", "logits: 9 times", "loader", drawn=drawn)
+    assert found is expected
+    assert state(cause, KEY, "rope_theta is not read", "base") is State.FAILED
