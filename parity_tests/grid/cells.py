@@ -214,6 +214,8 @@ def _is_right_alone(check: Mapping[str, Any]) -> bool:
 
 
 def _notes(check: Mapping[str, Any]) -> Iterable[str]:
+    if check["verdict"] == "not covered" and check.get("reason"):
+        yield check["reason"]
     for reason in check["not_covered"]:
         yield f"not covered: {reason}"
     for limit in check["outside_limits"]:

@@ -10,6 +10,7 @@ from llama_common.nearest import did_you_mean
 
 PORTS = Path(__file__).parent.parent / "ports"
 OBJECTS = ("Port", "Directory")  # the weights mapped by name; the package's own loader
+CONSTANTS = ("REQUIRES", "VARIABLES", "NPM", "MINUTES", "NEEDS_GPU", "OBJECTS", "STATED")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Recorder:
     npm          what npm installs, each with its version; scripts of packages are not run
     minutes      the time limit of one backend's run
     needs_gpu    whether it runs on a CUDA device alone
+    stated       keys of config.json, by how they begin, that its user states by hand: what the
+                 package does not read is not checked as if it did
     """
 
     name: str
@@ -34,6 +37,7 @@ class Recorder:
     npm: tuple[str, ...] = ()
     minutes: float = 10.0
     needs_gpu: bool = False
+    stated: tuple[str, ...] = ()
 
 
 def all_recorders() -> list[Recorder]:
@@ -64,7 +68,7 @@ def read_recorder(file: Path) -> Recorder | None:
             defined += [alias.asname or alias.name for alias in node.names]
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            if name in ("REQUIRES", "VARIABLES", "NPM", "MINUTES", "NEEDS_GPU", "OBJECTS"):
+            if name in CONSTANTS:
                 constants[name] = ast.literal_eval(node.value)
     if "REQUIRES" not in constants:
         return None
@@ -78,4 +82,5 @@ def read_recorder(file: Path) -> Recorder | None:
         npm=constants.get("NPM", ()),
         minutes=constants.get("MINUTES", 10.0),
         needs_gpu=constants.get("NEEDS_GPU", False),
+        stated=constants.get("STATED", ()),
     )

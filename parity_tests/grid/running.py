@@ -63,6 +63,7 @@ def _run(recorder: Recorder, backend: str, python: Path, profile: str) -> dict[s
         command = [
             *(str(python), "-m", "llama_parity", "test", port, "--no-basic"),
             *("--profile", profile, "--report", str(report)),
+            *_without_stated(recorder, Path(folder)),
         ]
         begun = time.monotonic()
         output, code, is_over = _within(command, recorder, Path(folder))
@@ -91,6 +92,16 @@ def _ended(code: int) -> str:
         return f"ended by {signal.Signals(-code).name}"
     except ValueError:  # of real time
         return f"ended by signal {-code}"
+
+
+def _without_stated(recorder: Recorder, folder: Path) -> list[str]:
+    """Return the flags that leave out the checks of keys that a package's user states by hand."""
+    if not recorder.stated:
+        return []
+    file = folder / "stated"
+    why = "not covered: the package does not read it, its user states it"
+    file.write_text("".join(f"test_*[{key}*  # {why}\n" for key in recorder.stated))
+    return ["--skips-file", str(file)]
 
 
 def without_places(text: str, python: Path, folder: str) -> str:
