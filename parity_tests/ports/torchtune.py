@@ -1,25 +1,34 @@
 """torchtune's builder ``llama2``, which derives head_dim, as a backend.
 
-Tested with torchtune 0.6.1, torchao 0.17.0 (0.18 is refused) and torch 2.13.0
-(``pip install torchtune torchao==0.17.0 torch==2.13.0``; 1.4 GB). Weights are mapped by torchtune's
+Tested with torchtune 0.6.1, torchao 0.14.1 (0.17 lacks what its checkpointer imports) and torch
+2.13.0 (``pip install torchtune torchao==0.14.1 torch==2.13.0``; 1.4 GB). Weights are mapped by its
 own ``hf_to_tune``, which permutes q and k for its rotation of neighbouring pairs. The cache lies
-in the module, of a fixed length, and is copied here.
+in the module, of a fixed length, and is copied here. Of config.json ``FullModelHFCheckpointer``
+reads the numbers of heads, hidden_size and head_dim; the rest its user states in the builder.
 """
 
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama2 import llama2
+from torchtune.training import FullModelHFCheckpointer, set_default_dtype
 
 from reference_np.limits import Limits
 
 from ..backends import torch_port
+from .stated import called, lifted, stated_config
 
-REQUIRES = ("torchtune==0.6.1", "torchao==0.17.0", "torch==2.13.0")
+REQUIRES = ("torchtune==0.6.1", "torchao==0.14.1", "torch==2.13.0")
+OBJECTS = ("Port", "Directory", "DirectoryWithHeads")
+STATED = ("rms_norm_eps", "rope_", "tie_word_embeddings", "hidden_act")
 CACHED = 320  # the length of the cache
 
 
@@ -107,3 +116,30 @@ class Port:
             return torch_port.loss_and_grads(
                 module, params, batches, z_loss, lambda leaves: renamed(config, leaves)
             )
+
+
+class Directory:
+    """``FullModelHFCheckpointer``, and the builder with the other numbers of the directory."""
+
+    dtypes = Port.dtypes
+    limits = replace(Port.limits, masks="causal", positions="consecutive", cache="none")
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        config = stated_config(path)
+        files = [file.name for file in Path(path).glob("*.safetensors")]
+        with tempfile.TemporaryDirectory() as out, lifted(dtype):
+            with set_default_dtype(getattr(torch, dtype)):
+                decoder = Positional(config).decoder
+            loader = FullModelHFCheckpointer(path, files, "LLAMA2", out)
+            decoder.load_state_dict(loader.load_checkpoint()["model"])
+        return called(decoder.eval(), dtype)
+
+
+class DirectoryWithHeads(Directory):
+    """The same with num_key_value_heads written out, which shows what else is read wrongly."""
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        file = Path(path, "config.json")
+        heads = {"num_key_value_heads": stated_config(path).n_kv_heads}
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | heads))
+        return super().from_directory(path, dtype)
