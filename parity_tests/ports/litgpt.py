@@ -3,24 +3,38 @@
 Tested with litgpt 0.5.13 and torch 2.13.0
 (``pip install litgpt==0.5.13 torch==2.13.0``; 1.1 GB). Weights are mapped by
 ``copy_weights_hf_llama``, its converter, which joins q, k and v. The cache lies in the module, of a
-fixed length, and is copied here; a position is its slot.
+fixed length, and is copied here; a position is its slot. Of a directory it reads the weights
+alone: a model is chosen by its name among litgpt's, or stated.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from litgpt import GPT, Config
-from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+from litgpt.config import name_to_config
+from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint, copy_weights_hf_llama
 from torch import nn
 
 from reference_np.limits import Limits
 
 from ..backends import torch_port
+from .stated import called, lifted, stated_config
 
 REQUIRES = ("litgpt==0.5.13", "torch==2.13.0")
+STATED = (
+    "rms_norm_eps",
+    "rope_",
+    "tie_word_embeddings",
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 CACHED = 320  # the length of the cache
 
 
@@ -116,3 +130,20 @@ class Port:
             return torch_port.loss_and_grads(
                 module, params, batches, z_loss, lambda leaves: renamed(config, leaves)
             )
+
+
+class Directory:
+    """``convert_hf_checkpoint`` by a stated model's name, and ``Config.from_checkpoint``."""
+
+    dtypes = Port.dtypes
+    limits = replace(Port.limits, cache="none")
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        folder = Path(path)
+        name_to_config["stated"] = asdict(config_of(stated_config(path))) | {"name": "stated"}
+        convert_hf_checkpoint(folder, model_name="stated", dtype=dtype)
+        weights = torch.load(folder / "lit_model.pth", weights_only=True)
+        with lifted(dtype):
+            gpt = GPT(Config.from_checkpoint(folder))
+        gpt.load_state_dict(weights.get("model", weights), assign=True)
+        return called(gpt.eval(), dtype)
