@@ -3,15 +3,16 @@
 Tested with torchtitan 0.3.0, triton 3.9.0 (it imports it) and torch 2.13.0 (``pip install
 torchtitan==0.3.0 triton torch==2.13.0``). The attention is its ``ScaledDotProductAttention``, as
 the others are compiled or for a GPU; q, k and v are joined, but for gradients. It trains: there
-is no cache.
+is no cache. Of a directory it reads the weights alone: a model is chosen among its own, or stated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.common.attention import ScaledDotProductAttention
@@ -20,8 +21,18 @@ from torchtitan.models.llama3 import Llama3Model, Llama3StateDictAdapter, _build
 from reference_np.limits import Limits
 
 from ..backends import torch_port
+from .stated import called, lifted, stated_config
 
 REQUIRES = ("torchtitan==0.3.0", "triton==3.9.0", "torch==2.13.0")
+STATED = (
+    "rms_norm_eps",
+    "rope_",
+    "tie_word_embeddings",
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def config_of(config: Any, joined: bool) -> Llama3Model.Config:
@@ -115,3 +126,23 @@ class Port:
             return torch_port.loss_and_grads(
                 module, params, batches, z_loss, partial(renamed, config)
             )
+
+
+class Directory:
+    """``initial_load_in_hf``: the adapter, and the reader of safetensors that it gives."""
+
+    dtypes = Port.dtypes
+    limits = Port.limits
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        about = config_of(stated_config(path), joined=True)
+        with lifted(dtype):
+            llama = Llama3Model(about)
+        # As CheckpointManager.dcp_load: the tensors of the model's own names are read.
+        kind = getattr(torch, dtype)
+        empty = {name: torch.empty_like(x, dtype=kind) for name, x in llama.state_dict().items()}
+        adapter = Llama3StateDictAdapter(about, path)
+        weights = adapter.to_hf(empty)
+        dcp.load(weights, storage_reader=adapter.get_hf_storage_reader(path))
+        llama.load_state_dict(adapter.from_hf(weights), assign=True)
+        return called(llama.eval(), dtype)
