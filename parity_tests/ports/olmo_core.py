@@ -1,16 +1,20 @@
 """Ai2's OLMo-core: its llama_like Transformer.
 
-Tested with ai2-olmo-core 3.0.0 and torch 2.13.0 (``pip install ai2-olmo-core==3.0.0
-torch==2.13.0``). Weights are mapped by name; the order of q and k is Hugging Face's. Linear
-scaling is its position interpolation; Llama 3.1's scaling it has in other parameters.
+Tested with ai2-olmo-core 3.0.0, transformers 5.23.0 and torch 2.13.0 (``pip install
+ai2-olmo-core==3.0.0 transformers==5.23.0 torch==2.13.0``). Weights are mapped by name;
+the order of q and k is Hugging Face's. Linear scaling is its position interpolation; Llama 3.1's
+scaling it has in other parameters. Of a directory ``load_hf_model`` takes the weights, by
+transformers; the model is stated by its user.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from olmo_core.nn.feed_forward import FeedForwardConfig
+from olmo_core.nn.hf import load_hf_model
 from olmo_core.nn.rope import PIRoPEScalingConfig
 from olmo_core.nn.transformer import TransformerConfig
 from torch import nn
@@ -18,8 +22,17 @@ from torch import nn
 from reference_np.limits import Limits
 
 from ..backends import torch_port
+from .stated import called, lifted, stated_config
 
-REQUIRES = ("ai2-olmo-core==3.0.0", "torch==2.13.0")
+REQUIRES = ("ai2-olmo-core==3.0.0", "transformers==5.23.0", "torch==2.13.0")
+STATED = (
+    "rms_norm_eps",
+    "rope_",
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 NAMES = {
     "model.embed_tokens": "embeddings",
     "model.norm": "lm_head.norm",
@@ -104,3 +117,19 @@ class Port:
             return torch_port.loss_and_grads(
                 module, params, batches, z_loss, partial(renamed, config)
             )
+
+
+class Directory:
+    """``load_hf_model``, which takes the weights of transformers' model."""
+
+    dtypes = Port.dtypes
+    limits = replace(Port.limits, head_dim="dim a multiple of n_heads")  # transformers'
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        with lifted(dtype):
+            olmo = Positional(stated_config(path)).olmo
+        weights = olmo.state_dict()
+        load_hf_model(path, weights)
+        kind = getattr(torch, dtype)
+        olmo.load_state_dict({name: x.to(kind) for name, x in weights.items()}, assign=True)
+        return called(olmo.eval(), dtype)
