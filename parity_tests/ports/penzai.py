@@ -1,11 +1,16 @@
 """Penzai's Llama on JAX, as a backend.
 
-Tested with penzai 0.2.5 and jax 0.10.2 (``pip install penzai jax``; 490 MB). Weights go through
+Tested with penzai 0.2.5, jax 0.10.2, transformers 4.55.4 and torch 2.13.0 (``pip install
+penzai==0.2.5 jax==0.10.2 transformers==4.55.4 torch==2.13.0``). Weights go through
 ``llamalike_from_huggingface_model``, its converter of transformers' models, which needs their
-numbers alone. Positions are an input; ``KVCachingTransformerLM`` leaves padding out by an id.
+numbers alone; ``llama_from_huggingface_model`` refuses each key that it does not know, in words:
+those of transformers 4.56 and later, tied embeddings and every scaling. Positions are an
+input; ``KVCachingTransformerLM`` leaves padding out by an id.
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +19,16 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax.numpy as jnp
 import numpy as np
+import torch
 from penzai import pz
 from penzai.models.transformer.sampling_mode import KVCachingTransformerLM
+from penzai.models.transformer.variants.llama import llama_from_huggingface_model
 from penzai.models.transformer.variants.llamalike_common import llamalike_from_huggingface_model
+from transformers import LlamaForCausalLM
 
 from reference_np.limits import Limits, real_tokens
 
-REQUIRES = ("penzai==0.2.5", "jax==0.10.2")
+REQUIRES = ("penzai==0.2.5", "jax==0.10.2", "transformers==4.55.4", "torch==2.13.0")
 MINUTES = 12.0  # compiling
 CACHED, PADDING = 320, -1  # the length of the cache; the id of padding
 
@@ -84,3 +92,23 @@ class Port:
         if mask is not None:
             tokens = np.where(real_tokens(mask)[:, -tokens.shape[1] :], tokens, PADDING)
         return to_numpy(called(model, named(tokens), {})), model
+
+
+class Directory:
+    """transformers' ``from_pretrained``, and ``llama_from_huggingface_model``."""
+
+    dtypes = Port.dtypes
+    limits = replace(Port.limits, masks="causal", positions="consecutive", cache="none")
+
+    def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
+        given = LlamaForCausalLM.from_pretrained(path, torch_dtype=getattr(torch, dtype))
+        given.config._name_or_path = ""  # of every folder; refused like an unknown key
+        try:
+            model = llama_from_huggingface_model(given)
+        except ValueError as error:
+            if "does not support these configuration" in str(error):
+                raise NotImplementedError(
+                    "a key of config.json, which it refuses by name"
+                ) from None
+            raise
+        return lambda tokens: to_numpy(called(model, named(tokens), {}))
