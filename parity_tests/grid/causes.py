@@ -12,7 +12,7 @@ from typing import Any
 from llama_common.errors import InputError
 
 CAUSES = Path(__file__).with_name("causes")
-OPTIONAL = ("repeat", "code", "bug", "seen", "documented")
+OPTIONAL = ("repeat", "code", "bug", "documented")
 FINDINGS = Path(__file__).parent.parent.parent / "findings"
 
 
@@ -27,41 +27,41 @@ class Cause:
     repeat   the script in findings/ that shows it without this project; or "" where ``code`` does
     code     a program that shows it, pinned packages in its first line
     bug      the known bug that it equals; "" for none
-    seen     a regular expression that a drawn example that failed must match, so that a random
-             check that fails by another fault is not taken for explained; "" for any
+    seen     a regular expression that is found in what the failure says (``said``), so that a
+             check that fails by another fault is not taken for explained
     documented  where the package's documentation says so: no fault then; "" where it does not
     """
 
     port: str
     checks: tuple[str, ...]
+    seen: str
     title: str
     words: str
     repeat: str = ""
     code: str = ""
     bug: str = ""
-    seen: str = ""
     documented: str = ""
 
-    def explains(self, name: str, backend: str, check: str) -> bool:
-        """Return whether this is the cause of a red check."""
+    def explains(self, name: str, backend: str, check: Mapping[str, Any]) -> bool:
+        """Return whether this is the cause of a red check of a result."""
         port, _, wanted = self.port.partition(":")
         return (
             fnmatchcase(name, port)
             and fnmatchcase(backend, wanted or "*")
-            and any(fnmatchcase(check, _literal(pattern)) for pattern in self.checks)
+            and any(fnmatchcase(check["id"], _literal(pattern)) for pattern in self.checks)
+            and re.search(self.seen, said(check)) is not None
         )
-
-    def fits(self, failure: Mapping[str, Any] | None) -> bool:
-        """Return whether a failed example, where it is a drawn one, is one of this cause."""
-        found = failure or {}
-        if not (self.seen and found.get("drawn")):
-            return True
-        return re.search(self.seen, f"{found['drawn']} {found.get('config')}") is not None
 
     @property
     def anchor(self) -> str:
         """The name of its section in the page."""
         return "".join(c if c.isalnum() else "-" for c in f"{self.port} {self.title}".lower())
+
+
+def said(check: Mapping[str, Any]) -> str:
+    """Return what a failure says: its message, what was drawn, the config and the call."""
+    failure = check["failure"] or {}
+    return " | ".join(str(failure.get(key)) for key in ("message", "drawn", "config", "call"))
 
 
 def _literal(pattern: str) -> str:

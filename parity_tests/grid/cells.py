@@ -166,7 +166,7 @@ def without_cause(results: Iterable[Mapping[str, Any]], causes: Sequence[Cause])
 def without_red(results: Iterable[Mapping[str, Any]], causes: Iterable[Cause]) -> Iterable[str]:
     """Yield a line for each pattern of a cause that no red check has: what it explained is gone."""
     reds = [
-        (result["name"], backend, check["id"])
+        (result["name"], backend, check)
         for result in results
         for backend, run in result["runs"].items()
         for check in run["checks"]
@@ -242,5 +242,4 @@ def _state_of_red(check: Mapping[str, Any], cause: Cause | None) -> State:
 
 
 def _cause(name: str, backend: str, check: Mapping[str, Any], causes: list[Cause]) -> Cause | None:
-    fitting = (cause for cause in causes if cause.fits(check["failure"]))
-    return next((one for one in fitting if one.explains(name, backend, check["id"])), None)
+    return next((cause for cause in causes if cause.explains(name, backend, check)), None)

@@ -33,7 +33,9 @@ CHECK = {
     "documented": {},
     "failure": None,
 }
-CAUSE = Cause("toy:Port", ("test_logits_in[*",), "It rounds", "It rounds & more.", code="pass")
+CAUSE = Cause(
+    "toy:Port", ("test_logits_in[*",), ".*", "It rounds", "It rounds & more.", code="pass"
+)
 
 
 def result(*checks: dict[str, Any], **run: Any) -> dict[str, Any]:
@@ -82,9 +84,9 @@ def test_a_red_cell_is_confirmed_by_its_cause_alone() -> None:
     red = result(CHECK | {"id": "test_logits_in[float32]", "verdict": "failed"})
     assert cell(red, column("float32"), [CAUSE]).state is State.FAILED
     others = [
-        Cause("toy:Directory", CAUSE.checks, "", ""),
-        Cause("toys", CAUSE.checks, "", ""),
-        Cause("toy", ("test_logits_in[float16]",), "", ""),
+        Cause("toy:Directory", CAUSE.checks, ".*", "", ""),
+        Cause("toys", CAUSE.checks, ".*", "", ""),
+        Cause("toy", ("test_logits_in[float16]",), ".*", "", ""),
     ]
     assert cell(red, column("float32"), others).state is State.UNCONFIRMED
 
@@ -162,19 +164,6 @@ def test_each_result_is_of_the_packages_that_its_port_pins() -> None:
         assert found["requires"] == pinned[found["name"]]
 
 
-def test_each_cause_explains_a_check() -> None:
-    results = {found["name"]: found for found in read_results(RESULTS)}
-    for cause in read_causes():
-        red = [
-            check["id"]
-            for name, found in results.items()
-            for backend, run in found["runs"].items()
-            for check in run["checks"]
-            if check["verdict"] == "failed" and cause.explains(name, backend, check["id"])
-        ]
-        assert red, cause.title
-
-
 def test_every_port_is_read_from_its_source() -> None:
     recorders = {one.name: one for one in all_recorders()}
     files = {path.stem for path in (DOCS.parent / "parity_tests" / "ports").glob("[a-z]*.py")}
@@ -242,7 +231,9 @@ def test_a_run_writes_what_each_backend_was_found_to_do(run: Run, tmp_path: Path
 def test_a_fault_of_every_directory_hides_the_other_keys(run: Run, tmp_path: Path) -> None:
     assert run([SMALL], "--python", sys.executable) == 0
     (found,) = read_results(tmp_path)
-    cause = Cause("toy_loaders", ("test_key_of_config_json[rms_norm_eps*",), "", "", code="pass")
+    cause = Cause(
+        "toy_loaders", ("test_key_of_config_json[rms_norm_eps*",), ".*", "", "", code="pass"
+    )
     assert cell(found, column("epsilon"), [cause]).state is State.FAILED
     llama3 = cell(found, column("llama3"), [cause])
     assert llama3.state is State.PASSED

@@ -14,7 +14,7 @@ from ..grid.cells import COLUMNS, State, cell, without_cause, without_red
 from ..grid.results import RESULTS, read_results
 
 NAME = "ibm_fms"
-CAUSE = '[[cause]]\nport = "x"\nchecks = ["a"]\ntitle = "It"\nwords = "w"\ncode = "c"\n'
+CAUSE = '[[cause]]\nport = "x"\nchecks = ["a"]\nseen = "b"\ntitle = "It"\nwords = "w"\ncode = "c"\n'
 
 
 def result() -> dict[str, Any]:
@@ -71,6 +71,8 @@ def test_no_results_leave_the_pages_as_they_are(
         ('port = "x"\n', "", "It: port: give a text"),
         ('checks = ["a"]', 'checks = "test_*"', "It: checks: give a list of patterns"),
         ('checks = ["a"]', "checks = []", "It: checks: give a list of patterns"),
+        ('seen = "b"\n', "", "It: seen: give a text"),
+        ('seen = "b"', 'seen = "("', "It: seen: missing"),
         ('words = "w"\n', "", "It: words: give a text"),
         ("[[cause]]", "[cause]", "begin each with"),
         ('code = "c"', "repeat = 3", "It: repeat: give a text"),
@@ -96,7 +98,7 @@ def test_a_backend_that_did_not_end_is_not_hidden_by_one_that_did() -> None:
 
 
 def test_a_red_cell_without_a_cause_and_a_cause_without_a_red_cell_are_told() -> None:
-    cause = Cause(NAME, ("test_logits", "test_causal_logits"), "It", "", code="pass")
+    cause = Cause(NAME, ("test_logits", "test_causal_logits"), ".*", "It", "", code="pass")
     assert list(without_red([result()], [cause])) == [
         f"{NAME}: test_causal_logits: no check is red by it (It)"
     ]

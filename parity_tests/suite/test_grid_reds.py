@@ -1,17 +1,18 @@
 """What a red check of the grid is taken for: a wrong number, an error, a documented difference."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from ..conformance.config_keys import ALSO_PLAIN
-from ..grid.causes import Cause
+from ..grid.causes import Cause, read_causes, said
 from ..grid.cells import COLUMNS, State, cell
 
 KEY = "test_key_of_config_json[rope_theta left out (transformers 4)]"
 RAISED = "config.json: rope_theta left out: from_directory failed: KeyError: 'rope_theta'"
-CAUSE = Cause("toy", ("test_*",), "", "", code="pass")
+CAUSE = Cause("toy", ("test_*",), ".*", "", "", code="pass")
 
 
 def state(cause: Cause, check: str, message: str, title: str, **failed: Any) -> State:
@@ -65,4 +66,18 @@ def test_a_cause_explains_only_the_drawn_examples_that_it_names(
     cause = replace(CAUSE, seen="rope_type='llama3'")
     found = state(cause, "test_directory", "logits: 9 times", "loader", drawn=drawn)
     assert found is expected
+
+
+def test_a_cause_explains_only_the_failures_of_a_key_that_it_names() -> None:
+    cause = replace(CAUSE, seen="is not read")
     assert state(cause, KEY, "rope_theta is not read", "base") is State.FAILED
+    assert state(cause, KEY, "rope_theta: MemoryError", "base") is State.UNCONFIRMED
+
+
+@pytest.mark.parametrize("cause", read_causes(), ids=lambda cause: cause.title)
+def test_no_cause_explains_an_error_of_another_kind(cause: Cause) -> None:
+    """A fault that comes beside the ones that are known must not look like them."""
+    plain = "head_dim=32 (dim / n_heads = 32) rope_type=default n_kv_heads=2 rope_theta=10000 "
+    call = "from_directory: config.json as transformers 4; float32; tokens [1, 32]"
+    failure = {"message": "MemoryError: no memory", "config": plain, "call": call}
+    assert not re.search(cause.seen, said({"failure": failure}))
