@@ -24,7 +24,8 @@ from keras_hub.src.utils.transformers import convert_llama3
 from reference_np.limits import Limits, real_tokens
 
 REQUIRES = ("keras-hub==0.32.0", "keras==3.15.1", "jax==0.10.2")
-OBJECTS = ("Port", "Directory", "DirectoryWithEpsilon")
+OBJECTS = ("Port", "Linear", "Directory", "DirectoryWithEpsilon")
+MINUTES = 25.0  # compiling
 CACHED = 320  # the length of the cache
 # The weights are all assigned; to draw random ones first would be compiled for each shape.
 keras.initializers.RandomNormal.__call__ = lambda self, shape, dtype: np.zeros(shape, dtype)
@@ -44,6 +45,8 @@ class Loader:
 
 def built(config: Any, params: Any) -> LlamaCausalLM:
     scaling = {}
+    if config.rope_type == "linear":
+        scaling = {"rope_position_scaling_factor": config.rope_factor}
     if config.rope_type == "llama3":
         scaling = {
             "rope_frequency_adjustment_factor": config.rope_factor,
@@ -100,6 +103,21 @@ class Port:
         return to_numpy(logits), (stored, start + tokens.shape[1])
 
 
+class Linear(Port):
+    """The same with linear scaling, by the argument ``rope_position_scaling_factor``."""
+
+    dtypes = ("float32",)
+    limits = Limits(
+        head_dim="dim / n_heads",
+        masks="causal",
+        positions="consecutive",
+        cache="none",
+        rope_types=("linear",),
+        float32_angles=("float32",),
+    )
+    decode: Any = None
+
+
 class Directory:
     """``Backbone.from_preset``, its loader of Hugging Face directories."""
 
@@ -109,15 +127,19 @@ class Directory:
         masks="causal",
         positions="consecutive",
         cache="none",
-        rope_types=("default", "llama3"),
         float32_angles=("float32", "bfloat16", "float16"),
     )
 
     def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
-        return self.called(Backbone.from_preset(path, dtype=dtype))
+        return self.called(path, dtype=dtype)
 
-    def called(self, backbone: Any) -> Callable[[Any], Any]:
-        model = LlamaCausalLM(backbone)
+    def called(self, path: str, **given: Any) -> Callable[[Any], Any]:
+        try:
+            model = LlamaCausalLM(Backbone.from_preset(path, **given))
+        except ValueError as error:
+            if "valid llama3 config" in str(error):
+                raise NotImplementedError("rope_scaling of another kind is refused") from error
+            raise
 
         def logits(tokens: Any) -> Any:
             real = np.ones(tokens.shape, np.int32)
@@ -132,4 +154,4 @@ class DirectoryWithEpsilon(Directory):
     def from_directory(self, path: str, dtype: str) -> Callable[[Any], Any]:
         file = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
         eps = file["rms_norm_eps"]
-        return self.called(Backbone.from_preset(path, dtype=dtype, layer_norm_epsilon=eps))
+        return self.called(path, dtype=dtype, layer_norm_epsilon=eps)

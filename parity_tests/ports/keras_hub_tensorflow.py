@@ -5,10 +5,10 @@ Tested with keras-hub 0.32.0, keras 3.15.1 and the TensorFlow that keras-hub dep
 chooses the framework.
 """
 
-from .keras_hub import Directory, DirectoryWithEpsilon, Port
+from .keras_hub import Directory, DirectoryWithEpsilon, Linear, Port
 
 REQUIRES = ("keras-hub==0.32.0", "keras==3.15.1")
 VARIABLES = {"KERAS_BACKEND": "tensorflow"}
-OBJECTS = ("Port", "Directory", "DirectoryWithEpsilon")
+OBJECTS = ("Port", "Linear", "Directory", "DirectoryWithEpsilon")
 
-__all__ = ["Directory", "DirectoryWithEpsilon", "Port"]
+__all__ = ["Directory", "DirectoryWithEpsilon", "Linear", "Port"]
