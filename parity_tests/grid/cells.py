@@ -81,12 +81,12 @@ COLUMNS = (
     Column("base", "rope_theta of config.json", _keys(r"(?:rope_parameters\.)?rope_theta")),
     Column(
         "llama3",
-        "rotary scaling of Llama 3.1 in config.json",
+        "rotary scaling of Llama 3.1, in config.json or given",
         _keys(f"{SCALING}(?:rope_type llama3|factor|low_.*|high_.*|original_.*)"),
     ),
     Column(
         "linear",
-        "linear rotary scaling in config.json",
+        "linear rotary scaling, in config.json or given",
         _keys(f"{SCALING}(?:rope_type linear|type.*)"),
     ),
     Column("tied", "tie_word_embeddings of config.json", _keys("tie_word_embeddings")),
@@ -130,8 +130,7 @@ def cell(result: Mapping[str, Any], column: Column, causes: Iterable[Cause]) -> 
     found = [
         (backend, check)
         for backend, run in result["runs"].items()
-        for check in run["checks"]
-        if column.has(check)
+        for check in _checks(run, column)
     ]
     causes = list(causes)
     reds = [
@@ -147,6 +146,18 @@ def cell(result: Mapping[str, Any], column: Column, causes: Iterable[Cause]) -> 
         tuple(dict.fromkeys(note for _, check in found for note in _notes(check))),
         tuple(reds),
     )
+
+
+def _checks(run: Mapping[str, Any], column: Column) -> list[dict[str, Any]]:
+    """Return a backend's checks that answer a column's question.
+
+    All that a backend with scaled frequencies alone computes is of the columns of their kinds.
+    """
+    checks: list[dict[str, Any]] = run["checks"]
+    kinds = run.get("limits", {}).get("rope_types", ("default",))
+    if "default" not in kinds:
+        return checks if column.title in kinds else []
+    return [check for check in checks if column.has(check)]
 
 
 def used_causes(cells: Iterable[Sequence[Cell]], causes: Sequence[Cause]) -> list[Cause]:
@@ -199,7 +210,7 @@ def _state(found: list[Any], reds: list[Any], is_cut: bool) -> State:
 
 def _is_cut(run: Mapping[str, Any], column: Column) -> bool:
     """Return whether a backend's run ended before its answer, which may be another than theirs."""
-    return ("error" in run or "over" in run) and not any(map(column.has, run["checks"]))
+    return ("error" in run or "over" in run) and not _checks(run, column)
 
 
 def _is_hidden(check: Mapping[str, Any]) -> bool:

@@ -81,3 +81,21 @@ def test_no_cause_explains_an_error_of_another_kind(cause: Cause) -> None:
     call = "from_directory: config.json as transformers 4; float32; tokens [1, 32]"
     failure = {"message": "MemoryError: no memory", "config": plain, "call": call}
     assert not re.search(cause.seen, said({"failure": failure}))
+
+
+def test_a_backend_of_scaled_models_alone_answers_for_scaling_alone() -> None:
+    """A package that computes plain models rightly is not red in their columns."""
+    failure = {"message": "logits: 9 times its tolerance"}
+    plain = {"id": "test_logits", "verdict": "passed", "compared": 5, "worst_share": 0.1}
+    plain |= {"not_covered": {}, "outside_limits": [], "documented": {}, "failure": None}
+    red = plain | {"verdict": "failed", "failure": failure}
+    runs = {
+        "Port": {"checks": [plain], "limits": {"rope_types": ["default"]}},
+        "Scaled": {"checks": [red], "limits": {"rope_types": ["llama3"]}},
+    }
+    states = {one.title: cell({"name": "toy", "runs": runs}, one, [CAUSE]).state for one in COLUMNS}
+    assert states["logits"] is State.PASSED
+    assert states["llama3"] is State.FAILED
+    assert states["linear"] is State.NOT_COVERED
+    runs["Scaled"] |= {"checks": [], "error": "ended by SIGSEGV"}
+    assert cell({"name": "toy", "runs": runs}, COLUMNS[0], []).state is State.NOT_RUN
