@@ -1,6 +1,6 @@
 """transformers 5's LlamaForCausalLM with each of its attentions, and from_pretrained.
 
-Tested with transformers 5.23.0 and torch 2.13.0 (``pip install transformers==5.23.0
+Tested with transformers 5.24.0 and torch 2.13.0 (``pip install transformers==5.24.0
 torch==2.13.0``). ``Eager`` gets every mask as terms of the scores. ``Sdpa`` and ``Flex`` get what
 their users give: no mask where it is causal, attention_mask [B, S] of padded rows, positions
 alone for packed documents, and a boolean mask [B, 1, T, S] for others.
@@ -21,7 +21,7 @@ from reference_np.limits import Limits, real_tokens
 from ..backends import torch_port
 from ..backends.transformers_backend import Transformers
 
-REQUIRES = ("transformers==5.23.0", "torch==2.13.0")
+REQUIRES = ("transformers==5.24.0", "torch==2.13.0")
 OBJECTS = ("Eager", "Sdpa", "Flex", "Directory")
 MINUTES = 15.0  # Flex compiles
 
