@@ -1,10 +1,11 @@
-"""Penzai's Llama on JAX, as a backend.
+"""Penzai's Llama on JAX, and its converter once config._name_or_path is cleared.
 
 Tested with penzai 0.2.5, jax 0.10.2, transformers 4.55.4 and torch 2.13.0 (``pip install
 penzai==0.2.5 jax==0.10.2 transformers==4.55.4 torch==2.13.0``). Weights go through
 ``llamalike_from_huggingface_model``, its converter of transformers' models, which needs their
 numbers alone; ``llama_from_huggingface_model`` refuses each key that it does not know, in words:
-those of transformers 4.56 and later, tied embeddings and every scaling. Positions are an
+those of transformers 4.56 and later, tied embeddings, every scaling, and ``_name_or_path``, which
+every model that is read from a folder has: it is cleared here, as its user must. Positions are an
 input; ``KVCachingTransformerLM`` leaves padding out by an id.
 """
 
