@@ -29,6 +29,7 @@ BROUGHT = {
     "curated_transformers": {"fsspec"},
     "transformers": {"tokenizers"},
     "conversion": {"gguf"},
+    "optimum_intel": {"optimum"},
 }
 
 
