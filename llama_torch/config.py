@@ -144,6 +144,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights and activations; auto = bfloat16 where the hardware computes it. The
     optimizer keeps float32 weights either way, and checkpoints hold those."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """Precision of the blocks' matrix products in training: that of --dtype, or fp8 with one scale
+    for each tensor (E4M3, gradients E5M2), which needs a GPU to be fast and wide layers to pay."""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     """torch.set_float32_matmul_precision. On a CPU with AMX too, medium multiplies float32 in
     bfloat16, all but products of a few rows."""
@@ -151,7 +154,8 @@ class TrainConfig:
     """torch.compile for the blocks: auto = on a GPU."""
     recompute: Literal["auto", "none", "cheap", "all"] = "auto"
     """Activations to compute again in the backward pass instead of keeping them: cheap = all but
-    matrix products and attention; all = everything inside a block; auto = cheap when compiled."""
+    matrix products and attention; all = everything inside a block; auto = cheap when compiled, but
+    none in fp8."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 40
@@ -196,6 +200,19 @@ class TrainConfig:
             f"must be a multiple of --n-heads {self.model.n_heads}",
         )
         check_text("sample_prompt", self.sample_prompt)
+        if self.precision == "fp8":
+            self._check_fp8()
+
+    def _check_fp8(self) -> None:
+        """Raise InputError for shapes and layouts that have no products in fp8."""
+        check(self.parallel.tp == 1, "tp", self.parallel.tp, "must be 1 with --precision fp8")
+        model = self.model
+        widths = {"dim": model.dim, "hidden_dim": model.hidden_dim}
+        widths["max_seq_len"] = model.max_seq_len  # times windows: the rows of a product
+        widths["n_kv_heads"] = model.n_kv_heads * model.head_dim
+        for name, width in widths.items():
+            what = "times head_dim " if name == "n_kv_heads" else ""
+            check(width % 16 == 0, name, width, f"{what}must be a multiple of 16 in fp8")
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the losses, which a resumed run must share."""

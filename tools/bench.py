@@ -54,6 +54,9 @@ class BenchConfig:
     """Tokens decoded after a prompt of the same length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations; training on CUDA is in bfloat16 always."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """Precision of our blocks' matrix products in training: fp8 has our own training in --dtype
+    for a peer too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; NumPy's works stay on the CPU."""
     compiled_peer: bool = False
@@ -101,6 +104,7 @@ def _measure(config: BenchConfig) -> int:
         config.batch_size,
         config.new_tokens,
         config.compiled_peer,
+        config.precision,
     )
     console = Console(stderr=True)
     rows: list[SpeedRow | TrainRow] = []

@@ -5,7 +5,7 @@ D dim, F hidden_dim, H query heads, N key/value heads, K head_dim, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,17 @@ def no_trace(name: str, value: Tensor) -> None:
     """Discard an activation: the trace of a call that records none."""
 
 
+def linear_products(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """Return each layer's product with x: [..., in] to [..., out]."""
+    return [layer(x) for layer in layers]
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention (Ainslie et al. 2023); multi-head if n_kv_heads == n_heads."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.products = linear_products  # or float8_linear's
         self.head_dim = config.head_dim
         # A Python bool, so that torch.compile with dynamic shapes does not make it symbolic.
         self.is_grouped = config.n_heads != config.n_kv_heads
@@ -60,9 +66,8 @@ class Attention(nn.Module):
         trace      called with the name and value of each activation.
         """
         shape = (*h_BTD.shape[:2], -1, self.head_dim)
-        q_BTHK = self.q_proj(h_BTD).view(shape)
-        k_BTNK = self.k_proj(h_BTD).view(shape)
-        v_BTNK = self.v_proj(h_BTD).view(shape)
+        projected = self.products(h_BTD, (self.q_proj, self.k_proj, self.v_proj))
+        q_BTHK, k_BTNK, v_BTNK = (x.view(shape) for x in projected)
         trace("q", q_BTHK)
         trace("k", k_BTNK)
         trace("v", v_BTNK)
@@ -77,7 +82,7 @@ class Attention(nn.Module):
         )
         attn_BTHK = attn_BHTK.transpose(1, 2)
         trace("attn", attn_BTHK)
-        out_BTD = self.o_proj(attn_BTHK.flatten(2))
+        (out_BTD,) = self.products(attn_BTHK.flatten(2), (self.o_proj,))
         trace("attn_proj", out_BTD)
         return out_BTD, (k, v)
 
@@ -87,18 +92,19 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.products = linear_products
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, h_BTD: Tensor, trace: Trace = no_trace) -> Tensor:
         """Map [B, T, D] to [B, T, D]."""
-        gate_BTF, up_BTF = self.gate_proj(h_BTD), self.up_proj(h_BTD)
+        gate_BTF, up_BTF = self.products(h_BTD, (self.gate_proj, self.up_proj))
         trace("gate", gate_BTF)
         trace("up", up_BTF)
         hidden_BTF = F.silu(gate_BTF) * up_BTF
         trace("ffn", hidden_BTF)
-        out_BTD: Tensor = self.down_proj(hidden_BTF)
+        (out_BTD,) = self.products(hidden_BTF, (self.down_proj,))
         trace("ffn_proj", out_BTD)
         return out_BTD
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from llama_common.errors import InputError
 
 from ..common.device import can_compile
+from ..model.float8_linear import uses_float8
 from ..model.llama import Llama
 
 # Of the activations, what "cheap" leaves to torch's partitioner to keep. It then keeps what
@@ -19,6 +20,7 @@ COSTLY = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -39,7 +41,8 @@ def compile_blocks(model: Llama, mode: str, recompute: str) -> bool:
     if mode == "yes" and not works:
         raise InputError("--compile yes: torch.compile does not work here; leave it out")
     if recompute == "auto":
-        recompute = "cheap" if works else "none"
+        # To compute products in fp8 again takes more of the time that they save than it is worth.
+        recompute = "cheap" if works and not uses_float8(model) else "none"
     if works:
         torch._functorch.config.activation_memory_budget = CHEAP if recompute == "cheap" else 1.0
         for layer in model.model.layers:

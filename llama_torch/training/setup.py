@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llama_common.errors import InputError
 from llama_common.memory import host_memory
 
 from ..checkpoint.stored_weights import StoredWeights
@@ -22,6 +23,7 @@ from ..data.loader import StepSampler, train_batches, val_batches
 from ..distributed.job import broadcast_object
 from ..distributed.parallel import Parallel
 from ..model.config import ModelConfig
+from ..model.float8_linear import PAYS_FROM, use_float8
 from ..model.llama import Llama
 from ..tokenizer.encoding import TextEncoding
 from . import run_dir
@@ -78,10 +80,19 @@ class Run:
     def summary(self) -> str:
         """The model, its precision, device and step size, for people."""
         return (
-            f"{self.n_parameters:,} parameters, {self.config.dtype} on {self.device}, "
+            f"{self.n_parameters:,} parameters, {self.config.dtype}{self._fp8} on {self.device}, "
             f"{self.tokens_per_step:,} tokens a step"
             + (f", begun from {self.config.init_from}" if self.config.init_from else "")
         )
+
+    @property
+    def _fp8(self) -> str:
+        """The words for products in fp8, with a warning where they do not pay."""
+        if self.config.precision != "fp8":
+            return ""
+        is_narrow = self.config.model.dim < PAYS_FROM
+        slow = f", slower than bfloat16 below --dim {PAYS_FROM}" if is_narrow else ""
+        return f" (block products in fp8{slow})"
 
     def train_windows(self) -> Generator[Tensor, None, None]:
         """Yield this process's training windows, int64 [rows, T + 1], of each remaining step."""
@@ -151,6 +162,9 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
             config, corpus.key, origin, model, optimizer, parallel, exit_stack
         )
     parallel.wrap_ddp(model)
+    if config.precision == "fp8":
+        require_fp8(device)
+        use_float8(model)
     return Run(
         config=config,
         device=device,
@@ -193,6 +207,13 @@ def pick_dtype(
     if asked == "auto":
         return "bfloat16" if computes_bfloat16(device) else "float32"
     return asked
+
+
+def require_fp8(device: torch.device) -> None:
+    """Raise InputError where a GPU has no products in fp8; a CPU has them, slowly."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise InputError(f"--precision fp8: {name} has no fp8 products; leave it out")
 
 
 def build(

@@ -1,7 +1,7 @@
 """``--verify-every``: compare a model in training with the NumPy oracle.
 
-This module, error_bounds.py and oracle.py import the oracle, and nothing else of the package does;
-the trainer imports them for this flag alone.
+This module, error_bounds.py, float8_check.py and oracle.py import the oracle, and nothing else of
+the package does; the trainer imports them for this flag alone.
 
 What is verified is what trains. The live model, compiled or not, takes whole micro-batches of the
 step just done, in which all but a few targets are ignored. Attention is causal, so that what is
@@ -12,6 +12,10 @@ an error here.
 Errors of long sums do not show in a few rows. The embedding's gradient sums as many terms as a
 token occurs, up to half of a micro-batch: with all targets, it is compared with the float64 sum of
 its own terms.
+
+Rounded to fp8, a term may fall to either side, so that errors of a whole model have no useful
+bound: a model that trains in fp8 is compared in its own precision, and its fp8 products by
+themselves (float8_check.py).
 
 ``observe`` runs a model; ``bound_errors`` compares what a model computed, however it is spread over
 devices, given whole tensors on the CPU.
@@ -31,12 +35,14 @@ from reference_np.tolerances import LAMBDA
 
 from ..checkpoint.file_names import MODEL_FILE
 from ..model.config import ModelConfig
+from ..model.float8_linear import uses_float8, without_float8
 from ..model.llama import Llama
 from ..model.loss import IGNORE_INDEX, count_valid
 from ..model.shapes import parameter_count
 from . import step
 from .batch import Batch
 from .error_bounds import BoundedError, Observed, bound_errors, worst_of_each
+from .float8_check import float8_errors
 from .oracle import PARTS
 from .verify_sums import embedding_error, gradients_aside
 
@@ -62,16 +68,18 @@ def check(model: Llama, batches: Sequence[Batch], z_loss: float) -> list[Bounded
     """
     picked = pick(batches)
     weight = model.head_weight
-    found = bound_errors(
-        model.config,
-        dict(model.named_parameters()),
-        picked,
-        observe(model, picked, z_loss),
-        arithmetic(weight.device, weight.dtype),
-        z_loss,
-    )
+    with without_float8(model):
+        found = bound_errors(
+            model.config,
+            dict(model.named_parameters()),
+            picked,
+            observe(model, picked, z_loss),
+            arithmetic(weight.device, weight.dtype),
+            z_loss,
+        )
     error, bound = embedding_error(model, batches[0], z_loss, LAMBDA)
-    return [*found, BoundedError("gradients", error, bound, EMBED)]
+    found.append(BoundedError("gradients", error, bound, EMBED))
+    return [*found, *float8_errors(model, batches[0].tokens)] if uses_float8(model) else found
 
 
 def pick(batches: Sequence[Batch]) -> list[Batch]:

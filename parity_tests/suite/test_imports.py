@@ -27,6 +27,7 @@ ORACLE_ORDER = [
     ),
     *(
         "angle_error",
+        "float8",
         "low_precision",
         "optim",
         "mutants",
@@ -40,7 +41,10 @@ ORACLE_ORDER = [
 READERS = ("weight_files", "checkpoint")  # import safetensors too
 VERIFIER = "llama_torch.training.verify"
 # The modules of llama_torch that import the oracle.
-VERIFIERS = ("llama_torch.training.oracle", "llama_torch.training.error_bounds", VERIFIER)
+VERIFIERS = (
+    *("llama_torch.training.oracle", "llama_torch.training.error_bounds"),
+    *("llama_torch.training.float8_check", VERIFIER),
+)
 
 
 @cache

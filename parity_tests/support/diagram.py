@@ -15,7 +15,7 @@ EVERYWHERE = ("llama_common", "llama_torch.common")
 VERIFYING = "llama_torch --verify-every"  # the box of the modules that import the oracle
 VERIFIERS = (
     *("llama_torch.training.verify", "llama_torch.training.error_bounds"),
-    "llama_torch.training.oracle",
+    *("llama_torch.training.oracle", "llama_torch.training.float8_check"),
 )
 
 

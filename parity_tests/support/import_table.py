@@ -20,7 +20,7 @@ LIBRARY = (
 PROGRAM = (
     *("llama_torch", *LIBRARY, "llama_torch.training"),
     *("llama_torch.training.verify", "llama_torch.training.error_bounds"),
-    "llama_torch.training.oracle",
+    *("llama_torch.training.oracle", "llama_torch.training.float8_check"),
 )
 JUDGE = ("llama_parity", "llama_parity.comparison", "llama_parity.conversion")
 PARTS_OF_TOOLS = ("tools.benchmarks", "tools.shapes")
@@ -53,10 +53,13 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     # The only modules of llama_torch that import the oracle: --verify-every's.
     "llama_torch.training.verify": (
         *(*LIBRARY, "llama_torch.training", "llama_torch.training.error_bounds"),
-        *("llama_torch.training.oracle", "reference_np"),
+        *("llama_torch.training.oracle", "llama_torch.training.float8_check", "reference_np"),
     ),
     "llama_torch.training.error_bounds": (
         *(*LIBRARY, "llama_torch.training", "llama_torch.training.oracle", "reference_np"),
+    ),
+    "llama_torch.training.float8_check": (
+        *(*LIBRARY, "llama_torch.training", "llama_torch.training.error_bounds", "reference_np"),
     ),
     "llama_torch.training.oracle": (*LIBRARY, "llama_torch.training", "reference_np"),
     # The commands, which nothing imports, and what outsiders import.

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -27,5 +28,6 @@ def install() -> None:
         for name in MODULES:
             package, _, inner = name.rpartition(".")
             sys.modules[name] = Stub(name)
+            sys.modules[name].__spec__ = ModuleSpec(name, None)  # find_spec reads it
             if package:
                 setattr(sys.modules[package], inner, sys.modules[name])

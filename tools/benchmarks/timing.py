@@ -21,6 +21,7 @@ class Setup(NamedTuple):
     batch_size: int
     new_tokens: int
     compiled_peer: bool
+    precision: str = "dtype"
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -33,6 +33,7 @@ FACTOR_CUDA = 3  # times as many steps are timed on a GPU, where steps are short
 ON_CPU = ("ours", "transformers", "plain loop", "plain loop, compiled")
 # Compiled as a whole, before torch 2.14, transformers' model builds a mask: no flash attention.
 ON_CUDA = ("ours", "transformers, compiled", "transformers, blocks compiled")
+OWN = "ours without fp8"
 
 
 class TrainRow(NamedTuple):
@@ -62,7 +63,7 @@ def measure(setup: Setup, model: ModelConfig, batch_size: int) -> list[TrainRow]
     that none can hold.
     """
     on_cuda = setup.device.type == "cuda"
-    names = ON_CUDA if on_cuda else ON_CPU
+    names = sides(setup)
     dtype = "bfloat16" if on_cuda else setup.dtype
     sizes = TrainConfig(model=model, batch_size=batch_size, dtype=dtype)  # type: ignore[arg-type]
     require_batch_memory(sizes, total_memory(setup.device))
@@ -72,11 +73,18 @@ def measure(setup: Setup, model: ModelConfig, batch_size: int) -> list[TrainRow]
     results: dict[str, list[Result]] = {}
     for together in [[name] for name in names] if on_cuda else [names]:
         with ExitStack() as stack:
-            jobs = [Job(name, model, batch_size, dtype, setup.device.type) for name in together]
+            given = model, batch_size, dtype, setup.device.type
+            jobs = [Job(name, *given, setup.precision) for name in together]
             asks = {job.side: stack.enter_context(side_process(job)) for job in jobs}
             results |= take_turns(asks, turns)
         same_losses({name: found[0].loss_first for name, found in results.items()}, dtype)
     return training_rows(setup, model, batch_size, dtype, results)
+
+
+def sides(setup: Setup) -> list[str]:
+    """Return the names of the sides, ours first; in fp8 ours without it is a peer too."""
+    first, *others = ON_CUDA if setup.device.type == "cuda" else ON_CPU
+    return [first, *([OWN] if setup.precision == "fp8" else []), *others]
 
 
 def take_turns(asks: Mapping[str, TakeSteps], turns: Sequence[int]) -> dict[str, list[Result]]:
@@ -163,6 +171,6 @@ def training_rows(
             *(peer, medians.get(peer), memory.get(peer)),
             median_ratio(speeds["ours"], speeds[peer]) if ours and peer in speeds else None,
         )
-        for peer in (ON_CUDA if setup.device.type == "cuda" else ON_CPU)
+        for peer in sides(setup)
         if peer != "ours"
     ]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama_torch.config import TrainConfig
 from llama_torch.model.config import ModelConfig
+from llama_torch.model.float8_linear import use_float8
 from llama_torch.model.llama import Llama
 from llama_torch.training.batch import to_batch
 from llama_torch.training.compile import compile_blocks
@@ -42,6 +43,7 @@ class Job(NamedTuple):
     batch_size: int
     dtype: str
     device: str
+    precision: str = "dtype"  # of the blocks' products of "ours"
 
 
 class Result(NamedTuple):
@@ -59,7 +61,8 @@ def run(job: Job) -> Iterator[Result]:
     All sides have the same initial weights and tokens.
     """
     device = torch.device(job.device)
-    config = TrainConfig(model=job.model, dtype=job.dtype)  # type: ignore[arg-type]
+    precision = job.precision if job.side == "ours" else "dtype"
+    config = TrainConfig(model=job.model, dtype=job.dtype, precision=precision)  # type: ignore[arg-type]
     torch.set_float32_matmul_precision(config.matmul_precision)
     with torch.device("meta"):
         model = Llama(job.model)
@@ -98,6 +101,8 @@ def step_seconds(step: Step, n: int, device: torch.device) -> list[float]:
 def ours(model: Llama, window: Tensor, config: TrainConfig) -> Step:
     """Return our training step, set up as in the trainer."""
     optimizer = make_adamw(model, config.optim, getattr(torch, config.dtype))
+    if config.precision == "fp8":
+        use_float8(model)
     compile_blocks(model, config.compile, config.recompute)
     batches, optim = [to_batch(window)], config.optim
     return lambda: train_step(model, optimizer, batches, lr=optim.lr, grad_clip=optim.grad_clip)[0]
@@ -141,6 +146,7 @@ def plain_loop_step(
 
 SIDES: dict[str, Callable[[Llama, Tensor, TrainConfig], Step]] = {
     "ours": ours,
+    "ours without fp8": ours,
     "transformers": transformers,
     "transformers, compiled": transformers,
     "transformers, blocks compiled": partial(transformers, part="blocks"),
