@@ -156,7 +156,7 @@ class Directory:
 
     dtypes = Port.dtypes
     limits = Limits(
-        head_dim="dim / n_heads",
+        head_dim="dim a multiple of n_heads",  # which transformers' LlamaConfig requires
         masks="causal",
         positions="consecutive",
         cache="none",
