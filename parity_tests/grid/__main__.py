@@ -42,7 +42,7 @@ class GridConfig:
     python: str = ""
     """Python of an environment that has the packages, in place of ones made for each."""
     environments: str = ""
-    """Folder of the environments, some 15 GB for all; the user's cache folder by default."""
+    """Folder of the environments, some 40 GB for all; the user's cache folder by default."""
     results: str = str(RESULTS)
     """Folder of the results."""
     profile: str = "quick"

@@ -124,6 +124,18 @@ class Cell:
     notes: tuple[str, ...]
     reds: tuple[tuple[str, dict[str, Any], Cause | None], ...]
 
+    @property
+    def cause(self) -> Cause | None:
+        """The cause of the cell's state; None where nothing red is shown or none is known."""
+        causes = [(check, cause) for _, check, cause in self.reds if cause]
+        if self.state is not State.HIDDEN:
+            causes = [
+                (check, cause)
+                for check, cause in causes
+                if not _is_hidden(check) and _state_of_red(check, cause) is self.state
+            ]
+        return causes[0][1] if causes else None
+
 
 def cell(result: Mapping[str, Any], column: Column, causes: Iterable[Cause]) -> Cell:
     """Return a package's cell in a column."""

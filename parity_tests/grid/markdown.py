@@ -1,5 +1,6 @@
 """The page of the grid as Markdown: docs/grid.md."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ REPEAT = (
     "## Repeat it",
     "",
     "```sh",
-    "python -m parity_tests.grid run      # makes an environment for each package, some 15 GB",
+    "python -m parity_tests.grid run      # makes an environment for each package, some 40 GB",
     "python -m parity_tests.grid run mlx_lm litgpt",
     "python -m parity_tests.grid page     # writes this page from parity_tests/grid/results",
     "```",
@@ -71,8 +72,19 @@ def version_of(result: dict[str, Any]) -> str:
 
 
 def _row(result: dict[str, Any], cells: Sequence[Cell]) -> str:
-    signs = " | ".join(one.state.sign for one in cells)
+    signs = " | ".join(_sign(one) for one in cells)
     return f"| {result['name']} {version_of(result)} | {signs} |"
+
+
+def _sign(cell: Cell) -> str:
+    """Return a cell's sign, linked to the cause of what is red in it."""
+    sign, cause = cell.state.sign, cell.cause
+    return f"[{sign}](#{_anchor(cause.title)})" if cause else sign
+
+
+def _anchor(heading: str) -> str:
+    """Return the anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _cause(cause: Cause) -> list[str]:

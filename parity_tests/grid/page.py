@@ -95,9 +95,8 @@ def _cell(column: Column, one: Cell) -> str:
         words.append(f"largest error {one.share:.2g} of its tolerance")
     words += one.notes[:4]
     sign = one.state.sign
-    cause = next((cause for *_, cause in one.reds if cause), None)
-    if cause is not None:
-        sign = f'<a href="#{cause.anchor}">{sign}</a>'
+    if one.cause is not None:
+        sign = f'<a href="#{one.cause.anchor}">{sign}</a>'
     title, label = escape("\n".join(words)), escape("; ".join(words[:2]))
     about = f'title="{title}" aria-label="{label}"'
     return f'<td class="{_class(one.state)}" {about}>{sign}</td>'

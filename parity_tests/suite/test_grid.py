@@ -145,7 +145,7 @@ def test_the_page_links_each_red_cell_to_its_cause_and_escapes_what_it_shows(
     assert "It rounds &amp; more." in text
     assert "http" not in text
     table = (tmp_path / "grid.md").read_text()
-    assert "| toy 1.0 | ✓ | ✗ |" in table
+    assert "| toy 1.0 | ✓ | [✗](#it-rounds) |" in table
     assert "### It rounds" in table
     assert "| gone | no wheel <here> |" in table
 

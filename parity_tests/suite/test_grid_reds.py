@@ -99,3 +99,29 @@ def test_a_backend_of_scaled_models_alone_answers_for_scaling_alone() -> None:
     assert states["linear"] is State.NOT_COVERED
     runs["Scaled"] |= {"checks": [], "error": "ended by SIGSEGV"}
     assert cell({"name": "toy", "runs": runs}, COLUMNS[0], []).state is State.NOT_RUN
+
+
+def test_a_cell_leads_to_the_cause_of_its_state_alone() -> None:
+    """Not to that of another check of it which is hidden, or less bad."""
+    right = "rms_norm_eps 1e-06"
+    checks = [
+        (
+            "test_key_of_config_json[rope_theta (transformers 4)]",
+            f"rope_theta: is right; the logits are those with {right}",
+            0.0,
+        ),
+        (KEY, RAISED, 0.0),
+        ("test_key_of_config_json[rope_theta an integer]", "is not read", 9.0),
+    ]
+    causes = [replace(CAUSE, seen=seen, title=seen) for seen in (right, "KeyError", "is not read")]
+    found = {"not_covered": {}, "outside_limits": [], "documented": {}, "compared": 1}
+    column = next(one for one in COLUMNS if one.title == "base")
+    for n, title in ((1, None), (2, "KeyError"), (3, "is not read")):
+        reds = [
+            found
+            | {"id": name, "verdict": "failed", "worst_share": share}
+            | {"failure": {"message": message}}
+            for name, message, share in checks[:n]
+        ]
+        one = cell({"name": "toy", "runs": {"Port": {"checks": reds}}}, column, causes)
+        assert (one.cause.title if one.cause else None) == title
