@@ -42,8 +42,7 @@ def quantize(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Te
     # Of float32 tiles Triton 3.6 wrote wrong transposes on an H200.
     by_kernel = HAS_TRITON and all(x.is_cuda and x.dtype == torch.bfloat16 for x in matrices)
     if not by_kernel:
-        cast = [(x.float() * multiplier).to(dtype) for x in matrices]
-        whole = torch.cat(cast)
+        whole = torch.cat([(x.float() * multiplier).to(dtype) for x in matrices])
         return whole, whole.t().contiguous(), scale
     from ..kernels.float8_cast import cast_float8
 
@@ -92,7 +91,7 @@ def float8_products(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     Without gradients, as in validation, the layers compute in their own precision.
     """
     if not torch.is_grad_enabled():
-        return [layer(x) for layer in layers]
+        return linear_products(x, layers)
     joined: Tensor = Float8Product.apply(x, *(layer.weight for layer in layers))
     return joined.split([layer.out_features for layer in layers], -1)
 

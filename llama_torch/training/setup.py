@@ -138,8 +138,7 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
     """
     device = pick_device(config.device)
     parallel = Parallel.from_config(config.parallel, device)
-    # A run keeps the precision it began with, wherever it is resumed.
-    config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
+    config = with_precision(config, device)
     check_memory(config, device, parallel)
     resumes = config.resume and not config.dry_run
     if resumes and parallel.is_main_process:
@@ -163,7 +162,6 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
         )
     parallel.wrap_ddp(model)
     if config.precision == "fp8":
-        require_fp8(device)
         use_float8(model)
     return Run(
         config=config,
@@ -198,6 +196,16 @@ def check_memory(config: TrainConfig, device: torch.device, parallel: Parallel) 
         gpu = -parallel.all_reduce_max(-total_memory(device))
     with parallel.errors_on_main_only():
         require_run_memory(config, layout, host, gpu)
+
+
+def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Return the config with a device's dtype; InputError where it has no products in fp8.
+
+    A run keeps the precision it began with, wherever it is resumed.
+    """
+    if config.precision == "fp8":
+        require_fp8(device)
+    return dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
 
 
 def pick_dtype(

@@ -26,14 +26,13 @@ from llama_torch.training.memory import require_batch_memory
 from llama_torch.training.throughput import flops_per_token
 
 from .timing import Setup, median_ratio
-from .training_side import Job, Result
+from .training_side import WITHOUT_FP8, Job, Result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FACTOR_CUDA = 3  # times as many steps are timed on a GPU, where steps are short
 ON_CPU = ("ours", "transformers", "plain loop", "plain loop, compiled")
 # Compiled as a whole, before torch 2.14, transformers' model builds a mask: no flash attention.
 ON_CUDA = ("ours", "transformers, compiled", "transformers, blocks compiled")
-OWN = "ours without fp8"
 
 
 class TrainRow(NamedTuple):
@@ -84,7 +83,7 @@ def measure(setup: Setup, model: ModelConfig, batch_size: int) -> list[TrainRow]
 def sides(setup: Setup) -> list[str]:
     """Return the names of the sides, ours first; in fp8 ours without it is a peer too."""
     first, *others = ON_CUDA if setup.device.type == "cuda" else ON_CPU
-    return [first, *([OWN] if setup.precision == "fp8" else []), *others]
+    return [first, *([WITHOUT_FP8] if setup.precision == "fp8" else []), *others]
 
 
 def take_turns(asks: Mapping[str, TakeSteps], turns: Sequence[int]) -> dict[str, list[Result]]:

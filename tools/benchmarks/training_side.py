@@ -32,6 +32,7 @@ WARM_UP = 3  # steps that compile, and allocate the optimizer's state
 # From this many parameters on, float32 weights, gradients and moments (16 bytes a parameter) do not
 # fit on a GPU: the peer's loop then has them all in bfloat16, as plain loops of that size do.
 LARGE = 4_000_000_000
+WITHOUT_FP8 = "ours without fp8"  # the side of our own step that a step in fp8 is compared with
 Step = Callable[[], Tensor]
 
 
@@ -146,7 +147,7 @@ def plain_loop_step(
 
 SIDES: dict[str, Callable[[Llama, Tensor, TrainConfig], Step]] = {
     "ours": ours,
-    "ours without fp8": ours,
+    WITHOUT_FP8: ours,
     "transformers": transformers,
     "transformers, compiled": transformers,
     "transformers, blocks compiled": partial(transformers, part="blocks"),
