@@ -213,11 +213,19 @@ def test_a_compiled_run_in_fp8_keeps_its_activations(precision: str, monkeypatch
 
 
 def test_micro_batches_add_up() -> None:
-    """To the bit: half of a gradient, with half of the scale, has the same products."""
+    """To the bit in the blocks: half of a gradient, with half of the scale, has its products.
+
+    The head's gradient, no product in fp8, is summed inside a product, in an order that is the
+    processor's own.
+    """
     model, parts = small_model(tied=False), [draw_batch(2, seed) for seed in (1, 2)]
     one, other = (gradients(model, [part]) for part in parts)
-    for found, a, b in zip(gradients(model, parts), one, other, strict=True):
-        assert torch.equal(found, (a + b) / 2)
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    for name, found, a, b in zip(names, gradients(model, parts), one, other, strict=True):
+        if name == "lm_head.weight":
+            torch.testing.assert_close(found, (a + b) / 2, rtol=0, atol=1e-6 * a.abs().max().item())
+        else:
+            assert torch.equal(found, (a + b) / 2), name
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler looks at what torch warns of
