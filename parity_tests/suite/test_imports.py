@@ -30,6 +30,7 @@ ORACLE_ORDER = [
         "float8",
         "low_precision",
         "optim",
+        "sft",
         "mutants",
         "training_mutants",
         "shipped",
