@@ -21,12 +21,14 @@ from llama_torch.export import ExportConfig
 from llama_torch.generate import GenerateConfig
 from llama_torch.prepare import PrepareConfig
 from tools.bench import BenchConfig
+from tools.benchmarks.scaling_config import ScalingConfig
 from tools.learning import LearningConfig
 from tools.plot import PlotConfig
 
 CONFIGS: list[Any] = [
     *(TrainConfig, GenerateConfig, ChatConfig, EvaluateConfig, PrepareConfig, ExportConfig),
     *(CompareConfig, ConvertConfig, BenchConfig, LearningConfig, PlotConfig, ShapeConfig),
+    ScalingConfig,
 ]
 FLAGS = [(config, flag) for config in CONFIGS for flag in flags_of(config)]
 LINES, COLUMNS = 30, 80
