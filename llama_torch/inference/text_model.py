@@ -113,13 +113,8 @@ class TextModel:
         ``settings`` is one SamplingConfig for each prompt, or one for all: then prompt i has seed
         + i. ``prefill_chunk`` is the number of prompt tokens in one forward pass.
         """
-        if isinstance(settings, SamplingConfig):
-            settings = [
-                replace(settings, seed=(settings.seed + i) % 2**63) for i in range(len(prompts))
-            ]
-        if len(settings) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts and {len(settings)} settings; give as many")
-        return self._complete([self.encode(prompt) for prompt in prompts], settings, prefill_chunk)
+        each = _settings_of_each(settings, len(prompts))
+        return self._complete([self.encode(prompt) for prompt in prompts], each, prefill_chunk)
 
     def stream(
         self,
@@ -166,6 +161,17 @@ class TextModel:
             stop_tokens, ignore_eos, logprobs,
         )  # fmt: skip
         return self._complete([self.chat_template.encode(messages)], [settings])[0]
+
+    def chat_batch(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        settings: SamplingConfig | Sequence[SamplingConfig],
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> list[Completion]:
+        """Return the answers to several conversations; ``settings`` as for ``generate_batch``."""
+        each = _settings_of_each(settings, len(conversations))
+        rows = [self.chat_template.encode(messages) for messages in conversations]
+        return self._complete(rows, each, prefill_chunk)
 
     def stream_chat(
         self,
@@ -232,6 +238,17 @@ class TextModel:
 
     def _builder(self, ids: Sequence[int], settings: SamplingConfig) -> CompletionBuilder:
         return CompletionBuilder(self.tokenizer, self.end_ids, ids, settings)
+
+
+def _settings_of_each(
+    settings: SamplingConfig | Sequence[SamplingConfig], number: int
+) -> Sequence[SamplingConfig]:
+    """Return the settings of each of ``number`` prompts; of one for all, prompt i has seed + i."""
+    if isinstance(settings, SamplingConfig):
+        return [replace(settings, seed=(settings.seed + i) % 2**63) for i in range(number)]
+    if len(settings) != number:
+        raise InputError(f"{number} prompts and {len(settings)} settings; give as many")
+    return settings
 
 
 def load(

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from llama_common.errors import InputError
 from llama_torch import chat, load
 from llama_torch.chat import ChatConfig
-from llama_torch.inference.config import LoadConfig
+from llama_torch.inference.config import LoadConfig, SamplingConfig
 from llama_torch.model.config import ModelConfig
 from llama_torch.tokenizer.chat_template import ChatTemplate, Llama2Template
 
@@ -140,3 +141,15 @@ def test_chat_and_stream_chat_give_one_answer(folders: dict[str, Path]) -> None:
     assert len(answer.tokens) == 6
     streamed = model.stream_chat(messages, max_new_tokens=6, temperature=0.0, ignore_eos=True)
     assert "".join(streamed) == answer.text
+
+
+def test_several_conversations_have_the_answers_of_each(folders: dict[str, Path]) -> None:
+    """On the CPU: a GPU's products over several rows round otherwise."""
+    model = load(folders["spaced"], device="cpu")
+    conversations = [turns(["Hello"]), turns(["Hello", "Hi", "And you?"])]
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+    found = model.chat_batch(conversations, SamplingConfig(**settings))
+    alone = [model.chat(messages, **settings) for messages in conversations]
+    assert [answer.text for answer in found] == [answer.text for answer in alone]
+    with pytest.raises(InputError, match="2 prompts and 1 settings; give as many"):
+        model.chat_batch(conversations, [SamplingConfig()])

@@ -19,7 +19,8 @@ MODULES = [
     *(f"llama_torch.{name}" for name in ("train", "generate", "chat", "evaluate", "prepare")),
     *("llama_torch.export", "llama_torch.data.__main__", "llama_torch.gather"),
 ]
-TOOLS = ["compare", "convert", "bench", "learning", "plot", "random_checkpoint", "scaling"]
+TOOLS = ["compare", "convert", "bench", "learning", "plot", "random_checkpoint", "scaling", "tasks"]
+TOOLS += ["right_answers"]
 COMMANDS = [*MODULES, *(f"tools.{name}" for name in TOOLS)]
 # What takes a quarter of a second or more to import.
 SLOW = ("torch", "numpy", "safetensors.torch", "tensorboard", "matplotlib", "transformers")
@@ -71,6 +72,8 @@ WRONG = {
     ],
     "tools.convert": [(f"{NOWHERE} out", NO_MODEL), ("docs README.md", "docs: holds neither")],
     "tools.bench": [("--works decod", "did you mean decode?"), ("--repeats 0", "--repeats")],
+    "tools.tasks": [("docs", "docs: is there already"), ("", "FOLDER: required")],
+    "tools.right_answers": [(f"docs {NOWHERE}", f"{NOWHERE}: no such file")],
     "tools.scaling": [("--layouts ddb", "not one of ddp, fsdp"), ("--steps 0", "--steps")],
     "tools.learning": [
         (f"--data {NOWHERE}", NO_TEXT),

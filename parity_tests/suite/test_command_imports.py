@@ -10,6 +10,7 @@ COMMANDS = [
     *(f"llama_torch.{name}" for name in ("train", "generate", "chat", "evaluate", "prepare")),
     *("llama_torch.export", "llama_torch.gather", "llama_torch.data.__main__"),
     *(f"tools.{name}" for name in ("bench", "compare", "convert", "learning", "plot", "scaling")),
+    *("tools.tasks", "tools.right_answers"),
     *("tools.random_checkpoint", "llama_parity.compare", "llama_parity.convert"),
     "llama_parity.command.main",
 ]

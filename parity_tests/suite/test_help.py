@@ -24,11 +24,13 @@ from tools.bench import BenchConfig
 from tools.benchmarks.scaling_config import ScalingConfig
 from tools.learning import LearningConfig
 from tools.plot import PlotConfig
+from tools.right_answers import AnswersConfig
+from tools.tasks import TasksConfig
 
 CONFIGS: list[Any] = [
     *(TrainConfig, GenerateConfig, ChatConfig, EvaluateConfig, PrepareConfig, ExportConfig),
     *(CompareConfig, ConvertConfig, BenchConfig, LearningConfig, PlotConfig, ShapeConfig),
-    ScalingConfig,
+    *(ScalingConfig, TasksConfig, AnswersConfig),
 ]
 FLAGS = [(config, flag) for config in CONFIGS for flag in flags_of(config)]
 LINES, COLUMNS = 30, 80

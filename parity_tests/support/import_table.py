@@ -23,7 +23,7 @@ PROGRAM = (
     *("llama_torch.training.oracle", "llama_torch.training.float8_check"),
 )
 JUDGE = ("llama_parity", "llama_parity.comparison", "llama_parity.conversion")
-PARTS_OF_TOOLS = ("tools.benchmarks", "tools.shapes")
+PARTS_OF_TOOLS = ("tools.benchmarks", "tools.shapes", "tools.synthetic")
 PARTS_OF_TESTS = (
     "parity_tests.plugins",
     *("parity_tests.backends", "parity_tests.conformance"),
@@ -79,6 +79,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "tools": (*PROGRAM, "reference_np", "llama_parity", *PARTS_OF_TOOLS),
     "tools.benchmarks": (*PROGRAM, "reference_np", "llama_parity.conversion", "tools.shapes"),
     "tools.shapes": ("llama_torch.model",),
+    "tools.synthetic": ("llama_common",),
     # The suite that outsiders run stands on the specification alone.
     "parity_tests.conformance": ("reference_np",),
     "parity_tests.backends": (*PROGRAM, "reference_np", "llama_parity.comparison"),

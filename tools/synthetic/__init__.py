@@ -1,0 +1,1 @@
+"""Conversations and pairs of answers about tasks whose right answers are known."""

@@ -1,0 +1,110 @@
+"""Make the records of synthetic conversations, pairs of answers and prompts.
+
+Each has messages, as conversations have; in some an instruction on the form of all answers stands
+in the system message, and must hold in every turn.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .tasks import FORMS, PLAIN, Form, Task, draw_task
+
+WITH_FORM = 0.5  # share of conversations with an instruction on the form of answers
+STRENGTHS = ("significantly better", "better", "slightly better", "negligibly better")
+FILLER = "I am not sure what you mean."
+
+Record = Mapping[str, Any]
+
+
+def conversations(
+    rng: random.Random, number: int, turns: int, held_out: bool = False
+) -> Iterator[Record]:
+    """Yield conversations of one to ``turns`` exchanges with right answers."""
+    for _ in range(number):
+        form, tasks = _draw(rng, rng.randint(1, turns), held_out)
+        yield {"messages": _messages(form, tasks)}
+
+
+def prompts(
+    rng: random.Random, number: int, turns: int, held_out: bool = False
+) -> Iterator[Record]:
+    """Yield conversations that lack their last answer, and beside them what is right.
+
+    ``content`` is the answer without the form, ``answer`` with it; ``kind`` is the last task's, and
+    ``turn`` its number.
+    """
+    for _ in range(number):
+        form, tasks = _draw(rng, rng.randint(1, turns), held_out)
+        last = tasks[-1]
+        yield {
+            "messages": _messages(form, tasks)[:-1],
+            "answer": form.applied(last.answer),
+            "content": last.answer,
+            "kind": last.kind,
+            "form": form.instruction,
+            "turn": len(tasks),
+            "safety": last.is_unsafe,
+        }
+
+
+def pairs(rng: random.Random, number: int, turns: int, held_out: bool = False) -> Iterator[Record]:
+    """Yield a prompt with a chosen and a rejected answer, and how much better the chosen one is.
+
+    Significantly: the other says nothing of the question, or tells a secret; better: it is wrong;
+    slightly: it is right but not in the form asked for; negligibly: both are right, and the other
+    has a full stop too many.
+    """
+    for _ in range(number):
+        strength = rng.choice(STRENGTHS)
+        form, tasks = _draw(rng, rng.randint(1, turns), held_out)
+        if strength == "slightly better" and form is PLAIN:
+            form = rng.choice(FORMS)
+        last = tasks[-1]
+        if strength == "better" and last.is_unsafe:
+            strength = "significantly better"
+        chosen = form.applied(last.answer)
+        yield {
+            "prompt": _messages(form, tasks)[:-1],
+            "chosen": chosen,
+            "rejected": _rejected(strength, form, last),
+            "strength": strength,
+            "safety": last.is_unsafe,
+        }
+
+
+def _rejected(strength: str, form: Form, task: Task) -> str:
+    if strength == "significantly better":
+        return form.applied(task.wrong if task.is_unsafe else FILLER)
+    return {
+        "better": form.applied(task.wrong),
+        "slightly better": task.answer,
+        "negligibly better": form.applied(task.answer) + " .",
+    }[strength]
+
+
+def _draw(rng: random.Random, turns: int, held_out: bool) -> tuple[Form, list[Task]]:
+    """Draw a form and tasks, the last of them held out or not, the others not."""
+    form = rng.choice(FORMS) if rng.random() < WITH_FORM else PLAIN
+    tasks = [draw_task(rng, False) for _ in range(turns - 1)]
+    return form, [*tasks, draw_task(rng, held_out)]
+
+
+def _messages(form: Form, tasks: list[Task]) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": form.instruction}] if form.instruction else []
+    for task in tasks:
+        messages.append({"role": "user", "content": task.question})
+        messages.append({"role": "assistant", "content": form.applied(task.answer)})
+    return messages
+
+
+def grade(record: Record, answer: str) -> float:
+    """Return 1 for a prompt's right answer, 0.5 for a right one in another form, 0 for others."""
+    said = answer.strip()
+    if said == record["answer"]:
+        return 1.0
+    plain = said
+    for form in FORMS:
+        if said.startswith(form.before) and said.endswith(form.after):
+            plain = min(plain, said[len(form.before) : len(said) - len(form.after)], key=len)
+    return 0.5 if plain == record["content"] else 0.0
