@@ -63,7 +63,7 @@ def flags_of(config_class: type[Any], defaults: Any = None) -> list[Flag]:
         kind: Any = field.type
         if dataclasses.is_dataclass(kind):
             inner = defaults and getattr(defaults, field.name)
-            nested += flags_of(kind, inner or _nested_defaults(field))  # type: ignore[arg-type]
+            nested += flags_of(kind, inner or nested_defaults(field))  # type: ignore[arg-type]
             continue
         default = getattr(defaults, field.name, field.default)
         metavar = ""
@@ -75,7 +75,7 @@ def flags_of(config_class: type[Any], defaults: Any = None) -> list[Flag]:
     return sorted(flags, key=lambda flag: not flag.metavar) + nested
 
 
-def _nested_defaults(field: dataclasses.Field[Any]) -> Any:
+def nested_defaults(field: dataclasses.Field[Any]) -> Any:
     """Return the values of a nested config that its default gives and its own class does not."""
     if field.default_factory is dataclasses.MISSING:
         return None

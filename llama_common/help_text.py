@@ -104,10 +104,16 @@ def _summary(config_class: type[Any]) -> str:
 
 
 def _field_texts(config_class: type[Any]) -> dict[str, str]:
-    """Return the docstring below each field of a config class, on one line."""
+    """Return the docstring below each field of a config class, on one line.
+
+    A field that it inherits has that of the class which it comes from.
+    """
+    texts: dict[str, str] = {}
+    for base in config_class.__bases__:
+        if dataclasses.is_dataclass(base):
+            texts |= _field_texts(base)
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
     assert isinstance(definition, ast.ClassDef)
-    texts = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         match field, below:
             case (

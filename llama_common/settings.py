@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from .errors import InputError, shown
+from .flags import nested_defaults
 from .nearest import did_you_mean
 
 C = TypeVar("C")
@@ -77,15 +78,18 @@ def as_default(config_class: type[C], settings: Settings) -> C:
     What contradicts another value may be right beside a flag's: the config that is built of this
     one is checked.
     """
+    return _overlaid(config_class, None, settings)
+
+
+def _overlaid(config_class: type[C], given: object, settings: Settings) -> C:
+    """Return a config of ``settings``, else of the attributes of ``given``, else of defaults."""
     config = object.__new__(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        value: Any
+        value: Any = getattr(given, field.name, field.default)
         if dataclasses.is_dataclass(field.type):
-            value = as_default(field.type, settings)  # type: ignore[arg-type]
+            value = _overlaid(field.type, nested_defaults(field), settings)  # type: ignore[arg-type]
         elif field.name in settings:
             value = settings[field.name].value
-        else:
-            value = field.default
         object.__setattr__(config, field.name, value)
     return config
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from llama_common.errors import check, check_positive, check_text
+from llama_common.errors import check, check_positive, check_text, quoted
 
 from .model.config import ModelConfig
 
@@ -14,7 +14,28 @@ MOST_WORKERS = 1024  # more than any machine has cores
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class SourceConfig:
+    """Where a run's windows come from, whatever they hold."""
+
+    paths: ClassVar[tuple[str, ...]] = ("data",)  # the fields that name files, folders and globs
+
+    data: tuple[str, ...] = ()
+    """Files, folders or globs."""
+    val_fraction: float = 0.1
+    """Share held out for validation."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0 = in the training process."""
+
+    def __post_init__(self) -> None:
+        check(
+            0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "must lie between 0 and 1"
+        )
+        between = f"must lie between 0 and {MOST_WORKERS}"
+        check(0 <= self.num_workers <= MOST_WORKERS, "num_workers", self.num_workers, between)
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
     """Where the text comes from."""
 
     data: tuple[str, ...] = ()
@@ -31,15 +52,9 @@ class DataConfig:
     """Let no document of a window see another: attention and positions begin anew in each."""
     cache_dir: str = ""
     """Where tokenised text is kept; empty = llama_torch in the user's cache directory."""
-    num_workers: int = 0
-    """Processes that prepare batches; 0 = in the training process."""
 
     def __post_init__(self) -> None:
-        check(
-            0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "must lie between 0 and 1"
-        )
-        between = f"must lie between 0 and {MOST_WORKERS}"
-        check(0 <= self.num_workers <= MOST_WORKERS, "num_workers", self.num_workers, between)
+        super().__post_init__()
         if self.weights:
             each = f"must be a number for each of the {len(self.data)} --data"
             check(len(self.weights) == len(self.data), "weights", self.weights, each)
@@ -106,17 +121,15 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a Llama on text and leave a Hugging Face model directory."""
+class RunConfig:
+    """What all training runs are set by; each command has a subclass, with data of its own."""
 
-    command: ClassVar[str] = "python -m llama_torch.train"
-    basic: ClassVar[str] = (
-        "data out init_from config resume steps batch_size max_seq_len dim n_layers n_heads lr "
-        "device dry_run"
-    )
+    task: ClassVar[str]  # the command's name, in run.json
+    command: ClassVar[str]
+    longest_window: ClassVar[int] = 2**31  # largest default of --max-seq-len with --init-from
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: SourceConfig = field(default_factory=SourceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -184,12 +197,12 @@ class TrainConfig:
     """Take a few steps, print parameters, memory and time of the whole run, and leave nothing."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps", "batch_size", "grad_accum", "log_every", "eval_every")
+        check_positive(self, "batch_size", "grad_accum", "log_every", "eval_every")
         check_positive(self, "save_every", "keep_last")
         for name in ("eval_batches", "sample_every", "verify_every"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         check(0 <= self.seed < 2**32, "seed", self.seed, "must lie between 0 and 2^32 - 1")
-        windows = self.steps * self.batch_size * self.grad_accum
+        windows = self.steps * self.windows_per_step
         numbered = "times --batch-size and --grad-accum must be below 2^63"
         check(windows < 2**63, "steps", windows, numbered)
         # transformers refuses to load any other shape, and a run must load everywhere.
@@ -199,9 +212,20 @@ class TrainConfig:
             self.model.dim,
             f"must be a multiple of --n-heads {self.model.n_heads}",
         )
-        check_text("sample_prompt", self.sample_prompt)
         if self.precision == "fp8":
             self._check_fp8()
+
+    @property
+    def windows_per_step(self) -> int:
+        """The number of windows in a training step, over all processes."""
+        return self.batch_size * self.grad_accum
+
+    def require_complete(self) -> None:
+        """Raise InputError where a new run lacks a setting without which it cannot begin."""
+
+    def next_commands(self) -> list[str]:
+        """Return command lines to try on the model of a finished run."""
+        return []
 
     def _check_fp8(self) -> None:
         """Raise InputError for shapes and layouts that have no products in fp8."""
@@ -223,7 +247,34 @@ class TrainConfig:
         keeping = ("keep_last", "keep_best", "skip_bad_steps", "verify_every")
         for name in (*running, *keeping, "compile", "recompute", "parallel", *reporting):
             del flat[name]
-        for name in ("cache_dir", "num_workers", "data", "text_field"):
-            del flat["data"][name]  # the text itself is compared by its hash
+        for name in ("cache_dir", "num_workers", "text_field", "template", *self.data.paths):
+            flat["data"].pop(name, None)  # the tokens themselves are compared by their hash
         identity: dict[str, Any] = json.loads(json.dumps(flat))
         return identity
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Train a Llama on text and leave a Hugging Face model directory."""
+
+    task: ClassVar[str] = "train"
+    command: ClassVar[str] = "python -m llama_torch.train"
+    basic: ClassVar[str] = (
+        "data out init_from config resume steps batch_size max_seq_len dim n_layers n_heads lr "
+        "device dry_run"
+    )
+
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps")
+        super().__post_init__()
+        check_text("sample_prompt", self.sample_prompt)
+
+    def next_commands(self) -> list[str]:
+        """Return command lines to try on the model of a finished run."""
+        return [
+            f"python tools/compare.py {quoted(self.out + '/model.safetensors')}",
+            f"python -m llama_torch.generate --ckpt {quoted(self.out)} "
+            f"--prompt {quoted(self.sample_prompt)}",
+        ]

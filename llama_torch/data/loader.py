@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Generator, Iterator
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -113,8 +113,19 @@ def train_batches(
     no longer be read.
     """
     sampler = StepSampler(corpus, context, seed, rows, first, last, rank, world)
+    return load_steps(Windows(corpus, context), sampler, workers)
+
+
+def load_steps(
+    windows: Dataset[Tensor], sampler: Sampler[list[Any]], workers: int
+) -> Generator[Tensor, None, None]:
+    """Yield the windows that the sampler names for each step, stacked to int64 [rows, ...].
+
+    ``workers`` processes read ahead; 0 reads in this process. Raises InputError for data that can
+    no longer be read.
+    """
     loader = DataLoader(
-        Windows(corpus, context),
+        windows,
         batch_sampler=sampler,
         num_workers=workers,
         worker_init_fn=ignore_signals_in_worker,

@@ -52,9 +52,18 @@ def pack_documents(window: Tensor, eos_id: int = END_OF_TEXT_ID) -> Batch:
     tokens_BT, targets_BT = window[:, :-1], window[:, 1:]
     is_end = tokens_BT == eos_id
     document_BT = is_end.cumsum(1) - is_end.long()  # number of earlier ends
-    index_T = torch.arange(tokens_BT.shape[1], device=window.device)
-    is_start = torch.ones_like(is_end)
-    is_start[:, 1:] = is_end[:, :-1]
+    return by_document(tokens_BT, targets_BT.masked_fill(is_end, IGNORE_INDEX), document_BT)
+
+
+def by_document(tokens_BT: Tensor, targets_BT: Tensor, document_BT: Tensor) -> Batch:
+    """Return a micro-batch in which each document of a row is on its own, from int64 [B, T] each.
+
+    ``document_BT`` is the number of each token's document in its row, and a document's tokens are
+    consecutive. Positions count from 0 in each document, and a token attends to its own document
+    up to itself.
+    """
+    index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    is_start = torch.ones_like(document_BT, dtype=torch.bool)
+    is_start[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
     document_start_BT = (index_T * is_start).cummax(1).values
-    targets_BT = targets_BT.masked_fill(is_end, IGNORE_INDEX)
     return Batch(tokens_BT, targets_BT, index_T - document_start_BT, document_mask(document_BT))

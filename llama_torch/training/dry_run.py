@@ -14,8 +14,7 @@ from torch import Tensor
 
 from llama_common.memory import gib
 
-from ..config import TrainConfig
-from ..data.corpus import describe
+from ..config import RunConfig
 from .setup import Run, setup
 from .step import train_step
 from .throughput import peak_memory, peak_tokens_per_second
@@ -28,12 +27,12 @@ SCATTERED = 2.0  # ratio of the 90th percentile of step times to the 10th
 WRITTEN = 1 << 25  # bytes written to learn the disk's speed
 
 
-def report(config: TrainConfig) -> int:
+def report(config: RunConfig) -> int:
     """Print parameters, memory, disk and time of a run; return the exit code. Leaves no file."""
     with ExitStack() as exit_stack:
         run = setup(config, exit_stack)
-        print(describe(run.corpus))
-        print(run.summary)
+        print(*run.source.describe(), run.summary, sep="\n")
+        config = run.config
         seconds_each, times = measure(run)
     if scatter := describe_scatter(seconds_each):
         print(scatter)
@@ -54,12 +53,10 @@ def report(config: TrainConfig) -> int:
 def measure(run: Run) -> tuple[list[float], dict[str, float]]:
     """Time training steps at a learning rate of 0; return their seconds, and the run's by part."""
     config, optim = run.config, run.config.optim
-    generator = torch.Generator().manual_seed(config.seed)
-    shape = run.windows_per_step, config.model.max_seq_len + 1
-    window = torch.randint(config.model.vocab_size, shape, generator=generator)
+    windows = run.source.example_windows()
 
     def step() -> Tensor:
-        batches = [run.to_batch(rows) for rows in window.split(config.batch_size)]
+        batches = [run.source.to_batch(rows) for rows in windows.split(config.batch_size)]
         clip, z_loss = optim.grad_clip, optim.z_loss
         return train_step(run.model, run.optimizer, batches, lr=0.0, grad_clip=clip, z_loss=z_loss)[
             0
@@ -73,11 +70,11 @@ def measure(run: Run) -> tuple[list[float], dict[str, float]]:
     if config.verify_every:
         from .verify import check  # imports the oracle
 
-        batches = [run.to_batch(rows) for rows in window.split(config.batch_size)]
+        batches = [run.source.to_batch(rows) for rows in windows.split(config.batch_size)]
         verifying = _seconds(lambda: check(run.model, batches, 0.0))
     if config.sample_every:
-        sample = partial(sample_text, run.model, config.sample_prompt, config.seed, 0)
-        sampling = _median_seconds(partial(sample, encoding=run.encoding))
+        sample = partial(sample_text, run.model, run.source.prompt, config.seed, 0)
+        sampling = _median_seconds(sample)
     validating = _validation_seconds(run)
     # A checkpoint is the weights and both moments in float32; the weights again are the model.
     disk_speed = _disk_speed(Path(config.out))
@@ -111,8 +108,10 @@ def _validation_seconds(run: Run) -> float:
     """Return the seconds of one validation: the median batch's, times their number."""
     windows = run.validation().windows
     shown = windows[:FEWEST]
-    validation_loss(run.model, shown[:1], run.to_batch)
-    each = [_seconds(partial(validation_loss, run.model, [one], run.to_batch)) for one in shown]
+    validation_loss(run.model, shown[:1], run.source.to_batch)
+    each = [
+        _seconds(partial(validation_loss, run.model, [one], run.source.to_batch)) for one in shown
+    ]
     return statistics.median(each) * len(windows)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..common.torchrun import is_launched
-from ..config import TrainConfig
-from ..data.corpus import describe
+from ..config import RunConfig
 from . import periodic
 from .bad_steps import BadSteps
 from .optimizer import learning_rate
@@ -24,7 +23,7 @@ from .step import train_step
 from .validate import Validation
 
 
-def train(config: TrainConfig) -> float:
+def train(config: RunConfig) -> float:
     """Train or resume the run of ``config``; return the last validation loss, in nats per token.
 
     Raises Stopped when SIGINT or SIGTERM ends the run before its last step, and InputError for
@@ -61,20 +60,20 @@ def train(config: TrainConfig) -> float:
 
 def take_steps(
     run: Run,
-    windows: Iterable[Tensor],
+    steps: Iterable[Tensor],
     bad_steps: BadSteps,
     actions: Sequence[Periodic],
     stop: Stop,
 ) -> None:
-    """Take one training step for each of ``windows``, int64 [R, T + 1], then the actions due.
+    """Take a training step for the windows [R, ...] of each of ``steps``, then the actions due.
 
     R is the number of windows of this process in a step. Raises Stopped after the step during
     which a signal came.
     """
     config, optim = run.config, run.config.optim
     stop.deferred = True
-    for step, windows_RT in enumerate(windows, run.steps_done):
-        batches = [run.to_batch(part_BT) for part_BT in windows_RT.split(config.batch_size)]
+    for step, windows in enumerate(steps, run.steps_done):
+        batches = [run.source.to_batch(part) for part in windows.split(config.batch_size)]
         lr = learning_rate(step, config.steps, optim)
         start_time = time.perf_counter()
         loss, norm = train_step(
@@ -98,8 +97,9 @@ def take_steps(
 
 
 def announce(run: Run, progress: Progress | NullProgress) -> None:
-    """Print the corpus, the model, the run directory, and where a resumed run stands."""
-    progress.print_line(describe(run.corpus))
+    """Print the data, the model, the run directory, and where a resumed run stands."""
+    for line in run.source.describe():
+        progress.print_line(line)
     progress.print_line(f"{run.summary}, run directory {Path(run.config.out)}")
     if run.config.keep_best and run.parallel.is_sharded:
         progress.print_line("best/ is not kept: no process holds the whole model")
@@ -137,7 +137,7 @@ def periodic_actions(
         if config.profile and is_main_process
         else []
     )
-    sampled = config.sample_prompt, config.seed, run.parallel, run.encoding
+    sampled = run.source.prompt, config.seed, run.parallel
     sample = partial(periodic.sample, run.model, *sampled)
     listed = [
         *profiled,

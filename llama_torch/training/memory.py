@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llama_common.errors import InputError, flag_of
 from llama_common.memory import gib
 
-from ..config import TrainConfig
+from ..config import RunConfig
 from ..model.config import ModelConfig
 from ..model.shapes import block_shapes, outer_shapes
 
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 
 
 def require_run_memory(
-    config: TrainConfig, layout: Layout, host_memory: int, gpu_memory: int | None
+    config: RunConfig, layout: Layout, host_memory: int, gpu_memory: int | None
 ) -> None:
     """Raise InputError where a run surely takes more bytes than the host or the GPU has.
 
@@ -62,13 +62,13 @@ def require_run_memory(
         _require(config, needs, layout.local, "this machine", host_memory)
 
 
-def require_batch_memory(config: TrainConfig, memory: int) -> None:
+def require_batch_memory(config: RunConfig, memory: int) -> None:
     """Raise InputError where one batch of a single process takes more bytes than ``memory``."""
     needs = [_activations(config, config.batch_size), _windows(config, Layout())]
     _require(config, needs, 1, "this machine", memory)
 
 
-def step_needs(config: TrainConfig, layout: Layout) -> list[Need]:
+def step_needs(config: RunConfig, layout: Layout) -> list[Need]:
     """Return the memory of one process's training step, without its windows of token ids.
 
     It is the weights and the larger of two amounts: gradients and moments, which are there at once
@@ -101,7 +101,7 @@ def _state(config: ModelConfig, layout: Layout, width: int, kind: str) -> list[N
     ]
 
 
-def _activations(config: TrainConfig, rows: int) -> Need:
+def _activations(config: RunConfig, rows: int) -> Need:
     """Return the memory of a micro-batch's residual stream before each block and after the last.
 
     Whatever else is computed again in the backward pass is computed from these.
@@ -111,13 +111,13 @@ def _activations(config: TrainConfig, rows: int) -> Need:
     return Need(width * n, "activations", ("batch_size", "max_seq_len", "dim", "n_layers"))
 
 
-def _windows(config: TrainConfig, layout: Layout) -> Need:
+def _windows(config: RunConfig, layout: Layout) -> Need:
     """Return the memory of a step's windows of token ids, int64 [R, T + 1]."""
     n = 8 * _windows_of_process(config, layout) * (config.model.max_seq_len + 1)
     return Need(n, "token ids of a step", ("batch_size", "grad_accum", "max_seq_len"))
 
 
-def _windows_of_process(config: TrainConfig, layout: Layout) -> int:
+def _windows_of_process(config: RunConfig, layout: Layout) -> int:
     return config.batch_size * config.grad_accum // layout.data_size
 
 
@@ -126,7 +126,7 @@ def _total(needs: Sequence[Need]) -> int:
 
 
 def _require(
-    config: TrainConfig, needs: Sequence[Need], processes: int, whose: str, there: int
+    config: RunConfig, needs: Sequence[Need], processes: int, whose: str, there: int
 ) -> None:
     total = processes * _total(needs)
     if total <= there:

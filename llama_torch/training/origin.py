@@ -11,7 +11,7 @@ from llama_common.files import read_json
 from llama_common.settings import Setting, Settings, build, name_source
 
 from ..checkpoint import step_folders
-from ..config import TrainConfig
+from ..config import RunConfig
 from ..model.config import HF_KEYS, ModelConfig
 from ..tokenizer.encoding import GPT2, TextEncoding, load_encoding
 from .run_file import RunRecord
@@ -27,18 +27,24 @@ class Origin(NamedTuple):
     directory: Path | None = None  # whose weights a run begins from; None: random, or a checkpoint
 
 
-def parse_config(argv: Sequence[str], settings: Settings, directory: str) -> TrainConfig:
+def parse_config(
+    argv: Sequence[str], settings: Settings, directory: str, config_class: type[RunConfig]
+) -> RunConfig:
     """Build a new run's config from flags and a file's settings, the model from ``directory``.
 
-    ``directory`` is that of --init-from; empty = none. Raises InputError for one that holds no
+    ``directory`` is that of --init-from; empty = none. --max-seq-len is the model's own, or
+    ``longest_window`` of the class where that is less. Raises InputError for one that holds no
     Llama, and for a flag or setting that contradicts its config.json.
     """
     if not directory:
-        return cli.parse(TrainConfig, argv, settings)
+        return cli.parse(config_class, argv, settings)
     path = Path(directory) / CONFIG
     found = _read_model(path, "--init-from ")
+    own = dict(_settings_of(found, str(path)))
+    window = min(found.max_seq_len, config_class.longest_window)
+    own["max_seq_len"] = own["max_seq_len"]._replace(value=window)
     try:
-        config = cli.parse(TrainConfig, argv, {**_settings_of(found, str(path)), **settings})
+        config = cli.parse(config_class, argv, {**own, **settings})
     except InputError as error:
         given = {word.partition("=")[0] for word in argv} | {flag_of(name) for name in settings}
         if given.isdisjoint(flag_of(name) for name in HF_KEYS if name != "max_seq_len"):
@@ -60,7 +66,7 @@ def _settings_of(model: ModelConfig, source: str) -> Settings:
     }
 
 
-def find_origin(config: TrainConfig) -> Origin:
+def find_origin(config: RunConfig) -> Origin:
     """Return what a run begins from or, with --resume and a checkpoint, goes on with.
 
     Raises InputError for a directory that is gone or has changed, and for its tokenizer's faults.

@@ -5,10 +5,10 @@ import os
 from llama_common.errors import InputError, flag_of
 
 from ..common.torchrun import process_count
-from ..config import TrainConfig
+from ..config import RunConfig
 
 
-def check_parallel_layout(config: TrainConfig) -> None:
+def check_parallel_layout(config: RunConfig) -> None:
     """Raise InputError where torchrun's processes do not fit the configured parallel layout."""
     world = process_count()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

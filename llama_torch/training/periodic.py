@@ -11,10 +11,10 @@ from llama_common.errors import VerificationError
 
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
-from ..tokenizer.encoding import TextEncoding
 from .batch import Batch
 from .progress import NullProgress, Progress
 from .saver import Saver
+from .source import Prompt
 from .validate import Validation, sample_text
 
 Reporter = Progress | NullProgress
@@ -102,15 +102,14 @@ def validate(
 
 def sample(
     model: Llama,
-    prompt: str,
+    make_prompt: Callable[[], Prompt],
     seed: int,
     parallel: Parallel,
-    encoding: TextEncoding,
     progress: Reporter,
     done: StepResult,
 ) -> None:
     """Generate and report a sample of text."""
-    text = sample_text(model, prompt, seed, done.step, parallel, encoding)
+    text = sample_text(model, make_prompt, seed, done.step, parallel)
     progress.sampled(done.step, text)
 
 

@@ -4,14 +4,14 @@ import dataclasses
 import glob
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama_common import cli
-from llama_common.errors import InputError, is_digits, printable
-from llama_common.files import open_lock, try_lock
+from llama_common.errors import InputError, is_digits, printable, quoted
+from llama_common.files import open_lock, try_lock, write_text
 from llama_common.settings import Settings, read_toml
 
 from ..checkpoint import step_folders
@@ -19,7 +19,7 @@ from ..checkpoint.directory_files import write_directory_files
 from ..checkpoint.file_names import AROUND, MODEL_FILE, RUN_FILE, STATE_FILE
 from ..checkpoint.step_folders import BEST
 from ..common.torchrun import is_launched, job_name
-from ..config import ParallelConfig, TrainConfig
+from ..config import ParallelConfig, RunConfig, TrainConfig
 from ..data.text_files import names_text
 from .origin import Origin, parse_config
 from .run_file import read_run, write_record
@@ -35,37 +35,46 @@ LOCK_FILE = "lock"
 EVENTS_FOLDER = "tensorboard"
 
 
-def resolve_config(argv: Sequence[str]) -> TrainConfig:
+def resolve_config(argv: Sequence[str], config_class: type[RunConfig] = TrainConfig) -> RunConfig:
     """Return a run's config from defaults, then TOML, then flags; ``out`` is filled in.
 
     With --resume the run's own stored settings take the defaults' place. Raises InputError for
-    a setting that is wrong, a directory that holds another run, or one that cannot be written.
+    a setting that is wrong or missing, a directory that holds another run, or one that cannot be
+    written.
     """
-    early = cli.early_flags(argv, TrainConfig)
-    settings = read_toml(early.config, TrainConfig) if early.config else {}
+    early = cli.early_flags(argv, config_class)
+    settings = read_toml(early.config, config_class) if early.config else {}
     if not early.resume:
         init_from = _named("init_from", early.init_from, settings)
-        config = parse_config(argv, settings, init_from)
+        config = parse_config(argv, settings, init_from, config_class)
+        config.require_complete()
         config = dataclasses.replace(_absolute(config), out=config.out or str(_next_run()))
         _require_free(Path(config.out))
         return config
     named = _named("out", early.out, settings)
     out = Path(named) if named else _last_worked_on()
     record = read_run(out)
+    if record.config_class is not config_class:
+        raise InputError(
+            f"--resume: {out} is a run of another command; continue it with "
+            f"{record.config_class.command} --resume --out {quoted(str(out))}"
+        )
     stored = dict(record.settings)
     if not is_launched():  # one process resumes what many began
         for field in dataclasses.fields(ParallelConfig):
             stored.pop(field.name, None)
-    config = cli.parse(TrainConfig, argv, stored | settings)
+    config = cli.parse(config_class, argv, stored | settings)
     config = dataclasses.replace(_absolute(config), out=str(out))
     if early.steps is None:
         source = settings["steps"].source if "steps" in settings else str(record.path)
         require_same_length(record, config.steps, source)
     require_steps_left(record, config.steps, steps_done(out))
-    if "data" not in stored or config.data.data != stored["data"].value:
-        return config  # named anew
-    data = tuple(find_again(name, record.directory, "--resume") for name in config.data.data)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
+    found: dict[str, Any] = {}
+    for name in config.data.paths:
+        patterns = getattr(config.data, name)
+        if name in stored and patterns == stored[name].value:  # else named anew
+            found[name] = tuple(find_again(p, record.directory, "--resume") for p in patterns)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
 
 
 def _named(name: str, flag: str | None, settings: Settings) -> str:
@@ -74,7 +83,7 @@ def _named(name: str, flag: str | None, settings: Settings) -> str:
     return directory
 
 
-def _absolute(config: TrainConfig) -> TrainConfig:
+def _absolute(config: RunConfig) -> RunConfig:
     """Return the config with the path of --init-from absolute: a run may be resumed anywhere."""
     path = config.init_from and os.path.abspath(config.init_from)
     return dataclasses.replace(config, init_from=path)
@@ -101,13 +110,15 @@ def find_again(pattern: str, directory: str, source: str) -> str:
     )
 
 
-def flags_after_restart(argv: Sequence[str]) -> Sequence[str]:
+def flags_after_restart(
+    argv: Sequence[str], config_class: type[RunConfig] = TrainConfig
+) -> Sequence[str]:
     """Return the flags with which a job that torchrun restarted resumes its run.
 
     It is the run with the job's name, in --out if that was given.
     """
-    early = cli.early_flags(argv, TrainConfig)
-    settings = read_toml(early.config, TrainConfig) if early.config else {}
+    early = cli.early_flags(argv, config_class)
+    settings = read_toml(early.config, config_class) if early.config else {}
     named = _named("out", early.out, settings)
     outs = [Path(named)] if named else list(_runs().values())
     began = (out for out in outs if (out / RUN_FILE).is_file())
@@ -225,11 +236,17 @@ def lock(out: Path) -> Iterator[None]:
         yield
 
 
-def claim(config: TrainConfig, data_key: str, origin: Origin) -> None:
-    """Write run.json, config.json and the tokenizer's files into a new, locked directory."""
+def claim(
+    config: RunConfig, data_key: str, origin: Origin, texts: Mapping[str, str] | None = None
+) -> None:
+    """Write run.json, config.json and the tokenizer's files into a new, locked directory.
+
+    ``texts`` are files by name, in place of the tokenizer's own.
+    """
     out = Path(config.out)
     _require_free(out)  # another run may have come and gone while this one was prepared
     record = {
+        "task": config.task,
         "identity": config.identity(),
         "data_key": data_key,
         "job": job_name(),
@@ -239,5 +256,17 @@ def claim(config: TrainConfig, data_key: str, origin: Origin) -> None:
     try:
         write_record(out / RUN_FILE, record)
         write_directory_files(out, origin.model, origin.directory)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error}); choose another") from None
+    write_texts(out, texts or {})
+
+
+def write_texts(out: Path, texts: Mapping[str, str]) -> None:
+    """Write files, by name, into a run directory; those that hold the text already are left."""
+    try:
+        for name, text in texts.items():
+            path = out / name
+            if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+                write_text(path, text)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error}); choose another") from None

@@ -11,8 +11,10 @@ from llama_common.settings import Settings, check_settings
 
 from ..checkpoint.file_names import RUN_FILE
 from ..common.state_file import abridged, read_state, require_count, write_state
-from ..config import TrainConfig
+from ..config import RunConfig, TrainConfig
 
+# Of each kind of run, by the name that run.json has for it.
+CONFIGS: Mapping[str, type[RunConfig]] = {config.task: config for config in (TrainConfig,)}
 PER_START = ("config", "out", "resume")  # settings of one start of a run, not of the run
 
 
@@ -21,6 +23,7 @@ class RunRecord:
     """What run.json says of a run, its settings by the names of the config's fields."""
 
     path: Path
+    config_class: type[RunConfig]  # of the command that began the run
     settings: Settings
     identity: Settings  # those that determine the losses
     data_key: str
@@ -43,10 +46,21 @@ def read_run(out: Path) -> RunRecord:
         raise InputError(f"{path}: data_key, job or directory is not valid text; correct it")
     if not all(isinstance(table, dict) for table in tables):
         raise InputError(f"{path}: is not this package's; start anew in another --out")
-    settings, identity = (check_settings(t or {}, TrainConfig, str(path)) for t in tables)
+    config_class = _config_class(found.get("task", TrainConfig.task), path)
+    settings, identity = (check_settings(t or {}, config_class, str(path)) for t in tables)
     for key in PER_START:
         settings.pop(key, None)
-    return RunRecord(path, settings, identity, *texts)
+    return RunRecord(path, config_class, settings, identity, *texts)
+
+
+def _config_class(task: object, path: Path) -> type[RunConfig]:
+    """Return the config class of a kind of run; InputError for one that there is not."""
+    if not isinstance(task, str) or task not in CONFIGS:
+        raise InputError(
+            f"{path}: task is {abridged(task)}, not one of {', '.join(CONFIGS)}; put it back, or "
+            "continue the run with the version that began it"
+        )
+    return CONFIGS[task]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -83,7 +97,7 @@ def require_consistent(record: RunRecord) -> None:
             )
 
 
-def check_resume_config(config: TrainConfig, data_key: str | None = None) -> None:
+def check_resume_config(config: RunConfig, data_key: str | None = None) -> None:
     """Raise InputError unless config and, if given, the data's hash are those of the run."""
     record = read_run(Path(config.out))
     require_consistent(record)
@@ -99,10 +113,10 @@ def check_resume_config(config: TrainConfig, data_key: str | None = None) -> Non
         )
 
 
-def differences(stored: Settings, config: TrainConfig) -> list[str]:
+def differences(stored: Settings, config: RunConfig) -> list[str]:
     """Return a line for each setting that determines the losses and is another in ``config``."""
     # A setting that did not exist when the run began had its default's effect.
-    there, here = {**_identity(TrainConfig()), **stored}, _identity(config)
+    there, here = {**_identity(type(config)()), **stored}, _identity(config)
     return [
         f"{flag_of(key)} is {_as_stored(there[key].value)} there and "
         f"{_as_stored(here[key].value)} here"
@@ -116,5 +130,5 @@ def _as_stored(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _identity(config: TrainConfig) -> Settings:
-    return check_settings(config.identity(), TrainConfig, "")
+def _identity(config: RunConfig) -> Settings:
+    return check_settings(config.identity(), type(config), "")

@@ -5,7 +5,7 @@ from pathlib import Path
 from llama_common.errors import InputError
 
 from ..checkpoint import step_folders
-from ..config import TrainConfig
+from ..config import RunConfig
 from .run_file import RunRecord, read_record, read_run, write_record
 
 
@@ -17,9 +17,8 @@ def steps_done(out: Path) -> int:
 
 def recorded_steps(record: RunRecord) -> int:
     """Return the number of steps that a run was given, by its record."""
-    return int(
-        record.identity["steps"].value if "steps" in record.identity else TrainConfig().steps
-    )
+    default = record.config_class().steps
+    return int(record.identity["steps"].value if "steps" in record.identity else default)
 
 
 def require_same_length(record: RunRecord, steps: int, source: str) -> None:
@@ -44,7 +43,7 @@ def require_steps_left(record: RunRecord, steps: int, done: int) -> None:
         )
 
 
-def record_length(config: TrainConfig, done: int) -> int:
+def record_length(config: RunConfig, done: int) -> int:
     """Write a changed number of steps to run.json; return the number that it held before.
 
     The caller holds the run's lock. Raises InputError where no step would be left.

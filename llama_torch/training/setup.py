@@ -1,7 +1,7 @@
 """Build the model, the optimizer and the training run of a config."""
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,14 @@ from llama_common.memory import host_memory
 from ..checkpoint.stored_weights import StoredWeights
 from ..common.device import computes_bfloat16, pick_device, total_memory
 from ..common.torchrun import local_process_count
-from ..config import OptimConfig, TrainConfig
-from ..data.corpus import Corpus, load_corpus
-from ..data.loader import StepSampler, train_batches, val_batches
+from ..config import OptimConfig, RunConfig
 from ..distributed.job import broadcast_object
 from ..distributed.parallel import Parallel
 from ..model.config import ModelConfig
 from ..model.float8_linear import PAYS_FROM, use_float8
 from ..model.llama import Llama
-from ..tokenizer.encoding import TextEncoding
 from . import run_dir
 from .bad_steps import BadSteps, largest_loss
-from .batch import Batch, batch_function
 from .compile import compile_blocks
 from .memory import Layout, require_run_memory
 from .optimizer import make_adamw
@@ -36,6 +32,7 @@ from .origin import Origin, find_origin
 from .restore import restore
 from .run_file import check_resume_config
 from .run_length import record_length
+from .source import BatchSource, open_source
 from .validate import Validation
 
 
@@ -43,14 +40,12 @@ from .validate import Validation
 class Run:
     """Model, optimizer, data and parallel layout of one training run."""
 
-    config: TrainConfig  # its dtype resolved from "auto"
+    config: RunConfig  # its dtype and steps resolved
     device: torch.device
     parallel: Parallel
-    corpus: Corpus
-    encoding: TextEncoding  # of the corpus and of samples
+    source: BatchSource
     model: Llama
     optimizer: Optimizer
-    to_batch: Callable[[Tensor], Batch]  # windows int64 [B, T + 1] to tokens and targets [B, T]
     is_compiled: bool
     steps_before: int  # the run's length before this start; config.steps unless --steps changed it
     steps_done: int  # training steps done before this process started
@@ -62,14 +57,9 @@ class Run:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
-    def windows_per_step(self) -> int:
-        """The number of windows in a training step, over all processes."""
-        return self.config.batch_size * self.config.grad_accum
-
-    @property
     def tokens_per_step(self) -> int:
         """The number of tokens in a training step, over all processes."""
-        return self.windows_per_step * self.config.model.max_seq_len
+        return self.config.windows_per_step * self.config.model.max_seq_len
 
     @property
     def compiling_step(self) -> int:
@@ -95,42 +85,30 @@ class Run:
         return f" (block products in fp8{slow})"
 
     def train_windows(self) -> Generator[Tensor, None, None]:
-        """Yield this process's training windows, int64 [rows, T + 1], of each remaining step."""
-        return train_batches(
-            self.corpus,
-            self.config.model.max_seq_len,
-            seed=self.config.seed,
-            rows=self.windows_per_step,
-            first=self.steps_done,
-            last=self.config.steps,
-            workers=self.config.data.num_workers,
-            rank=self.parallel.data_rank,
-            world=self.parallel.data_size,
-        )
+        """Yield this process's training windows, [rows, ...], of each remaining step."""
+        rank, world = self.parallel.data_rank, self.parallel.data_size
+        return self.source.train_windows(self.steps_done, self.config.steps, rank, world)
 
     def bad_steps(self) -> BadSteps:
         """Return the check of every training step's loss and gradient norm."""
         config = self.config
-        context, rows = config.model.max_seq_len, self.windows_per_step
-        sampler = StepSampler(
-            self.corpus, context, config.seed, rows, self.steps_done, config.steps
-        )
-        max_loss = largest_loss(config.model.vocab_size, config.optim.z_loss)
-        skips, parallel = config.skip_bad_steps, self.parallel
         return BadSteps(
-            max_loss, self.device, sampler.describe, self.skipped, skips=skips, parallel=parallel
+            largest_loss(config.model.vocab_size, config.optim.z_loss),
+            self.device,
+            self.source.describe_step,
+            self.skipped,
+            skips=config.skip_bad_steps,
+            parallel=self.parallel,
         )
 
     def validation(self) -> Validation:
         """Return the validation on held-out windows."""
-        config = self.config
-        context, rows = config.model.max_seq_len, config.batch_size
-        windows = val_batches(self.corpus, context, rows, config.eval_batches)
-        return Validation(self.model, windows, self.to_batch, self.parallel)
+        windows = self.source.validation_windows()
+        return Validation(self.model, windows, self.source.to_batch, self.parallel)
 
 
-def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
-    """Build model, optimizer, corpus and parallel layout of a run; ``exit_stack`` holds its lock.
+def setup(config: RunConfig, exit_stack: ExitStack) -> Run:
+    """Build model, optimizer, data and parallel layout of a run; ``exit_stack`` holds its lock.
 
     The run directory is claimed, or with --resume restored from; a dry run does not touch it.
     Raises InputError for a config that cannot be run, before any long work. In a job the main
@@ -145,11 +123,10 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
         check_resume_config(config)
         exit_stack.enter_context(run_dir.lock(Path(config.out)))
     origin = broadcast_object(lambda: find_origin(config))
-    sizes = config.model.vocab_size, config.model.max_seq_len
-    with parallel.main_process_first():
-        corpus = load_corpus(config.data, *sizes, origin.encoding)
+    source = open_source(config, origin, parallel)
+    config = dataclasses.replace(config, steps=source.steps)
     if resumes and parallel.is_main_process:
-        check_resume_config(config, corpus.key)
+        check_resume_config(config, source.key)
     torch.set_float32_matmul_precision(config.matmul_precision)
     dtype: torch.dtype = getattr(torch, config.dtype)
     given = config.optim, config.seed, dtype, device, parallel
@@ -158,7 +135,7 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
     steps_before, steps_done, skipped = config.steps, 0, list[int]()
     if not config.dry_run:
         steps_before, steps_done, skipped = claim_or_restore(
-            config, corpus.key, origin, model, optimizer, parallel, exit_stack
+            config, source, origin, model, optimizer, parallel, exit_stack
         )
     parallel.wrap_ddp(model)
     if config.precision == "fp8":
@@ -167,11 +144,9 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
         config=config,
         device=device,
         parallel=parallel,
-        corpus=corpus,
-        encoding=origin.encoding,
+        source=source,
         model=model,
         optimizer=optimizer,
-        to_batch=batch_function(config.data.pack_documents, origin.encoding.eos_id),
         is_compiled=compile_blocks(model, config.compile, config.recompute),
         steps_before=steps_before,
         steps_done=steps_done,
@@ -179,7 +154,7 @@ def setup(config: TrainConfig, exit_stack: ExitStack) -> Run:
     )
 
 
-def check_memory(config: TrainConfig, device: torch.device, parallel: Parallel) -> None:
+def check_memory(config: RunConfig, device: torch.device, parallel: Parallel) -> None:
     """Raise InputError where a run surely does not fit; of several machines the smallest counts."""
     if config.verify_every:
         from .verify import require_memory  # imports the oracle
@@ -198,7 +173,7 @@ def check_memory(config: TrainConfig, device: torch.device, parallel: Parallel) 
         require_run_memory(config, layout, host, gpu)
 
 
-def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """Return the config with a device's dtype; InputError where it has no products in fp8.
 
     A run keeps the precision it began with, wherever it is resumed.
@@ -251,8 +226,8 @@ def build(
 
 
 def claim_or_restore(
-    config: TrainConfig,
-    data_key: str,
+    config: RunConfig,
+    source: BatchSource,
     origin: Origin,
     model: Llama,
     optimizer: Optimizer,
@@ -267,12 +242,14 @@ def claim_or_restore(
     out = Path(config.out)
     if not config.resume and parallel.is_main_process:
         exit_stack.enter_context(run_dir.lock(out))
-        run_dir.claim(config, data_key, origin)
+        run_dir.claim(config, source.key, origin, source.directory_files)
     run_dir.require_shared(out, parallel)
     if not config.resume:
         return config.steps, 0, []
     with parallel.errors_on_main_only():
         steps_done, skipped = restore(out, model, optimizer, parallel, origin.directory)
         is_main = parallel.is_main_process
+        if is_main:
+            run_dir.write_texts(out, source.directory_files)
         steps_before = record_length(config, steps_done) if is_main else config.steps
         return steps_before, steps_done, skipped

@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..distributed.parallel import Parallel
 from ..inference.config import SamplingConfig
-from ..inference.engine import generate
+from ..inference.engine import DecodeBatch, finish_reason, generate_tokens
 from ..model.llama import Llama
 from ..model.loss import count_valid, loss_sum
 from ..tokenizer.detokenizer import Detokenizer
-from ..tokenizer.encoding import GPT2, TextEncoding
-from ..tokenizer.gpt2 import located
 from .batch import Batch, to_batch
 from .compile import uncompiled
+from .source import Prompt
 
 
 class Validation:
@@ -71,27 +71,35 @@ def validation_loss(
 
 def sample_text(
     model: Llama,
-    prompt: str,
+    make_prompt: Callable[[], Prompt],
     seed: int,
     step: int,
     parallel: Parallel | None = None,
-    encoding: TextEncoding = GPT2,
 ) -> str:
-    """Return ``prompt`` and 40 tokens after it; the draw is a function of (seed, step)."""
+    """Return a prompt and 40 tokens after it, or those up to an end token, which is shown.
+
+    The draw is a function of (seed, step).
+    """
     if parallel and parallel.is_sharded:
         return "(no sample: no process holds the whole model)"
     if parallel and not parallel.is_main_process:
         return ""
-    tokenizer = encoding.tokenizer
-    if model.config.vocab_size < tokenizer.n_ids:
-        return "(no sample: the vocabulary is smaller than the encoding's)"
     if model.config.max_seq_len < 2:
         return "(no sample: the context holds a single token)"
-    with located("--sample-prompt"):
-        prompt_ids = encoding.prompt_ids(prompt)[: model.config.max_seq_len - 1]
+    prompt = make_prompt()
+    tokenizer = prompt.tokenizer
+    if model.config.vocab_size < tokenizer.n_ids:
+        return "(no sample: the vocabulary is smaller than the encoding's)"
+    prompt_ids = prompt.ids[: model.config.max_seq_len - 1]
     settings = SamplingConfig(max_new_tokens=40, seed=seed * 1_000_003 + step)
+    text, end = Detokenizer(tokenizer, prompt_ids), ""
     with uncompiled():
         # A captured decoding step would keep its cache in GPU memory between samples.
-        ids = generate(model, prompt_ids, settings, decoding="eager")
-    text = Detokenizer(tokenizer, prompt_ids)
-    return prompt + "".join(map(text.push, ids)) + text.finish()
+        batch = DecodeBatch(model, [prompt_ids], [settings], decoding="eager")
+        pieces = []
+        for token in generate_tokens(batch, partial(finish_reason, stop_ids=prompt.end_ids)):
+            if token.id in prompt.end_ids:
+                end = tokenizer.names.get(token.id, "")
+            else:
+                pieces.append(text.push(token.id))
+    return prompt.text + "".join(pieces) + text.finish() + end

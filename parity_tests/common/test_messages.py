@@ -13,8 +13,9 @@ from llama_common.cli import complain
 from llama_common.errors import LONGEST, InputError, printable
 from llama_common.notes import note
 from llama_parity.comparison.report_rows import escape
-from llama_torch import load, prepare, train
+from llama_torch import load, prepare
 from llama_torch.config import TrainConfig
+from llama_torch.training import command
 from reference_np.checkpoint import Checkpoint
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07 \r\n\u202e\u2066 \u2028\x85\x9b31m \x00\ud800"
@@ -84,7 +85,11 @@ def test_results_name_folders_and_prompts_safely(
     assert prepare.main([*given, "--out", folder]) == 0
     assert prepare.main([*given, "--verify", folder]) == 0
     config = TrainConfig(out=folder, sample_prompt=name)
-    said = [train._next_commands(config), train._finished_message(config, ""), *capsys.readouterr()]
+    said = [
+        command._next_commands(config),
+        command._finished_message(config, ""),
+        *capsys.readouterr(),
+    ]
     assert "are the text's" in said[2]
     for line in "\n".join(said).split("\n"):
         assert is_safe(line), line

@@ -17,16 +17,16 @@ from llama_common import cli
 from llama_common.errors import InputError
 from llama_parity.comparison.inputs import token_ids
 from llama_torch import evaluate, generate, load, prepare
-from llama_torch.config import DataConfig
+from llama_torch.config import DataConfig, TrainConfig
 from llama_torch.data import documents
 from llama_torch.data.corpus import load_corpus
 from llama_torch.inference import perplexity
-from llama_torch.model.config import ModelConfig
 from llama_torch.tokenizer import gpt2 as tokenizer
 from llama_torch.tokenizer.chat_template import ChatTemplate, Llama2Template
+from llama_torch.tokenizer.encoding import GPT2
 from llama_torch.tokenizer.gpt2 import gpt2, gpt2_ids, guarded
 from llama_torch.tokenizer.loading import load_tokenizer
-from llama_torch.training import validate
+from llama_torch.training import source
 from reference_np.config import LlamaConfig
 
 from ..backends.torch_model import small_model
@@ -104,7 +104,7 @@ def test_training_on_it_is_refused_before_it_begins(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.md: the text from byte 0 on: the tiktoken library"):
         load_corpus(config, 50257, 8)
     with pytest.raises(InputError, match="^--sample-prompt: the tiktoken library"):
-        validate.sample_text(SimpleNamespace(config=ModelConfig()), BAD, seed=0, step=0)
+        source.TextSource(TrainConfig(sample_prompt=BAD), None, GPT2, None).prompt()
 
 
 @pytest.mark.usefixtures("panicking")

@@ -17,6 +17,7 @@ from llama_torch.checkpoint import step_folders
 from llama_torch.checkpoint.training_state import load_state
 from llama_torch.data import corpus
 from llama_torch.training import bad_steps, batch, loop, setup, step
+from llama_torch.training import source as batch_source
 
 from ..support.survival import STEPS, call_before, numbers, require_same, resume, send_signal
 from ..support.trainer_runs import scalars
@@ -91,7 +92,9 @@ def test_the_windows_of_a_bad_step_are_those_it_read(
     spoil({4: "nan"}, monkeypatch)
     corpora = []
     load = corpus.load_corpus
-    monkeypatch.setattr(setup, "load_corpus", lambda *a: corpora.append(load(*a)) or corpora[-1])
+    monkeypatch.setattr(
+        batch_source, "load_corpus", lambda *a: corpora.append(load(*a)) or corpora[-1]
+    )
     assert train.main([*flags, "--grad-accum", "2", "--out", str(tmp_path / "run")]) == 2
     spans = capsys.readouterr().err.partition("training tokens ")[2].partition(";")[0]
     ends = [map(int, span.split("-")) for span in spans.split(", ")]

@@ -13,7 +13,7 @@ from llama_common.errors import InputError
 from llama_torch import train
 from llama_torch.config import TrainConfig
 from llama_torch.model.config import ModelConfig
-from llama_torch.training import setup, step
+from llama_torch.training import setup, source, step
 from llama_torch.training.batch import to_batch
 from llama_torch.training.compile import compile_blocks
 from llama_torch.training.memory import Layout, Need, require_run_memory, step_needs
@@ -51,7 +51,7 @@ def test_sizes_beyond_the_machine_are_refused_with_the_figure(
     def reached(*args: object) -> None:
         raise AssertionError("data or model was reached")
 
-    monkeypatch.setattr(setup, "load_corpus", reached)
+    monkeypatch.setattr(source, "load_corpus", reached)
     monkeypatch.setattr(setup, "build", reached)
     out = tmp_path / "run"
     line = refused([*SMALL_RUN, "--out", str(out), *flags.split(), *more], capsys)

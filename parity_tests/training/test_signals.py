@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from llama_torch import train
 from llama_torch.checkpoint import hf, step_folders
 from llama_torch.data import loader
-from llama_torch.training import setup
+from llama_torch.training import source
 
 from ..support.survival import STEPS, call_before, left_over, require_same, resume, send_signal
 from ..workers.killed_trainer import require_readable
@@ -65,7 +65,7 @@ def test_a_signal_to_all_leaves_a_data_worker_at_work(
 
     with monkeypatch.context() as patch:
         patch.setattr(loader.Windows, "__getitem__", waits)
-        patch.setattr(setup, "train_batches", lambda *a, **k: interrupted(batches(*a, **k)))
+        patch.setattr(source, "train_batches", lambda *a, **k: interrupted(batches(*a, **k)))
         assert train.main([*flags, "--num-workers", "1", "--out", str(out)]) == 130
     assert step_folders.newest(out).name == "3"
     assert resume(out, "--num-workers", "0") == 0
