@@ -21,6 +21,8 @@ from .naming import (
 from .ops import Array
 from .weight_files import Header, load_json, parse_json, weight_files
 
+SCORE = "score.weight"  # the scalar head of a reward model
+
 SHOWN = 3  # tensors that a message names, of each kind of problem
 
 STORED = {"F16", "BF16", "F32", "F64"}
@@ -90,6 +92,11 @@ class Checkpoint(Mapping[str, Array]):
 
     def _check_shapes(self) -> None:
         found = {name: header.shape(name) for name, header in self._headers.items()}
+        if SCORE in found:
+            raise InputError(
+                f"{self.path}: is a reward model, which scores answers and writes none ({SCORE} is "
+                "its head); give a language model's directory"
+            )
         dtypes = {
             name: header.dtypes[header.stored_name(name)] for name, header in self._headers.items()
         }

@@ -11,7 +11,7 @@ import torch
 
 from llama_common.files import write_json
 from llama_torch.checkpoint.file_names import INDEX_FILE, MODEL_FILE
-from llama_torch.checkpoint.hf import DTYPES, locate, read_tensor, require_match
+from llama_torch.checkpoint.hf import DTYPES, locate, read_tensor, require_kind, require_match
 from llama_torch.model.shapes import ParameterShapes
 
 from .lazy_weights import Model, Weight, label, stored, with_progress, write_file
@@ -22,6 +22,7 @@ LABELS = {dtype: name for name, dtype in DTYPES.items()}  # dtypes' names in saf
 def read_hf(path: Path) -> Model:
     """Open a model directory or a .safetensors file; InputError as ``load_model`` raises it."""
     config, files = locate(path)
+    require_kind(path, files)
     expected = ParameterShapes(config)
     require_match(path, expected, {name: where.shape for name, where in files.items()})
     weights = {}

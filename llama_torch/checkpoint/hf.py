@@ -5,10 +5,10 @@ the new one.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +18,10 @@ from torch import Tensor
 from llama_common.errors import InputError
 from llama_common.files import atomic_write, parse_json, read_json
 
-from ..model.config import ModelConfig
+from ..model.config import REWARD_KEYS, ModelConfig
 from ..model.llama import Llama
-from ..model.shapes import EMBEDDING, HEAD, ParameterShapes
+from ..model.reward import RewardModel
+from ..model.shapes import EMBEDDING, HEAD, SCORE, ParameterShapes
 from .file_names import MODEL_FILE
 from .weight_files import open_safetensors, weight_files
 
@@ -54,7 +55,8 @@ def save_model(
     Its metadata holds the config, so that the file is readable without config.json, and
     ``metadata``. Raises InputError where the disk refuses the file.
     """
-    own = {"format": "pt", "config": json.dumps(config.to_hf())}
+    hf = {**config.to_hf(), **(REWARD_KEYS if SCORE in parameters else {})}
+    own = {"format": "pt", "config": json.dumps(hf)}
     save_tensors(directory / MODEL_FILE, parameters, {**own, **(metadata or {})})
 
 
@@ -86,17 +88,50 @@ def load_model(
     Returns it in evaluation mode, with weights of ``dtype`` on ``device``; float32 weights on the
     CPU are mapped from the file. Raises InputError for files that cannot be read, a config that
     contradicts them or is unsupported, and tensors that are missing, extra or misshapen (all named
-    at once).
+    at once), and for a reward model.
     """
-    path = Path(path)
+    return _load(Path(path), Llama, dtype, device)
+
+
+def load_reward_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> RewardModel:
+    """Load a reward model as ``load_model`` loads a language model, which raises InputError."""
+    return _load(Path(path), RewardModel, dtype, device)
+
+
+Kind = TypeVar("Kind", bound=Llama)
+
+
+def _load(path: Path, kind: type[Kind], dtype: torch.dtype, device: str | torch.device) -> Kind:
     config, files = locate(path)
     found = {name: where.shape for name, where in files.items()}
-    require_match(path, ParameterShapes(config), found)  # before a model of that many layers
+    is_reward = kind is RewardModel
+    require_kind(path, found, is_reward)
+    # Before a model of that many layers is made.
+    require_match(path, ParameterShapes(config, is_reward), found)
     with torch.device("meta"):
-        model = Llama(config)
+        model = kind(config)
     tensors = {name: read_tensor(files[name].file, name, dtype, device) for name in files}
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def require_kind(path: Path, names: Collection[str], is_reward: bool = False) -> None:
+    """Raise InputError for a reward model where a language model is wanted, and the reverse."""
+    if SCORE in names and not is_reward:
+        raise InputError(
+            f"{path}: is a reward model, which scores answers and writes none ({SCORE} is its "
+            "head); give a language model's directory"
+        )
+    if SCORE not in names and is_reward:
+        raise InputError(
+            f"{path}: is no reward model, which has a head {SCORE}; give the directory of one, "
+            "as python -m llama_torch.reward trains it"
+        )
 
 
 def locate(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:

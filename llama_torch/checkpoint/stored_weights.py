@@ -10,11 +10,11 @@ from llama_common.errors import InputError
 
 from ..model.config import ModelConfig
 from ..model.shapes import ParameterShapes
-from .hf import locate, read_stored, require_match
+from .hf import locate, read_stored, require_kind, require_match
 
 
 class StoredWeights:
-    """The parameters of a model directory, in one file or shards, of any floating-point dtype.
+    """A language model's parameters in a directory, in one file or shards, of any float's dtype.
 
     The constructor raises InputError where they do not fit ``config``, before any is read.
     """
@@ -24,6 +24,7 @@ class StoredWeights:
         if found != config:
             raise InputError(f"{path}: its config.json has changed meanwhile; begin again")
         shapes = {name: where.shape for name, where in self.files.items()}
+        require_kind(path, shapes)
         require_match(path, ParameterShapes(config), shapes)
 
     @torch.no_grad()

@@ -89,10 +89,12 @@ class Parallel:
         dtype: torch.dtype,
         generator: torch.Generator,
         fill: Callable[[nn.Module, str], None] | None = None,
+        model_class: type[Llama] = Llama,
     ) -> Llama:
         """Return a sharded model with the initial weights that one process would draw.
 
-        With ``fill``, they are those that it writes into a part of the model, given with its name.
+        With ``fill``, they are those that it writes into a part of the model, given with its name;
+        the model's new parts are drawn.
         Each block is initialised in full, then sharded, so that a process holds its shards and at
         most one whole block, the embedding and the head. The shards are float32; with ``dtype``
         bfloat16 parameters are gathered and computed in bfloat16, and gradients are reduced in
@@ -103,7 +105,7 @@ class Parallel:
 
         assert self.mesh is not None
         with torch.device("meta"):
-            model = Llama(config)
+            model = model_class(config)
         names_of = {module: name for name, module in model.named_modules()}
         policy = MixedPrecisionPolicy()
         if dtype == torch.bfloat16:
@@ -116,7 +118,7 @@ class Parallel:
         names = (REPLICATE, SHARD) if self.mesh.shape[0] > 1 else SHARD
         for part in model.parts():
             part.to_empty(device="cpu")
-            if fill:
+            if fill and part not in model.new_parts():
                 fill(part, names_of[part])
             else:
                 model.init_part(part, generator)
@@ -166,7 +168,7 @@ class Parallel:
             return hidden
         decoder = self.replica if self.replica is not None else model.model
         hidden, _ = decoder(tokens, positions=positions, mask=mask)
-        if sync_grads and self.replica is not None and not model.config.tie_embeddings:
+        if sync_grads and self.replica is not None and model.has_own_head:
             # The head's gradient is complete before the blocks' backward pass begins.
             hidden.register_hook(lambda _: self._reduce_head(model))
         return hidden

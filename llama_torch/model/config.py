@@ -53,6 +53,20 @@ INERT = (
     "unsloth_fixed unsloth_version use_cache use_return_dict"
 )
 
+# What config.json says of a reward model, which has a scalar head in place of the language model's:
+# Hugging Face's class, and as many names of labels as it has outputs.
+REWARD_MODEL = "LlamaForSequenceClassification"
+REWARD_KEYS: Mapping[str, Any] = {
+    "architectures": [REWARD_MODEL],
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+}
+
+
+def is_reward_model(hf: Mapping[str, Any]) -> bool:
+    """Return whether ``config.json``'s keys are of a reward model."""
+    return hf.get("architectures") == [REWARD_MODEL]
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -210,6 +210,11 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     @property
+    def has_own_head(self) -> bool:
+        """Whether the head is a parameter of its own, and not the embedding."""
+        return not self.config.tie_embeddings
+
+    @property
     def head_weight(self) -> Tensor:
         """The vocabulary projection [V, D]; the embedding's weight where the two are tied."""
         embedding = self.model.embed_tokens.weight
@@ -269,8 +274,12 @@ class Llama(nn.Module):
     def parts(self) -> list[nn.Module]:
         """Return modules that together have every parameter, in the order of ``parameters()``."""
         decoder = self.model
-        head = [] if self.config.tie_embeddings else [self.lm_head]
+        head = [self.lm_head] if self.has_own_head else []
         return [decoder.embed_tokens, *decoder.layers, decoder.norm, *head]
+
+    def new_parts(self) -> list[nn.Module]:
+        """Return the parts that are drawn where a run begins from a checkpoint: none."""
+        return []
 
     @torch.no_grad()
     def init_part(self, part: nn.Module, generator: torch.Generator) -> None:

@@ -9,6 +9,7 @@ from .config import ModelConfig
 Shape = tuple[int, ...]
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+SCORE = "score.weight"  # the head of a reward model
 
 _IN_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,9})\.(.+)", re.ASCII)
 
@@ -31,10 +32,15 @@ def block_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
-def outer_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Return the shapes of the embedding, the final norm and, unless it is tied, the head."""
+def outer_shapes(config: ModelConfig, is_reward: bool = False) -> dict[str, Shape]:
+    """Return the shapes of the embedding, the final norm and, unless it is tied, the head.
+
+    A reward model's head is the scalar one, and never tied.
+    """
     matrix = config.vocab_size, config.dim
     head = {} if config.tie_embeddings else {HEAD: matrix}
+    if is_reward:
+        head = {SCORE: (1, config.dim)}
     return {EMBEDDING: matrix, NORM: (config.dim,), **head}
 
 
@@ -45,9 +51,9 @@ class ParameterShapes(Mapping[str, Shape]):
     the time that its own tensors take, however many are expected.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, is_reward: bool = False) -> None:
         self.n_layers = config.n_layers
-        self.block, self.outer = block_shapes(config), outer_shapes(config)
+        self.block, self.outer = block_shapes(config), outer_shapes(config, is_reward)
 
     def __getitem__(self, name: str) -> Shape:
         if name in self.outer:

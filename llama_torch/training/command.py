@@ -61,14 +61,14 @@ def _train(config: RunConfig) -> int:
     # These import torch, which takes seconds: --help and a wrong flag are answered without.
     from . import dry_run
     from .loop import train
-    from .progress import perplexity
+    from .objective import shown
 
     if config.dry_run:
         return dry_run.report(config)
     was_finished = config.resume and steps_done(Path(config.out)) == config.steps
     started = time.perf_counter()
     try:
-        val_loss = train(config)
+        measured = train(config)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if is_main_process():
@@ -76,7 +76,7 @@ def _train(config: RunConfig) -> int:
         return 128 + stopped.signum
     if not is_main_process():
         return 0
-    result = f"validation loss {val_loss:.3f}, perplexity {perplexity(val_loss):.1f}"
+    result = f"validation loss {measured.loss:.3f}{shown(measured.values, ', ')}"
     if was_finished:
         print(_finished_message(config, result))
         return 0

@@ -18,7 +18,8 @@ from ..config import RunConfig
 from .setup import Run, setup
 from .step import train_step
 from .throughput import peak_memory, peak_tokens_per_second
-from .validate import sample_text, validation_loss
+from .validate import measure as measure_loss
+from .validate import sample_text
 
 FEWEST, MOST = 7, 25  # steps that are timed
 SECONDS = 8.0  # of them together, where MOST steps take longer
@@ -37,9 +38,11 @@ def report(config: RunConfig) -> int:
     if scatter := describe_scatter(seconds_each):
         print(scatter)
     seconds_per_step = statistics.median(seconds_each)
-    model, dtype = config.model, run.model.head_weight.dtype
-    speed = run.tokens_per_step / seconds_per_step
-    at_peak = peak_tokens_per_second(model, run.n_parameters, run.device, dtype)
+    dtype = run.model.head_weight.dtype
+    windows = run.source.example_windows().split(config.batch_size)
+    tokens = sum(run.source.to_batch(rows).tokens.numel() for rows in windows)
+    speed = tokens / seconds_per_step
+    at_peak = peak_tokens_per_second(run.multiplied, run.n_parameters, run.device, dtype)
     # One checkpoint more while it is written.
     bytes_kept = 12 * (config.keep_last + 1) + 4 * (1 + config.keep_best)
     print(f"{speed:,.0f} tokens/s, MFU {speed / at_peak:.1%}")
@@ -57,10 +60,9 @@ def measure(run: Run) -> tuple[list[float], dict[str, float]]:
 
     def step() -> Tensor:
         batches = [run.source.to_batch(rows) for rows in windows.split(config.batch_size)]
-        clip, z_loss = optim.grad_clip, optim.z_loss
-        return train_step(run.model, run.optimizer, batches, lr=0.0, grad_clip=clip, z_loss=z_loss)[
-            0
-        ]
+        given = run.model, run.optimizer, batches
+        clip, objective = optim.grad_clip, run.objective
+        return train_step(*given, lr=0.0, grad_clip=clip, objective=objective)[0]
 
     first = _seconds(step)
     warm = _seconds(step)
@@ -108,10 +110,9 @@ def _validation_seconds(run: Run) -> float:
     """Return the seconds of one validation: the median batch's, times their number."""
     windows = run.validation().windows
     shown = windows[:FEWEST]
-    validation_loss(run.model, shown[:1], run.source.to_batch)
-    each = [
-        _seconds(partial(validation_loss, run.model, [one], run.source.to_batch)) for one in shown
-    ]
+    given = run.source.to_batch, None, run.objective
+    measure_loss(run.model, shown[:1], *given)
+    each = [_seconds(partial(measure_loss, run.model, [one], *given)) for one in shown]
     return statistics.median(each) * len(windows)
 
 

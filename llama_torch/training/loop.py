@@ -12,6 +12,7 @@ from ..common.torchrun import is_launched
 from ..config import RunConfig
 from . import periodic
 from .bad_steps import BadSteps
+from .objective import Measured
 from .optimizer import learning_rate
 from .periodic import Periodic, StepResult
 from .profiler import profiling
@@ -23,8 +24,8 @@ from .step import train_step
 from .validate import Validation
 
 
-def train(config: RunConfig) -> float:
-    """Train or resume the run of ``config``; return the last validation loss, in nats per token.
+def train(config: RunConfig) -> Measured:
+    """Train or resume the run of ``config``; return what the last validation measured.
 
     Raises Stopped when SIGINT or SIGTERM ends the run before its last step, and InputError for
     what the user can mend.
@@ -49,13 +50,15 @@ def train(config: RunConfig) -> float:
         announce(run, progress)
         validation.measure()
         if not run.steps_done:
-            progress.validated(0, validation.loss)
+            progress.validated(0, validation.last)
         take_steps(run, windows, bad_steps, actions, stop)
         saver.export()
         if run.skipped:
             steps = ", ".join(map(str, run.skipped))
             progress.print_line(f"{len(run.skipped)} bad steps skipped: {steps}")
-        return validation.loss
+        for line in validation.last.table:
+            progress.print_line(line)
+        return validation.last
 
 
 def take_steps(
@@ -82,7 +85,7 @@ def take_steps(
             batches,
             lr=lr,
             grad_clip=optim.grad_clip,
-            z_loss=optim.z_loss,
+            objective=run.objective,
             accept=partial(bad_steps.accept, step + 1),
             parallel=run.parallel,
         )
@@ -142,7 +145,9 @@ def periodic_actions(
     listed = [
         *profiled,
         Periodic(1, partial(periodic.report, progress, run.skipped, run.compiling_step)),
-        Periodic(config.log_every, partial(periodic.log, progress, saver, raise_if_bad)),
+        Periodic(
+            config.log_every, partial(periodic.log, progress, saver, raise_if_bad, run.objective)
+        ),
         Periodic(
             config.verify_every if is_main_process else 0,
             partial(periodic.verify, run.model, config.optim.z_loss, out, progress, raise_if_bad),

@@ -12,7 +12,7 @@ from llama_common.settings import Setting, Settings, build, name_source
 
 from ..checkpoint import step_folders
 from ..config import RunConfig
-from ..model.config import HF_KEYS, ModelConfig
+from ..model.config import HF_KEYS, ModelConfig, is_reward_model
 from ..tokenizer.encoding import GPT2, TextEncoding, load_encoding
 from .run_file import RunRecord
 
@@ -113,7 +113,13 @@ def _read_model(path: Path, flag: str = "") -> ModelConfig:
             f"{flag}{path.parent}: holds no {CONFIG}; give the directory of a Llama in Hugging "
             "Face's form (tools/convert.py makes one of Meta's)"
         )
-    return ModelConfig.from_hf(read_json(path), str(path))
+    hf = read_json(path)
+    if flag and is_reward_model(hf):
+        raise InputError(
+            f"{flag}{path.parent}: is a reward model, which scores answers and writes none; give "
+            "a language model's directory"
+        )
+    return ModelConfig.from_hf(hf, str(path))
 
 
 def _with_own_limit(

@@ -12,6 +12,7 @@ from llama_common.errors import VerificationError
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from .batch import Batch
+from .objective import Objective
 from .progress import NullProgress, Progress
 from .saver import Saver
 from .source import Prompt
@@ -50,7 +51,7 @@ def report(
     progress: Reporter, skipped: Sequence[int], compiling_step: int, done: StepResult
 ) -> None:
     """Advance the progress bar; report the step that compiled the model, and a skipped one."""
-    progress.advance(done.step)
+    progress.advance(done.step, sum(batch.tokens.numel() for batch in done.batches))
     if done.step == compiling_step:
         done.loss.item()  # waits for the device
         progress.compiled(done.step, time.perf_counter() - done.start_time)
@@ -59,13 +60,18 @@ def report(
 
 
 def log(
-    progress: Reporter, saver: Saver, raise_if_bad: Callable[[], None], done: StepResult
+    progress: Reporter,
+    saver: Saver,
+    raise_if_bad: Callable[[], None],
+    objective: Objective,
+    done: StepResult,
 ) -> None:
     """Report the checkpoints completed since the last call, and the step's metrics."""
     for saved in saver.completed():
         progress.saved(saved)
     raise_if_bad()
-    progress.trained(done.step, done.loss.item(), done.lr, done.norm.item())
+    measures = dict(zip(objective.names, objective.latest.tolist(), strict=True))
+    progress.trained(done.step, done.loss.item(), done.lr, done.norm.item(), measures)
 
 
 def verify(
@@ -96,7 +102,7 @@ def validate(
     """Measure the validation loss, and save the model to best/ if it is the lowest so far."""
     raise_if_bad()
     validation.measure()
-    progress.validated(done.step, validation.loss)
+    progress.validated(done.step, validation.last)
     saver.validated(done.step, validation.loss)
 
 

@@ -1,6 +1,5 @@
 """Report a training run: a progress bar, log lines, and TensorBoard."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from rich.markup import escape
 
 from llama_common.errors import printable
 
+from .objective import Measured, shown
 from .run_dir import EVENTS_FOLDER
 from .setup import Run
 from .tensorboard import EventWriter
@@ -21,18 +21,22 @@ from .throughput import peak_memory, peak_tokens_per_second
 
 
 class Progress:
-    """Reports a run of ``last`` steps on the terminal and to TensorBoard."""
+    """Reports a run of ``last`` steps on the terminal and to TensorBoard.
+
+    ``processes`` is the number of those that share out the windows.
+    """
 
     def __init__(
         self,
         writer: EventWriter,
         first: int,
         last: int,
-        tokens_per_step: int,
+        processes: int,
         device: torch.device,
         tokens_per_second_at_peak: float,
     ) -> None:
-        self.writer, self.tokens_per_step, self.device = writer, tokens_per_step, device
+        self.writer, self.processes, self.device = writer, processes, device
+        self.tokens = 0  # of this process, since ``mark``
         self.at_peak = tokens_per_second_at_peak
         self.console = Console(highlight=False)
         self.bar = rich_progress.Progress(
@@ -66,17 +70,21 @@ class Progress:
         """Print one line above the bar."""
         self.console.print(escape(printable(text)), soft_wrap=True)
 
-    def advance(self, step: int) -> None:
-        """Set the bar to ``step`` steps done."""
+    def advance(self, step: int, tokens: int) -> None:
+        """Set the bar to ``step`` steps done, the last with so many tokens in this process."""
+        self.tokens += tokens
         self.bar.update(self.task, completed=step)
 
-    def trained(self, step: int, loss: float, lr: float, norm: float) -> None:
-        """Report loss (nats per token), learning rate, gradient norm, speed and memory."""
-        values = {"loss": loss, "lr": lr, "grad_norm": norm}
-        line = f"step {step:>5}  loss {loss:6.3f}  lr {lr:.2e}  gradient norm {norm:6.3f}"
+    def trained(
+        self, step: int, loss: float, lr: float, norm: float, measures: Mapping[str, float]
+    ) -> None:
+        """Report loss (nats), the objective's measures, learning rate, norm, speed and memory."""
+        values = {"loss": loss, **measures, "lr": lr, "grad_norm": norm}
+        line = f"step {step:>5}  loss {loss:6.3f}{shown(measures)}  lr {lr:.2e}"
+        line += f"  gradient norm {norm:6.3f}"
         if step > self.mark_step:
             seconds = time.perf_counter() - self.mark
-            speed = (step - self.mark_step) * self.tokens_per_step / seconds
+            speed = self.processes * self.tokens / seconds
             memory = peak_memory(self.device) / 2**30
             line += f"  {speed:,.0f} tokens/s  MFU {speed / self.at_peak:.1%}  {memory:.1f} GiB"
             values |= {"tokens_per_second": speed, "mfu": speed / self.at_peak}
@@ -97,13 +105,12 @@ class Progress:
         self.print_line(f"step {step:>5}  the first one took {seconds:.0f} s, for compilation")
         self._restart_clock(step)
 
-    def validated(self, step: int, loss: float) -> None:
-        """Report a validation loss, in nats per token."""
-        self.print_line(
-            f"step {step:>5}  validation loss {loss:.3f}  perplexity {perplexity(loss):,.1f}"
-        )
-        self.writer.add_scalar("val/loss", loss, step)
-        self.writer.add_scalar("val/perplexity", perplexity(loss), step)
+    def validated(self, step: int, measured: Measured) -> None:
+        """Report the loss (nats) and the measures of a validation."""
+        loss, values, _ = measured
+        self.print_line(f"step {step:>5}  validation loss {loss:.3f}{shown(values)}")
+        for name, value in {"loss": loss, **values}.items():
+            self.writer.add_scalar(f"val/{name}", value, step)
         self._restart_clock(step)
 
     def verified(self, step: int, measures: Mapping[str, tuple[float, float]]) -> None:
@@ -130,7 +137,7 @@ class Progress:
 
     def _restart_clock(self, step: int) -> None:
         # Time spent on validation, samples and checkpoints does not count in tokens/s.
-        self.mark, self.mark_step = time.perf_counter(), step
+        self.mark, self.mark_step, self.tokens = time.perf_counter(), step, 0
 
 
 class NullProgress:
@@ -146,7 +153,7 @@ def open_progress(run: Run, exit_stack: ExitStack) -> Progress | NullProgress:
     On other processes than the main one it is a NullProgress.
     """
     config, dtype = run.config, getattr(torch, run.config.dtype)
-    at_peak = peak_tokens_per_second(config.model, run.n_parameters, run.device, dtype)
+    at_peak = peak_tokens_per_second(run.multiplied, run.n_parameters, run.device, dtype)
     if not run.parallel.is_main_process:
         return NullProgress()
     folder = Path(config.out) / EVENTS_FOLDER
@@ -157,13 +164,8 @@ def open_progress(run: Run, exit_stack: ExitStack) -> Progress | NullProgress:
             writer,
             run.steps_done,
             config.steps,
-            run.tokens_per_step,
+            run.parallel.data_size,
             run.device,
             run.parallel.world * at_peak,
         )
     )
-
-
-def perplexity(loss: float) -> float:
-    """Return exp of a loss in nats a token, or of 700 where it is more."""
-    return math.exp(min(loss, 700.0))  # exp overflows just above

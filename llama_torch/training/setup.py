@@ -24,9 +24,10 @@ from ..model.config import ModelConfig
 from ..model.float8_linear import PAYS_FROM, use_float8
 from ..model.llama import Llama
 from . import run_dir
-from .bad_steps import BadSteps, largest_loss
+from .bad_steps import BadSteps
 from .compile import compile_blocks
 from .memory import Layout, require_run_memory
+from .objective import Objective, open_objective
 from .optimizer import make_adamw
 from .origin import Origin, find_origin
 from .restore import restore
@@ -44,6 +45,7 @@ class Run:
     device: torch.device
     parallel: Parallel
     source: BatchSource
+    objective: Objective
     model: Llama
     optimizer: Optimizer
     is_compiled: bool
@@ -55,6 +57,11 @@ class Run:
     def n_parameters(self) -> int:
         """The number of the model's parameters, a tied one once."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def multiplied(self) -> ModelConfig:
+        """The model's config, tied only where the embedding multiplies as the head too."""
+        return dataclasses.replace(self.config.model, tie_embeddings=not self.model.has_own_head)
 
     @property
     def tokens_per_step(self) -> int:
@@ -93,7 +100,7 @@ class Run:
         """Return the check of every training step's loss and gradient norm."""
         config = self.config
         return BadSteps(
-            largest_loss(config.model.vocab_size, config.optim.z_loss),
+            self.objective.largest_loss(config.model.vocab_size),
             self.device,
             self.source.describe_step,
             self.skipped,
@@ -104,7 +111,8 @@ class Run:
     def validation(self) -> Validation:
         """Return the validation on held-out windows."""
         windows = self.source.validation_windows()
-        return Validation(self.model, windows, self.source.to_batch, self.parallel)
+        to_batch, parallel = self.source.to_batch, self.parallel
+        return Validation(self.model, windows, to_batch, parallel, self.objective)
 
 
 def setup(config: RunConfig, exit_stack: ExitStack) -> Run:
@@ -127,11 +135,12 @@ def setup(config: RunConfig, exit_stack: ExitStack) -> Run:
     config = dataclasses.replace(config, steps=source.steps)
     if resumes and parallel.is_main_process:
         check_resume_config(config, source.key)
+    objective = open_objective(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
     dtype: torch.dtype = getattr(torch, config.dtype)
     given = config.optim, config.seed, dtype, device, parallel
     with parallel.errors_on_main_only():
-        model, optimizer = build(origin.model, *given, origin.directory)
+        model, optimizer = build(origin.model, *given, origin.directory, objective.model_class)
     steps_before, steps_done, skipped = config.steps, 0, list[int]()
     if not config.dry_run:
         steps_before, steps_done, skipped = claim_or_restore(
@@ -145,6 +154,7 @@ def setup(config: RunConfig, exit_stack: ExitStack) -> Run:
         device=device,
         parallel=parallel,
         source=source,
+        objective=objective,
         model=model,
         optimizer=optimizer,
         is_compiled=compile_blocks(model, config.compile, config.recompute),
@@ -207,20 +217,26 @@ def build(
     device: torch.device,
     parallel: Parallel | None = None,
     directory: Path | None = None,
+    model_class: type[Llama] = Llama,
 ) -> tuple[Llama, Optimizer]:
     """Build the model and a fresh optimizer.
 
-    The weights are those in ``directory``, else seeded random ones. Raises InputError for stored
-    weights that do not fit ``config``, cannot be read or are not finite.
+    The weights are those of the language model in ``directory``, else seeded random ones. Raises
+    InputError for stored weights that do not fit ``config``, cannot be read or are not finite.
     """
     weights = StoredWeights(directory, config) if directory else None
     generator = torch.Generator().manual_seed(seed)
     if parallel and parallel.is_sharded:
         fill = weights.copy_into if weights else None
-        model = parallel.build_sharded(config, dtype, generator, fill)
+        model = parallel.build_sharded(config, dtype, generator, fill, model_class)
         return model, make_adamw(model, optim)
-    model = Llama(config)
-    weights.copy_into(model) if weights else model.init_weights(generator)
+    model = model_class(config)
+    names_of = {module: name for name, module in model.named_modules()}
+    for part in model.parts():
+        if weights is None or part in model.new_parts():
+            model.init_part(part, generator)
+        else:
+            weights.copy_into(part, names_of[part])
     model.to(device)
     return model, make_adamw(model, optim, dtype)
 

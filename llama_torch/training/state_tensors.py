@@ -16,7 +16,7 @@ from ..checkpoint.training_state import open_checkpoint
 from ..common.sharded_tensor import local_part
 from ..model.config import ModelConfig
 from ..model.llama import Llama
-from ..model.shapes import ParameterShapes
+from ..model.shapes import SCORE, ParameterShapes
 from .optimizer import MasterAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by their names in torch's optimizers
@@ -80,7 +80,7 @@ def export_model(out: Path, folder: Path, config: ModelConfig, run: Path) -> Non
     reader, *_ = open_checkpoint(folder)
     shapes = {n: shape for n, shape in reader.shapes().items() if n.startswith(PARAMETER)}
     found = {n.removeprefix(PARAMETER): shape for n, shape in shapes.items()}
-    require_match(folder, ParameterShapes(config), found)
+    require_match(folder, ParameterShapes(config, SCORE in found), found)
     tensors = reader.read_whole(shapes)
     if problem := unsound(tensors):
         raise InputError(f"{reader.path}: {problem} is damaged; copy it back, or take another step")

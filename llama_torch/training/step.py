@@ -10,52 +10,56 @@ from llama_common.errors import InputError
 
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
-from ..model.loss import backward_loss, count_valid
 from .batch import Batch
 from .clip import global_norm, scale_
+from .objective import Objective, TokenLoss
 from .optimizer import MasterAdamW
 
 
 def accumulate(
     model: Llama,
     batches: Sequence[Batch],
-    z_loss: float = 0.0,
+    objective: Objective | None = None,
     parallel: Parallel | None = None,
 ) -> tuple[Tensor, dict[Tensor, Tensor]]:
     """Return a training step's loss, a float64 scalar, and the gradient of every parameter.
 
-    The loss is the mean over all valid targets of all micro-batches of all processes, in nats per
-    token: each micro-batch's sum is divided by the total count, so that the split of a step into
-    micro-batches changes rounding alone. Gradients are keyed by parameter, and have its shape and
-    dtype; bfloat16 gradients of several micro-batches are summed in float32. Raises InputError
-    where no target is valid.
+    The loss is the objective's (None: the next token's, in nats per token), a mean over all
+    micro-batches of all processes: each micro-batch's sum is divided by the total count, so that
+    the split of a step into micro-batches changes rounding alone. Gradients are keyed by parameter,
+    and have its shape and dtype; bfloat16 gradients of several micro-batches are summed in float32.
+    What else the step measures is the objective's ``latest``. Raises InputError where there is
+    nothing to learn.
     """
-    parallel = parallel or Parallel()
-    (n_valid,) = parallel.all_reduce_sum(sum(count_valid(batch.targets) for batch in batches))
-    if n_valid == 0:
+    parallel, objective = parallel or Parallel(), objective or TokenLoss()
+    each = zip(*map(objective.counts, batches), strict=True)
+    counts = parallel.all_reduce_sum(*map(sum, each))
+    if counts[0] == 0:
         raise InputError("a training step without a single valid target has no loss")
+    # DDP and FSDP average over data ranks: dividing by count / data_size here gives the sum over
+    # all processes / count.
+    divisors = [max(count, 1) / parallel.data_size for count in counts]
     parameters: list[Tensor] = list(model.parameters())
     device = parameters[0].device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros(1 + len(objective.names), dtype=torch.float64, device=device)
     sums: dict[Tensor, Tensor] = {}
     accumulate_in_float32 = parameters[0].dtype == torch.bfloat16 and len(batches) > 1
     for number, batch in enumerate(batches, 1):
-        tokens, targets, positions, mask = batch.to(device)
+        on_device = batch.to(device)
+        tokens, _, positions, mask = on_device
         sync_grads = number == len(batches) and not accumulate_in_float32
         with parallel.micro_batch(model, sync_grads):
             hidden = parallel.forward_hidden(model, tokens, positions, mask, sync_grads=sync_grads)
-            # DDP and FSDP average over data ranks: dividing by n_valid / data_size here gives
-            # the sum over all processes / n_valid.
-            divisor = n_valid / parallel.data_size
-            total += backward_loss(hidden, model.head_weight, targets, divisor, z_loss)
+            total += objective.backward(hidden, model.head_weight, on_device, divisors)
         grads = {p: p.grad for p in parameters if p.grad is not None}
         if accumulate_in_float32:
             for parameter, grad in grads.items():
                 sums[parameter] = sums[parameter].add_(grad) if parameter in sums else grad.float()
                 parameter.grad = None
-    # The loss and the float32 sums are of this process alone, and divided by n_valid / data_size.
+    # The losses and the float32 sums are of this process alone, and divided by ``divisors``.
     parallel.all_reduce_mean_([total, *sums.values()])
-    return total, sums or grads
+    objective.latest = total[1:]
+    return total[0], sums or grads
 
 
 def clip_and_step(
@@ -94,7 +98,7 @@ def train_step(
     *,
     lr: float,
     grad_clip: float,
-    z_loss: float = 0.0,
+    objective: Objective | None = None,
     accept: Callable[[Tensor, Tensor], bool] | None = None,
     parallel: Parallel | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -102,6 +106,6 @@ def train_step(
 
     ``accept`` receives both before the update, and returns whether to update.
     """
-    loss, grads = accumulate(model, batches, z_loss, parallel)
+    loss, grads = accumulate(model, batches, objective, parallel)
     allow = None if accept is None else partial(accept, loss)
     return loss, clip_and_step(model, optimizer, grads, lr=lr, grad_clip=grad_clip, accept=allow)

@@ -11,15 +11,15 @@ from ..distributed.parallel import Parallel
 from ..inference.config import SamplingConfig
 from ..inference.engine import DecodeBatch, finish_reason, generate_tokens
 from ..model.llama import Llama
-from ..model.loss import count_valid, loss_sum
 from ..tokenizer.detokenizer import Detokenizer
 from .batch import Batch, to_batch
 from .compile import uncompiled
+from .objective import Measured, Objective, TokenLoss
 from .source import Prompt
 
 
 class Validation:
-    """The validation loss of a model in training; ``loss`` is the last one measured."""
+    """The validation of a model in training; ``last`` is what the last one measured."""
 
     def __init__(
         self,
@@ -27,46 +27,63 @@ class Validation:
         windows: Sequence[Tensor],
         to_batch: Callable[[Tensor], Batch],
         parallel: Parallel,
+        objective: Objective | None = None,
     ) -> None:
         self.model, self.windows = model, windows
         self.to_batch, self.parallel = to_batch, parallel
-        self.loss = math.nan
+        self.objective = objective or TokenLoss()
+        self.last = Measured(math.nan, {})
+
+    @property
+    def loss(self) -> float:
+        """The loss that was measured last, in nats."""
+        return self.last.loss
 
     def measure(self) -> None:
-        """Measure the loss of the current weights, in nats per token."""
-        self.loss = validation_loss(self.model, self.windows, self.to_batch, self.parallel)
+        """Measure the current weights."""
+        given = self.windows, self.to_batch, self.parallel, self.objective
+        self.last = measure(self.model, *given)
 
 
-@torch.no_grad()
 def validation_loss(
     model: Llama,
     windows: Sequence[Tensor],
     to_batch: Callable[[Tensor], Batch] = to_batch,
     parallel: Parallel | None = None,
 ) -> float:
-    """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1].
+    """Return the mean loss in nats per token over ``windows``, each int64 [B, T + 1]."""
+    return measure(model, windows, to_batch, parallel).loss
 
-    ``to_batch`` splits windows into tokens and targets [B, T]. The data ranks of ``parallel``
-    divide the windows among them, and all return the same loss.
+
+@torch.no_grad()
+def measure(
+    model: Llama,
+    windows: Sequence[Tensor],
+    to_batch: Callable[[Tensor], Batch] = to_batch,
+    parallel: Parallel | None = None,
+    objective: Objective | None = None,
+) -> Measured:
+    """Return what the objective (None: the next token's loss) measures over ``windows``.
+
+    ``to_batch`` makes each [B, ...] a micro-batch. The data ranks of ``parallel`` divide the
+    windows among them, and all return the same.
     """
-    parallel = parallel or Parallel()
+    parallel, objective = parallel or Parallel(), objective or TokenLoss()
     device = model.head_weight.device
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
+    total: Tensor | None = None
     with uncompiled():
         # FSDP gathers are collective: every rank runs the same number of forward passes, and
         # discards the surplus ones.
         for first in range(0, len(windows), parallel.data_size):
             at = first + parallel.data_rank
-            batch = to_batch(windows[min(at, len(windows) - 1)])
-            tokens, targets, positions, mask = batch.to(device)
-            hidden = parallel.forward_hidden(model, tokens, positions, mask)
-            loss = loss_sum(hidden, model.head_weight, targets)
-            if at < len(windows):
-                total += torch.stack([loss, loss.new_full((), count_valid(batch.targets))])
+            batch = to_batch(windows[min(at, len(windows) - 1)]).to(device)
+            hidden = parallel.forward_hidden(model, batch.tokens, batch.positions, batch.mask)
+            sums = objective.sums(hidden, model.head_weight, batch)
+            counted = sums if at < len(windows) else torch.zeros_like(sums)
+            total = counted if total is None else total + counted
     parallel.reshard(model)
-    loss, n_valid = parallel.all_reduce_sum_(total).tolist()
-    mean: float = loss / n_valid
-    return mean
+    assert total is not None
+    return objective.measured(parallel.all_reduce_sum_(total).tolist())
 
 
 def sample_text(

@@ -43,6 +43,7 @@ from . import step
 from .batch import Batch
 from .error_bounds import BoundedError, Observed, bound_errors, worst_of_each
 from .float8_check import float8_errors
+from .objective import TokenLoss
 from .oracle import PARTS
 from .verify_sums import embedding_error, gradients_aside
 
@@ -100,7 +101,7 @@ def observe(model: Llama, batches: Sequence[Batch], z_loss: float) -> Observed:
     hook = model.model.register_forward_hook(lambda *call: hidden.append(call[2][0].detach()))
     try:
         with gradients_aside(model):
-            loss, grads = step.accumulate(model, batches, z_loss)
+            loss, grads = step.accumulate(model, batches, TokenLoss(z_loss))
             named = {name: grads[p].cpu() for name, p in model.named_parameters() if p in grads}
             with torch.no_grad():
                 parts = zip(hidden, PARTS, strict=False)

@@ -15,6 +15,7 @@ from ..model.llama import Llama
 from ..model.loss import count_valid
 from . import step
 from .batch import Batch
+from .objective import TokenLoss
 
 COLUMNS = 64  # columns of the gradient compared at a time, in float64
 
@@ -74,7 +75,7 @@ def _observe(model: Llama, batch: Batch, z_loss: float) -> Terms | None:
     hook = model.model.embed_tokens.register_forward_hook(looked_up)
     try:
         with gradients_aside(model):
-            _, grads = step.accumulate(model, [batch], z_loss)
+            _, grads = step.accumulate(model, [batch], TokenLoss(z_loss))
             found = grads.get(weight)
     finally:
         hook.remove()

@@ -16,6 +16,7 @@ from llama_torch.model.kv_cache import Cache
 from llama_torch.model.llama import Llama
 from llama_torch.training import step
 from llama_torch.training.batch import Batch as TrainingBatch
+from llama_torch.training.objective import TokenLoss
 from llama_torch.training.optimizer import learning_rate, make_adamw
 from reference_np.backend import Array, Params
 from reference_np.config import LlamaConfig
@@ -88,7 +89,7 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
     ) -> tuple[float, Mapping[str, Array]]:
         model = self._trainable(config, params)
         with self._pinned(), self._compiled(model):
-            loss, grads = step.accumulate(model, [to_torch(b) for b in batches], z_loss)
+            loss, grads = step.accumulate(model, [to_torch(b) for b in batches], TokenLoss(z_loss))
         return loss.item(), {n: _array(grads[p]) for n, p in model.named_parameters()}
 
     def train(
@@ -111,7 +112,7 @@ class Torch(LogitsByDecode, TraceByTracedDecode):
                     [to_torch(b) for b in batches],
                     lr=learning_rate(i, hyper.steps, settings),
                     grad_clip=settings.grad_clip,
-                    z_loss=hyper.z_loss,
+                    objective=TokenLoss(hyper.z_loss),
                 )
             found["loss"].append(loss.item())
             found["grad_norm"].append(norm.item())

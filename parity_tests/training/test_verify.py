@@ -19,6 +19,7 @@ from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
 from llama_torch.training import run_dir, step, verify
 from llama_torch.training.batch import Batch, to_batch
+from llama_torch.training.objective import TokenLoss
 from llama_torch.training.optimizer import make_adamw
 from reference_np.ops import IGNORE
 
@@ -86,7 +87,8 @@ def trained(draw: Draw) -> Any:
         batches = [to_batch(part) for part in window.split(rows)]
         batches = [pack(batch, rng) if is_packed else batch for batch in batches]
         if any(loss.count_valid(batch.targets) for batch in batches):
-            step.train_step(made, optimizer, batches, lr=lr, grad_clip=1.0, z_loss=z_loss)
+            objective = TokenLoss(z_loss)
+            step.train_step(made, optimizer, batches, lr=lr, grad_clip=1.0, objective=objective)
     return labelled((made, batches, z_loss), draw.numbers)
 
 

@@ -14,7 +14,7 @@ from llama_torch.checkpoint.step_folders import newest
 from llama_torch.checkpoint.training_state import load_state
 from llama_torch.model import embedding, llama, loss, rope
 from llama_torch.model.config import ModelConfig
-from llama_torch.training import loop, step
+from llama_torch.training import loop, objective, step
 
 from ..planted.training import gradient_of
 from ..support.trainer_runs import scalars, unsampled_run
@@ -87,7 +87,7 @@ def mean_of_means(patch: Patch) -> None:
     def backward(hidden: Tensor, head: Tensor, targets: Tensor, n: int, z: float) -> Tensor:
         return real(hidden, head, targets, 2 * loss.count_valid(targets), z)
 
-    patch.setattr(step, "backward_loss", backward)
+    patch.setattr(objective, "backward_loss", backward)
 
 
 def last_gradient_alone(patch: Patch) -> None:

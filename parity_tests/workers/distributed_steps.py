@@ -20,6 +20,7 @@ from llama_torch.config import OptimConfig, ParallelConfig
 from llama_torch.distributed.job import job
 from llama_torch.distributed.parallel import Parallel
 from llama_torch.model.llama import Llama
+from llama_torch.training.objective import TokenLoss
 from llama_torch.training.optimizer import learning_rate, make_adamw
 from llama_torch.training.step import train_step
 
@@ -59,7 +60,7 @@ def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
             [to_torch(batch) for batch in own_batches],
             lr=learning_rate(i, case.hyper.steps, settings),
             grad_clip=settings.grad_clip,
-            z_loss=case.hyper.z_loss,
+            objective=TokenLoss(case.hyper.z_loss),
             parallel=parallel,
         )
         losses.append(loss.item())
