@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from llama_common.errors import check, check_positive, check_text, quoted
 
@@ -32,6 +32,10 @@ class SourceConfig:
         )
         between = f"must lie between 0 and {MOST_WORKERS}"
         check(0 <= self.num_workers <= MOST_WORKERS, "num_workers", self.num_workers, between)
+
+    def absolute(self) -> Self:
+        """Return the config with absolute paths, but for those of the data: a run may move."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,7 @@ class RunConfig:
         keeping = ("keep_last", "keep_best", "skip_bad_steps", "verify_every")
         for name in (*running, *keeping, "compile", "recompute", "parallel", *reporting):
             del flat[name]
-        for name in ("cache_dir", "num_workers", "text_field", "template", *self.data.paths):
+        for name in ("cache_dir", "num_workers", "text_field", *self.data.paths):
             flat["data"].pop(name, None)  # the tokens themselves are compared by their hash
         identity: dict[str, Any] = json.loads(json.dumps(flat))
         return identity

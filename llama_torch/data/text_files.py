@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from .formats import ENDINGS, READABLE, STRUCTURED, ending, open_decompressed, t
 # Part of every content key: change it with anything that changes the tokens of a text, or the
 # windows that a run reads.
 CACHE_VERSION = "2"
+DATA = "--data"  # the flag that errors name
 
 
 class Text(NamedTuple):
@@ -87,6 +89,18 @@ def _note_searched(searched: dict[str, Found]) -> None:
         f"--data {name}: {n} file{'s' * (n > 1)}"
         + (f"; passed over: {passed_over}" if passed_over else "")
     )
+
+
+@contextmanager
+def named_by(flag: str) -> Iterator[None]:
+    """Let the errors of reading files, which name --data, name ``flag``."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        if flag == DATA or not message.startswith(f"{DATA} "):
+            raise
+        raise InputError(flag + message.removeprefix(DATA)) from None
 
 
 def names_text(pattern: str) -> bool:

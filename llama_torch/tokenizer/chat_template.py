@@ -19,17 +19,41 @@ ROLES = ("system", "user", "assistant", "tool")
 LONGEST = 1 << 20  # bytes of a template's file; those in use have some 20,000
 LLAMA2 = "llama2"
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+# Llama2Template as a Jinja template, which a model directory can hold.
+LLAMA2_SOURCE = """\
+{%- set told = messages[0]['content'] if messages[0]['role'] == 'system' else none %}
+{%- for message in messages[(0 if told is none else 1):] %}
+    {%- for tag in ['[INST]', '[/INST]', '<<SYS>>', '<</SYS>>'] %}
+        {%- if tag in message['content'] or (told is not none and tag in told) %}
+            {{- raise_exception('a message contains ' + tag + ', which the template alone may') }}
+        {%- endif %}
+    {%- endfor %}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}
+        {{- raise_exception('user and assistant must take turns') }}
+    {%- endif %}
+    {%- set said = message['content'] %}
+    {%- if loop.first and told is not none %}
+        {%- set said = '<<SYS>>\\n' + told + '\\n<</SYS>>\\n\\n' + said %}
+    {%- endif %}
+    {%- if message['role'] == 'user' %}
+        {{- bos_token + '[INST] ' + said | trim + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + said | trim + ' ' + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
 
 
 class ChatTemplate:
     """A checkpoint's Jinja template, rendered in a sandbox and tokenised.
 
-    It runs in a process with limits on time, memory and text; see ``template_process``.
+    It runs in a process with limits on time, memory and text; see ``template_process``. ``day`` is
+    the date that it sees (ISO 8601); empty = today.
     """
 
-    def __init__(self, source: str, origin: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, source: str, origin: str, tokenizer: Tokenizer, day: str = "") -> None:
         self.origin, self.tokenizer = origin, tokenizer
-        self.source = source
+        self.source, self.day = source, day
         try:
             used = template_process.used_names(source)
         except TemplateError as error:
@@ -41,8 +65,10 @@ class ChatTemplate:
                     "tokenizer's; add it to the tokenizer, or name another"
                 )
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], prompts: bool = True) -> list[int]:
         """Return the ids of a conversation whose next message is the assistant's.
+
+        Without ``prompts`` it ends with its last message, and nothing opens the next one.
 
         Special tokens are placed by the template alone: a message that spells one is text, and
         the template sees it as it was written.
@@ -51,7 +77,8 @@ class ChatTemplate:
         require_messages(messages)
         names = {"bos_token": self.tokenizer.bos or "", "eos_token": self.tokenizer.eos or ""}
         try:
-            text = template_process.render(self.source, messages, names | self.tokenizer.others)
+            names |= self.tokenizer.others
+            text = template_process.render(self.source, messages, names, prompts, self.day)
             if has_surrogates(text):
                 raise TemplateError("it writes half of a pair of \\ud800 to \\udfff, no character")
             parts = self._placed(text)
@@ -128,10 +155,20 @@ def load_chat_template(
 
     Raises InputError where there is none, and for a file that is not a template.
     """
+    return Llama2Template(tokenizer) if name == LLAMA2 else load_jinja(ckpt, tokenizer, name)
+
+
+def load_jinja(ckpt: Path, tokenizer: Tokenizer, name: str = "", day: str = "") -> ChatTemplate:
+    """Return the named template, else the checkpoint's own, as Jinja; "llama2" too.
+
+    ``day`` is the date that it sees (ISO 8601); empty = today. Raises InputError where there is
+    none, and for a file that is not a template.
+    """
     if name == LLAMA2:
-        return Llama2Template(tokenizer)
+        Llama2Template(tokenizer)  # refuses a tokenizer without BOS or EOS
+        return ChatTemplate(LLAMA2_SOURCE, f"--template {LLAMA2}", tokenizer, day)
     if name:
-        return ChatTemplate(_read(Path(name)), f"--template {name}", tokenizer)
+        return ChatTemplate(_read(Path(name)), f"--template {name}", tokenizer, day)
     require_name(ckpt)
     folder = ckpt if ckpt.is_dir() else ckpt.parent
     own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
@@ -143,12 +180,12 @@ def load_chat_template(
         source = _read(own)
         if isinstance(stored, str) and stored != source:
             note(f"{own} is taken; chat_template in {settings.name} differs and is not")
-        return ChatTemplate(source, str(own), tokenizer)
+        return ChatTemplate(source, str(own), tokenizer, day)
     if not isinstance(stored, str):
         raise InputError(
             f"{folder}: has no chat template; give one with --template (llama2, or a Jinja file)"
         )
-    return ChatTemplate(stored, f"{settings} (chat_template)", tokenizer)
+    return ChatTemplate(stored, f"{settings} (chat_template)", tokenizer, day)
 
 
 def _read(path: Path) -> str:

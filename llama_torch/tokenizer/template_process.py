@@ -44,15 +44,24 @@ def used_names(source: str) -> set[str]:
     return set(_ask({"source": source}, 0)["used"])
 
 
-def render(source: str, messages: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> Tracked:
+def render(
+    source: str,
+    messages: Sequence[Mapping[str, str]],
+    names: Mapping[str, str],
+    prompts: bool = True,
+    day: str = "",
+) -> Tracked:
     """Return a conversation (roles and contents) as a template writes it.
 
-    names  spellings of tokens, by the names that the template has for them.
+    names    spellings of tokens, by the names that the template has for them.
+    prompts  whether the text ends where the assistant's next message begins.
+    day      the date that the template sees (ISO 8601); empty = today.
     Raises TemplateError where the template fails, or takes more than it may.
     """
     given = [{"role": m["role"], "content": m["content"]} for m in messages]
     n_characters = sum(len(m["content"]) for m in given)
-    found = _ask({"source": source, "messages": given, "names": dict(names)}, n_characters)
+    request = {"source": source, "messages": given, "names": dict(names)}
+    found = _ask(request | {"prompts": prompts, "day": day}, n_characters)
     return Tracked(found["text"], found["origins"])
 
 

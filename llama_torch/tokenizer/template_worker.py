@@ -49,6 +49,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
     source   the template; alone, the answer has the names that it uses but does not set.
     names    spellings of tokens, by the names that the template has for them.
+    prompts  whether the text ends where the assistant's next message begins.
+    day      the date that the template sees (ISO 8601); empty = today.
     messages the conversation to render: the answer has its ``text``, and the ``origins`` of that.
     limits   seconds of processor time, MiB of memory, characters of text.
     """
@@ -64,9 +66,10 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
                 {"role": written(m["role"]), "content": Tracked(m["content"], MESSAGE)}
                 for m in request["messages"]
             ],
-            add_generation_prompt=True,
+            add_generation_prompt=request["prompts"],
             tools=None,
             documents=None,
+            **_clock(request["day"]),
             **{name: written(spelling) for name, spelling in request["names"].items()},
         )
     except MemoryError:  # the next template is for a process that has its memory free
@@ -111,6 +114,11 @@ def _refuse(message: str) -> NoReturn:
 
 def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
+
+
+def _clock(day: str) -> dict[str, Any]:
+    """Return the template's clock, in place of ``_now``, if it stands still."""
+    return {"strftime_now": datetime.datetime.fromisoformat(day).strftime} if day else {}
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

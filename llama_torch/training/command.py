@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_common import cli
-from llama_common.errors import printable, quoted
+from llama_common.errors import flag_of, printable, quoted
 
 from ..checkpoint import step_folders
 from ..checkpoint.file_names import RUN_FILE
 from ..common.torchrun import is_launched, is_main_process, is_restarted
 from ..config import RunConfig
-from ..data.text_files import require_found
+from ..data.text_files import named_by, require_found
 from . import run_dir
 from .parallel_layout import check_parallel_layout
 from .run_length import steps_done
@@ -53,7 +53,8 @@ def _resolve(argv: Sequence[str], config_class: type[RunConfig]) -> RunConfig:
     config = run_dir.resolve_config(argv, config_class)
     check_parallel_layout(config)
     for name in config.data.paths:
-        require_found(getattr(config.data, name))
+        with named_by(flag_of(name)):
+            require_found(getattr(config.data, name))
     return config
 
 

@@ -12,7 +12,7 @@ from llama_common.settings import build
 
 from ..checkpoint.file_names import RUN_FILE
 from ..checkpoint.step_folders import BEST
-from ..config import DataConfig
+from ..config import DataConfig, TrainConfig
 from ..data.corpus import Corpus, Tokens, load_corpus
 from ..model.config import ModelConfig
 from ..tokenizer.tokenizer import Tokenizer
@@ -43,6 +43,11 @@ def load_held_out(run: Path) -> Corpus:
     gone or has changed, as part of it may have been trained on then.
     """
     record = read_run(run)
+    if record.config_class is not TrainConfig:
+        raise InputError(
+            f"{record.path}: its held-out part is of conversations, not of text; name a text with "
+            "--data"
+        )
     config, model = build(DataConfig, record.settings), build(ModelConfig, record.settings)
     require_consistent(record)
     encoding = recorded_encoding(record)

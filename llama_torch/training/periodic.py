@@ -14,8 +14,8 @@ from ..model.llama import Llama
 from .batch import Batch
 from .objective import Objective
 from .progress import NullProgress, Progress
+from .prompt import Prompt
 from .saver import Saver
-from .source import Prompt
 from .validate import Validation, sample_text
 
 Reporter = Progress | NullProgress

@@ -84,9 +84,9 @@ def _named(name: str, flag: str | None, settings: Settings) -> str:
 
 
 def _absolute(config: RunConfig) -> RunConfig:
-    """Return the config with the path of --init-from absolute: a run may be resumed anywhere."""
+    """Return the config with absolute paths but for --data: a run may be resumed anywhere."""
     path = config.init_from and os.path.abspath(config.init_from)
-    return dataclasses.replace(config, init_from=path)
+    return dataclasses.replace(config, init_from=path, data=config.data.absolute())
 
 
 def find_again(pattern: str, directory: str, source: str) -> str:

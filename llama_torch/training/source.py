@@ -6,7 +6,7 @@ micro-batches and hands these to ``to_batch``. All that it learns of the data is
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,20 +15,13 @@ from ..config import RunConfig, TrainConfig
 from ..data.corpus import Corpus, describe, load_corpus
 from ..data.loader import StepSampler, train_batches, val_batches
 from ..distributed.parallel import Parallel
+from ..finetuning_config import SftConfig
 from ..tokenizer.encoding import TextEncoding
 from ..tokenizer.gpt2 import located
-from ..tokenizer.tokenizer import Tokenizer
 from .batch import Batch, batch_function
+from .conversation_source import open_conversations
 from .origin import Origin
-
-
-class Prompt(NamedTuple):
-    """What the samples of a run continue."""
-
-    text: str  # as it is shown
-    ids: list[int]
-    tokenizer: Tokenizer
-    end_ids: frozenset[int] = frozenset()  # ids that end the sample
+from .prompt import Prompt
 
 
 class BatchSource(Protocol):
@@ -158,6 +151,8 @@ class TextSource:
 
 def open_source(config: RunConfig, origin: Origin, parallel: Parallel) -> BatchSource:
     """Open the data of a run; InputError for data that cannot be read or holds too little."""
+    if isinstance(config, SftConfig):
+        return open_conversations(config, origin)
     assert isinstance(config, TrainConfig)
     sizes = config.model.vocab_size, config.model.max_seq_len
     with parallel.main_process_first():

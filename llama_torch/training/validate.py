@@ -15,7 +15,7 @@ from ..tokenizer.detokenizer import Detokenizer
 from .batch import Batch, to_batch
 from .compile import uncompiled
 from .objective import Measured, Objective, TokenLoss
-from .source import Prompt
+from .prompt import Prompt
 
 
 class Validation:

@@ -229,10 +229,27 @@ def gguf(folder: Path) -> None:
     shutil.rmtree(folder / "a")
 
 
+def conversations(folder: Path) -> None:
+    """Write conversations of every form."""
+    said = [("system", "Be brief."), ("user", "Sort 3 1"), ("assistant", "1 3")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    shared = [{"from": "human", "value": "Sort"}, {"from": "gpt", "value": "what?"}]
+    records: list[dict[str, Any]] = [
+        *({"messages": messages, "id": 1}, {"conversations": shared, "system": "Ask."}),
+        {"prompt": "Sort 3 1", "completion": "1 3"},
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    with contextlib.suppress(ImportError):
+        import pyarrow.parquet
+
+        table = pyarrow.Table.from_pylist([{"messages": messages}] * 3)
+        pyarrow.parquet.write_table(table, folder / "a.parquet")
+
+
 BUILD: dict[str, Callable[[Path], None]] = {
     maker.__name__: maker
     for maker in (
         *(model, indexed, trace, toml, run, shards, token_shards, half_prepared, texts),
-        *(tokenizer, pieces, meta, gguf),
+        *(conversations, tokenizer, pieces, meta, gguf),
     )
 }

@@ -19,6 +19,7 @@ from llama_torch.checkpoint.hf import load_model, read_metadata
 from llama_torch.checkpoint.training_state import load_state
 from llama_torch.common.state_file import CHECKSUM, with_checksum
 from llama_torch.config import TrainConfig
+from llama_torch.data.conversations import read_conversations
 from llama_torch.data.documents import encode
 from llama_torch.data.documents import pieces as pieces_of
 from llama_torch.data.shard_check import damaged_shards
@@ -135,6 +136,10 @@ def _text(name: str) -> Callable[[Path], Any]:
     return read
 
 
+def _talk(name: str) -> Callable[[Path], Any]:
+    return lambda folder: list(read_conversations([str(folder / name)]))
+
+
 def _tokenizer(folder: Path) -> Any:
     found = load_tokenizer(folder, VOCAB)
     end_ids(folder, found, VOCAB)
@@ -201,6 +206,9 @@ KINDS = (
     Kind("texts", "a.txt.gz", mutations.mutated_bytes, _text("a.txt.gz")),
     Kind("texts", "a.jsonl.zst", mutations.mutated_bytes, _text("a.jsonl.zst")),
     Kind("texts", "a.parquet", mutations.mutated_bytes, _text("a.parquet")),
+    # An object of a line takes more than its text, and all conversations are in memory.
+    Kind("conversations", "a.jsonl", mutations.mutated_lines, _talk("a.jsonl"), memory=64),
+    Kind("conversations", "a.parquet", mutations.mutated_bytes, _talk("a.parquet"), memory=64),
     Kind("tokenizer", "tokenizer.json", mutations.mutated_json, _tokenizer),
     *(Kind("tokenizer", name, mutations.mutated_json, _tokenizer) for name in SIDE_FILES),
     Kind("pieces", "tokenizer.model", mutations.mutated_bytes, _tokenizer),

@@ -41,6 +41,13 @@ WRONG = {
         ("--tp 3", "--tp 3: 1 process cannot be shared out so"),
         ("--lr -1", "--lr must be positive"),
     ],
+    "llama_torch.sft": [
+        ("--data pyproject.toml", "--init-from is missing: name the model directory to fine-tune"),
+        (f"--init-from {NOWHERE}", f"--init-from {NOWHERE}: holds no config.json"),
+        ("--epochs 0", "--epochs must be positive"),
+        ("--steps -1", "--steps must not be negative"),
+        (f"--resume --out {NOWHERE}", "holds no run"),
+    ],
     "llama_torch.generate": [
         (f"--prompt x --ckpt {NOWHERE}", NO_MODEL),
         ("--prompt x --ckpt README.md", "README.md: not a complete safetensors file"),

@@ -16,7 +16,7 @@ from llama_common import cli
 from llama_parity.command import test as suite_command
 from llama_parity.command import vectors as vectors_command
 from llama_parity.command.main import COMMANDS
-from llama_torch import config as training_config
+from llama_torch.training.run_file import CONFIGS
 
 from ..support.documents import (
     INLINE_COMMAND,
@@ -109,8 +109,9 @@ def check_module(
     if name == "parity_tests.support.processors":  # hands them on
         check_pytest(command, arguments, config)
         return
-    if name == "llama_torch.train":  # which would look for the run that it resumes
-        cli.parse(training_config.TrainConfig, arguments)
+    trained = {f"llama_torch.{task}": config_class for task, config_class in CONFIGS.items()}
+    if name in trained:  # which would look for the run that it resumes
+        cli.parse(trained[name], arguments)
         return
     name = f"{name}.__main__" if f"{name}.__main__" in SOURCES else name  # a package
     stop_after(patch, cli, "parse")

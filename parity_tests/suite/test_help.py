@@ -18,6 +18,7 @@ from llama_torch.chat import ChatConfig
 from llama_torch.config import TrainConfig
 from llama_torch.evaluate import EvaluateConfig
 from llama_torch.export import ExportConfig
+from llama_torch.finetuning_config import SftConfig
 from llama_torch.generate import GenerateConfig
 from llama_torch.prepare import PrepareConfig
 from tools.bench import BenchConfig
@@ -28,7 +29,15 @@ from tools.right_answers import AnswersConfig
 from tools.tasks import TasksConfig
 
 CONFIGS: list[Any] = [
-    *(TrainConfig, GenerateConfig, ChatConfig, EvaluateConfig, PrepareConfig, ExportConfig),
+    *(
+        TrainConfig,
+        SftConfig,
+        GenerateConfig,
+        ChatConfig,
+        EvaluateConfig,
+        PrepareConfig,
+        ExportConfig,
+    ),
     *(CompareConfig, ConvertConfig, BenchConfig, LearningConfig, PlotConfig, ShapeConfig),
     *(ScalingConfig, TasksConfig, AnswersConfig),
 ]

@@ -1,0 +1,136 @@
+"""Read conversations in the forms that people have: messages, prompt and completion, ShareGPT's."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llama_common.errors import InputError, has_surrogates, shown
+from llama_common.notes import note
+
+from ..common.torchrun import is_main_process
+from ..tokenizer.chat_template import Message
+from .records import Record, records
+from .text_files import DATA
+
+FORMS = "messages, conversations (ShareGPT's), or prompt and completion"
+# Of a record beside its messages: what a template would have to write, and pairs of answers.
+UNSUPPORTED = {
+    "tools": "a list of tools",
+    "functions": "a list of functions",
+    "chosen": "a pair of answers, which a reward model learns from",
+    "rejected": "a pair of answers, which a reward model learns from",
+}
+SHAREGPT_ROLES = {
+    **{"system": "system", "human": "user", "user": "user", "gpt": "assistant"},
+    **{"assistant": "assistant", "tool": "tool", "observation": "tool"},
+}
+# Role -> the roles that may follow it; "" is the beginning.
+NEXT: Mapping[str, tuple[str, ...]] = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+class Conversation(NamedTuple):
+    """Messages in an order that a model can be trained on; the last is the assistant's."""
+
+    messages: list[Message]
+    place: str  # of the record, for messages
+
+
+def read_conversations(patterns: Sequence[str], flag: str = DATA) -> Iterator[Conversation]:
+    """Yield the conversations of the files, folders and globs that ``flag`` names.
+
+    What follows a conversation's last answer is left out. Keys of a record that are no part of a
+    form are passed over, and a line on stderr names them. Raises InputError, with file and line,
+    for a record of no form, roles out of order, an empty message, and one without an answer.
+    """
+    passed_over: set[str] = set()
+    for record in records(patterns, flag):
+        messages, unused = _messages(record)
+        passed_over |= unused
+        _require_order(messages, record.place)
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        yield Conversation(messages[: last + 1], record.place)
+    if passed_over and is_main_process():
+        note(f"{flag}: keys passed over: {', '.join(sorted(passed_over))[:200]}")
+
+
+def _messages(record: Record) -> tuple[list[Message], set[str]]:
+    """Return a record's messages, and the keys that are no part of them."""
+    content, place = record
+    for key in UNSUPPORTED:
+        if content.get(key):
+            raise InputError(
+                f"{place}: {key} holds {UNSUPPORTED[key]}, which is not supported; remove the line"
+            )
+    if "messages" in content:
+        return _as_messages(content["messages"], "role", "content", place), content.keys() - {
+            "messages"
+        }
+    if "conversations" in content:
+        turns = _as_messages(content["conversations"], "from", "value", place)
+        if content.get("system"):
+            turns.insert(0, _message("system", content["system"], f"{place}: system"))
+        return turns, content.keys() - {"conversations", "system"}
+    if "prompt" in content and "completion" in content:
+        pair = {"user": "prompt", "assistant": "completion"}
+        messages = [_message(r, content[key], f"{place}: {key}") for r, key in pair.items()]
+        return messages, content.keys() - {"prompt", "completion"}
+    keys = ", ".join(map(repr, list(content)[:8])) or "no key"
+    raise InputError(f"{place} holds no {FORMS}, but {keys}; rename its keys")
+
+
+def _as_messages(given: Any, role_key: str, text_key: str, place: str) -> list[Message]:
+    """Return the messages of a list of objects with a role and a text each."""
+    if not isinstance(given, list) or not given:
+        raise InputError(f"{place} is not a list with a message in it; remove or correct the line")
+    messages = []
+    for number, item in enumerate(given, 1):
+        where = f"{place}: message {number}"
+        if not isinstance(item, dict):
+            raise InputError(f"{where} is no object with {role_key!r} and {text_key!r}; correct it")
+        unknown = [k for k, v in item.items() if k not in (role_key, text_key) and v is not None]
+        if unknown:
+            raise InputError(
+                f"{where}: key {unknown[0]!r} is not known, and what it changes would be lost; "
+                "remove it"
+            )
+        role = item.get(role_key)
+        known = SHAREGPT_ROLES if role_key == "from" else {role: role for role in NEXT if role}
+        if not isinstance(role, str) or role not in known:
+            raise InputError(
+                f"{where}: {role_key} is {shown(role)[:80]}, not one of {', '.join(known)}; "
+                "correct it"
+            )
+        if known[role] == "system" and item.get(text_key) == "":
+            continue  # as some files have where there is no system message
+        messages.append(_message(known[role], item.get(text_key), where))
+    return messages
+
+
+def _message(role: str, text: Any, where: str) -> Message:
+    if not isinstance(text, str) or has_surrogates(text):
+        kind = type(text).__name__ if not isinstance(text, str) else "text with half a character"
+        raise InputError(f"{where} has content of type {kind}; give valid text")
+    if not text.strip():
+        raise InputError(f"{where} is empty; fill it, or remove the line")
+    return {"role": role, "content": text}
+
+
+def _require_order(messages: Sequence[Message], place: str) -> None:
+    """Raise InputError for roles that no conversation has in this order, or without an answer."""
+    before = ""
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        if role not in NEXT[before]:
+            raise InputError(
+                f"{place}: message {number} is of role {role}, "
+                f"{f'after one of {before}' if before else 'the first'}; there must come "
+                f"{' or '.join(NEXT[before])}"
+            )
+        before = role
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{place}: holds no answer of the assistant; remove the line")

@@ -1,0 +1,16 @@
+"""Fine-tune a checkpoint on conversations: ``python -m llama_torch.sft --init-from DIR``."""
+
+from collections.abc import Sequence
+
+from .common.torchrun import exit_process
+from .finetuning_config import SftConfig
+from .training.command import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    return run_command(argv, SftConfig)
+
+
+if __name__ == "__main__":
+    exit_process(main)

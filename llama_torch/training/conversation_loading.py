@@ -1,0 +1,158 @@
+"""Read a run's conversations and label them: on the main process, before the first step."""
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llama_common.errors import InputError, printable
+from llama_common.files import read_json
+
+from ..checkpoint.file_names import GENERATION_FILE
+from ..data.conversations import Conversation, read_conversations
+from ..finetuning_config import ConversationConfig, SftConfig
+from ..inference.generation_file import end_ids
+from ..tokenizer.answers import Segment, answer_segments, spelled
+from ..tokenizer.chat_template import ChatTemplate, Message, load_jinja
+from ..tokenizer.tokenizer import Tokenizer
+from .labels import Examples, cut_to
+
+TEMPLATE_FILE = "chat_template.jinja"
+# The date that templates see: tokens must not depend on the day on which a run is resumed.
+DAY = "2024-07-26"
+OPEN, CLOSE = "{+", "+}"  # around what is learnt
+SHOWN = 2000  # characters of the conversation that is shown
+
+
+class Loaded(NamedTuple):
+    """What the main process reads and labels, for all processes of a job."""
+
+    train: Examples
+    val: Examples
+    end_ids: frozenset[int]  # that answers end with
+    lines: list[str]  # on what was cut and what is learnt
+    directory_files: dict[str, str]  # texts by name
+    prompt: tuple[str, list[int]]  # of the samples, as text and as ids
+
+
+class Labelled(NamedTuple):
+    """Conversations as segments that fit the context."""
+
+    segments: list[list[Segment]]
+    places: list[str]  # of each
+    n_cut: int  # of them, those that lost their last turns
+    n_left_out: int  # conversations of which not even the first answer fits
+
+
+def load_conversations(
+    config: SftConfig, directory: Path, tokenizer: Tokenizer, template_name: str
+) -> Loaded:
+    """Read and label the conversations of a run.
+
+    directory      of the model, whose chat template is used where ``template_name`` is empty.
+    template_name  a Jinja file, or llama2.
+
+    Raises InputError, with file and line, for conversations that cannot be learnt from.
+    """
+    template = load_jinja(directory, tokenizer, template_name, DAY)
+    train, val = _split(config.data)
+    context = config.model.max_seq_len
+    learning, held_out = (_label(part, template, context) for part in (train, val))
+    ends = frozenset(
+        segment.ids[-1] for one in learning.segments for segment in one if segment.learnt
+    )
+    lines = _counted(learning, held_out, context)
+    files = {TEMPLATE_FILE: template.source} if template_name else {}
+    known = end_ids(directory, tokenizer, config.model.vocab_size)
+    if not ends <= known:
+        files[GENERATION_FILE] = _generation_file(directory, known | ends)
+        lines.append(f"{GENERATION_FILE} names the template's end of an answer as an end token")
+    lines += [f"learnt of {learning.places[0]}, between {OPEN} and {CLOSE}:"]
+    lines += _marked(tokenizer, learning.segments[0])
+    prompt = _prompt(config.sample_prompt, val[0], template)
+    shown = spelled(tokenizer, prompt), prompt
+    train_examples, val_examples = Examples.of(learning.segments), Examples.of(held_out.segments)
+    return Loaded(train_examples, val_examples, ends, lines, files, shown)
+
+
+def _split(config: ConversationConfig) -> tuple[list[Conversation], list[Conversation]]:
+    """Return the conversations to learn from and those held out, spread evenly over --data."""
+    given = [*read_conversations(config.data)]
+    if config.val_data:
+        held_out = [*read_conversations(config.val_data, "--val-data")]
+        for flag, found in (("--data", given), ("--val-data", held_out)):
+            if not found:
+                raise InputError(f"{flag}: holds no conversation; name files that do")
+        return given, held_out
+    if len(given) < 2:
+        raise InputError(
+            f"--data: holds {len(given)} conversations, and one must be held out; give more, or "
+            "name held-out ones with --val-data"
+        )
+    n = min(len(given) - 1, max(1, int(len(given) * config.val_fraction)))
+    chosen = {(2 * i + 1) * len(given) // (2 * n) for i in range(n)}
+    kept = [one for i, one in enumerate(given) if i not in chosen]
+    return kept, [given[i] for i in sorted(chosen)]
+
+
+def _label(conversations: Sequence[Conversation], template: ChatTemplate, context: int) -> Labelled:
+    found: list[list[Segment]] = []
+    places, n_cut = [], 0
+    for messages, place in conversations:
+        try:
+            whole = answer_segments(template, messages)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+        fitting = cut_to(whole, context)
+        if fitting:
+            found.append(fitting)
+            places.append(place)
+            n_cut += any(segment.learnt for segment in whole[len(fitting) :])
+    if not found:
+        raise InputError(
+            f"--max-seq-len {context}: the first answer of {conversations[0].place} ends beyond "
+            "it, as that of every other conversation does; make it longer"
+        )
+    return Labelled(found, places, n_cut, len(conversations) - len(found))
+
+
+def _counted(learning: Labelled, held_out: Labelled, context: int) -> list[str]:
+    """Return a line on conversations that are longer than the context, if any are."""
+    n_cut, n_left_out = learning.n_cut + held_out.n_cut, learning.n_left_out + held_out.n_left_out
+    if not n_cut + n_left_out:
+        return []
+    return [
+        f"longer than {context:,} tokens: {n_cut:,} conversations, cut after the last answer that "
+        f"fits, and {n_left_out:,} left out, of which no answer does"
+    ]
+
+
+def _generation_file(directory: Path, ends: Collection[int]) -> str:
+    """Return generation_config.json with those end tokens."""
+    path = directory / GENERATION_FILE
+    content = read_json(path) if path.is_file() else {}
+    return json.dumps(content | {"eos_token_id": sorted(ends)}, indent=2) + "\n"
+
+
+def _marked(tokenizer: Tokenizer, segments: Sequence[Segment]) -> list[str]:
+    """Return a conversation as lines, with marks around what is learnt."""
+    texts = [spelled(tokenizer, segment.ids) for segment in segments]
+    pairs = zip(segments, texts, strict=True)
+    text = "".join(OPEN + text + CLOSE if segment.learnt else text for segment, text in pairs)
+    if len(text) > SHOWN:
+        text = (
+            f"{text[: SHOWN // 2]} ... {len(text) - SHOWN:,} characters ... {text[-SHOWN // 2 :]}"
+        )
+    return [f"  | {printable(line)}" for line in text.split("\n")]
+
+
+def _prompt(text: str, held_out: Conversation, template: ChatTemplate) -> list[int]:
+    """Return the ids of the samples' prompt: a user's text, or a conversation's first prompt."""
+    messages: list[Message] = [{"role": "user", "content": text}]
+    if not text:
+        roles = [message["role"] for message in held_out.messages]
+        messages = held_out.messages[: roles.index("assistant")]
+    try:
+        return template.encode(messages)
+    except InputError as error:
+        raise InputError(f"--sample-prompt: {error}") from None
