@@ -48,11 +48,16 @@ def gradient_error(f: Callable[[Array], float], x: Array, gradient: Array) -> fl
 
     As a share of the slope's terms' absolute values, of 1 at least.
     """
-    direction = np.random.default_rng(5).standard_normal(x.shape)
+    direction = step_direction(x)
     near, far = (f(x + s * direction) - f(x - s * direction) for s in (STEP, 2 * STEP))
     numeric = (8 * near - far) / (12 * STEP)
     terms = gradient * direction
     return abs(float(np.sum(terms)) - numeric) / max(1.0, float(np.sum(np.abs(terms))))
+
+
+def step_direction(x: Array) -> Array:
+    """Return the direction of ``gradient_error``, of x's shape."""
+    return np.random.default_rng(5).standard_normal(x.shape)
 
 
 def pad_rows(rows: Sequence[Array], filler: Any, left: bool, extra: int = 0) -> Array:
