@@ -29,6 +29,7 @@ from ..conformance.oracle import WithBug
 from ..conformance.scope import count_tests, excluded_by, is_drawn, lacking
 
 CONFORMANCE = Path(__file__).parent.parent / "conformance"
+FINE_TUNING_BUGS = CONFORMANCE.parent / "oracle" / "test_fine_tuning_mutants.py"
 # Training has other examples in float32, which many ports have alone: its bugs are run there too.
 IN_FLOAT32 = {f"{mutant.name} (float32)": mutant for mutant in TRAINING}
 MUTANTS = {mutant.name: mutant for mutant in (*FORWARD, *TRAINING)} | IN_FLOAT32
@@ -61,6 +62,7 @@ def requested_backends(config: pytest.Config) -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(method): what a backend must offer for this test")
+    config.addinivalue_line("markers", "under_mutants: judges mutants, and runs with --mutants too")
     config.addinivalue_line("markers", "numeric: its numbers depend on the processor's kernels")
     JUDGE.only_record = config.getoption("mutants")
     if JUDGE.only_record and requested_backends(config):
@@ -75,10 +77,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Skip every test outside conformance/, without importing it, under --backend and --mutants."""
+    """Skip every test outside conformance/, without importing it, under --backend and --mutants.
+
+    With --mutants the tests of fine-tuning's bugs, which no backend has, are kept.
+    """
     asked_for = requested_backends(config) or config.getoption("mutants")
     ours = CONFORMANCE.parent in collection_path.parents
-    inside = collection_path.is_relative_to(CONFORMANCE)
+    kept = [CONFORMANCE] if requested_backends(config) else [CONFORMANCE, FINE_TUNING_BUGS]
+    inside = any(
+        collection_path.is_relative_to(path) or collection_path in path.parents for path in kept
+    )
     return True if asked_for and ours and not inside else None
 
 
@@ -137,9 +145,9 @@ def backend_of(item: Any) -> Any:
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if requested_backends(config) or JUDGE.only_record:
-        others = [item for item in items if not is_conformance(item)]
+        others = [item for item in items if not _is_asked_for(item)]
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if is_conformance(item)]
+        items[:] = [item for item in items if _is_asked_for(item)]
         for item in items:
             if requested_backends(config) and backend_name(item) not in SHIPPED:
                 item.add_marker(pytest.mark.filterwarnings("default"))  # a warning is no failure
@@ -147,9 +155,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [
             item
             for item in items
-            if not unsupported_by_backend(item)
-            and not _needs(item, "from_directory")
-            and not _is_spared(item)
+            if not is_conformance(item)
+            or (
+                not unsupported_by_backend(item)
+                and not _needs(item, "from_directory")
+                and not _is_spared(item)
+            )
         ]
 
 
@@ -160,6 +171,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         item.callspec.params["backend"] = backend_of(item)
         if is_drawn(item.obj):
             item.obj = _with_its_examples(item)
+
+
+def _is_asked_for(item: pytest.Item) -> bool:
+    """Return whether a test runs under --backend, or under --mutants where that is given."""
+    judges_mutants = JUDGE.only_record and item.get_closest_marker("under_mutants") is not None
+    return is_conformance(item) or judges_mutants
 
 
 def _needs(item: pytest.Item, method: str) -> bool:

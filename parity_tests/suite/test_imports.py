@@ -37,6 +37,7 @@ ORACLE_ORDER = [
         "policy",
         "mutants",
         "training_mutants",
+        "fine_tuning_mutants",
         "shipped",
         "importing",
         "backend",

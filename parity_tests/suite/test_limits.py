@@ -11,7 +11,9 @@ from ..support.import_table import PACKAGES
 ROOT = Path(__file__).parent.parent.parent
 MAX_LINES, MAX_FUNCTION_LINES = 300, 50
 # Catalogues of bugs, read entry by entry.
-LONG_FILES = ("reference_np/mutants.py", "reference_np/training_mutants.py")
+LONG_FILES = tuple(
+    f"reference_np/{name}.py" for name in ("mutants", "training_mutants", "fine_tuning_mutants")
+)
 # Triton kernels are one function each: what they call is compiled into them.
 LONG_FUNCTIONS = "llama_torch/kernels/"
 
