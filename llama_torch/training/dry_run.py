@@ -15,6 +15,7 @@ from torch import Tensor
 from llama_common.memory import gib
 
 from ..config import RunConfig
+from .clock import UNKNOWN_SPEED, speed_of
 from .setup import Run, setup
 from .step import train_step
 from .throughput import peak_memory, peak_tokens_per_second
@@ -41,11 +42,11 @@ def report(config: RunConfig) -> int:
     dtype = run.model.head_weight.dtype
     windows = run.source.example_windows().split(config.batch_size)
     tokens = sum(run.source.to_batch(rows).tokens.numel() for rows in windows)
-    speed = tokens / seconds_per_step
     at_peak = peak_tokens_per_second(run.multiplied, run.n_parameters, run.device, dtype)
     # One checkpoint more while it is written.
     bytes_kept = 12 * (config.keep_last + 1) + 4 * (1 + config.keep_best)
-    print(f"{speed:,.0f} tokens/s, MFU {speed / at_peak:.1%}")
+    speed = speed_of(tokens, seconds_per_step, at_peak)
+    print(f"{speed:,.0f} tokens/s, MFU {speed / at_peak:.1%}" if speed else UNKNOWN_SPEED)
     print(f"memory at most {gib(peak_memory(run.device), 2)}")
     print(f"checkpoints take {bytes_kept * run.n_parameters / 1e9:.2f} GB of disk")
     parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items())

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from ..common.torchrun import is_launched
 from ..config import RunConfig
 from . import periodic
 from .bad_steps import BadSteps
+from .clock import TrainingClock
 from .objective import Measured
 from .optimizer import learning_rate
 from .periodic import Periodic, StepResult
@@ -44,14 +45,15 @@ def train(config: RunConfig) -> Measured:
             run.config.keep_last,
             run.config.keep_best,
         )
-        progress = open_progress(run, exit_stack)
-        actions = periodic_actions(run, validation, bad_steps, saver, progress, exit_stack)
+        clock = TrainingClock(run.device)
+        progress = open_progress(run, clock, exit_stack)
+        actions = periodic_actions(run, validation, bad_steps, saver, progress, clock, exit_stack)
         exit_stack.callback(windows.close)  # stops the DataLoader workers
         announce(run, progress)
         validation.measure()
         if not run.steps_done:
             progress.validated(0, validation.last)
-        take_steps(run, windows, bad_steps, actions, stop)
+        take_steps(run, windows, bad_steps, actions, clock, stop)
         saver.export()
         if run.skipped:
             steps = ", ".join(map(str, run.skipped))
@@ -66,15 +68,17 @@ def take_steps(
     steps: Iterable[Tensor],
     bad_steps: BadSteps,
     actions: Sequence[Periodic],
+    clock: TrainingClock,
     stop: Stop,
 ) -> None:
     """Take a training step for the windows [R, ...] of each of ``steps``, then the actions due.
 
-    R is the number of windows of this process in a step. Raises Stopped after the step during
-    which a signal came.
+    R is the number of windows of this process in a step. ``clock`` runs but for the actions that
+    stop it. Raises Stopped after the step during which a signal came.
     """
     config, optim = run.config, run.config.optim
     stop.deferred = True
+    clock.start()
     for step, windows in enumerate(steps, run.steps_done):
         batches = [run.source.to_batch(part) for part in windows.split(config.batch_size)]
         lr = learning_rate(step, config.steps, optim)
@@ -94,7 +98,8 @@ def take_steps(
         done = StepResult(step + 1, batches, lr, loss, norm, start_time, signum, is_last)
         for action in actions:
             if action.is_due(done):
-                action.run(done)
+                with clock.stopped() if action.stops_clock else nullcontext():
+                    action.run(done)
         if signum and not is_last:
             raise Stopped(signum, done.step)
 
@@ -128,23 +133,23 @@ def periodic_actions(
     bad_steps: BadSteps,
     saver: Saver,
     progress: Progress | NullProgress,
+    clock: TrainingClock,
     exit_stack: ExitStack,
 ) -> list[Periodic]:
     """Return the periodic actions of a run, in the order in which they run after a step."""
     config, out = run.config, Path(run.config.out)
     raise_if_bad = bad_steps.raise_if_bad
     is_main_process = run.parallel.is_main_process
-    profile = partial(profiling, out, config.steps, progress.print_line)
-    profiled = (
-        [Periodic(1, exit_stack.enter_context(profile()))]
-        if config.profile and is_main_process
-        else []
-    )
+    profiled = []
+    if config.profile and is_main_process:
+        profile = profiling(out, config.steps, clock, progress.print_line)
+        profiled = [Periodic(1, exit_stack.enter_context(profile), stops_clock=False)]
     sampled = run.source.prompt, config.seed, run.parallel
     sample = partial(periodic.sample, run.model, *sampled)
+    report = partial(periodic.report, progress, run.skipped, run.compiling_step)
     listed = [
         *profiled,
-        Periodic(1, partial(periodic.report, progress, run.skipped, run.compiling_step)),
+        Periodic(1, report, stops_clock=False),
         Periodic(
             config.log_every, partial(periodic.log, progress, saver, raise_if_bad, run.objective)
         ),

@@ -40,6 +40,7 @@ class Periodic(NamedTuple):
     every: int
     run: Callable[[StepResult], None]
     at_signal: bool = False  # due as well where a signal ends the run
+    stops_clock: bool = True  # its time is none of training's; stopping waits for a GPU
 
     def is_due(self, done: StepResult) -> bool:
         """Return whether the action is due after this step."""

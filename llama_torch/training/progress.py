@@ -1,6 +1,5 @@
 """Report a training run: a progress bar, log lines, and TensorBoard."""
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.markup import escape
 
 from llama_common.errors import printable
 
+from .clock import UNKNOWN_SPEED, TrainingClock, speed_of
 from .objective import Measured, shown
 from .run_dir import EVENTS_FOLDER
 from .setup import Run
@@ -34,10 +34,11 @@ class Progress:
         processes: int,
         device: torch.device,
         tokens_per_second_at_peak: float,
+        clock: TrainingClock,
     ) -> None:
         self.writer, self.processes, self.device = writer, processes, device
-        self.tokens = 0  # of this process, since ``mark``
-        self.at_peak = tokens_per_second_at_peak
+        self.tokens = 0  # of this process, in the time that ``clock`` has measured
+        self.at_peak, self.clock = tokens_per_second_at_peak, clock
         self.console = Console(highlight=False)
         self.bar = rich_progress.Progress(
             rich_progress.TextColumn("training"),
@@ -52,7 +53,6 @@ class Progress:
             transient=True,
         )
         self.task = self.bar.add_task("", total=last, completed=first, loss="")
-        self.mark, self.mark_step = time.perf_counter(), first
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -82,18 +82,21 @@ class Progress:
         values = {"loss": loss, **measures, "lr": lr, "grad_norm": norm}
         line = f"step {step:>5}  loss {loss:6.3f}{shown(measures)}  lr {lr:.2e}"
         line += f"  gradient norm {norm:6.3f}"
-        if step > self.mark_step:
-            seconds = time.perf_counter() - self.mark
-            speed = self.processes * self.tokens / seconds
+        tokens, seconds = self._take_time()
+        if tokens:
+            speed = speed_of(self.processes * tokens, seconds, self.at_peak)
             memory = peak_memory(self.device) / 2**30
-            line += f"  {speed:,.0f} tokens/s  MFU {speed / self.at_peak:.1%}  {memory:.1f} GiB"
-            values |= {"tokens_per_second": speed, "mfu": speed / self.at_peak}
+            if speed is None:
+                line += f"  {UNKNOWN_SPEED}"
+            else:
+                line += f"  {speed:,.0f} tokens/s  MFU {speed / self.at_peak:.1%}"
+                values |= {"tokens_per_second": speed, "mfu": speed / self.at_peak}
+            line += f"  {memory:.1f} GiB"
             values["peak_memory_gib"] = memory
         self.bar.update(self.task, loss=f"loss {loss:.3f}")
         self.print_line(line)
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, step)
-        self._restart_clock(step)
 
     def skipped(self, step: int, loss: float, norm: float, total: int) -> None:
         """Report a bad step whose update was skipped; ``total`` is their number so far."""
@@ -103,7 +106,7 @@ class Progress:
     def compiled(self, step: int, seconds: float) -> None:
         """Report the first step of a compiled model; its time does not count in tokens/s."""
         self.print_line(f"step {step:>5}  the first one took {seconds:.0f} s, for compilation")
-        self._restart_clock(step)
+        self._take_time()
 
     def validated(self, step: int, measured: Measured) -> None:
         """Report the loss (nats) and the measures of a validation."""
@@ -111,7 +114,6 @@ class Progress:
         self.print_line(f"step {step:>5}  validation loss {loss:.3f}{shown(values)}")
         for name, value in {"loss": loss, **values}.items():
             self.writer.add_scalar(f"val/{name}", value, step)
-        self._restart_clock(step)
 
     def verified(self, step: int, measures: Mapping[str, tuple[float, float]]) -> None:
         """Report errors against the oracle beside their bounds, by quantity."""
@@ -122,22 +124,20 @@ class Progress:
         for name, (error, bound) in measures.items():
             self.writer.add_scalar(f"verify/{name}_error", error, step)
             self.writer.add_scalar(f"verify/{name}_bound", bound, step)
-        self._restart_clock(step)
 
     def sampled(self, step: int, text: str) -> None:
         """Report a sample of text."""
         self.print_line(f"step {step:>5}  sample: {text!r}")
         self.writer.add_text("sample", text, step)
-        self._restart_clock(step)
 
     def saved(self, step: int) -> None:
         """Report a complete checkpoint."""
         self.print_line(f"step {step:>5}  checkpoint saved")
-        self._restart_clock(step)
 
-    def _restart_clock(self, step: int) -> None:
-        # Time spent on validation, samples and checkpoints does not count in tokens/s.
-        self.mark, self.mark_step, self.tokens = time.perf_counter(), step, 0
+    def _take_time(self) -> tuple[int, float]:
+        """Return the tokens of this process and the seconds of training since the last call."""
+        tokens, self.tokens = self.tokens, 0
+        return tokens, self.clock.take()
 
 
 class NullProgress:
@@ -147,8 +147,8 @@ class NullProgress:
         return lambda *ignored: None
 
 
-def open_progress(run: Run, exit_stack: ExitStack) -> Progress | NullProgress:
-    """Return the Progress of a run, open until ``exit_stack`` closes.
+def open_progress(run: Run, clock: TrainingClock, exit_stack: ExitStack) -> Progress | NullProgress:
+    """Return the Progress of a run, open until ``exit_stack`` closes; ``clock`` gives its speed.
 
     On other processes than the main one it is a NullProgress.
     """
@@ -167,5 +167,6 @@ def open_progress(run: Run, exit_stack: ExitStack) -> Progress | NullProgress:
             run.parallel.data_size,
             run.device,
             run.parallel.world * at_peak,
+            clock,
         )
     )
