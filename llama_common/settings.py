@@ -110,10 +110,15 @@ def name_source(message: str, settings: Settings, argv: Sequence[str]) -> str:
     """Return an error's message with a file's key in place of the flag, where the file gave it."""
     flag = re.match(r"--([\w-]+)(?= )", message)
     key = flag[1].replace("-", "_") if flag else ""
-    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
-    if not flag or key not in settings or given & {key, f"no_{key}"}:
+    if not flag or key not in settings or flag_names(argv) & {key, f"no_{key}"}:
         return message
     return f"{settings[key].source}: {key}{message[flag.end() :]}"
+
+
+def flag_names(argv: Sequence[str]) -> set[str]:
+    """Return the names of the flags on a command line, spelt as fields are."""
+    flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    return {flag[2:].replace("-", "_") for flag in flags}
 
 
 def _field_types(config_class: type[Any]) -> dict[str, Any]:

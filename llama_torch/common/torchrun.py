@@ -47,21 +47,36 @@ def job_name() -> str:
     return name
 
 
+def _announce_torchrun(code: object) -> None:
+    """Print, from the main process, what torchrun does after an exit code other than 0."""
+    if not code or "TORCHELASTIC_RUN_ID" not in os.environ or not is_main_process():
+        return
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    follows = "which torchrun reports with a traceback of its own: expect it"
+    if restarts < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        follows = "after which torchrun starts the job again, unless it was stopped itself"
+    print(f"note: exit code {code}, {follows}", file=sys.stderr)
+
+
 def exit_process(main: Callable[[], int]) -> NoReturn:
     """Call ``main`` and end this process with the exit code it returns.
 
     A process of a job skips the exit handlers of torch and Python: their threads may abort the
-    process, and closing a process group waits for processes that have ended.
+    process, and closing a process group waits for processes that have ended. What torchrun does
+    after an exit code other than 0 is announced by the main process.
     """
     if not is_launched():
-        sys.exit(main())
-    code: Any = 1
+        code: Any = main()
+        _announce_torchrun(code)
+        sys.exit(code)
+    code = 1
     try:
         code = main()
     except SystemExit as error:
         code = error.code or 0
     except BaseException:
         traceback.print_exc()
+    _announce_torchrun(code)
     sys.stdout.flush()
     sys.stderr.flush()
     if code and not is_main_process():

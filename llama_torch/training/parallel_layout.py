@@ -1,11 +1,61 @@
-"""Check that torchrun's processes fit a run's config, before any of them imports torch."""
+"""Fit a run's parallel layout to torchrun's processes, before any of them imports torch."""
 
+import math
 import os
+import sys
+from collections.abc import Collection
 
 from llama_common.errors import InputError, flag_of
+from llama_common.settings import Settings, build
 
-from ..common.torchrun import process_count
-from ..config import RunConfig
+from ..common.torchrun import is_restarted, process_count
+from ..config import ParallelConfig, RunConfig
+
+
+def fit_layout(
+    began: ParallelConfig, asked: ParallelConfig, given: Collection[str]
+) -> ParallelConfig:
+    """Return the layout for this job's processes that is nearest to the one a run began with.
+
+    The fields named in ``given`` stay as they are asked for, whether they fit or not. --tp is the
+    largest common divisor of what it was and the number of processes. --fsdp is the smallest
+    number of shards that leaves no process with more of the model than before, or all there are.
+    """
+    world = process_count()
+    tp = asked.tp if "tp" in given else math.gcd(began.tp, world)
+    if "fsdp" in given or not began.fsdp:  # 0 = all that --tp leaves
+        return ParallelConfig(asked.fsdp if "fsdp" in given else 0, tp)
+    left = max(world // tp, 1)
+    needed = -(-began.fsdp * began.tp // tp)
+    enough = (n for n in range(min(needed, left), left + 1) if left % n == 0)
+    return ParallelConfig(next(enough), tp)
+
+
+def resumed_layout(
+    asked: ParallelConfig, stored: Settings, given: Collection[str]
+) -> ParallelConfig:
+    """Return the layout of a resumed run, and print it where it is not the one that it began with.
+
+    Fields that flags or a file gave, ``given``, are asked for; but torchrun, which may restart a
+    job on fewer machines, does so with the flags that it began with.
+    """
+    began = build(ParallelConfig, stored)
+    if is_restarted():
+        began, given = asked, ()
+    layout = fit_layout(began, asked, given)
+    if layout != began:
+        world = process_count()
+        print(
+            f"note: --resume continues on {world} {'process' if world == 1 else 'processes'} with "
+            f"{_flags(layout)} instead of {_flags(began)}",
+            file=sys.stderr,
+        )
+    return layout
+
+
+def _flags(layout: ParallelConfig) -> str:
+    """Return the flags of a layout."""
+    return f"--fsdp {layout.fsdp} --tp {layout.tp}"
 
 
 def check_parallel_layout(config: RunConfig) -> None:
@@ -30,9 +80,11 @@ def check_parallel_layout(config: RunConfig) -> None:
                 "a common divisor"
             )
     if config.batch_size * config.grad_accum % (world // tp):
+        shared = f"{world // tp} processes" if tp == 1 else f"{world // tp} groups of --tp {tp}"
         raise InputError(
             f"--batch-size times --grad-accum is {config.batch_size * config.grad_accum}, which "
-            f"{world // tp} processes cannot share equally; choose a multiple"
+            f"{shared} cannot share equally; "
+            + ("start a number that divides it" if config.resume else "choose a multiple")
         )
     if config.device != "cpu" and local > 1:
         _require_gpus(local)

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 from llama_common import cli
 from llama_common.errors import InputError, is_digits, printable, quoted
 from llama_common.files import open_lock, try_lock, write_text
-from llama_common.settings import Settings, read_toml
+from llama_common.settings import Settings, flag_names, read_toml
 
 from ..checkpoint import step_folders
 from ..checkpoint.directory_files import write_directory_files
 from ..checkpoint.file_names import AROUND, MODEL_FILE, RUN_FILE, STATE_FILE
 from ..checkpoint.step_folders import BEST
-from ..common.torchrun import is_launched, job_name
-from ..config import ParallelConfig, RunConfig, TrainConfig
+from ..common.torchrun import job_name
+from ..config import RunConfig, TrainConfig
 from ..data.text_files import names_text
 from .origin import Origin, parse_config
+from .parallel_layout import resumed_layout
 from .run_file import read_run, write_record
 from .run_length import require_same_length, require_steps_left, steps_done
 
@@ -60,11 +61,9 @@ def resolve_config(argv: Sequence[str], config_class: type[RunConfig] = TrainCon
             f"{record.config_class.command} --resume --out {quoted(str(out))}"
         )
     stored = dict(record.settings)
-    if not is_launched():  # one process resumes what many began
-        for field in dataclasses.fields(ParallelConfig):
-            stored.pop(field.name, None)
     config = cli.parse(config_class, argv, stored | settings)
-    config = dataclasses.replace(_absolute(config), out=str(out))
+    parallel = resumed_layout(config.parallel, stored, {*flag_names(argv), *settings})
+    config = dataclasses.replace(_absolute(config), out=str(out), parallel=parallel)
     if early.steps is None:
         source = settings["steps"].source if "steps" in settings else str(record.path)
         require_same_length(record, config.steps, source)

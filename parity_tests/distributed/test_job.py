@@ -36,6 +36,7 @@ RUN = [
     *("--lr", "1e-3"),
 ]
 RESTARTS = ["--max-restarts", "1"]
+SIGNALLED = "parity_tests.workers.signalled_trainer"
 # Six float32 steps whose sums are taken in another order. Measured: 2e-7.
 ROUNDING = 2e-5
 
@@ -55,15 +56,12 @@ def sharded_run(folder: Path) -> Command:
 def run_that_loses_a_process(folder: Path) -> Command:
     """Return a job without --out, whose run directory is runs/1."""
     killed = int(signal.SIGKILL), 4, *flags_of(folder), "--fsdp", "2"
-    worker = "parity_tests.workers.signalled_trainer"
-    return torchrun_command(2, worker, *killed, more=RESTARTS, forks=True)
+    return torchrun_command(2, SIGNALLED, *killed, more=RESTARTS, forks=True)
 
 
 def run_that_is_stopped(folder: Path) -> Command:
     flags = [*flags_of(folder), "--verify-every", "2", "--out", folder / "run"]
-    return torchrun_command(
-        2, "parity_tests.workers.signalled_trainer", int(signal.SIGTERM), 3, *flags
-    )
+    return torchrun_command(2, SIGNALLED, int(signal.SIGTERM), 3, *flags)
 
 
 def run_that_is_refused(folder: Path) -> Command:
@@ -101,13 +99,18 @@ def shards() -> Path:
 def require_same_run(found: Path, expected: Path, first: int = 1) -> None:
     mine, theirs = scalars(found), scalars(expected)
     for tag in ("train/loss", "train/grad_norm", "val/loss"):
-        steps = {step: value for step, value in theirs[tag] if step >= first}
-        values = {step: value for step, value in mine[tag] if step >= first}
+        values, steps = ({n: x for n, x in run[tag] if n >= first} for run in (mine, theirs))
         assert values == pytest.approx(steps, rel=ROUNDING)
     weights, others = load_file(found / MODEL_FILE), load_file(expected / MODEL_FILE)
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         assert (weight - others[name]).norm() <= ROUNDING * others[name].norm(), name
+
+
+def require_announced(code: int, error: str) -> None:
+    """Require that torchrun's traceback is announced, once, before it comes."""
+    said = f"note: exit code {code}, which torchrun reports with a traceback of its own: expect it"
+    assert error.partition("ChildFailedError")[0].count(said) == error.count(said) == 1
 
 
 def back_to(step: int, run: Path, out: Path) -> Path:
@@ -133,8 +136,7 @@ def test_one_process_goes_on_where_two_stopped(alone: Path, shards: Path, tmp_pa
 def test_two_go_on_where_one_stopped(alone: Path, tmp_path: Path) -> None:
     out = back_to(4, alone, tmp_path / "run")
     resumed = "--resume", "--out", out, "--tp", "2"
-    job = Job(lambda _: launch_command(2, "llama_torch.train", *resumed))
-    done = job.done()
+    done = Job(lambda _: launch_command(2, "llama_torch.train", *resumed)).done()
     assert done.returncode == 0, done.stderr
     require_same_run(out, alone, first=5)
     assert not list(out.rglob("*.tmp"))
@@ -168,13 +170,9 @@ def test_a_restart_leaves_other_runs_alone(
     for out, job in (mine, "one"), (tmp_path / "runs" / "2", "another"):
         out.mkdir(parents=True)
         state_files.write(out / "run.json", state_files.read(alone / "run.json") | {"job": job})
-    resumed = ["--resume", "--out", str(Path("runs") / "1")]
-    assert run_dir.flags_after_restart([]) == resumed
-    assert run_dir.flags_after_restart(["--out", str(mine)])[-3:] == [
-        "--resume",
-        "--out",
-        str(mine),
-    ]
+    assert run_dir.flags_after_restart([]) == ["--resume", "--out", str(Path("runs") / "1")]
+    named = run_dir.flags_after_restart(["--out", str(mine)])
+    assert named[-3:] == ["--resume", "--out", str(mine)]
     for other in (["--out", "runs/2"], ["--out", "new"], ["--resume"]):
         assert run_dir.flags_after_restart(other) == other
 
@@ -183,6 +181,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(alone: Path) -> N
     done, out = STOPPED.done(), STOPPED.folder / "run"
     assert done.returncode != 0
     assert "stopped by SIGTERM; continue after step 3" in done.stderr
+    require_announced(143, done.stderr)
     assert done.stdout.count("verified") == 1
     assert newest(out).name == "3"
     assert train.main(["--resume", "--out", str(out)]) == 0
@@ -291,7 +290,11 @@ def test_one_process_of_a_job_says_what_is_wrong() -> None:
     done = REFUSED.done()
     assert done.returncode != 0
     assert done.stderr.count("error: --tp 4: 2 processes") == 2  # in each attempt
-    assert "Traceback" not in done.stderr.replace(
-        'Traceback (most recent call last):\n  File "<frozen', ""
+    assert (
+        done.stderr.count("note: exit code 2, after which torchrun starts the job again, unless")
+        == 1
     )
+    require_announced(2, done.stderr)
+    torchruns = 'Traceback (most recent call last):\n  File "<frozen'
+    assert "Traceback" not in done.stderr.replace(torchruns, "")
     assert not (REFUSED.folder / "run").exists()
