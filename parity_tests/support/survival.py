@@ -17,7 +17,7 @@ from llama_torch import train
 from llama_torch.checkpoint import step_folders
 from llama_torch.checkpoint.file_names import STATE_FILE
 from llama_torch.checkpoint.hf import read_metadata
-from llama_torch.training import loop, setup, validate
+from llama_torch.training import loop, setup, source, validate
 
 from .trainer_runs import scalars
 
@@ -60,7 +60,7 @@ def left_over(out: Path) -> list[Path]:
 
 def call_before(name: str, call: int, do: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
     """Call ``do`` before the ``call``-th call (from 1) of a function of the training loop."""
-    owner = next(module for module in (loop, setup, validate) if hasattr(module, name))
+    owner = next(module for module in (loop, setup, source, validate) if hasattr(module, name))
     real, count = getattr(owner, name), itertools.count(1)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

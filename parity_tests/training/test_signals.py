@@ -85,7 +85,7 @@ def test_a_signal_in_the_last_step_finishes_the_run(
     [
         ("load_corpus", "before the run began; nothing was written\n"),
         (
-            "validation_loss",
+            "measure",
             "before the first checkpoint; begin again with: python -m llama_torch.train --resume",
         ),
     ],
@@ -106,7 +106,7 @@ def test_a_signal_before_the_first_step_ends_at_once(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert out.exists() == (where == "validation_loss")
+    assert out.exists() == (where == "measure")
     assert not (out / "checkpoints").exists()
     assert (
         train.main(
