@@ -159,11 +159,11 @@ def value_loss(
     clip: float | None = None,
     mean: str = "token",
 ) -> float:
-    """Return ``sum w (V - R)^2 / 2`` over the real tokens (Schulman et al. 2017, eq. 9).
+    """Return ``sum w (V - R)^2 / 2`` over the real tokens (Schulman et al. 2017, section 5).
 
-    With ``clip`` and ``old_values_BT`` it is the larger of that and the same of
-    V_old + clip(V - V_old, -c, c), as OpenAI's Baselines have it; the paper names no clipping of
-    values, so that the default is none.
+    Half of their (V - V_targ)^2, as most code has it. With ``clip`` and ``old_values_BT`` it is
+    the larger of that and the same of V_old + clip(V - V_old, -c, c), as OpenAI's Baselines have
+    it; the paper names no clipping of values, so that the default is none.
     """
     plain, clipped, _ = _squares(values_BT, returns_BT, mask_BT, old_values_BT, clip)
     return float(np.sum(loss_weights(mask_BT, count, mean) * np.maximum(plain, clipped)))

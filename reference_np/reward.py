@@ -85,7 +85,7 @@ def pair_loss_vjp(
 
 
 def safety_loss(scores_B: Array, labels_B: Array, count: int) -> float:
-    """Return the auxiliary safety loss, ``sum(-log sigmoid(s r)) / count`` (appendix A.3.3).
+    """Return the auxiliary safety loss, ``sum(-log sigmoid(s r)) / count`` (appendix A.3.4).
 
     labels_B  1 for a safe answer (s = 1), 0 for an unsafe one (s = -1), IGNORE for neither.
     count     the labelled answers of the whole step.
