@@ -14,7 +14,7 @@ from tools import right_answers, tasks
 from tools.synthetic import records
 from tools.synthetic.grading import Share, read_prompts, shares
 from tools.synthetic.records import STRENGTHS, grade
-from tools.synthetic.tasks import DRAW, FORMS, NAMES, REFUSAL, Task, draw_task
+from tools.synthetic.tasks import DRAW, FORMS, REFUSAL, Task, draw_task
 
 kinds = pytest.mark.parametrize("kind", DRAW)
 
@@ -33,7 +33,8 @@ def is_right(task: Task, answer: str) -> bool:
         return int(answer) == len(rest)
     if task.is_unsafe:
         return answer == REFUSAL
-    return rest[-1].startswith(answer) and len(answer) == 1
+    first, _, second = rest[-3:]
+    return answer == {"first": first, "second": second.removesuffix("?")}[rest[2]]
 
 
 @kinds
@@ -46,11 +47,6 @@ def test_the_answer_is_right_and_the_other_wrong(kind: str, seed: int, held_out:
     assert not is_right(task, task.wrong)
     assert task.is_held_out == held_out
     assert task.is_unsafe == (kind == "refusal")
-
-
-def test_a_name_has_the_letter_that_is_asked_for() -> None:
-    assert len({name[0] for name in NAMES}) > 5
-    assert all(name.isalpha() and name[0].isupper() for name in NAMES)
 
 
 def questions(record: records.Record) -> Iterator[str]:
