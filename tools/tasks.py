@@ -1,8 +1,8 @@
 """Write conversations about tasks with known answers: ``python tools/tasks.py FOLDER``.
 
-Sorting, addition, words in reverse, counting, one of two names, questions to refuse, and instructions on the
-form of answers that hold in every turn: what fine-tuning needs, and what measures it, without a
-network.
+Sorting, addition, words in reverse, counting, one of two names, questions to refuse, and
+instructions on the form of answers that hold in every turn: what fine-tuning needs, and what
+measures it, without a network.
 """
 
 import signal
