@@ -1,7 +1,7 @@
 """Next-token cross-entropy and its backward pass, in chunks of positions.
 
 Logits of one chunk are in memory at a time: with a vocabulary of 50,257 the logits of a training
-step are larger than the model.
+step are larger than the model. On a CPU they are computed for positions with a target alone.
 
 Suffixes: B batch, T position, P positions of a chunk (not key/value heads), D dim, V vocabulary.
 """
@@ -25,14 +25,28 @@ ROWS = 16  # rows of logits differentiated at a time on a CPU: they fit its cach
 ROW_MULTIPLE = 64
 
 
-def _chunks(
-    hidden_BTD: Tensor, vocab_size: int, targets_BT: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield hidden [P, D] and targets [P] of chunks whose logits fit CHUNK_BYTES.
+def _learnt(hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden [P, D] and targets [P] of the positions with a target, and their indices.
 
-    All chunks have the same size, but the last, which may be smaller.
+    None in place of the indices: they are all positions, without a target or with one. On a GPU,
+    where their number would have to be waited for, they are.
     """
     hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+    if targets.is_cuda:
+        return hidden, targets, None
+    index = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    if len(index) == len(targets):
+        return hidden, targets, None
+    return hidden[index], targets[index], index
+
+
+def _chunks(hidden: Tensor, vocab_size: int, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield hidden [P, D] and targets [P] of chunks whose logits fit CHUNK_BYTES.
+
+    They are given as [..., D] and [...]. All chunks have the same size, but the last, which may
+    be smaller.
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
     n_bytes = CHUNK_BYTES_CUDA if hidden.is_cuda else CHUNK_BYTES
     n_chunks = -(-len(targets) // max(1, n_bytes // (vocab_size * hidden.itemsize)))
     rows = max(1, -(-len(targets) // max(1, n_chunks)))
@@ -50,7 +64,8 @@ def loss_sum(
     is a float64 scalar.
     """
     total = torch.zeros((), dtype=torch.float64, device=hidden_BTD.device)
-    for hidden, targets in _chunks(hidden_BTD, head_VD.shape[0], targets_BT):
+    hidden_PD, targets_P, _ = _learnt(hidden_BTD, targets_BT)
+    for hidden, targets in _chunks(hidden_PD, head_VD.shape[0], targets_P):
         logits = _upcast(F.linear(hidden, head_VD))
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
         if z_loss:
@@ -78,22 +93,26 @@ def backward_loss(
     """
     weight_VD = _pad_head(head_VD)
     total = torch.zeros((), dtype=torch.float64, device=head_VD.device)
-    d_hidden_PD = torch.empty_like(hidden_BTD).flatten(0, 1)
-    chunks = _chunks(hidden_BTD, len(head_VD), targets_BT)
+    hidden_PD, targets_P, index = _learnt(hidden_BTD, targets_BT)
+    d_hidden_PD = torch.empty_like(hidden_PD)
+    chunks = _chunks(hidden_PD, len(head_VD), targets_P)
     d_head, start = None, 0
     if head_VD.dtype != torch.bfloat16:  # else chunks are summed in float32
         head_VD.grad = torch.zeros_like(head_VD) if head_VD.grad is None else head_VD.grad
         d_head = head_VD.grad
-    for hidden_PD, targets_P in chunks:
-        logits_PV = _logits(hidden_PD, weight_VD)
-        total += _logits_to_grad_(logits_PV, targets_P, len(head_VD), 1 / divisor, z_loss)
-        torch.mm(logits_PV, weight_VD, out=d_hidden_PD[start : start + len(hidden_PD)])
-        d_head = _add_product(d_head, logits_PV, hidden_PD)
-        start += len(hidden_PD)
+    for hidden, targets in chunks:
+        logits_PV = _logits(hidden, weight_VD)
+        total += _logits_to_grad_(logits_PV, targets, len(head_VD), 1 / divisor, z_loss)
+        torch.mm(logits_PV, weight_VD, out=d_hidden_PD[start : start + len(hidden)])
+        d_head = _add_product(d_head, logits_PV, hidden)
+        start += len(hidden)
     assert d_head is not None
     if d_head is not head_VD.grad:
         d_head = d_head[: len(head_VD)].to(head_VD.dtype)
         head_VD.grad = d_head if head_VD.grad is None else head_VD.grad.add_(d_head)
+    if index is not None:
+        d_hidden = hidden_BTD.new_zeros(targets_BT.numel(), hidden_PD.shape[1])
+        d_hidden_PD = d_hidden.index_copy_(0, index, d_hidden_PD)
     hidden_BTD.backward(d_hidden_PD.view_as(hidden_BTD))
     return total
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_torch.data.packing import EMPTY, PackedSampler, pack
-from llama_torch.model.loss import IGNORE_INDEX
+from llama_torch.model.loss import IGNORE_INDEX, backward_loss, loss_sum
 from llama_torch.tokenizer.answers import Segment
 from llama_torch.training import step, validate
 from llama_torch.training.labels import Examples, PackedWindows, cut_to, labels, packed_batch
@@ -170,3 +170,38 @@ def test_a_long_conversation_is_cut_after_the_last_answer_that_fits() -> None:
     assert cut_to(given, 5) == given[:2]
     assert cut_to(given, 3) == given[:2]
     assert cut_to(given, 2) == []
+
+
+@pytest.mark.numeric
+@given(
+    rows=st.integers(1, 3),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    z_loss=st.sampled_from([0.0, 0.1]),
+    seed=seeds,
+)
+def test_what_is_not_learnt_has_no_logits_and_no_gradient(
+    rows: int, share: float, z_loss: float, seed: int
+) -> None:
+    """Hidden states of unlearnt positions are NaN: neither loss nor any gradient knows of them."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    hidden = torch.randn(rows, 5, 4, dtype=torch.float64, generator=generator)
+    head = torch.randn(11, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    targets = torch.randint(11, (rows, 5), generator=generator)
+    is_learnt = torch.rand(rows, 5, generator=generator) < share
+    targets = targets.masked_fill(~is_learnt, IGNORE_INDEX)
+    alone = hidden[is_learnt].requires_grad_()
+    logits = alone @ head.T
+    terms = logits.logsumexp(-1) - logits.gather(1, targets[is_learnt][:, None]).squeeze(1)
+    expected = (terms + z_loss * logits.logsumexp(-1).square()).sum() / 7
+    expected.backward()
+    assert head.grad is not None
+    known, head.grad = head.grad, None
+    given = hidden.masked_fill(~is_learnt[..., None], float("nan")).requires_grad_()
+    found = backward_loss(given * 1, head, targets, 7, z_loss)
+    torch.testing.assert_close(found, expected.detach())
+    assert alone.grad is not None
+    assert given.grad is not None
+    torch.testing.assert_close(given.grad[is_learnt], alone.grad)
+    assert (given.grad[~is_learnt] == 0).all()
+    torch.testing.assert_close(head.grad, known)
+    torch.testing.assert_close(loss_sum(given, head, targets, z_loss) / 7, expected)
