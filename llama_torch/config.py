@@ -231,6 +231,15 @@ class RunConfig:
         """Return command lines to try on the model of a finished run."""
         return []
 
+    def with_steps(self, steps: int) -> Self:
+        """Return the config with its length known."""
+        return dataclasses.replace(self, steps=steps)
+
+    @property
+    def step_size(self) -> str:
+        """What a training step takes, for people."""
+        return f"{self.windows_per_step * self.model.max_seq_len:,} tokens a step"
+
     def _check_fp8(self) -> None:
         """Raise InputError for shapes and layouts that have no products in fp8."""
         check(self.parallel.tp == 1, "tp", self.parallel.tp, "must be 1 with --precision fp8")

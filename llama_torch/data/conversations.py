@@ -51,7 +51,7 @@ def read_conversations(patterns: Sequence[str], flag: str = DATA) -> Iterator[Co
     for record in records(patterns, flag):
         messages, unused = _messages(record)
         passed_over |= unused
-        _require_order(messages, record.place)
+        require_order(messages, record.place)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         yield Conversation(messages[: last + 1], record.place)
     if passed_over and is_main_process():
@@ -67,23 +67,23 @@ def _messages(record: Record) -> tuple[list[Message], set[str]]:
                 f"{place}: {key} holds {UNSUPPORTED[key]}, which is not supported; remove the line"
             )
     if "messages" in content:
-        return _as_messages(content["messages"], "role", "content", place), content.keys() - {
+        return as_messages(content["messages"], "role", "content", place), content.keys() - {
             "messages"
         }
     if "conversations" in content:
-        turns = _as_messages(content["conversations"], "from", "value", place)
+        turns = as_messages(content["conversations"], "from", "value", place)
         if content.get("system"):
-            turns.insert(0, _message("system", content["system"], f"{place}: system"))
+            turns.insert(0, text_message("system", content["system"], f"{place}: system"))
         return turns, content.keys() - {"conversations", "system"}
     if "prompt" in content and "completion" in content:
         pair = {"user": "prompt", "assistant": "completion"}
-        messages = [_message(r, content[key], f"{place}: {key}") for r, key in pair.items()]
+        messages = [text_message(r, content[key], f"{place}: {key}") for r, key in pair.items()]
         return messages, content.keys() - {"prompt", "completion"}
     keys = ", ".join(map(repr, list(content)[:8])) or "no key"
     raise InputError(f"{place} holds no {FORMS}, but {keys}; rename its keys")
 
 
-def _as_messages(given: Any, role_key: str, text_key: str, place: str) -> list[Message]:
+def as_messages(given: Any, role_key: str, text_key: str, place: str) -> list[Message]:
     """Return the messages of a list of objects with a role and a text each."""
     if not isinstance(given, list) or not given:
         raise InputError(f"{place} is not a list with a message in it; remove or correct the line")
@@ -107,11 +107,12 @@ def _as_messages(given: Any, role_key: str, text_key: str, place: str) -> list[M
             )
         if known[role] == "system" and item.get(text_key) == "":
             continue  # as some files have where there is no system message
-        messages.append(_message(known[role], item.get(text_key), where))
+        messages.append(text_message(known[role], item.get(text_key), where))
     return messages
 
 
-def _message(role: str, text: Any, where: str) -> Message:
+def text_message(role: str, text: Any, where: str) -> Message:
+    """Return a message of a text; InputError, naming ``where``, for what is none, or empty."""
     if not isinstance(text, str) or has_surrogates(text):
         kind = type(text).__name__ if not isinstance(text, str) else "text with half a character"
         raise InputError(f"{where} has content of type {kind}; give valid text")
@@ -120,7 +121,7 @@ def _message(role: str, text: Any, where: str) -> Message:
     return {"role": role, "content": text}
 
 
-def _require_order(messages: Sequence[Message], place: str) -> None:
+def require_order(messages: Sequence[Message], place: str) -> None:
     """Raise InputError for roles that no conversation has in this order, or without an answer."""
     before = ""
     for number, message in enumerate(messages, 1):

@@ -83,13 +83,14 @@ def _train(config: RunConfig) -> int:
         return 0
     print(
         f"finished in {time.perf_counter() - started:.0f} s: {result}, "
-        f"checkpoint in {printable(config.out)}\n{_next_commands(config)}"
+        f"checkpoint in {printable(config.out)}{_next_commands(config)}"
     )
     return 0
 
 
 def _next_commands(config: RunConfig) -> str:
-    return "\n".join(["next:", *(f"  {line}" for line in config.next_commands())])
+    commands = config.next_commands()
+    return "".join(f"\n{line}" for line in ["next:", *(f"  {c}" for c in commands)] if commands)
 
 
 def _finished_message(config: RunConfig, result: str) -> str:

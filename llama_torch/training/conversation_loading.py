@@ -89,10 +89,15 @@ def _split(config: ConversationConfig) -> tuple[list[Conversation], list[Convers
             f"--data: holds {len(given)} conversations, and one must be held out; give more, or "
             "name held-out ones with --val-data"
         )
-    n = min(len(given) - 1, max(1, int(len(given) * config.val_fraction)))
-    chosen = {(2 * i + 1) * len(given) // (2 * n) for i in range(n)}
+    chosen = spread_over(len(given), config.val_fraction)
     kept = [one for i, one in enumerate(given) if i not in chosen]
     return kept, [given[i] for i in sorted(chosen)]
+
+
+def spread_over(n: int, share: float) -> set[int]:
+    """Return the numbers of a share of n records, spread evenly; one at least, and not all."""
+    n_chosen = min(n - 1, max(1, int(n * share)))
+    return {(2 * i + 1) * n // (2 * n_chosen) for i in range(n_chosen)}
 
 
 def _label(conversations: Sequence[Conversation], template: ChatTemplate, context: int) -> Labelled:

@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
 from ..model.llama import Llama
 from ..model.loss import IGNORE_INDEX, backward_loss, count_valid, loss_sum
 from .bad_steps import largest_loss
@@ -104,11 +103,6 @@ class TokenLoss:
     def largest_loss(self, vocab_size: int) -> float:
         """Return a multiple of the loss of a uniform prediction, with its z-loss."""
         return largest_loss(vocab_size, self.z_loss)
-
-
-def open_objective(config: RunConfig) -> Objective:
-    """Return what a run of ``config`` minimises."""
-    return TokenLoss(config.optim.z_loss)
 
 
 def perplexity(loss: float) -> float:

@@ -10,16 +10,15 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from ..data import preferences
+from ..model.llama import Llama
 from ..model.pair_loss import backward_scores, pair_losses, safety_losses, scores_at
 from ..model.reward import RewardModel
 from .batch import Batch
 from .objective import Measured
 
 # How much better the chosen answer was judged; a pair without a judgement has the last.
-STRENGTHS = (
-    *("significantly better", "better", "slightly better", "negligibly better"),
-    "strength not given",
-)
+STRENGTHS = (*preferences.STRENGTHS, "strength not given")
 # The margin m(r) by strength (table 27): what the paper tried. It does not say which of the two the
 # released models had.
 MARGINS: Mapping[str, Sequence[float]] = {
@@ -47,8 +46,8 @@ class PairLoss:
     added.
     """
 
-    model_class = RewardModel
-    names = "accuracy", "gap"
+    model_class: type[Llama] = RewardModel
+    names: Sequence[str] = ("accuracy", "gap")
 
     def __init__(self, margin: str = "none", safety_weight: float = 0.0) -> None:
         self.margins = torch.tensor(MARGINS[margin], dtype=torch.float64)

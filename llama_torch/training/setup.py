@@ -20,6 +20,7 @@ from ..common.torchrun import local_process_count
 from ..config import OptimConfig, RunConfig
 from ..distributed.job import broadcast_object
 from ..distributed.parallel import Parallel
+from ..finetuning_config import RewardConfig
 from ..model.config import ModelConfig
 from ..model.float8_linear import PAYS_FROM, use_float8
 from ..model.llama import Llama
@@ -27,9 +28,10 @@ from . import run_dir
 from .bad_steps import BadSteps
 from .compile import compile_blocks
 from .memory import Layout, require_run_memory
-from .objective import Objective, open_objective
+from .objective import Objective, TokenLoss
 from .optimizer import make_adamw
 from .origin import Origin, find_origin
+from .pair_objective import PairLoss
 from .restore import restore
 from .run_file import check_resume_config
 from .run_length import record_length
@@ -64,11 +66,6 @@ class Run:
         return dataclasses.replace(self.config.model, tie_embeddings=not self.model.has_own_head)
 
     @property
-    def tokens_per_step(self) -> int:
-        """The number of tokens in a training step, over all processes."""
-        return self.config.windows_per_step * self.config.model.max_seq_len
-
-    @property
     def compiling_step(self) -> int:
         """The step, from 1, that includes compilation; 0 = none."""
         return self.steps_done + 1 if self.is_compiled else 0
@@ -78,7 +75,7 @@ class Run:
         """The model, its precision, device and step size, for people."""
         return (
             f"{self.n_parameters:,} parameters, {self.config.dtype}{self._fp8} on {self.device}, "
-            f"{self.tokens_per_step:,} tokens a step"
+            f"{self.config.step_size}"
             + (f", begun from {self.config.init_from}" if self.config.init_from else "")
         )
 
@@ -132,10 +129,10 @@ def setup(config: RunConfig, exit_stack: ExitStack) -> Run:
         exit_stack.enter_context(run_dir.lock(Path(config.out)))
     origin = broadcast_object(lambda: find_origin(config))
     source = open_source(config, origin, parallel)
-    config = dataclasses.replace(config, steps=source.steps)
+    config = config.with_steps(source.steps)
     if resumes and parallel.is_main_process:
         check_resume_config(config, source.key)
-    objective = open_objective(config)
+    objective = make_objective(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
     dtype: torch.dtype = getattr(torch, config.dtype)
     given = config.optim, config.seed, dtype, device, parallel
@@ -191,6 +188,13 @@ def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     if config.precision == "fp8":
         require_fp8(device)
     return dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
+
+
+def make_objective(config: RunConfig) -> Objective:
+    """Return what a run minimises."""
+    if isinstance(config, RewardConfig):
+        return PairLoss(config.margin, config.safety_loss)
+    return TokenLoss(config.optim.z_loss)
 
 
 def pick_dtype(

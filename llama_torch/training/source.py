@@ -15,12 +15,13 @@ from ..config import RunConfig, TrainConfig
 from ..data.corpus import Corpus, describe, load_corpus
 from ..data.loader import StepSampler, train_batches, val_batches
 from ..distributed.parallel import Parallel
-from ..finetuning_config import SftConfig
+from ..finetuning_config import RewardConfig, SftConfig
 from ..tokenizer.encoding import TextEncoding
 from ..tokenizer.gpt2 import located
 from .batch import Batch, batch_function
 from .conversation_source import open_conversations
 from .origin import Origin
+from .pair_source import open_pairs
 from .prompt import Prompt
 
 
@@ -153,6 +154,8 @@ def open_source(config: RunConfig, origin: Origin, parallel: Parallel) -> BatchS
     """Open the data of a run; InputError for data that cannot be read or holds too little."""
     if isinstance(config, SftConfig):
         return open_conversations(config, origin)
+    if isinstance(config, RewardConfig):
+        return open_pairs(config, origin)
     assert isinstance(config, TrainConfig)
     sizes = config.model.vocab_size, config.model.max_seq_len
     with parallel.main_process_first():

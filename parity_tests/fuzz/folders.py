@@ -246,10 +246,23 @@ def conversations(folder: Path) -> None:
         pyarrow.parquet.write_table(table, folder / "a.parquet")
 
 
+def pairs(folder: Path) -> None:
+    """Write pairs of answers of every form."""
+    asked = [{"role": "user", "content": "Sort 3 1"}]
+    answers = {"chosen": "1 3", "rejected": "3 1"}
+    listed = {key: [*asked, {"role": "assistant", "content": a}] for key, a in answers.items()}
+    said = {key: f"\n\nHuman: Sort 3 1\n\nAssistant: {a}" for key, a in answers.items()}
+    records: list[dict[str, Any]] = [
+        {"prompt": "Sort 3 1", **answers, "strength": "better", "safety": True},
+        *({"prompt": asked, **answers, "chosen_safe": True}, listed, said),
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+
+
 BUILD: dict[str, Callable[[Path], None]] = {
     maker.__name__: maker
     for maker in (
         *(model, indexed, trace, toml, run, shards, token_shards, half_prepared, texts),
-        *(conversations, tokenizer, pieces, meta, gguf),
+        *(conversations, pairs, tokenizer, pieces, meta, gguf),
     )
 }

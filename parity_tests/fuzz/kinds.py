@@ -22,6 +22,7 @@ from llama_torch.config import TrainConfig
 from llama_torch.data.conversations import read_conversations
 from llama_torch.data.documents import encode
 from llama_torch.data.documents import pieces as pieces_of
+from llama_torch.data.preferences import read_pairs
 from llama_torch.data.shard_check import damaged_shards
 from llama_torch.data.shard_writer import prepare
 from llama_torch.data.shards import TokenShards
@@ -140,6 +141,10 @@ def _talk(name: str) -> Callable[[Path], Any]:
     return lambda folder: list(read_conversations([str(folder / name)]))
 
 
+def _pairs(folder: Path) -> Any:
+    return list(read_pairs([str(folder / "a.jsonl")]))
+
+
 def _tokenizer(folder: Path) -> Any:
     found = load_tokenizer(folder, VOCAB)
     end_ids(folder, found, VOCAB)
@@ -209,6 +214,7 @@ KINDS = (
     # An object of a line takes more than its text, and all conversations are in memory.
     Kind("conversations", "a.jsonl", mutations.mutated_lines, _talk("a.jsonl"), memory=64),
     Kind("conversations", "a.parquet", mutations.mutated_bytes, _talk("a.parquet"), memory=64),
+    Kind("pairs", "a.jsonl", mutations.mutated_lines, _pairs, memory=64),
     Kind("tokenizer", "tokenizer.json", mutations.mutated_json, _tokenizer),
     *(Kind("tokenizer", name, mutations.mutated_json, _tokenizer) for name in SIDE_FILES),
     Kind("pieces", "tokenizer.model", mutations.mutated_bytes, _tokenizer),

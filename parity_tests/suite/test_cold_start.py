@@ -48,6 +48,13 @@ WRONG = {
         ("--steps -1", "--steps must not be negative"),
         (f"--resume --out {NOWHERE}", "holds no run"),
     ],
+    "llama_torch.reward": [
+        ("--data pyproject.toml", "--init-from is missing: name the model directory to fine-tune"),
+        (f"--init-from {NOWHERE}", f"--init-from {NOWHERE}: holds no config.json"),
+        ("--verify-every 5", "--verify-every is not for reward models: leave it out"),
+        ("--tp 2", "--tp is not for reward models: leave it out, got 2"),
+        ("--margin huge", "--margin"),
+    ],
     "llama_torch.generate": [
         (f"--prompt x --ckpt {NOWHERE}", NO_MODEL),
         ("--prompt x --ckpt README.md", "README.md: not a complete safetensors file"),

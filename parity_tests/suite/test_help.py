@@ -18,7 +18,7 @@ from llama_torch.chat import ChatConfig
 from llama_torch.config import TrainConfig
 from llama_torch.evaluate import EvaluateConfig
 from llama_torch.export import ExportConfig
-from llama_torch.finetuning_config import SftConfig
+from llama_torch.finetuning_config import RewardConfig, SftConfig
 from llama_torch.generate import GenerateConfig
 from llama_torch.prepare import PrepareConfig
 from tools.bench import BenchConfig
@@ -32,6 +32,7 @@ CONFIGS: list[Any] = [
     *(
         TrainConfig,
         SftConfig,
+        RewardConfig,
         GenerateConfig,
         ChatConfig,
         EvaluateConfig,

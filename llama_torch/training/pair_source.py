@@ -1,0 +1,189 @@
+"""Pairs of answers as a run's data. Implements BatchSource.
+
+Suffixes: R windows (pairs), B rows (two of each pair), W tokens of the longest row.
+"""
+
+import hashlib
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llama_common.errors import InputError
+
+from ..data.loader import load_steps
+from ..data.packing import EMPTY, PackedSampler
+from ..distributed.job import broadcast_object
+from ..finetuning_config import RewardConfig
+from ..tokenizer.loading import load_tokenizer
+from .batch import Batch
+from .origin import Origin
+from .pair_loading import LoadedPairs, Pairs, count_strengths, load_pairs
+from .pair_objective import Column
+from .prompt import Prompt
+
+SHAPES = 8  # widths of micro-batches, at most: torch.compile compiles a block for each
+NAMED = 16  # pairs of a bad training step that its error names
+
+
+class PairWindows(Dataset[Tensor]):
+    """Pairs as windows, int64 [2, 4 + W]: of each row the values of Column, then its tokens.
+
+    Rows are padded on the right. Attention is causal, so that no token of a row sees its padding,
+    and nothing else is needed for the score at its last token to be that of the row alone.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs, self.width = pairs, int(pairs.lengths.max())
+
+    def __len__(self) -> int:
+        return len(self.pairs.places)
+
+    def __getitem__(self, number: int) -> Tensor:
+        window = np.zeros((2, len(Column) + self.width), dtype=np.int64)
+        window[:, Column.LAST], window[:, Column.SAFE] = -1, -1
+        if number != EMPTY:
+            for side, row in enumerate((2 * number, 2 * number + 1)):
+                tokens = self.pairs.tokens[self.pairs.starts[row] : self.pairs.starts[row + 1]]
+                window[side, Column.LAST] = len(tokens) - 1
+                window[side, Column.LAST + 1 : len(Column)] = self.pairs.columns[row]
+                window[side, len(Column) : len(Column) + len(tokens)] = tokens
+        return torch.from_numpy(window)
+
+
+def pair_batch(windows: Tensor) -> Batch:
+    """Return windows [R, 2, 4 + W] as a micro-batch: tokens [B, T], targets [B, 4]; see Column.
+
+    T is the longest row, rounded up to one of a few widths.
+    """
+    rows = windows.flatten(0, 1)
+    targets, tokens = rows.tensor_split([len(Column)], dim=1)
+    most = tokens.shape[1]
+    unit = 8 * -(-most // (8 * SHAPES))
+    longest = int(targets[:, Column.LAST].max()) + 1
+    return Batch(tokens[:, : min(most, max(1, -(-longest // unit)) * unit)], targets)
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """Windows of pairs, int64 [R, 2, 4 + W]."""
+
+    config: RewardConfig
+    loaded: LoadedPairs
+
+    @cached_property
+    def windows(self) -> PairWindows:
+        """The training windows."""
+        return PairWindows(self.loaded.train)
+
+    @cached_property
+    def key(self) -> str:
+        """The hash of all tokens, strengths and tags, held-out ones too."""
+        digest = hashlib.sha256()
+        for pairs in self.loaded[:2]:
+            for array in (pairs.tokens, pairs.starts, pairs.columns):
+                digest.update(f"{array.size} ".encode() + array.tobytes())
+        return digest.hexdigest()[:32]
+
+    @property
+    def n_in_epochs(self) -> int:
+        """The number of windows in all epochs."""
+        return self.config.epochs * len(self.windows)
+
+    @property
+    def steps(self) -> int:
+        """The run's length: --steps, or as many as --epochs take."""
+        return self.config.steps or -(-self.n_in_epochs // self.config.windows_per_step)
+
+    @property
+    def directory_files(self) -> Mapping[str, str]:
+        """config.json of the reward model, and the chat template where it is not the origin's."""
+        return self.loaded.directory_files
+
+    def describe(self) -> Sequence[str]:
+        """Return lines on numbers of pairs and tokens, and where scores are read."""
+        config, (train, val) = self.config, self.loaded[:2]
+        rows, steps, epochs = config.windows_per_step, self.steps, config.epochs
+        few = ": a smaller --grad-accum makes more" if self.n_in_epochs < 2 * rows else ""
+        return [
+            f"{', '.join(config.data.data)}: {len(train.places):,} pairs, {len(val.places):,} "
+            f"held out; conversations of {train.lengths.min():,} to {train.lengths.max():,} "
+            f"tokens, {train.lengths.mean():,.0f} on average",
+            f"of them {count_strengths(train)}",
+            f"{epochs} epoch{'s' * (epochs > 1)} in {steps} step{'s' * (steps > 1)} of {rows} "
+            f"pairs{few}",
+            *self.loaded.lines,
+        ]
+
+    def _sampler(self, first: int, last: int, rank: int = 0, world: int = 1) -> PackedSampler:
+        rows, config = self.config.windows_per_step, self.config
+        # The last step of the epochs takes what is left of them; that of a longer run is whole.
+        is_longer = self.steps != -(-self.n_in_epochs // rows)
+        n_read = self.steps * rows if is_longer else self.n_in_epochs
+        return PackedSampler(len(self.windows), n_read, config.seed, rows, first, last, rank, world)
+
+    def train_windows(
+        self, first: int, last: int, rank: int = 0, world: int = 1
+    ) -> Generator[Tensor, None, None]:
+        """Yield one rank's windows of each training step, the longest pairs first.
+
+        Pairs of nearly one length come into one micro-batch, which then has little padding.
+        """
+        sampler = self._sampler(first, last, rank, world)
+        with closing(load_steps(self.windows, sampler, self.config.data.num_workers)) as steps:
+            for windows in steps:
+                longest = windows[:, :, Column.LAST].amax(1)
+                yield windows[longest.argsort(descending=True, stable=True)]
+
+    def describe_step(self, step: int) -> str:
+        """Return the places of a step's pairs."""
+        numbers = self._sampler(step, step + 1).windows(step)
+        places = [self.loaded.train.places[i] for i in numbers if i != EMPTY]
+        return ", ".join(places[:NAMED]) + (", ..." if len(places) > NAMED else "")
+
+    def validation_windows(self) -> list[Tensor]:
+        """Return the windows of each validation batch, the longest pairs first."""
+        windows, config = PairWindows(self.loaded.val), self.config
+        n, rows = len(windows), config.batch_size
+        n = min(n, config.eval_batches * rows) if config.eval_batches else n
+        numbers = np.linspace(0, len(windows) - 1, n).astype(int).tolist()
+        longest = windows.pairs.lengths.reshape(-1, 2).max(1)
+        numbers.sort(key=lambda number: -int(longest[number]))
+        each = [windows[number] for number in numbers]
+        return [torch.stack(each[i : i + rows]) for i in range(0, n, rows)]
+
+    def example_windows(self) -> Tensor:
+        """Return the windows of a whole step; some twice if there are few."""
+        rows, n = self.config.windows_per_step, len(self.windows)
+        windows = torch.stack([self.windows[i % n] for i in range(rows)])
+        longest = windows[:, :, Column.LAST].amax(1)
+        return windows[longest.argsort(descending=True, stable=True)]
+
+    def to_batch(self, windows: Tensor) -> Batch:
+        """Return windows as a micro-batch of rows."""
+        return pair_batch(windows)
+
+    def prompt(self) -> Prompt:
+        """Refuse: there are no samples."""
+        raise InputError("--sample-every: a reward model writes no text; leave it out")
+
+
+def open_pairs(config: RewardConfig, origin: Origin) -> PairSource:
+    """Read and tokenise a run's pairs; the main process alone reads them.
+
+    Raises InputError for pairs, a template or a tokenizer that cannot be learnt from.
+    """
+    # A run that goes on has all that it needs in its own directory, the chat template too.
+    directory = origin.directory or Path(config.out)
+    template = config.data.template if origin.directory else ""
+    tokenizer = load_tokenizer(directory, config.model.vocab_size)
+    loaded = broadcast_object(
+        lambda: load_pairs(config, origin.model, directory, tokenizer, template)
+    )
+    return PairSource(config, loaded)
