@@ -155,6 +155,7 @@ def test_every_conversation_is_read_once_an_epoch(
         read += [number for part in parts for number in part if number != EMPTY]
     alone = [n for part in PackedSampler(*given, 0, last) for n in part]
     assert read == alone
+    assert len(read) == n_read  # the last step has what is left of the epochs, and no more
     for epoch in range(epochs):
         of_it = read[epoch * len(windows) : (epoch + 1) * len(windows)]
         assert Counter(i for window in of_it for i in windows[window]) == Counter(
