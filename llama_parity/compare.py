@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from reference_np.config import LlamaConfig
     from reference_np.ops import Array
 
+    from .comparison.run import TrainingInput
     from .comparison.sides import Side
     from .comparison.trace_format import Call
 
@@ -59,27 +60,31 @@ def _compare(settings: CompareConfig) -> int:
     from .comparison import training_task
     from .comparison.against import find_side
     from .comparison.progress import progress
-    from .comparison.run import check_trains, layer_range, run_comparison
+    from .comparison.run import TrainingInput, check_trains, layer_range, run_comparison
     from .comparison.source import open_checkpoint
     from .comparison.within_limits import config_within
 
     checkpoint = open_checkpoint(settings.ckpt, np.float64)
     side = find_side(settings.against, settings.dtype, checkpoint)
     layers = layer_range(settings.layers, checkpoint.config.n_layers)
-    if settings.grads:
-        check_trains(side)
+    if settings.grads or settings.sft:
+        check_trains(side, "--sft" if settings.sft else "--grads")
     config = config_within(side.limits, checkpoint.config)
-    ids, calls = _input(settings, side, config)
-    batches = None
-    if settings.grads and side.trace is None:
-        batches = training_task.make_batches(ids[: max(settings.tokens, default=LENGTH)])
+    training = None
+    if settings.sft:
+        calls, training = _conversations(settings, side, config)
+    else:
+        ids, calls = _input(settings, side, config)
+        if settings.grads and side.trace is None:
+            part = ids[: max(settings.tokens, default=LENGTH)]
+            training = TrainingInput(training_task.make_batches(part))
     with (
         progress() as start,
         tempfile.TemporaryDirectory() as folder,
         np.errstate(all="ignore"),  # the report names activations that are not finite
     ):
         report = run_comparison(
-            settings, checkpoint, config, side, calls, batches, layers, start, Path(folder)
+            settings, checkpoint, config, side, calls, training, layers, start, Path(folder)
         )
     _write(report, settings)
     return 0 if report["verdict"]["holds"] else 1
@@ -156,6 +161,25 @@ def _input(
     given = settings.prompt or settings.file or settings.ids
     lengths = settings.tokens or ((len(ids),) if given else (LENGTH,))
     return ids, make_calls(ids, config, lengths, settings.steps, side.limits)
+
+
+def _conversations(
+    settings: CompareConfig, side: "Side", config: "LlamaConfig"
+) -> "tuple[Sequence[Call], TrainingInput]":
+    """Return the calls and the training step of the conversations of --sft.
+
+    Raises InputError for a checkpoint without a tokenizer, and for conversations that are none.
+    """
+    from .comparison import conversations
+    from .comparison.run import TrainingInput
+
+    length = min(max(settings.tokens, default=conversations.LENGTH), config.max_seq_len)
+    found = conversations.read_conversations(
+        settings.sft, Path(settings.ckpt), settings.template, length, config, side.limits
+    )
+    is_ours = settings.against.partition(":")[0] in ("torch", "cuda")
+    rows = conversations.label_rows(found.segments) if is_ours else []
+    return found.calls, TrainingInput(found.batches, rows, [found.note])
 
 
 if __name__ == "__main__":

@@ -39,6 +39,11 @@ class CompareConfig:
     """Lengths of the prompts, each a run of its own; empty = 48, or all given text or ids."""
     steps: int = 2
     """Tokens decoded one by one with the cache, after each prompt."""
+    sft: str = ""
+    """File of conversations to run and to learn from, in one step: labels, every token, gradients,
+    the update. The checkpoint is a model directory with its tokenizer."""
+    template: str = ""
+    """Chat template of --sft: a Jinja file, or llama2; empty = the checkpoint's own."""
     layers: str = ""
     """A range like 3:5 (layers 3 and 4): compare these alone, on the other side's input to them."""
     grads: bool = False
@@ -59,5 +64,10 @@ class CompareConfig:
             raise InputError("'' names no checkpoint; give a .safetensors file or its directory")
         if self.tokens and min(self.tokens) < 1:
             raise InputError(f"--tokens must be positive, got {min(self.tokens)}")
+        if self.template and not self.sft:
+            raise InputError("--template writes the conversations of --sft; give that too")
+        for name in ("prompt", "file", "ids") if self.sft else ():
+            if getattr(self, name):
+                raise InputError(f"--{name}: --sft has its own tokens; leave one of them out")
         if self.steps < 0:
             raise InputError(f"--steps must not be negative, got {self.steps}")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_common.errors import InputError, printable
 from reference_np import backend as backends
@@ -19,6 +19,7 @@ from .diagnosis import Diagnosis, diagnose
 from .differences import compare
 from .engine_report import engine_entries
 from .float32_angles import BACKENDS_DECLARATION, TRACES_DECLARATION, Float32Angles
+from .judging import Row
 from .oracle_trace import write_oracle_trace
 from .padding import find_padding, padding_note
 from .progress import Start
@@ -29,6 +30,14 @@ from .trace_file import TraceFile
 from .trace_format import LONGEST_NAME, Call
 from .trace_training import TracedSteps, compare_traced_steps
 from .verdict import Extent, extent_noun, unjudged_calls, unseen_outputs, verdict
+
+
+class TrainingInput(NamedTuple):
+    """What a training step is taken on: micro-batches, and what is known of their labels."""
+
+    batches: list[Batch]
+    rows: Sequence[Row] = ()  # of labels
+    notes: Sequence[str] = ()
 
 
 def layer_range(text: str, n_layers: int) -> tuple[int, int]:
@@ -49,19 +58,21 @@ def layer_range(text: str, n_layers: int) -> tuple[int, int]:
     return start, stop
 
 
-def check_trains(side: Side) -> None:
-    """Raise InputError where the other side's gradients cannot be compared."""
+def check_trains(side: Side, flag: str = "--grads") -> None:
+    """Raise InputError where the other side's gradients, for ``flag``, cannot be compared."""
+    if side.trace is not None and flag != "--grads":
+        raise InputError(f"{flag}: a trace has its own tokens; give a backend or a checkpoint")
     if side.trace is not None:
         if not side.trace.steps:
             raise InputError(f"--grads: {side.title} has no training step; leave the flag out")
         return
     if side.backend is None:
-        raise InputError(f"--grads: {side.title} cannot be trained; give a backend or a checkpoint")
+        raise InputError(f"{flag}: {side.title} cannot be trained; give a backend or a checkpoint")
     if side.dtype not in ("float64", "float32"):
-        raise InputError("--grads compares in float32 or float64; leave the precision out")
+        raise InputError(f"{flag} compares in float32 or float64; leave the precision out")
     backend = backends.load(side.backend, "--against")
     if not callable(getattr(backend, "loss_and_grads", None)):
-        raise InputError(f"--grads: {side.title} offers no loss_and_grads; leave the flag out")
+        raise InputError(f"{flag}: {side.title} offers no loss_and_grads; leave the flag out")
 
 
 def _left_out(
@@ -75,7 +86,7 @@ def _left_out(
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         if unknown:
             warnings.append(f"Not in the format and ignored: {', '.join(shown)}{more}.")
-    else:
+    elif not settings.sft:
         decoded = any(call.after is not None and call.positions is None for call in calls)
         if settings.steps and not decoded:
             warnings.append(f"No decoding: a context of {config.max_seq_len} has no room for it.")
@@ -90,7 +101,7 @@ def run_comparison(
     config: LlamaConfig,
     side: Side,
     calls: Sequence[Call],
-    batches: list[Batch] | None,
+    training: TrainingInput | None,
     layers: tuple[int, int],
     start: Start,
     folder: Path,
@@ -105,14 +116,15 @@ def run_comparison(
     recording = record(side, calls, config, folder, start(side.title, len(calls) * config.n_layers))
     comparison = make_comparison(checkpoint.path, config, calls, side.dtype, recording, layers[0])
     if settings.trace:
+        batches = None if training is None else training.batches
         write_oracle_trace(
             Path(settings.trace).resolve(), comparison, checkpoint, side.trace, batches
         )
     angles = Float32Angles(comparison, side.dtype in side.limits.float32_angles)
     builder, diagnosis = _compare_activations(comparison, angles, start, settings.diagnose)
     traced = None
-    if batches is not None or (side.trace and side.trace.steps):
-        traced = _compare_training(side, checkpoint, batches, start, settings.diagnose)
+    if training is not None or (side.trace and side.trace.steps):
+        traced = _compare_training(side, checkpoint, training, start, settings.diagnose)
     rows, extent = builder.rows, _extent(recording, calls, side, traced)
     expected = len(comparison.expected())
     if traced is not None:
@@ -205,14 +217,20 @@ def _compare_activations(
 
 
 def _compare_training(
-    side: Side, checkpoint: Source, batches: list[Batch] | None, start: Start, diagnosing: bool
+    side: Side,
+    checkpoint: Source,
+    training: TrainingInput | None,
+    start: Start,
+    diagnosing: bool,
 ) -> TracedSteps:
     """Compare a training step, or all of a trace's."""
     if side.trace is not None:
         return compare_traced_steps(side.trace, checkpoint, start, diagnosing)
-    assert batches is not None
+    assert training is not None
+    batches = training.batches
     found = backend_training.compare_training(side, checkpoint, batches, start, diagnosing)
     rows, diagnosis, notes, unseen = found
+    rows, notes = [*training.rows, *rows], [*training.notes, *notes]
     return TracedSteps(rows, diagnosis, notes, unseen, unjudged=[], judged=1)
 
 
