@@ -53,13 +53,16 @@ def moments(values: Array, mask: Array) -> Moments:
 
 
 def join_moments(parts: Sequence[Moments]) -> Moments:
-    """Return the moments of the numbers of all parts, such as processes (Chan et al. 1979)."""
-    n, mean, squares = 0, 0.0, 0.0
-    for part in parts:
-        if part.n:
-            total, difference = n + part.n, part.mean - mean
-            squares += part.squares + difference**2 * n * part.n / total
-            n, mean = total, mean + difference * part.n / total
+    """Return the moments of the numbers of all parts, such as processes (Chan et al. 1979).
+
+    Those of one part are its own, and parts of one equal value have it as their mean, exactly.
+    """
+    filled = [part for part in parts if part.n]
+    n, mean, squares = filled[0] if filled else Moments(0, 0.0, 0.0)
+    for part in filled[1:]:
+        total, difference = n + part.n, part.mean - mean
+        squares += part.squares + difference**2 * n * part.n / total
+        n, mean = total, mean + difference * part.n / total
     return Moments(n, mean, squares)
 
 

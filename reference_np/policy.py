@@ -212,5 +212,7 @@ def _squares(
     if clip is None or old_values_BT is None:
         return errors**2 / 2, errors**2 / 2, errors
     old = select(old_values_BT, mask_BT)
-    clipped = old + np.clip(values - old, -clip, clip)
+    # Not old + clip(values - old): that sum may round away from a V that is within the clip, and
+    # the larger square would then be of a constant, without a gradient.
+    clipped = np.clip(values, old - clip, old + clip)
     return errors**2 / 2, (clipped - returns) ** 2 / 2, errors

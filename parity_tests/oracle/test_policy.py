@@ -163,6 +163,20 @@ def test_whitening_is_of_the_real_values_wherever_they_are(
     assert agree(np.stack(split), found)
 
 
+@given(value=st.floats(-1e3, 1e3), sizes=st.lists(st.integers(0, 5), min_size=1, max_size=4))
+def test_equal_values_spread_over_processes_whiten_to_nothing(
+    value: float, sizes: list[int]
+) -> None:
+    """Exactly, as those of one process; and the moments of one part are its own."""
+    parts = [np.full(size, value) for size in sizes]
+    masks = [np.ones(size, bool) for size in sizes]
+    each = [moments(part, mask) for part, mask in zip(parts, masks, strict=True)]
+    joint = join_moments(each)
+    assert all(join_moments([own]) == own for own in each)
+    for part, mask in zip(parts, masks, strict=True):
+        assert not whiten(part, mask, joint=joint).any()
+
+
 def test_what_whitening_cannot_do_is_refused() -> None:
     one = np.ones(1), np.ones(1, bool)
     with pytest.raises(InputError, match="mean: 'shifted'; choose 'removed' or 'kept'"):
@@ -210,6 +224,19 @@ def test_the_values_loss_is_the_equation_with_and_without_clip(
         near = np.minimum(np.maximum(value, before - clip), before + clip)
         losses = np.maximum(losses, (near - back) ** 2 / 2)
     assert agree(found, losses.mean())
+
+
+@given(seed=seeds)
+def test_a_value_within_its_clip_has_the_unclipped_loss_and_gradient(seed: int) -> None:
+    """To the bit: V_old + (V - V_old) may round away from V, and took the gradient with it."""
+    rng = np.random.default_rng(seed)
+    values, returns, inside = *rng.standard_normal((2, 4, 500)), rng.uniform(-0.19, 0.19, (4, 500))
+    mask = np.ones(values.shape, bool)
+    for dtype in (np.float32, np.float64):
+        given = values.astype(dtype), returns.astype(dtype), mask, 2000
+        clip = {"old_values_BT": (values + inside).astype(dtype), "clip": 0.2}
+        assert policy.value_loss(*given, **clip) == policy.value_loss(*given)
+        assert np.array_equal(policy.value_loss_vjp(*given, **clip), policy.value_loss_vjp(*given))
 
 
 def test_names_and_options_that_do_not_fit_are_refused() -> None:
