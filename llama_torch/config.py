@@ -117,7 +117,7 @@ class ParallelConfig:
     fsdp: int = 1
     """Processes that share parameters, gradients and moments (FSDP2); 0 = all that --tp leaves."""
     tp: int = 1
-    """Processes that share the products of each block (tensor parallelism)."""
+    """Processes that share every product, and the vocabulary (tensor parallelism)."""
 
     def __post_init__(self) -> None:
         check(self.fsdp >= 0, "fsdp", self.fsdp, "must not be negative")

@@ -19,7 +19,7 @@ from llama_common.errors import InputError
 
 from ..config import ParallelConfig
 from ..model.config import ModelConfig
-from ..model.llama import Llama
+from ..model.llama import Block, Llama
 from .job import TIMEOUT
 
 if TYPE_CHECKING:  # torch's modules for shards take 1 s, and are imported where there are shards
@@ -78,6 +78,11 @@ class Parallel:
         """Whether no process holds the whole model."""
         return self.mesh is not None and max(self.mesh.shape[1:]) > 1
 
+    @property
+    def tensor_mesh(self) -> "DeviceMesh | None":
+        """The processes of --tp that share every product, or None."""
+        return self.mesh[TENSOR] if self.mesh is not None and self.mesh.shape[2] > 1 else None
+
     def reshard(self, model: Llama) -> None:
         """Reshard the parameters after a forward pass without a backward pass."""
         if self.is_sharded:
@@ -95,13 +100,14 @@ class Parallel:
 
         With ``fill``, they are those that it writes into a part of the model, given with its name;
         the model's new parts are drawn.
-        Each block is initialised in full, then sharded, so that a process holds its shards and at
-        most one whole block, the embedding and the head. The shards are float32; with ``dtype``
-        bfloat16 parameters are gathered and computed in bfloat16, and gradients are reduced in
-        float32.
+        Each part is initialised in full, then sharded, so that a process holds its shards and at
+        most one whole block, and of the embedding and the head what --tp leaves it. The shards are
+        float32; with ``dtype`` bfloat16 parameters are gathered and computed in bfloat16, and
+        gradients are reduced in float32.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        from torch.distributed.tensor.parallel import parallelize_module
+
+        from .tensor_parallel import shard_part
 
         assert self.mesh is not None
         with torch.device("meta"):
@@ -122,9 +128,9 @@ class Parallel:
                 fill(part, names_of[part])
             else:
                 model.init_part(part, generator)
-            if part in set(model.model.layers):
-                if self.mesh.shape[2] > 1:
-                    parallelize_module(part, self.mesh[TENSOR], _tensor_parallel())
+            if self.tensor_mesh is not None:
+                shard_part(part, self.tensor_mesh)
+            if isinstance(part, Block):
                 fully_shard(part, mesh=self.mesh[names], mp_policy=policy)
         fully_shard(model, mesh=self.mesh[names], mp_policy=policy)
         return model
@@ -163,6 +169,10 @@ class Parallel:
 
         Arguments are Llama.forward's. With ``sync_grads`` the backward pass reduces gradients.
         """
+        if self.tensor_mesh is not None:
+            from .tensor_parallel import forward_hidden
+
+            return forward_hidden(model, self.tensor_mesh, tokens, positions, mask)
         if self.is_sharded:
             hidden, _ = model(tokens, positions=positions, mask=mask, project=False)
             return hidden
@@ -258,14 +268,3 @@ def _as_sharded(model: Llama) -> "FSDPModule":
 
     assert isinstance(model, FSDPModule)
     return model
-
-
-def _tensor_parallel() -> dict[str, Any]:
-    """Return Megatron's split of a block (Shoeybi et al. 2019, section 3): heads, hidden units."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-    first = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return {
-        **dict.fromkeys((*first, "mlp.gate_proj", "mlp.up_proj"), ColwiseParallel()),
-        **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel()),
-    }

@@ -3,6 +3,7 @@
 Suffixes: B batch, T position, P positions of all rows, V vocabulary, D dim.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ MAX_BFLOAT16_SUM = 3072  # tokens, up to which torch's CUDA kernel is the one th
 class Embedding(nn.Embedding):
     """``nn.Embedding`` whose gradient is summed in float32 or wider."""
 
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        self.look_up: Callable[[Tensor, Tensor], Tensor] | None = None  # tensor_parallel's
+        super().__init__(vocab_size, dim)
+
     def reset_parameters(self) -> None:
         """Draw the weights, but not on the meta device, where torch would import for seconds."""
         if not self.weight.is_meta:
@@ -22,7 +27,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return the embeddings [B, T, D] of tokens, int64 [B, T]."""
-        return embed(tokens_BT, self.weight)
+        return (self.look_up or embed)(tokens_BT, self.weight)
 
 
 def embed(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:

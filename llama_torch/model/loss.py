@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .vocab_part import VocabPart
+
 IGNORE_INDEX = -100  # a target that is left out of the loss, as in torch's cross_entropy
 
 # Bytes of a chunk's logits. A GPU needs larger products for its full speed, and has more memory.
@@ -61,18 +63,31 @@ def loss_sum(
     ``hidden_BTD`` is the normed residual stream, ``head_VD`` the vocabulary projection,
     ``targets_BT`` int64. ``z_loss * (log Z)^2`` is added for each target, which keeps the
     normaliser Z near one (Chowdhery et al. 2022, section 5). Computed in float32 or wider; the sum
-    is a float64 scalar.
+    is a float64 scalar. Of a sharded ``head_VD`` the call is collective, and not differentiable.
     """
+    part = VocabPart(head_VD)
     total = torch.zeros((), dtype=torch.float64, device=hidden_BTD.device)
     hidden_PD, targets_P, _ = _learnt(hidden_BTD, targets_BT)
-    for hidden, targets in _chunks(hidden_PD, head_VD.shape[0], targets_P):
-        logits = _upcast(F.linear(hidden, head_VD))
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
-        if z_loss:
-            log_z = logits.logsumexp(-1)
-            loss = loss + z_loss * (log_z.square() * (targets != IGNORE_INDEX))
-        total = total + loss.sum(dtype=torch.float64)
+    for hidden, targets in _chunks(hidden_PD, part.n_most, targets_P):
+        if part.is_whole:
+            nats = _nats(_upcast(F.linear(hidden, head_VD)), targets, z_loss)
+        else:
+            logits = _upcast(F.linear(hidden, part.weight_VD))
+            column, is_here = part.columns(targets)
+            target_logit = logits.gather(1, column[:, None])[:, 0].where(is_here, 0)
+            sums = part.exponentials_(logits, target_logit)
+            nats = sums.nats(z_loss).where(targets != IGNORE_INDEX, 0)
+        total = total + nats.sum(dtype=torch.float64)
     return total
+
+
+def _nats(logits_PV: Tensor, targets_P: Tensor, z_loss: float) -> Tensor:
+    """Return the loss [P] of logits of the whole vocabulary, differentiable."""
+    nats = F.cross_entropy(logits_PV, targets_P, ignore_index=IGNORE_INDEX, reduction="none")
+    if z_loss:
+        log_z = logits_PV.logsumexp(-1)
+        nats = nats + z_loss * (log_z.square() * (targets_P != IGNORE_INDEX))
+    return nats
 
 
 @torch.no_grad()
@@ -82,7 +97,8 @@ def backward_loss(
     """Run the backward pass of ``L = loss_sum / divisor`` through head and model; return L.
 
     hidden_BTD  the model's normed residual stream, with its autograd graph.
-    head_VD     the vocabulary projection.
+    head_VD     the vocabulary projection. With tensor parallelism its rows are sharded; the call
+                is collective, and gives the hidden states the gradient of these rows alone.
     targets_BT  int64, IGNORE_INDEX where a position has no target.
     divisor     the number of valid targets of the whole training step: micro-batches with
                 different numbers must share it, or the result is a mean of means.
@@ -91,25 +107,23 @@ def backward_loss(
     logits are replaced by dL/dlogits, and dL/dhead and dL/dhidden are computed from it. Then one
     ``hidden.backward(dL/dhidden)`` runs through the model.
     """
-    weight_VD = _pad_head(head_VD)
+    part = VocabPart(head_VD)
+    weight_VD = _pad_head(part.weight_VD)
     total = torch.zeros((), dtype=torch.float64, device=head_VD.device)
     hidden_PD, targets_P, index = _learnt(hidden_BTD, targets_BT)
     d_hidden_PD = torch.empty_like(hidden_PD)
-    chunks = _chunks(hidden_PD, len(head_VD), targets_P)
     d_head, start = None, 0
     if head_VD.dtype != torch.bfloat16:  # else chunks are summed in float32
-        head_VD.grad = torch.zeros_like(head_VD) if head_VD.grad is None else head_VD.grad
-        d_head = head_VD.grad
-    for hidden, targets in chunks:
+        d_head = part.gradient()
+    for hidden, targets in _chunks(hidden_PD, part.n_most, targets_P):
         logits_PV = _logits(hidden, weight_VD)
-        total += _logits_to_grad_(logits_PV, targets, len(head_VD), 1 / divisor, z_loss)
+        total += _logits_to_grad_(logits_PV, targets, part, 1 / divisor, z_loss)
         torch.mm(logits_PV, weight_VD, out=d_hidden_PD[start : start + len(hidden)])
         d_head = _add_product(d_head, logits_PV, hidden)
         start += len(hidden)
     assert d_head is not None
-    if d_head is not head_VD.grad:
-        d_head = d_head[: len(head_VD)].to(head_VD.dtype)
-        head_VD.grad = d_head if head_VD.grad is None else head_VD.grad.add_(d_head)
+    if head_VD.dtype == torch.bfloat16:
+        part.add_gradient(d_head[: len(part.weight_VD)].to(head_VD.dtype))
     if index is not None:
         d_hidden = hidden_BTD.new_zeros(targets_BT.numel(), hidden_PD.shape[1])
         d_hidden_PD = d_hidden.index_copy_(0, index, d_hidden_PD)
@@ -117,15 +131,15 @@ def backward_loss(
     return total
 
 
-def _pad_head(head_VD: Tensor) -> Tensor:
+def _pad_head(weight_VD: Tensor) -> Tensor:
     """Return the head, in bfloat16 on a GPU with zero rows up to a multiple of ROW_MULTIPLE.
 
     The copy takes less than a hundredth of the products' time; checkpoints have no padding.
     """
-    padding = -len(head_VD) % ROW_MULTIPLE
-    if not padding or head_VD.dtype != torch.bfloat16 or not head_VD.is_cuda:
-        return head_VD.detach()
-    return F.pad(head_VD.detach(), (0, 0, 0, padding))
+    padding = -len(weight_VD) % ROW_MULTIPLE
+    if not padding or weight_VD.dtype != torch.bfloat16 or not weight_VD.is_cuda:
+        return weight_VD
+    return F.pad(weight_VD, (0, 0, 0, padding))
 
 
 def _logits(hidden_PD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -162,43 +176,45 @@ def _add_product(total: Tensor | None, d_logits_PV: Tensor, hidden_PD: Tensor) -
 
 
 def _logits_to_grad_(
-    logits_PV: Tensor, targets_P: Tensor, vocab_size: int, scale: float, z_loss: float
+    logits_PV: Tensor, targets_P: Tensor, part: VocabPart, scale: float, z_loss: float
 ) -> Tensor:
     """Replace the logits by d(scale * loss)/d(logits), in place; return ``scale * loss``.
 
-    The loss is that of ``loss_sum`` over the chunk; ``scale * loss`` is a float64 scalar. Columns
-    from ``vocab_size`` on are padding: their probabilities and gradients are zero.
+    The loss is that of ``loss_sum`` over the chunk; ``scale * loss`` is a float64 scalar. The
+    logits are those of ``part``; columns after them are padding, whose probabilities and gradients
+    are zero.
     """
+    vocab_size, is_whole = len(part.weight_VD), part.is_whole
     kernel = _kernel() if logits_PV.is_cuda and logits_PV.dtype != torch.float64 else None
-    if kernel:
+    if kernel and is_whole:
         loss: Tensor = kernel.differentiate(logits_PV, targets_P, vocab_size, scale, z_loss)
         return loss
     total = torch.zeros((), dtype=torch.float64, device=logits_PV.device)
-    rows = len(targets_P) if logits_PV.is_cuda else ROWS
+    # Processes that share the vocabulary exchange a chunk's sums at once.
+    rows = ROWS if is_whole and not logits_PV.is_cuda else len(targets_P)
     for logits, targets in zip(logits_PV.split(rows), targets_P.split(rows), strict=True):
-        total += _rows_to_grad_(logits[:, :vocab_size], targets, scale, z_loss)
+        total += _rows_to_grad_(logits[:, :vocab_size], targets, part, scale, z_loss)
         logits[:, vocab_size:] = 0
     return total
 
 
-def _rows_to_grad_(logits_PV: Tensor, targets_P: Tensor, scale: float, z_loss: float) -> Tensor:
+def _rows_to_grad_(
+    logits_PV: Tensor, targets_P: Tensor, part: VocabPart, scale: float, z_loss: float
+) -> Tensor:
     """Replace logits without padding by their gradient, in torch; return ``scale * loss``.
 
     d(loss)/d(logits) = softmax * (1 + 2 z_loss log Z) - one_hot(target).
     """
     upcast = _upcast(logits_PV)  # the same tensor if float32 or float64
     row = torch.arange(len(targets_P), device=targets_P.device)
-    target, is_valid = targets_P.clamp(min=0), targets_P != IGNORE_INDEX
-    target_logit, max_logit = upcast[row, target], upcast.amax(-1)
-    exp_sum = upcast.sub_(max_logit[:, None]).exp_().sum(-1)
-    log_z = max_logit + exp_sum.log()
-    nats = log_z - target_logit + z_loss * log_z.square()
+    is_valid, (column, is_here) = targets_P != IGNORE_INDEX, part.columns(targets_P)
+    sums = part.exponentials_(upcast, upcast[row, column].where(is_here, 0))
     factor = is_valid.to(upcast.dtype) * scale
-    upcast.mul_((factor * (1 + 2 * z_loss * log_z) / exp_sum)[:, None])
-    upcast[row, target] -= factor
+    upcast.mul_((factor * (1 + 2 * z_loss * sums.log_z) / sums.exp_sum)[:, None])
+    upcast[row, column] -= factor * is_here
     if upcast is not logits_PV:
         logits_PV.copy_(upcast)
-    return nats.where(is_valid, 0).sum(dtype=torch.float64) * scale
+    return sums.nats(z_loss).where(is_valid, 0).sum(dtype=torch.float64) * scale
 
 
 @functools.cache

@@ -44,7 +44,12 @@ def compile_blocks(model: Llama, mode: str, recompute: str) -> bool:
         # To compute products in fp8 again takes more of the time that they save than it is worth.
         recompute = "cheap" if works and not uses_float8(model) else "none"
     if works:
-        torch._functorch.config.activation_memory_budget = CHEAP if recompute == "cheap" else 1.0
+        functorch = torch._functorch.config
+        functorch.activation_memory_budget = CHEAP if recompute == "cheap" else 1.0
+        if hasattr(functorch, "unsafe_treat_script_objects_as_zero_size"):  # torch 2.13
+            # The process groups of --tp are inputs of a block's graph. They hold no tensors, and
+            # the budget's arithmetic refuses to guess so.
+            functorch.unsafe_treat_script_objects_as_zero_size = True
         for layer in model.model.layers:
             # The forward method, not the module: the hooks of FSDP2 around it are not to be traced.
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)

@@ -6,7 +6,7 @@ that is refused could not have worked; one that is not may still be too large.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from llama_common.errors import InputError, flag_of
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     """How the processes of a run share it."""
 
     fsdp: int = 1  # processes that share weights, gradients and moments
-    tp: int = 1  # processes that share the matrices of blocks
+    tp: int = 1  # processes that share the matrices, and the positions between blocks
     data_size: int = 1  # processes, or groups of --tp, that share out the windows
     local: int = 1  # processes on one machine
 
@@ -81,19 +81,23 @@ def step_needs(config: RunConfig, layout: Layout) -> list[Need]:
     # bfloat16 weights have their lower bits beside them: 4 bytes in either precision.
     weights = _state(config.model, layout, 4, "weights")
     others = _state(config.model, layout, gradients + moments, "gradients and moments")
-    activations = [_activations(config, min(config.batch_size, n_windows))]
+    activations = [_activations(config, min(config.batch_size, n_windows), layout.tp)]
     return weights + max(others, activations, key=_total)
 
 
 def _state(config: ModelConfig, layout: Layout, width: int, kind: str) -> list[Need]:
     """Return the memory of ``width`` bytes for each parameter that a process holds, by part."""
-    elements = {
-        name: math.prod(shape) // (layout.fsdp * (layout.tp if len(shape) > 1 else 1))
-        for name, shape in block_shapes(config).items()
-    }
+
+    def elements_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        return {
+            name: math.prod(shape) // (layout.fsdp * (layout.tp if len(shape) > 1 else 1))
+            for name, shape in shapes.items()
+        }
+
+    elements = elements_of(block_shapes(config))
     feed_forward = sum(n for name, n in elements.items() if "mlp" in name)
     attention = sum(elements.values()) - feed_forward
-    around = sum(map(math.prod, outer_shapes(config).values())) // layout.fsdp
+    around = sum(elements_of(outer_shapes(config)).values())
     return [
         Need(width * around, kind, ("dim", "vocab_size")),
         Need(width * attention * config.n_layers, kind, ("dim", "n_heads", "head_dim", "n_layers")),
@@ -101,13 +105,14 @@ def _state(config: ModelConfig, layout: Layout, width: int, kind: str) -> list[N
     ]
 
 
-def _activations(config: RunConfig, rows: int) -> Need:
+def _activations(config: RunConfig, rows: int, tp: int = 1) -> Need:
     """Return the memory of a micro-batch's residual stream before each block and after the last.
 
-    Whatever else is computed again in the backward pass is computed from these.
+    ``tp`` processes share its positions. Whatever else is computed again in the backward pass is
+    computed from these.
     """
     model, width = config.model, 2 if config.dtype == "bfloat16" else 4
-    n = (model.n_layers + 1) * rows * model.max_seq_len * model.dim
+    n = (model.n_layers + 1) * rows * (model.max_seq_len // tp) * model.dim
     return Need(width * n, "activations", ("batch_size", "max_seq_len", "dim", "n_layers"))
 
 

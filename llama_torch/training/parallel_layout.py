@@ -79,6 +79,11 @@ def check_parallel_layout(config: RunConfig) -> None:
                 f"--tp {tp} does not divide {flag_of(name)} {getattr(config.model, name)}; choose "
                 "a common divisor"
             )
+    if -(-config.model.vocab_size // tp) * (tp - 1) >= config.model.vocab_size:
+        raise InputError(
+            f"--tp {tp} leaves its last process no row of --vocab-size {config.model.vocab_size}; "
+            "choose a smaller one"
+        )
     if config.batch_size * config.grad_accum % (world // tp):
         shared = f"{world // tp} processes" if tp == 1 else f"{world // tp} groups of --tp {tp}"
         raise InputError(

@@ -65,8 +65,11 @@ def test_a_job_begins_as_one_process_does(name: str) -> None:
         assert (mine / file).read_bytes() == (theirs / file).read_bytes()
 
 
-def test_one_process_resumes_what_a_job_began_without_the_directory(tmp_path: Path) -> None:
-    job = JOBS["shards"]
+@pytest.mark.parametrize("name", ["shards", "tensor parallelism"])
+def test_one_process_resumes_what_a_job_began_without_the_directory(
+    name: str, tmp_path: Path
+) -> None:
+    job = JOBS[name]
     assert job.done().returncode == 0
     out = tmp_path / "run"
     shutil.copytree(job.folder / "run", out)

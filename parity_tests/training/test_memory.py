@@ -162,12 +162,15 @@ def test_processes_share_what_they_shard() -> None:
     config = TrainConfig(LLAMA_7B, dtype="bfloat16", batch_size=8)
     whole, sharded = step_needs(config, Layout()), step_needs(config, Layout(4, 2, 4, 8))
     assert in_bytes(whole, "weights") == 4 * 6_738_415_616
-    # Matrices of blocks are cut in eight, the rest in four; shards' gradients are float32.
-    around = 2 * 32000 * 4096 + 65 * 4096
-    expected = 4 * ((6_738_415_616 - around) // 8 + around // 4)
+    # Matrices are cut in eight, the norms' weights in four; shards' gradients are float32.
+    norms = 65 * 4096
+    expected = 4 * ((6_738_415_616 - norms) // 8 + norms // 4)
     assert in_bytes(sharded, "weights") == expected
     assert in_bytes(sharded, "gradients and moments") == 3 * expected
     assert in_bytes(whole, "gradients and moments") == 10 * 6_738_415_616
+    many = dataclasses.replace(config, batch_size=512)
+    kept = [in_bytes(step_needs(many, Layout(1, tp)), "activations") for tp in (1, 2)]
+    assert kept[0] == 2 * kept[1] > 0
 
 
 def test_a_gpu_is_compared_with_its_own_memory() -> None:

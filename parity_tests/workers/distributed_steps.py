@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llama_torch.common.sharded_tensor import local_part
 from llama_torch.common.torchrun import exit_process
 from llama_torch.config import OptimConfig, ParallelConfig
 from llama_torch.distributed.job import job
@@ -42,7 +43,7 @@ class Layout(NamedTuple):
     steps: int = STEPS
 
 
-def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
+def train(layout: Layout, case: TrainingCase) -> tuple[Trained, dict[str, int]]:
     """Return the results of a layout's steps, and this process's elements of each parameter."""
     dtype, settings = getattr(torch, layout.dtype), optim_config(case.hyper)
     torch.set_default_dtype(torch.float32 if dtype == torch.bfloat16 else dtype)
@@ -66,7 +67,7 @@ def train(layout: Layout, case: TrainingCase) -> tuple[Trained, list[int]]:
         losses.append(loss.item())
         norms.append(norm.item())
     named = dict(model.named_parameters())
-    local_sizes = [(p.to_local() if isinstance(p, DTensor) else p).numel() for p in named.values()]
+    local_sizes = {name: local_part(p).numel() for name, p in named.items()}
     state = {n: optimizer.state[p] for n, p in named.items()}
     moments = ({n: whole(s[kind]) for n, s in state.items()} for kind in ("exp_avg", "exp_avg_sq"))
     return Trained(losses, norms, {n: whole(p) for n, p in named.items()}, *moments), local_sizes
