@@ -18,6 +18,7 @@ class SourceConfig:
     """Where a run's windows come from, whatever they hold."""
 
     paths: ClassVar[tuple[str, ...]] = ("data",)  # the fields that name files, folders and globs
+    hashed: ClassVar[str] = "the text of --data"  # what a resumed run must find unchanged
 
     data: tuple[str, ...] = ()
     """Files, folders or globs."""

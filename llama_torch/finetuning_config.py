@@ -19,6 +19,7 @@ class ConversationConfig(SourceConfig):
     """Where the conversations come from."""
 
     paths: ClassVar[tuple[str, ...]] = ("data", "val_data")
+    hashed: ClassVar[str] = "a text of --data or --val-data, or the run's own chat template,"
 
     data: tuple[str, ...] = ()
     """Files of conversations (.jsonl, also .gz or .zst; .parquet), folders or globs. A record holds

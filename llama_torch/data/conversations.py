@@ -23,6 +23,7 @@ SHAREGPT_ROLES = {
     **{"system": "system", "human": "user", "user": "user", "gpt": "assistant"},
     **{"assistant": "assistant", "tool": "tool", "observation": "tool"},
 }
+MESSAGE_KEYS = ("role", "content", "from", "value")  # of a message, in one form or another
 # Role -> the roles that may follow it; "" is the beginning.
 NEXT: Mapping[str, tuple[str, ...]] = {
     "": ("system", "user"),
@@ -93,6 +94,11 @@ def as_messages(given: Any, role_key: str, text_key: str, place: str) -> list[Me
         if not isinstance(item, dict):
             raise InputError(f"{where} is no object with {role_key!r} and {text_key!r}; correct it")
         unknown = [k for k, v in item.items() if k not in (role_key, text_key) and v is not None]
+        if other := [key for key in unknown if key in MESSAGE_KEYS]:
+            raise InputError(
+                f"{where}: {' and '.join(map(repr, other))} are the keys of another form; here "
+                f"they are {role_key!r} and {text_key!r}: rename them"
+            )
         if unknown:
             raise InputError(
                 f"{where}: key {unknown[0]!r} is not known, and what it changes would be lost; "

@@ -44,7 +44,7 @@ def answer_segments(template: ChatTemplate, messages: Sequence[Message]) -> list
         answered = whole if is_last else template.encode(messages[: i + 1], prompts=False)
         # Some templates put a token after the last message alone, behind the answer's own end.
         stop = _common(answered, whole)
-        end = start + _length(template, number, whole[start:stop], stop == len(answered))
+        end = start + _length(template, number, whole[start:stop], answered[stop:])
         segments += [Segment(whole[done:start], False), Segment(whole[start:end], True)]
         done = end
     return [*segments, Segment(whole[done:], False)] if done < len(whole) else segments
@@ -56,18 +56,18 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _length(template: ChatTemplate, number: int, ids: Sequence[int], is_kept: bool) -> int:
+def _length(template: ChatTemplate, number: int, ids: Sequence[int], rest: Sequence[int]) -> int:
     """Return the number of tokens of an answer that ``ids`` begin with, its end token included.
 
-    The end token is the last special one; only white space may follow it. ``is_kept`` says whether
-    the template writes the answer in the same way once more messages follow.
+    The end token is the last special one; only white space may follow it. ``rest`` is what the
+    template writes behind ``ids`` only while no message follows the answer; if that holds text,
+    the answer is written otherwise once one does.
     """
     tokenizer = template.tokenizer
     ends = {id_ for name, id_ in tokenizer.special.items() if name not in tokenizer.ordinary}
     last = max((i for i, id_ in enumerate(ids) if id_ in ends), default=-1)
-    if ids and last >= 0 and not tokenizer.decode(ids[last + 1 :]).strip():
-        return last + 1
-    if not is_kept:
+    is_ended = last >= 0 and not tokenizer.decode(ids[last + 1 :]).strip()
+    if tokenizer.decode(rest).strip() or (rest and not is_ended):
         raise InputError(
             f"{template.origin}: writes answer {number} otherwise once messages follow it, so that "
             "it cannot be learnt as it is generated; give each answer a conversation of its own, "
@@ -76,8 +76,10 @@ def _length(template: ChatTemplate, number: int, ids: Sequence[int], is_kept: bo
     if not tokenizer.decode(ids).strip():
         raise InputError(
             f"{template.origin}: writes nothing for answer {number}, so that there is nothing to "
-            "learn; choose another --template"
+            "learn; choose another --template, which writes message['content']"
         )
+    if is_ended:
+        return last + 1
     raise InputError(
         f"{template.origin}: ends answer {number} with {_tail(tokenizer, ids)!r} and no special "
         "token, so that a model would never learn to stop; let it write {{ eos_token }} there, or "

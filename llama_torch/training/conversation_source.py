@@ -20,6 +20,7 @@ from .conversation_loading import Loaded, load_conversations
 from .labels import PackedWindows, packed_batch
 from .origin import Origin
 from .prompt import Prompt
+from .run_length import describe_length
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,13 @@ class ConversationSource:
         """Return lines on numbers of conversations, tokens and windows, and what is learnt."""
         config, (train, val) = self.config, self.loaded[:2]
         n, learnt, windows = len(train.tokens), train.n_learnt, len(self.windows)
-        rows, steps = config.windows_per_step, self.steps
+        rows = config.windows_per_step
+        length = describe_length(config.epochs, windows, self.steps, rows)
         lines = [
             f"{', '.join(config.data.data)}: {len(train):,} conversations, {len(val):,} held out; "
             f"{n:,} tokens, of which {learnt:,} are learnt ({learnt / n:.1%})",
             f"{windows:,} windows of {config.model.max_seq_len:,} tokens, {self.windows.fill:.1%} "
-            f"full; {config.epochs} epochs in {steps} step{'s' * (steps > 1)} of {rows} windows"
+            f"full; {length} windows"
             + (": a smaller --grad-accum makes more" if self.n_in_epochs < 2 * rows else ""),
         ]
         return [*lines, *self.loaded.lines]

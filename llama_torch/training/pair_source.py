@@ -27,6 +27,7 @@ from .origin import Origin
 from .pair_loading import LoadedPairs, Pairs, count_strengths, load_pairs
 from .pair_objective import Column
 from .prompt import Prompt
+from .run_length import describe_length
 
 SHAPES = 8  # widths of micro-batches, at most: torch.compile compiles a block for each
 NAMED = 16  # pairs of a bad training step that its error names
@@ -109,15 +110,15 @@ class PairSource:
     def describe(self) -> Sequence[str]:
         """Return lines on numbers of pairs and tokens, and where scores are read."""
         config, (train, val) = self.config, self.loaded[:2]
-        rows, steps, epochs = config.windows_per_step, self.steps, config.epochs
+        rows = config.windows_per_step
+        length = describe_length(config.epochs, len(self.windows), self.steps, rows)
         few = ": a smaller --grad-accum makes more" if self.n_in_epochs < 2 * rows else ""
         return [
             f"{', '.join(config.data.data)}: {len(train.places):,} pairs, {len(val.places):,} "
             f"held out; conversations of {train.lengths.min():,} to {train.lengths.max():,} "
             f"tokens, {train.lengths.mean():,.0f} on average",
             f"of them {count_strengths(train)}",
-            f"{epochs} epoch{'s' * (epochs > 1)} in {steps} step{'s' * (steps > 1)} of {rows} "
-            f"pairs{few}",
+            f"{length} pairs{few}",
             *self.loaded.lines,
         ]
 

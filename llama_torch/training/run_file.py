@@ -108,7 +108,7 @@ def check_resume_config(config: RunConfig, data_key: str | None = None) -> None:
     if data_key is not None and record.data_key != data_key:
         began, here = record.directory, os.getcwd()
         where = f" (this is {here}; it began in {began})" if began not in ("", here) else ""
-        differing.append(f"the text of --data has changed{where}")
+        differing.append(f"{config.data.hashed} has changed{where}")
     if differing:
         raise InputError(
             f"--resume: {config.out} belongs to another config: {'; '.join(differing)}; drop these "

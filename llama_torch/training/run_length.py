@@ -43,6 +43,16 @@ def require_steps_left(record: RunRecord, steps: int, done: int) -> None:
         )
 
 
+def describe_length(epochs: int, n_windows: int, steps: int, rows: int) -> str:
+    """Return the epochs and steps of a run that reads ``rows`` of ``n_windows`` windows a step.
+
+    ``epochs`` are those of --epochs, of which --steps may make more or less.
+    """
+    is_whole = steps == -(-epochs * n_windows // rows)
+    times = f"{epochs:,}" if is_whole else f"{steps * rows / n_windows:,.2f}"
+    return f"{times} epoch{'s' * (times != '1')} in {steps:,} step{'s' * (steps > 1)} of {rows:,}"
+
+
 def record_length(config: RunConfig, done: int) -> int:
     """Write a changed number of steps to run.json; return the number that it held before.
 

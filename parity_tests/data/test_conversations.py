@@ -95,6 +95,15 @@ REFUSED: list[tuple[Any, str]] = [
         {"messages": [ASKED, ANSWERED | {"tool_calls": [1]}]},
         ": message 2: key 'tool_calls' is not known, and what it changes would be lost; remove it",
     ),
+    (
+        {"conversations": [ASKED, ANSWERED]},
+        ": message 1: 'role' and 'content' are the keys of another form; here they are 'from' and "
+        "'value': rename them",
+    ),
+    (
+        {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        ": message 1: 'from' and 'value' are the keys of another form; here they are 'role' and ",
+    ),
     ({"messages": [ASKED | {"role": "bot"}]}, ": message 1: role is 'bot', not one of system, "),
     ({"messages": [ASKED | {"role": ["user"]}]}, ": message 1: role is ['user'], not one of "),
     ({"conversations": [{"from": "bing", "value": "a"}]}, ": message 1: from is 'bing', not one "),

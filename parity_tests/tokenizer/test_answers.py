@@ -142,6 +142,26 @@ REFUSED = {
         SAID,
         "writes answer 1 otherwise once messages follow it",
     ),
+    "text behind a special token in the last answer alone": (
+        "{% for m in messages %}{{ '<|head|>' + m['role'] + '\\n' + m['content'] + '<|/head|>' }}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ 'why' }}{% endif %}{{ '<|end|>' }}"
+        "{% endfor %}" + OPENED,
+        SAID,
+        "writes answer 1 otherwise once messages follow it",
+    ),
+    "thoughts that are left out later": (
+        "{% for m in messages %}{{ '<|head|>' + m['role'] + '\\n' }}"
+        "{% if m['role'] == 'assistant' %}{{ '<|/head|>' }}{% if loop.last %}"
+        "{{ 'thought<|begin|>' }}{% endif %}{% endif %}{{ m['content'] + '<|end|>' }}"
+        "{% endfor %}" + OPENED,
+        SAID,
+        "writes answer 1 otherwise once messages follow it",
+    ),
+    "another key of a message": (
+        EACH.replace("m['content'] + END", "(m['value'] or '') + '<|end|>'"),
+        SAID,
+        "writes nothing for answer 1, so that there is nothing to learn; choose another",
+    ),
     "white space that joins the answer": (
         EACH.replace("END", "'<|end|>\\n'").replace("\\n' + m", ": ' + m")
         .replace("assistant\\n'", "assistant: '"),

@@ -1,6 +1,7 @@
 """Fine-tuning runs: the trainer's own, on the answers of conversations."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 
 def test_epochs_are_whole_and_a_longer_run_goes_on(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     record = json.loads((whole / "run.json").read_text())
     steps = record["settings"]["steps"]
@@ -176,6 +180,8 @@ def test_epochs_are_whole_and_a_longer_run_goes_on(
     )
     assert sft.main(["--resume", "--out", str(out), "--steps", str(steps + 2)]) == 0
     assert windows == [4, 4]
+    n_windows = int(re.findall(r"(\d+) windows of 64", said := capsys.readouterr().out)[-1])
+    assert f"; {(steps + 2) * 4 / n_windows:.2f} epochs in {steps + 2} steps of 4 windows" in said
 
 
 def _rows(batch: Any) -> int:
@@ -183,7 +189,7 @@ def _rows(batch: Any) -> int:
 
 
 def test_another_commands_run_is_not_resumed(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(["--resume", "--out", str(whole)]) == 2
     expected = f"continue it with python -m llama_torch.sft --resume --out {whole}"
@@ -195,6 +201,8 @@ def test_another_commands_run_is_not_resumed(
         content = {k: v for k, v in (record | {"task": task}).items() if k != "sha256"}
         (out / "run.json").write_text(json.dumps(content))
         assert message in refused(["--resume", "--out", str(out)], capsys)
+    said = refused(["--resume", "--out", str(whole), "--val-data", str(data)], capsys)
+    assert "another config: a text of --data or --val-data, or the run's own chat template" in said
     said = refused(["--resume", "--out", str(whole), "--epochs", "5"], capsys)
     assert "--epochs is 2 there and 5 here" in said
 
