@@ -29,9 +29,20 @@ from typing import ClassVar, Literal
 from llama_common import cli
 from llama_common.errors import InputError, check
 
-ON_CPU = ("train", "decode", "prefill", "numpy-prefill", "numpy-decode")
+ON_CPU = ("train", "decode", "bfloat16", "prefill", "batch8", "numpy-prefill", "numpy-decode")
 ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")
-Work = Literal["train", "decode", "prefill", "batch32", "int8", "numpy-prefill", "numpy-decode"]
+Work = Literal[
+    "train",
+    "decode",
+    "bfloat16",
+    "prefill",
+    "batch8",
+    "batch32",
+    "int8",
+    "numpy-prefill",
+    "numpy-decode",
+]
+MOST_THREADS = 1024
 MOST_TOKENS = 8192  # decoded after a prompt; more takes hours
 MOST_REPEATS = 100_000  # more takes days
 
@@ -59,16 +70,19 @@ class BenchConfig:
     for a peer too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; NumPy's works stay on the CPU."""
+    threads: int = 0
+    """Threads of every side on the CPU; 0 = torch's own number, one for each core."""
     compiled_peer: bool = False
     """Decode with transformers' static cache, compiled, too: minutes more (CUDA)."""
     json: bool = False
     """Print the rows as JSON, instead of the table."""
 
     def __post_init__(self) -> None:
-        for name, least in (("repeats", 1), ("batch_size", 0), ("new_tokens", 2)):
+        for name, least in (("repeats", 1), ("batch_size", 0), ("new_tokens", 2), ("threads", 0)):
             value = getattr(self, name)
             check(value >= least, name, value, f"must be at least {least}")
-        for name, most in (("repeats", MOST_REPEATS), ("new_tokens", MOST_TOKENS)):
+        mosts = ("repeats", MOST_REPEATS), ("new_tokens", MOST_TOKENS), ("threads", MOST_THREADS)
+        for name, most in mosts:
             value = getattr(self, name)
             check(value <= most, name, value, f"must be at most {most}")
 
@@ -84,6 +98,7 @@ def _main(argv: Sequence[str]) -> int:
 
 def _measure(config: BenchConfig) -> int:
     # These import torch, which takes seconds: a wrong flag is told before.
+    import torch
     from rich.console import Console
 
     from llama_torch.common.device import pick_device
@@ -93,6 +108,8 @@ def _measure(config: BenchConfig) -> int:
     from tools.benchmarks.works import WORKS
 
     device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if config.compiled_peer and device.type != "cuda":
         raise InputError("--compiled-peer: transformers compiles on CUDA alone; leave it out")
     works = config.works or (ON_CUDA if device.type == "cuda" else ON_CPU)

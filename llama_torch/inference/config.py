@@ -9,7 +9,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 Quantize = Literal["none", "int8"]
 
-Decoding = Literal["auto", "eager", "numpy", "graph", "compiled", "kernels"]
+Decoding = Literal["auto", "eager", "native", "numpy", "graph", "compiled", "kernels"]
 
 PREFILL_CHUNK = 512
 

@@ -2,7 +2,8 @@
 
 mode      step                    computes a token's logits with
 eager     EagerStep               the model: any device, any number of rows.
-numpy     NumpyStep               NumPy, whose matrix-vector products are quicker: one row, CPU.
+native    NativeStep              C, compiled on this machine: up to 32 rows, CPU.
+numpy     NumpyStep               NumPy: one row, CPU, where there is no compiler.
 graph     GraphStep(TorchForward) the model on every cache column, captured in a CUDA graph.
 compiled  GraphStep(TorchForward) the same after torch.compile: seconds, cached on disk.
 kernels   GraphStep(TritonStep for one row, TritonBatchStep for 2 to 64): Triton, in a CUDA graph.
@@ -22,8 +23,10 @@ from llama_common.errors import InputError
 from ..model.kv_cache import StaticCache
 from ..model.llama import Llama
 from .config import Decoding
+from .cpu_choice import decoding_mode, prompt_products
 from .cuda_graph import GraphStore
 from .eager_step import EagerStep
+from .native_step import MAX_ROWS, NativeStep
 from .numpy_step import NumpyStep
 
 CAPTURED_MODES = ("graph", "compiled", "kernels")  # modes that replay a CUDA graph
@@ -84,7 +87,11 @@ def make_step(
         return (graphs or GraphStore(model)).take(rows, cache_size, mode, tokens_per_step)
     weight = model.model.embed_tokens.weight
     cache = StaticCache(model.config, rows, cache_size, weight.dtype, weight.device)
-    return NumpyStep(model, cache) if mode == "numpy" else EagerStep(model, cache)
+    if mode == "native":
+        return NativeStep(model, cache)
+    if mode == "numpy":
+        return NumpyStep(model, cache)
+    return EagerStep(model, cache, prompt_products(model, decoding))
 
 
 def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> Decoding:
@@ -96,17 +103,16 @@ def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> D
         return decoding
     weight = model.model.embed_tokens.weight
     on_gpu = weight.device.type == "cuda"
+    if decoding == "auto" and not on_gpu:
+        # The prompt's own pass gives the first token.
+        return decoding_mode(model, rows) if n_tokens > 1 else "eager"
     has_kernels = on_gpu and rows <= MAX_KERNEL_BATCH and _has_kernels()
     # Without tensor cores for the weights' precision (16 bits, from Ampere on), Triton's products
     # of several rows are slower than torch's.
     has_tensor_cores = (
         weight.itemsize == 2 and on_gpu and torch.cuda.get_device_capability(weight.device) >= (8,)
     )
-    has_numpy = rows == 1 and NumpyStep.supports(model)
     if decoding == "auto":
-        if not on_gpu:
-            # NumPy's products use one thread: with more than two, torch's are quicker.
-            return "numpy" if has_numpy and torch.get_num_threads() <= 2 else "eager"
         if n_tokens < MIN_GRAPH_TOKENS:
             return "eager"
         return "kernels" if has_kernels and (rows == 1 or has_tensor_cores) else "graph"
@@ -117,7 +123,12 @@ def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> D
             f"--decoding kernels is for at most {MAX_KERNEL_BATCH} prompts and needs an NVIDIA GPU "
             f"and triton {'.'.join(map(str, MIN_TRITON_VERSION))}; use graph"
         )
-    if decoding == "numpy" and not has_numpy:
+    if decoding == "native" and not NativeStep.supports(model, rows):
+        raise InputError(
+            f"--decoding native is for at most {MAX_ROWS} prompts on the CPU in float32, float64 "
+            "or bfloat16, and needs a C compiler with OpenMP; use eager"
+        )
+    if decoding == "numpy" and not (rows == 1 and NumpyStep.supports(model)):
         raise InputError(
             "--decoding numpy is for one prompt on the CPU in float32 or float64; use eager"
         )

@@ -4,26 +4,30 @@ Suffixes: B row, T query position, S key position (cache column), D dim, V vocab
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from ..model.cpu_linear import with_products
 from ..model.kv_cache import StaticCache
-from ..model.llama import Llama
+from ..model.llama import Llama, Products, linear_products
 from ..model.masks import left_padded_causal_mask
 
 
 class EagerStep:
     """The model's forward pass on the columns written so far: a DecodeStep for any batch.
 
-    Prefill uses it in every mode: captured steps have a fixed number of tokens, and NumpyStep
-    takes one at a time.
+    Prefill uses it in every mode: captured steps have a fixed number of tokens, NumpyStep
+    and NativeStep take one at a time. ``products`` computes the blocks' matrix products.
     """
 
     is_captured = False
 
-    def __init__(self, model: Llama, cache: StaticCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(
+        self, model: Llama, cache: StaticCache, products: Products = linear_products
+    ) -> None:
+        self.model, self.cache, self.products = model, cache, products
         self.padding: Sequence[int] = ()
 
     def begin(self, padding: Sequence[int]) -> None:
@@ -53,9 +57,11 @@ class EagerStep:
 
     def _hidden(self, tokens_BT: Tensor) -> Tensor:
         positions_BT, mask_BTS = self._positions_and_mask(tokens_BT.shape[1])
-        hidden_BTD, _ = self.model.model(
-            tokens_BT, positions=positions_BT, mask=mask_BTS, cache=self.cache
-        )
+        own = self.products is linear_products
+        with nullcontext() if own else with_products(self.model, self.products):
+            hidden_BTD, _ = self.model.model(
+                tokens_BT, positions=positions_BT, mask=mask_BTS, cache=self.cache
+            )
         return hidden_BTD
 
     def _positions_and_mask(self, n_tokens: int) -> tuple[Tensor | None, Tensor | None]:

@@ -1,9 +1,9 @@
 """Generation: prefill the prompts, then sample a token of each row and decode it, in turn.
 
-Prompts of unequal length are continued together, padded on the left. The padding does not change
-the result: a row's positions count its own tokens, and its mask hides the padding
-(model/masks.py). decoding.py chooses how a token is decoded; ``finish_reason`` decides when a row
-ends. Suffixes: B row, T position, V vocabulary.
+Prompts of unequal length are continued together, padded on the left, which does not change the
+result: a row's positions count its own tokens, and its mask hides the padding (model/masks.py).
+decoding.py chooses how a token is decoded; ``finish_reason`` decides when a row ends.
+Suffixes: B row, T position, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,6 +17,7 @@ from llama_common.errors import InputError
 
 from ..model.llama import Llama
 from .config import PREFILL_CHUNK, Decoding, SamplingConfig, check_chunk
+from .cpu_choice import prompt_products
 from .cuda_graph import GraphStore
 from .decoding import DecodeStep, make_step
 from .eager_step import EagerStep
@@ -68,8 +69,8 @@ class Row:
 class DecodeBatch:
     """Sequences decoded together; each gets the tokens that it gets alone.
 
-    Call ``prefill`` once; then ``sample``, which returns a token of each unfinished row, and
-    ``decode_one_token``, which takes the rows that have ended, in turn; ``close`` at the end.
+    Call ``prefill`` once; then ``sample`` (a token of each unfinished row) and
+    ``decode_one_token`` (of the rows that have not ended), in turn; ``close`` at the end.
 
     ``settings`` has an entry for each of the ``prompts``, which are token ids. ``prefill_chunk``
     is the number of prompt columns in one forward pass, ``decoding`` the mode (see decoding.py),
@@ -113,6 +114,7 @@ class DecodeBatch:
         self.step = step or make_step(
             model, len(prompts), longest + n_tokens, n_tokens, decoding, graphs
         )
+        self.products = prompt_products(model, decoding)
 
     @property
     def unfinished(self) -> list[int]:
@@ -125,7 +127,7 @@ class DecodeBatch:
         padding = [row.padding for row in self.rows]
         rows = zip(padding, self.prompts, strict=True)
         tokens_BT = torch.tensor([[0] * n + list(p) for n, p in rows], device=self.device)
-        eager = EagerStep(self.model, self.step.cache)  # in every mode; see there
+        eager = EagerStep(self.model, self.step.cache, self.products)  # in every mode; see there
         eager.begin(padding)
         # Padding is on the left: the last column is the last token of every row.
         self.logits_BV = eager.prefill(tokens_BT, self.prefill_chunk)
@@ -160,10 +162,8 @@ class DecodeBatch:
         for row in self.rows:
             row.remaining -= 1
         results = torch.cat([ids_B, is_finite[None]])
-        if self.step.is_captured and not self._wants_logprobs():
-            ids = self._read_ahead(results)
-        else:
-            ids = results.tolist()
+        reads_ahead = self.step.is_captured and not self._wants_logprobs()
+        ids = self._read_ahead(results) if reads_ahead else results.tolist()
         if not ids.pop():
             half = "float16 overflows from 65,504 on: try another --dtype, or "
             advice = half if self.logits_BV.dtype == torch.float16 else ""

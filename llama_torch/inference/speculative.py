@@ -18,10 +18,12 @@ from llama_common.errors import InputError
 from ..model.kv_cache import StaticCache
 from ..model.llama import Llama
 from .config import PREFILL_CHUNK, Decoding, SamplingConfig
+from .cpu_choice import prompt_products
 from .cuda_graph import GraphStep, GraphStore
 from .decoding import choose_mode, make_step
 from .eager_step import EagerStep
 from .engine import DecodeBatch, new_token_limit, require_fitting
+from .native_step import NativeStep
 from .numpy_step import NumpyStep
 
 
@@ -48,17 +50,20 @@ def speculative_batch(
         )
     require_fitting(model, prompt)
     n_tokens = new_token_limit(model, prompt, settings)
-    # Kernels and NumPy decode one token at a time, and so cannot verify several.
-    if decoding in ("kernels", "numpy"):
+    # Kernels, C and NumPy decode one token at a time, and so cannot verify several.
+    if decoding in ("kernels", "native", "numpy"):
         raise InputError(
             f"--decoding {decoding} cannot verify draft tokens; leave it or --draft out"
         )
+    products = prompt_products(model, decoding)
     if decoding == "auto":
         mode = choose_mode("auto", model, rows=1, n_tokens=n_tokens)
         decoding = "graph" if mode in ("kernels", "graph") else "eager"
     cache_size = len(prompt) + n_tokens
     target = make_step(model, 1, cache_size, n_tokens, decoding, graphs, n_draft_tokens + 1)
     assert isinstance(target, EagerStep | GraphStep)
+    if isinstance(target, EagerStep):
+        target.products = products
     draft_model = DraftModel(draft, target.cache.size, prefill_chunk)
     step = SpeculativeStep(target, draft_model, prompt, n_tokens, n_draft_tokens)
     return DecodeBatch(model, [prompt], [settings], prefill_chunk, step=step)
@@ -127,9 +132,11 @@ class DraftModel:
         weight = model.model.embed_tokens.weight
         self.model, self.prefill_chunk = model, prefill_chunk
         self.cache = StaticCache(model.config, 1, size, weight.dtype, weight.device)
-        self.eager = EagerStep(model, self.cache)
-        has_numpy = choose_mode("auto", model, rows=1, n_tokens=1) == "numpy"
-        self.numpy_step = NumpyStep(model, self.cache) if has_numpy else None
+        self.eager = EagerStep(model, self.cache, prompt_products(model))
+        mode = choose_mode("auto", model, rows=1, n_tokens=2)  # of the steps after the first
+        self.step: NativeStep | NumpyStep | None = None
+        if mode in ("native", "numpy"):
+            self.step = (NativeStep if mode == "native" else NumpyStep)(model, self.cache)
 
     def propose(self, token_ids: Sequence[int], count: int) -> list[int]:
         """Return ``count`` token ids after ``token_ids``, or as many as the draft's context holds.
@@ -149,6 +156,6 @@ class DraftModel:
     def _logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the logits [V] after ``tokens``, which follow the tokens in the cache."""
         row_BT = torch.tensor([tokens], device=self.cache.keys.device)
-        if self.numpy_step and len(tokens) == 1:
-            return self.numpy_step.decode(row_BT[0])[0]
+        if self.step and len(tokens) == 1:
+            return self.step.decode(row_BT[0])[0]
         return self.eager.prefill(row_BT, self.prefill_chunk)[0]

@@ -14,9 +14,11 @@ import torch
 
 from llama_torch.inference.config import Decoding
 from llama_torch.inference.cuda_graph import GraphStep
+from llama_torch.inference.native_step import NativeStep
 from llama_torch.inference.numpy_step import NumpyStep
 from llama_torch.inference.quantization import dequantize, quantize
 from llama_torch.inference.step_inputs import StepInputs
+from llama_torch.model.cpu_linear import onednn_products, parts_with_products
 from llama_torch.model.kv_cache import StaticCache
 from llama_torch.model.llama import Llama
 from reference_np.backend import Array, Params
@@ -60,6 +62,16 @@ class Static(Torch):
             new_cache.values[..., :length, :] = cache.values[..., :length, :]
             new_cache.length = length
         return new_cache
+
+
+class OneDnn(Static):
+    """The model with its blocks' products by oneDNN, as prompts may run on a CPU."""
+
+    def _model(self, config: LlamaConfig, params: Params) -> Llama:
+        model = super()._model(config, params)
+        for part in parts_with_products(model):
+            part.products = onednn_products
+        return model
 
 
 class Stepwise(Static):
@@ -115,6 +127,23 @@ class Numpy(Stepwise):
             step = NumpyStep(model, _row(new_cache, i))
             rows.append(torch.cat([step.decode(token) for token in torch.from_numpy(row).split(1)]))
         return torch.stack(rows)
+
+
+class Native(Stepwise):
+    """Decoding in compiled C, all rows at once, each behind its columns of padding."""
+
+    limits = Limits(masks="left padding", positions="consecutive")
+
+    def _steps(
+        self, model: Llama, new_cache: StaticCache, tokens: Array, positions: Array, mask: Array
+    ) -> torch.Tensor:
+        step = NativeStep(model, new_cache)
+        padding = _left_padding(new_cache, mask)
+        step.begin(padding.tolist())
+        columns = np.arange(mask.shape[2])[new_cache.length :]
+        if (positions != (columns - padding[:, None]).clip(min=0)).any():
+            raise NotImplementedError("positions follow the padding")
+        return torch.stack([step.decode(each) for each in torch.from_numpy(tokens.T)], dim=1)
 
 
 class Kernels(Stepwise):
@@ -178,12 +207,7 @@ class Graph(Stepwise):
     def _steps(
         self, model: Llama, new_cache: StaticCache, tokens: Array, positions: Array, mask: Array
     ) -> torch.Tensor:
-        columns = np.arange(mask.shape[2])
-        own = columns == columns[new_cache.length :, None]
-        pads = (mask | own).argmax(2).min(1)  # the first column that any query sees
-        behind = (columns <= columns[new_cache.length :, None]) & (columns >= pads[:, None, None])
-        if ((behind | own) != mask).any():
-            raise NotImplementedError("a graph's mask is causal, with padding on the left")
+        pads = _left_padding(new_cache, mask)
         logging.getLogger("llama_torch.inference.cuda_graph").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler advises other precisions
@@ -208,6 +232,17 @@ def _row(new_cache: StaticCache, i: int) -> Any:
     return SimpleNamespace(keys=keys, values=values, size=new_cache.size, length=new_cache.length)
 
 
+def _left_padding(new_cache: StaticCache, mask: Array) -> Array:
+    """Return each row's columns of padding, int64 [B], which are on the left of a causal mask."""
+    columns = np.arange(mask.shape[2])
+    own = columns == columns[new_cache.length :, None]
+    pads: Array = (mask | own).argmax(2).min(1)  # the first column that any query sees
+    behind = (columns <= columns[new_cache.length :, None]) & (columns >= pads[:, None, None])
+    if ((behind | own) != mask).any():
+        raise NotImplementedError("the mask is causal, with padding on the left")
+    return pads
+
+
 def _require_consecutive(
     new_cache: StaticCache, tokens: Array, positions: Array, mask: Array
 ) -> None:
@@ -221,8 +256,10 @@ def _require_consecutive(
 _SOME: Mapping[str, Any] = {"example_fraction": 0.3}
 FLOATS: Sequence[str] = ("float64", "float32")
 static = Static(**_SOME)
+onednn = OneDnn(dtypes=("float32",), **_SOME)
 int8 = Static(int8=True, **_SOME)
 numpy_step = Numpy(dtypes=FLOATS, **_SOME)
+native_step = Native(dtypes=(*FLOATS, "bfloat16"), **_SOME)
 cuda_static = Static("cuda", **_SOME)
 cuda_kernels = Kernels("cuda", dtypes=(*FLOATS, *HALVES), example_fraction=0.05)
 cuda_kernels_int8 = Kernels("cuda", int8=True, example_fraction=0.05)

@@ -201,7 +201,7 @@ def test_a_broken_model_says_so(small: Llama) -> None:
 
 def test_positions_count_a_rows_own_tokens(small: Llama) -> None:
     """Rotations are relative, so that no output would show a row's positions shifted."""
-    batch = DecodeBatch(small, [[1, 2, 3], [4]], [GREEDY, GREEDY])
+    batch = DecodeBatch(small, [[1, 2, 3], [4]], [GREEDY, GREEDY], decoding="eager")
     batch.prefill()
     assert isinstance(batch.step, EagerStep)
     positions, mask = batch.step._positions_and_mask(2)

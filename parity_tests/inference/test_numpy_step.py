@@ -1,4 +1,4 @@
-"""NumpyStep is held to the oracle, as every backend is: its logits and its cache."""
+"""The CPU's decoding steps are held to the oracle, as every backend is: logits and cache."""
 
 import itertools
 from typing import Any
@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llama_torch.inference import numpy_step
+from llama_torch.inference import native_library, numpy_step
+from llama_torch.inference.native_step import MAX_ROWS, NativeStep
 from llama_torch.inference.numpy_step import NumpyStep
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.kv_cache import StaticCache
@@ -27,11 +28,21 @@ pytestmark = pytest.mark.numeric
 SPARE_COLUMNS = 2  # columns of the cache after the last token
 
 
-class NumpyStepBackend:
-    """Backend that decodes a single token with NumpyStep, and several with the torch model."""
+NATIVE = pytest.param(
+    NativeStep,
+    marks=pytest.mark.skipif(
+        native_library.load(torch.float32) is None, reason="no C compiler with OpenMP here"
+    ),
+)
+STEPS = (NumpyStep, NATIVE)
+Kind = type[NumpyStep | NativeStep]
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+
+class StepBackend:
+    """Backend that decodes a single token with a step, and several with the torch model."""
+
+    def __init__(self, kind: Kind, size: int) -> None:
+        self.kind, self.size = kind, size
 
     @torch.inference_mode()
     def decode(
@@ -45,14 +56,14 @@ class NumpyStepBackend:
         if tokens.shape[1] > 1:
             logits, cache = model(torch.from_numpy(tokens), cache=cache)
             return logits.numpy(), cache
-        assert NumpyStep.supports(model)
-        return NumpyStep(model, cache).decode(torch.from_numpy(tokens[0]))[None].numpy(), cache
+        return self.kind(model, cache).decode(torch.from_numpy(tokens[0]))[None].numpy(), cache
 
 
+@pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @given(data=st.data())
 @settings(max_examples=40)
-def test_steps_after_a_prefill_are_the_oracles(dtype: str, data: st.DataObject) -> None:
+def test_steps_after_a_prefill_are_the_oracles(kind: Kind, dtype: str, data: st.DataObject) -> None:
     case = data.draw(unmasked_cases_for(dtype), label="case")
     tokens = case.tokens[:1]
     length = tokens.shape[1]
@@ -80,17 +91,18 @@ def test_steps_after_a_prefill_are_the_oracles(dtype: str, data: st.DataObject) 
             return outputs
 
         exact = run(Oracle(), {name: value.astype(np.float64) for name, value in low.items()})
-        backend = NumpyStepBackend(length + SPARE_COLUMNS)
+        backend = StepBackend(kind, length + SPARE_COLUMNS)
         Judge().compare(backend, dtype, run, exact, rms_only=dtype == "float32")
 
 
-def test_a_step_returns_new_logits_and_writes_nothing_but_its_column() -> None:
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_returns_new_logits_and_writes_nothing_but_its_column(kind: Kind) -> None:
     config = ModelConfig(dim=12, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=8, vocab_size=9)
     model = Llama(config)
     model.init_weights(torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cache = StaticCache(config, 1, 3)
-    step = NumpyStep(model, cache)
+    step = kind(model, cache)
     first = step.decode(torch.tensor([4]))
     kept, keys = first.clone(), cache.keys[..., :1, :].clone()
     second = step.decode(torch.tensor([5]))
@@ -116,3 +128,45 @@ def test_the_models_that_a_step_supports() -> None:
     other = Llama(config)
     other.model.layers[0].mlp.up_proj = Quantized(12, 8, bias=False)
     assert not NumpyStep.supports(other)
+
+
+@pytest.mark.skipif(native_library.load(torch.float32) is None, reason="no C compiler here")
+def test_the_models_that_the_compiled_step_supports() -> None:
+    config = ModelConfig(dim=12, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=8, vocab_size=9)
+    model = Llama(config)
+    assert NativeStep.supports(model, MAX_ROWS)
+    assert not NativeStep.supports(model, MAX_ROWS + 1)
+    assert NativeStep.supports(Llama(config).double(), 1)
+    assert NativeStep.supports(Llama(config).bfloat16(), 1)
+    assert not NativeStep.supports(Llama(config).half(), 1)
+    assert not NativeStep.supports(Llama(config).to("meta"), 1)
+    model.model.norm = model.model.norm.bfloat16()
+    assert not NativeStep.supports(model, 1)
+
+
+@pytest.mark.skipif(native_library.load(torch.float32) is None, reason="no C compiler here")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each row gets what it gets alone, whatever its padding and the others."""
+    config = ModelConfig(dim=72, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=50, vocab_size=99)
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.to(dtype)
+    padding, tokens = [0, 2, 1, 3, 0, 0, 5, 1, 1, 0, 4], torch.arange(11)
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        cache = StaticCache(config, 11, 9, dtype)
+        step = NativeStep(model, cache)
+        step.begin(padding)
+        found.append(torch.stack([step.decode(tokens + 11 * i) for i in range(8)]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    for row, pads in enumerate(padding):
+        alone = NativeStep(model, StaticCache(config, 1, 9, dtype))
+        for i in range(pads, 8):
+            mine = alone.decode(tokens[row : row + 1] + 11 * i)[0]
+            error = (mine - found[0][i, row]).abs().max() / mine.abs().max()
+            assert error < (1e-12 if dtype == torch.float64 else 1e-2), (row, i)

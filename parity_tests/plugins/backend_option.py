@@ -133,6 +133,12 @@ def _skip_reason(name: str) -> str:
         import torch
 
         return "" if torch.cuda.is_available() else "no CUDA device here"
+    if name == "torch-native":
+        import torch
+
+        from llama_torch.inference.native_library import load as load_library
+
+        return "" if load_library(torch.float64) else "no C compiler with OpenMP here"
     return ""
 
 

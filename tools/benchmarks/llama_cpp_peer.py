@@ -21,13 +21,13 @@ MICRO_BATCH = 512  # prompt tokens that llama.cpp computes at once; its own defa
 
 
 def write_peers_model(path: Path, model: Llama) -> None:
-    """Write the model as a float32 GGUF file of the llama architecture, without a vocabulary."""
+    """Write the model as a GGUF file of the llama architecture, without a vocabulary."""
     weights = {
         name: Weight(tuple(tensor.shape), tensor.dtype, tensor.cpu)
         for name, tensor in model.state_dict().items()
     }
     without = {"tokenizer.ggml.model": "none"}
-    write_gguf(path, Model(model.config, weights), torch.float32, without)
+    write_gguf(path, Model(model.config, weights), model.head_weight.dtype, without)
 
 
 class LlamaCpp:

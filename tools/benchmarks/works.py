@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_torch.inference.config import SamplingConfig
+from llama_torch.inference.cpu_choice import prompt_products
 from llama_torch.inference.cuda_graph import GraphStore
+from llama_torch.inference.eager_step import EagerStep
 from llama_torch.inference.engine import DecodeBatch, generate, generate_tokens
+from llama_torch.model.kv_cache import StaticCache
 from llama_torch.model.llama import Llama
 from reference_np.config import LlamaConfig
 
@@ -43,8 +46,6 @@ from .transformers_peer import transformers_peer
 BATCHES = {"124m": 32, "1.1b": 8, "7b": 1}  # windows in a training step; 4 for other shapes
 
 PREFILL = 512  # tokens, in one forward pass
-
-ROWS = 32  # sequences of batch32
 
 NUMPY_SHAPE, NUMPY_PREFILL, NUMPY_STEPS = "15m", 256, 64
 
@@ -158,14 +159,14 @@ def decode(setup: Setup) -> list[SpeedRow]:
         return decoding_rows("decode", setup.dtype, ours, peers | cpp, setup)
 
 
-def batch32(setup: Setup) -> list[SpeedRow]:
-    """Measure decoding of ``ROWS`` sequences together, beside one of them alone."""
+def batch(rows: int, setup: Setup) -> list[SpeedRow]:
+    """Measure decoding of ``rows`` sequences together, beside one of them alone."""
     n, model = setup.new_tokens, model_for(setup, 2 * setup.new_tokens)
-    prompts = prompts_for(model, ROWS, n)
+    prompts = prompts_for(model, rows, n)
     ours, alone = Decoding(model, prompts, n), Decoding(model, prompts[:1], n)
     theirs = peer_generate(transformers_peer(model, setup.device), ours)
     peers: TimedCalls = {"ours, batch 1": alone.side(), "transformers": theirs}
-    return decoding_rows("batch32 decode", setup.dtype, ours, peers, setup)
+    return decoding_rows(f"batch{rows} decode", setup.dtype, ours, peers, setup)
 
 
 def int8(setup: Setup) -> list[SpeedRow]:
@@ -180,6 +181,23 @@ def int8(setup: Setup) -> list[SpeedRow]:
     return decoding_rows("decode", "int8", ours, {f"ours, {setup.dtype}": peer.side()}, setup)
 
 
+def bfloat16(setup: Setup) -> list[SpeedRow]:
+    """Measure decoding of one sequence with the same weights in bfloat16, beside the setup's."""
+    n, original = setup.new_tokens, model_for(setup, 2 * setup.new_tokens)
+    narrow = model_for(setup, 2 * n).to(torch.bfloat16)
+    prompts = prompts_for(original, 1, n)
+    ours, wide = (Decoding(model, prompts, n) for model in (narrow, original))
+    theirs = peer_generate(transformers_peer(narrow, setup.device), ours)
+    peers: TimedCalls = {f"ours, {setup.dtype}": wide.side(), "transformers": theirs}
+
+    def side(cpp: Any) -> TimedCall:
+        return TimedCall(lambda: cpp.generate(prompts[0], n), n)
+
+    with llama_cpp(narrow, setup, False, side) as cpp:
+        rounded = setup._replace(dtype="bfloat16")  # whose sides round apart
+        return decoding_rows("decode", "bfloat16", ours, peers | cpp, rounded)
+
+
 # One forward pass of a prompt. Its limit is the speed of its matrix products.
 
 
@@ -190,10 +208,13 @@ def prefill(setup: Setup) -> list[SpeedRow]:
     tokens = torch.tensor([prompt], device=setup.device)
     peer = transformers_peer(model, setup.device)
 
+    cache = StaticCache(model.config, 1, PREFILL, setup.torch_dtype, setup.device)
+    step = EagerStep(model, cache, prompt_products(model))
+
     @torch.inference_mode()
     def ours() -> Tensor:
-        hidden, _ = model.model(tokens)
-        return F.linear(hidden[0, -1], model.head_weight)
+        cache.length = 0
+        return step.prefill(tokens, PREFILL)[0]
 
     @torch.inference_mode()
     def theirs() -> Tensor:
@@ -223,18 +244,19 @@ def products(model: Llama, length: int) -> Callable[[], None]:
 
     q, k, v = (draw(1, length, n, width).transpose(1, 2) for n in (heads, groups, groups))
     layers = [
-        [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+        [module for module in layer.modules() if isinstance(module, nn.Linear)]
         for layer in model.model.layers
     ]
-    inputs = {size: draw(1, length, size) for size in {w.shape[1] for w in layers[0]}}
+    inputs = {size: draw(1, length, size) for size in {each.in_features for each in layers[0]}}
+    multiply = prompt_products(model)
     last = draw(config.dim)
 
     @torch.inference_mode()
     def call() -> None:
-        for weights in layers:
+        for linears in layers:
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != groups)
-            for weight in weights:
-                F.linear(inputs[weight.shape[1]], weight)
+            for layer in linears:
+                multiply(inputs[layer.in_features], [layer])
         F.linear(last, head)
 
     return call
@@ -256,7 +278,9 @@ WORKS: dict[str, Callable[[Setup], Sequence[SpeedRow | TrainRow]]] = {
     "train": train,
     "decode": decode,
     "prefill": prefill,
-    "batch32": batch32,
+    "batch8": partial(batch, 8),
+    "batch32": partial(batch, 32),
+    "bfloat16": bfloat16,
     "int8": int8,
     "numpy-prefill": partial(
         oracle,

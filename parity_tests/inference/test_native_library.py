@@ -1,0 +1,94 @@
+"""The compiled step is compiled once, never read half-written, and missing without a message."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_torch.common.user_cache import user_cache
+from llama_torch.inference import native_library
+
+load = native_library.load.__wrapped__  # each call as in a new process
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native_library.load(torch.float32) is None:
+        pytest.skip("no C compiler with OpenMP here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def libraries() -> list[Path]:
+    return sorted((user_cache() / "native").glob("*.so"))
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(native_library, "_compile", fail)
+
+
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(torch.float32)
+    [library] = libraries()
+    assert library.stat().st_uid == os.getuid()
+    assert len(list(library.parent.iterdir())) == 2  # and its checksum
+    forbid(monkeypatch)
+    assert load(torch.float32)
+    with pytest.raises(AssertionError, match="compiled again"):
+        load(torch.float64)
+
+
+@pytest.mark.parametrize("fault", ["short", "changed", "no sum", "a sum of another"])
+def test_a_file_that_is_not_as_it_was_compiled_is_compiled_again(fault: str) -> None:
+    assert load(torch.float32)
+    [library] = libraries()
+    whole, sums = library.read_bytes(), library.with_suffix(".json")
+    library.unlink()  # this process has it in memory
+    library.write_bytes(whole)
+    if fault == "short":
+        library.write_bytes(whole[: len(whole) // 2])
+    elif fault == "changed":
+        library.write_bytes(whole[:-1] + b"?")
+    elif fault == "no sum":
+        sums.unlink()
+    else:
+        sums.write_text('{"library": "0"}')
+    assert load(torch.float32)
+    assert library.read_bytes() == whole
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo no >&2; exit 127", "exit 0"])
+def test_a_compiler_that_fails_leaves_no_library_and_no_message(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert load(torch.float32) is None
+    assert not libraries()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_compiler_there_is_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load(torch.float32) is None
+    assert load(torch.float16) is None
+
+
+def test_a_folder_that_others_may_write_to_is_not_used() -> None:
+    folder = user_cache() / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert load(torch.float32)
+    assert not libraries()
+
+
+def test_a_folder_that_cannot_be_made_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert load(torch.float32)
