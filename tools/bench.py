@@ -54,15 +54,15 @@ class BenchConfig:
     command: ClassVar[str] = "python tools/bench.py"
 
     works: tuple[Work, ...] = ()
-    """Works to measure; none = those that suit the device."""
+    """Works to measure; none = the device's."""
     shape: Literal["default", "15m", "124m", "135m", "1.1b", "7b"] = "default"
-    """Model that trains, decodes and reads prompts; NumPy has the 15m one."""
+    """Model of all works but NumPy's: the 15m one."""
     repeats: int = 7
-    """Timed repeats of each side; of a training step on CUDA, three times as many."""
+    """Timed repeats of each side; on CUDA thrice as many training steps."""
     batch_size: int = 0
     """Windows in a training step; 0 = the shape's own number."""
     new_tokens: int = 128
-    """Tokens decoded after a prompt of the same length."""
+    """Tokens decoded after a prompt of as many."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations; training on CUDA is in bfloat16 always."""
     precision: Literal["dtype", "fp8"] = "dtype"
@@ -71,7 +71,7 @@ class BenchConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; NumPy's works stay on the CPU."""
     threads: int = 0
-    """Threads of every side on the CPU; 0 = torch's own number, one for each core."""
+    """Threads of every side on the CPU; 0 = torch's own number."""
     compiled_peer: bool = False
     """Decode with transformers' static cache, compiled, too: minutes more (CUDA)."""
     json: bool = False

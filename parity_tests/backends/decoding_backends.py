@@ -14,6 +14,7 @@ import torch
 
 from llama_torch.inference.config import Decoding
 from llama_torch.inference.cuda_graph import GraphStep
+from llama_torch.inference.native_library import load
 from llama_torch.inference.native_step import NativeStep
 from llama_torch.inference.numpy_step import NumpyStep
 from llama_torch.inference.quantization import dequantize, quantize
@@ -224,6 +225,11 @@ class Graph(Stepwise):
             )
         new_cache.keys, new_cache.values = step.cache.keys, step.cache.values
         return torch.cat(found, dim=1)
+
+
+def has_native() -> bool:
+    """Return whether the compiled step can be had on this machine."""
+    return load(torch.float64) is not None
 
 
 def _row(new_cache: StaticCache, i: int) -> Any:

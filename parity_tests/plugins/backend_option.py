@@ -134,11 +134,9 @@ def _skip_reason(name: str) -> str:
 
         return "" if torch.cuda.is_available() else "no CUDA device here"
     if name == "torch-native":
-        import torch
+        from parity_tests.backends.decoding_backends import has_native
 
-        from llama_torch.inference.native_library import load as load_library
-
-        return "" if load_library(torch.float64) else "no C compiler with OpenMP here"
+        return "" if has_native() else "no C compiler with OpenMP here"
     return ""
 
 
