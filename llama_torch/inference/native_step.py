@@ -78,6 +78,8 @@ class NativeStep:
             and all(type(m) in plain for m in model.modules() if not list(m.children()))
             and len({weight.dtype for weight in weights}) == 1
             and weights[0].dtype in BITS
+            # A tensor of a type of its own, as a sharded one, need not lie at its address.
+            and all(type(w) in (nn.Parameter, Tensor) for w in weights)
             and all(w.device.type == "cpu" and w.is_contiguous() for w in weights)
             and load(weights[0].dtype) is not None
         )

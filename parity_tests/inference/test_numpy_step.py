@@ -143,6 +143,13 @@ def test_the_models_that_the_compiled_step_supports() -> None:
     model.model.norm = model.model.norm.bfloat16()
     assert not NativeStep.supports(model, 1)
 
+    class Sharded(nn.Parameter):
+        pass
+
+    other = Llama(config)
+    other.model.norm.weight = Sharded(torch.ones(12))
+    assert not NativeStep.supports(other, 1)
+
 
 @pytest.mark.skipif(native_library.load(torch.float32) is None, reason="no C compiler here")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
