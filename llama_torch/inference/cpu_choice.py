@@ -21,9 +21,9 @@ from ..common.processor import libraries, processor
 from ..common.state_file import read_state, write_state
 from ..common.user_cache import user_cache
 from ..model.config import ModelConfig
-from ..model.cpu_linear import onednn_products
+from ..model.cpu_linear import Products, onednn_products
 from ..model.kv_cache import StaticCache
-from ..model.llama import Llama, Products, linear_products
+from ..model.llama import Llama, linear_products
 from .config import Decoding
 from .eager_step import EagerStep
 from .native_step import NativeStep

@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..model.cpu_linear import with_products
+from ..model.cpu_linear import Products, with_products
 from ..model.kv_cache import StaticCache
-from ..model.llama import Llama, Products, linear_products
+from ..model.llama import Llama, linear_products
 from ..model.masks import left_padded_causal_mask
 
 

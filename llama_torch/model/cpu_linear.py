@@ -5,14 +5,16 @@ with AVX-512 oneDNN multiplied a prompt's matrices twice as fast. Which of the t
 measured: inference/cpu_choice.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .llama import Attention, Block, FeedForward, Llama, Products, linear_products
+from .llama import Attention, Block, FeedForward, Llama, linear_products
+
+Products = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
 
 
 def onednn_products(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:

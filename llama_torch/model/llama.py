@@ -21,7 +21,6 @@ from .masks import default_mask
 from .rope import RopeTables, apply_rope, rope_tables
 
 Trace = Callable[[str, Tensor], None]
-Products = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
 
 
 def no_trace(name: str, value: Tensor) -> None:
@@ -38,7 +37,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.products = linear_products  # or float8_linear's, or cpu_linear's
+        self.products = linear_products  # or float8_linear's
         self.head_dim = config.head_dim
         # A Python bool, so that torch.compile with dynamic shapes does not make it symbolic.
         self.is_grouped = config.n_heads != config.n_kv_heads
