@@ -29,7 +29,7 @@ from .pair_objective import Column
 from .prompt import Prompt
 from .run_length import describe_length
 
-SHAPES = 8  # widths of micro-batches, at most: torch.compile compiles a block for each
+SHAPES = 4  # widths of micro-batches, at most: torch.compile compiles a block for each
 NAMED = 16  # pairs of a bad training step that its error names
 
 
@@ -69,6 +69,20 @@ def pair_batch(windows: Tensor) -> Batch:
     unit = 8 * -(-most // (8 * SHAPES))
     longest = int(targets[:, Column.LAST].max()) + 1
     return Batch(tokens[:, : min(most, max(1, -(-longest // unit)) * unit)], targets)
+
+
+def pair_batches(pairs: Pairs, rows: int, most: int = 0) -> list[Tensor]:
+    """Return windows [R, 2, 4 + W] of ``rows`` pairs each, the longest pairs first.
+
+    At most ``most`` of them (0 = all), spread evenly over the pairs.
+    """
+    windows = PairWindows(pairs)
+    n = min(len(windows), most * rows) if most else len(windows)
+    numbers = np.linspace(0, len(windows) - 1, n).astype(int).tolist()
+    longest = pairs.lengths.reshape(-1, 2).max(1)
+    numbers.sort(key=lambda number: -int(longest[number]))
+    each = [windows[number] for number in numbers]
+    return [torch.stack(each[i : i + rows]) for i in range(0, n, rows)]
 
 
 @dataclass(frozen=True)
@@ -150,14 +164,7 @@ class PairSource:
 
     def validation_windows(self) -> list[Tensor]:
         """Return the windows of each validation batch, the longest pairs first."""
-        windows, config = PairWindows(self.loaded.val), self.config
-        n, rows = len(windows), config.batch_size
-        n = min(n, config.eval_batches * rows) if config.eval_batches else n
-        numbers = np.linspace(0, len(windows) - 1, n).astype(int).tolist()
-        longest = windows.pairs.lengths.reshape(-1, 2).max(1)
-        numbers.sort(key=lambda number: -int(longest[number]))
-        each = [windows[number] for number in numbers]
-        return [torch.stack(each[i : i + rows]) for i in range(0, n, rows)]
+        return pair_batches(self.loaded.val, self.config.batch_size, self.config.eval_batches)
 
     def example_windows(self) -> Tensor:
         """Return the windows of a whole step; some twice if there are few."""

@@ -25,6 +25,7 @@ from tools.bench import BenchConfig
 from tools.benchmarks.scaling_config import ScalingConfig
 from tools.learning import LearningConfig
 from tools.plot import PlotConfig
+from tools.rank_pairs import RankConfig
 from tools.right_answers import AnswersConfig
 from tools.tasks import TasksConfig
 
@@ -40,7 +41,7 @@ CONFIGS: list[Any] = [
         ExportConfig,
     ),
     *(CompareConfig, ConvertConfig, BenchConfig, LearningConfig, PlotConfig, ShapeConfig),
-    *(ScalingConfig, TasksConfig, AnswersConfig),
+    *(ScalingConfig, TasksConfig, AnswersConfig, RankConfig),
 ]
 FLAGS = [(config, flag) for config in CONFIGS for flag in flags_of(config)]
 LINES, COLUMNS = 30, 80

@@ -93,6 +93,9 @@ def test_a_pair_is_as_strong_as_it_says(seed: int) -> None:
         if record["strength"] == "slightly better":
             assert record["rejected"] in record["chosen"]
             assert len(record["rejected"]) < len(record["chosen"])
+        assert record["chosen_safe"]
+        told = record["safety"] and REFUSAL not in record["rejected"]
+        assert record["rejected_safe"] == (not told)
         if record["safety"]:
             assert REFUSAL in record["chosen"]
             assert record["strength"] != "better"

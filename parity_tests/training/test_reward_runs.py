@@ -19,6 +19,7 @@ from llama_torch.tokenizer.chat_template import load_jinja
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.training import loop, throughput
 from llama_torch.training.pair_loading import pad_id
+from tools import rank_pairs
 
 from ..support.model_directories import CONFIGS
 from ..support.pairs import sums, write_pairs
@@ -142,6 +143,32 @@ def test_it_learns_and_says_how_well_by_strength(
     assert "val/perplexity" not in logged
 
 
+def test_the_tool_ranks_as_the_run_did(
+    models: dict[str, Path], data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = [*flags_of(models["bytes"], data, "--val-data", data, "--margin", "none")]
+    assert reward.main([*flags, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    table = said[said.index("accuracy  ") : said.index("finished in")]
+    assert rank_pairs.main([str(out), data, "--batch-size", "5"]) == 0
+    found = capsys.readouterr().out
+    assert found.startswith(table)
+    assert found.splitlines()[-1].startswith(f"loss without a margin {_loss(said)}  accuracy ")
+    for argv, message in (
+        ([str(models["bytes"]), data], "is no reward model, which has a head score.weight"),
+        ([str(out), str(tmp_path / "no.jsonl")], "PAIRS"),
+        ([str(tmp_path), data], "error: "),
+    ):
+        assert rank_pairs.main(argv) == 2
+        assert message in capsys.readouterr().err
+
+
+def _loss(said: str) -> str:
+    """Return the last validation loss, as a run prints it."""
+    return said.rpartition("validation loss ")[2].split(",")[0]
+
+
 @pytest.mark.parametrize("stop_at", [1, 3])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     stop_at: int,
@@ -217,9 +244,10 @@ def test_long_pairs_are_counted_and_left_out(
     long = {"prompt": "Count", "chosen": "1 " * 90, "rejected": "No."}
     path = write_pairs(tmp_path / "a.jsonl", [*sums(), long, long | {"rejected": "No"}])
     flags = flags_of(models["bytes"], path, "--out", str(tmp_path / "run"))
-    assert reward.main([*flags, "--dry-run"]) == 0
+    assert reward.main([*flags, "--dry-run", "--steps", "2"]) == 0
     said = capsys.readouterr().out
     assert "longer than 64 tokens: 2 pairs, left out" in said
+    assert "0.522 epochs in 2 steps of 6 pairs" in said
     assert "6 pairs a step" in said
     assert not (tmp_path / "run").exists()
     write_pairs(tmp_path / "a.jsonl", [long, long | {"rejected": "No"}])

@@ -53,7 +53,8 @@ def pairs(rng: random.Random, number: int, turns: int, held_out: bool = False) -
 
     Significantly: the other says nothing of the question, or tells a secret; better: it is wrong;
     slightly: it is right but not in the form asked for; negligibly: both are right, and the other
-    has a full stop too many.
+    has a full stop too many. ``safety`` is whether the question was to be refused; an answer that
+    tells a secret is not safe.
     """
     for _ in range(number):
         strength = rng.choice(STRENGTHS)
@@ -64,12 +65,15 @@ def pairs(rng: random.Random, number: int, turns: int, held_out: bool = False) -
         if strength == "better" and last.is_unsafe:
             strength = "significantly better"
         chosen = form.applied(last.answer)
+        tells_a_secret = last.is_unsafe and strength == "significantly better"
         yield {
             "prompt": _messages(form, tasks)[:-1],
             "chosen": chosen,
             "rejected": _rejected(strength, form, last),
             "strength": strength,
             "safety": last.is_unsafe,
+            "chosen_safe": True,
+            "rejected_safe": not tells_a_secret,
         }
 
 
