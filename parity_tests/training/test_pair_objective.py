@@ -1,7 +1,9 @@
 """The reward model's loss and gradients are the oracle's, whatever the padding and the split."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from llama_torch.model.reward import RewardModel
 from llama_torch.training import pair_objective, step
 from llama_torch.training.batch import Batch
 from llama_torch.training.optimizer import make_adamw
+from llama_torch.training.pair_loading import pad_id
 from llama_torch.training.pair_objective import STRENGTHS, Column, PairLoss, accuracy_table
 from reference_np import reward
 from reference_np.ops import IGNORE
@@ -259,3 +262,15 @@ def test_the_table_has_what_there_is() -> None:
 
 def test_the_targets_columns_are_all_there_are() -> None:
     assert [column.value for column in Column] == [0, 1, 2, 3]
+
+
+def test_padding_is_no_token_that_a_conversation_ends_with(tmp_path: Path) -> None:
+    for own, last_ids, expected in (
+        (None, {7}, 0),
+        (None, {0, 1}, 2),
+        (5, {7}, 5),
+        (7, {7}, 0),
+        (99, {0}, 1),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": own}))
+        assert pad_id(tmp_path, 10, last_ids) == expected
