@@ -9,8 +9,10 @@ from typing import ClassVar, Literal, Self
 from llama_common.errors import InputError, check, check_positive, check_text, quoted
 
 from .config import OptimConfig, RunConfig, SourceConfig
+from .model.config import ModelConfig
 
 LLAMA2 = "llama2"
+LONGEST_WINDOW = 4096  # of training, unless --max-seq-len asks for more: the paper's
 NOT_FOR_REWARDS = "is not for reward models: leave it out"
 
 
@@ -83,12 +85,13 @@ class SftConfig(RunConfig):
 
     task: ClassVar[str] = "sft"
     command: ClassVar[str] = "python -m llama_torch.sft"
-    longest_window: ClassVar[int] = 4096
+    longest_window: ClassVar[int] = LONGEST_WINDOW
     basic: ClassVar[str] = (
         "init_from data val_data template out resume epochs batch_size grad_accum max_seq_len lr "
         "device dry_run"
     )
 
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(max_seq_len=LONGEST_WINDOW))
     data: ConversationConfig = field(default_factory=ConversationConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5, warmup_steps=0))
 
@@ -116,6 +119,7 @@ class SftConfig(RunConfig):
     def __post_init__(self) -> None:
         check(self.steps >= 0, "steps", self.steps, "must not be negative")
         check_positive(self, "epochs")
+        check(self.epochs < 2**31, "epochs", self.epochs, "must be below 2^31")
         super().__post_init__()
         if self.sample_prompt:
             check_text("sample_prompt", self.sample_prompt)
@@ -138,12 +142,13 @@ class RewardConfig(RunConfig):
 
     task: ClassVar[str] = "reward"
     command: ClassVar[str] = "python -m llama_torch.reward"
-    longest_window: ClassVar[int] = 4096
+    longest_window: ClassVar[int] = LONGEST_WINDOW
     basic: ClassVar[str] = (
         "init_from data val_data template margin safety_loss out resume batch_size grad_accum lr "
         "device"
     )
 
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(max_seq_len=LONGEST_WINDOW))
     data: PreferenceConfig = field(default_factory=PreferenceConfig)
     optim: RewardOptimConfig = field(default_factory=RewardOptimConfig)
 
@@ -181,6 +186,7 @@ class RewardConfig(RunConfig):
     def __post_init__(self) -> None:
         check(self.steps >= 0, "steps", self.steps, "must not be negative")
         check_positive(self, "epochs")
+        check(self.epochs < 2**31, "epochs", self.epochs, "must be below 2^31")
         weight = self.safety_loss
         check(0 <= weight < math.inf, "safety_loss", weight, "must be zero or positive, and finite")
         unused = {name: getattr(self, name) for name in ("sample_every", "verify_every")}

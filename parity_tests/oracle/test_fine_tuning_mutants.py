@@ -137,6 +137,7 @@ def test_the_page_lists_every_bug() -> None:
     found = page.partition("## Known bugs")[2].splitlines()
     listed = [line for line in found if line.startswith("| `")]
     assert listed == table(), "\n".join(table())
+    assert f"The {len(FINE_TUNING)} bugs of " in page
 
 
 @pytest.mark.parametrize("asked_for", [None, ["torch"]])

@@ -120,6 +120,17 @@ def test_the_defaults_told_are_those_of_the_settings_file(
     assert re.search(r"--lr X +Peak learning rate.*\(default: 0\.125\)", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("config", [SftConfig, RewardConfig])
+def test_the_context_told_is_the_one_that_fine_tuning_takes(
+    config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the longest that a model's own context is cut to, not the default of a new model."""
+    text = " ".join(shown(config, "--help-all", capsys).split())
+    found = re.search(r"--max-seq-len N .*?\(default: (\d+)\)", text)
+    assert found
+    assert int(found[1]) == config.longest_window == 4096
+
+
 # Words that are no flags
 
 

@@ -43,7 +43,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "llama_torch.model": (*COMMON, "llama_torch.kernels"),
     "llama_torch.tokenizer": COMMON,
     "llama_torch.config": (*COMMON, "llama_torch.model"),
-    "llama_torch.finetuning_config": ("llama_common", "llama_torch.config"),
+    "llama_torch.finetuning_config": ("llama_common", "llama_torch.config", "llama_torch.model"),
     "llama_torch.data": (*COMMON, "llama_torch.tokenizer", "llama_torch.config"),
     "llama_torch.checkpoint": (*COMMON, "llama_torch.model", "llama_torch.tokenizer"),
     "llama_torch.distributed": (*COMMON, "llama_torch.model", "llama_torch.config"),

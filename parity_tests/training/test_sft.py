@@ -262,3 +262,5 @@ def test_what_is_missing_is_named(
     assert "--template no.jinja: no such file; give a Jinja file, or llama2" in said
     plain = ["--init-from", str(models["gpt2"]), "--data", str(data), "--out", str(tmp_path / "a")]
     assert "has no chat template; give one with --template" in refused(plain, capsys)
+    many = [*model, "--data", str(data), "--epochs", str(10**20)]
+    assert "--epochs must be below 2^31" in refused(many, capsys)
