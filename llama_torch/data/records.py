@@ -79,6 +79,11 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
             f"{name}: a text of the rows from {number + 1} on cannot be read as UTF-8 "
             f"({error.reason}); convert it"
         ) from None
+    except OverflowError as error:  # a date, of any column, that Python's have no years for
+        raise InputError(
+            f"{name}: a value of the rows from {number + 1} on cannot be read ({error}); correct "
+            "it, or drop its column"
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(
             f"{name}: not a parquet file that can be read ({error}); copy it again, or leave it out"

@@ -150,3 +150,15 @@ def test_a_bad_file_is_refused(name: str, content: bytes, message: str, tmp_path
     with pytest.raises(InputError) as refused:
         list(read_conversations([str(path)], "--val-data"))
     assert str(refused.value).startswith(f"--val-data {path}: {message}")
+
+
+def test_a_date_beyond_pythons_is_refused_by_file_and_row(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    times = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    table = pyarrow.table({"prompt": ["a"], "completion": ["b"], "at": times})
+    path = tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    with pytest.raises(InputError) as refused:
+        list(read_conversations([str(path)]))
+    said = f"--data {path}: a value of the rows from 1 on cannot be read (date value out of range)"
+    assert str(refused.value).startswith(said)
