@@ -29,6 +29,9 @@ STEPS = {
     "shards": Step(SMALL, 4, 1, 2, 1),
     "shards, two micro-batches": Step(SMALL, 4, 1, 2, 2),
     "replicas of shards": Step(TIED, 2, 1, 2, 2),
+    "tensor-parallel": Step(SMALL, 1, 4, 4, 2),
+    "shards of tensor-parallel": Step(SMALL, 2, 2, 2, 1),
+    "replicas of tensor-parallel": Step(TIED, 1, 2, 2, 1),
 }
 CONTROL_BYTES = 8  # of a number that processes agree on: the count of targets, loss, norm
 

@@ -17,9 +17,12 @@ FORWARD, BACKWARD, ALONE = "forward", "backward", "alone"
 SUM_WIDTH = 4  # bytes of a gradient while it is reduced: float32
 BUCKET_BYTES = 25 << 20  # of gradients that DDP reduces in one call, in their own dtype
 
-# All-reduces of the residual stream in a block: after the attention's and the feed-forward's last
-# product, and for the gradient of each first product's input.
-TENSOR_FORWARD, TENSOR_BACKWARD = 2, 5
+# Gathers of the residual stream, sharded by positions, in a block: before the attention's and the
+# feed-forward's first products, and of the gradient of what their last ones made. Scatters of sums
+# are as many.
+GATHERS_IN_BLOCK = 4
+# And of the whole model: the head's input, and the gradient of the embedding's output.
+GATHERS_AROUND = 2
 
 
 class Mesh(NamedTuple):
@@ -70,13 +73,8 @@ def transfers(
         found = _replicas(config, mesh.replicas, micro_batches, width)
     else:
         found = _shards(config, mesh, micro_batches, width)
-    residual = width * tokens * config.dim
-    n_calls = config.n_layers * micro_batches
-    in_blocks = (
-        Transfer("all_reduce", TENSOR, mesh.tp, residual, n * n_calls, ALONE)
-        for n in (TENSOR_FORWARD, TENSOR_BACKWARD)
-    )
-    return [one for one in (*found, *in_blocks) if one.processes > 1]
+    tensor = _tensor(config, mesh.tp, tokens, micro_batches, width)
+    return [one for one in (*found, *tensor) if one.processes > 1]
 
 
 def _replicas(
@@ -104,9 +102,10 @@ def _shards(config: ModelConfig, mesh: Mesh, micro_batches: int, width: int) -> 
     Embedding, last norm and head are gathered once for both passes, before the first product, and
     their gradient is scattered after the last one.
     """
-    shapes = block_shapes(config).values()
-    block = sum(math.prod(shape) // (mesh.tp if len(shape) > 1 else 1) for shape in shapes)
-    outer = sum(map(math.prod, outer_shapes(config).values()))
+    block, outer = (
+        sum(math.prod(shape) // (mesh.tp if len(shape) > 1 else 1) for shape in shapes.values())
+        for shapes in (block_shapes(config), outer_shapes(config))
+    )
     layers = config.n_layers
     for during in (FORWARD, BACKWARD):
         calls = layers * micro_batches
@@ -116,3 +115,19 @@ def _shards(config: ModelConfig, mesh: Mesh, micro_batches: int, width: int) -> 
         yield Transfer("reduce_scatter", SHARD, mesh.fsdp, SUM_WIDTH * size, calls, during)
         share = SUM_WIDTH * size // mesh.fsdp
         yield Transfer("all_reduce", REPLICATE, mesh.replicas, share, calls, during)
+
+
+def _tensor(
+    config: ModelConfig, tp: int, tokens: int, micro_batches: int, width: int
+) -> Iterator[Transfer]:
+    """Yield those of --tp, none of which runs beside products.
+
+    They are the residual stream's, the three numbers in float32 of each token's logits that a loss
+    takes of each process (here in one call), and the gradients of norms, once a step.
+    """
+    calls = micro_batches * (GATHERS_IN_BLOCK * config.n_layers + GATHERS_AROUND)
+    for kind in ("all_gather", "reduce_scatter"):
+        yield Transfer(kind, TENSOR, tp, width * tokens * config.dim, calls, ALONE)
+    yield Transfer("all_gather", TENSOR, tp, 3 * 4 * tokens * tp, micro_batches, ALONE)
+    norms, norm_width = 2 * config.n_layers + 1, SUM_WIDTH if micro_batches > 1 else width
+    yield Transfer("all_reduce", TENSOR, tp, norm_width * config.dim, norms, ALONE)

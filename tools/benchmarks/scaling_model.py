@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llama_torch.model.config import ModelConfig
-from llama_torch.model.shapes import parameter_count
-from llama_torch.training.throughput import flops_per_token
 
 from ..shapes import SHAPES
 from .communication import ALONE, BACKWARD, FORWARD, SHARD, TENSOR, Mesh, Transfer, transfers
@@ -71,18 +69,11 @@ def predict(work: Work, mesh: Mesh, machines: Machines) -> Prediction:
     for one in moved:
         seconds[one.during] += seconds_of(one, mesh, machines)
         sent[one.axis] = sent.get(one.axis, 0.0) + one.sent
-    products = product_seconds(work, mesh.tp)
+    products = work.tokens / work.speed
     beside = {FORWARD: FORWARD_SHARE * products, BACKWARD: (1 - FORWARD_SHARE) * products}
     waiting = sum(max(0.0, taken - beside.get(during, 0.0)) for during, taken in seconds.items())
     tokens, moving, best = mesh.size * work.tokens, sum(seconds.values()), products + waiting
     return Prediction(mesh, sent, best, moving, tokens / best, tokens / (products + moving))
-
-
-def product_seconds(work: Work, tp: int) -> float:
-    """Return the seconds of a step without waiting; --tp shares the blocks, not the head."""
-    total = flops_per_token(work.model, parameter_count(work.model))
-    head = 6 * work.model.vocab_size * work.model.dim / total
-    return work.tokens / work.speed * (1 - head + head * tp)
 
 
 def seconds_of(transfer: Transfer, mesh: Mesh, machines: Machines) -> float:
@@ -117,7 +108,6 @@ MEASURED = (
     Measured("1.1b", 8, 76_477, Mesh(replicas=2), 146_605),
     Measured("1.1b", 8, 74_000, Mesh(replicas=4), 255_500),
     Measured("1.1b", 8, 74_000, Mesh(fsdp=4), 268_900),
-    Measured("1.1b", 8, 74_000, Mesh(tp=4), 135_000),
     Measured("7b", 1, 11_704, Mesh(fsdp=4), 45_400),
 )
 
