@@ -177,3 +177,19 @@ def test_the_number_of_threads_changes_no_bit(
             mine = alone.decode(tokens[row : row + 1] + 11 * i)[0]
             error = (mine - found[0][i, row]).abs().max() / mine.abs().max()
             assert error < (1e-12 if dtype == torch.float64 else 1e-2), (row, i)
+
+
+@pytest.mark.skipif(native_library.load(torch.float32) is None, reason="no C compiler here")
+def test_a_bfloat16_cache_holds_the_nearest_numbers() -> None:
+    """Of the first layer, whose values no rounding before them has changed."""
+    config = ModelConfig(dim=72, n_layers=1, n_heads=6, n_kv_heads=6, hidden_dim=50, vocab_size=99)
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):  # the same weights, rounded first
+        cache = StaticCache(config, 1, 2, dtype)
+        NativeStep(model.to(dtype), cache).decode(torch.tensor([7]))
+        found.append(torch.stack([cache.keys[..., 0, :], cache.values[..., 0, :]]).double())
+    narrow, wide = found
+    assert ((narrow - wide).abs() <= wide.abs() * 2**-7.99 + 1e-12).all()
+    assert not torch.equal(narrow, wide)
