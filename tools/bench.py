@@ -33,6 +33,7 @@ ON_CPU = ("train", "decode", "bfloat16", "prefill", "batch8", "numpy-prefill", "
 ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")
 Work = Literal[
     "train",
+    "sft",
     "decode",
     "bfloat16",
     "prefill",

@@ -56,6 +56,11 @@ class ConversationSource:
         return self.config.steps or -(-self.n_in_epochs // self.config.windows_per_step)
 
     @property
+    def learnt_share(self) -> float:
+        """The share of the windows' positions whose next token is of an answer."""
+        return self.loaded.train.n_learnt / (len(self.windows) * self.config.model.max_seq_len)
+
+    @property
     def directory_files(self) -> Mapping[str, str]:
         """The chat template where it is not the origin's, and end tokens that it did not name."""
         return self.loaded.directory_files

@@ -42,7 +42,9 @@ def report(config: RunConfig) -> int:
     dtype = run.model.head_weight.dtype
     windows = run.source.example_windows().split(config.batch_size)
     tokens = sum(run.source.to_batch(rows).tokens.numel() for rows in windows)
-    at_peak = peak_tokens_per_second(run.multiplied, run.n_parameters, run.device, dtype)
+    at_peak = peak_tokens_per_second(
+        run.multiplied, run.n_parameters, run.device, dtype, run.source.learnt_share
+    )
     # One checkpoint more while it is written.
     bytes_kept = 12 * (config.keep_last + 1) + 4 * (1 + config.keep_best)
     speed = speed_of(tokens, seconds_per_step, at_peak)

@@ -117,6 +117,11 @@ class PairSource:
         return self.config.steps or -(-self.n_in_epochs // self.config.windows_per_step)
 
     @property
+    def learnt_share(self) -> float:
+        """All: a reward model has no head over a vocabulary to spare."""
+        return 1.0
+
+    @property
     def directory_files(self) -> Mapping[str, str]:
         """config.json of the reward model, and the chat template where it is not the origin's."""
         return self.loaded.directory_files

@@ -153,7 +153,9 @@ def open_progress(run: Run, clock: TrainingClock, exit_stack: ExitStack) -> Prog
     On other processes than the main one it is a NullProgress.
     """
     config, dtype = run.config, getattr(torch, run.config.dtype)
-    at_peak = peak_tokens_per_second(run.multiplied, run.n_parameters, run.device, dtype)
+    at_peak = peak_tokens_per_second(
+        run.multiplied, run.n_parameters, run.device, dtype, run.source.learnt_share
+    )
     if not run.parallel.is_main_process:
         return NullProgress()
     folder = Path(config.out) / EVENTS_FOLDER

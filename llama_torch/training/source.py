@@ -39,6 +39,11 @@ class BatchSource(Protocol):
         ...
 
     @property
+    def learnt_share(self) -> float:
+        """The share of the tokens that a language model's loss takes as targets; 1 = all."""
+        ...
+
+    @property
     def directory_files(self) -> Mapping[str, str]:
         """Texts of files of the run directory, by name, in place of the origin's."""
         ...
@@ -92,6 +97,11 @@ class TextSource:
     def steps(self) -> int:
         """The run's length in training steps."""
         return self.config.steps
+
+    @property
+    def learnt_share(self) -> float:
+        """Every token."""
+        return 1.0
 
     @property
     def directory_files(self) -> Mapping[str, str]:

@@ -13,16 +13,18 @@ from ..model.config import ModelConfig
 PEAK_BFLOAT16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
-def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
+def flops_per_token(config: ModelConfig, n_parameters: int, learnt: float = 1.0) -> float:
     """Return the operations of a training step for each token (Chowdhery et al. 2022, app. B).
 
     Six for each weight that multiplies, and attention over the whole context, masked or not;
-    an embedding that is only looked up multiplies nothing. Recomputation does not count.
+    an embedding that is only looked up multiplies nothing. Recomputation does not count, nor do
+    logits of tokens that are not learnt, ``learnt`` being the share of those that are.
     """
-    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    head = config.vocab_size * config.dim
+    looked_up = 0 if config.tie_embeddings else head
     queries = config.n_heads * config.head_dim
     attention = 12 * config.n_layers * queries * config.max_seq_len
-    return 6.0 * (n_parameters - looked_up) + attention
+    return 6.0 * (n_parameters - looked_up - (1.0 - learnt) * head) + attention
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -49,10 +51,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_tokens_per_second(
-    config: ModelConfig, n_parameters: int, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    n_parameters: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    learnt: float = 1.0,
 ) -> float:
-    """Return the tokens per second of training at the device's peak: 100% MFU."""
-    return peak_flops(device, dtype) / flops_per_token(config, n_parameters)
+    """Return the tokens per second of training at the device's peak: 100% MFU.
+
+    ``learnt`` is flops_per_token's.
+    """
+    return peak_flops(device, dtype) / flops_per_token(config, n_parameters, learnt)
 
 
 def peak_memory(device: torch.device) -> int:

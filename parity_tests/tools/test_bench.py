@@ -99,6 +99,31 @@ def test_training_is_measured_and_a_side_that_fails_is_one_line(
     assert [cell.strip() for cell in rows[2][8:11]] == ["-", "-", ""]
 
 
+@pytest.mark.filterwarnings("ignore")  # of TRL's libraries
+def test_fine_tuning_is_measured_beside_pretraining_and_trl(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All on the same rows; TRL's first loss is ours, or the table would be refused."""
+    pytest.importorskip("trl")
+    own = training.side_process
+
+    def worker(job: training_side.Job) -> AbstractContextManager[training.TakeSteps]:
+        return own(job) if job.side == training_side.TRL else worker_here(job)
+
+    small = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(SHAPES, "default", small)
+    monkeypatch.setattr(training, "side_process", worker)
+    assert bench.main([*TINY, "--works", "sft", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["peer"] for row in rows] == [training_side.PRETRAINING, training_side.TRL]
+    for row in rows:
+        assert row["work"] == "sft"
+        assert row["ours"] > 0
+        assert row["peer_speed"] > 0
+        assert 0 <= row["mfu"] < 1
+
+
 def test_training_tables_without_ours() -> None:
     setup = Setup("default", "float32", torch.device("cpu"), 2, 0, 4, False)
     turns = [Result([], 1, 5.0, 1e9), Result([0.5], 1, 5.0, 1e9), Result([0.25], 2, 5.0, 1e9)]

@@ -119,6 +119,8 @@ def test_operations_of_a_token() -> None:
         counter.get_total_flops(),
         rel=0.1,  # attention's kernel computes its scores again
     )
+    saved = flops_per_token(config, n_parameters) - flops_per_token(config, n_parameters, 0.25)
+    assert saved == 6 * 0.75 * 100 * 64  # of the head's products
 
 
 def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(

@@ -26,7 +26,7 @@ from llama_torch.training.memory import require_batch_memory
 from llama_torch.training.throughput import flops_per_token
 
 from .timing import Setup, median_ratio
-from .training_side import WITHOUT_FP8, Job, Result
+from .training_side import FINE_TUNING, LEARNT, PRETRAINING, TRL, WITHOUT_FP8, Job, Result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FACTOR_CUDA = 3  # times as many steps are timed on a GPU, where steps are short
@@ -53,7 +53,9 @@ class TrainRow(NamedTuple):
 TakeSteps = Callable[[int], Result | None]  # number of steps -> their result; None: it failed
 
 
-def measure(setup: Setup, model: ModelConfig, batch_size: int) -> list[TrainRow]:
+def measure(
+    setup: Setup, model: ModelConfig, batch_size: int, work: str = "train"
+) -> list[TrainRow]:
     """Time every side's training step; return a row for each peer of ours.
 
     On a CPU, whose speed drifts, all processes run at once and take a step in turn. On a GPU, whose
@@ -62,7 +64,7 @@ def measure(setup: Setup, model: ModelConfig, batch_size: int) -> list[TrainRow]
     that none can hold.
     """
     on_cuda = setup.device.type == "cuda"
-    names = sides(setup)
+    names = sides(setup, work)
     dtype = "bfloat16" if on_cuda else setup.dtype
     sizes = TrainConfig(model=model, batch_size=batch_size, dtype=dtype)  # type: ignore[arg-type]
     require_batch_memory(sizes, total_memory(setup.device))
@@ -76,12 +78,16 @@ def measure(setup: Setup, model: ModelConfig, batch_size: int) -> list[TrainRow]
             jobs = [Job(name, *given, setup.precision) for name in together]
             asks = {job.side: stack.enter_context(side_process(job)) for job in jobs}
             results |= take_turns(asks, turns)
-        same_losses({name: found[0].loss_first for name, found in results.items()}, dtype)
-    return training_rows(setup, model, batch_size, dtype, results)
+        losses = {name: found[0].loss_first for name, found in results.items()}
+        # Pretraining learns all tokens of the same rows, and so has another loss.
+        same_losses({name: x for name, x in losses.items() if name != PRETRAINING}, dtype, names[0])
+    return training_rows(setup, model, batch_size, dtype, results, work)
 
 
-def sides(setup: Setup) -> list[str]:
+def sides(setup: Setup, work: str = "train") -> list[str]:
     """Return the names of the sides, ours first; in fp8 ours without it is a peer too."""
+    if work == "sft":
+        return [FINE_TUNING, PRETRAINING, TRL]
     first, *others = ON_CUDA if setup.device.type == "cuda" else ON_CPU
     return [first, *([WITHOUT_FP8] if setup.precision == "fp8" else []), *others]
 
@@ -131,10 +137,10 @@ def side_process(job: Job) -> Iterator[TakeSteps]:
         yield take_steps
 
 
-def same_losses(losses: dict[str, float], dtype: str) -> None:
-    """Raise RuntimeError unless the first losses of all sides are ours."""
+def same_losses(losses: dict[str, float], dtype: str, first: str = "ours") -> None:
+    """Raise RuntimeError unless the first losses of all sides are ours, that of ``first``."""
     tolerance = 1e-4 if dtype == "float32" else 1e-2
-    ours = losses.get("ours")
+    ours = losses.get(first)
     for name, loss in losses.items():
         if ours is not None and not abs(loss - ours) <= tolerance * abs(ours):
             raise RuntimeError(
@@ -149,6 +155,7 @@ def training_rows(
     batch_size: int,
     dtype: str,
     results: Mapping[str, list[Result]],
+    work: str = "train",
 ) -> list[TrainRow]:
     """Return a row for each peer, from every side's results."""
     tokens = batch_size * model.max_seq_len
@@ -158,18 +165,19 @@ def training_rows(
     }
     medians = {name: statistics.median(each) for name, each in speeds.items()}
     memory = {name: found[-1].peak_bytes for name, found in results.items()}
-    ours, mfu = medians.get("ours"), None
+    first, *others = sides(setup, work)
+    ours, mfu = medians.get(first), None
     if ours is not None:
         with torch.device("meta"):
             n_parameters = sum(p.numel() for p in Llama(model).parameters())
-        peaks = [turn.peak_flops for turn in results["ours"] if turn.seconds]
-        mfu = flops_per_token(model, n_parameters) * median_ratio(speeds["ours"], peaks)
+        peaks = [turn.peak_flops for turn in results[first] if turn.seconds]
+        learnt = LEARNT if first == FINE_TUNING else 1.0
+        mfu = flops_per_token(model, n_parameters, learnt) * median_ratio(speeds[first], peaks)
     return [
         TrainRow(
-            *("train", setup.shape, dtype, ours, mfu, memory.get("ours")),
+            *(work, setup.shape, dtype, ours, mfu, memory.get(first)),
             *(peer, medians.get(peer), memory.get(peer)),
-            median_ratio(speeds["ours"], speeds[peer]) if ours and peer in speeds else None,
+            median_ratio(speeds[first], speeds[peer]) if ours and peer in speeds else None,
         )
-        for peer in sides(setup)
-        if peer != "ours"
+        for peer in others
     ]

@@ -20,19 +20,26 @@ from llama_torch.config import TrainConfig
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.float8_linear import use_float8
 from llama_torch.model.llama import Llama
+from llama_torch.model.loss import IGNORE_INDEX
 from llama_torch.training.batch import to_batch
 from llama_torch.training.compile import compile_blocks
+from llama_torch.training.labels import packed_batch
 from llama_torch.training.optimizer import make_adamw
 from llama_torch.training.step import train_step
 from llama_torch.training.throughput import peak_flops, peak_memory
 
 from .transformers_peer import peer_loss, plain_step, transformers_peer
 
+LEARNT = 0.5  # the share of a conversation that is learnt
+CONVERSATIONS = 4  # in a row of fine-tuning; the second half of each is its answer
 WARM_UP = 3  # steps that compile, and allocate the optimizer's state
 # From this many parameters on, float32 weights, gradients and moments (16 bytes a parameter) do not
 # fit on a GPU: the peer's loop then has them all in bfloat16, as plain loops of that size do.
 LARGE = 4_000_000_000
 WITHOUT_FP8 = "ours without fp8"  # the side of our own step that a step in fp8 is compared with
+FINE_TUNING = "ours, on answers"  # the side that learns half of each conversation of its rows
+PRETRAINING = "ours, on all tokens"
+TRL = "TRL, on answers"
 Step = Callable[[], Tensor]
 
 
@@ -109,6 +116,26 @@ def ours(model: Llama, window: Tensor, config: TrainConfig) -> Step:
     return lambda: train_step(model, optimizer, batches, lr=optim.lr, grad_clip=optim.grad_clip)[0]
 
 
+def fine_tuning(model: Llama, window: Tensor, config: TrainConfig) -> Step:
+    """Return our step on the answers of the conversations of ``window``, packed."""
+    optimizer = make_adamw(model, config.optim, getattr(torch, config.dtype))
+    compile_blocks(model, config.compile, config.recompute)
+    tokens = window[:, :-1]
+    length = conversation_length(window)
+    place = torch.arange(tokens.shape[1]).expand_as(tokens)
+    # The last token of a conversation predicts none; those before its second half, no answer's.
+    is_asked = (place % length < length // 2 - 1) | (place % length == length - 1)
+    targets = window[:, 1:].masked_fill(is_asked, IGNORE_INDEX)
+    batches = [packed_batch(torch.stack([tokens, targets, place // length], 1))]
+    optim = config.optim
+    return lambda: train_step(model, optimizer, batches, lr=optim.lr, grad_clip=optim.grad_clip)[0]
+
+
+def conversation_length(window: Tensor) -> int:
+    """Return the tokens of each conversation that the rows of a window [B, T + 1] hold."""
+    return (window.shape[1] - 1) // CONVERSATIONS
+
+
 def transformers(model: Llama, window: Tensor, config: TrainConfig, part: str = "model") -> Step:
     """Return transformers' step; on a GPU the model, or each of its blocks, is compiled."""
     device = model.head_weight.device
@@ -122,6 +149,18 @@ def transformers(model: Llama, window: Tensor, config: TrainConfig, part: str = 
         for module in [peer] if part == "model" else peer.model.layers:
             module.compile()
     return plain_loop_step(peer, partial(peer_loss, peer), window, config)
+
+
+def trl(model: Llama, window: Tensor, config: TrainConfig) -> Step:
+    """Return TRL's step on the same answers, which it packs itself."""
+    from .trl_peer import trl_step
+
+    peer = transformers_peer(model, model.head_weight.device)
+    if peer is None:
+        sys.exit("transformers is not installed")
+    length = conversation_length(window)
+    rows = window[:, :-1].reshape(-1, length)
+    return trl_step(peer, rows, length // 2, window.shape[1] - 1, config)
 
 
 def plain_loop(model: Llama, window: Tensor, config: TrainConfig, compiled: bool = False) -> Step:
@@ -151,6 +190,9 @@ SIDES: dict[str, Callable[[Llama, Tensor, TrainConfig], Step]] = {
     "transformers": transformers,
     "transformers, compiled": transformers,
     "transformers, blocks compiled": partial(transformers, part="blocks"),
+    FINE_TUNING: fine_tuning,
+    PRETRAINING: ours,
+    TRL: trl,
     "plain loop": plain_loop,
     "plain loop, compiled": partial(plain_loop, compiled=True),
 }

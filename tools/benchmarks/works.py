@@ -62,10 +62,10 @@ def llama_cpp(
         yield {"llama.cpp": side(peer) if peer else None}
 
 
-def train(setup: Setup) -> list[TrainRow]:
-    """Measure optimizer steps."""
+def train(work: str, setup: Setup) -> list[TrainRow]:
+    """Measure optimizer steps on all tokens, or ("sft") on answers of packed conversations."""
     batch_size = setup.batch_size or BATCHES.get(setup.shape, 4)
-    return training.measure(setup, SHAPES[setup.shape], batch_size)
+    return training.measure(setup, SHAPES[setup.shape], batch_size, work)
 
 
 # Greedy decoding after a prompt of as many tokens. Its limit is the memory's speed.
@@ -275,7 +275,8 @@ def oracle(
 
 
 WORKS: dict[str, Callable[[Setup], Sequence[SpeedRow | TrainRow]]] = {
-    "train": train,
+    "train": partial(train, "train"),
+    "sft": partial(train, "sft"),
     "decode": decode,
     "prefill": prefill,
     "batch8": partial(batch, 8),
