@@ -23,6 +23,7 @@ from llama_torch.checkpoint import hf, step_folders
 from llama_torch.checkpoint.file_names import STATE_FILE
 from llama_torch.checkpoint.hf import read_metadata
 from llama_torch.training import loop, restore, step, validate
+from llama_torch.training.objective import Measured
 
 from ..support.survival import STEPS, left_over, require_same, resume, send_signal
 from ..support.trainer_runs import refused
@@ -115,7 +116,11 @@ def test_the_best_model_is_kept_and_outlives_a_resume(
 ) -> None:
     out, losses = tmp_path / "run", {0: 1.0, 2: 5.0, 4: 4.0, 6: 4.5, 8: 4.0, 10: math.nan}
     done: list[int] = []
-    monkeypatch.setattr(validate, "validation_loss", lambda *_: losses[done[-1] if done else 0])
+
+    def measured(*_: Any) -> Measured:
+        return Measured(losses[done[-1] if done else 0], {})
+
+    monkeypatch.setattr(validate, "measure", measured)
     real = step.train_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:

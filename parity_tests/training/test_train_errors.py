@@ -12,6 +12,7 @@ from llama_common.errors import InputError
 from llama_parity import compare
 from llama_torch import generate, train
 from llama_torch.training import loop, run_dir
+from llama_torch.training.objective import TokenLoss
 
 from ..support.trainer_runs import SMALL_RUN, TEXT, refused, state_file
 
@@ -153,9 +154,9 @@ def test_a_run_that_explodes_stops(
 def test_a_loss_beyond_all_bounds_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "train", lambda config: 800.0)
+    monkeypatch.setattr(loop, "train", lambda config: TokenLoss().measured([800.0, 1.0]))
     assert train.main(["--out", str(tmp_path / "run")]) == 0
-    assert "validation loss 800.000" in capsys.readouterr().out
+    assert "validation loss 800.000, perplexity 10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
