@@ -1,6 +1,7 @@
 """Pack conversations into windows, and order the windows: functions of lengths, seed and step."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -87,3 +88,33 @@ class PackedSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.last - self.first
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """The windows that a run reads: all of them in each epoch, in an order of its own."""
+
+    n_windows: int
+    epochs: int
+    rows: int  # windows of a step, over all ranks
+    asked: int  # steps that were asked for; 0 = as many as the epochs take
+    seed: int
+
+    @property
+    def n_read(self) -> int:
+        """The number of windows in all epochs."""
+        return self.epochs * self.n_windows
+
+    @property
+    def steps(self) -> int:
+        """The run's length in training steps."""
+        return self.asked or -(-self.n_read // self.rows)
+
+    def sampler(self, first: int, last: int, rank: int = 0, world: int = 1) -> PackedSampler:
+        """Return the sampler of one rank's windows of training steps ``first`` to ``last`` - 1.
+
+        The last step of the epochs takes what is left of them; that of another length is whole.
+        """
+        is_other = self.steps != -(-self.n_read // self.rows)
+        n_read = self.steps * self.rows if is_other else self.n_read
+        return PackedSampler(self.n_windows, n_read, self.seed, self.rows, first, last, rank, world)

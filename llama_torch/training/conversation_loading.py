@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from llama_common.errors import InputError, printable
 from llama_common.files import read_json
@@ -16,6 +16,8 @@ from ..tokenizer.answers import Segment, answer_segments, spelled
 from ..tokenizer.chat_template import ChatTemplate, Message, load_jinja
 from ..tokenizer.tokenizer import Tokenizer
 from .labels import Examples, cut_to
+
+T = TypeVar("T")
 
 TEMPLATE_FILE = "chat_template.jinja"
 # The date that templates see: tokens must not depend on the day on which a run is resumed.
@@ -76,20 +78,32 @@ def load_conversations(
 
 
 def _split(config: ConversationConfig) -> tuple[list[Conversation], list[Conversation]]:
-    """Return the conversations to learn from and those held out, spread evenly over --data."""
+    """Return the conversations to learn from and those held out."""
     given = [*read_conversations(config.data)]
-    if config.val_data:
-        held_out = [*read_conversations(config.val_data, "--val-data")]
-        for flag, found in (("--data", given), ("--val-data", held_out)):
+    named = [*read_conversations(config.val_data, "--val-data")] if config.val_data else None
+    return held_apart(given, named, config.val_fraction, "conversation")
+
+
+def held_apart(
+    given: list[T], named: list[T] | None, share: float, noun: str
+) -> tuple[list[T], list[T]]:
+    """Return the records to learn from and those held out.
+
+    named  those of --val-data; None: a share of ``given`` is held out, spread evenly over it.
+
+    Raises InputError where one of the two would be empty.
+    """
+    if named is not None:
+        for flag, found in (("--data", given), ("--val-data", named)):
             if not found:
-                raise InputError(f"{flag}: holds no conversation; name files that do")
-        return given, held_out
+                raise InputError(f"{flag}: holds no {noun}; name files that do")
+        return given, named
     if len(given) < 2:
         raise InputError(
-            f"--data: holds {len(given)} conversations, and one must be held out; give more, or "
+            f"--data: holds {len(given)} {noun}s, and one must be held out; give more, or "
             "name held-out ones with --val-data"
         )
-    chosen = spread_over(len(given), config.val_fraction)
+    chosen = spread_over(len(given), share)
     kept = [one for i, one in enumerate(given) if i not in chosen]
     return kept, [given[i] for i in sorted(chosen)]
 

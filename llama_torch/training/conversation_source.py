@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.loader import load_steps
-from ..data.packing import PackedSampler
+from ..data.packing import Epochs
 from ..distributed.job import broadcast_object
 from ..finetuning_config import SftConfig
 from ..tokenizer.loading import load_tokenizer
@@ -46,14 +46,16 @@ class ConversationSource:
         return digest.hexdigest()[:32]
 
     @property
-    def n_in_epochs(self) -> int:
-        """The number of windows in all epochs."""
-        return self.config.epochs * len(self.windows)
+    def epochs(self) -> Epochs:
+        """The windows that the run reads."""
+        config = self.config
+        rows = config.windows_per_step
+        return Epochs(len(self.windows), config.epochs, rows, config.steps, config.seed)
 
     @property
     def steps(self) -> int:
         """The run's length: --steps, or as many as --epochs take."""
-        return self.config.steps or -(-self.n_in_epochs // self.config.windows_per_step)
+        return self.epochs.steps
 
     @property
     def learnt_share(self) -> float:
@@ -76,27 +78,20 @@ class ConversationSource:
             f"{n:,} tokens, of which {learnt:,} are learnt ({learnt / n:.1%})",
             f"{windows:,} windows of {config.model.max_seq_len:,} tokens, {self.windows.fill:.1%} "
             f"full; {length} windows"
-            + (": a smaller --grad-accum makes more" if self.n_in_epochs < 2 * rows else ""),
+            + (": a smaller --grad-accum makes more" if self.epochs.n_read < 2 * rows else ""),
         ]
         return [*lines, *self.loaded.lines]
-
-    def _sampler(self, first: int, last: int, rank: int = 0, world: int = 1) -> PackedSampler:
-        rows, config = self.config.windows_per_step, self.config
-        # The last step of the epochs takes what is left of them; that of a longer run is whole.
-        n_read = steps * rows if (steps := self.steps) != -(-self.n_in_epochs // rows) else 0
-        given = len(self.windows), n_read or self.n_in_epochs, config.seed, rows
-        return PackedSampler(*given, first, last, rank, world)
 
     def train_windows(
         self, first: int, last: int, rank: int = 0, world: int = 1
     ) -> Generator[Tensor, None, None]:
         """Yield one rank's windows, int64 [rows / world, 3, T], of each training step."""
-        sampler = self._sampler(first, last, rank, world)
+        sampler = self.epochs.sampler(first, last, rank, world)
         return load_steps(self.windows, sampler, self.config.data.num_workers)
 
     def describe_step(self, step: int) -> str:
         """Return the numbers of the conversations in a step's windows."""
-        windows = self._sampler(step, step + 1).windows(step)
+        windows = self.epochs.sampler(step, step + 1).windows(step)
         members = [str(1 + i) for window in windows for i in self.windows.members[window]]
         n = f"{len(members)} conversations of {', '.join(self.config.data.data)}"
         return f"{n}: number {', '.join(members[:16])}" + (", ..." if len(members) > 16 else "")

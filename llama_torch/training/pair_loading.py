@@ -18,7 +18,7 @@ from ..model.config import REWARD_KEYS, ModelConfig
 from ..tokenizer.answers import spelled
 from ..tokenizer.chat_template import ChatTemplate, Message, load_jinja
 from ..tokenizer.tokenizer import Tokenizer
-from .conversation_loading import DAY, TEMPLATE_FILE, spread_over
+from .conversation_loading import DAY, TEMPLATE_FILE, held_apart
 from .pair_objective import STRENGTHS
 
 TAIL = 4  # tokens that are shown of a conversation's end
@@ -107,22 +107,10 @@ def pad_id(directory: Path, vocab_size: int, last_ids: Collection[int]) -> int:
 
 
 def _split(config: PreferenceConfig) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs to learn from and those held out, spread evenly over --data."""
+    """Return the pairs to learn from and those held out."""
     given = [*read_pairs(config.data)]
-    if config.val_data:
-        held_out = [*read_pairs(config.val_data, "--val-data")]
-        for flag, found in (("--data", given), ("--val-data", held_out)):
-            if not found:
-                raise InputError(f"{flag}: holds no pair; name files that do")
-        return given, held_out
-    if len(given) < 2:
-        raise InputError(
-            f"--data: holds {len(given)} pairs, and one must be held out; give more, or name "
-            "held-out ones with --val-data"
-        )
-    chosen = spread_over(len(given), config.val_fraction)
-    kept = [one for i, one in enumerate(given) if i not in chosen]
-    return kept, [given[i] for i in sorted(chosen)]
+    named = [*read_pairs(config.val_data, "--val-data")] if config.val_data else None
+    return held_apart(given, named, config.val_fraction, "pair")
 
 
 def tokenise(pairs: Sequence[Pair], template: ChatTemplate, context: int) -> Pairs:

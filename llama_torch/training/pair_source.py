@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from llama_common.errors import InputError
 
 from ..data.loader import load_steps
-from ..data.packing import EMPTY, PackedSampler
+from ..data.packing import EMPTY, Epochs
 from ..distributed.job import broadcast_object
 from ..finetuning_config import RewardConfig
 from ..tokenizer.loading import load_tokenizer
@@ -107,14 +107,16 @@ class PairSource:
         return digest.hexdigest()[:32]
 
     @property
-    def n_in_epochs(self) -> int:
-        """The number of windows in all epochs."""
-        return self.config.epochs * len(self.windows)
+    def epochs(self) -> Epochs:
+        """The windows that the run reads."""
+        config = self.config
+        rows = config.windows_per_step
+        return Epochs(len(self.windows), config.epochs, rows, config.steps, config.seed)
 
     @property
     def steps(self) -> int:
         """The run's length: --steps, or as many as --epochs take."""
-        return self.config.steps or -(-self.n_in_epochs // self.config.windows_per_step)
+        return self.epochs.steps
 
     @property
     def learnt_share(self) -> float:
@@ -131,7 +133,7 @@ class PairSource:
         config, (train, val) = self.config, self.loaded[:2]
         rows = config.windows_per_step
         length = describe_length(config.epochs, len(self.windows), self.steps, rows)
-        few = ": a smaller --grad-accum makes more" if self.n_in_epochs < 2 * rows else ""
+        few = ": a smaller --grad-accum makes more" if self.epochs.n_read < 2 * rows else ""
         return [
             f"{', '.join(config.data.data)}: {len(train.places):,} pairs, {len(val.places):,} "
             f"held out; conversations of {train.lengths.min():,} to {train.lengths.max():,} "
@@ -141,13 +143,6 @@ class PairSource:
             *self.loaded.lines,
         ]
 
-    def _sampler(self, first: int, last: int, rank: int = 0, world: int = 1) -> PackedSampler:
-        rows, config = self.config.windows_per_step, self.config
-        # The last step of the epochs takes what is left of them; that of a longer run is whole.
-        is_longer = self.steps != -(-self.n_in_epochs // rows)
-        n_read = self.steps * rows if is_longer else self.n_in_epochs
-        return PackedSampler(len(self.windows), n_read, config.seed, rows, first, last, rank, world)
-
     def train_windows(
         self, first: int, last: int, rank: int = 0, world: int = 1
     ) -> Generator[Tensor, None, None]:
@@ -155,7 +150,7 @@ class PairSource:
 
         Pairs of nearly one length come into one micro-batch, which then has little padding.
         """
-        sampler = self._sampler(first, last, rank, world)
+        sampler = self.epochs.sampler(first, last, rank, world)
         with closing(load_steps(self.windows, sampler, self.config.data.num_workers)) as steps:
             for windows in steps:
                 longest = windows[:, :, Column.LAST].amax(1)
@@ -163,7 +158,7 @@ class PairSource:
 
     def describe_step(self, step: int) -> str:
         """Return the places of a step's pairs."""
-        numbers = self._sampler(step, step + 1).windows(step)
+        numbers = self.epochs.sampler(step, step + 1).windows(step)
         places = [self.loaded.train.places[i] for i in numbers if i != EMPTY]
         return ", ".join(places[:NAMED]) + (", ..." if len(places) > NAMED else "")
 
