@@ -21,7 +21,7 @@ from llama_torch.model.config import ModelConfig
 from llama_torch.model.float8_linear import use_float8
 from llama_torch.model.llama import Llama
 from llama_torch.model.loss import IGNORE_INDEX
-from llama_torch.training.batch import to_batch
+from llama_torch.training.batch import Batch, to_batch
 from llama_torch.training.compile import compile_blocks
 from llama_torch.training.labels import packed_batch
 from llama_torch.training.optimizer import make_adamw
@@ -108,27 +108,28 @@ def step_seconds(step: Step, n: int, device: torch.device) -> list[float]:
 
 def ours(model: Llama, window: Tensor, config: TrainConfig) -> Step:
     """Return our training step, set up as in the trainer."""
+    return step_on(model, to_batch(window), config)
+
+
+def step_on(model: Llama, batch: Batch, config: TrainConfig) -> Step:
+    """Return our training step on one micro-batch."""
     optimizer = make_adamw(model, config.optim, getattr(torch, config.dtype))
     if config.precision == "fp8":
         use_float8(model)
     compile_blocks(model, config.compile, config.recompute)
-    batches, optim = [to_batch(window)], config.optim
-    return lambda: train_step(model, optimizer, batches, lr=optim.lr, grad_clip=optim.grad_clip)[0]
+    optim = config.optim
+    return lambda: train_step(model, optimizer, [batch], lr=optim.lr, grad_clip=optim.grad_clip)[0]
 
 
 def fine_tuning(model: Llama, window: Tensor, config: TrainConfig) -> Step:
     """Return our step on the answers of the conversations of ``window``, packed."""
-    optimizer = make_adamw(model, config.optim, getattr(torch, config.dtype))
-    compile_blocks(model, config.compile, config.recompute)
     tokens = window[:, :-1]
     length = conversation_length(window)
     place = torch.arange(tokens.shape[1]).expand_as(tokens)
     # The last token of a conversation predicts none; those before its second half, no answer's.
     is_asked = (place % length < length // 2 - 1) | (place % length == length - 1)
     targets = window[:, 1:].masked_fill(is_asked, IGNORE_INDEX)
-    batches = [packed_batch(torch.stack([tokens, targets, place // length], 1))]
-    optim = config.optim
-    return lambda: train_step(model, optimizer, batches, lr=optim.lr, grad_clip=optim.grad_clip)[0]
+    return step_on(model, packed_batch(torch.stack([tokens, targets, place // length], 1)), config)
 
 
 def conversation_length(window: Tensor) -> int:
