@@ -89,11 +89,11 @@ def _segments(path: str, ckpt: Path, template: str, config: LlamaConfig) -> Iter
             "--sft reads conversations as llama_torch does: pip install 'llama-parity[torch]'"
         ) from None
     written = load_jinja(ckpt, load_tokenizer(ckpt, config.vocab_size), template, DAY)
-    for messages, place in conversations.read_conversations([path], "--sft"):
+    for one in conversations.read_conversations([path], "--sft"):
         try:
-            yield answer_segments(written, messages)
+            yield answer_segments(written, one.messages, one.learnt)
         except InputError as error:
-            raise InputError(f"{place}: {error}") from None
+            raise InputError(f"{one.place}: {error}") from None
 
 
 def label_rows(conversations: Sequence[Segments], first_call: int = 0) -> list[Row]:

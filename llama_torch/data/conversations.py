@@ -34,29 +34,98 @@ NEXT: Mapping[str, tuple[str, ...]] = {
 }
 
 
+WEIGHT = "weight"  # of an answer: 0 or 1, as OpenAI's files have it; without it, 1
+
+
 class Conversation(NamedTuple):
-    """Messages in an order that a model can be trained on; the last is the assistant's."""
+    """Messages in an order that a model can be trained on; the last is an answer to learn."""
 
     messages: list[Message]
+    learnt: list[bool]  # of each answer of the assistant's, in order
     place: str  # of the record, for messages
+
+    @property
+    def first_prompt(self) -> list[Message]:
+        """The messages before the first answer that is learnt."""
+        return self.messages[: learnt_answers(self.messages, self.learnt)[0]]
+
+
+def learnt_answers(messages: Sequence[Message], learnt: Sequence[bool] | None = None) -> list[int]:
+    """Return the places of the answers that are learnt; ``learnt`` of each answer, None: all."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return answers if learnt is None else [i for i, is_ in zip(answers, learnt, strict=True) if is_]
 
 
 def read_conversations(patterns: Sequence[str], flag: str = DATA) -> Iterator[Conversation]:
     """Yield the conversations of the files, folders and globs that ``flag`` names.
 
-    What follows a conversation's last answer is left out. Keys of a record that are no part of a
-    form are passed over, and a line on stderr names them. Raises InputError, with file and line,
-    for a record of no form, roles out of order, an empty message, and one without an answer.
+    What follows a conversation's last answer that is learnt is left out. Keys of a record that are
+    no part of a form are passed over, and a line on stderr names them. Raises InputError, with file
+    and line, for a record of no form, roles out of order, an empty message, a weight that is
+    neither 0 nor 1, and for a record without an answer to learn.
     """
     passed_over: set[str] = set()
     for record in records(patterns, flag):
-        messages, unused = _messages(record)
+        content, learnt = _without_weights(record)
+        messages, unused = _messages(Record(content, record.place))
         passed_over |= unused
         require_order(messages, record.place)
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        yield Conversation(messages[: last + 1], record.place)
+        yield _up_to_learnt(messages, learnt, record.place)
     if passed_over and is_main_process():
         note(f"{flag}: keys passed over: {', '.join(sorted(passed_over))[:200]}")
+
+
+def _without_weights(record: Record) -> tuple[dict[str, Any], list[bool]]:
+    """Return a record without its answers' weights, and whether each answer is learnt."""
+    content, learnt = dict(record.content), []
+    for form, role_key in (("messages", "role"), ("conversations", "from")):
+        items = content.get(form)
+        if not isinstance(items, list):
+            continue
+        content[form] = [_without_weight(item) for item in items]
+        for number, item in enumerate(items, 1):
+            if isinstance(item, dict):
+                weight = _weight(item, role_key, f"{record.place}: message {number}")
+                learnt += [] if weight is None else [weight]
+        break
+    return content, learnt or [True]
+
+
+def _without_weight(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    return {key: value for key, value in item.items() if key != WEIGHT}
+
+
+def _weight(item: Mapping[str, Any], role_key: str, where: str) -> bool | None:
+    """Return whether a message is learnt; None for one that is no answer."""
+    role, weight = item.get(role_key), item.get(WEIGHT)
+    is_answer = isinstance(role, str) and SHAREGPT_ROLES.get(role) == "assistant"
+    if weight is None:
+        return True if is_answer else None
+    if not is_answer:
+        raise InputError(
+            f"{where}: has a {WEIGHT}, which answers alone have: no other message is learnt; "
+            "remove it"
+        )
+    # JSON's true is 1 in Python; a column of a table may hold 1.0.
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise InputError(
+            f"{where}: {WEIGHT} is {shown(weight)[:80]}, neither 0 (not learnt) nor 1; correct it"
+        )
+    return bool(weight)
+
+
+def _up_to_learnt(messages: list[Message], learnt: list[bool], place: str) -> Conversation:
+    """Return the conversation up to its last answer that is learnt; InputError where none is."""
+    answers = learnt_answers(messages, learnt)
+    if not answers:
+        raise InputError(
+            f"{place}: every answer has {WEIGHT} 0, so that there is nothing to learn; give one "
+            f"{WEIGHT} 1, or remove the line"
+        )
+    kept = messages[: answers[-1] + 1]
+    return Conversation(kept, learnt[: len(learnt_answers(kept))], place)
 
 
 def _messages(record: Record) -> tuple[list[Message], set[str]]:

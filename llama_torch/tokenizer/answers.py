@@ -25,23 +25,29 @@ class Segment(NamedTuple):
     learnt: bool  # an answer with its end token; the prompt that opens it is in the one before
 
 
-def answer_segments(template: ChatTemplate, messages: Sequence[Message]) -> list[Segment]:
-    """Return a conversation up to its last answer as segments, in order.
+def answer_segments(
+    template: ChatTemplate, messages: Sequence[Message], learnt: Sequence[bool] | None = None
+) -> list[Segment]:
+    """Return a conversation up to its last learnt answer as segments, in order.
 
-    Raises InputError where the template writes an answer's prompt otherwise once the answer is
-    there, writes nothing for an answer, or does not end it with a special token.
+    learnt  of each answer, one at least; None: all are. An answer that is not is prompt.
+
+    Raises InputError where the template writes a learnt answer's prompt otherwise once the answer
+    is there, writes nothing for the answer, or does not end it with a special token.
     """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    whole = template.encode(messages[: answers[-1] + 1], prompts=False)
+    flags = [True] * len(answers) if learnt is None else learnt
+    taught = [(n, i) for n, (i, flag) in enumerate(zip(answers, flags, strict=True), 1) if flag]
+    last = taught[-1][1]
+    whole = template.encode(messages[: last + 1], prompts=False)
     segments: list[Segment] = []
     done = 0
-    for number, i in enumerate(answers, 1):
+    for number, i in taught:
         prompt = template.encode(messages[:i])
         start = _common(prompt, whole)
         if start < len(prompt):
             raise _not_kept(template, number, prompt, whole)
-        is_last = i == answers[-1]
-        answered = whole if is_last else template.encode(messages[: i + 1], prompts=False)
+        answered = whole if i == last else template.encode(messages[: i + 1], prompts=False)
         # Some templates put a token after the last message alone, behind the answer's own end.
         stop = _common(answered, whole)
         end = start + _length(template, number, whole[start:stop], answered[stop:])
@@ -70,8 +76,8 @@ def _length(template: ChatTemplate, number: int, ids: Sequence[int], rest: Seque
     if tokenizer.decode(rest).strip() or (rest and not is_ended):
         raise InputError(
             f"{template.origin}: writes answer {number} otherwise once messages follow it, so that "
-            "it cannot be learnt as it is generated; give each answer a conversation of its own, "
-            "or choose another --template"
+            "it cannot be learnt as it is generated; learn the last answer alone (weight 0 on the "
+            "others), or choose another --template"
         )
     if not tokenizer.decode(ids).strip():
         raise InputError(
@@ -103,8 +109,8 @@ def _not_kept(
     written, instead = (spelled(tokenizer, ids[at:])[:SHOWN] for ids in (prompt, whole))
     return InputError(
         f"{template.origin}: opens answer {number} with {written!r} when it is generated and with "
-        f"{instead!r} when it is given; choose another --template, or give each answer a "
-        "conversation of its own"
+        f"{instead!r} when it is given; choose another --template, or learn the last answer alone "
+        "(weight 0 on the others)"
     )
 
 

@@ -117,20 +117,20 @@ def spread_over(n: int, share: float) -> set[int]:
 def _label(conversations: Sequence[Conversation], template: ChatTemplate, context: int) -> Labelled:
     found: list[list[Segment]] = []
     places, n_cut = [], 0
-    for messages, place in conversations:
+    for one in conversations:
         try:
-            whole = answer_segments(template, messages)
+            whole = answer_segments(template, one.messages, one.learnt)
         except InputError as error:
-            raise InputError(f"{place}: {error}") from None
+            raise InputError(f"{one.place}: {error}") from None
         fitting = cut_to(whole, context)
         if fitting:
             found.append(fitting)
-            places.append(place)
+            places.append(one.place)
             n_cut += any(segment.learnt for segment in whole[len(fitting) :])
     if not found:
         raise InputError(
-            f"--max-seq-len {context}: the first answer of {conversations[0].place} ends beyond "
-            "it, as that of every other conversation does; make it longer"
+            f"--max-seq-len {context}: the first answer to learn of {conversations[0].place} ends "
+            "beyond it, as that of every other conversation does; make it longer"
         )
     return Labelled(found, places, n_cut, len(conversations) - len(found))
 
@@ -141,8 +141,8 @@ def _counted(learning: Labelled, held_out: Labelled, context: int) -> list[str]:
     if not n_cut + n_left_out:
         return []
     return [
-        f"longer than {context:,} tokens: {n_cut:,} conversations, cut after the last answer that "
-        f"fits, and {n_left_out:,} left out, of which no answer does"
+        f"longer than {context:,} tokens: {n_cut:,} conversations, cut after the last answer to "
+        f"learn that fits, and {n_left_out:,} left out, of which none does"
     ]
 
 
@@ -166,11 +166,10 @@ def _marked(tokenizer: Tokenizer, segments: Sequence[Segment]) -> list[str]:
 
 
 def _prompt(text: str, held_out: Conversation, template: ChatTemplate) -> list[int]:
-    """Return the ids of the samples' prompt: a user's text, or a conversation's first prompt."""
+    """Return the ids of the samples' prompt: a user's text, or the first learnt answer's."""
     messages: list[Message] = [{"role": "user", "content": text}]
     if not text:
-        roles = [message["role"] for message in held_out.messages]
-        messages = held_out.messages[: roles.index("assistant")]
+        messages = held_out.first_prompt
     try:
         return template.encode(messages)
     except InputError as error:

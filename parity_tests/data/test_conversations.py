@@ -68,6 +68,45 @@ def test_every_form_is_read(form: str, ending: str, tmp_path: Path) -> None:
     assert [one.place for one in found] == [f"--data {name}: {place} {n}" for n in (1, 2)]
 
 
+UNLEARNT = ANSWERED | {"weight": 0}
+WEIGHED: list[tuple[dict[str, Any], list[bool]]] = [
+    ({"messages": [*MESSAGES, ASKED, ANSWERED]}, [True, True]),
+    ({"messages": [TOLD, ASKED, UNLEARNT, ASKED, ANSWERED | {"weight": 1}]}, [False, True]),
+    ({"messages": [ASKED, UNLEARNT, ASKED, ANSWERED]}, [False, True]),
+    ({"messages": [ASKED, ANSWERED | {"weight": None}, ASKED, ANSWERED]}, [True, True]),
+    ({"messages": [ASKED, UNLEARNT, ASKED, ANSWERED | {"weight": 1.0}]}, [False, True]),
+    ({"messages": [ASKED, ANSWERED, ASKED, UNLEARNT, ASKED, UNLEARNT]}, [True]),
+    ({"messages": [ASKED, UNLEARNT, ASKED, ANSWERED, ASKED, UNLEARNT]}, [False, True]),
+    (
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b", "weight": 0},
+                {"from": "human", "value": "c"},
+                {"from": "gpt", "value": "d"},
+            ]
+        },
+        [False, True],
+    ),
+    ({"prompt": "a", "completion": "b"}, [True]),
+]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(("record", "learnt"), WEIGHED)
+def test_an_answer_of_weight_0_is_not_learnt(
+    record: dict[str, Any], learnt: list[bool], ending: str, tmp_path: Path
+) -> None:
+    """Nor is what follows the last answer that is; a template sees no weight."""
+    [found] = read_conversations([write(tmp_path / f"a{ending}", [record])])
+    assert found.learnt == learnt
+    assert found.messages[-1]["role"] == "assistant"
+    assert sum(message["role"] == "assistant" for message in found.messages) == len(learnt)
+    assert all(message.keys() == {"role", "content"} for message in found.messages)
+    answers = [i for i, m in enumerate(found.messages) if m["role"] == "assistant"]
+    assert len(found.first_prompt) == answers[learnt.index(True)]
+
+
 def test_keys_that_are_passed_over_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +133,21 @@ REFUSED: list[tuple[Any, str]] = [
     (
         {"messages": [ASKED, ANSWERED | {"tool_calls": [1]}]},
         ": message 2: key 'tool_calls' is not known, and what it changes would be lost; remove it",
+    ),
+    (
+        {"messages": [ASKED, UNLEARNT, ASKED, UNLEARNT]},
+        ": every answer has weight 0, so that there is nothing to learn; give one weight 1, or rem",
+    ),
+    (
+        {"messages": [ASKED | {"weight": 1}, ANSWERED]},
+        ": message 1: has a weight, which answers alone have: no other message is learnt; remove i",
+    ),
+    *(
+        (
+            {"messages": [ASKED, ANSWERED | {"weight": weight}]},
+            f": message 2: weight is {said}, neither 0 (not learnt) nor 1; correct it",
+        )
+        for weight, said in ((2, "2"), (0.5, "0.5"), (True, "True"), ("1", "'1'"), ([], "[]"))
     ),
     (
         {"conversations": [ASKED, ANSWERED]},

@@ -16,6 +16,7 @@ from llama_torch.tokenizer.chat_template import (
     load_jinja,
 )
 from llama_torch.tokenizer.tokenizer import Tokenizer
+from reference_np.sft import sft_labels
 
 from ..support.tokenizers import turns
 
@@ -180,6 +181,36 @@ def test_a_template_that_cannot_be_learnt_from_is_refused(
     with pytest.raises(InputError) as refused:
         answer_segments(template, turns(said))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(said=conversations, data=st.data())
+def test_an_answer_that_is_not_learnt_is_prompt(
+    name: str, tokenizers: dict[str, Tokenizer], said: list[str], data: st.DataObject
+) -> None:
+    """The tokens are the same, and the targets those of the learnt answers alone."""
+    template, messages, n = template_of(tokenizers, name), turns(said), len(said) // 2
+    learnt = data.draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any))
+    last = n - learnt[::-1].index(True)
+    everything = answer_segments(template, messages[: 2 * last])
+    found = answer_segments(template, messages, learnt)
+    flags = iter(learnt)
+    expected = [(ids, is_answer and next(flags)) for ids, is_answer in everything]
+    for one, other in zip(sft_labels(found), sft_labels(expected), strict=True):
+        assert (one == other).all()
+
+
+@pytest.mark.parametrize("name", ["earlier answers shortened", "thoughts that are left out later"])
+def test_the_last_answer_can_be_learnt_alone_of_a_template_that_shortens_the_others(
+    name: str, tokenizers: dict[str, Tokenizer]
+) -> None:
+    source, said, _ = REFUSED[name]
+    template = ChatTemplate(source, "--template t.jinja", tokenizers["bytes"])
+    messages = turns(said)
+    [prompt, answer] = answer_segments(template, messages, [False, True])
+    assert prompt.ids == template.encode(messages[:-1])
+    assert (prompt.learnt, answer.learnt) == (False, True)
+    assert said[-1] in spelled(template.tokenizer, answer.ids)
 
 
 def test_a_template_that_reads_the_clock_writes_the_same_every_day(

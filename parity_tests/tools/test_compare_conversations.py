@@ -52,6 +52,17 @@ def test_conversations_agree(
     assert not found["warnings"]
 
 
+def test_answers_of_weight_0_are_not_learnt(
+    model: Path, tmp_path: Path, report: Callable[..., dict[str, Any]]
+) -> None:
+    path = tmp_path / "weighed.jsonl"
+    asked, answered, again, last = turns(SAID[0])
+    path.write_text(json.dumps({"messages": [asked, answered | {"weight": 0}, again, last]}))
+    found = report(model, "--sft", path, *SHORT)
+    assert found["verdict"]["holds"]
+    assert f"1 conversations of {path}, 6 tokens" in found["training"]["notes"][0]
+
+
 def prompts_learnt(patch: pytest.MonkeyPatch) -> None:
     """Learn what the user says too (nanochat and others: a mask that is lost)."""
     real = labels.labels

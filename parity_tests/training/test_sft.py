@@ -18,7 +18,9 @@ from llama_torch.tokenizer.answers import answer_segments
 from llama_torch.tokenizer.chat_template import LLAMA2_SOURCE, ChatTemplate
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.training import loop
+from llama_torch.training.oracle import oracle_config
 from reference_np.grad import loss_and_grads
+from reference_np.ops import IGNORE
 from reference_np.sft import pack, sft_labels
 
 from ..support.model_directories import CONFIGS
@@ -85,17 +87,16 @@ def test_the_first_loss_is_the_oracles_over_all_answers(
     tokenizer = load_tokenizer(model, CONFIGS["bytes"].vocab_size)
     template = ChatTemplate(load(model).chat_template.source, "own", tokenizer)
     labelled = [sft_labels(answer_segments(template, one)) for one in conversations()]
-    weights = {
-        name: p.detach().double().numpy() for name, p in load_model(model).named_parameters()
-    }
-    from llama_torch.training.oracle import oracle_config
-
-    config = oracle_config(CONFIGS["bytes"])
-    expected, _ = loss_and_grads(weights, pack(labelled), config)
+    expected, _ = loss_and_grads(_arrays(model), pack(labelled), oracle_config(CONFIGS["bytes"]))
     logged = scalars(out)
     assert len(logged["train/loss"]) == 1
     assert dict(logged["train/loss"])[1] == pytest.approx(expected, rel=1e-5)
     assert dict(logged["val/loss"])[0] == pytest.approx(expected, rel=1e-5)
+
+
+def _arrays(model: Path) -> dict[str, Any]:
+    """Return a model's parameters in float64, by name."""
+    return {name: p.detach().double().numpy() for name, p in load_model(model).named_parameters()}
 
 
 def test_a_run_leaves_a_directory_to_chat_with(
@@ -217,12 +218,40 @@ def test_conversations_beyond_the_context_are_cut_and_counted(
     flags = flags_of(models["bytes"], path, "--dry-run")
     assert sft.main(flags) == 0
     assert (
-        "longer than 64 tokens: 1 conversations, cut after the last answer that fits, and 1 left "
-        "out, of which no answer does"
+        "longer than 64 tokens: 1 conversations, cut after the last answer to learn that fits, "
+        "and 1 left out, of which none does"
     ) in capsys.readouterr().out
     path.write_text((json.dumps({"messages": data[-1]}) + "\n") * 3)
     said = refused(flags, capsys)
-    assert f"--max-seq-len 64: the first answer of --data {path}: line 1 ends beyond it" in said
+    assert f"--max-seq-len 64: the first answer to learn of --data {path}: line 1 ends " in said
+
+
+def test_answers_of_weight_0_are_prompt_in_a_run_and_its_validation(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Marks, numbers of learnt tokens and first losses are those of the last answers alone."""
+    path, model = tmp_path / "weighed.jsonl", models["bytes"]
+    given = [turns([f"Add {i} and 1", str(i + 1), "And 1?", str(i + 2)]) for i in range(6)]
+    records = [[a, b | {"weight": 0}, c, d | {"weight": 1}] for a, b, c, d in given]
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in records))
+    flags = flags_of(model, path, "--val-data", str(path), "--grad-accum", "9", "--epochs", "1")
+    assert sft.main([*flags, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    tokenizer = load_tokenizer(model, CONFIGS["bytes"].vocab_size)
+    template = ChatTemplate(load(model).chat_template.source, "own", tokenizer)
+    labelled = [sft_labels(answer_segments(template, one, [False, True])) for one in given]
+    n_learnt = sum(int((targets != IGNORE).sum()) for _, targets in labelled)
+    assert f"of which {n_learnt:,} are learnt" in said
+    shown = said.partition("between {+ and +}:")[2]
+    before, _, learnt = shown.partition("{+")
+    assert "And 1?" in before
+    assert learnt.startswith("2")
+    assert (shown.count("{+"), shown.count("+}")) == (1, 1)
+    out = tmp_path / "run"
+    assert sft.main([*flags, "--out", str(out)]) == 0
+    expected, _ = loss_and_grads(_arrays(model), pack(labelled), oracle_config(CONFIGS["bytes"]))
+    assert dict(scalars(out)["train/loss"])[1] == pytest.approx(expected, rel=1e-5)
+    assert dict(scalars(out)["val/loss"])[0] == pytest.approx(expected, rel=1e-5)
 
 
 REFUSED = {
