@@ -125,7 +125,7 @@ class Conversation:
         They fit if they leave ``max_new_tokens`` or a quarter of the context for the answer. Raises
         InputError where the last message alone fills the context.
         """
-        from .inference.engine import require_fitting
+        from .inference.rows import require_fitting
 
         limit, oldest = self.model.model.config.max_seq_len, len(self.start)
         room = min(self.config.sampling.max_new_tokens, limit // 4)

@@ -79,10 +79,8 @@ def _main(argv: Sequence[str]) -> int:
 
     model = load(config.ckpt, template=config.template)
     settings = SamplingConfig(max_new_tokens=config.max_new_tokens, temperature=0)
-    answers = []
-    for start in range(0, len(records), config.batch_size):
-        batch = records[start : start + config.batch_size]
-        answers += model.chat_batch([record["messages"] for record in batch], settings)
+    conversations = [record["messages"] for record in records]
+    answers = model.chat_batch(conversations, settings, max_rows=config.batch_size)
     found = shares(records, [answer.text for answer in answers])
     if config.json:
         print(json.dumps([share._asdict() for share in found], indent=1))

@@ -198,6 +198,13 @@ def text_message(role: str, text: Any, where: str) -> Message:
 
 def require_order(messages: Sequence[Message], place: str) -> None:
     """Raise InputError for roles that no conversation has in this order, or without an answer."""
+    require_turns(messages, place)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{place}: holds no answer of the assistant; remove the line")
+
+
+def require_turns(messages: Sequence[Message], place: str) -> None:
+    """Raise InputError for roles that no conversation has in this order."""
     before = ""
     for number, message in enumerate(messages, 1):
         role = message["role"]
@@ -208,5 +215,3 @@ def require_order(messages: Sequence[Message], place: str) -> None:
                 f"{' or '.join(NEXT[before])}"
             )
         before = role
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{place}: holds no answer of the assistant; remove the line")

@@ -62,7 +62,7 @@ def _pair(record: Record) -> Pair:
             f"{place} holds no {' and no '.join(missing)} answer, but {keys}; name the preferred "
             "one 'chosen', the other 'rejected'"
         )
-    prompt = _prompt(content["prompt"], f"{place}: prompt") if "prompt" in content else []
+    prompt = prompt_messages(content["prompt"], f"{place}: prompt") if "prompt" in content else []
     sides = []
     for key in ("chosen", "rejected"):
         messages = prompt + _answer(content[key], f"{place}: {key}", bool(prompt))
@@ -78,8 +78,11 @@ def _pair(record: Record) -> Pair:
             f"{place}: chosen and rejected do not begin with the same message, so that they answer "
             "different prompts; correct the line"
         )
-    safe = _flag(content, "chosen_safe", place), _flag(content, "rejected_safe", place)
-    is_tagged = bool(_flag(content, "safety", place))
+    safe = (
+        true_or_false(content, "chosen_safe", place),
+        true_or_false(content, "rejected_safe", place),
+    )
+    is_tagged = bool(true_or_false(content, "safety", place))
     return Pair(chosen, rejected, _strength(content, place), is_tagged, safe, place)
 
 
@@ -87,11 +90,17 @@ def _stripped(message: Message) -> tuple[str, str]:
     return message["role"], message["content"].strip()
 
 
-def _prompt(given: Any, place: str) -> list[Message]:
-    """Return a prompt's messages: those given, or a text as the user's."""
-    if isinstance(given, str):
-        return [*_dialogue(given)] or [text_message("user", given, place)]
-    return as_messages(given, "role", "content", place)
+def prompt_messages(given: Any, place: str) -> list[Message]:
+    """Return a prompt's messages: those given, a dialogue's (Anthropic's), or a text as the user's.
+
+    Raises InputError, naming ``place``, for what is none of them.
+    """
+    if not isinstance(given, str):
+        return as_messages(given, "role", "content", place)
+    messages = _dialogue(given) or [{"role": "user", "content": given}]
+    if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()  # a dialogue's "Assistant:" opens the answer
+    return [text_message(m["role"], m["content"], place) for m in messages]
 
 
 def _answer(given: Any, place: str, has_prompt: bool) -> list[Message]:
@@ -131,7 +140,8 @@ def _strength(content: Mapping[str, Any], place: str) -> int:
     return found
 
 
-def _flag(content: Mapping[str, Any], key: str, place: str) -> bool | None:
+def true_or_false(content: Mapping[str, Any], key: str, place: str) -> bool | None:
+    """Return a record's flag, None where it has none; InputError for another value."""
     given = content.get(key)
     if given is not None and not isinstance(given, bool):
         raise InputError(f"{place}: {key} is {shown(given)[:80]}, not true or false; correct it")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..tokenizer.detokenizer import Detokenizer
 from ..tokenizer.tokenizer import Tokenizer
 from .config import SamplingConfig
-from .engine import FinishReason, Token, finish_reason
+from .rows import FinishReason, Token, finish_reason
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ def check_chunk(size: int) -> None:
     check(0 < size < 2**31, "prefill_chunk", size, "must be positive and below 2^31")
 
 
+def check_rows(number: int) -> None:
+    """Raise InputError unless ``number``, the prompts continued at a time, is in [0, 2^31)."""
+    check(0 <= number < 2**31, "max_rows", number, "must be zero (all) or positive, below 2^31")
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """Settings of one request: the distribution to sample from, the seed, when to stop.

@@ -76,3 +76,27 @@ class EagerStep:
         columns_S = torch.arange(start + n_tokens, device=device)
         positions_BT = (columns_S[start:] - padding_B1).clamp(min=0)
         return positions_BT, left_padded_causal_mask(columns_S, columns_S[start:], padding_B1)
+
+
+def prefill_distinct(
+    model: Llama, prompts: Sequence[Sequence[int]], chunk: int, products: Products
+) -> tuple[StaticCache, Tensor, Tensor]:
+    """Run prompts, those that are equal once; return cache, logits [B, V], and rows int64 [n].
+
+    The rows are those of the prompts in the other two, whose B rows are padded on the left.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    rows = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    longest, weight = max(map(len, numbers)), model.model.embed_tokens.weight
+    cache = StaticCache(model.config, len(numbers), longest, weight.dtype, weight.device)
+    step = EagerStep(model, cache, products)
+    step.begin([longest - len(prompt) for prompt in numbers])
+    tokens_BT = left_padded(list(numbers), weight.device)
+    return cache, step.prefill(tokens_BT, chunk), torch.tensor(rows, device=weight.device)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return prompts as rows int64 [B, T] of the longest's length, with zeros before the others."""
+    longest = max(map(len, prompts))
+    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device)

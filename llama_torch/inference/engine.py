@@ -2,13 +2,13 @@
 
 Prompts of unequal length are continued together, padded on the left, which does not change the
 result: a row's positions count its own tokens, and its mask hides the padding (model/masks.py).
-decoding.py chooses how a token is decoded; ``finish_reason`` decides when a row ends.
+So a prompt can take the row of one that has ended, amid the others: its columns end where theirs
+do. decoding.py chooses how a token is decoded; ``finish_reason`` decides when a row ends.
 Suffixes: B row, T position, V vocabulary.
 """
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,54 +16,25 @@ from torch import Tensor
 from llama_common.errors import InputError
 
 from ..model.llama import Llama
-from .config import PREFILL_CHUNK, Decoding, SamplingConfig, check_chunk
+from .config import PREFILL_CHUNK, Decoding, SamplingConfig, check_chunk, check_rows
 from .cpu_choice import prompt_products
 from .cuda_graph import GraphStore
 from .decoding import DecodeStep, make_step
-from .eager_step import EagerStep
-from .sampling import SamplingTensors, draw, penalize, token_probabilities
+from .eager_step import EagerStep, left_padded, prefill_distinct
+from .rows import (
+    FinishReason,
+    Row,
+    Token,
+    draw_tokens,
+    finish_reason,
+    new_token_limit,
+    require_fitting,
+    to_tokens,
+)
+from .sampling import SamplingTensors, log_probability, penalize
 
-FinishReason = Literal["stop", "length"]
-
-
-class Token(NamedTuple):
-    """One token sampled for one row."""
-
-    prompt: int  # its index in the batch
-    id: int
-    reached_length_limit: bool  # whether the row has max_new_tokens tokens or fills the context
-    logprob: float | None  # before repetition penalty, temperature, top-k, top-p and min-p
-    top_logprobs: tuple[tuple[int, float], ...]  # (id, log-probability), most probable first
-
-    @property
-    def likeliest(self) -> tuple[tuple[int, float], ...]:
-        """The former name of ``top_logprobs``."""
-        return self.top_logprobs
-
-
-def finish_reason(
-    token: Token, stop_ids: Collection[int] = (), has_stop_text: bool = False
-) -> FinishReason | None:
-    """Return the reason why a row ends with a token, or None if it continues.
-
-    "stop": the token is one of ``stop_ids``, or completes a stop text (``has_stop_text``).
-    "length": the row has ``max_new_tokens`` tokens, or fills the context. Where both hold, "stop".
-    """
-    if token.id in stop_ids or has_stop_text:
-        return "stop"
-    return "length" if token.reached_length_limit else None
-
-
-@dataclass
-class Row:
-    """State of one sequence in a batch."""
-
-    prompt: int  # the prompt's index
-    settings: SamplingConfig
-    generator: torch.Generator
-    remaining: int  # tokens still to sample
-    padding: int  # padding columns before the first token
-    is_finished: bool = False
+# Waiting prompts are run when one row in so many is free: each time the others' decoding waits.
+REFILL_SHARE = 8
 
 
 class DecodeBatch:
@@ -75,8 +46,10 @@ class DecodeBatch:
     ``settings`` has an entry for each of the ``prompts``, which are token ids. ``prefill_chunk``
     is the number of prompt columns in one forward pass, ``decoding`` the mode (see decoding.py),
     ``graphs`` the store of captured steps (None: they are not kept), ``step`` a decoding step in
-    place of the mode's. Raises InputError for an empty prompt, one that fills the context, ids
-    outside the vocabulary, and a mode that cannot run.
+    place of the mode's. At most ``max_rows`` prompts (0: all) are decoded at a time, and the others
+    wait for their rows. ``drawn_logprobs`` gives each token its ``drawn_logprob``. Raises
+    InputError for an empty prompt, one that fills the context, ids outside the vocabulary, and a
+    mode that cannot run.
     """
 
     @torch.inference_mode()
@@ -89,49 +62,59 @@ class DecodeBatch:
         decoding: Decoding = "auto",
         graphs: GraphStore | None = None,
         step: DecodeStep | None = None,
+        max_rows: int = 0,
+        drawn_logprobs: bool = False,
     ) -> None:
         check_chunk(prefill_chunk)
+        check_rows(max_rows)
         for prompt in prompts:
             require_fitting(model, prompt)
         self.model, self.prompts, self.prefill_chunk = model, prompts, prefill_chunk
+        self.settings, self.drawn_logprobs = settings, drawn_logprobs
         self.device = model.model.embed_tokens.weight.device
-        longest = max(map(len, prompts))
+        n_rows = min(max_rows or len(prompts), len(prompts))
         # All rows that are computed: a captured step, whose shapes are fixed, keeps finished ones.
-        self.rows = [
-            Row(
-                prompt=i,
-                settings=each,
-                generator=torch.Generator().manual_seed(each.seed),
-                remaining=new_token_limit(model, prompt, each),
-                padding=longest - len(prompt),
-            )
-            for i, (prompt, each) in enumerate(zip(prompts, settings, strict=True))
-        ]
-        self.sampling = SamplingTensors.from_configs(settings, self.device)
-        self.seen_BV = self._seen_tokens()
+        self.rows = [self._new_row(i) for i in range(n_rows)]
+        self.waiting = deque(range(n_rows, len(prompts)))
+        self.refill_at = max(1, n_rows // REFILL_SHARE)
+        self._set_sampling()
+        # Where no row has a penalty, None.
+        has_penalty = any(each.repetition_penalty != 1 for each in settings)
+        self.seen_BV = self._seen_tokens(range(n_rows)) if has_penalty else None
         self.logits_are_ready = False  # whether the model has run on the tokens sampled last
-        n_tokens = max(row.remaining for row in self.rows)
-        self.step = step or make_step(
-            model, len(prompts), longest + n_tokens, n_tokens, decoding, graphs
-        )
+        limits = [new_token_limit(model, *pair) for pair in zip(prompts, settings, strict=True)]
+        longest, n_tokens = max(map(len, prompts)), max(limits)
+        size, n_steps = longest + n_tokens, n_tokens
+        if self.waiting:
+            # Of the columns that a row needs, the rows that go on have used some when it begins.
+            size = min(size, model.config.max_seq_len) + n_tokens
+            n_steps *= -(-len(prompts) // n_rows)
+        self.step = step or make_step(model, n_rows, size, n_steps, decoding, graphs)
         self.products = prompt_products(model, decoding)
 
     @property
     def unfinished(self) -> list[int]:
-        """Indices of the prompts whose rows are not finished."""
-        return [row.prompt for row in self.rows if not row.is_finished]
+        """Indices of the prompts that are not finished."""
+        return [*(row.prompt for row in self.rows if not row.is_finished), *self.waiting]
 
     @torch.inference_mode()
     def prefill(self) -> None:
         """Run the model on the prompts, ``prefill_chunk`` columns at a time, and fill the cache."""
-        padding = [row.padding for row in self.rows]
-        rows = zip(padding, self.prompts, strict=True)
-        tokens_BT = torch.tensor([[0] * n + list(p) for n, p in rows], device=self.device)
-        eager = EagerStep(self.model, self.step.cache, self.products)  # in every mode; see there
-        eager.begin(padding)
-        # Padding is on the left: the last column is the last token of every row.
-        self.logits_BV = eager.prefill(tokens_BT, self.prefill_chunk)
-        self.step.begin(padding)
+        prompts = [self.prompts[row.prompt] for row in self.rows]
+        longest = max(map(len, prompts))
+        if len(set(map(tuple, prompts))) < len(prompts):
+            self.step.cache.shift(longest)
+            self._fill(range(len(prompts)))
+        else:
+            for row, prompt in zip(self.rows, prompts, strict=True):
+                row.padding = longest - len(prompt)
+            eager = EagerStep(
+                self.model, self.step.cache, self.products
+            )  # in every mode; see there
+            eager.begin([row.padding for row in self.rows])
+            # Padding is on the left: the last column is the last token of every row.
+            self.logits_BV = eager.prefill(left_padded(prompts, self.device), self.prefill_chunk)
+        self.step.begin([row.padding for row in self.rows])
 
     @torch.inference_mode()
     def sample(self) -> list[Token]:
@@ -146,31 +129,26 @@ class DecodeBatch:
         is_finite = logits_BV.isfinite().all()
         if self.seen_BV is not None:
             logits_BV = penalize(logits_BV, self.seen_BV, self.sampling.repetition_penalty)
-        if all(row.settings.temperature == 0 for row in self.rows):
-            ids_B = logits_BV.argmax(-1)
-        else:
-            # The CPU's generator, so that samples do not depend on the device.
-            uniform = [
-                torch.rand((), dtype=torch.float64, generator=row.generator) for row in self.rows
-            ]
-            probs_BV = token_probabilities(logits_BV, self.sampling)
-            ids_B = draw(probs_BV, torch.stack(uniform).to(self.device))
+        ids_B, probs_BV = draw_tokens(logits_BV, self.rows, self.sampling)
         # A draw from NaN lies outside the vocabulary; the logits' check comes further down.
         self.ids_B = ids_B = ids_B.clamp(max=logits_BV.shape[-1] - 1)
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, ids_B[:, None], True)
         for row in self.rows:
             row.remaining -= 1
-        results = torch.cat([ids_B, is_finite[None]])
+        drawn = [log_probability(probs_BV, ids_B)] if self.drawn_logprobs else []
+        results = torch.cat([ids_B, is_finite[None], *(x.view(torch.int64) for x in drawn)])
         reads_ahead = self.step.is_captured and not self._wants_logprobs()
-        ids = self._read_ahead(results) if reads_ahead else results.tolist()
-        if not ids.pop():
+        results = self._read_ahead(results) if reads_ahead else results.cpu()
+        ids_B, is_finite, drawn_B = results.tensor_split([len(self.rows), len(self.rows) + 1])
+        if not is_finite:
             half = "float16 overflows from 65,504 on: try another --dtype, or "
             advice = half if self.logits_BV.dtype == torch.float16 else ""
             raise InputError(
                 f"the model's logits are not finite; {advice}check its weights with compare.py"
             )
-        return self._to_tokens(ids)
+        wanted = self.logits_BV if self._wants_logprobs() else None
+        return to_tokens(self.rows, ids_B.tolist(), drawn_B.view(torch.float64).tolist(), wanted)
 
     @torch.inference_mode()
     def decode_one_token(self, finished: Collection[int] = ()) -> None:
@@ -181,38 +159,93 @@ class DecodeBatch:
         """
         for row in self.rows:
             row.is_finished |= row.prompt in finished
-        if not self.unfinished:
+        going_on = [i for i, row in enumerate(self.rows) if not row.is_finished]
+        if not (going_on or self.waiting):
             return
-        if finished and not self.step.is_captured:
-            self._select_rows([i for i, row in enumerate(self.rows) if not row.is_finished])
-        if not self.logits_are_ready:
+        if len(going_on) < len(self.rows) and not (self.waiting or self.step.is_captured):
+            self._select_rows(going_on)
+        if going_on and not self.logits_are_ready:
             self.logits_BV = self.step.decode(self.ids_B)
         self.logits_are_ready = False
+        if self.waiting:
+            self._refill(len(self.rows) - len(going_on))
 
     def close(self) -> None:
         """Release the decoding step; the batch must not be used afterwards."""
         self.step.close()
 
-    def _read_ahead(self, results: Tensor) -> list[int]:
-        """Return the results, int64 [B + 1], read while the GPU runs the next decoding step."""
+    def _read_ahead(self, results: Tensor) -> Tensor:
+        """Return the results, int64, read while the GPU runs the next decoding step."""
         host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
         host.copy_(results, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        if max(row.remaining for row in self.rows) > 0:
+        self._launch_next()
+        copied.synchronize()
+        return host
+
+    def _launch_next(self) -> None:
+        """Run the step on the tokens sampled last, unless no row that goes on has more to sample.
+
+        Columns are kept for the rows that go on; the others', which they may not need, are not.
+        """
+        if any(row.remaining > 0 for row in self.rows if not row.is_finished):
             self.logits_BV = self.step.decode(self.ids_B)
             self.logits_are_ready = True
-        copied.synchronize()
-        return host.tolist()
 
-    def _seen_tokens(self) -> Tensor | None:
-        """Return a mask [B, V] of each prompt's tokens; None where no row has a penalty."""
-        if all(row.settings.repetition_penalty == 1 for row in self.rows):
-            return None
-        shape = len(self.prompts), self.model.config.vocab_size
+    def _new_row(self, prompt: int) -> Row:
+        settings = self.settings[prompt]
+        generator = torch.Generator().manual_seed(settings.seed)
+        limit = new_token_limit(self.model, self.prompts[prompt], settings)
+        return Row(prompt, settings, generator, limit)
+
+    def _refill(self, n_free: int) -> None:
+        """Give rows that are free to waiting prompts, if they are enough of them, and run these."""
+        if n_free < min(self.refill_at, len(self.waiting)):
+            return
+        cache = self.step.cache
+        used = [cache.length - row.padding for row in self.rows if not row.is_finished]
+        places = [i for i, row in enumerate(self.rows) if row.is_finished][: len(self.waiting)]
+        for i in places:
+            self.rows[i] = self._new_row(self.waiting.popleft())
+        longest = max(len(self.prompts[self.rows[i].prompt]) for i in places)
+        n_tokens = max(row.remaining for row in self.rows if not row.is_finished)
+        # A step for one row knows no padding.
+        if longest > cache.length or cache.length + n_tokens > cache.size or len(self.rows) == 1:
+            columns = max([longest, *used]) - cache.length
+            cache.shift(columns)
+            for row in self.rows:
+                row.padding = max(0, row.padding + columns)
+        self._set_sampling()
+        if self.seen_BV is not None:
+            self.seen_BV[places] = self._seen_tokens(places)
+        self._fill(places)
+        self.step.begin([row.padding for row in self.rows])
+
+    def _fill(self, places: Sequence[int]) -> None:
+        """Run the prompts of the rows ``places``, and write them before the cache's next column."""
+        prompts = [self.prompts[self.rows[i].prompt] for i in places]
+        chunk, cache = self.prefill_chunk, self.step.cache
+        filled, logits_BV, index = prefill_distinct(self.model, prompts, chunk, self.products)
+        rows = torch.tensor(places, device=self.device)
+        cache.put_rows(rows, filled, index)
+        for i, prompt in zip(places, prompts, strict=True):
+            self.rows[i].padding = cache.length - len(prompt)
+        if len(places) == len(self.rows):
+            self.logits_BV = logits_BV[index]
+        else:
+            self.logits_BV[rows] = logits_BV[index].to(self.logits_BV.dtype)
+
+    def _set_sampling(self) -> None:
+        settings = [row.settings for row in self.rows]
+        self.sampling = SamplingTensors.from_configs(settings, self.device)
+
+    def _seen_tokens(self, places: Sequence[int]) -> Tensor:
+        """Return a mask [n, V] of the tokens of the prompts of the rows ``places``."""
+        shape = len(places), self.model.config.vocab_size
         seen_BV = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        for i, prompt in enumerate(self.prompts):
-            seen_BV[i, list(prompt)] = True
+        for seen_V, i in zip(seen_BV, places, strict=True):
+            seen_V[list(self.prompts[self.rows[i].prompt])] = True
         return seen_BV
 
     def _select_rows(self, indices: list[int]) -> None:
@@ -226,22 +259,6 @@ class DecodeBatch:
             row.padding -= n_dropped
         self.step.cache.select_rows(index, n_dropped)
         self.step.begin([row.padding for row in self.rows])
-
-    def _to_tokens(self, ids: list[int]) -> list[Token]:
-        """Return the unfinished rows' tokens, with log-probabilities where requested."""
-        tokens = []
-        logprobs_BV = self.logits_BV.double().log_softmax(-1) if self._wants_logprobs() else None
-        for i, (row, id_) in enumerate(zip(self.rows, ids, strict=True)):
-            if row.is_finished:
-                continue
-            token = Token(row.prompt, id_, row.remaining == 0, None, ())
-            if logprobs_BV is not None and row.settings.logprobs >= 0:
-                logprobs_V = logprobs_BV[i]
-                values, top = logprobs_V.topk(min(row.settings.logprobs, len(logprobs_V)))
-                pairs = tuple(zip(top.tolist(), values.tolist(), strict=True))
-                token = token._replace(logprob=logprobs_V[id_].item(), top_logprobs=pairs)
-            tokens.append(token)
-        return tokens
 
     def _wants_logprobs(self) -> bool:
         return any(row.settings.logprobs >= 0 for row in self.rows)
@@ -280,21 +297,3 @@ def generate(
     for token in generate_tokens(batch, lambda token: finish_reason(token, stop)):
         if token.id not in stop:
             yield token.id
-
-
-def new_token_limit(model: Llama, prompt: Sequence[int], settings: SamplingConfig) -> int:
-    """Return the number of new tokens: ``max_new_tokens``, or as many as the context holds."""
-    return min(settings.max_new_tokens, model.config.max_seq_len - len(prompt))
-
-
-def require_fitting(model: Llama, prompt: Sequence[int]) -> None:
-    """Raise InputError for an empty prompt, one that fills the context, or an unknown token id."""
-    config = model.config
-    if not 0 < len(prompt) < config.max_seq_len:
-        raise InputError(
-            f"the prompt is {len(prompt)} tokens long and the context holds {config.max_seq_len}; "
-            "give between 1 and one fewer than that"
-        )
-    for token in prompt:
-        if not 0 <= token < config.vocab_size:
-            raise InputError(f"token id {token} is outside the vocabulary of {config.vocab_size}")

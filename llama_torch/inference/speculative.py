@@ -22,9 +22,10 @@ from .cpu_choice import prompt_products
 from .cuda_graph import GraphStep, GraphStore
 from .decoding import choose_mode, make_step
 from .eager_step import EagerStep
-from .engine import DecodeBatch, new_token_limit, require_fitting
+from .engine import DecodeBatch
 from .native_step import NativeStep
 from .numpy_step import NumpyStep
+from .rows import new_token_limit, require_fitting
 
 
 @torch.inference_mode()

@@ -107,14 +107,18 @@ class TextModel:
         prompts: Sequence[str],
         settings: SamplingConfig | Sequence[SamplingConfig],
         prefill_chunk: int = PREFILL_CHUNK,
+        max_rows: int = 0,
     ) -> list[Completion]:
         """Return the completions of prompts of any lengths, each the one that it has alone.
 
         ``settings`` is one SamplingConfig for each prompt, or one for all: then prompt i has seed
-        + i. ``prefill_chunk`` is the number of prompt tokens in one forward pass.
+        + i. ``prefill_chunk`` is the number of prompt tokens in one forward pass. At most
+        ``max_rows`` prompts (0: all) are continued at a time: the place of one that ends is
+        given to the next.
         """
         each = _settings_of_each(settings, len(prompts))
-        return self._complete([self.encode(prompt) for prompt in prompts], each, prefill_chunk)
+        ids = [self.encode(prompt) for prompt in prompts]
+        return self._complete(ids, each, prefill_chunk, max_rows)
 
     def stream(
         self,
@@ -167,11 +171,12 @@ class TextModel:
         conversations: Sequence[Sequence[Message]],
         settings: SamplingConfig | Sequence[SamplingConfig],
         prefill_chunk: int = PREFILL_CHUNK,
+        max_rows: int = 0,
     ) -> list[Completion]:
-        """Return the answers to several conversations; ``settings`` as for ``generate_batch``."""
+        """Return the answers to several conversations; the arguments as for ``generate_batch``."""
         each = _settings_of_each(settings, len(conversations))
         rows = [self.chat_template.encode(messages) for messages in conversations]
-        return self._complete(rows, each, prefill_chunk)
+        return self._complete(rows, each, prefill_chunk, max_rows)
 
     def stream_chat(
         self,
@@ -207,9 +212,10 @@ class TextModel:
         rows: Sequence[Sequence[int]],
         settings: Sequence[SamplingConfig],
         prefill_chunk: int = PREFILL_CHUNK,
+        max_rows: int = 0,
     ) -> list[Completion]:
         builders = [self._builder(row, s) for row, s in zip(rows, settings, strict=True)]
-        for _ in self._stream_rows(rows, builders, prefill_chunk):
+        for _ in self._stream_rows(rows, builders, prefill_chunk, max_rows):
             pass
         return [builder.build() for builder in builders]
 
@@ -218,13 +224,15 @@ class TextModel:
         rows: Sequence[Sequence[int]],
         builders: Sequence[CompletionBuilder],
         prefill_chunk: int,
+        max_rows: int = 0,
     ) -> Iterator[str]:
         """Continue all rows to their ends; yield each token's new text, rows interleaved."""
         if not rows:
             return
         settings, decoding = [builder.settings for builder in builders], self.decoding.decoding
         if self.draft is None:
-            batch = DecodeBatch(self.model, rows, settings, prefill_chunk, decoding, self.graphs)
+            given = self.model, rows, settings, prefill_chunk, decoding, self.graphs
+            batch = DecodeBatch(*given, max_rows=max_rows)
         elif len(rows) > 1:
             raise InputError("--draft is for one prompt at a time; give one, or leave it out")
         else:

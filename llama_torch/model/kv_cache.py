@@ -111,6 +111,26 @@ class StaticCache:
         self.values = self._selected(self.values, rows, drop)
         self.length -= drop
 
+    def shift(self, columns: int) -> None:
+        """Move all columns to the right, or by a negative number to the left, in place.
+
+        To the left the first columns are dropped. To the right the first ones keep what they had.
+        """
+        start, to = max(0, -columns), max(0, columns)
+        assert start <= self.length <= self.size - to
+        for layer in (*self.keys, *self.values):  # one at a time: each is copied
+            layer[:, :, to : self.length + columns] = layer[:, :, start : self.length].clone()
+        self.length += columns
+
+    def put_rows(self, rows: Tensor, other: "StaticCache", index: Tensor) -> None:
+        """Write the columns of another cache's rows ``index`` into the rows ``rows``.
+
+        Both are int64 [n]. The columns end where this cache's newest do.
+        """
+        first = self.length - other.length
+        for own, new in ((self.keys, other.keys), (self.values, other.values)):
+            own[:, rows, :, first : self.length] = new[:, index, :, : other.length]
+
     def _selected(self, old: Tensor, rows: Tensor, drop: int) -> Tensor:
         layers, _, groups, size, width = old.shape
         new = allocate((layers, len(rows), groups, size - drop, width), old.dtype, old.device)

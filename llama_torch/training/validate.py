@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..distributed.parallel import Parallel
 from ..inference.config import SamplingConfig
-from ..inference.engine import DecodeBatch, finish_reason, generate_tokens
+from ..inference.engine import DecodeBatch, generate_tokens
+from ..inference.rows import finish_reason
 from ..model.llama import Llama
 from ..tokenizer.detokenizer import Detokenizer
 from .batch import Batch, to_batch

@@ -32,6 +32,11 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, str]], list[dict[str, str]
         LONG_RIGHT,
         LONG_WRONG,
     ),
+    "a dialogue that opens the answer": (
+        {"prompt": HH, "chosen": "1 2 3", "rejected": "2"},
+        LONG_RIGHT,
+        LONG_WRONG,
+    ),
 }
 
 
@@ -84,6 +89,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no prompt": (ANSWERS, "chosen is a text and there is no prompt; give one, or a dialogue"),
     "empty": (GOOD | {"rejected": " "}, "rejected is empty"),
     "empty dialogue": ({"chosen": f"{HH} 2", "rejected": HH}, "rejected is empty"),
+    "an empty turn": (
+        GOOD | {"prompt": "\n\nHuman:  \n\nAssistant: 2\n\nHuman: 3"},
+        "prompt is em",
+    ),
     "other prompts": (
         {"chosen": RIGHT, "rejected": turns(["Sort 4 1", "1 4"])},
         "do not begin with the same message",

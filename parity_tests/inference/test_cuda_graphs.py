@@ -43,7 +43,7 @@ def _recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded_graphs.install(monkeypatch)
     monkeypatch.setattr(cuda_graph, "CACHE_MULTIPLE", CACHE_MULTIPLE)
     monkeypatch.setattr(decoding, "choose_mode", lambda mode, *_: mode)
-    monkeypatch.setattr(DecodeBatch, "_read_ahead", lambda batch, results: results.tolist())
+    monkeypatch.setattr(DecodeBatch, "_read_ahead", lambda batch, results: results)
 
 
 def make_model(seed: int = 0, config: LlamaConfig = CONFIG) -> Llama:

@@ -122,6 +122,8 @@ def test_rows_that_end_at_different_times(model_dir: Path) -> None:
     text = model.generate_batch(prompts, each)[3].text
     each[3] = SamplingConfig(max_new_tokens=9, temperature=0.0, stop=(text[3:5],))
     together = model.generate_batch(prompts, each, prefill_chunk=2)
+    few = model.generate_batch(prompts, each, max_rows=2)
+    assert [one.text for one in few] == [one.text for one in together]
     for prompt, settings, completion in zip(prompts, each, together, strict=True):
         (alone,) = model.generate_batch([prompt], [settings])
         assert (completion.text, completion.finish_reason) == (alone.text, alone.finish_reason)
@@ -139,6 +141,7 @@ def test_rows_that_end_at_different_times(model_dir: Path) -> None:
         (lambda m: m.generate("a", temperature="1"), "--temperature must be of type float"),
         (lambda m: m.generate_batch(["a"], []), "1 prompts and 0 settings"),
         (lambda m: m.generate_batch(["a"], SamplingConfig(), 0), "--prefill-chunk must be"),
+        (lambda m: m.generate_batch(["a"], SamplingConfig(), max_rows=-1), "--max-rows must be"),
         (lambda m: m.chat("hi"), "has no chat template"),
         (lambda m: load(m.ckpt, dtype="int8"), "dtype 'int8' is not one of"),
         (lambda m: load(m.ckpt, device="tpu"), "device 'tpu' is not one of"),

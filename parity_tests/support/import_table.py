@@ -19,7 +19,7 @@ LIBRARY = (
     *("llama_torch.distributed", "llama_torch.inference"),
 )
 PROGRAM = (
-    *("llama_torch", *LIBRARY, "llama_torch.training"),
+    *("llama_torch", *LIBRARY, "llama_torch.training", "llama_torch.rlhf"),
     *("llama_torch.training.verify", "llama_torch.training.error_bounds"),
     *("llama_torch.training.oracle", "llama_torch.training.float8_check"),
 )
@@ -64,8 +64,9 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
         *(*LIBRARY, "llama_torch.training", "llama_torch.training.error_bounds", "reference_np"),
     ),
     "llama_torch.training.oracle": (*LIBRARY, "llama_torch.training", "reference_np"),
+    "llama_torch.rlhf": (*LIBRARY, "llama_torch.training"),
     # The commands, which nothing imports, and what outsiders import.
-    "llama_torch": (*LIBRARY, "llama_torch.training"),
+    "llama_torch": (*LIBRARY, "llama_torch.training", "llama_torch.rlhf"),
     "llama_torch.data.__main__": ("llama_torch", "llama_common"),
     # The commands compare and convert, and what they are made of.
     "llama_parity": ("llama_common", *JUDGE, *PROGRAM, "reference_np"),
