@@ -169,8 +169,19 @@ def load_jinja(ckpt: Path, tokenizer: Tokenizer, name: str = "", day: str = "") 
         return ChatTemplate(LLAMA2_SOURCE, f"--template {LLAMA2}", tokenizer, day)
     if name:
         return ChatTemplate(_read(Path(name)), f"--template {name}", tokenizer, day)
+    own = own_jinja(ckpt, tokenizer, day)
+    if own is None:
+        raise InputError(
+            f"{_folder(ckpt)}: has no chat template; give one with --template (llama2, or a Jinja "
+            "file)"
+        )
+    return own
+
+
+def own_jinja(ckpt: Path, tokenizer: Tokenizer, day: str = "") -> ChatTemplate | None:
+    """Return the checkpoint's own template, None if it has none; see ``load_jinja``."""
     require_name(ckpt)
-    folder = ckpt if ckpt.is_dir() else ckpt.parent
+    folder = _folder(ckpt)
     own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     stored = read_json(settings).get("chat_template") if settings.is_file() else None
     if isinstance(stored, list):  # several, by name
@@ -182,10 +193,12 @@ def load_jinja(ckpt: Path, tokenizer: Tokenizer, name: str = "", day: str = "") 
             note(f"{own} is taken; chat_template in {settings.name} differs and is not")
         return ChatTemplate(source, str(own), tokenizer, day)
     if not isinstance(stored, str):
-        raise InputError(
-            f"{folder}: has no chat template; give one with --template (llama2, or a Jinja file)"
-        )
+        return None
     return ChatTemplate(stored, f"{settings} (chat_template)", tokenizer, day)
+
+
+def _folder(ckpt: Path) -> Path:
+    return ckpt if ckpt.is_dir() else ckpt.parent
 
 
 def _read(path: Path) -> str:
