@@ -85,6 +85,9 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay, on matrices only."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which both moments are kept between steps. bfloat16 takes 4 bytes a parameter
+    less, and needs --dtype bfloat16 without --fsdp and --tp."""
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     z_loss: float = 0.0

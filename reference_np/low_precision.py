@@ -54,6 +54,20 @@ def rounded_vjps(dtype: str) -> SimpleNamespace:
     return _replaced(operations, dtype, operations, [f"{name}_vjp" for name in PRODUCTS])
 
 
+def with_rounded_moments(adamw: Callable[..., Any], dtype: str = "bfloat16") -> Callable[..., Any]:
+    """Return AdamW's rule (optim.adamw) with its moments rounded to ``dtype`` once they are used.
+
+    The parameter is updated by the moments that were computed; what the next step starts from is
+    rounded, ties to even.
+    """
+
+    def rounded(*args: Any) -> Any:
+        p, *moments = adamw(*args)
+        return p, *(round_to(m.astype(np.float32), dtype).astype(m.dtype) for m in moments)
+
+    return rounded
+
+
 def _replaced(
     operations: dict[str, Any], dtype: str, stored: Iterable[str], products: Iterable[str]
 ) -> SimpleNamespace:

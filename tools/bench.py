@@ -53,6 +53,9 @@ class BenchConfig:
     """Measure speed beside transformers, llama.cpp and a plain NumPy Llama."""
 
     command: ClassVar[str] = "python tools/bench.py"
+    basic: ClassVar[str] = (
+        "works shape repeats batch_size new_tokens dtype precision device threads json"
+    )
 
     works: tuple[Work, ...] = ()
     """Works to measure; none = the device's."""
@@ -69,12 +72,17 @@ class BenchConfig:
     precision: Literal["dtype", "fp8"] = "dtype"
     """Precision of our blocks' matrix products in training: fp8 has our own training in --dtype
     for a peer too."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which our training keeps its moments; in bfloat16 our own training in --dtype,
+    with float32 moments, is a peer too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; NumPy's works stay on the CPU."""
     threads: int = 0
     """Threads of every side on the CPU; 0 = torch's own number."""
     compiled_peer: bool = False
     """Decode with transformers' static cache, compiled, too: minutes more (CUDA)."""
+    ours_alone: bool = False
+    """Train without other libraries: our step, and what our own step is compared with."""
     json: bool = False
     """Print the rows as JSON, instead of the table."""
 
@@ -123,6 +131,8 @@ def _measure(config: BenchConfig) -> int:
         config.new_tokens,
         config.compiled_peer,
         config.precision,
+        config.moments,
+        config.ours_alone,
     )
     console = Console(stderr=True)
     rows: list[SpeedRow | TrainRow] = []

@@ -20,9 +20,11 @@ def _cast_kernel(
     at = row[:, None].to(tl.int64) * n_columns + column[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(multiplier)
     cast = value.to(out.dtype.element_ty)
-    first = out + start.to(tl.int64) * n_columns
-    tl.store(first + at, cast, mask=inside)
-    at = column[:, None].to(tl.int64) * line + row[None, :] + start
+    # ``start`` is added to a tensor: where it is specialised, to 0 or 1, it has no ``to``.
+    out_row = row + start
+    at = out_row[:, None].to(tl.int64) * n_columns + column[None, :]
+    tl.store(out + at, cast, mask=inside)
+    at = column[:, None].to(tl.int64) * line + out_row[None, :]
     tl.store(transposed + at, tl.trans(cast), mask=tl.trans(inside))
 
 

@@ -77,7 +77,8 @@ def step_needs(config: RunConfig, layout: Layout) -> list[Need]:
     has_masters = config.dtype == "bfloat16" and not layout.is_sharded
     n_windows = _windows_of_process(config, layout)
     sums_in_float32 = not has_masters or n_windows > config.batch_size
-    gradients, moments = 4 if sums_in_float32 else 2, 8
+    gradients = 4 if sums_in_float32 else 2
+    moments = 4 if config.optim.moments == "bfloat16" else 8
     # bfloat16 weights have their lower bits beside them: 4 bytes in either precision.
     weights = _state(config.model, layout, 4, "weights")
     others = _state(config.model, layout, gradients + moments, "gradients and moments")

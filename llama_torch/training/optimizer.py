@@ -2,7 +2,8 @@
 
 The model computes with the nearest bfloat16 of each float32 weight; the optimizer's state holds
 the other 16 bits. No weight is cast in forward or backward passes, gradients take half the memory,
-and an update has the bits of float32 AdamW.
+and an update has the bits of float32 AdamW. Its moments can be kept in bfloat16: then they are
+computed in float32, used for the update, and rounded.
 """
 
 import math
@@ -37,13 +38,21 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) of float32 weights split into bfloat16 and lower bits.
 
     Takes torch.optim.AdamW's groups; ``state`` holds ``step``, ``exp_avg`` and ``exp_avg_sq``
-    as its does, and ``low``. Gradients are given to ``update``, bfloat16 or float32.
+    as its does, and ``low``. Gradients are given to ``update``, bfloat16 or float32. ``moments``
+    is the dtype that the moments are kept in, float32 or bfloat16.
     """
 
     def __init__(
-        self, params: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        moments: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.moments = moments
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.set_master(parameter, parameter.data)
@@ -54,8 +63,8 @@ class MasterAdamW(torch.optim.Optimizer):
         parameter.data, state["low"] = split(master.detach())
         if "exp_avg" not in state:
             state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(master, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(master, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(master, dtype=self.moments)
+            state["exp_avg_sq"] = torch.zeros_like(master, dtype=self.moments)
 
     def master(self, parameter: Tensor) -> Tensor:
         """Return a parameter's float32 value."""
@@ -108,8 +117,8 @@ def _step(
 ) -> None:
     """Update one tensor in place; ``rates``: decay, lr / (1 - b1^t), 1 / sqrt(1 - b2^t)."""
     wide = grad.float() * scale
-    first = torch.lerp(exp_avg, wide, 1 - beta1)
-    second = torch.lerp(exp_avg_sq, wide.square(), 1 - beta2)
+    first = torch.lerp(exp_avg.float(), wide, 1 - beta1)
+    second = torch.lerp(exp_avg_sq.float(), wide.square(), 1 - beta2)
     moved = rates[1] * first / (second.sqrt() * rates[2] + eps)
     new_weight, new_low = split(join(weight, low) * rates[0] - moved)
     weight.copy_(new_weight)
@@ -137,7 +146,8 @@ def make_adamw(
     ]
     betas = config.beta1, config.beta2
     if dtype == torch.bfloat16:
-        return MasterAdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps)
+        moments: torch.dtype = getattr(torch, config.moments)
+        return MasterAdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, moments=moments)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
 
 

@@ -97,4 +97,6 @@ def _assign(
             parameter.copy_(master)
             state["step"] = torch.tensor(float(adam_step), device=device)
         for kind in MOMENTS:
-            state[kind] = tensors[f"{kind}.{name}"].to(device)
+            moment = tensors[f"{kind}.{name}"].to(device)
+            kept_as = optimizer.moments if isinstance(optimizer, MasterAdamW) else moment.dtype
+            state[kind] = moment.to(kept_as)

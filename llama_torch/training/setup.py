@@ -181,13 +181,19 @@ def check_memory(config: RunConfig, device: torch.device, parallel: Parallel) ->
 
 
 def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
-    """Return the config with a device's dtype; InputError where it has no products in fp8.
+    """Return the config with a device's dtype; InputError where it cannot be had.
 
     A run keeps the precision it began with, wherever it is resumed.
     """
     if config.precision == "fp8":
         require_fp8(device)
-    return dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
+    dtype = pick_dtype(config.dtype, device)
+    if config.optim.moments == "bfloat16":
+        if dtype != "bfloat16":
+            raise InputError(f"--moments bfloat16 needs --dtype bfloat16, got {dtype}")
+        if (config.parallel.fsdp, config.parallel.tp) != (1, 1):
+            raise InputError("--moments bfloat16 goes with neither --fsdp nor --tp; leave it out")
+    return dataclasses.replace(config, dtype=dtype)
 
 
 def make_objective(config: RunConfig) -> Objective:

@@ -42,8 +42,8 @@ def state_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
 def state_tensors(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return parameters and Adam's moments by their names in a checkpoint, sharded as the model is.
 
-    Each tensor has its parameter's shape. Adam creates its moments at its first update; before it
-    they are zeros.
+    Each tensor has its parameter's shape, and is float32: a moment that is kept in bfloat16 is
+    one too. Adam creates its moments at its first update; before it they are zeros.
     """
     stored, tensors = stored_parameters(model, optimizer), {}
     for name, parameter in model.named_parameters():
@@ -53,6 +53,8 @@ def state_tensors(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
             moment = (
                 adam_state[kind] if adam_state else torch.zeros_like(parameter, requires_grad=False)
             )
+            if moment.dtype == torch.bfloat16:  # widened on the host, where there is room
+                moment = moment.cpu().float()
             tensors[f"{kind}.{name}"] = moment
     return tensors
 

@@ -137,6 +137,19 @@ def test_a_gradient_times_a_power_of_two_gives_gradients_times_it(seed: int, pow
         assert torch.equal(found, torch.ldexp(wanted, torch.tensor(power)))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_compiled_cast_is_understood_by_torchs_compiler(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """What it cannot read it takes for a kernel that writes all its inputs, and it copies them."""
+    x = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(float8_linear.quantize, fullgraph=True)
+    found, wanted = compiled([x, x], E4M3), float8_linear.quantize([x, x], E4M3)
+    for of_compiled, eager in zip(found, wanted, strict=True):
+        assert torch.equal(of_compiled.float(), eager.float())
+    assert "assuming every input is mutated" not in capfd.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's compiler looks at what torch warns of
 def test_a_compiled_product_is_the_eager_one() -> None:
     case = draw_case(1, torch.bfloat16, [2, 1, 1, 2], [3, -2, 1])

@@ -1,5 +1,6 @@
 """Training in bfloat16: gradients beside transformers', exact float32 master weights."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from llama_torch import export, train
 from llama_torch.checkpoint.file_names import MODEL_FILE, STATE_FILE
 from llama_torch.checkpoint.hf import read_metadata
-from llama_torch.checkpoint.step_folders import newest
+from llama_torch.checkpoint.step_folders import FOLDER, newest
 from llama_torch.model.llama import Llama
 from llama_torch.training import optimizer as optimizer_module
 from llama_torch.training import setup, step
@@ -24,6 +25,7 @@ from llama_torch.training.optimizer import MasterAdamW, join, learning_rate, spl
 from reference_np import optim
 from reference_np.config import LlamaConfig
 from reference_np.grad import Batch, loss_and_grads
+from reference_np.low_precision import with_rounded_moments
 from reference_np.optim import Hyperparameters
 from reference_np.tolerances import BASELINE_FACTOR, FLOOR_ROUNDINGS, UNIT_ROUNDOFF
 
@@ -32,7 +34,7 @@ from ..backends.torch_model import torch_model
 from ..conformance.architectures import seeds
 from ..conformance.strategies import Case, Params, wide_cases
 from ..support.devices import on_every_device
-from ..support.trainer_runs import SMALL_RUN, TEXT
+from ..support.trainer_runs import SMALL_RUN, TEXT, refused
 
 pytestmark = pytest.mark.numeric
 
@@ -180,6 +182,82 @@ def take_ten_steps(device: str, seed: int, decay: float, clip: float) -> None:
         for kind in ("exp_avg", "exp_avg_sq"):
             found = optimizer.state[parameter][kind].cpu()
             np.testing.assert_allclose(found, getattr(state, kind)[name], rtol=1e-5, atol=1e-7)
+
+
+@on_every_device
+@given(seed=seeds, decay=st.sampled_from([0.0, 0.3]), magnitude=st.integers(-20, 5))
+def test_moments_in_bfloat16_are_the_oracles_rounded(
+    device: str, seed: int, decay: float, magnitude: int
+) -> None:
+    """Of each of five steps, from the state that the one before left."""
+    rng = np.random.default_rng(seed)
+    parameter = torch.nn.Parameter(torch.randn(5, 7, device=device))
+    hyper = Hyperparameters(lr=1e-2)
+    group = {"params": [parameter], "weight_decay": decay}
+    betas = hyper.beta1, hyper.beta2
+    given_optimizer = MasterAdamW(
+        [group], lr=hyper.lr, betas=betas, eps=hyper.adam_eps, moments=torch.bfloat16
+    )
+    state = given_optimizer.state[parameter]
+    rule = with_rounded_moments(optim.adamw)
+
+    def moments() -> list[Any]:
+        return [state[kind].cpu().double().numpy() for kind in ("exp_avg", "exp_avg_sq")]
+
+    for t in range(1, 6):
+        grad = torch.from_numpy(rng.standard_normal((5, 7)) * 2.0**magnitude).bfloat16()
+        before = given_optimizer.master(parameter).cpu().double().numpy(), *moments()
+        scale = torch.ones((), device=device)
+        given_optimizer.update({parameter: grad.to(device)}, scale)
+        p, m, v = before
+        step_of = grad.double().numpy(), m, v, t, hyper.lr, decay, hyper
+        wanted, *rounded = rule(p, *step_of)
+        found = given_optimizer.master(parameter).cpu()
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        for moment, unrounded, oracles in zip(
+            moments(), optim.adamw(p, *step_of)[1:], rounded, strict=True
+        ):
+            # A float32 sum that ends beside the middle of two bfloat16 may go to either.
+            bound = UNIT_ROUNDOFF["bfloat16"] * np.abs(unrounded) + 1e-6 * np.abs(unrounded).max()
+            for each in (moment, oracles):
+                assert (np.abs(each - unrounded) <= bound).all()
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stopped_at", [2, 4])
+def test_a_run_with_moments_in_bfloat16_resumes_exactly(tmp_path: Path, stopped_at: int) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    flags = [*SMALL_RUN, "--sample-every", "0", "--data", str(text), "--dtype", "bfloat16"]
+    flags += ["--moments", "bfloat16", "--keep-last", "9", "--out"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main([*flags, str(whole)]) == 0
+    assert train.main([*flags, str(parts)]) == 0
+    for step_folder in (parts / FOLDER).iterdir():  # as if it had been killed
+        if int(step_folder.name) > stopped_at:
+            shutil.rmtree(step_folder)
+    assert train.main(["--resume", "--out", str(parts)]) == 0
+    one, other = (load_file(newest(folder) / STATE_FILE) for folder in (whole, parts))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, other[name]), name
+        if name.startswith("exp_avg"):
+            assert torch.equal(tensor, tensor.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dtype float32", "--moments bfloat16 needs --dtype bfloat16, got float32"),
+        ("--dtype bfloat16 --fsdp 0", "--moments bfloat16 goes with neither --fsdp nor --tp"),
+    ],
+)
+def test_where_moments_have_no_bfloat16_it_is_refused(
+    flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*SMALL_RUN, "--moments", "bfloat16", *flags.split(), "--out", str(tmp_path / "run")]
+    assert message in refused(argv, capsys)
 
 
 def test_a_bfloat16_run_exports_its_float32_weights(

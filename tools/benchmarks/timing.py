@@ -25,6 +25,8 @@ class Setup(NamedTuple):
     new_tokens: int
     compiled_peer: bool
     precision: str = "dtype"
+    moments: str = "float32"
+    ours_alone: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:

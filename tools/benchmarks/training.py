@@ -26,7 +26,7 @@ from llama_torch.training.memory import require_batch_memory
 from llama_torch.training.throughput import flops_per_token
 
 from .timing import Setup, median_ratio
-from .training_side import FINE_TUNING, LEARNT, PRETRAINING, TRL, WITHOUT_FP8, Job, Result
+from .training_side import BY_DEFAULT, FINE_TUNING, LEARNT, PRETRAINING, TRL, Job, Result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FACTOR_CUDA = 3  # times as many steps are timed on a GPU, where steps are short
@@ -75,7 +75,7 @@ def measure(
     for together in [[name] for name in names] if on_cuda else [names]:
         with ExitStack() as stack:
             given = model, batch_size, dtype, setup.device.type
-            jobs = [Job(name, *given, setup.precision) for name in together]
+            jobs = [Job(name, *given, setup.precision, setup.moments) for name in together]
             asks = {job.side: stack.enter_context(side_process(job)) for job in jobs}
             results |= take_turns(asks, turns)
         losses = {name: found[0].loss_first for name, found in results.items()}
@@ -85,11 +85,13 @@ def measure(
 
 
 def sides(setup: Setup, work: str = "train") -> list[str]:
-    """Return the names of the sides, ours first; in fp8 ours without it is a peer too."""
-    if work == "sft":
-        return [FINE_TUNING, PRETRAINING, TRL]
+    """Return the names of the sides, ours first; ours by default is one where it has options."""
     first, *others = ON_CUDA if setup.device.type == "cuda" else ON_CPU
-    return [first, *([WITHOUT_FP8] if setup.precision == "fp8" else []), *others]
+    is_special = setup.precision == "fp8" or setup.moments == "bfloat16"
+    names = [first, *([BY_DEFAULT] if is_special else []), *others]
+    if work == "sft":
+        names = [FINE_TUNING, PRETRAINING, TRL]
+    return [name for name in names if name.startswith(first) or not setup.ours_alone]
 
 
 def take_turns(asks: Mapping[str, TakeSteps], turns: Sequence[int]) -> dict[str, list[Result]]:
@@ -179,5 +181,5 @@ def training_rows(
             *(peer, medians.get(peer), memory.get(peer)),
             median_ratio(speeds[first], speeds[peer]) if ours and peer in speeds else None,
         )
-        for peer in others
+        for peer in others or ["none"]
     ]

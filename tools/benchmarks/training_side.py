@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -36,7 +37,9 @@ WARM_UP = 3  # steps that compile, and allocate the optimizer's state
 # From this many parameters on, float32 weights, gradients and moments (16 bytes a parameter) do not
 # fit on a GPU: the peer's loop then has them all in bfloat16, as plain loops of that size do.
 LARGE = 4_000_000_000
-WITHOUT_FP8 = "ours without fp8"  # the side of our own step that a step in fp8 is compared with
+BY_DEFAULT = (
+    "ours by default"  # the side that a step of ours in fp8, or with other moments, is beside
+)
 FINE_TUNING = "ours, on answers"  # the side that learns half of each conversation of its rows
 PRETRAINING = "ours, on all tokens"
 TRL = "TRL, on answers"
@@ -52,6 +55,7 @@ class Job(NamedTuple):
     dtype: str
     device: str
     precision: str = "dtype"  # of the blocks' products of "ours"
+    moments: str = "float32"  # of the optimizer of "ours"
 
 
 class Result(NamedTuple):
@@ -69,8 +73,10 @@ def run(job: Job) -> Iterator[Result]:
     All sides have the same initial weights and tokens.
     """
     device = torch.device(job.device)
-    precision = job.precision if job.side == "ours" else "dtype"
-    config = TrainConfig(model=job.model, dtype=job.dtype, precision=precision)  # type: ignore[arg-type]
+    config = TrainConfig(model=job.model, dtype=job.dtype)  # type: ignore[arg-type]
+    if job.side == "ours":
+        optim = replace(config.optim, moments=job.moments)  # type: ignore[arg-type]
+        config = replace(config, precision=job.precision, optim=optim)  # type: ignore[arg-type]
     torch.set_float32_matmul_precision(config.matmul_precision)
     with torch.device("meta"):
         model = Llama(job.model)
@@ -187,7 +193,7 @@ def plain_loop_step(
 
 SIDES: dict[str, Callable[[Llama, Tensor, TrainConfig], Step]] = {
     "ours": ours,
-    WITHOUT_FP8: ours,
+    BY_DEFAULT: ours,
     "transformers": transformers,
     "transformers, compiled": transformers,
     "transformers, blocks compiled": partial(transformers, part="blocks"),
