@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -49,6 +49,8 @@ class AnswersConfig:
     """Tokens of an answer, at most."""
     batch_size: int = 32
     """Prompts answered at once."""
+    reward: str = ""
+    """Directory of a reward model, whose mean score of the answers is told too."""
     json: bool = False
     """Print the shares as JSON, instead of the table."""
 
@@ -81,12 +83,30 @@ def _main(argv: Sequence[str]) -> int:
     settings = SamplingConfig(max_new_tokens=config.max_new_tokens, temperature=0)
     conversations = [record["messages"] for record in records]
     answers = model.chat_batch(conversations, settings, max_rows=config.batch_size)
-    found = shares(records, [answer.text for answer in answers])
+    said = [answer.text for answer in answers]
+    rewards = _rewards(config.reward, model, conversations, said) if config.reward else None
+    found = shares(records, said, rewards)
     if config.json:
         print(json.dumps([share._asdict() for share in found], indent=1))
     else:
         _show(found)
     return 0
+
+
+def _rewards(
+    directory: str, model: Any, conversations: Sequence[list[Any]], said: Sequence[str]
+) -> list[float]:
+    """Return a reward model's scores of the answers to conversations."""
+    from llama_torch.rlhf.scoring import assistant, load_scorer
+
+    scorer = load_scorer(directory, model.chat_template, device=model.model.head_weight.device)
+    answered = zip(conversations, said, strict=True)
+    rows = [
+        scorer.template.encode([*messages, assistant(text)], prompts=False)
+        for messages, text in answered
+    ]
+    scores: list[float] = scorer.score(rows).tolist()
+    return scores
 
 
 def _show(found: Sequence[Share]) -> None:
@@ -95,12 +115,15 @@ def _show(found: Sequence[Share]) -> None:
 
     table = Table()
     table.add_column("questions")
-    for heading in ("number", "right", "in another form", "standard error"):
+    has_rewards = any(share.reward is not None for share in found)
+    headings = "number", "right", "in another form", "standard error"
+    for heading in (*headings, *(("reward",) if has_rewards else ())):
         table.add_column(heading, justify="right")
     for share in found:
         table.add_row(
             *(share.questions, str(share.number), f"{share.right:.1%}"),
             *(f"{share.other_form:.1%}", f"{share.error:.1%}"),
+            *(() if share.reward is None else (f"{share.reward:.3f}",)),
         )
     Console(highlight=False).print(table)
 

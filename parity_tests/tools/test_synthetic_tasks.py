@@ -141,6 +141,9 @@ def test_shares_are_of_all_of_a_kind_and_of_a_turn() -> None:
         Share("counting", 2, 0.5, 0.5, pytest.approx(0.5 / 2**0.5)),
         Share("with a form to keep, turn 2", 1, 0, 1, 0),
     ]
+    rewarded = shares(prompts, ["1", "1", "2", "4"], [1.0, 2.0, 3.0, 6.0])
+    assert [share._replace(reward=None) for share in rewarded] == found
+    assert [share.reward for share in rewarded] == [3.0, 4.5, 1.5, 1.0]
 
 
 def test_files_are_the_same_for_a_seed_and_whatever_the_others_numbers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ class Share(NamedTuple):
     right: float
     other_form: float
     error: float  # standard error of ``right``
+    reward: float | None = None  # mean of what a reward model gives the answers
 
 
 def read_prompts(path: Path) -> list[Record]:
@@ -43,10 +45,19 @@ def read_prompts(path: Path) -> list[Record]:
     return found
 
 
-def shares(records: Sequence[Record], answers: Sequence[str]) -> list[Share]:
-    """Return the shares of right answers: of all, by kind, with an instruction on form, by turn."""
-    graded = [(record, grade(record, said)) for record, said in zip(records, answers, strict=True)]
-    groups = {"all": [value for _, value in graded]}
+def shares(
+    records: Sequence[Record], answers: Sequence[str], rewards: Sequence[float] | None = None
+) -> list[Share]:
+    """Return the shares of right answers: of all, by kind, with an instruction on form, by turn.
+
+    ``rewards`` are a reward model's scores of the answers; None: there is none.
+    """
+    scored: Sequence[float | None] = rewards or [None] * len(records)
+    graded = [
+        (record, (grade(record, said), reward))
+        for record, said, reward in zip(records, answers, scored, strict=True)
+    ]
+    groups: dict[str, list[tuple[float, float | None]]] = {"all": [value for _, value in graded]}
     for record, value in sorted(graded, key=lambda pair: str(pair[0]["kind"])):
         groups.setdefault(record["kind"], []).append(value)
     for record, value in sorted(graded, key=lambda pair: int(pair[0]["turn"])):
@@ -55,7 +66,9 @@ def shares(records: Sequence[Record], answers: Sequence[str]) -> list[Share]:
     return [_share(name, values) for name, values in groups.items()]
 
 
-def _share(name: str, grades: list[float]) -> Share:
-    n = len(grades)
+def _share(name: str, graded: Sequence[tuple[float, float | None]]) -> Share:
+    n, grades = len(graded), [value for value, _ in graded]
     right, other = (grades.count(value) / n for value in (1.0, 0.5))
-    return Share(name, n, right, other, math.sqrt(right * (1 - right) / n))
+    rewards = [reward for _, reward in graded if reward is not None]
+    mean = statistics.fmean(rewards) if rewards else None
+    return Share(name, n, right, other, math.sqrt(right * (1 - right) / n), mean)
