@@ -30,7 +30,7 @@ def is_asked(argv: Sequence[str]) -> bool:
 
 
 def render(config_class: type[Any], defaults: Any, everything: bool) -> str:
-    """Return the help as text: a line of usage, what the command does, and its flags.
+    """Return the help as text: how it is typed, what the command does, and its flags.
 
     ``defaults`` is an instance whose values are shown as the fields' defaults; None for their own.
     """
@@ -38,7 +38,8 @@ def render(config_class: type[Any], defaults: Any, everything: bool) -> str:
     by_name = {flag.name: flag for flag in flags}
     basic = getattr(config_class, "basic", "").split()
     shown = flags if everything or not basic else [by_name[name] for name in basic]
-    lines = [usage(config_class, flags), "", *_wrapped(_summary(config_class)), ""]
+    typed = _wrapped(usage(config_class, flags), hanging=" " * len("usage: "))
+    lines = [*typed, "", *_wrapped(_summary(config_class)), ""]
     texts = {config: _field_texts(config) for config in {flag.config for flag in flags}}
     for config, group in groupby(shown, lambda flag: flag.config if everything else None):
         if config not in (None, config_class):
@@ -124,13 +125,14 @@ def _field_texts(config_class: type[Any]) -> dict[str, str]:
     return texts
 
 
-def _wrapped(text: str, indent: str = "") -> list[str]:
+def _wrapped(text: str, indent: str = "", hanging: str = "") -> list[str]:
+    """Return a text as lines no wider than the terminal; ``hanging`` begins all but the first."""
     least, greatest = WIDTHS
     width = min(max(shutil.get_terminal_size((greatest, 24)).columns, least), greatest)
     return textwrap.wrap(
         " ".join(text.split()),
         width,
         initial_indent=indent,
-        subsequent_indent=indent,
+        subsequent_indent=indent + hanging,
         break_on_hyphens=False,
     )

@@ -46,7 +46,11 @@ def require_fine_tuning(init_from: str, data: ConversationConfig, kind: str) -> 
         raise InputError("--init-from is missing: name the model directory to fine-tune")
     if not data.data:
         raise InputError(f"--data is missing: name the files of {kind}")
-    template = data.template
+    require_template(data.template)
+
+
+def require_template(template: str) -> None:
+    """Raise InputError for a --template that is no file, llama2 or empty."""
     if template not in ("", LLAMA2) and not Path(template).exists():
         raise InputError(f"--template {template}: no such file; give a Jinja file, or {LLAMA2}")
 

@@ -19,8 +19,9 @@ if __name__ == "__main__":
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import tyro
@@ -41,17 +42,24 @@ class TasksConfig:
     command: ClassVar[str] = "python tools/tasks.py"
 
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder to make; conversations.jsonl, pairs.jsonl and prompts.jsonl, each also held-out-."""
+    """Folder to make; {conversations,pairs,prompts,dialogues}.jsonl, each also held-out-."""
     conversations: int = 20_000
     """Conversations to fine-tune on."""
     pairs: int = 10_000
     """Prompts with a chosen and a rejected answer."""
     prompts: int = 5_000
     """Prompts to answer."""
+    dialogues: int = 1_000
+    """Conversations without a form, each with one to ask for: for tools/instruction_turns.py."""
     held_out: int = 500
-    """Records of each kind that end in a question which is never trained on."""
+    """Records of each kind that end in a question which is never trained on; of a dialogue no
+    question is."""
     turns: int = 3
     """Exchanges of a conversation, at most."""
+    dialogue_turns: int = 8
+    """Exchanges of each dialogue."""
+    form_in: records.Place = "system"
+    """The message with the instruction on the form of answers: system, or the first user one."""
     seed: int = 0
     """Seed of all that is drawn."""
 
@@ -60,8 +68,10 @@ class TasksConfig:
             ("conversations", 0, MOST),
             ("pairs", 0, MOST),
             ("prompts", 0, MOST),
+            ("dialogues", 0, MOST),
             ("held_out", 0, MOST),
             ("turns", 1, MOST_TURNS),
+            ("dialogue_turns", 1, MOST_TURNS),
             ("seed", 0, 2**63 - 1),
         ):
             value = getattr(self, name)
@@ -74,19 +84,23 @@ def write(config: TasksConfig) -> list[Path]:
     out = Path(config.out)
     if out.exists():
         raise InputError(f"{out}: is there already; name a new folder")
-    sizes = {
-        "conversations": (records.conversations, config.conversations),
-        "pairs": (records.pairs, config.pairs),
-        "prompts": (records.prompts, config.prompts),
+    kinds: dict[str, tuple[Callable[..., Iterator[records.Record]], int, int]] = {
+        name: (partial(draw, place=config.form_in), number, config.turns)
+        for name, draw, number in (
+            ("conversations", records.conversations, config.conversations),
+            ("pairs", records.pairs, config.pairs),
+            ("prompts", records.prompts, config.prompts),
+        )
     }
+    kinds["dialogues"] = records.dialogues, config.dialogues, config.dialogue_turns
     names = []
     with new_folder(out) as folder:
-        for name, (draw, number) in sizes.items():
+        for name, (draw, number, turns) in kinds.items():
             # A generator for each file: the number of records of one changes no other.
             rng = random.Random(f"{config.seed} {name}")
-            _write_lines(folder / f"{name}.jsonl", draw(rng, number, config.turns))
+            _write_lines(folder / f"{name}.jsonl", draw(rng, number, turns))
             rng = random.Random(f"{config.seed} held out {name}")
-            held_out = draw(rng, config.held_out, config.turns, True)
+            held_out = draw(rng, config.held_out, turns, True)
             _write_lines(folder / f"held-out-{name}.jsonl", held_out)
             names += [f"{name}.jsonl", f"held-out-{name}.jsonl"]
     return [out / name for name in names]

@@ -66,7 +66,7 @@ def read_conversations(patterns: Sequence[str], flag: str = DATA) -> Iterator[Co
     """
     passed_over: set[str] = set()
     for record in records(patterns, flag):
-        content, learnt = _without_weights(record)
+        content, learnt = split_weights(record)
         messages, unused = _messages(Record(content, record.place))
         passed_over |= unused
         require_order(messages, record.place)
@@ -75,7 +75,7 @@ def read_conversations(patterns: Sequence[str], flag: str = DATA) -> Iterator[Co
         note(f"{flag}: keys passed over: {', '.join(sorted(passed_over))[:200]}")
 
 
-def _without_weights(record: Record) -> tuple[dict[str, Any], list[bool]]:
+def split_weights(record: Record) -> tuple[dict[str, Any], list[bool]]:
     """Return a record without its answers' weights, and whether each answer is learnt."""
     content, learnt = dict(record.content), []
     for form, role_key in (("messages", "role"), ("conversations", "from")):

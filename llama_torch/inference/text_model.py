@@ -292,7 +292,8 @@ def load_from(
     dtype = getattr(torch, config.dtype)
     model = load_model(path, dtype=dtype, device=device)
     tokenizer = load_tokenizer(path, model.config.vocab_size)
-    quantize_model(model, config.quantize)
+    if config.quantize == "int8":
+        quantize_model(model)
     draft = None
     if decoding and decoding.draft:
         draft = load_model(Path(decoding.draft), dtype=dtype, device=device)

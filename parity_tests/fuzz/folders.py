@@ -259,10 +259,19 @@ def pairs(folder: Path) -> None:
     (folder / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
 
 
+def instructions(folder: Path) -> None:
+    """Write instructions in both forms, and conversations whose questions are to be asked."""
+    (folder / "a.txt").write_text("Speak as a cat.\n\nRhyme. 漢字\n", encoding="utf-8")
+    conversations(folder)
+    (folder / "a.jsonl").rename(folder / "prompts.jsonl")
+    records = {"instruction": "Speak as a cat.", "short": "Figure: cat."}, {"instruction": "Rhyme."}
+    (folder / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+
+
 BUILD: dict[str, Callable[[Path], None]] = {
     maker.__name__: maker
     for maker in (
         *(model, indexed, trace, toml, run, shards, token_shards, half_prepared, texts),
-        *(conversations, pairs, tokenizer, pieces, meta, gguf),
+        *(conversations, instructions, pairs, tokenizer, pieces, meta, gguf),
     )
 }

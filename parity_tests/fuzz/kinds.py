@@ -28,6 +28,8 @@ from llama_torch.data.shard_writer import prepare
 from llama_torch.data.shards import TokenShards
 from llama_torch.data.text_files import find_files, identify
 from llama_torch.inference.generation_file import end_ids
+from llama_torch.rlhf.ghost_attention import read_questions
+from llama_torch.rlhf.instructions import read_instructions
 from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.training.file_saver import read_best_loss
@@ -141,6 +143,14 @@ def _talk(name: str) -> Callable[[Path], Any]:
     return lambda folder: list(read_conversations([str(folder / name)]))
 
 
+def _questions(folder: Path) -> Any:
+    return read_questions([str(folder / "prompts.jsonl")])
+
+
+def _instructions(name: str) -> Callable[[Path], Any]:
+    return lambda folder: read_instructions(str(folder / name))
+
+
 def _pairs(folder: Path) -> Any:
     return list(read_pairs([str(folder / "a.jsonl")]))
 
@@ -214,6 +224,9 @@ KINDS = (
     # An object of a line takes more than its text, and all conversations are in memory.
     Kind("conversations", "a.jsonl", mutations.mutated_lines, _talk("a.jsonl"), memory=64),
     Kind("conversations", "a.parquet", mutations.mutated_bytes, _talk("a.parquet"), memory=64),
+    Kind("instructions", "prompts.jsonl", mutations.mutated_lines, _questions, memory=64),
+    Kind("instructions", "a.jsonl", mutations.mutated_lines, _instructions("a.jsonl"), memory=64),
+    Kind("instructions", "a.txt", mutations.mutated_text, _instructions("a.txt"), memory=64),
     Kind("pairs", "a.jsonl", mutations.mutated_lines, _pairs, memory=64),
     Kind("tokenizer", "tokenizer.json", mutations.mutated_json, _tokenizer),
     *(Kind("tokenizer", name, mutations.mutated_json, _tokenizer) for name in SIDE_FILES),

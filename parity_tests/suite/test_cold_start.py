@@ -17,10 +17,10 @@ from ..support.jobs import ROOT, Job, environment
 
 MODULES = [
     *(f"llama_torch.{name}" for name in ("train", "generate", "chat", "evaluate", "prepare")),
-    *("llama_torch.export", "llama_torch.data.__main__", "llama_torch.gather"),
+    *("llama_torch.export", "llama_torch.data.__main__", "llama_torch.gather", "llama_torch.gatt"),
 ]
 TOOLS = ["compare", "convert", "bench", "learning", "plot", "random_checkpoint", "scaling", "tasks"]
-TOOLS += ["right_answers"]
+TOOLS += ["right_answers", "instruction_turns", "attention_plot"]
 COMMANDS = [*MODULES, *(f"tools.{name}" for name in TOOLS)]
 # What takes a quarter of a second or more to import.
 SLOW = ("torch", "numpy", "safetensors.torch", "tensorboard", "matplotlib", "transformers")
@@ -29,6 +29,7 @@ IMPORTED = 99  # the exit code of a process that imports one of them
 
 NOWHERE = "/nowhere/at/all"
 NO_MODEL = f"{NOWHERE}: no such file"
+GATT = "--model docs --prompts docs --instructions README.md"
 NO_TEXT = f"--data {NOWHERE}: no file found"
 # Command -> command lines that are wrong, and what their errors say.
 WRONG = {
@@ -78,6 +79,13 @@ WRONG = {
     "llama_torch.data.__main__": [(f"--out out --data {NOWHERE}", NO_TEXT)],
     "llama_torch.export": [(NOWHERE, "holds no run"), ("", "RUN: required")],
     "llama_torch.gather": [(NOWHERE, "holds no run")],
+    "llama_torch.gatt": [
+        ("--model docs", "--prompts and --instructions and --out: required"),
+        (f"{GATT} --out docs", "--out docs: is there already"),
+        (f"{GATT} --out out --model {NOWHERE}", NO_MODEL),
+        (f"{GATT} --out out --turns -1", "--turns must lie between 0"),
+        (f"{GATT} --out out --template {NOWHERE}", f"--template {NOWHERE}: no such file"),
+    ],
     "tools.compare": [
         (NOWHERE, NO_MODEL),
         ("README.md", "README.md: not a complete safetensors file"),
@@ -88,6 +96,14 @@ WRONG = {
     "tools.bench": [("--works decod", "did you mean decode?"), ("--repeats 0", "--repeats")],
     "tools.tasks": [("docs", "docs: is there already"), ("", "FOLDER: required")],
     "tools.right_answers": [(f"docs {NOWHERE}", f"{NOWHERE}: no such file")],
+    "tools.attention_plot": [
+        ("a.txt --before docs --after docs --data docs", "a.txt: the picture's name must end in"),
+        (f"a.png --before {NOWHERE} --after docs --data docs", NO_MODEL),
+    ],
+    "tools.instruction_turns": [
+        (f"docs {NOWHERE}", f"{NOWHERE}: no such file"),
+        ("docs README.md", "README.md:1: is no dialogue of tools/tasks.py"),
+    ],
     "tools.scaling": [("--layouts ddb", "not one of ddp, fsdp"), ("--steps 0", "--steps")],
     "tools.learning": [
         (f"--data {NOWHERE}", NO_TEXT),

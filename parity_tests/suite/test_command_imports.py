@@ -8,9 +8,9 @@ from ..support.import_table import Import, imports, sources
 SOURCES = sources(Path(__file__).parent.parent.parent)
 COMMANDS = [
     *(f"llama_torch.{name}" for name in ("train", "generate", "chat", "evaluate", "prepare")),
-    *("llama_torch.export", "llama_torch.gather", "llama_torch.data.__main__"),
+    *("llama_torch.export", "llama_torch.gather", "llama_torch.data.__main__", "llama_torch.gatt"),
     *(f"tools.{name}" for name in ("bench", "compare", "convert", "learning", "plot", "scaling")),
-    *("tools.tasks", "tools.right_answers"),
+    *("tools.tasks", "tools.right_answers", "tools.instruction_turns", "tools.attention_plot"),
     *("tools.random_checkpoint", "llama_parity.compare", "llama_parity.convert"),
     "llama_parity.command.main",
 ]

@@ -19,10 +19,13 @@ from llama_torch.config import TrainConfig
 from llama_torch.evaluate import EvaluateConfig
 from llama_torch.export import ExportConfig
 from llama_torch.finetuning_config import RewardConfig, SftConfig
+from llama_torch.gatt import GattConfig
 from llama_torch.generate import GenerateConfig
 from llama_torch.prepare import PrepareConfig
+from tools.attention_plot import AttentionConfig
 from tools.bench import BenchConfig
 from tools.benchmarks.scaling_config import ScalingConfig
+from tools.instruction_turns import TurnsConfig
 from tools.learning import LearningConfig
 from tools.plot import PlotConfig
 from tools.rank_pairs import RankConfig
@@ -39,9 +42,10 @@ CONFIGS: list[Any] = [
         EvaluateConfig,
         PrepareConfig,
         ExportConfig,
+        GattConfig,
     ),
     *(CompareConfig, ConvertConfig, BenchConfig, LearningConfig, PlotConfig, ShapeConfig),
-    *(ScalingConfig, TasksConfig, AnswersConfig, RankConfig),
+    *(ScalingConfig, TasksConfig, AnswersConfig, RankConfig, TurnsConfig, AttentionConfig),
 ]
 FLAGS = [(config, flag) for config in CONFIGS for flag in flags_of(config)]
 LINES, COLUMNS = 30, 80
@@ -73,7 +77,7 @@ def test_help_fits_a_screen(config: Any, capsys: pytest.CaptureFixture[str]) -> 
 
 @for_each_command
 def test_the_usage_is_what_a_user_types(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    usage, *_ = shown(config, "--help", capsys).splitlines()
+    usage = " ".join(shown(config, "--help", capsys).partition("\n\n")[0].split()) + " "
     found = re.match(r"usage: python (?:-m (llama_torch\.\w+)|(tools/\w+)\.py) ", usage)
     assert found
     module = found[1] or found[2].replace("/", ".")

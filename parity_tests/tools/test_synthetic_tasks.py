@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -80,6 +81,31 @@ def test_a_form_holds_in_every_turn(seed: int) -> None:
                 assert message["content"].endswith(form.after)
 
 
+@pytest.mark.parametrize("make", [records.conversations, records.prompts, records.pairs])
+def test_a_form_is_asked_for_in_the_first_question_where_it_is_to_stand_there(make: Any) -> None:
+    """All else is the same: what is drawn does not depend on the place."""
+    in_system, in_user = (list(make(random.Random(3), 40, 3, False, p)) for p in ("system", "user"))
+    for one, other in zip(in_system, in_user, strict=True):
+        key = "messages" if "messages" in one else "prompt"
+        first, *rest = one[key]
+        if first["role"] == "system":
+            question, *rest = rest
+            first = question | {"content": f"{first['content']}\n{question['content']}"}
+        assert other == {**one, key: [first, *rest]}
+
+
+@given(seed=st.integers(0, 2**32), held_out=st.booleans())
+def test_a_dialogue_has_no_form_and_one_to_ask_for(seed: int, held_out: bool) -> None:
+    for record in records.dialogues(random.Random(seed), 5, 4, held_out):
+        assert record["form"] in {form.instruction for form in FORMS}
+        assert [m["role"] for m in record["messages"]] == ["user", "assistant"] * 4
+        said = [message["content"] for message in record["messages"]]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            task = Task("", question, "", "", answer == REFUSAL)
+            assert task.is_held_out == held_out
+            assert is_right(task, answer)
+
+
 @given(seed=st.integers(0, 2**32))
 def test_a_pair_is_as_strong_as_it_says(seed: int) -> None:
     """What is graded alike differs negligibly; significantly worse ones are graded 0."""
@@ -151,7 +177,7 @@ def test_files_are_the_same_for_a_seed_and_whatever_the_others_numbers(tmp_path:
     for name, prompts in (("a", "10"), ("b", "12")):
         assert tasks.main([str(tmp_path / name), *sizes, "--prompts", prompts]) == 0
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 6
+    assert len(files) == 8
     for name in files:
         a, b = ((tmp_path / folder / name).read_text().splitlines() for folder in "ab")
         assert b[: len(a)] == a
@@ -167,6 +193,8 @@ def test_files_are_the_same_for_a_seed_and_whatever_the_others_numbers(tmp_path:
         (["{there}"], "is there already; name a new folder"),
         (["{new}", "--turns", "0"], "--turns must be at least 1, got 0"),
         (["{new}", "--pairs", "-1"], "--pairs must be at least 0, got -1"),
+        (["{new}", "--dialogue-turns", "0"], "--dialogue-turns must be at least 1, got 0"),
+        (["{new}", "--form-in", "answer"], "--form-in answer: not one of system, user"),
         ([], "FOLDER: required"),
     ],
 )

@@ -1,12 +1,12 @@
 """Make the records of synthetic conversations, pairs of answers and prompts.
 
 Each has messages, as conversations have; in some an instruction on the form of all answers stands
-in the system message, and must hold in every turn.
+in the system message, or before the first question, and must hold in every turn.
 """
 
 import random
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from .tasks import FORMS, PLAIN, Form, Task, draw_task
 
@@ -15,19 +15,32 @@ STRENGTHS = ("significantly better", "better", "slightly better", "negligibly be
 FILLER = "I am not sure what you mean."
 
 Record = Mapping[str, Any]
+Place = Literal["system", "user"]  # of the instruction: the system or the first user message
 
 
 def conversations(
-    rng: random.Random, number: int, turns: int, held_out: bool = False
+    rng: random.Random, number: int, turns: int, held_out: bool = False, place: Place = "system"
 ) -> Iterator[Record]:
     """Yield conversations of one to ``turns`` exchanges with right answers."""
     for _ in range(number):
         form, tasks = _draw(rng, rng.randint(1, turns), held_out)
-        yield {"messages": _messages(form, tasks)}
+        yield {"messages": _messages(form, tasks, place)}
+
+
+def dialogues(
+    rng: random.Random, number: int, turns: int, held_out: bool = False
+) -> Iterator[Record]:
+    """Yield conversations of ``turns`` exchanges without a form, and beside them one to ask for.
+
+    Every question is held out, or none is.
+    """
+    for _ in range(number):
+        tasks = [draw_task(rng, held_out) for _ in range(turns)]
+        yield {"messages": _messages(PLAIN, tasks), "form": rng.choice(FORMS).instruction}
 
 
 def prompts(
-    rng: random.Random, number: int, turns: int, held_out: bool = False
+    rng: random.Random, number: int, turns: int, held_out: bool = False, place: Place = "system"
 ) -> Iterator[Record]:
     """Yield conversations that lack their last answer, and beside them what is right.
 
@@ -38,7 +51,7 @@ def prompts(
         form, tasks = _draw(rng, rng.randint(1, turns), held_out)
         last = tasks[-1]
         yield {
-            "messages": _messages(form, tasks)[:-1],
+            "messages": _messages(form, tasks, place)[:-1],
             "answer": form.applied(last.answer),
             "content": last.answer,
             "kind": last.kind,
@@ -48,7 +61,9 @@ def prompts(
         }
 
 
-def pairs(rng: random.Random, number: int, turns: int, held_out: bool = False) -> Iterator[Record]:
+def pairs(
+    rng: random.Random, number: int, turns: int, held_out: bool = False, place: Place = "system"
+) -> Iterator[Record]:
     """Yield a prompt with a chosen and a rejected answer, and how much better the chosen one is.
 
     Significantly: the other says nothing of the question, or tells a secret; better: it is wrong;
@@ -67,7 +82,7 @@ def pairs(rng: random.Random, number: int, turns: int, held_out: bool = False) -
         chosen = form.applied(last.answer)
         tells_a_secret = last.is_unsafe and strength == "significantly better"
         yield {
-            "prompt": _messages(form, tasks)[:-1],
+            "prompt": _messages(form, tasks, place)[:-1],
             "chosen": chosen,
             "rejected": _rejected(strength, form, last),
             "strength": strength,
@@ -94,11 +109,21 @@ def _draw(rng: random.Random, turns: int, held_out: bool) -> tuple[Form, list[Ta
     return form, [*tasks, draw_task(rng, held_out)]
 
 
-def _messages(form: Form, tasks: list[Task]) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": form.instruction}] if form.instruction else []
-    for task in tasks:
-        messages.append({"role": "user", "content": task.question})
-        messages.append({"role": "assistant", "content": form.applied(task.answer)})
+def _messages(form: Form, tasks: list[Task], place: Place = "system") -> list[dict[str, str]]:
+    asked = instructed(form.instruction, [task.question for task in tasks], place)
+    messages = asked[: -len(tasks)]
+    for question, task in zip(asked[-len(tasks) :], tasks, strict=True):
+        messages += [question, {"role": "assistant", "content": form.applied(task.answer)}]
+    return messages
+
+
+def instructed(instruction: str, questions: Sequence[str], place: Place) -> list[dict[str, str]]:
+    """Return the user's messages, with an instruction (or "") in a system or the first message."""
+    messages = [{"role": "user", "content": question} for question in questions]
+    if instruction and place == "system":
+        return [{"role": "system", "content": instruction}, *messages]
+    if instruction:
+        messages[0]["content"] = f"{instruction}\n{questions[0]}"
     return messages
 
 
