@@ -214,12 +214,8 @@ class RunConfig:
         numbered = "times --batch-size and --grad-accum must be below 2^63"
         check(windows < 2**63, "steps", windows, numbered)
         # transformers refuses to load any other shape, and a run must load everywhere.
-        check(
-            self.model.dim % self.model.n_heads == 0,
-            "dim",
-            self.model.dim,
-            f"must be a multiple of --n-heads {self.model.n_heads}",
-        )
+        model, of_heads = self.model, f"must be a multiple of --n-heads {self.model.n_heads}"
+        check(model.dim % model.n_heads == 0, "dim", model.dim, of_heads)
         if self.precision == "fp8":
             self._check_fp8()
 
@@ -227,6 +223,11 @@ class RunConfig:
     def windows_per_step(self) -> int:
         """The number of windows in a training step, over all processes."""
         return self.batch_size * self.grad_accum
+
+    @property
+    def steps_at_once(self) -> int:
+        """Training steps between the places at which a run may be saved and stopped."""
+        return 1
 
     def require_complete(self) -> None:
         """Raise InputError where a new run lacks a setting without which it cannot begin."""

@@ -38,7 +38,7 @@ class Parallel:
         self.data_rank, self.data_size = 0, 1
         self.mesh: DeviceMesh | None = None
         self.replica: DistributedDataParallel | None = None
-        self._head_reduction: Any = None
+        self._head_reductions: list[tuple[Any, Tensor, Tensor]] = []
         self._control_group: Any = None
 
     @classmethod
@@ -150,11 +150,10 @@ class Parallel:
         replica = None if sync_grads else self.replica
         with nullcontext() if replica is None else replica.no_sync():
             yield
-        if self._head_reduction is not None:
-            work, grad, wide = self._head_reduction
+        while self._head_reductions:
+            work, grad, wide = self._head_reductions.pop(0)
             work.wait()
             grad.copy_(wide)
-            self._head_reduction = None
 
     def forward_hidden(
         self,
@@ -178,17 +177,18 @@ class Parallel:
             return hidden
         decoder = self.replica if self.replica is not None else model.model
         hidden, _ = decoder(tokens, positions=positions, mask=mask)
-        if sync_grads and self.replica is not None and model.has_own_head:
-            # The head's gradient is complete before the blocks' backward pass begins.
-            hidden.register_hook(lambda _: self._reduce_head(model))
+        if sync_grads and self.replica is not None and (heads := own_heads(model)):
+            # Their gradients are complete before the blocks' backward pass begins.
+            hidden.register_hook(lambda _: self._reduce_heads(heads))
         return hidden
 
-    def _reduce_head(self, model: Llama) -> None:
-        grad = model.head_weight.grad
-        assert grad is not None
-        wide = grad.float() if grad.dtype == torch.bfloat16 else grad
-        wide /= self.data_size
-        self._head_reduction = dist.all_reduce(wide, async_op=True), grad, wide
+    def _reduce_heads(self, heads: Iterable[Tensor]) -> None:
+        for head in heads:
+            grad = head.grad
+            assert grad is not None
+            wide = grad.float() if grad.dtype == torch.bfloat16 else grad
+            wide /= self.data_size
+            self._head_reductions.append((dist.all_reduce(wide, async_op=True), grad, wide))
 
     def all_reduce_mean_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor, in place, by its mean over the data-parallel ranks."""
@@ -252,6 +252,12 @@ class Parallel:
         yield
         if self.is_main_process:
             self.barrier()
+
+
+def own_heads(model: Llama) -> list[Tensor]:
+    """Return the parameters behind the decoder: heads that are not its embedding."""
+    decoder = {id(parameter) for parameter in model.model.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in decoder]
 
 
 def _mean_in_float32(world: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -3,8 +3,9 @@
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama_common import cli
 from llama_common.errors import flag_of, printable, quoted
@@ -19,24 +20,36 @@ from .parallel_layout import check_parallel_layout
 from .run_length import steps_done
 from .signals import Stopped
 
+if TYPE_CHECKING:
+    from .task import Task
 
-def run_command(argv: Sequence[str] | None, config_class: type[RunConfig]) -> int:
+
+def run_command(
+    argv: Sequence[str] | None,
+    config_class: type[RunConfig],
+    make_task: Callable[[], "Task"] | None = None,
+) -> int:
     """Run the command line of a kind of run; return its exit code.
 
-    argv  the words after the command; None: those that this process was started with.
+    argv       the words after the command; None: those that this process was started with.
+    make_task  returns what is trained, and may import torch; None: a Task.
     """
     words = sys.argv[1:] if argv is None else argv
-    return cli.run(lambda: _main(words, config_class))
+    return cli.run(lambda: _main(words, config_class, make_task))
 
 
-def _main(argv: Sequence[str], config_class: type[RunConfig]) -> int:
+def _main(
+    argv: Sequence[str],
+    config_class: type[RunConfig],
+    make_task: Callable[[], "Task"] | None,
+) -> int:
     if not is_launched():
-        return _train(_resolve(argv, config_class))
+        return _train(_resolve(argv, config_class), make_task)
     from ..distributed.job import PeerLostError, broadcast_object, job  # imports torch
 
     try:
         with job():
-            return _train(broadcast_object(lambda: _resolve(argv, config_class)))
+            return _train(broadcast_object(lambda: _resolve(argv, config_class)), make_task)
     except PeerLostError as error:
         if is_main_process():
             print(
@@ -58,18 +71,19 @@ def _resolve(argv: Sequence[str], config_class: type[RunConfig]) -> RunConfig:
     return config
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, make_task: Callable[[], "Task"] | None) -> int:
     # These import torch, which takes seconds: --help and a wrong flag are answered without.
     from . import dry_run
     from .loop import train
     from .objective import shown
 
+    task = make_task() if make_task else None
     if config.dry_run:
-        return dry_run.report(config)
+        return dry_run.report(config, task)
     was_finished = config.resume and steps_done(Path(config.out)) == config.steps
     started = time.perf_counter()
     try:
-        measured = train(config)
+        measured = train(config, task)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if is_main_process():

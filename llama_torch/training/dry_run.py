@@ -18,6 +18,7 @@ from ..config import RunConfig
 from .clock import UNKNOWN_SPEED, speed_of
 from .setup import Run, setup
 from .step import train_step
+from .task import Task
 from .throughput import peak_memory, peak_tokens_per_second
 from .validate import measure as measure_loss
 from .validate import sample_text
@@ -29,10 +30,10 @@ SCATTERED = 2.0  # ratio of the 90th percentile of step times to the 10th
 WRITTEN = 1 << 25  # bytes written to learn the disk's speed
 
 
-def report(config: RunConfig) -> int:
+def report(config: RunConfig, task: Task | None = None) -> int:
     """Print parameters, memory, disk and time of a run; return the exit code. Leaves no file."""
     with ExitStack() as exit_stack:
-        run = setup(config, exit_stack)
+        run = setup(config, exit_stack, task)
         print(*run.source.describe(), run.summary, sep="\n")
         config = run.config
         seconds_each, times = measure(run)

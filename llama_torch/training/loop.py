@@ -22,10 +22,11 @@ from .saver import Saver, make_saver
 from .setup import Run, setup
 from .signals import Stop, Stopped, signals
 from .step import train_step
+from .task import Task
 from .validate import Validation
 
 
-def train(config: RunConfig) -> Measured:
+def train(config: RunConfig, task: Task | None = None) -> Measured:
     """Train or resume the run of ``config``; return what the last validation measured.
 
     Raises Stopped when SIGINT or SIGTERM ends the run before its last step, and InputError for
@@ -33,7 +34,7 @@ def train(config: RunConfig) -> Measured:
     """
     with ExitStack() as exit_stack:
         stop = exit_stack.enter_context(signals(signals_are_duplicated=is_launched()))
-        run = setup(config, exit_stack)
+        run = setup(config, exit_stack, task)
         windows = run.train_windows()
         validation = run.validation()
         bad_steps = run.bad_steps()
@@ -74,7 +75,8 @@ def take_steps(
     """Take a training step for the windows [R, ...] of each of ``steps``, then the actions due.
 
     R is the number of windows of this process in a step. ``clock`` runs but for the actions that
-    stop it. Raises Stopped after the step during which a signal came.
+    stop it. Raises Stopped after the step during which a signal came, or after the last of the
+    steps that go together.
     """
     config, optim = run.config, run.config.optim
     stop.deferred = True
@@ -93,7 +95,8 @@ def take_steps(
             accept=partial(bad_steps.accept, step + 1),
             parallel=run.parallel,
         )
-        signum = run.parallel.all_reduce_max(stop.signum)
+        may_stop = (step + 1) % config.steps_at_once == 0
+        signum = run.parallel.all_reduce_max(stop.signum) if may_stop else 0
         is_last = step + 1 == config.steps
         done = StepResult(step + 1, batches, lr, loss, norm, start_time, signum, is_last)
         for action in actions:
@@ -162,7 +165,7 @@ def periodic_actions(
         ),
         Periodic(config.sample_every, partial(sample, progress)),
         Periodic(
-            config.save_every,
+            -(-config.save_every // config.steps_at_once) * config.steps_at_once,
             partial(periodic.save, saver, run.skipped, progress, raise_if_bad),
             True,
         ),

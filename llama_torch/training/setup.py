@@ -20,7 +20,6 @@ from ..common.torchrun import local_process_count
 from ..config import OptimConfig, RunConfig
 from ..distributed.job import broadcast_object
 from ..distributed.parallel import Parallel
-from ..finetuning_config import RewardConfig
 from ..model.config import ModelConfig
 from ..model.float8_linear import PAYS_FROM, use_float8
 from ..model.llama import Llama
@@ -28,14 +27,14 @@ from . import run_dir
 from .bad_steps import BadSteps
 from .compile import compile_blocks
 from .memory import Layout, require_run_memory
-from .objective import Objective, TokenLoss
+from .objective import Objective
 from .optimizer import make_adamw
 from .origin import Origin, find_origin
-from .pair_objective import PairLoss
 from .restore import restore
 from .run_file import check_resume_config
 from .run_length import record_length
-from .source import BatchSource, open_source
+from .source import BatchSource
+from .task import Task
 from .validate import Validation
 
 
@@ -112,14 +111,14 @@ class Run:
         return Validation(self.model, windows, to_batch, parallel, self.objective)
 
 
-def setup(config: RunConfig, exit_stack: ExitStack) -> Run:
+def setup(config: RunConfig, exit_stack: ExitStack, task: Task | None = None) -> Run:
     """Build model, optimizer, data and parallel layout of a run; ``exit_stack`` holds its lock.
 
     The run directory is claimed, or with --resume restored from; a dry run does not touch it.
     Raises InputError for a config that cannot be run, before any long work. In a job the main
     process reads and writes the disk.
     """
-    device = pick_device(config.device)
+    device, task = pick_device(config.device), task or Task()
     parallel = Parallel.from_config(config.parallel, device)
     config = with_precision(config, device)
     check_memory(config, device, parallel)
@@ -128,16 +127,17 @@ def setup(config: RunConfig, exit_stack: ExitStack) -> Run:
         check_resume_config(config)
         exit_stack.enter_context(run_dir.lock(Path(config.out)))
     origin = broadcast_object(lambda: find_origin(config))
-    source = open_source(config, origin, parallel)
+    source = task.open_source(config, origin, parallel)
     config = config.with_steps(source.steps)
     if resumes and parallel.is_main_process:
         check_resume_config(config, source.key)
-    objective = make_objective(config)
+    objective = task.make_objective(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
     dtype: torch.dtype = getattr(torch, config.dtype)
     given = config.optim, config.seed, dtype, device, parallel
     with parallel.errors_on_main_only():
         model, optimizer = build(origin.model, *given, origin.directory, objective.model_class)
+        task.begin(source, objective, model, parallel)
     steps_before, steps_done, skipped = config.steps, 0, list[int]()
     if not config.dry_run:
         steps_before, steps_done, skipped = claim_or_restore(
@@ -194,13 +194,6 @@ def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
         if (config.parallel.fsdp, config.parallel.tp) != (1, 1):
             raise InputError("--moments bfloat16 goes with neither --fsdp nor --tp; leave it out")
     return dataclasses.replace(config, dtype=dtype)
-
-
-def make_objective(config: RunConfig) -> Objective:
-    """Return what a run minimises."""
-    if isinstance(config, RewardConfig):
-        return PairLoss(config.margin, config.safety_loss)
-    return TokenLoss(config.optim.z_loss)
 
 
 def pick_dtype(

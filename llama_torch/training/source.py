@@ -62,8 +62,8 @@ class BatchSource(Protocol):
         """Return what a training step, counted from 0, reads, for an error's message."""
         ...
 
-    def validation_windows(self) -> list[Tensor]:
-        """Return the windows of each validation batch, the same at every call."""
+    def validation_windows(self) -> Sequence[Tensor]:
+        """Return the windows of each validation batch, of the same data at every call."""
         ...
 
     def example_windows(self) -> Tensor:
