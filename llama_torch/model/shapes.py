@@ -10,6 +10,7 @@ Shape = tuple[int, ...]
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 SCORE = "score.weight"  # the head of a reward model
+VALUE = "value.weight"  # the value head beside a policy's own; of checkpoints, not of models
 
 _IN_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,9})\.(.+)", re.ASCII)
 

@@ -21,7 +21,7 @@ from ..checkpoint.step_folders import BEST
 from ..common.state_file import CHECKSUM, abridged, verified, with_checksum
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
-from .state_tensors import state_tensors, stored_parameters
+from .state_tensors import exported, state_tensors, stored_parameters
 
 
 class FileSaver:
@@ -75,8 +75,8 @@ class FileSaver:
         state = TrainingState(state_tensors(self.model, self.optimizer), step, skipped)
         write = partial(_write_single_file, state)
         step_folders.commit(self.out, step, write, self.keep_last)
-        exported = {name: state.tensors[PARAMETER + name] for name in parameters}
-        save_model(self.out, self.model.config, exported)
+        stored = {name: state.tensors[PARAMETER + name] for name in parameters}
+        save_model(self.out, self.model.config, exported(stored))
 
 
 def _write_single_file(state: TrainingState, folder: Path) -> None:
@@ -89,15 +89,15 @@ def save_best(out: Path, model: Llama, optimizer: Optimizer, step: int, val_loss
     The safetensors metadata holds ``step`` and ``val_loss`` (nats per token). Raises InputError
     where the disk refuses the files.
     """
-    exported = stored_parameters(model, optimizer)
+    stored = exported(stored_parameters(model, optimizer))
     metadata = with_checksum({"step": str(step), "val_loss": repr(val_loss)})
 
     def write(folder: Path) -> None:
         write_directory_files(folder, model.config, out)
-        save_model(folder, model.config, exported, metadata)
+        save_model(folder, model.config, stored, metadata)
 
     if (out / BEST).is_dir():  # config and tokenizer files of a run never change
-        save_model(out / BEST, model.config, exported, metadata)
+        save_model(out / BEST, model.config, stored, metadata)
     else:
         step_folders.make_folder(out / BEST, write)
 
@@ -113,7 +113,7 @@ def read_best_loss(out: Path) -> float:
         raise InputError(f"--resume: {error}; or {remedy}") from None
     metadata = {key: found[key] for key in ("step", "val_loss", CHECKSUM) if key in found}
     val_loss = verified(metadata, f"--resume: {path}", remedy)[0].get("val_loss", "")
-    # As repr spells a loss, which is neither negative nor infinite.
-    if not re.fullmatch(r"\d{1,20}(\.\d{1,20})?(e-\d{1,3})?", val_loss, re.ASCII):
+    # As repr spells a finite loss. That of a policy is the negative of its reward.
+    if not re.fullmatch(r"-?\d{1,20}(\.\d{1,20})?(e-\d{1,3})?", val_loss, re.ASCII):
         raise InputError(f"--resume: {path}: its val_loss is {abridged(val_loss)}; {remedy}")
     return float(val_loss)

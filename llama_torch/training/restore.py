@@ -16,7 +16,7 @@ from ..checkpoint.training_state import open_checkpoint
 from ..distributed.parallel import Parallel
 from ..model.llama import Llama
 from .optimizer import MasterAdamW
-from .state_tensors import MOMENTS, state_shapes, state_tensors, unsound
+from .state_tensors import MOMENTS, exported, state_shapes, state_tensors, unsound
 
 
 def restore(
@@ -61,7 +61,7 @@ def restore(
     _assign(tensors, model, optimizer, step - len(skipped))
     if parallel.is_main_process and not parallel.is_sharded:  # the model is whole
         names = (name for name, _ in model.named_parameters())
-        save_model(out, model.config, {n: tensors[PARAMETER + n] for n in names})
+        save_model(out, model.config, exported({n: tensors[PARAMETER + n] for n in names}))
     return step, skipped
 
 

@@ -16,7 +16,7 @@ from ..checkpoint.training_state import open_checkpoint
 from ..common.sharded_tensor import local_part
 from ..model.config import ModelConfig
 from ..model.llama import Llama
-from ..model.shapes import SCORE, ParameterShapes
+from ..model.shapes import SCORE, VALUE, ParameterShapes
 from .optimizer import MasterAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by their names in torch's optimizers
@@ -28,6 +28,11 @@ def stored_parameters(model: Llama, optimizer: Optimizer) -> dict[str, Tensor]:
     if isinstance(optimizer, MasterAdamW):
         return {name: optimizer.master(p).cpu() for name, p in parameters.items()}
     return parameters
+
+
+def exported(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters that a model directory has: all but a policy's value head."""
+    return {name: tensor for name, tensor in parameters.items() if name != VALUE}
 
 
 def state_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
@@ -81,6 +86,7 @@ def export_model(out: Path, folder: Path, config: ModelConfig, run: Path) -> Non
     """
     reader, *_ = open_checkpoint(folder)
     shapes = {n: shape for n, shape in reader.shapes().items() if n.startswith(PARAMETER)}
+    shapes.pop(PARAMETER + VALUE, None)
     found = {n.removeprefix(PARAMETER): shape for n, shape in shapes.items()}
     require_match(folder, ParameterShapes(config, SCORE in found), found)
     tensors = reader.read_whole(shapes)

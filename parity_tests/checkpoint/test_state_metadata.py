@@ -147,7 +147,7 @@ def test_a_changed_best_loss(best: Path, renew: bool) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["nan", "inf", "-inf", "-1.0", "1e400", "", " 1.0", "1_0", "٣", "0x1p3", "1" * 5000],
+    ["nan", "inf", "-inf", "--1.0", "1e400", "", " 1.0", "1_0", "٣", "0x1p3", "1" * 5000],
     ids=lambda text: repr(text[:9]),
 )
 def test_a_best_loss_that_is_none(best: Path, text: str) -> None:
@@ -157,7 +157,7 @@ def test_a_best_loss_that_is_none(best: Path, text: str) -> None:
         read_best_loss(best.parent.parent)
 
 
-@pytest.mark.parametrize("loss", [0.0, 5e-324, 1e-5, 4.25, 1 / 3, 10.824905395507812])
+@pytest.mark.parametrize("loss", [0.0, 5e-324, 1e-5, 4.25, 1 / 3, 10.824905395507812, -2.5, -1e-7])
 def test_every_loss_is_read_again(best: Path, loss: float) -> None:
     write_with_metadata(best, json.dumps({"step": "4", "val_loss": repr(loss)}))
     assert read_best_loss(best.parent.parent) == loss
