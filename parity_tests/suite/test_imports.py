@@ -35,6 +35,7 @@ ORACLE_ORDER = [
         "reward",
         "divergence",
         "policy",
+        "ppo",
         "mutants",
         "training_mutants",
         "fine_tuning_mutants",
