@@ -18,7 +18,11 @@ from .bad_steps import largest_loss
 from .batch import Batch
 
 # How the measures of a step or a validation are printed, by name; the others with three decimals.
-FORMATS = {"perplexity": ",.1f", "accuracy": ".1%"}
+FORMATS = {
+    "perplexity": ",.1f",
+    **dict.fromkeys(("accuracy", "clipped", "ended"), ".1%"),
+    **{"length": ".1f", "mismatch": ".1e"},
+}
 
 
 class Measured(NamedTuple):

@@ -13,10 +13,11 @@ from ..checkpoint.file_names import RUN_FILE
 from ..common.state_file import abridged, read_state, require_count, write_state
 from ..config import RunConfig, TrainConfig
 from ..finetuning_config import RewardConfig, SftConfig
+from ..ppo_config import PpoConfig
 
 # Of each kind of run, by the name that run.json has for it.
 CONFIGS: Mapping[str, type[RunConfig]] = {
-    config.task: config for config in (TrainConfig, SftConfig, RewardConfig)
+    config.task: config for config in (TrainConfig, SftConfig, RewardConfig, PpoConfig)
 }
 PER_START = ("config", "out", "resume")  # settings of one start of a run, not of the run
 

@@ -56,6 +56,13 @@ WRONG = {
         ("--tp 2", "--tp is not for reward models: leave it out, got 2"),
         ("--margin huge", "--margin"),
     ],
+    "llama_torch.ppo": [
+        ("--data pyproject.toml", "--init-from is missing: name the model directory to fine-tune"),
+        (f"--init-from {NOWHERE}", f"--init-from {NOWHERE}: holds no config.json"),
+        ("--fsdp 2", "--fsdp is not for reinforcement learning: leave it out, got 2"),
+        ("--rollout-batch 100", "--rollout-batch must be a multiple of the minibatch"),
+        (f"--resume --out {NOWHERE}", "holds no run"),
+    ],
     "llama_torch.generate": [
         (f"--prompt x --ckpt {NOWHERE}", NO_MODEL),
         ("--prompt x --ckpt README.md", "README.md: not a complete safetensors file"),

@@ -21,6 +21,7 @@ from llama_torch.export import ExportConfig
 from llama_torch.finetuning_config import RewardConfig, SftConfig
 from llama_torch.gatt import GattConfig
 from llama_torch.generate import GenerateConfig
+from llama_torch.ppo_config import PpoConfig
 from llama_torch.prepare import PrepareConfig
 from tools.attention_plot import AttentionConfig
 from tools.bench import BenchConfig
@@ -37,6 +38,7 @@ CONFIGS: list[Any] = [
         TrainConfig,
         SftConfig,
         RewardConfig,
+        PpoConfig,
         GenerateConfig,
         ChatConfig,
         EvaluateConfig,

@@ -14,7 +14,7 @@ COMMON = ("llama_common", "llama_torch.common")
 LIBRARY = (
     "llama_common",
     *("llama_torch.common", "llama_torch.kernels", "llama_torch.model", "llama_torch.tokenizer"),
-    *("llama_torch.config", "llama_torch.finetuning_config"),
+    *("llama_torch.config", "llama_torch.finetuning_config", "llama_torch.ppo_config"),
     *("llama_torch.data", "llama_torch.checkpoint"),
     *("llama_torch.distributed", "llama_torch.inference"),
 )
@@ -44,6 +44,10 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "llama_torch.tokenizer": COMMON,
     "llama_torch.config": (*COMMON, "llama_torch.model"),
     "llama_torch.finetuning_config": ("llama_common", "llama_torch.config", "llama_torch.model"),
+    "llama_torch.ppo_config": (
+        *("llama_common", "llama_torch.config", "llama_torch.model"),
+        "llama_torch.finetuning_config",
+    ),
     "llama_torch.data": (*COMMON, "llama_torch.tokenizer", "llama_torch.config"),
     "llama_torch.checkpoint": (*COMMON, "llama_torch.model", "llama_torch.tokenizer"),
     "llama_torch.distributed": (*COMMON, "llama_torch.model", "llama_torch.config"),
