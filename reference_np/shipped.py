@@ -11,6 +11,7 @@ SHIPPED = {
     "torch-numpy": "parity_tests.backends.decoding_backends:numpy_step",
     "torch-native": "parity_tests.backends.decoding_backends:native_step",
     "torch-int8": "parity_tests.backends.decoding_backends:int8",
+    "torch-int4": "parity_tests.backends.decoding_backends:int4",
     "torch-compile": "parity_tests.backends.torch_backends:compiled",
     "transformers": "parity_tests.backends.transformers_backend:backend",
     "jax": "parity_tests.backends.jax_backend:backend",

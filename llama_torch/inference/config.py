@@ -7,7 +7,7 @@ from llama_common.errors import InputError, check, check_positive, check_text, c
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
-Quantize = Literal["none", "int8"]
+Quantize = Literal["none", "int8", "int4"]
 
 Decoding = Literal["auto", "eager", "native", "numpy", "graph", "compiled", "kernels"]
 
@@ -101,7 +101,8 @@ class LoadConfig:
     dtype: Dtype = "float32"
     """Precision of the weights in memory."""
     quantize: Quantize = "none"
-    """int8 = matrices as int8 with a scale for each row: half of bfloat16's memory."""
+    """int8 = matrices as int8 with a scale for each row, half of bfloat16's memory; int4 = with a
+    scale for each 64 columns of a row, some quarter of it."""
 
     def __post_init__(self) -> None:
         check(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llama_common.errors import InputError
 
+from ..model.int4_linear import Int4Linear
 from ..model.kv_cache import StaticCache
 from ..model.llama import Llama
 from .config import Decoding
@@ -106,7 +107,7 @@ def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> D
     if decoding == "auto" and not on_gpu:
         # The prompt's own pass gives the first token.
         return decoding_mode(model, rows) if n_tokens > 1 else "eager"
-    has_kernels = on_gpu and rows <= MAX_KERNEL_BATCH and _has_kernels()
+    has_kernels = on_gpu and rows <= MAX_KERNEL_BATCH and _has_kernels() and not _is_int4(model)
     # Without tensor cores for the weights' precision (16 bits, from Ampere on), Triton's products
     # of several rows are slower than torch's.
     has_tensor_cores = (
@@ -120,8 +121,8 @@ def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> D
         raise InputError(f"--decoding {decoding} needs a GPU; leave the flag out")
     if decoding == "kernels" and not has_kernels:
         raise InputError(
-            f"--decoding kernels is for at most {MAX_KERNEL_BATCH} prompts and needs an NVIDIA GPU "
-            f"and triton {'.'.join(map(str, MIN_TRITON_VERSION))}; use graph"
+            f"--decoding kernels is for at most {MAX_KERNEL_BATCH} prompts, needs an NVIDIA GPU "
+            f"and triton {'.'.join(map(str, MIN_TRITON_VERSION))}, and reads no int4; use graph"
         )
     if decoding == "native" and not NativeStep.supports(model, rows):
         raise InputError(
@@ -133,6 +134,11 @@ def choose_mode(decoding: Decoding, model: Llama, rows: int, n_tokens: int) -> D
             "--decoding numpy is for one prompt on the CPU in float32 or float64; use eager"
         )
     return decoding
+
+
+def _is_int4(model: Llama) -> bool:
+    """Return whether a model has int4 weights, which the kernels do not read."""
+    return any(isinstance(module, Int4Linear) for module in model.modules())
 
 
 def _has_kernels() -> bool:

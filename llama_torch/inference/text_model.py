@@ -292,8 +292,7 @@ def load_from(
     dtype = getattr(torch, config.dtype)
     model = load_model(path, dtype=dtype, device=device)
     tokenizer = load_tokenizer(path, model.config.vocab_size)
-    if config.quantize == "int8":
-        quantize_model(model)
+    quantize_model(model, config.quantize)
     draft = None
     if decoding and decoding.draft:
         draft = load_model(Path(decoding.draft), dtype=dtype, device=device)

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig
 from .embedding import Embedding
-from .int8_linear import Int8Linear
 from .kv_cache import Cache, LayerCache, StaticCache, StaticLayerCache
 from .masks import default_mask
+from .quantized_linear import QuantizedLinear
 from .rope import RopeTables, apply_rope, rope_tables
 
 Trace = Callable[[str, Tensor], None]
@@ -220,7 +220,7 @@ class Llama(nn.Module):
         embedding = self.model.embed_tokens.weight
         if self.config.tie_embeddings:
             return embedding
-        if isinstance(self.lm_head, Int8Linear):
+        if isinstance(self.lm_head, QuantizedLinear):
             return self.lm_head.dequantize(embedding.dtype)
         return self.lm_head.weight
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_torch.inference.config import Decoding
+from llama_torch.inference.config import Decoding, Quantize
 from llama_torch.inference.cuda_graph import GraphStep
 from llama_torch.inference.native_library import load
 from llama_torch.inference.native_step import NativeStep
@@ -34,20 +34,20 @@ class Static(Torch):
 
     loss_and_grads = train = None  # type: ignore[assignment]  # inference alone
 
-    def __init__(self, device: str = "cpu", int8: bool = False, **settings: Any) -> None:
+    def __init__(self, device: str = "cpu", quantized: Quantize = "none", **settings: Any) -> None:
         super().__init__(device, **settings)
-        self.int8 = int8
-        if int8:
+        self.quantized = quantized
+        if quantized != "none":
             self.dtypes = ("float64",)
             self.effective_params = self._dequantized
 
     def _model(self, config: LlamaConfig, params: Params) -> Llama:
         model = super()._model(config, params)
-        return quantize(model) if self.int8 else model
+        return quantize(model, self.quantized)
 
     def _dequantized(self, config: LlamaConfig, params: Params) -> Params:
         # Quantised on the CPU, so that the GPU's quantisation is compared with it.
-        model = quantize(Torch()._model(config, params))
+        model = quantize(Torch()._model(config, params), self.quantized)
         return {name: value.numpy() for name, value in dequantize(model).items()}
 
     def _cache_for(self, model: Llama, tokens: Array, cache: StaticCache | None) -> StaticCache:
@@ -263,13 +263,14 @@ _SOME: Mapping[str, Any] = {"example_fraction": 0.3}
 FLOATS: Sequence[str] = ("float64", "float32")
 static = Static(**_SOME)
 onednn = OneDnn(dtypes=("float32",), **_SOME)
-int8 = Static(int8=True, **_SOME)
+int8 = Static(quantized="int8", **_SOME)
+int4 = Static(quantized="int4", **_SOME)
 numpy_step = Numpy(dtypes=FLOATS, **_SOME)
 native_step = Native(dtypes=(*FLOATS, "bfloat16"), **_SOME)
 cuda_static = Static("cuda", **_SOME)
 cuda_kernels = Kernels("cuda", dtypes=(*FLOATS, *HALVES), example_fraction=0.05)
-cuda_kernels_int8 = Kernels("cuda", int8=True, example_fraction=0.05)
+cuda_kernels_int8 = Kernels("cuda", quantized="int8", example_fraction=0.05)
 cuda_batch_kernels = BatchKernels("cuda", dtypes=(*FLOATS, *HALVES), example_fraction=0.05)
-cuda_batch_kernels_int8 = BatchKernels("cuda", int8=True, example_fraction=0.05)
+cuda_batch_kernels_int8 = BatchKernels("cuda", quantized="int8", example_fraction=0.05)
 cuda_graph = Graph("graph", example_fraction=0.3)
 cuda_graph_compiled = Graph("compiled", example_fraction=0.02)

@@ -80,7 +80,7 @@ def test_a_batch_equals_the_cpus_single_runs(temperature: float, case: Case) -> 
 def test_every_mode_writes_the_same(mode: Decoding, int8: bool, case: Case) -> None:
     """A second request takes the captured step again, with another prompt and length."""
     model = torch_model(case.config, cast(case.params, np.float64)).cuda()
-    model = quantize(model) if int8 else model
+    model = quantize(model, "int8") if int8 else model
     text, graphs = case.tokens[0].tolist(), GraphStore(model)
     for prompt, n_new in ((text, 12), (text[:3], 40), (text[2:], 5)):
         one = SamplingConfig(n_new, temperature=0.9, seed=n_new)
@@ -108,7 +108,7 @@ def test_rows_of_a_captured_batch_end_at_different_lengths(mode: Decoding, case:
 def test_int8_rows_on_tensor_cores(case: Case) -> None:
     """In bfloat16 the kernels err about as much as the model's own products, or less."""
     model = torch_model(case.config, cast(case.params, np.float64)).cuda().bfloat16()
-    weights = {name: w.cpu().numpy() for name, w in dequantize(quantize(model)).items()}
+    weights = {name: w.cpu().numpy() for name, w in dequantize(quantize(model, "int8")).items()}
     tokens = torch.from_numpy(np.stack([np.roll(case.tokens[0], i) for i in range(3)])).cuda()
     exact = torch_model(case.config, weights)(tokens.cpu())[0].cuda()
     errors = {}

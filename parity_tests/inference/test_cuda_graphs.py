@@ -156,7 +156,7 @@ def test_padding_of_an_earlier_request_is_not_kept(mode: Decoding) -> None:
 def test_weights_changed_in_place_are_read(mode: Decoding, int8: bool) -> None:
     """The same step is used again; norms too, of which the int8 kernels have a copy."""
     model, other = make_model(0), make_model(1)
-    model, other = (quantize(model), quantize(other)) if int8 else (model, other)
+    model, other = (quantize(model, "int8"), quantize(other, "int8")) if int8 else (model, other)
     require_the_eager_tokens(model, [5, 6], 12, mode)
     (step,) = steps_of(model)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 
 from llama_common.errors import InputError
 from llama_torch import SamplingConfig, load
+from llama_torch.inference.config import Dtype, Quantize
 from llama_torch.inference.text_model import TextModel
 
 
@@ -22,15 +23,17 @@ def test_a_wrong_argument_is_named(wrong: dict[str, Any], model_dir: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_int8_logits_are_near(dtype: str, model_dir: Path) -> None:
-    plain, int8 = (
-        load(model_dir, device="cpu", dtype=dtype, quantize=kind) for kind in ("none", "int8")
-    )
+@pytest.mark.parametrize(("kind", "near"), [("int8", 0.05), ("int4", 0.3)])
+def test_quantized_logits_are_near(
+    kind: Quantize, near: float, dtype: Dtype, model_dir: Path
+) -> None:
+    plain = load(model_dir, device="cpu", dtype=dtype)
+    quantized = load(model_dir, device="cpu", dtype=dtype, quantize=kind)
     tokens = torch.tensor([[464, 2134, 13]])
-    logits = [model.model(tokens)[0].float() for model in (plain, int8)]
+    logits = [model.model(tokens)[0].float() for model in (plain, quantized)]
     error = (logits[1] - logits[0]).norm() / logits[0].norm()
-    assert 0 < error < 0.05
-    assert len(int8.generate("The", max_new_tokens=4).tokens) == 4
+    assert 0 < error < near
+    assert len(quantized.generate("The", max_new_tokens=4).tokens) == 4
 
 
 def test_the_finish_reason_and_where_the_text_ends(model_dir: Path) -> None:

@@ -72,7 +72,7 @@ def require_decoding(
     """Assert that decoding rows of these lengths, padded on the left, gives the oracle's logits."""
     dtype = "float64" if precision == "int8" else precision
     params = {n: v.astype(DTYPES[dtype]) for n, v in random_params(config, 7).items()}
-    backend = kind(DEVICE.type, int8=precision == "int8")
+    backend = kind(DEVICE.type, quantized="int8" if precision == "int8" else "none")
     exact_params = {n: v.astype(np.float64) for n, v in params.items()}
     if precision == "int8":
         exact_params = backend.effective_params(config, params)

@@ -175,7 +175,7 @@ def int8(setup: Setup) -> list[SpeedRow]:
 
     n, original = setup.new_tokens, model_for(setup, 2 * setup.new_tokens)
     quantized = model_for(setup, 2 * n)
-    quantize(quantized)
+    quantize(quantized, "int8")
     prompts = prompts_for(original, 1, n)
     ours, peer = (Decoding(model, prompts, n) for model in (quantized, original))
     return decoding_rows("decode", "int8", ours, {f"ours, {setup.dtype}": peer.side()}, setup)
