@@ -1,4 +1,7 @@
-"""Draw a run's training curve: ``python tools/plot.py runs/1 docs/curve.svg`` (extra: plot)."""
+"""Draw a run's training curve: ``python tools/plot.py runs/1 docs/curve.svg`` (extra: plot).
+
+Of a round of rejection sampling it draws what the best of more and more answers scores.
+"""
 
 import signal
 import sys
@@ -15,7 +18,7 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -26,12 +29,12 @@ from llama_common.files import atomic_write
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw the training and validation loss of one or more runs, from their TensorBoard files."""
+    """Draw a run's training and validation loss, or a round's reward of the best of K answers."""
 
     command: ClassVar[str] = "python tools/plot.py"
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Run directory."""
+    """Run directory, or folder of a round of rejection sampling."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
     """File to write: .svg, .png or .pdf."""
 
@@ -61,8 +64,35 @@ def _events_folder(run: Path) -> Path:
     return folder
 
 
+def is_round(folder: Path) -> bool:
+    """Return whether a folder is of a round of rejection sampling."""
+    return (folder / "rejection.json").is_file()
+
+
+def draw_losses(axes: Any, run: Path) -> None:
+    """Draw a run's losses."""
+    axes.plot(*read_curve(run, "train/loss"), color="#9ab", label="training")
+    axes.plot(*read_curve(run, "val/loss"), color="#c33", marker="o", ms=4, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_ylim(bottom=0)
+
+
+def draw_rewards(axes: Any, folder: Path) -> None:
+    """Draw the mean reward of the best and of the median of K answers (the paper's figure 7)."""
+    from llama_torch.rlhf.rejection_folder import read_samples
+    from llama_torch.rlhf.rejection_table import best_of
+
+    drawn = read_samples(folder, "RUN")
+    rewards = [[sample.reward for sample in one.samples] for one in drawn]
+    rows = best_of(rewards, range(1, min(map(len, rewards)) + 1))
+    k = [row.samples for row in rows]
+    axes.plot(k, [row.maximum for row in rows], color="#c33", marker="o", ms=4, label="maximum")
+    axes.plot(k, [row.median for row in rows], color="#9ab", marker="o", ms=4, label="median")
+    axes.set(xlabel="answers to a prompt", ylabel="reward, mean over prompts")
+
+
 def draw(run: Path, out: Path) -> None:
-    """Draw a run's losses into ``out``, .svg, .png or .pdf."""
+    """Draw a run's losses, or a round's rewards, into ``out``, .svg, .png or .pdf."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -72,10 +102,7 @@ def draw(run: Path, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
-    axes.plot(*read_curve(run, "train/loss"), color="#9ab", label="training")
-    axes.plot(*read_curve(run, "val/loss"), color="#c33", marker="o", ms=4, label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.set_ylim(bottom=0)
+    (draw_rewards if is_round(run) else draw_losses)(axes, run)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     metadata = {"Date": None} if out.suffix == ".svg" else None
@@ -92,7 +119,8 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(PlotConfig, argv)
     if Path(config.out).suffix not in (".svg", ".png", ".pdf"):
         raise InputError(f"{config.out}: the picture's name must end in .svg, .png or .pdf")
-    _events_folder(Path(config.run))  # told before matplotlib is imported, which takes a second
+    if not is_round(Path(config.run)):
+        _events_folder(Path(config.run))  # told before matplotlib is imported, which takes a second
     draw(Path(config.run), Path(config.out))
     return 0
 

@@ -64,22 +64,39 @@ def tokenise(
 
     Raises InputError, with the prompt's place, where the template fails, and where not one fits.
     """
-    found = []
-    for prompt in prompts:
-        try:
-            ids = template.encode(prompt.messages)
-        except InputError as error:
-            raise InputError(f"{prompt.place}: {error}") from None
-        if not ids:
-            raise InputError(f"{prompt.place}: {template.origin} writes nothing; choose another")
-        if len(ids) + max_new_tokens <= context:
-            found.append(TokenisedPrompt(prompt, ids))
+    whole = (TokenisedPrompt(prompt, prompt_ids(prompt, template)) for prompt in prompts)
+    found = [prompt for prompt in whole if len(prompt.ids) + max_new_tokens <= context]
     if not found:
         raise InputError(
             f"--max-new-tokens {max_new_tokens}: the context of {context:,} tokens holds no prompt "
             "with so many new tokens; ask for fewer"
         )
     return found
+
+
+def require_unanswered(messages: Sequence[Message], place: str) -> None:
+    """Raise InputError unless the assistant's turn comes after the messages."""
+    if not messages:
+        raise InputError(f"{place} holds no message; remove the line")
+    require_turns(messages, place)
+    last = messages[-1]["role"]
+    if "assistant" not in NEXT[last]:
+        told = "an answer" if last == "assistant" else f"a message of role {last}"
+        raise InputError(
+            f"{place}: ends with {told}; a prompt ends with the user's message: remove what "
+            "follows it, or the line"
+        )
+
+
+def prompt_ids(prompt: Prompt, template: ChatTemplate) -> list[int]:
+    """Return a prompt's ids; InputError, with its place, where the template fails."""
+    try:
+        ids = template.encode(prompt.messages)
+    except InputError as error:
+        raise InputError(f"{prompt.place}: {error}") from None
+    if not ids:
+        raise InputError(f"{prompt.place}: {template.origin} writes nothing; choose another")
+    return ids
 
 
 def _prompt(record: Record) -> Prompt:
@@ -98,14 +115,5 @@ def _prompt(record: Record) -> Prompt:
         messages = prompt_messages(content["prompt"], f"{place}: prompt")
     else:
         messages = as_messages(content["messages"], "role", "content", f"{place}: messages")
-    if not messages:
-        raise InputError(f"{place} holds no message; remove the line")
-    require_turns(messages, place)
-    last = messages[-1]["role"]
-    if "assistant" not in NEXT[last]:
-        told = "an answer" if last == "assistant" else f"a message of role {last}"
-        raise InputError(
-            f"{place}: ends with {told}; a prompt ends with the user's message: remove what "
-            "follows it, or the line"
-        )
+    require_unanswered(messages, place)
     return Prompt(messages, bool(true_or_false(content, "safety", place)), place)

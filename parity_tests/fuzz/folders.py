@@ -268,10 +268,23 @@ def instructions(folder: Path) -> None:
     (folder / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
 
 
+def prompts(folder: Path) -> None:
+    """Write prompts of every form, and what a round of rejection sampling drew to one."""
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sort 3 1"}]
+    records: list[dict[str, Any]] = [
+        *({"prompt": "Sort 3 1", "safety": True}, {"prompt": asked}, {"messages": asked, "id": 1}),
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    scores = {"reward": 0.5, "helpful": 0.5, "safe": None}
+    drawn = [{"answer": "1 3", "ended": True, "ids": [352, 513, 2], **scores}] * 2
+    line = {"messages": asked, "safety": False, "samples": drawn}
+    (folder / "samples.jsonl").write_text((json.dumps(line) + "\n") * 2)
+
+
 BUILD: dict[str, Callable[[Path], None]] = {
     maker.__name__: maker
     for maker in (
         *(model, indexed, trace, toml, run, shards, token_shards, half_prepared, texts),
-        *(conversations, instructions, pairs, tokenizer, pieces, meta, gguf),
+        *(conversations, instructions, pairs, prompts, tokenizer, pieces, meta, gguf),
     )
 }

@@ -30,6 +30,8 @@ from llama_torch.data.text_files import find_files, identify
 from llama_torch.inference.generation_file import end_ids
 from llama_torch.rlhf.ghost_attention import read_questions
 from llama_torch.rlhf.instructions import read_instructions
+from llama_torch.rlhf.prompts import read_prompts
+from llama_torch.rlhf.rejection_folder import read_samples
 from llama_torch.tokenizer.chat_template import load_chat_template
 from llama_torch.tokenizer.loading import load_tokenizer
 from llama_torch.training.file_saver import read_best_loss
@@ -151,6 +153,10 @@ def _instructions(name: str) -> Callable[[Path], Any]:
     return lambda folder: read_instructions(str(folder / name))
 
 
+def _prompts(folder: Path) -> Any:
+    return list(read_prompts([str(folder / "a.jsonl")]))
+
+
 def _pairs(folder: Path) -> Any:
     return list(read_pairs([str(folder / "a.jsonl")]))
 
@@ -228,6 +234,8 @@ KINDS = (
     Kind("instructions", "a.jsonl", mutations.mutated_lines, _instructions("a.jsonl"), memory=64),
     Kind("instructions", "a.txt", mutations.mutated_text, _instructions("a.txt"), memory=64),
     Kind("pairs", "a.jsonl", mutations.mutated_lines, _pairs, memory=64),
+    Kind("prompts", "a.jsonl", mutations.mutated_lines, _prompts, memory=64),
+    Kind("prompts", "samples.jsonl", mutations.mutated_lines, read_samples, memory=64),
     Kind("tokenizer", "tokenizer.json", mutations.mutated_json, _tokenizer),
     *(Kind("tokenizer", name, mutations.mutated_json, _tokenizer) for name in SIDE_FILES),
     Kind("pieces", "tokenizer.model", mutations.mutated_bytes, _tokenizer),

@@ -18,6 +18,7 @@ from ..support.jobs import ROOT, Job, environment
 MODULES = [
     *(f"llama_torch.{name}" for name in ("train", "generate", "chat", "evaluate", "prepare")),
     *("llama_torch.export", "llama_torch.data.__main__", "llama_torch.gather", "llama_torch.gatt"),
+    "llama_torch.rejection",
 ]
 TOOLS = ["compare", "convert", "bench", "learning", "plot", "random_checkpoint", "scaling", "tasks"]
 TOOLS += ["right_answers", "instruction_turns", "attention_plot"]
@@ -31,6 +32,7 @@ NOWHERE = "/nowhere/at/all"
 NO_MODEL = f"{NOWHERE}: no such file"
 GATT = "--model docs --prompts docs --instructions README.md"
 NO_TEXT = f"--data {NOWHERE}: no file found"
+REJECTION = "--reward docs --prompts README.md --out out"
 # Command -> command lines that are wrong, and what their errors say.
 WRONG = {
     "llama_torch.train": [
@@ -62,6 +64,16 @@ WRONG = {
         ("--fsdp 2", "--fsdp is not for reinforcement learning: leave it out, got 2"),
         ("--rollout-batch 100", "--rollout-batch must be a multiple of the minibatch"),
         (f"--resume --out {NOWHERE}", "holds no run"),
+    ],
+    "llama_torch.rejection": [
+        ("--prompts README.md", "--model and --reward: required"),
+        ("--model docs --reward docs", "--prompts is missing: name the files"),
+        (f"--model docs --reward docs --out out --prompts {NOWHERE}", "--prompts /nowhere/at/all:"),
+        (f"--model {NOWHERE} {REJECTION}", NO_MODEL),
+        (f"--model docs {REJECTION}", "docs/model.safetensors: no such file"),
+        (f"--model docs {REJECTION} --samples 0", "--samples must be positive"),
+        (f"--model docs {REJECTION} --top-p 2", "--top-p must be above 0"),
+        (f"--model docs {REJECTION} --temperature 0", "--temperature 0 draws the same answer each"),
     ],
     "llama_torch.generate": [
         (f"--prompt x --ckpt {NOWHERE}", NO_MODEL),

@@ -23,6 +23,7 @@ from llama_torch.gatt import GattConfig
 from llama_torch.generate import GenerateConfig
 from llama_torch.ppo_config import PpoConfig
 from llama_torch.prepare import PrepareConfig
+from llama_torch.rlhf.rejection_config import RejectionConfig
 from tools.attention_plot import AttentionConfig
 from tools.bench import BenchConfig
 from tools.benchmarks.scaling_config import ScalingConfig
@@ -39,6 +40,7 @@ CONFIGS: list[Any] = [
         SftConfig,
         RewardConfig,
         PpoConfig,
+        RejectionConfig,
         GenerateConfig,
         ChatConfig,
         EvaluateConfig,

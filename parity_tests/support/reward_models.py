@@ -1,4 +1,4 @@
-"""Write small reward models with random weights, and score with them by the oracle."""
+"""Write small models that answer, and reward models that score, with random weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,34 @@ import torch
 from llama_common.files import write_json
 from llama_torch.checkpoint.hf import save_model
 from llama_torch.model.config import REWARD_KEYS, ModelConfig
+from llama_torch.model.llama import Llama
 from llama_torch.model.reward import RewardModel
+from llama_torch.tokenizer.loading import load_tokenizer
 from reference_np.config import LlamaConfig
 from reference_np.model import forward
 from reference_np.reward import score_at
 
 from . import tokenizers
+
+
+def write_policy(folder: Path, kind: str, config: ModelConfig, seed: int = 0) -> Path:
+    """Write a model of float64 whose answers end after some tokens; return its folder.
+
+    The first dimension of its stream is the same for all tokens, so that the end token's row of
+    the head can raise that one everywhere.
+    """
+    folder.mkdir(parents=True)
+    model = Llama(config).double()
+    model.init_weights(torch.Generator().manual_seed(seed))
+    tensors = {name: 10 * p.detach() for name, p in model.named_parameters() if p.ndim > 1}
+    tensors |= {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1}
+    tokenizers.KINDS[kind](folder)
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    tensors["model.embed_tokens.weight"][:, 0] = 1
+    tensors["lm_head.weight"][tokenizer.special[tokenizer.eos or ""], 0] = 2.2
+    save_model(folder, config, tensors)
+    write_json(folder / "config.json", config.to_hf())
+    return folder
 
 
 def write_reward_model(
@@ -30,7 +52,7 @@ def write_reward_model(
     model.init_weights(torch.Generator().manual_seed(seed))
     tensors = {name: 5 * p.detach() for name, p in model.named_parameters()}
     tokenizers.KINDS[kind](folder)
-    save_model(folder, config, tensors | {"score.weight": 40 * tensors["score.weight"]})
+    save_model(folder, config, tensors | {"score.weight": 8 * tensors["score.weight"]})
     write_json(folder / "config.json", config.to_hf() | REWARD_KEYS)
     if template:
         (folder / "chat_template.jinja").write_text(template)
