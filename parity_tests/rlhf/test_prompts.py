@@ -48,7 +48,9 @@ def test_each_form_is_messages_that_end_with_the_users(
 
 
 def test_the_tasks_prompts_are_read(tmp_path: Path) -> None:
-    written = TasksConfig(str(tmp_path / "tasks"), 0, 0, 20, 20)
+    written = TasksConfig(
+        str(tmp_path / "tasks"), conversations=0, pairs=0, prompts=20, dialogues=0, held_out=20
+    )
     write_tasks(written)
     found = load_prompts([f"{written.out}/prompts.jsonl", f"{written.out}/held-out-prompts.jsonl"])
     assert len(found) == 40
