@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from llama_common import cli
 from llama_common.errors import InputError
 from llama_common.files import require_writable, write_text
-from reference_np.weight_files import require_weights
+from reference_np.naming import SCORE
+from reference_np.weight_files import Header, require_weights, weight_files
 
 from .comparison.config import LENGTH, CompareConfig
 from .conversion.file_kinds import is_gguf
@@ -64,6 +65,9 @@ def _compare(settings: CompareConfig) -> int:
     from .comparison.source import open_checkpoint
     from .comparison.within_limits import config_within
 
+    if settings.reward:
+        return _compare_reward(settings)
+    _require_language_model(Path(settings.ckpt))
     checkpoint = open_checkpoint(settings.ckpt, np.float64)
     side = find_side(settings.against, settings.dtype, checkpoint)
     layers = layer_range(settings.layers, checkpoint.config.n_layers)
@@ -86,6 +90,50 @@ def _compare(settings: CompareConfig) -> int:
         report = run_comparison(
             settings, checkpoint, config, side, calls, training, layers, start, Path(folder)
         )
+    _write(report, settings)
+    return 0 if report["verdict"]["holds"] else 1
+
+
+def _require_language_model(path: Path) -> None:
+    """Raise InputError for a reward model, of which --reward compares a training step."""
+    if not is_gguf(path) and any(SCORE in Header(file).shapes for file in weight_files(path)):
+        raise InputError(
+            f"{path}: is a reward model ({SCORE} is its head); give --reward PAIRS to compare a "
+            "training step of it, or a language model's directory"
+        )
+
+
+def _compare_reward(settings: CompareConfig) -> int:
+    """Compare a training step of a reward model; return the exit code."""
+    import numpy as np
+
+    from reference_np.checkpoint import RewardCheckpoint
+
+    from .comparison import reward_pairs
+    from .comparison.progress import progress
+    from .comparison.reward_step import compare_reward
+
+    ckpt = Path(settings.ckpt)
+    if is_gguf(ckpt):
+        raise InputError(f"{ckpt}: --reward needs a reward model's directory, not a GGUF file")
+    config = RewardCheckpoint(ckpt).config
+    given = reward_pairs.read_reward_input(
+        settings.reward,
+        ckpt,
+        settings.template,
+        settings.margin or "small",
+        settings.safety_loss,
+        min(max(settings.tokens, default=reward_pairs.LENGTH), config.max_seq_len),
+        config,
+    )
+    kind, _, suffix = settings.against.partition(":")
+    if kind == "cuda":
+        from .comparison.torch_side import require_cuda
+
+        require_cuda(settings.against)
+    dtype = suffix or settings.dtype or "float32"
+    with progress() as start, np.errstate(all="ignore"):
+        report = compare_reward(settings.ckpt, kind, dtype, given, start, settings.diagnose)
     _write(report, settings)
     return 0 if report["verdict"]["holds"] else 1
 
@@ -115,7 +163,8 @@ def _write(report: dict[str, Any], settings: CompareConfig) -> None:
 def _check_outputs(settings: CompareConfig, files: Sequence[Path]) -> None:
     """Raise InputError where a report cannot be made, or would overwrite an input."""
     ckpt = Path(settings.ckpt)
-    inputs = [*files, settings.against, settings.beside or ckpt, settings.file or ckpt]
+    read = (settings.beside, settings.file, settings.sft, settings.reward)
+    inputs: list[str | Path] = [*files, settings.against, *filter(None, read)]
     taken = {Path(path).resolve() for path in inputs}
     for flag in ("json", "html", "trace"):
         name = getattr(settings, flag)

@@ -1,6 +1,7 @@
 """Reading of safetensors files, as a lazy mapping from parameter name to array."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .naming import (
     DERIVED_SUFFIX,
     EMBED,
     LM_HEAD,
+    SCORE,
     layer_shapes,
     named_shapes,
     outer_shapes,
@@ -20,8 +22,6 @@ from .naming import (
 )
 from .ops import Array
 from .weight_files import Header, load_json, parse_json, weight_files
-
-SCORE = "score.weight"  # the scalar head of a reward model
 
 SHOWN = 3  # tensors that a message names, of each kind of problem
 
@@ -90,21 +90,44 @@ class Checkpoint(Mapping[str, Array]):
                 "true; remove it, or set that to false"
             )
 
-    def _check_shapes(self) -> None:
-        found = {name: header.shape(name) for name, header in self._headers.items()}
+    def _describe_mismatch(self, found: Mapping[str, tuple[int, ...]]) -> list[str]:
         if SCORE in found:
             raise InputError(
                 f"{self.path}: is a reward model, which scores answers and writes none ({SCORE} is "
                 "its head); give a language model's directory"
             )
+        return describe_mismatch(self.config, found)
+
+    def _check_shapes(self) -> None:
+        found = {name: header.shape(name) for name, header in self._headers.items()}
         dtypes = {
             name: header.dtypes[header.stored_name(name)] for name, header in self._headers.items()
         }
-        problems = describe_mismatch(self.config, found)
+        problems = self._describe_mismatch(found)
         odd = [f"{name} is stored as {d}" for name, d in dtypes.items() if d not in STORED]
         problems += [*odd[:SHOWN], *_count_rest(len(odd), "stored as no float")]
         if problems:
             raise InputError(f"{self.path}: does not fit its config: {'; '.join(problems)}")
+
+
+class RewardCheckpoint(Checkpoint):
+    """Parameters of a reward model: a Llama's without its head, and the scalar head score.weight.
+
+    ``config`` is the trunk's; a tied head that it may claim is none of this model. Raises
+    InputError as Checkpoint does, and for a language model.
+    """
+
+    def _describe_mismatch(self, found: Mapping[str, tuple[int, ...]]) -> list[str]:
+        if SCORE not in found:
+            raise InputError(
+                f"{self.path}: is no reward model, which has a head {SCORE}; give the directory of "
+                "one, as python -m llama_torch.reward trains it"
+            )
+        trunk = {name: shape for name, shape in found.items() if name != SCORE}
+        expected = (1, self.config.dim)
+        wrong = f"{SCORE} is {list(found[SCORE])} and should be {list(expected)}"
+        problems = describe_mismatch(replace(self.config, tie_embeddings=True), trunk)
+        return [*problems, *([] if found[SCORE] == expected else [wrong])]
 
 
 def describe_mismatch(config: LlamaConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -4,7 +4,7 @@ A mutant is a bug of a published trainer (its citation names the reports) or a c
 ``pytest parity_tests/ --mutants`` runs the tests that tell each from the oracle.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,23 +122,62 @@ def _margin_broadcast(chosen: Array, rejected: Array, margins: Array, count: int
     return reward.pair_loss(gaps, zeros, zeros, count * len(chosen))
 
 
+def _margin_broadcast_vjp(
+    chosen: Array, rejected: Array, margins: Array, count: int
+) -> tuple[Array, Array]:
+    gaps = chosen[:, None] - rejected[:, None] - margins  # [B, B]
+    d_chosen: Array = -ops.sigmoid(-gaps).mean(axis=1) / count
+    return d_chosen, -d_chosen
+
+
 def _margin_added(chosen: Array, rejected: Array, margins: Array, count: int) -> float:
     return reward.pair_loss(chosen, rejected, -margins, count)
 
 
-def _length_from_left(values: Array, mask: Array) -> Array:
-    found: Array = values[np.arange(len(mask)), mask.sum(axis=1) - 1]
-    return found
+def _margin_added_vjp(
+    chosen: Array, rejected: Array, margins: Array, count: int
+) -> tuple[Array, Array]:
+    return reward.pair_loss_vjp(chosen, rejected, -margins, count)
 
 
-def _before_the_end(values: Array, mask: Array) -> Array:
-    rows, last = last_real(mask)
-    found: Array = values[rows, last - 1]
-    return found
+def _margin_forgotten(chosen: Array, rejected: Array, margins: Array, count: int) -> float:
+    return reward.pair_loss(chosen, rejected, np.zeros_like(margins), count)
 
 
-def _last_slot(values: Array, mask: Array) -> Array:
-    return values[:, -1]
+def _margin_forgotten_vjp(
+    chosen: Array, rejected: Array, margins: Array, count: int
+) -> tuple[Array, Array]:
+    return reward.pair_loss_vjp(chosen, rejected, np.zeros_like(margins), count)
+
+
+# Each of these reads a score at another slot, and gives its gradient there.
+
+
+def _slots(mask: Array, at: Array) -> Array:
+    """Return a mask that is True at one slot of each row [B]."""
+    only = np.zeros_like(mask)
+    only[np.arange(len(mask)), at] = True
+    return only
+
+
+def _length_from_left(mask: Array) -> Array:
+    return _slots(mask, mask.sum(axis=1) - 1)
+
+
+def _before_the_end(mask: Array) -> Array:
+    return _slots(mask, last_real(mask)[1] - 1)
+
+
+def _last_slot(mask: Array) -> Array:
+    return _slots(mask, np.full(len(mask), mask.shape[1] - 1))
+
+
+def _read_at(slots: Callable[[Array], Array]) -> dict[str, Any]:
+    """Return a mutant's fields for scores that are read at other slots."""
+    return {
+        "replacement": lambda values, mask: reward.score_at(values, slots(mask)),
+        "also": {"score_at_vjp": lambda mask, d: reward.score_at_vjp(slots(mask), d)},
+    }
 
 
 def _threshold_of_score(helpful: Array, safe: Array, tagged: Array) -> Array:
@@ -423,6 +462,7 @@ FINE_TUNING = (
         "ms-swift#9927",
         "pair_loss",
         _margin_broadcast,
+        also={"pair_loss_vjp": _margin_broadcast_vjp},
     ),
     Mutant(
         "margin_added",
@@ -430,27 +470,36 @@ FINE_TUNING = (
         COMMON_SLIP,
         "pair_loss",
         _margin_added,
+        also={"pair_loss_vjp": _margin_added_vjp},
+    ),
+    Mutant(
+        "margin_forgotten",
+        "the loss has no margin, whatever the strength",
+        COMMON_SLIP,
+        "pair_loss",
+        _margin_forgotten,
+        also={"pair_loss_vjp": _margin_forgotten_vjp},
     ),
     Mutant(
         "score_counted_from_left",
         "the score is read at the row's length, which left padding moves",
         "transformers#35352, transformers#35909, trl#937",
         "score_at",
-        _length_from_left,
+        **_read_at(_length_from_left),
     ),
     Mutant(
         "score_before_the_end",
         "the score is read one token before the end token",
         "gpt-neox#1285, transformers#46782",
         "score_at",
-        _before_the_end,
+        **_read_at(_before_the_end),
     ),
     Mutant(
         "score_at_last_slot",
         "the score is read at a padded slot",
         COMMON_SLIP,
         "score_at",
-        _last_slot,
+        **_read_at(_last_slot),
     ),
     Mutant(
         "threshold_of_linear_score",

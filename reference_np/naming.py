@@ -12,6 +12,7 @@ from .config import LlamaConfig
 EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
+SCORE = "score.weight"  # the scalar head [1, D] of a reward model
 
 # Buffers that old Hugging Face checkpoints store although the config determines them.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"

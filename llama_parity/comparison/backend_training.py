@@ -16,6 +16,7 @@ import numpy as np
 from reference_np import backend as backends
 from reference_np.config import InputError
 from reference_np.grad import Batch
+from reference_np.naming import parameter_shapes
 from reference_np.ops import Array
 from reference_np.optim import Hyperparameters, OptState
 from reference_np.training_mutants import TRAINING
@@ -115,7 +116,7 @@ def compare_training(
         low_gradients = gradients(task, low_params)
         baseline = step_values(task, low_params, low_gradients, trains)
     advance()
-    names = quantity_names(task.config, trains)
+    names = quantity_names([*parameter_shapes(task.config)], trains)
     rows = compare_step(task, side.dtype, step.values, exact_values, baseline, names)
     if trains and all(row.held for row in rows):
         if zero := _zero_gradient(step.exact_gradients[1]):

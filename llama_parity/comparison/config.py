@@ -1,11 +1,12 @@
 """The settings of a comparison."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from llama_common.errors import InputError
+from llama_common.errors import InputError, flag_of
 
 LENGTH = 48  # of the prompt, unless another is asked for
 
@@ -42,8 +43,15 @@ class CompareConfig:
     sft: str = ""
     """File of conversations to run and to learn from, in one step: labels, every token, gradients,
     the update. The checkpoint is a model directory with its tokenizer."""
+    reward: str = ""
+    """File of pairs of answers for a training step of a reward model: scores, loss, gradients, the
+    update. The checkpoint is a reward model's directory with its tokenizer."""
     template: str = ""
-    """Chat template of --sft: a Jinja file, or llama2; empty = the checkpoint's own."""
+    """Chat template of --sft or --reward: a Jinja file, or llama2; empty = the checkpoint's own."""
+    margin: Literal["", "small", "large", "none"] = ""
+    """Margin of --reward by strength, as the trainer's; empty = small."""
+    safety_loss: float = 0.0
+    """Weight of --reward's auxiliary loss on whether answers are safe; 0 = none."""
     layers: str = ""
     """A range like 3:5 (layers 3 and 4): compare these alone, on the other side's input to them."""
     grads: bool = False
@@ -64,10 +72,45 @@ class CompareConfig:
             raise InputError("'' names no checkpoint; give a .safetensors file or its directory")
         if self.tokens and min(self.tokens) < 1:
             raise InputError(f"--tokens must be positive, got {min(self.tokens)}")
-        if self.template and not self.sft:
-            raise InputError("--template writes the conversations of --sft; give that too")
-        for name in ("prompt", "file", "ids") if self.sft else ():
-            if getattr(self, name):
-                raise InputError(f"--{name}: --sft has its own tokens; leave one of them out")
+        if self.template and not self.sft and not self.reward:
+            raise InputError(
+                "--template writes the conversations of --sft or --reward; give one of these too"
+            )
+        for flag in ("sft", "reward"):
+            for name in ("prompt", "file", "ids") if getattr(self, flag) else ():
+                if getattr(self, name):
+                    raise InputError(
+                        f"--{name}: --{flag} has its own tokens; leave one of them out"
+                    )
+        self._check_reward()
         if self.steps < 0:
             raise InputError(f"--steps must not be negative, got {self.steps}")
+
+    def _check_reward(self) -> None:
+        """Raise InputError for flags of --reward without it, and for others' beside it."""
+        if not self.reward:
+            for name in ("margin", "safety_loss"):
+                if getattr(self, name):
+                    raise InputError(f"{flag_of(name)} is of a reward model; give --reward too")
+            return
+        if not 0 <= self.safety_loss < math.inf:
+            raise InputError(
+                f"--safety-loss must be zero or positive, and finite, got {self.safety_loss}"
+            )
+        for name in ("sft", "layers", "trace", "beside"):
+            if getattr(self, name):
+                raise InputError(
+                    f"--{name}: --reward compares a training step alone; leave one of them out"
+                )
+        kind, _, suffix = self.against.partition(":")
+        if kind not in ("torch", "cuda") or suffix not in ("", "float64", "float32"):
+            raise InputError(
+                f"--against {self.against}: --reward compares llama_torch's trainer in float32 or "
+                "float64; give torch or cuda"
+            )
+        if suffix and self.dtype not in ("", suffix):
+            raise InputError(
+                f"--against {self.against} and --dtype {self.dtype} disagree; drop one"
+            )
+        if self.dtype in ("bfloat16", "float16"):
+            raise InputError("--reward compares in float32 or float64; leave the precision out")

@@ -69,8 +69,8 @@ def make_torch_side(kind: str, dtype: str, path: Path, spec: str) -> Side:
     Each reads the config of the checkpoint at ``path`` by its own means. Raises InputError, which
     quotes ``spec``, where there is no GPU or no transformers.
     """
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--against {spec}: torch sees no CUDA device here; use torch instead")
+    if kind == "cuda":
+        require_cuda(spec)
     device = torch.device("cuda" if kind == "cuda" else "cpu")
     torch_dtype = getattr(torch, dtype)
     if kind == "hf" and importlib.util.find_spec("transformers") is None:
@@ -113,6 +113,12 @@ def make_torch_side(kind: str, dtype: str, path: Path, spec: str) -> Side:
     }[kind]
     limits = TRANSFORMERS_LIMITS if kind == "hf" else UNLIMITED
     return Side(f"{title}, the same weights", dtype, write, backend=shipped, limits=limits)
+
+
+def require_cuda(spec: str) -> None:
+    """Raise InputError, which quotes ``spec``, where there is no GPU."""
+    if not torch.cuda.is_available():
+        raise InputError(f"--against {spec}: torch sees no CUDA device here; use torch instead")
 
 
 def _opened(path: Path) -> tuple[ModelConfig, Callable[[str], Tensor]]:

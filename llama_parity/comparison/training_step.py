@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from reference_np import grad, optim
+from reference_np.mutants import Mutant
 from reference_np.ops import Array
 from reference_np.optim import OptState
 from reference_np.tolerances import Errors, errors
@@ -22,6 +23,7 @@ from .judging import Reference, Row, error_bound, judge
 from .replay import Key
 from .source import Source, open_checkpoint
 from .training_task import (
+    GradientBound,
     Task,
     inherited_bounds,
 )
@@ -118,14 +120,19 @@ def compare_step(
     exact_values: Mapping[str, Array],
     baseline: Mapping[str, Array],
     names: Sequence[str],
+    gradient_bound: GradientBound = error_bound,
 ) -> list[Row]:
-    """Return a row for each of the step's results ``names``, as all three mappings name them."""
+    """Return a row for each of the step's results ``names``, as all three mappings name them.
+
+    ``gradient_bound`` is that of the loss and the gradients.
+    """
     inherited = {}
     if dtype != "float64":
-        inherited = inherited_bounds(task, dtype, theirs, exact_values, baseline)
+        inherited = inherited_bounds(task, dtype, theirs, exact_values, baseline, gradient_bound)
     rows = []
     for name in names:
-        limit = error_bound(exact_values[name], [baseline[name]], dtype)
+        bound = gradient_bound if name.startswith(("loss", "grad ")) else error_bound
+        limit = bound(exact_values[name], [baseline[name]], dtype)
         if name in inherited:
             limit = Errors(*(a + b for a, b in zip(limit, inherited[name], strict=True)))
         rows.append(judge((0, name), theirs.get(name), [Reference(exact_values[name], limit)]))
@@ -147,18 +154,40 @@ def diagnose_step(
     ``exact_params``, ``low_params``: the parameters in float64 and in the precision under test.
     ``theirs``, ``exact_values``: the results of the other side's step and of the oracle's.
     """
+    trains = any(row.name.startswith(tuple(task.clip_limits)) for row in rows)
+
+    def take(bug: Mutant, params: Mapping[str, Array]) -> dict[str, Array]:
+        vjps, rules = bug.apply(grad.REFERENCE_VJPS), bug.apply(optim.REFERENCE_RULES)
+        loss_and_grads = gradients(task, params, vjps, rules)
+        return step_values(task, params, loss_and_grads, trains, rules)
+
+    return explain_step(
+        TRAINING, take, exact_params, low_params, dtype, theirs, exact_values, rows, advance
+    )
+
+
+def explain_step(
+    bugs: Sequence[Mutant],
+    take: Callable[[Mutant, Mapping[str, Array]], Mapping[str, Array]],
+    exact_params: Mapping[str, Array],
+    low_params: Mapping[str, Array],
+    dtype: str,
+    theirs: Mapping[str, Array],
+    exact_values: Mapping[str, Array],
+    rows: Sequence[Row],
+    advance: Callable[[], None],
+) -> Diagnosis:
+    """Return those of the bugs that explain ``rows``; ``take`` takes the oracle's step with one.
+
+    The rest is as for ``diagnose_step``.
+    """
     measured: dict[Key, Row] = {(0, row.name): row for row in rows if row.inherited is not None}
     unexplained = {key for key, row in measured.items() if row.status == "diverges"}
-    trains = any(row.name.startswith(tuple(task.clip_limits)) for row in rows)
     suspects: list[Suspect] = []
-    for bug in TRAINING:
-        vjps, rules = bug.apply(grad.REFERENCE_VJPS), bug.apply(optim.REFERENCE_RULES)
-        loss_and_grads = gradients(task, exact_params, vjps, rules)
-        wrong = step_values(task, exact_params, loss_and_grads, trains, rules)
-        baseline = wrong
+    for bug in bugs:
+        wrong = baseline = take(bug, exact_params)
         if low_params is not exact_params:
-            loss_and_grads = gradients(task, low_params, vjps, rules)
-            baseline = step_values(task, low_params, loss_and_grads, trains, rules)
+            baseline = take(bug, low_params)
         effects = {}
         for key, row in measured.items():
             assert row.inherited is not None

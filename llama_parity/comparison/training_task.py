@@ -1,6 +1,7 @@
 """Define the training step that both sides take, and the errors that its results inherit."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,7 +11,6 @@ import numpy as np
 from reference_np import optim
 from reference_np.config import InputError, LlamaConfig
 from reference_np.grad import Batch
-from reference_np.naming import parameter_shapes
 from reference_np.ops import IGNORE, Array
 from reference_np.tolerances import LAMBDA, UNIT_ROUNDOFF, Errors, errors
 
@@ -29,6 +29,9 @@ N_STEPS = 4
 # and with one above the norm of all.
 RUNS = ("clipped", "whole")
 KINDS = ("exp_avg", "exp_avg_sq", "step")  # what a step shows of each parameter; "step": the update
+
+# The exact gradient, baselines, a dtype -> the error allowed to an implementation.
+GradientBound = Callable[[Array, Sequence[Array], str], Errors]
 
 
 def clip_limits(grads: Mapping[str, Array]) -> dict[str, float]:
@@ -74,9 +77,8 @@ def make_batches(ids: Array) -> list[Batch]:
     return batches
 
 
-def quantity_names(config: LlamaConfig, trains: bool) -> list[str]:
+def quantity_names(parameters: Sequence[str], trains: bool) -> list[str]:
     """Return the names of a step's results in order; ``trains``: with the optimizer's."""
-    parameters = list(parameter_shapes(config))
     names = ["loss", *(f"grad {name}" for name in parameters)]
     for run in RUNS if trains else ():
         names.append(f"{run} grad_norm")
@@ -90,17 +92,18 @@ def inherited_bounds(
     theirs: Mapping[str, Array],
     exact: Mapping[str, Array],
     baseline: Mapping[str, Array],
+    gradient_bound: GradientBound = error_bound,
 ) -> dict[str, Errors]:
     """Return by name the errors that a step's results may inherit from others with their own rows.
 
     The gradient norm is one sum over all parameters in the dtype under test; the oracle sums it
     in float64, so that its float32 baseline says nothing of that error. Clipping multiplies every
     gradient by its error, which counts up to its bound. AdamW's first step inherits the error
-    that a gradient may have.
+    that a gradient may have by ``gradient_bound``.
     """
     bounds: dict[str, Errors] = {}
-    shapes = parameter_shapes(task.config)
-    summed = LAMBDA * math.sqrt(sum(map(math.prod, shapes.values()))) * UNIT_ROUNDOFF[dtype]
+    sizes = {n.removeprefix("grad "): v.size for n, v in exact.items() if n.startswith("grad ")}
+    summed = LAMBDA * math.sqrt(sum(sizes.values())) * UNIT_ROUNDOFF[dtype]
     lr = optim.learning_rate(0 if task.state is None else task.state.step, task.hyper)
     for run in task.clip_limits:
         norm_name = f"{run} grad_norm"
@@ -114,9 +117,11 @@ def inherited_bounds(
             if norm_name in theirs:
                 of_norm = min(summed, errors(theirs[norm_name], exact[norm_name]).worst)
         bounds[norm_name] = Errors(summed, summed, summed)
-        for name in shapes:
+        for name in sizes:
             gradient, step = exact[f"grad {name}"], exact[f"{run} step {name}"]
-            limit = error_bound(gradient, [baseline[f"grad {name}"]], dtype)
+            given = gradient, [baseline[f"grad {name}"]], dtype
+            limit = gradient_bound(*given)
+            wider = Errors(*map(operator.sub, limit, error_bound(*given)))
             moments = exact[f"{run} exp_avg {name}"], exact[f"{run} exp_avg_sq {name}"]
             change = _change_of_step(task, np.abs(gradient) * factor, moments)
             grown = through_adam(
@@ -127,7 +132,7 @@ def inherited_bounds(
             )
             bounds[f"{run} step {name}"] = Errors(*(of_norm + part for part in grown))
             of_moments = _errors_of_moments(
-                task, limit, np.abs(gradient) * factor, moments, of_norm
+                task, limit, wider, np.abs(gradient) * factor, moments, of_norm
             )
             bounds[f"{run} exp_avg {name}"], bounds[f"{run} exp_avg_sq {name}"] = of_moments
     return bounds
@@ -184,19 +189,25 @@ def _grown(limit: Errors, part: Array, whole: Array) -> Errors:
 
 
 def _errors_of_moments(
-    task: Task, limit: Errors, gradient: Array, moments: tuple[Array, Array], of_norm: float
+    task: Task,
+    limit: Errors,
+    wider: Errors,
+    gradient: Array,
+    moments: tuple[Array, Array],
+    of_norm: float,
 ) -> tuple[Errors, Errors]:
     """Return the errors of AdamW's moments after the step, as arguments of ``_change_of_step``.
 
     Besides the norm's error ``of_norm`` a gradient's of ``limit`` makes one of (1 - b1) d in the
     first moment, which may have cancelled with what was there before, and of 2 (1 - b2) g d in
-    the second. The first moment of a first step is the gradient, with the same bound.
+    the second. The first moment of a first step is the gradient, with the same bound: ``wider``
+    is by how much that exceeds the bound of the moment's own baseline.
     """
     largest = gradient.max(axis=-1, keepdims=True)
     second = _grown(limit, (1 - task.hyper.beta2) * gradient * largest, moments[1])
     second = Errors(*(2 * (part + of_norm) for part in second))
     if task.state is None:
-        return Errors(*[of_norm] * 3), second
+        return Errors(*(of_norm + part for part in wider)), second
     both = Errors(*(part + of_norm for part in limit))
     return _grown(both, (1 - task.hyper.beta1) * gradient, np.abs(moments[0])), second
 

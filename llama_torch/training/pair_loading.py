@@ -121,12 +121,7 @@ def tokenise(pairs: Sequence[Pair], template: ChatTemplate, context: int) -> Pai
     """
     tokens, lengths, columns, places = [np.empty(0, np.int32)], [0], list[list[int]](), []
     for pair in pairs:
-        ids = [_encoded(template, pair, messages) for messages in (pair.chosen, pair.rejected)]
-        if ids[0] == ids[1]:
-            raise InputError(
-                f"{pair.place}: {template.origin} writes the chosen and the rejected answer alike; "
-                "remove the line, or choose another --template"
-            )
+        ids = encode_pair(template, pair)
         if max(map(len, ids)) > context:
             continue
         for own, is_safe in zip(ids, pair.is_safe, strict=True):
@@ -142,6 +137,20 @@ def tokenise(pairs: Sequence[Pair], template: ChatTemplate, context: int) -> Pai
         )
     starts = np.cumsum(lengths)
     return Pairs(np.concatenate(tokens), starts, np.array(columns, np.int64), places)
+
+
+def encode_pair(template: ChatTemplate, pair: Pair) -> tuple[list[int], list[int]]:
+    """Return the ids of a pair's two conversations, the chosen one first.
+
+    Raises InputError, with file and line, where the template fails or writes both alike.
+    """
+    chosen, rejected = (_encoded(template, pair, x) for x in (pair.chosen, pair.rejected))
+    if chosen == rejected:
+        raise InputError(
+            f"{pair.place}: {template.origin} writes the chosen and the rejected answer alike; "
+            "remove the line, or choose another --template"
+        )
+    return chosen, rejected
 
 
 def _encoded(template: ChatTemplate, pair: Pair, messages: Sequence[Message]) -> list[int]:

@@ -59,6 +59,10 @@ class PairLoss:
         n_pairs = int((batch.targets[::2, Column.LAST] >= 0).sum())
         return n_pairs, int((batch.targets[:, Column.SAFE] >= 0).sum())
 
+    def scores(self, hidden_BTD: Tensor, head: Tensor, batch: Batch) -> Tensor:
+        """Return the scores [B] of a micro-batch's rows."""
+        return scores_at(hidden_BTD, head, batch.targets[:, Column.LAST])
+
     def backward(
         self, hidden_BTD: Tensor, head: Tensor, batch: Batch, divisors: Sequence[float]
     ) -> Tensor:
@@ -66,7 +70,7 @@ class PairLoss:
         n_pairs, n_labelled = divisors
         last_B = batch.targets[:, Column.LAST]
         with torch.no_grad():
-            scores_B = scores_at(hidden_BTD, head, last_B)
+            scores_B = self.scores(hidden_BTD, head, batch)
             sums, (d_pair_B, d_safety_B) = self._terms(scores_B, batch.targets)
             d_scores_B = d_pair_B / n_pairs + self.safety_weight * d_safety_B / n_labelled
         backward_scores(hidden_BTD, head, last_B, d_scores_B)
@@ -80,7 +84,7 @@ class PairLoss:
         float64 [4 + 4 S]: of pairs the loss, the gap of scores and of answers the safety loss and
         their number; then for each of S strengths, not tagged and tagged, pairs and right ones.
         """
-        scores_B = scores_at(hidden_BTD, head, batch.targets[:, Column.LAST])
+        scores_B = self.scores(hidden_BTD, head, batch)
         (loss, safety, _, gap), _ = self._terms(scores_B, batch.targets)
         n_labelled = (batch.targets[:, Column.SAFE] >= 0).sum()
         right_P, is_pair_P = _ranked_right(scores_B, batch.targets)

@@ -33,6 +33,7 @@ ORACLE_ORDER = [
         "sft",
         "masked",
         "reward",
+        "reward_model",
         "divergence",
         "policy",
         "ppo",

@@ -174,13 +174,17 @@ def test_transformers_agrees(
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--template", "llama2"], "--template writes the conversations of --sft; give that too"),
+        (
+            ["--template", "llama2"],
+            "--template writes the conversations of --sft or --reward; give",
+        ),
         (["--sft", "{said}", "--prompt", "Hi"], "--prompt: --sft has its own tokens"),
         (["--sft", "{said}", "--ids", "3"], "--ids: --sft has its own tokens"),
         (["--sft", "{said}.no"], "said.jsonl.no"),
         (["--sft", "{said}", "--tokens", "4"], "no conversation has 4 tokens or less"),
         (["--sft", "{said}", "--template", "none.jinja"], "none.jinja"),
         (["--sft", "{said}", "--against", "torch:bfloat16"], "--sft compares in float32 or"),
+        (["--sft", "{said}", "--json", "{said}"], "would overwrite an input"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(

@@ -82,7 +82,7 @@ def test_a_gradient_that_overflowed_in_the_baseline_excuses_no_step(bad: float) 
     name = "model.layers.0.mlp.up_proj.weight"
     baseline = exact | {f"grad {name}": np.full_like(exact[f"grad {name}"], bad)}
     wrong = {n: x * (1.5 if n.endswith(f"step {name}") else 1.0) for n, x in exact.items()}
-    names = training_task.quantity_names(config, trains=True)
+    names = training_task.quantity_names([*params], trains=True)
     steps = {f"{run} step {name}" for run in training_task.RUNS}
     for theirs, expected in ((exact, set()), (wrong, steps)):
         rows = training_step.compare_step(task, "float32", theirs, exact, baseline, names)
