@@ -5,6 +5,7 @@ before as well, whose answers are scored anew by the reward models of now.
 """
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -82,7 +83,12 @@ def run(config: RejectionConfig) -> list[str]:
     with locked(out):
         done = {key_of(one.prompt.messages): one for one in read_part(out)}
         if not (out / SAMPLES).is_file():
-            _draw_missing(config, judged, out, done)
+            try:
+                _draw_missing(config, judged, out, done)
+            except KeyboardInterrupt:
+                told = f"{len(done):,} of {len(judged.prompts):,} prompts are in {out}"
+                print(f"{printable(told)}; --resume draws the others", file=sys.stderr)
+                raise
             order = dict.fromkeys(key_of(one.prompt.messages) for one in judged.prompts)
             write_lines(out / SAMPLES, (done[key].line() for key in order))
             (out / PART).unlink(missing_ok=True)

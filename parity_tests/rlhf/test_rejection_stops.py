@@ -12,7 +12,7 @@ from llama_torch.rejection import main
 from llama_torch.rlhf import rejection
 from llama_torch.rlhf.rejection_folder import Sampled
 
-from ..support.rejection_rounds import flags_of, lines_of, refused, same_round
+from ..support.rejection_rounds import N, flags_of, lines_of, refused, same_round
 
 pytestmark = pytest.mark.numeric
 
@@ -37,6 +37,8 @@ def test_an_interrupted_round_goes_on_to_the_same_samples(
         patch.setattr(rejection, "SCORED_AT_ONCE", 1)
         patch.setattr(rejection, "_sampled", interrupted)
         assert main(flags) == 130
+        told = capsys.readouterr().err.splitlines()[-2:]
+        assert told == [f"2 of {N} prompts are in {out}; --resume draws the others", "interrupted"]
         part = out / "samples.part.jsonl"
         assert len(lines_of(part)) == 2
         with part.open("a") as file:
