@@ -83,6 +83,8 @@ class PpoConfig(RunConfig):
     length."""
     rollout_batch: int = 512
     """Answers that are drawn at once, over all processes. Steps of a minibatch each learn them."""
+    batch_size: int = 4
+    """Answers in one forward pass of a process, at most."""
     grad_accum: int = 16
     """A minibatch, which a step takes, has --batch-size times so many answers. Processes share
     them out, and each cuts its part into micro-batches of --batch-size."""

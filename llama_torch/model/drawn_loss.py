@@ -18,6 +18,7 @@ from .loss import CHUNK_BYTES, CHUNK_BYTES_CUDA
 Derivatives = Callable[[Tensor, slice], Tensor]
 
 
+@torch.no_grad()
 def log_probs(
     hidden_PD: Tensor, head_VD: Tensor, targets_P: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -29,8 +30,8 @@ def log_probs(
     """
     found = []
     for part in _parts(hidden_PD, len(head_VD)):
-        log_p_PV = _log_softmax(hidden_PD[part], head_VD, temperature)
-        found.append(_of_targets(log_p_PV, targets_P[part]))
+        logits_PV = _logits(hidden_PD[part], head_VD, temperature)
+        found.append(_to_probabilities_(logits_PV, targets_P[part]))
     log_p_P, entropy_P = (torch.cat(parts) for parts in zip(*found, strict=True))
     return log_p_P, entropy_P
 
@@ -53,10 +54,10 @@ def backward_log_probs(
     d_head_VD = torch.zeros_like(head_VD, dtype=_wide(head_VD.dtype))
     for part in _parts(hidden_PD, len(head_VD)):
         hidden, targets = hidden_PD[part], targets_P[part]
-        log_p_PV = _log_softmax(hidden, head_VD, temperature)
-        found.append(_of_targets(log_p_PV, targets))
-        scale = derivatives(found[-1][0], part).to(log_p_PV.dtype) / temperature
-        d_logits_PV = log_p_PV.exp_().mul_(-scale[:, None])
+        logits_PV = _logits(hidden, head_VD, temperature)
+        found.append(_to_probabilities_(logits_PV, targets))
+        scale = derivatives(found[-1][0], part).to(logits_PV.dtype) / temperature
+        d_logits_PV = logits_PV.mul_(-scale[:, None])
         d_logits_PV[torch.arange(len(targets), device=targets.device), targets] += scale
         d_logits_PV = d_logits_PV.to(head_VD.dtype)
         torch.mm(d_logits_PV, head_VD, out=d_hidden_PD[part])
@@ -80,14 +81,28 @@ def _parts(hidden_PD: Tensor, vocab_size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, len(hidden_PD)))
 
 
-def _log_softmax(hidden_PD: Tensor, head_VD: Tensor, temperature: float) -> Tensor:
+def _logits(hidden_PD: Tensor, head_VD: Tensor, temperature: float) -> Tensor:
+    """Return logits / temperature [P, V], in float32 or wider."""
     logits_PV = F.linear(hidden_PD, head_VD)
-    return torch.log_softmax(logits_PV.to(_wide(logits_PV.dtype)) / temperature, -1)
+    return logits_PV.to(_wide(logits_PV.dtype)).div_(temperature)
 
 
-def _of_targets(log_p_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
-    entropy_P = -(log_p_PV.exp() * log_p_PV).sum(-1)
-    return log_p_PV.gather(1, targets_P[:, None])[:, 0], entropy_P
+def _to_probabilities_(logits_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace logits by probabilities in place; return log p(target) and entropies [P].
+
+    torch.log_softmax on a CPU adds up a row from one end to the other. Where one token is likely
+    and 50,000 are alike, all of these are rounded the same way, and its results err by 1e-4 in
+    float32; a sum in pairs leaves 1e-6.
+    """
+    shifted_PV = logits_PV.sub_(logits_PV.amax(-1, keepdim=True))
+    target_P = shifted_PV.gather(1, targets_P[:, None])[:, 0]
+    exp_PV = shifted_PV.exp()
+    sum_P = exp_PV.sum(-1)
+    log_z_P = sum_P.log()
+    # Of a logit of minus infinity both factors are there: 0 times it counts 0.
+    mean_P = shifted_PV.clamp_(min=torch.finfo(shifted_PV.dtype).min).mul_(exp_PV).sum(-1) / sum_P
+    torch.div(exp_PV, sum_P[:, None], out=logits_PV)
+    return target_P - log_z_P, log_z_P - mean_P
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -144,23 +144,30 @@ class RolloutSource:
     def example_windows(self) -> Tensor:
         """Return windows of random ids, of the longest prompts and answers, of a whole step."""
         config = self.config
-        n_prompt, rows = max(len(prompt.ids) for prompt in self.train), config.windows_per_step
-        windows = torch.zeros(rows, len(Field), n_prompt + config.max_new_tokens - 1)
-        windows = windows.double()
+        shape = config.windows_per_step, len(Field), self.most
+        windows = torch.zeros(shape, dtype=torch.float64)
         generator = torch.Generator().manual_seed(config.seed)
         ids = torch.randint(config.model.vocab_size, windows[:, 0].shape, generator=generator)
         windows[:, Field.TOKEN] = ids
         windows[:, Field.TARGET] = ids.roll(-1, 1)
-        windows[:, Field.TARGET, : n_prompt - 1] = IGNORE_INDEX
+        windows[:, Field.TARGET, : -config.max_new_tokens] = IGNORE_INDEX
         return windows
 
+    @cached_property
+    def most(self) -> int:
+        """The positions of the longest prompt of --data with the longest answer."""
+        return max(len(prompt.ids) for prompt in self.train) + self.config.max_new_tokens - 1
+
     def to_batch(self, windows: Tensor) -> Batch:
-        """Return windows [R, 10, T] as a micro-batch, as wide as its longest answer needs."""
-        most = windows.shape[2]
-        unit = 8 * -(-most // (8 * SHAPES))
+        """Return windows [R, 10, T] as a micro-batch, of one of a few widths."""
+        unit = 8 * -(-self.most // (8 * SHAPES))
         is_drawn_T = (windows[:, Field.TARGET] != IGNORE_INDEX).any(0)
         longest = int(is_drawn_T.nonzero()[-1]) + 1
-        windows = windows[:, :, : min(most, -(-longest // unit) * unit)]
+        width = min(max(self.most, longest), -(-longest // unit) * unit)
+        # Windows are as wide as the longest answer that was drawn with them, which may be less.
+        padding = windows.new_zeros(*windows.shape[:2], max(0, width - windows.shape[2]))
+        padding[:, Field.TARGET] = IGNORE_INDEX
+        windows = torch.cat([windows, padding], 2)[:, :, :width]
         return Batch(windows[:, Field.TOKEN].long(), windows)
 
     def prompt(self) -> Prompt:

@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from llama_torch.export import main as export
 from llama_torch.ppo_config import PpoConfig
 from llama_torch.rlhf import ppo_rollouts, ppo_source
 from llama_torch.training import throughput
+from llama_torch.training.batch import Batch
 from reference_np.model import forward
 from reference_np.tolerances import composed_bound, errors
 
@@ -247,3 +249,33 @@ def test_missing_models_are_named(models: Models, capsys: pytest.CaptureFixture[
     )
     argv = [*flags_of(models), "--reward", str(models.policy)]
     assert "is no reward model" in refused(argv, capsys)
+
+
+def test_micro_batches_have_a_few_widths_however_long_the_answers(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile compiles a block for each, and ends a run at the ninth."""
+    seen, drawn, sources = set(), set(), []
+    real, make = ppo_source.RolloutSource.to_batch, ppo_source.to_windows
+
+    def batched(self: ppo_source.RolloutSource, windows: torch.Tensor) -> Batch:
+        batch = real(self, windows)
+        seen.add(batch.tokens.shape[1])
+        sources.append(self)
+        return batch
+
+    def made(found: ppo_rollouts.Drawn, *given: Any) -> torch.Tensor:
+        windows = make(found, *given)
+        drawn.add(windows.shape[2])
+        return windows
+
+    monkeypatch.setattr(ppo_source.RolloutSource, "to_batch", batched)
+    monkeypatch.setattr(ppo_source, "to_windows", made)
+    flags = ["--max-new-tokens", "40", "--steps", "24", "--save-every", "24", "--lr", "1e-9"]
+    flags += ["--eval-every", "24", "--batch-size", "1", "--grad-accum", "4"]
+    assert ppo.main([*flags_of(models, *flags), "--out", str(tmp_path / "run")]) == 0
+    assert len(drawn) > ppo_source.SHAPES
+    assert 2 <= len(seen) <= ppo_source.SHAPES
+    example = sources[0].example_windows()
+    assert example.shape[2] == sources[0].most >= max(seen)
+    assert int((example[:, 1] != -100).sum()) == 4 * 40

@@ -54,11 +54,10 @@ def stale_sampler(patch: Patch) -> None:
 def temperature_left_out(patch: Patch) -> None:
     """Log-probabilities are of temperature 1, the tokens are not."""
 
-    def change(real: Any, hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-        found: Tensor = real(hidden, head, 1.0)
-        return found
+    def change(real: Any, hidden: Tensor, head: Tensor, temperature: float) -> Any:
+        return real(hidden, head, 1.0)
 
-    wrapped(patch, drawn_loss, "_log_softmax", change)
+    wrapped(patch, drawn_loss, "_logits", change)
 
 
 def reference_follows(patch: Patch) -> None:
