@@ -184,20 +184,27 @@ def draw(config: AttentionConfig, dialogue: Dialogue) -> tuple[float, float]:
         places = [config.bin * (i + 0.5) - 0.5 for i in range(-(-len(to_it_T) // config.bin))]
         axes["to it"].plot(places, binned(to_it_T, config.bin), color=colour, label=name)
     figure.colorbar(image, ax=[axes["before"], axes["after"]], label="attention, the most of any")
-    for begin, end in dialogue.answers:
-        axes["to it"].axvspan(begin - 0.5, end - 0.5, color="#7ad", alpha=0.25, lw=0)
-    axes["to it"].axvspan(
-        dialogue.told[0] - 0.5, dialogue.told[-1] + 0.5, color="#fc6", alpha=0.5, lw=0
-    )
-    axes["to it"].set(xlabel="token", ylabel="to the instruction", ylim=(0, 1))
-    axes["to it"].margins(x=0)
-    axes["to it"].legend(frameon=False)
+    _draw_spans(axes["to it"], dialogue)
     metadata = {"Date": None} if config.out.endswith(".svg") else None
     # A link that the user names is followed.
     out = Path(config.out).resolve()
     atomic_write(out, partial(figure.savefig, dpi=110, metadata=metadata))
     plt.close(figure)
     return means[0], means[1]
+
+
+def _draw_spans(axes: Any, dialogue: Dialogue) -> None:
+    """Mark the instruction and the answers, and write what is what."""
+    told = dialogue.told[0], dialogue.told[-1] + 1
+    answers = [(*span, "#7ad", "an answer") for span in dialogue.answers]
+    named: set[str] = set()
+    for begin, end, colour, name in [(*told, "#fc6", "the instruction"), *answers]:
+        label = None if name in named else name
+        axes.axvspan(begin - 0.5, end - 0.5, color=colour, alpha=0.35, lw=0, label=label)
+        named.add(name)
+    axes.set(xlabel="token", ylabel="attention to the instruction", ylim=(0, 1))
+    axes.margins(x=0)
+    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def _draw_map(axes: Any, weights_LHTS: "Array", dialogue: Dialogue, size: int) -> Any:

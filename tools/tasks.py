@@ -59,7 +59,8 @@ class TasksConfig:
     dialogue_turns: int = 8
     """Exchanges of each dialogue."""
     form_in: records.Place = "system"
-    """The message with the instruction on the form of answers: system, or the first user one."""
+    """The message with the instruction on the form of answers: system, the first user one, or every
+    user one."""
     seed: int = 0
     """Seed of all that is drawn."""
 

@@ -131,7 +131,8 @@ def test_sft_learns_from_what_is_written(
     said = capsys.readouterr().out
     data = out / "conversations.jsonl"
     assert f"next:\n  python -m llama_torch.sft --init-from {model} --data {data}" in said
-    assert sft.main(["--init-from", str(model), "--data", str(data), "--dry-run"]) == 0
+    small = ["--batch-size", "2", "--grad-accum", "1", "--max-seq-len", "100", "--device", "cpu"]
+    assert sft.main(["--init-from", str(model), "--data", str(data), *small, "--dry-run"]) == 0
 
 
 # The sampling, with a model that is asked and answers as told.

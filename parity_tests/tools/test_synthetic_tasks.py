@@ -82,16 +82,20 @@ def test_a_form_holds_in_every_turn(seed: int) -> None:
 
 
 @pytest.mark.parametrize("make", [records.conversations, records.prompts, records.pairs])
-def test_a_form_is_asked_for_in_the_first_question_where_it_is_to_stand_there(make: Any) -> None:
+def test_a_form_is_asked_for_where_it_is_to_stand(make: Any) -> None:
     """All else is the same: what is drawn does not depend on the place."""
-    in_system, in_user = (list(make(random.Random(3), 40, 3, False, p)) for p in ("system", "user"))
-    for one, other in zip(in_system, in_user, strict=True):
+    places = "system", "user", "every"
+    drawn = (list(make(random.Random(3), 40, 3, False, place)) for place in places)
+    for one, in_first, in_every in zip(*drawn, strict=True):
         key = "messages" if "messages" in one else "prompt"
         first, *rest = one[key]
-        if first["role"] == "system":
-            question, *rest = rest
-            first = question | {"content": f"{first['content']}\n{question['content']}"}
-        assert other == {**one, key: [first, *rest]}
+        if first["role"] != "system":
+            assert one == in_first == in_every
+            continue
+        before = f"{first['content']}\n"
+        told = [m | {"content": before + m["content"]} if m["role"] == "user" else m for m in rest]
+        assert in_first == {**one, key: [told[0], *rest[1:]]}
+        assert in_every == {**one, key: told}
 
 
 @given(seed=st.integers(0, 2**32), held_out=st.booleans())
@@ -194,7 +198,7 @@ def test_files_are_the_same_for_a_seed_and_whatever_the_others_numbers(tmp_path:
         (["{new}", "--turns", "0"], "--turns must be at least 1, got 0"),
         (["{new}", "--pairs", "-1"], "--pairs must be at least 0, got -1"),
         (["{new}", "--dialogue-turns", "0"], "--dialogue-turns must be at least 1, got 0"),
-        (["{new}", "--form-in", "answer"], "--form-in answer: not one of system, user"),
+        (["{new}", "--form-in", "answer"], "--form-in answer: not one of system, user, every"),
         ([], "FOLDER: required"),
     ],
 )

@@ -1,7 +1,7 @@
 """Make the records of synthetic conversations, pairs of answers and prompts.
 
 Each has messages, as conversations have; in some an instruction on the form of all answers stands
-in the system message, or before the first question, and must hold in every turn.
+in the system message, or before the first question or every one, and must hold in every turn.
 """
 
 import random
@@ -15,7 +15,8 @@ STRENGTHS = ("significantly better", "better", "slightly better", "negligibly be
 FILLER = "I am not sure what you mean."
 
 Record = Mapping[str, Any]
-Place = Literal["system", "user"]  # of the instruction: the system or the first user message
+# Of the instruction: the system message, the first user message, or every user message.
+Place = Literal["system", "user", "every"]
 
 
 def conversations(
@@ -118,12 +119,13 @@ def _messages(form: Form, tasks: list[Task], place: Place = "system") -> list[di
 
 
 def instructed(instruction: str, questions: Sequence[str], place: Place) -> list[dict[str, str]]:
-    """Return the user's messages, with an instruction (or "") in a system or the first message."""
+    """Return the user's messages, with an instruction (or "") where ``place`` says."""
     messages = [{"role": "user", "content": question} for question in questions]
     if instruction and place == "system":
         return [{"role": "system", "content": instruction}, *messages]
     if instruction:
-        messages[0]["content"] = f"{instruction}\n{questions[0]}"
+        for message in messages if place == "every" else messages[:1]:
+            message["content"] = f"{instruction}\n{message['content']}"
     return messages
 
 
