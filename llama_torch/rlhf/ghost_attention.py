@@ -86,7 +86,7 @@ def drafts(
 def taught(dialogue: Dialogue, place: Place) -> dict[str, list[dict[str, object]]]:
     """Return the record that ``sft`` learns from: the last answer alone has weight 1.
 
-    "We set the loss to 0 for all the tokens from the previous turns, including assistant messages."
+    The loss is 0 "for all the tokens from the previous turns, including assistant messages".
     """
     draft, answers = dialogue
     messages = messages_of(draft.learnt, draft.questions, answers, place, False)
