@@ -181,6 +181,16 @@ def test_answers_are_drawn_with_the_instruction_in_every_user_message(
     assert len(set(told.seeds)) == 4
 
 
+def test_the_terser_instruction_is_learnt_in_place_of_the_one_drawn_with(model: Path) -> None:
+    told = Told(model, [("a", "stop"), ("b", "stop")])
+    sampler = ghost.Sampler(told, SamplingConfig(), "system")  # type: ignore[arg-type]
+    *_, [dialogue] = sampler.sample([Draft(0, TOLD, "Figure: cat.", ["q", "r"])], 8)
+    assert all("Figure" not in m["content"] for asked in told.asked for m in asked)
+    system, q, a, r, b = turns(["q", "a", "r", "b"], "Figure: cat.")
+    expected = [system, q, a | {"weight": 0}, r, b | {"weight": 1}]
+    assert ghost.taught(dialogue, "system") == {"messages": expected}
+
+
 def test_a_dialogue_is_given_up_for_an_answer_that_must_not_be_learnt(model: Path) -> None:
     answers = [("a", "stop"), ("a", "length"), (" ", "stop"), ("a b", "stop")]
     found, dropped = sampled(Told(model, [*answers, ("b", "stop")]), [["q"]] * 3 + [["q", "r"]])
