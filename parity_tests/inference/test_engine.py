@@ -231,7 +231,8 @@ def test_the_mode_chosen_on_a_gpu(
 ) -> None:
     """Chosen for a stand-in of a GPU: the choice reads device, dtype, compute capability."""
     weight = SimpleNamespace(device=torch.device("cuda"), itemsize=dtype.itemsize)
-    model: Any = SimpleNamespace(model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)))
+    decoder = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
+    model: Any = SimpleNamespace(model=decoder, modules=list)
     monkeypatch.setattr(numpy_step.NumpyStep, "supports", lambda model: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for version, has_kernels in (("3.6.0", True), ("3.10.1+git", True), ("3.5.1", False)):
