@@ -34,6 +34,7 @@ def test_a_run_is_the_oracles(
     assert min(moved) > 1e-3
 
 
+@pytest.mark.under_mutants
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_of_the_loop_is_seen(
     fault: Callable[[pytest.MonkeyPatch], None],

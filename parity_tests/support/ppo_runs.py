@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,8 +117,7 @@ def parameters_of(model: Llama) -> dict[str, Array]:
 
 def run_loop(flags: list[str], out: Path, patch: pytest.MonkeyPatch) -> Ran:
     """Run the trainer's loop on a command line, in float64; return what it drew and learnt."""
-    config = resolve_config([*flags, "--out", str(out)], PpoConfig)
-    assert isinstance(config, PpoConfig)
+    config = replace(parsed(tuple(flags)), out=str(out))
     recorder = Recorder(config, patch)
     patch.setattr(throughput, "peak_flops", lambda *_: 1e9)
     loop.train(config, ppo_task.PpoTask())
@@ -129,6 +130,14 @@ def run_loop(flags: list[str], out: Path, patch: pytest.MonkeyPatch) -> Ran:
     given = config, run.source, recorder.first, parameters_of(run.model), (first, second)
     learnt = [one for one in recorder.drawn if one.windows]  # others are of validations
     return Ran(*given, learnt, recorder.updates, recorder.measures)
+
+
+@cache
+def parsed(flags: tuple[str, ...]) -> PpoConfig:
+    """Return the config of flags, once for all runs with them: to parse them takes as long."""
+    config = resolve_config([*flags, "--out", "runs/none"], PpoConfig)
+    assert isinstance(config, PpoConfig)
+    return config
 
 
 class Recorder:
