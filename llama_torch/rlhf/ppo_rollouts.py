@@ -3,7 +3,7 @@
 Suffixes: R answers of this process that are drawn together, T position, P drawn tokens, D dim.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from .answers import Answer, draw_answers
 from .ppo_objective import Field, values_at
 from .ppo_rewards import gae, gathered, group_advantages, kl_rewards, whiten
 from .prompts import TokenisedPrompt
-from .scoring import Scorer, score_answers
+from .scoring import BATCH_TOKENS, Scorer, score_answers
 
 
 class Drawn(NamedTuple):
@@ -91,15 +91,13 @@ class Rollouts:
     @torch.no_grad()
     def _read(self, model: Llama, tokens_RT: Tensor, targets_RT: Tensor) -> Sequence[Tensor]:
         """Return log-probabilities, entropies and values at the positions of targets, [R, T]."""
-        device, size = model.head_weight.device, self.config.batch_size
+        device = model.head_weight.device
         found = [torch.zeros(targets_RT.shape, dtype=torch.float64) for _ in range(3)]
         is_policy = model is self.model and self.value_head is not None
         with uncompiled():
-            for first in range(0, len(tokens_RT), size):
-                rows = slice(first, first + size)
-                mask = targets_RT[rows] != IGNORE_INDEX
-                width = int(mask.any(0).nonzero()[-1]) + 1
-                mask, tokens = mask[:, :width], tokens_RT[rows, :width]
+            for rows, width in like_lengths(targets_RT):
+                mask = targets_RT[rows, :width] != IGNORE_INDEX
+                tokens = tokens_RT[rows, :width]
                 hidden, _ = model(tokens.to(device), project=False)
                 hidden_PD = hidden[mask.to(device)]
                 targets_P = targets_RT[rows, :width][mask].to(device)
@@ -110,10 +108,26 @@ class Rollouts:
                 if is_policy and self.value_head is not None:
                     parts.append(values_at(hidden_PD, self.value_head))
                 for whole, part in zip(found, parts, strict=False):
-                    whole[rows, :width][mask] = part.double().cpu()
+                    values = torch.zeros(mask.shape, dtype=torch.float64)
+                    values[mask] = part.double().cpu()
+                    whole[rows, :width] = values
         if not all(x.isfinite().all() for x in found):
             raise InputError("the policy's or the reference's logits are not finite; lower --lr")
         return found
+
+
+def like_lengths(targets_RT: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yield numbers of answers of like lengths, and the positions that the longest one takes.
+
+    They have BATCH_TOKENS tokens with their padding, or are one answer.
+    """
+    last_R = ((targets_RT != IGNORE_INDEX) * torch.arange(targets_RT.shape[1])).amax(1)
+    order_R = last_R.argsort(descending=True, stable=True)
+    while len(order_R):
+        width = int(last_R[order_R[0]]) + 1
+        count = max(1, BATCH_TOKENS // width)
+        yield order_R[:count], width
+        order_R = order_R[count:]
 
 
 def grid(

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_torch.rlhf import ppo_rollouts
+
 from ..support.ppo_faults import FAULTS
 from ..support.ppo_runs import CLOSE, SETTINGS, Models, distance, run_loop, write_models
 
@@ -23,6 +25,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def test_a_run_is_the_oracles(
     name: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Two or three answers in one forward pass, where none has a gradient.
+    monkeypatch.setattr(ppo_rollouts, "BATCH_TOKENS", 80)
     ran = run_loop(models.run(name), tmp_path / "run", monkeypatch)
     assert [len(one.answers) for one in ran.drawn] == [12, 12]
     ended = [a.ids[-1] in ran.source.end_ids for one in ran.drawn for a in one.answers]
