@@ -34,6 +34,7 @@ ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")
 Work = Literal[
     "train",
     "sft",
+    "reward",
     "decode",
     "bfloat16",
     "prefill",

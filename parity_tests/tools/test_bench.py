@@ -12,7 +12,7 @@ import torch
 
 from llama_torch.model.config import ModelConfig
 from tools import bench
-from tools.benchmarks import training, training_side
+from tools.benchmarks import reward_sides, training, training_side
 from tools.benchmarks.timing import Setup, SpeedRow, TimedCall, same_tokens, time_alternately
 from tools.benchmarks.training import TrainRow
 from tools.benchmarks.training_side import Result
@@ -122,6 +122,28 @@ def test_fine_tuning_is_measured_beside_pretraining_and_trl(
         assert row["ours"] > 0
         assert row["peer_speed"] > 0
         assert 0 <= row["mfu"] < 1
+
+
+def test_a_reward_models_step_is_measured_on_tokens_that_are_no_padding(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside TRL's it is measured by training/test_reward_trl.py."""
+    small = ModelConfig(32, 2, 2, 1, vocab_size=64, max_seq_len=16, tie_embeddings=True)
+    monkeypatch.setitem(SHAPES, "default", small)
+    monkeypatch.setattr(training, "side_process", worker_here)
+    assert bench.main([*TINY, "--works", "reward", "--ours-alone", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["work"], row["peer"], row["ratio"]) == ("reward", "none", None)
+    assert row["ours"] > 0
+    assert 0 < row["mfu"] < 1
+    pairs = reward_sides.bench_pairs(small, 4)
+    turns = [Result([], 1, 5.0, 1e9), Result([0.5], 1, 5.0, 1e9)]
+    setup = Setup("default", "float32", torch.device("cpu"), 1, 0, 4, False)
+    results = {reward_sides.REWARD: turns, reward_sides.TRL_REWARD: turns}
+    [row] = training.training_rows(setup, small, 4, "float32", results, "reward")
+    assert row.ours == row.peer_speed == len(pairs.tokens) / 0.5
+    assert (pairs.lengths.min(), pairs.lengths.max()) >= (2, 10)
+    assert pairs.lengths.max() <= 16
 
 
 def test_training_tables_without_ours() -> None:

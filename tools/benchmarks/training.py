@@ -22,9 +22,11 @@ from llama_torch.common.device import total_memory
 from llama_torch.config import TrainConfig
 from llama_torch.model.config import ModelConfig
 from llama_torch.model.llama import Llama
+from llama_torch.model.reward import RewardModel
 from llama_torch.training.memory import require_batch_memory
 from llama_torch.training.throughput import flops_per_token
 
+from .reward_sides import REWARD, TRL_REWARD, bench_pairs, reward_trunk
 from .timing import Setup, median_ratio
 from .training_side import BY_DEFAULT, FINE_TUNING, LEARNT, PRETRAINING, TRL, Job, Result
 
@@ -91,6 +93,8 @@ def sides(setup: Setup, work: str = "train") -> list[str]:
     names = [first, *([BY_DEFAULT] if is_special else []), *others]
     if work == "sft":
         names = [FINE_TUNING, PRETRAINING, TRL]
+    if work == "reward":
+        names = [REWARD, TRL_REWARD]
     return [name for name in names if name.startswith(first) or not setup.ours_alone]
 
 
@@ -161,6 +165,10 @@ def training_rows(
 ) -> list[TrainRow]:
     """Return a row for each peer, from every side's results."""
     tokens = batch_size * model.max_seq_len
+    counted, kind = model, Llama
+    if work == "reward":  # padding is no token of a pair
+        tokens = int(bench_pairs(model, batch_size).lengths.sum())
+        counted, kind = reward_trunk(model, batch_size), RewardModel
     speeds = {
         name: [tokens / statistics.median(turn.seconds) for turn in found if turn.seconds]
         for name, found in results.items()
@@ -171,10 +179,10 @@ def training_rows(
     ours, mfu = medians.get(first), None
     if ours is not None:
         with torch.device("meta"):
-            n_parameters = sum(p.numel() for p in Llama(model).parameters())
+            n_parameters = sum(p.numel() for p in kind(counted).parameters())
         peaks = [turn.peak_flops for turn in results[first] if turn.seconds]
         learnt = LEARNT if first == FINE_TUNING else 1.0
-        mfu = flops_per_token(model, n_parameters, learnt) * median_ratio(speeds[first], peaks)
+        mfu = flops_per_token(counted, n_parameters, learnt) * median_ratio(speeds[first], peaks)
     return [
         TrainRow(
             *(work, setup.shape, dtype, ours, mfu, memory.get(first)),

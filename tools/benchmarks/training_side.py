@@ -29,6 +29,7 @@ from llama_torch.training.optimizer import make_adamw
 from llama_torch.training.step import train_step
 from llama_torch.training.throughput import peak_flops, peak_memory
 
+from .reward_sides import REWARD, TRL_REWARD, ours_on_pairs, trl_on_pairs
 from .transformers_peer import peer_loss, plain_step, transformers_peer
 
 LEARNT = 0.5  # the share of a conversation that is learnt
@@ -200,6 +201,8 @@ SIDES: dict[str, Callable[[Llama, Tensor, TrainConfig], Step]] = {
     FINE_TUNING: fine_tuning,
     PRETRAINING: ours,
     TRL: trl,
+    REWARD: ours_on_pairs,
+    TRL_REWARD: trl_on_pairs,
     "plain loop": plain_loop,
     "plain loop, compiled": partial(plain_loop, compiled=True),
 }

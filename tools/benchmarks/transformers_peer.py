@@ -7,19 +7,27 @@ import torch
 from torch import Tensor
 
 from llama_torch.model.llama import Llama
+from llama_torch.model.reward import RewardModel
 from llama_torch.training.batch import to_batch
 
 
 def transformers_peer(model: Llama, device: torch.device) -> Any:
-    """Return transformers' Llama with the model's own tensors; None where it is not installed."""
+    """Return transformers' Llama with the model's own tensors; None where it is not installed.
+
+    That of a reward model has one label.
+    """
     try:
         import transformers
     except ImportError:
         return None
     settings: dict[str, Any] = model.config.to_hf() | {"attn_implementation": "sdpa"}
+    kind: Any = transformers.LlamaForCausalLM
+    if isinstance(model, RewardModel):
+        settings["num_labels"] = 1
+        kind = transformers.LlamaForSequenceClassification
     config = transformers.LlamaConfig(**settings)
     with torch.device("meta"):
-        peer = transformers.LlamaForCausalLM(config)
+        peer = kind(config)
     missing, extra = peer.load_state_dict(model.state_dict(), strict=False, assign=True)
     assert not extra
     assert set(missing) <= {"lm_head.weight"}  # tied

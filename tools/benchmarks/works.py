@@ -63,7 +63,7 @@ def llama_cpp(
 
 
 def train(work: str, setup: Setup) -> list[TrainRow]:
-    """Measure optimizer steps on all tokens, or ("sft") on answers of packed conversations."""
+    """Measure optimizer steps: on all tokens, or of fine-tuning ("sft", "reward")."""
     batch_size = setup.batch_size or BATCHES.get(setup.shape, 4)
     return training.measure(setup, SHAPES[setup.shape], batch_size, work)
 
@@ -277,6 +277,7 @@ def oracle(
 WORKS: dict[str, Callable[[Setup], Sequence[SpeedRow | TrainRow]]] = {
     "train": partial(train, "train"),
     "sft": partial(train, "sft"),
+    "reward": partial(train, "reward"),
     "decode": decode,
     "prefill": prefill,
     "batch8": partial(batch, 8),
