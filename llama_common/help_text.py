@@ -1,7 +1,8 @@
 """The help of a command: its basic flags on one screen, or all of them.
 
-A command's config class may have two class variables: ``command``, how the command is typed, and
-``basic``, the names of the fields that ``--help`` shows, in order. Without the latter it shows all.
+A command's config class may have three class variables: ``command``, how the command is typed;
+``basic``, the names of the fields that ``--help`` shows, in order, without which it shows all; and
+``hidden``, the names of inherited fields that no help shows, as the command refuses them.
 """
 
 import ast
@@ -34,7 +35,8 @@ def render(config_class: type[Any], defaults: Any, everything: bool) -> str:
 
     ``defaults`` is an instance whose values are shown as the fields' defaults; None for their own.
     """
-    flags = flags_of(config_class, defaults)
+    hidden = getattr(config_class, "hidden", "").split()
+    flags = [flag for flag in flags_of(config_class, defaults) if flag.name not in hidden]
     by_name = {flag.name: flag for flag in flags}
     basic = getattr(config_class, "basic", "").split()
     shown = flags if everything or not basic else [by_name[name] for name in basic]

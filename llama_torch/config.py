@@ -135,6 +135,8 @@ class RunConfig:
     task: ClassVar[str]  # the command's name, in run.json
     command: ClassVar[str]
     longest_window: ClassVar[int] = 2**31  # largest default of --max-seq-len with --init-from
+    fills_context: ClassVar[bool] = True  # whether rows of a micro-batch have --max-seq-len tokens
+    hidden: ClassVar[str] = ""  # flags that no help shows: taken from the model, or refused
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: SourceConfig = field(default_factory=SourceConfig)

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -14,6 +14,8 @@ from .model.config import ModelConfig
 LLAMA2 = "llama2"
 LONGEST_WINDOW = 4096  # of training, unless --max-seq-len asks for more: the paper's
 NOT_FOR_REWARDS = "is not for reward models: leave it out"
+# The flags that --init-from takes from the model.
+SHAPE = " ".join(one.name for one in fields(ModelConfig) if one.name != "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class SftConfig(RunConfig):
     task: ClassVar[str] = "sft"
     command: ClassVar[str] = "python -m llama_torch.sft"
     longest_window: ClassVar[int] = LONGEST_WINDOW
+    hidden: ClassVar[str] = SHAPE
     basic: ClassVar[str] = (
         "init_from data val_data template out resume epochs batch_size grad_accum max_seq_len lr "
         "device dry_run"
@@ -147,6 +150,8 @@ class RewardConfig(RunConfig):
     task: ClassVar[str] = "reward"
     command: ClassVar[str] = "python -m llama_torch.reward"
     longest_window: ClassVar[int] = LONGEST_WINDOW
+    fills_context: ClassVar[bool] = False
+    hidden: ClassVar[str] = f"{SHAPE} sample_every sample_prompt verify_every z_loss tp precision"
     basic: ClassVar[str] = (
         "init_from data val_data template margin safety_loss out resume batch_size grad_accum lr "
         "device"

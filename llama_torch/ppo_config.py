@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from llama_common.errors import InputError, check, check_positive, check_text, quoted
 
 from .config import OptimConfig, RunConfig
-from .finetuning_config import LONGEST_WINDOW, ConversationConfig, require_fine_tuning
+from .finetuning_config import LONGEST_WINDOW, SHAPE, ConversationConfig, require_fine_tuning
 from .model.config import ModelConfig
 
 NOT_HERE = "is not for reinforcement learning: leave it out"
@@ -65,6 +65,8 @@ class PpoConfig(RunConfig):
     task: ClassVar[str] = "ppo"
     command: ClassVar[str] = "python -m llama_torch.ppo"
     longest_window: ClassVar[int] = LONGEST_WINDOW
+    fills_context: ClassVar[bool] = False
+    hidden: ClassVar[str] = SHAPE
     basic: ClassVar[str] = (
         "init_from reward data out resume steps rollout_batch max_new_tokens advantages kl_weight "
         "lr dry_run"

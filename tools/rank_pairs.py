@@ -49,6 +49,7 @@ def rank(config: RankConfig) -> list[str]:
     """Return the lines of the table, and one on loss and mean gap."""
     # These import torch: a wrong flag is told before.
     from llama_torch.checkpoint.hf import load_reward_model
+    from llama_torch.common.reading import told
     from llama_torch.data.preferences import read_pairs
     from llama_torch.tokenizer.chat_template import load_jinja
     from llama_torch.tokenizer.loading import load_tokenizer
@@ -65,7 +66,7 @@ def rank(config: RankConfig) -> list[str]:
     template = load_jinja(
         folder, load_tokenizer(folder, model.config.vocab_size), config.template, DAY
     )
-    given = [*read_pairs([config.pairs], "PAIRS")]
+    given = [*told(read_pairs([config.pairs], "PAIRS"), "pairs read")]
     if not given:
         raise InputError(f"PAIRS {config.pairs}: holds no pair; name a file that does")
     pairs = tokenise(given, template, model.config.max_seq_len)

@@ -9,6 +9,7 @@ from llama_common.errors import InputError, printable
 from llama_common.files import read_json
 
 from ..checkpoint.file_names import GENERATION_FILE
+from ..common.reading import told
 from ..data.conversations import Conversation, read_conversations
 from ..finetuning_config import ConversationConfig, SftConfig
 from ..inference.generation_file import end_ids
@@ -79,8 +80,9 @@ def load_conversations(
 
 def _split(config: ConversationConfig) -> tuple[list[Conversation], list[Conversation]]:
     """Return the conversations to learn from and those held out."""
-    given = [*read_conversations(config.data)]
-    named = [*read_conversations(config.val_data, "--val-data")] if config.val_data else None
+    given = [*told(read_conversations(config.data), "conversations read")]
+    val = read_conversations(config.val_data, "--val-data")
+    named = [*told(val, "held-out conversations read")] if config.val_data else None
     return held_apart(given, named, config.val_fraction, "conversation")
 
 
@@ -117,7 +119,7 @@ def spread_over(n: int, share: float) -> set[int]:
 def _label(conversations: Sequence[Conversation], template: ChatTemplate, context: int) -> Labelled:
     found: list[list[Segment]] = []
     places, n_cut = [], 0
-    for one in conversations:
+    for one in told(conversations, "conversations tokenised"):
         try:
             whole = answer_segments(template, one.messages, one.learnt)
         except InputError as error:

@@ -13,7 +13,7 @@ from llama_common.errors import InputError, flag_of
 from llama_common.memory import gib
 
 from ..config import RunConfig
-from ..model.config import ModelConfig
+from ..finetuning_config import RewardConfig
 from ..model.shapes import block_shapes, outer_shapes
 
 BLOCK_OBJECTS = 20_000  # bytes of Python objects for each block, at least: modules and parameters
@@ -56,7 +56,7 @@ def require_run_memory(
     else:
         _require(config, step, 1, "the GPU", gpu_memory)
         # The whole model is initialised on the host, before the windows are read.
-        initial = [] if layout.is_sharded else _state(config.model, layout, 4, "initial weights")
+        initial = [] if layout.is_sharded else _state(config, layout, 4, "initial weights")
         host = [[*initial, blocks], [windows, blocks]]
     for needs in host:
         _require(config, needs, layout.local, "this machine", host_memory)
@@ -80,14 +80,15 @@ def step_needs(config: RunConfig, layout: Layout) -> list[Need]:
     gradients = 4 if sums_in_float32 else 2
     moments = 4 if config.optim.moments == "bfloat16" else 8
     # bfloat16 weights have their lower bits beside them: 4 bytes in either precision.
-    weights = _state(config.model, layout, 4, "weights")
-    others = _state(config.model, layout, gradients + moments, "gradients and moments")
+    weights = _state(config, layout, 4, "weights")
+    others = _state(config, layout, gradients + moments, "gradients and moments")
     activations = [_activations(config, min(config.batch_size, n_windows), layout.tp)]
     return weights + max(others, activations, key=_total)
 
 
-def _state(config: ModelConfig, layout: Layout, width: int, kind: str) -> list[Need]:
+def _state(run: RunConfig, layout: Layout, width: int, kind: str) -> list[Need]:
     """Return the memory of ``width`` bytes for each parameter that a process holds, by part."""
+    config = run.model
 
     def elements_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         return {
@@ -98,7 +99,7 @@ def _state(config: ModelConfig, layout: Layout, width: int, kind: str) -> list[N
     elements = elements_of(block_shapes(config))
     feed_forward = sum(n for name, n in elements.items() if "mlp" in name)
     attention = sum(elements.values()) - feed_forward
-    around = sum(elements_of(outer_shapes(config)).values())
+    around = sum(elements_of(outer_shapes(config, isinstance(run, RewardConfig))).values())
     return [
         Need(width * around, kind, ("dim", "vocab_size")),
         Need(width * attention * config.n_layers, kind, ("dim", "n_heads", "head_dim", "n_layers")),
@@ -113,14 +114,22 @@ def _activations(config: RunConfig, rows: int, tp: int = 1) -> Need:
     computed from these.
     """
     model, width = config.model, 2 if config.dtype == "bfloat16" else 4
-    n = (model.n_layers + 1) * rows * (model.max_seq_len // tp) * model.dim
+    n = (model.n_layers + 1) * rows * (_least_length(config) // tp) * model.dim
     return Need(width * n, "activations", ("batch_size", "max_seq_len", "dim", "n_layers"))
 
 
 def _windows(config: RunConfig, layout: Layout) -> Need:
     """Return the memory of a step's windows of token ids, int64 [R, T + 1]."""
-    n = 8 * _windows_of_process(config, layout) * (config.model.max_seq_len + 1)
+    n = 8 * _windows_of_process(config, layout) * (_least_length(config) + 1)
     return Need(n, "token ids of a step", ("batch_size", "grad_accum", "max_seq_len"))
+
+
+def _least_length(config: RunConfig) -> int:
+    """Return how many tokens a row of a micro-batch surely has.
+
+    Where rows are as long as their conversations, which are not read yet, that is one.
+    """
+    return config.model.max_seq_len if config.fills_context else 1
 
 
 def _windows_of_process(config: RunConfig, layout: Layout) -> int:

@@ -12,6 +12,7 @@ from llama_common.errors import InputError, printable
 from llama_common.files import read_json
 
 from ..checkpoint.directory_files import CONFIG_FILE, config_content
+from ..common.reading import told
 from ..data.preferences import Pair, read_pairs
 from ..finetuning_config import PreferenceConfig, RewardConfig
 from ..model.config import REWARD_KEYS, ModelConfig
@@ -108,8 +109,9 @@ def pad_id(directory: Path, vocab_size: int, last_ids: Collection[int]) -> int:
 
 def _split(config: PreferenceConfig) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to learn from and those held out."""
-    given = [*read_pairs(config.data)]
-    named = [*read_pairs(config.val_data, "--val-data")] if config.val_data else None
+    given = [*told(read_pairs(config.data), "pairs read")]
+    val = read_pairs(config.val_data, "--val-data")
+    named = [*told(val, "held-out pairs read")] if config.val_data else None
     return held_apart(given, named, config.val_fraction, "pair")
 
 
@@ -120,7 +122,7 @@ def tokenise(pairs: Sequence[Pair], template: ChatTemplate, context: int) -> Pai
     and where no pair fits.
     """
     tokens, lengths, columns, places = [np.empty(0, np.int32)], [0], list[list[int]](), []
-    for pair in pairs:
+    for pair in told(pairs, "pairs tokenised"):
         ids = encode_pair(template, pair)
         if max(map(len, ids)) > context:
             continue

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from llama_common.errors import InputError
 
+from ..common.device import pick_device
 from ..data.loader import load_steps
 from ..data.packing import EMPTY, Epochs
 from ..distributed.job import broadcast_object
@@ -29,7 +31,9 @@ from .pair_objective import Column
 from .prompt import Prompt
 from .run_length import describe_length
 
-SHAPES = 4  # widths of micro-batches, at most: torch.compile compiles a block for each
+SHAPES = 4  # widths of compiled micro-batches, at most: torch.compile compiles a block for each
+UNIT = 8  # widths are multiples of it
+MOST_LENGTHS = 64  # that the widths are chosen from
 NAMED = 16  # pairs of a bad training step that its error names
 
 
@@ -58,17 +62,37 @@ class PairWindows(Dataset[Tensor]):
         return torch.from_numpy(window)
 
 
-def pair_batch(windows: Tensor) -> Batch:
+def pair_batch(windows: Tensor, widths: Sequence[int] = ()) -> Batch:
     """Return windows [R, 2, 4 + W] as a micro-batch: tokens [B, T], targets [B, 4]; see Column.
 
-    T is the longest row, rounded up to one of a few widths.
+    T is the least of ``widths`` that the longest row fits; without them its length, rounded up.
     """
     rows = windows.flatten(0, 1)
     targets, tokens = rows.tensor_split([len(Column)], dim=1)
-    most = tokens.shape[1]
-    unit = 8 * -(-most // (8 * SHAPES))
     longest = int(targets[:, Column.LAST].max()) + 1
-    return Batch(tokens[:, : min(most, max(1, -(-longest // unit)) * unit)], targets)
+    fitting = (width for width in widths if width >= longest)
+    return Batch(tokens[:, : next(fitting, max(1, -(-longest // UNIT)) * UNIT)], targets)
+
+
+def least_padded_widths(longest: NDArray[np.int64], most: int = SHAPES) -> list[int]:
+    """Return at most ``most`` widths, ascending, for pairs whose longest rows are ``longest`` [P].
+
+    They are those of multiples of UNIT with which all pairs, each of the least width that it fits,
+    have the fewest tokens, padding included; of many lengths, of quantiles of them.
+    """
+    rounded = -(-longest // UNIT) * UNIT
+    of_many = np.quantile(rounded, np.linspace(0, 1, MOST_LENGTHS), method="higher")
+    lengths = np.unique(of_many)
+    below = np.searchsorted(np.sort(rounded), lengths, side="right")  # pairs of at most a length
+    # For the pairs of at most each length: the tokens with the best widths so far, and these.
+    tokens, chosen = below * lengths, [[int(length)] for length in lengths]
+    for _ in range(most - 1):
+        for j in reversed(range(len(lengths))):  # so that all before it have a width less
+            for i in range(j):
+                found = tokens[i] + (below[j] - below[i]) * lengths[j]
+                if found < tokens[j]:
+                    tokens[j], chosen[j] = found, [*chosen[i], int(lengths[j])]
+    return chosen[-1]
 
 
 def pair_batches(pairs: Pairs, rows: int, most: int = 0) -> list[Tensor]:
@@ -96,6 +120,15 @@ class PairSource:
     def windows(self) -> PairWindows:
         """The training windows."""
         return PairWindows(self.loaded.train)
+
+    @cached_property
+    def widths(self) -> Sequence[int]:
+        """The widths of micro-batches; empty = any, as blocks are not compiled."""
+        mode = self.config.compile
+        if mode == "no" or (mode == "auto" and pick_device(self.config.device).type != "cuda"):
+            return ()
+        both = (pairs.lengths.reshape(-1, 2).max(1) for pairs in self.loaded[:2])
+        return least_padded_widths(np.concatenate([*both]))
 
     @cached_property
     def key(self) -> str:
@@ -175,7 +208,7 @@ class PairSource:
 
     def to_batch(self, windows: Tensor) -> Batch:
         """Return windows as a micro-batch of rows."""
-        return pair_batch(windows)
+        return pair_batch(windows, self.widths)
 
     def prompt(self) -> Prompt:
         """Refuse: there are no samples."""

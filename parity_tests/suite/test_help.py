@@ -95,7 +95,8 @@ def test_all_flags_are_told_with_their_defaults(
     config: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entries = re.split(r"\n  (?=\S)", shown(config, "--help-all", capsys))[1:]
-    flags = flags_of(config)
+    hidden = getattr(config, "hidden", "").split()
+    flags = [flag for flag in flags_of(config) if flag.name not in hidden]
     assert len(entries) == len(flags) > 1
     for flag, entry in zip(flags, entries, strict=True):
         plain = " ".join(entry.split())
@@ -113,6 +114,19 @@ def test_basic_flags_are_flags_of_the_command(config: Any) -> None:
     names = getattr(config, "basic", "").split()
     assert set(names) <= {flag.name for flag in flags_of(config)}
     assert len(names) == len(set(names)) <= 16
+
+
+@for_each_command
+def test_flags_that_a_command_refuses_are_told_nowhere(
+    config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = getattr(config, "hidden", "").split()
+    flags = {flag.name: flag for flag in flags_of(config)}
+    assert set(names) <= flags.keys() - set(getattr(config, "basic", "").split())
+    text = shown(config, "--help-all", capsys).replace("[no-]", "")
+    entries = {entry.split()[0] for entry in re.split(r"\n  (?=\S)", text)[1:]}
+    assert not {flags[name].word for name in names} & entries
+    assert bool(names) == (config in (SftConfig, RewardConfig, PpoConfig))
 
 
 def test_the_defaults_told_are_those_of_the_settings_file(
