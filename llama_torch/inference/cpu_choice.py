@@ -1,16 +1,20 @@
-"""Choose the quickest way of a work on this CPU by timing each once, and keep the answer.
+"""Choose the quickest way of a work on this CPU by timing each, and keep the answer for a week.
 
 Which way is quickest differs between processors: on one NumPy reads a matrix twice as fast as
 torch, on another half as fast. So a small model, larger than most caches, takes a few steps by each
 way; that takes some tenths of a second. The answer is kept in the user's cache folder under the
-processor, the libraries' versions, the dtype and the number of threads. A file that does not hold
-such an answer is written again; where none can be written, each process measures for itself.
+processor, the libraries' versions, the dtype and the number of threads. Other work of the machine
+may have decided it: where the times scattered it is kept for an hour, else for a week. A file that
+does not hold such an answer is written again; where none can be written, each process measures for
+itself.
 """
 
 import functools
 import hashlib
+import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -33,7 +37,9 @@ from .numpy_step import NumpyStep
 SHAPE = ModelConfig(576, 4, 9, 3, 64, 1536, 16384, 256)
 PROMPT = 128  # tokens
 ROWS = (1, 8, 32)  # numbers of rows that are timed; others are taken for the next of them
-REPEATS = 3  # of which the quickest counts: others of the machine's work only slow one down
+TURNS, CALLS = 2, 3  # of whose calls the quickest counts: other work only slows one down
+SCATTER = 1.25  # times the quickest, beyond which the median tells of such work
+HOUR, WEEK = 3600, 7 * 24 * 3600  # seconds
 
 Way = Callable[[], object]
 
@@ -72,33 +78,51 @@ def _quickest(work: str, names: tuple[str, ...], dtype: torch.dtype, threads: in
         return names[0]
     key = f"{work}, {', '.join(names)}; {dtype}, {threads} threads; {libraries()}; {processor()}"
     name = hashlib.sha256(key.encode()).hexdigest()[:24]
-    path = user_cache() / "quickest" / f"{name}.json"
+    file = f"{name}.json"
     try:
-        found = read_state(path, "it is written again")[0]
-        if found.get("key") == key and found.get("quickest") in names:
+        found = read_state(_folder() / file, "it is written again")[0]
+        if found.get("key") == key and found.get("quickest") in names and _is_fresh(found):
             return str(found["quickest"])
     except (OSError, InputError):
         pass  # none yet, or not one of ours
     times = time_ways(_ways(work, dtype, names))
-    quickest = min(times, key=lambda name: times[name], default=names[0])
+    quickest = min(times, key=lambda name: min(times[name]), default=names[0])
+    is_quiet = all(statistics.median(each) <= SCATTER * min(each) for each in times.values())
+    answer = {"key": key, "quickest": quickest, "timed": time.time(), "is_quiet": is_quiet}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_state(path, {"key": key, "quickest": quickest, "seconds": times}, indent=1)
+        _folder().mkdir(parents=True, exist_ok=True)
+        write_state(_folder() / file, answer | {"seconds": times}, indent=1)
     except (OSError, InputError):
         pass
     return quickest
 
 
+def _folder() -> Path:
+    return user_cache() / "quickest"
+
+
+def _is_fresh(answer: Mapping[str, object]) -> bool:
+    """Return whether an answer still counts; none does that was given in the future."""
+    timed, limit = answer.get("timed"), WEEK if answer.get("is_quiet") is True else HOUR
+    return isinstance(timed, float) and 0 <= time.time() - timed < limit
+
+
 @torch.inference_mode()
-def time_ways(ways: Mapping[str, Way]) -> dict[str, float]:
-    """Return the seconds of the quickest call of each way; those that fail are left out."""
-    times: dict[str, float] = {}
+def time_ways(ways: Mapping[str, Way]) -> dict[str, list[float]]:
+    """Return the seconds of each call of each way; ways that fail are left out.
+
+    They take turns, so that a while of other work on the machine falls on all of them.
+    """
+    times: dict[str, list[float]] = {}
     for name, way in ways.items():
         try:
             way()  # allocates, and starts threads
-            times[name] = min(_seconds(way) for _ in range(REPEATS))
+            times[name] = []
         except (AttributeError, RuntimeError):  # an operation that this torch does not have
             continue
+    for _ in range(TURNS):
+        for name, each in times.items():
+            each += (_seconds(ways[name]) for _ in range(CALLS))
     return times
 
 

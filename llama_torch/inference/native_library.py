@@ -32,7 +32,7 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SECONDS = 60  # after which a compiler is taken for one that hangs
 
-Decode = Callable[[int], None]  # takes the address of a Step
+Decode = Callable[[int], int]  # takes the address of a Step; returns 0 if all was well
 
 
 @functools.cache
@@ -67,20 +67,22 @@ def _kept(path: Path, compiler: str, flags: tuple[str, ...], source: bytes) -> D
     _require_own(path.parent)
     if not _is_whole(path, sums):
         atomic_write(path, lambda temporary: _compile(temporary, compiler, flags, source))
+        path.chmod(0o600)  # whatever the user's mask: see _require_own
         write_state(sums, {"library": _checksum(path)})
     return _open(path)
 
 
-def _require_own(folder: Path) -> None:
-    """Raise OSError for a folder in which another user could put a library to be run."""
-    found = folder.stat()
+def _require_own(path: Path) -> None:
+    """Raise OSError for a folder, or a library, that another user could put code into."""
+    found = path.stat()
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{folder} is not this user's own")
+        raise PermissionError(f"{path} is not this user's own")
 
 
 def _is_whole(path: Path, sums: Path) -> bool:
     """Return whether a library is as it was compiled; one cut short would kill the process."""
     try:
+        _require_own(path)
         return read_state(sums, "it is written again")[0].get("library") == _checksum(path)
     except (OSError, InputError):
         return False
@@ -98,5 +100,5 @@ def _compile(path: Path, compiler: str, flags: tuple[str, ...], source: bytes) -
 
 def _open(path: Path) -> Decode:
     decode = ctypes.CDLL(str(path)).decode
-    decode.argtypes, decode.restype = [ctypes.c_void_p], None
+    decode.argtypes, decode.restype = [ctypes.c_void_p], ctypes.c_int
     return decode

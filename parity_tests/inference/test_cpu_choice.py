@@ -1,12 +1,15 @@
-"""The CPU's way is the quickest of those timed; it is timed once, and any other file is ignored."""
+"""The CPU's way is the quickest of those timed; it is kept a while, and other files are ignored."""
 
+import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from llama_torch.common.state_file import read_state, write_state
 from llama_torch.common.user_cache import user_cache
 from llama_torch.inference import cpu_choice, decoding
 from llama_torch.inference.config import SamplingConfig
@@ -26,7 +29,9 @@ def seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = {"eager": 2.0, "numpy": 1.0}
     monkeypatch.setattr(cpu_choice, "_ways", lambda work, dtype, names: dict.fromkeys(names))
-    monkeypatch.setattr(cpu_choice, "time_ways", lambda ways: dict(found))
+    monkeypatch.setattr(
+        cpu_choice, "time_ways", lambda ways: {name: [each] * 6 for name, each in found.items()}
+    )
     return found
 
 
@@ -63,6 +68,70 @@ def test_it_is_kept_for_this_processor_and_these_libraries(
     seconds["eager"] = 0.5
     monkeypatch.setattr(cpu_choice, attribute, lambda: "another")
     assert choose() == "eager"
+
+
+def after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = time.time() + seconds
+    monkeypatch.setattr(cpu_choice.time, "time", lambda: later)
+
+
+@pytest.mark.parametrize(
+    ("scatter", "kept_for", "forgotten_after"),
+    [
+        ([1.0, 1.1, 1.2, 1.2, 1.3, 9.0], 6 * 24 * 3600, 8 * 24 * 3600),
+        ([1.0, 1.3, 1.3, 1.3, 1.3, 1.3], 1800, 5400),  # all but one were slowed down
+    ],
+)
+def test_a_choice_is_kept_a_week_and_one_of_a_busy_machine_an_hour(
+    scatter: list[float],
+    kept_for: float,
+    forgotten_after: float,
+    seconds: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as busy:
+        times = {"numpy": scatter, "eager": [2.0] * 6}
+        busy.setattr(cpu_choice, "time_ways", lambda ways: times)
+        assert choose() == "numpy"
+    seconds["eager"] = 0.5
+    with monkeypatch.context() as patch:
+        after(kept_for, patch)
+        assert choose() == "numpy"
+    after(forgotten_after, monkeypatch)
+    assert choose() == "eager"
+
+
+@pytest.mark.parametrize("timed", [None, "now", True, 10**400, time.time() + 3600])
+def test_a_choice_of_no_time_or_of_the_future_is_made_again(
+    timed: object, seconds: dict[str, float]
+) -> None:
+    assert choose() == "numpy"
+    path = kept()
+    answer, _ = read_state(path, "")
+    write_state(path, answer)
+    seconds["eager"] = 0.5
+    assert choose() == "numpy"
+    write_state(path, answer | {"timed": timed})
+    assert choose() == "eager"
+
+
+def test_without_a_home_it_is_chosen_and_not_kept(
+    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    assert choose() == "numpy"
+
+
+def homeless(_: object) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_the_ways_take_turns() -> None:
+    calls: list[str] = []
+    times = cpu_choice.time_ways({name: lambda n=name: calls.append(n) for name in "ab"})
+    assert "".join(calls) == "ab" + "aaabbb" * 2
+    assert {name: len(each) for name, each in times.items()} == {"a": 6, "b": 6}
 
 
 def cut(text: str) -> str:
@@ -126,7 +195,7 @@ def test_the_real_ways_are_timed(work: str, dtype: torch.dtype, names: tuple[str
         pytest.skip("no C compiler with OpenMP here")
     times = cpu_choice.time_ways(cpu_choice._ways(work, dtype, names))
     assert times.keys() == set(names)
-    assert all(0 < each < 10 for each in times.values())
+    assert all(0 < each < 10 for each in chain(*times.values()))
 
 
 def test_the_choice_decides(small: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_torch.common import processor as processor_module
 from llama_torch.common.user_cache import user_cache
 from llama_torch.inference import native_library
 
@@ -60,6 +61,20 @@ def test_a_file_that_is_not_as_it_was_compiled_is_compiled_again(fault: str) -> 
     assert library.read_bytes() == whole
 
 
+def test_a_library_that_others_may_write_to_is_compiled_again() -> None:
+    mask = os.umask(0)
+    try:
+        assert load(torch.float32)
+    finally:
+        os.umask(mask)
+    [library] = libraries()
+    assert library.stat().st_mode & 0o777 == 0o600
+    library.chmod(0o620)
+    before = library.stat().st_ino
+    assert load(torch.float32)
+    assert (library.stat().st_ino == before, library.stat().st_mode & 0o777) == (False, 0o600)
+
+
 @pytest.mark.parametrize("script", ["exit 1", "echo no >&2; exit 127", "exit 0"])
 def test_a_compiler_that_fails_leaves_no_library_and_no_message(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -92,3 +107,50 @@ def test_a_folder_that_others_may_write_to_is_not_used() -> None:
 def test_a_folder_that_cannot_be_made_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     assert load(torch.float32)
+
+
+def test_without_a_home_it_is_compiled_for_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    assert load(torch.float32)
+
+
+def test_a_folder_named_from_the_current_one_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that came with a downloaded folder would be run in it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache() == tmp_path / ".cache" / "llama_torch"
+
+
+@pytest.mark.parametrize(
+    "features", ["flags\t: fpu avx2", "Features : fp asimd", "isa : rv64imafdc"]
+)
+def test_machines_that_do_not_tell_their_features_have_libraries_of_their_own(
+    features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may share the folder, and an instruction of one may end the process on another."""
+    info = tmp_path / "cpuinfo"
+
+    def names(content: str | None) -> list[str]:
+        info.unlink(missing_ok=True)
+        if content is not None:
+            info.write_text(content)
+        monkeypatch.setattr(processor_module, "CPU_INFO", info)
+        found = []
+        for node in ("one", "another"):
+            monkeypatch.setattr(processor_module.platform, "node", lambda n=node: n)
+            found.append(processor_module.processor.__wrapped__())
+        return found
+
+    one, another = names("model name : AMD EPYC\n")
+    assert one != another
+    one, another = names(None)
+    assert one != another
+    one, another = names(f"model name : AMD EPYC\n{features}\n")
+    assert one == another
+    assert one != names(f"model name : AMD EPYC\n{features} more\n")[0]
