@@ -90,6 +90,8 @@ class NativeStep:
         The cache's rows may be others than before, in other memory.
         """
         c, cache, rows = self.model.config, self.cache, len(padding)
+        assert rows == cache.keys.shape[1]
+        assert min(padding) >= 0
         assert cache.keys.is_contiguous()
         assert cache.values.is_contiguous()
         self.padding = torch.tensor(padding, dtype=torch.int64)
@@ -123,14 +125,19 @@ class NativeStep:
         """Do nothing: no step is kept for later requests."""
 
     def decode(self, tokens_B: Tensor) -> Tensor:
-        """Return the logits [B, V] after one token a row, int64 [B]; write keys and values."""
+        """Return the logits [B, V] after one token a row, int64 [B]; write keys and values.
+
+        Raises IndexError for a token outside the vocabulary, before anything is written.
+        """
         step, tokens_B = self.step, tokens_B.contiguous()
+        assert tokens_B.dtype == torch.int64
         assert len(tokens_B) == step.rows
         assert self.cache.length < self.cache.size
         logits_BV = torch.empty(step.rows, step.vocab_size, dtype=self.dtype)
         step.tokens, step.logits = _address(tokens_B), _address(logits_BV)
         step.slot = self.cache.length
-        self._decode(ctypes.addressof(step))
+        if self._decode(ctypes.addressof(step)):
+            raise IndexError(f"a token of {tokens_B.tolist()} is not below {step.vocab_size}")
         self.cache.length += 1
         return logits_BV
 

@@ -101,8 +101,14 @@ class NumpyStep:
         """Do nothing: no step is kept for later requests."""
 
     def decode(self, tokens_B: Tensor) -> Tensor:
-        """Return the logits [1, V] after one token, int64 [1]; write its keys and values."""
-        x = self.embed[int(tokens_B)].copy()
+        """Return the logits [1, V] after one token, int64 [1]; write its keys and values.
+
+        Raises IndexError for a token outside the vocabulary.
+        """
+        token = int(tokens_B)
+        if token < 0:  # which NumPy would count from the end
+            raise IndexError(f"token {token} is negative")
+        x = self.embed[token].copy()
         with np.errstate(over="ignore"):  # exp(-g) may be inf: g / inf is 0, as it should be
             for layer in self.layers:
                 self._attend(layer, x)

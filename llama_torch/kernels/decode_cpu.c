@@ -38,7 +38,10 @@ typedef uint16_t stored;
 typedef real vector __attribute__((vector_size(WIDTH), aligned(sizeof(real)), may_alias));
 typedef real part __attribute__((vector_size(16)));
 #if STORED == 16
-typedef uint32_t words __attribute__((vector_size(WIDTH), aligned(4), may_alias));
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "a word's low half must be the first of its two weights"
+#endif
+typedef uint32_t words __attribute__((vector_size(WIDTH), aligned(sizeof(stored)), may_alias));
 #define LINE (2 * LANES) /* weights that one load takes */
 #else
 #define LINE LANES
@@ -299,8 +302,11 @@ static void block(const Step *s, const Layer *layer, int64_t thread, int64_t n_t
 #pragma omp barrier
 }
 
-/* Compute the logits [B, V] after one token of every row; write its keys and values. */
-void decode(const Step *s) {
+/* Compute the logits [B, V] after one token of every row; write its keys and values.
+   Return 0, or without doing anything 1 where a token is outside the vocabulary. */
+int decode(const Step *s) {
+    for (int64_t b = 0; b < s->rows; b++)
+        if (s->tokens[b] < 0 || s->tokens[b] >= s->vocab_size) return 1;
 #pragma omp parallel num_threads((int)s->n_threads)
     {
         int64_t thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
@@ -314,4 +320,5 @@ void decode(const Step *s) {
                                s->packed + thread * s->widest);
         product(s->head, d, FROM(v), TO(v), x, s->rows, s->logits, v, 0);
     }
+    return 0;
 }

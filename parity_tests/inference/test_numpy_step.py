@@ -115,6 +115,19 @@ def test_a_step_returns_new_logits_and_writes_nothing_but_its_column(kind: Kind)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("token", [9, -10, 1 << 40, -1])
+def test_a_token_outside_the_vocabulary_is_refused(kind: Kind, token: int) -> None:
+    """Nothing is read outside the embedding, and nothing written."""
+    config = ModelConfig(dim=12, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=8, vocab_size=9)
+    cache = StaticCache(config, 1, 3)
+    step = kind(Llama(config), cache)
+    with pytest.raises(IndexError):
+        step.decode(torch.tensor([token]))
+    assert cache.length == 0
+    assert not cache.keys.any()
+
+
 def test_the_models_that_a_step_supports() -> None:
     config = ModelConfig(dim=12, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=8, vocab_size=9)
     assert NumpyStep.supports(Llama(config))
