@@ -33,6 +33,8 @@ LOSSES = {
     "chunks of one row": LossCase(13, rows_of_chunk=1),
     # The parts' largest logits are further apart than float64's exponents reach.
     "far apart": LossCase(19, z_loss=1e-3, spread=1e4),
+    "one row on the last of four": LossCase(10, z_loss=1e-2),
+    "no target": LossCase(19, z_loss=1e-2, has_targets=False),
     "far apart in float32": LossCase(19, spread=1e3, dtype="float32"),
 }
 N_LAYERS, N_PROCESSES, ROWS, LENGTH, DIM = 2, 2, 2, 7, 16

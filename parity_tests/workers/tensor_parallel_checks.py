@@ -48,6 +48,7 @@ class LossCase(NamedTuple):
     spread: float = 1.0
     dtype: str = "float64"
     rows_of_chunk: int = 5
+    has_targets: bool = True
 
 
 class Loss(NamedTuple):
@@ -74,6 +75,8 @@ def loss_of(case: LossCase, shared: bool) -> Loss:
     targets = torch.randint(case.vocab_size, (2, 8), generator=generator)
     edge = -(-case.vocab_size // n_processes)  # the first row of the second process
     targets[0, :5] = torch.tensor([0, edge - 1, edge, case.vocab_size - 1, loss.IGNORE_INDEX])
+    if not case.has_targets:
+        targets.fill_(loss.IGNORE_INDEX)
     if shared:
         head = distribute_tensor(head, init_device_mesh("cpu", (n_processes,)), [Shard(0)])
     hidden, head = hidden.requires_grad_(), nn.Parameter(head)
