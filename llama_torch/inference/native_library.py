@@ -37,10 +37,19 @@ Decode = Callable[[int], int]  # takes the address of a Step; returns 0 if all w
 
 @functools.cache
 def load(dtype: torch.dtype) -> Decode | None:
-    """Return the compiled decoding step for weights of a dtype; None where there is none."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None or dtype not in BITS:
+    """Return the compiled decoding step for weights of a dtype; None where there is none.
+
+    The first compiler that makes one is taken: Clang may be there without OpenMP's library.
+    """
+    if dtype not in BITS:
         return None
+    found = {os.path.realpath(path): path for path in map(shutil.which, COMPILERS) if path}
+    made = (_load(dtype, compiler) for compiler in found.values())
+    return next(filter(None, made), None)
+
+
+def _load(dtype: torch.dtype, compiler: str) -> Decode | None:
+    """Return the step that a compiler makes, or made before; None where it makes none."""
     source = files("llama_torch.kernels").joinpath("decode_cpu.c").read_bytes()
     flags = (*FLAGS, f"-DSTORED={BITS[dtype]}")
     key = repr((source, flags, os.path.realpath(compiler), processor())).encode()

@@ -1,6 +1,7 @@
 """The compiled step is compiled once, never read half-written, and missing without a message."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,13 +80,29 @@ def test_a_library_that_others_may_write_to_is_compiled_again() -> None:
 def test_a_compiler_that_fails_leaves_no_library_and_no_message(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text(f"#!/bin/sh\n{script}\n")
-    compiler.chmod(0o755)
+    for name in native_library.COMPILERS:
+        write_compiler(tmp_path / name, script)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert load(torch.float32) is None
     assert not libraries()
     assert capfd.readouterr() == ("", "")
+
+
+def write_compiler(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("script", ["echo cannot find -lomp >&2; exit 1", "exit 0"])
+def test_the_next_compiler_is_taken_where_one_fails(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = next(filter(None, map(shutil.which, native_library.COMPILERS)))
+    write_compiler(tmp_path / "cc", script)
+    write_compiler(tmp_path / "gcc", f'exec {real} "$@"')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert load(torch.float32)
+    assert len(libraries()) == 1
 
 
 def test_without_a_compiler_there_is_no_library(
