@@ -181,6 +181,15 @@ def require_file_or_nothing(path: Path, who: str) -> None:
         raise InputError(f"{who}: is no file; give the name of one")
 
 
+def require_writable_below(out: Path) -> None:
+    """Raise InputError for a new folder of ``--out`` that cannot be made; told before long work."""
+    nearest = out
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out} cannot be written below {nearest}; choose another directory")
+
+
 def require_writable(path: Path, who: str) -> None:
     """Raise InputError, whose first words are ``who``, where a file cannot be written atomically.
 

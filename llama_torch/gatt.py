@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llama_common import cli
-from llama_common.errors import InputError, check, check_positive, check_text
-from llama_common.files import new_folder, write_json
+from llama_common.errors import InputError, check, check_positive, check_text, printable, quoted
+from llama_common.files import new_folder, require_writable_below, write_json
 
 from .checkpoint.weight_files import require_weights
 from .finetuning_config import require_template
@@ -73,7 +73,7 @@ class GattConfig:
     dtype: Dtype = "float32"
     """Precision of the weights in memory."""
     quantize: Quantize = "none"
-    """int8 = matrices as int8 with a scale for each row: half of bfloat16's memory."""
+    """Precision of the matrices: int8 = half of bfloat16's memory; int4 = a quarter."""
 
     def __post_init__(self) -> None:
         for name in ("model", "instructions", "out"):
@@ -107,16 +107,24 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(GattConfig, argv)
     if Path(config.out).exists():
         raise InputError(f"--out {config.out}: is there already; name a new folder")
+    require_writable_below(Path(config.out))
     require_template(config.template)
     require_weights(Path(config.model))
     given = read_drafts(config)
     from .inference.text_model import load_from  # imports torch: what is wrong is told before
+    from .rlhf.answers import require_ends
     from .rlhf.ghost_attention import Sampler
 
     model = load_from(config.load, config.template)
+    require_ends(model.end_ids, f"--model {config.model}")
     sampler = Sampler(model, config.sampling, config.place)
-    with new_folder(Path(config.out)) as folder:
-        lengths = write(folder, sampler, given, config)
+    try:
+        with new_folder(Path(config.out)) as folder:
+            lengths = write(folder, sampler, given, config)
+    except OSError as error:
+        raise InputError(
+            f"--out {config.out} cannot be written ({error}); choose another"
+        ) from None
     print("\n".join(_summary(config, lengths, sampler.dropped)))
     return 0
 
@@ -128,7 +136,9 @@ def read_drafts(config: GattConfig) -> list[Draft]:
 
     questions = of_length(read_questions(config.prompts), config.turns)
     if not questions:
-        raise InputError(f"--turns {config.turns}: --prompts holds fewer messages of the user's")
+        raise InputError(
+            f"--turns {config.turns}: --prompts holds fewer messages of the user's; ask for fewer"
+        )
     instructions = read_instructions(config.instructions)
     questions = questions[: config.limit or None]
     return drafts(questions, instructions, config.combine, config.seed)
@@ -160,14 +170,14 @@ def write(
 
 def _summary(config: GattConfig, lengths: Counter[int], dropped: Counter[str]) -> list[str]:
     """Return lines on what was written, what was dropped, and the command that learns from it."""
-    path = Path(config.out) / DATA_FILE
+    path = printable(str(Path(config.out) / DATA_FILE))
     told = ", ".join(f"{n:,} of {turns}" for turns, n in sorted(lengths.items())[:MOST_REASONS])
     more = ", ..." if len(lengths) > MOST_REASONS else ""
     lines = [f"{path}: {lengths.total():,} dialogues, by their turns {told}{more}"]
     lines += [f"dropped: {n:,}, since {why}" for why, n in dropped.most_common(MOST_REASONS)]
-    template = f" --template {config.template}" if config.template else ""
-    learn = f"python -m llama_torch.sft --init-from {config.model}{template} --data {path}"
-    return [*lines, f"next:\n  {learn}"]
+    template = f" --template {quoted(config.template)}" if config.template else ""
+    learn = f"--init-from {quoted(config.model)}{template} --data {quoted(path)}"
+    return [*lines, f"next:\n  python -m llama_torch.sft {learn}"]
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ class PpoConfig(RunConfig):
     def __post_init__(self) -> None:
         check_positive(self, "steps", "rollout_batch", "max_new_tokens", "sample_rows", "group")
         check_positive(self, "temperature", "policy_clip", "batch_size", "grad_accum")
+        check(self.sample_rows < 2**20, "sample_rows", self.sample_rows, "must be below 2^20")
         for name in ("temperature", "policy_clip"):
             check(math.isfinite(getattr(self, name)), name, getattr(self, name), "must be finite")
         for name in ("gamma", "lam"):
@@ -154,6 +155,11 @@ class PpoConfig(RunConfig):
     def _check_batches(self) -> None:
         """Raise InputError where batches, minibatches and groups do not divide each other."""
         size, group = self.windows_per_step, self.answers_per_prompt
+        # Whitened over one answer a score is 0, as an answer's advantage in a group of one is.
+        several = "must be at least 2: of a single answer nothing is learnt"
+        check(self.rollout_batch > 1, "rollout_batch", self.rollout_batch, several)
+        if self.advantages == "group":
+            check(group > 1, "group", group, several)
         each = f"must be a multiple of the minibatch, --batch-size times --grad-accum = {size}"
         check(self.rollout_batch % size == 0, "rollout_batch", self.rollout_batch, each)
         check(size % group == 0, "group", group, f"must divide the minibatch of {size} answers")

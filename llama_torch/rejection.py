@@ -10,9 +10,11 @@ from pathlib import Path
 
 from llama_common import cli
 from llama_common.errors import InputError
+from llama_common.files import require_writable_below
 
 from .checkpoint.weight_files import require_weights
 from .data.text_files import find_files, named_by
+from .finetuning_config import require_template
 from .rlhf.rejection_config import RejectionConfig
 
 
@@ -30,6 +32,8 @@ def _main(argv: Sequence[str]) -> int:
             require_weights(Path(getattr(config, flag)))
     if Path(config.out).exists() and not config.resume:
         raise InputError(f"--out {config.out}: is there already; name a new folder, or --resume it")
+    require_writable_below(Path(config.out))
+    require_template(config.template)
     from .rlhf.rejection import run  # imports torch: what is wrong is told before
 
     print("\n".join(run(config)))

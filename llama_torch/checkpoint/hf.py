@@ -5,6 +5,7 @@ the new one.
 """
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -91,6 +92,16 @@ def load_model(
     at once), and for a reward model.
     """
     return _load(Path(path), Llama, dtype, device)
+
+
+def require_finite(model: Llama, name: str) -> None:
+    """Raise InputError, whose first words are ``name``, where a weight is not finite."""
+    for parameter_name, parameter in model.named_parameters():
+        if not all(map(math.isfinite, torch.stack(torch.aminmax(parameter.detach())).tolist())):
+            raise InputError(
+                f"{name}: {parameter_name} is not finite in {parameter.dtype}; give another model, "
+                "or load it in another precision"
+            )
 
 
 def load_reward_model(

@@ -1,6 +1,7 @@
 """Find and open the weight files of a model directory."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from llama_common.errors import InputError
 from llama_common.files import read_json, require_name, require_no_pointer, require_readable
 from llama_common.notes import note
 
-from .file_names import INDEX_FILE, MODEL_FILE
+from .file_names import AROUND, INDEX_FILE, MODEL_FILE
 from .foreign import explain_absence, missing, require_no_other_kind
 
 
@@ -56,6 +57,20 @@ def require_weights(path: Path) -> list[Path]:
         with open_safetensors(file, "np"):
             pass
     return files
+
+
+def model_digest(folder: Path) -> str:
+    """Return the hash of a model directory: its weights, config, tokenizer and template.
+
+    Of a run directory what training alone needs is left out.
+    """
+    digest = hashlib.sha256()
+    around = [folder / name for name in ("config.json", *AROUND)]
+    for path in [*weight_files(folder), *(path for path in around if path.is_file())]:
+        digest.update(f"{path.name} ".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

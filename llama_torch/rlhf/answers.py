@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
+from llama_common.errors import InputError
+
 from ..inference.config import PREFILL_CHUNK, Decoding, SamplingConfig
 from ..inference.cuda_graph import GraphStore
 from ..inference.engine import DecodeBatch, generate_tokens
@@ -58,6 +60,15 @@ def draw_answers(
             log_probs = [one.drawn_logprob for one in own if one.drawn_logprob is not None]
             yield Answer(token.prompt, [one.id for one in own], log_probs, reason == "stop")
             own.clear()
+
+
+def require_ends(ends: Collection[int], name: str) -> None:
+    """Raise InputError, whose first words are ``name``, where no token ends an answer."""
+    if not ends:
+        raise InputError(
+            f"{name}: names no end token, so that no answer would end; give a model fine-tuned on "
+            "conversations"
+        )
 
 
 def sample_seed(seed: int, *numbers: int) -> int:

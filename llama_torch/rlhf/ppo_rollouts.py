@@ -25,6 +25,8 @@ from .ppo_rewards import gae, gathered, group_advantages, kl_rewards, whiten
 from .prompts import TokenisedPrompt
 from .scoring import BATCH_TOKENS, Scorer, score_answers
 
+NOT_FINITE = {"policy": "lower --lr", "reference": "try another --reference-dtype"}
+
 
 class Drawn(NamedTuple):
     """R answers, and what the models say of them; padded on the right, on the CPU."""
@@ -112,7 +114,8 @@ class Rollouts:
                     values[mask] = part.double().cpu()
                     whole[rows, :width] = values
         if not all(x.isfinite().all() for x in found):
-            raise InputError("the policy's or the reference's logits are not finite; lower --lr")
+            whose = "policy" if model is self.model else "reference"
+            raise InputError(f"the {whose}'s logits are not finite; {NOT_FINITE[whose]}")
         return found
 
 

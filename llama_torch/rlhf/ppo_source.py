@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_common.errors import InputError
 
-from ..checkpoint.file_names import AROUND
+from ..checkpoint.weight_files import model_digest
 from ..data.packing import PackedSampler
 from ..distributed.job import broadcast_object
 from ..distributed.parallel import Parallel
@@ -29,7 +29,7 @@ from ..training.batch import Batch
 from ..training.conversation_loading import DAY, TEMPLATE_FILE, held_apart
 from ..training.origin import Origin
 from ..training.prompt import Prompt
-from .answers import sample_seed
+from .answers import require_ends, sample_seed
 from .ppo_objective import Field
 from .ppo_rollouts import Rollouts, advantages_of, largest_mismatch, to_windows
 from .prompts import TokenisedPrompt, load_prompts, tokenise
@@ -59,17 +59,13 @@ class RolloutSource:
 
     @cached_property
     def key(self) -> str:
-        """The hash of all prompts, and of the frozen models' weights, tokenizers and templates."""
+        """The hash of all prompts and of the frozen models."""
         digest = hashlib.sha256()
         for prompts in (self.train, self.val):
             for prompt in prompts:
                 digest.update(f"{prompt.ids} {prompt.prompt.is_tagged} ".encode())
         for flag, folder in frozen_directories(self.config).items():
-            digest.update(flag.encode())
-            for path in sorted(Path(folder).iterdir()):
-                if path.suffix == ".safetensors" or path.name in AROUND:
-                    with path.open("rb") as file:
-                        digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(f"{flag} {model_digest(Path(folder))}".encode())
         return digest.hexdigest()[:32]
 
     @property
@@ -262,11 +258,7 @@ def open_prompts(config: PpoConfig, origin: Origin, parallel: Parallel) -> Rollo
     template = load_jinja(directory, tokenizer, name, DAY)
     train, val, n_long = broadcast_object(lambda: _load(config, template))
     ends = frozenset(end_ids(directory, tokenizer, config.model.vocab_size))
-    if not ends:
-        raise InputError(
-            f"--init-from {directory}: names no end token, so that no answer would end; give a "
-            "model fine-tuned on conversations"
-        )
+    require_ends(ends, f"--init-from {directory}")
     files = {TEMPLATE_FILE: template.source} if name else {}
     return RolloutSource(config, train, val, n_long, template, ends, files, parallel=parallel)
 
@@ -275,10 +267,13 @@ def _load(
     config: PpoConfig, template: ChatTemplate
 ) -> tuple[list[TokenisedPrompt], list[TokenisedPrompt], int]:
     """Return prompts to learn from, held-out ones, and the number of those that are too long."""
-    data = config.data
-    given = load_prompts(data.data, "--data")
-    named = load_prompts(data.val_data, "--val-data") if data.val_data else None
-    parts = held_apart(given, named, data.val_fraction, "prompt")
-    limits = config.model.max_seq_len, config.max_new_tokens
-    train, val = (tokenise(prompts, template, *limits) for prompts in parts)
-    return train, val, sum(map(len, parts)) - len(train) - len(val)
+    data, n_read = config.data, 0
+    fitting: list[list[TokenisedPrompt] | None] = []
+    for flag, names in (("--data", data.data), ("--val-data", data.val_data)):
+        given = load_prompts(names, flag) if names else []
+        n_read += len(given)
+        limits = config.model.max_seq_len, config.max_new_tokens
+        fitting.append(tokenise(given, template, *limits, flag) if given else None)
+    # Held apart after those that are too long: the share is of the prompts that can be answered.
+    train, val = held_apart(fitting[0] or [], fitting[1], data.val_fraction, "prompt")
+    return train, val, n_read - len(train) - len(val)

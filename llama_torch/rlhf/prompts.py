@@ -58,18 +58,23 @@ def load_prompts(patterns: Sequence[str], flag: str = FLAG) -> list[Prompt]:
 
 
 def tokenise(
-    prompts: Sequence[Prompt], template: ChatTemplate, context: int, max_new_tokens: int
+    prompts: Sequence[Prompt],
+    template: ChatTemplate,
+    context: int,
+    max_new_tokens: int,
+    flag: str = FLAG,
 ) -> list[TokenisedPrompt]:
     """Return the prompts that leave room for ``max_new_tokens`` in the context, with their ids.
 
-    Raises InputError, with the prompt's place, where the template fails, and where not one fits.
+    Raises InputError, with the prompt's place, where the template fails, and where not one of
+    ``flag`` fits.
     """
     whole = (TokenisedPrompt(prompt, prompt_ids(prompt, template)) for prompt in prompts)
     found = [prompt for prompt in whole if len(prompt.ids) + max_new_tokens <= context]
     if not found:
         raise InputError(
             f"--max-new-tokens {max_new_tokens}: the context of {context:,} tokens holds no prompt "
-            "with so many new tokens; ask for fewer"
+            f"of {flag} with so many new tokens; ask for fewer"
         )
     return found
 

@@ -17,7 +17,8 @@ import torch
 from llama_common.errors import InputError, printable, quoted
 from llama_common.notes import note
 
-from ..checkpoint.hf import load_model
+from ..checkpoint.hf import load_model, require_finite
+from ..checkpoint.weight_files import model_digest
 from ..common.device import pick_device
 from ..inference.generation_file import end_ids
 from ..model.llama import Llama
@@ -25,7 +26,7 @@ from ..tokenizer.answers import answer_segments
 from ..tokenizer.chat_template import ChatTemplate, load_jinja
 from ..tokenizer.loading import load_tokenizer
 from ..training.conversation_loading import DAY
-from .answers import Answer, draw_answers, sample_seed
+from .answers import Answer, draw_answers, require_ends, sample_seed
 from .prompts import FLAG, Prompt, TokenisedPrompt, load_prompts, prompt_ids, tokenise
 from .rejection_config import RejectionConfig
 from .rejection_folder import (
@@ -73,7 +74,8 @@ class Kept(NamedTuple):
 def run(config: RejectionConfig) -> list[str]:
     """Run a round; return the lines to print: what was drawn, the table, what to do next.
 
-    Raises InputError for whatever it is given that cannot be used, before it makes --out.
+    Raises InputError for whatever it is given that cannot be used, before it makes --out, and where
+    no answer can be kept.
     """
     out = Path(config.out)
     earlier = [one for name in config.earlier for one in read_samples(Path(name), "--earlier")]
@@ -94,6 +96,12 @@ def run(config: RejectionConfig) -> list[str]:
             (out / PART).unlink(missing_ok=True)
         drawn = [*done.values()]
         kept, n_without = best(judged.template, drawn, earlier)
+        if not kept:
+            raise InputError(
+                f"--max-new-tokens {config.max_new_tokens}: of {n_without:,} prompts none has an "
+                f"answer that ends and can be learnt ({out / SAMPLES} has what was drawn); ask for "
+                "more, in another --out"
+            )
         lines = (conversation_line(one.prompt.messages, one.answer) for one in kept)
         write_lines(out / CONVERSATIONS, lines)
     return _report(config, judged, drawn, kept, n_without)
@@ -104,7 +112,10 @@ def _load(config: RejectionConfig) -> Judged:
     directory, device, dtype = Path(config.model), pick_device(config.device), config.dtype
     placed = {"dtype": getattr(torch, dtype), "device": device}
     model = load_model(directory, **placed)
+    require_finite(model, f"--model {directory}")
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
+    ends = end_ids(directory, tokenizer, model.config.vocab_size)
+    require_ends(ends, f"--model {directory}")
     template = load_jinja(directory, tokenizer, config.template, DAY)
     prompts = tokenise(given, template, model.config.max_seq_len, config.max_new_tokens)
     helpful = load_scorer(config.reward, template, **placed)
@@ -113,7 +124,6 @@ def _load(config: RejectionConfig) -> Judged:
         safe = load_scorer(config.safety_reward, template, "--safety-reward", **placed)
     for scorer in filter(None, (helpful, safe)):
         scorer.require_room(prompts, config.max_new_tokens)
-    ends = end_ids(directory, tokenizer, model.config.vocab_size)
     distinct = {key_of(prompt.prompt.messages): prompt for prompt in prompts}
     if len(distinct) < len(prompts):
         note(f"{FLAG}: {len(prompts) - len(distinct):,} prompts are there twice, and answered once")
@@ -122,13 +132,15 @@ def _load(config: RejectionConfig) -> Judged:
 
 
 def _settings(config: RejectionConfig, prompts: Sequence[TokenisedPrompt]) -> dict[str, object]:
-    """Return what a resumed round must share: the flags, and a hash of the prompts."""
+    """Return what a resumed round must share: the flags, and hashes of prompts and models."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(f"{prompt.ids} {prompt.prompt.is_tagged}\n".encode())
     flags = {k: v for k, v in vars(config).items() if k not in (*NOT_KEPT, "earlier")}
     for name in ("model", "reward", "safety_reward"):
-        flags[name] = str(Path(flags[name]).resolve()) if flags[name] else ""
+        if flags[name]:
+            path = Path(flags[name]).resolve()
+            flags[name] = f"{path} (sha256 {model_digest(path)[:16]})"
     return flags | {"prompts": digest.hexdigest()[:32]}
 
 
@@ -276,9 +288,6 @@ def _report(
     best_kept += f", of which {n_earlier:,} are of earlier rounds" if config.earlier else ""
     best_kept += f"; {n_without:,} have none that ends and can be learnt" if n_without else ""
     path = printable(str(Path(config.out) / CONVERSATIONS))
-    return [
-        *lines,
-        f"{best_kept}: {path}",
-        "next:",
-        f"  python -m llama_torch.sft --init-from {quoted(config.model)} --data {quoted(path)}",
-    ]
+    template = f" --template {quoted(config.template)}" if config.template else ""
+    learn = f"--init-from {quoted(config.model)}{template} --data {quoted(path)}"
+    return [*lines, f"{best_kept}: {path}", "next:", f"  python -m llama_torch.sft {learn}"]

@@ -79,8 +79,11 @@ def begin(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
                 f"--out {out}: is there already; name a new folder, or give --resume to continue "
                 "what was interrupted there"
             )
-        out.mkdir(parents=True)
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+        try:
+            out.mkdir(parents=True)
+            write_text(path, json.dumps(settings, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written ({error}); choose another") from None
         return
     if not path.is_file():
         raise InputError(f"--resume: {out} holds no {SETTINGS}; leave --resume out to begin there")
@@ -117,7 +120,9 @@ def read_samples(folder: Path, flag: str = "--out") -> list[Sampled]:
             f"{flag} {folder}: holds no {SAMPLES}, which a finished round of rejection sampling "
             "has; name such a folder"
         )
-    return list(_parsed(path.read_bytes(), path))
+    if found := list(_parsed(path.read_bytes(), path)):
+        return found
+    raise InputError(f"{flag} {path}: is empty; copy the file again, or name another folder")
 
 
 def _parsed(content: bytes, path: Path) -> Iterator[Sampled]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama_common.errors import InputError
 
-from ..checkpoint.hf import load_reward_model
+from ..checkpoint.hf import load_reward_model, require_finite
 from ..model.pair_loss import scores_at
 from ..model.reward import RewardModel
 from ..tokenizer.chat_template import ChatTemplate, Message, own_jinja
@@ -71,13 +71,17 @@ class Scorer:
         """Raise InputError where a prompt with an answer may be longer than the context.
 
         To be told before answers are drawn. Of a conversation that is written anew this does not
-        know the length; ``encode`` does.
+        know the length, but that of the longest prompt with an answer of one letter; ``encode``
+        does.
         """
         longest = max(prompts, key=lambda prompt: len(prompt.ids))
+        messages, place = longest.prompt.messages, longest.prompt.place
         if self.reads_drawn_ids:
             n_tail = max(map(len, map(self._tail, self.template.tokenizer.special.values())))
             n_tokens = len(longest.ids) + max_new_tokens + n_tail
-            self._require_room(n_tokens, longest.prompt.place)
+        else:
+            n_tokens = len(self._rendered([*messages, assistant("2")], place))
+        self._require_room(n_tokens, place)
 
     def _require_room(self, n_tokens: int, place: str) -> None:
         context = self.model.config.max_seq_len
@@ -150,6 +154,7 @@ def load_scorer(
     """
     path = Path(directory)
     model = load_reward_model(path, dtype=dtype, device=device)
+    require_finite(model, f"{flag} {directory}")
     tokenizer = load_tokenizer(path, model.config.vocab_size)
     template = own_jinja(path, tokenizer, DAY)
     if template is None:

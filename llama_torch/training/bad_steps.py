@@ -90,8 +90,9 @@ class BadSteps:
                 raise self._error(int(step), loss, norm)
 
     def _error(self, step: int, loss: float, norm: float) -> InputError:
+        limit = f" (at most {self.max_loss:.4g} is sane)" if math.isfinite(self.max_loss) else ""
         return InputError(
-            f"step {step} is bad: its loss is {loss:.4g} (at most {self.max_loss:.4g} is sane), "
-            f"its gradient norm {norm:.4g}; it read {self.describe_step(step - 1)}; lower --lr, or "
-            "pass over it with --resume --skip-bad-steps (the last checkpoint stands)"
+            f"step {step} is bad: its loss is {loss:.4g}{limit}, its gradient norm {norm:.4g}; it "
+            f"read {self.describe_step(step - 1)}; lower --lr, or pass over it with --resume "
+            "--skip-bad-steps (the last checkpoint stands)"
         )

@@ -101,9 +101,10 @@ def held_apart(
                 raise InputError(f"{flag}: holds no {noun}; name files that do")
         return given, named
     if len(given) < 2:
+        told = f"{len(given)} {noun}" + "s" * (len(given) != 1)
         raise InputError(
-            f"--data: holds {len(given)} {noun}s, and one must be held out; give more, or "
-            "name held-out ones with --val-data"
+            f"--data: {told} can be used, and one must be held out; give more, or name held-out "
+            "ones with --val-data"
         )
     chosen = spread_over(len(given), share)
     kept = [one for i, one in enumerate(given) if i not in chosen]

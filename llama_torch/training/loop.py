@@ -124,10 +124,10 @@ def describe_new_schedule(run: Run) -> str:
     """Return a line on the learning rate of a resumed run whose number of steps was changed."""
     new, old, done = run.config.steps, run.steps_before, run.steps_done
     lr, lr_before = (learning_rate(done, steps, run.config.optim) for steps in (new, old))
-    return (
-        f"the schedule ends at step {new} now instead of {old}: the learning rate of step "
-        f"{done + 1} is {lr:.2e} instead of {lr_before:.2e}"
-    )
+    told = f"the schedule ends at step {new} now instead of {old}"
+    if lr == lr_before:
+        return told
+    return f"{told}: the learning rate of step {done + 1} is {lr:.2e} instead of {lr_before:.2e}"
 
 
 def periodic_actions(

@@ -74,16 +74,21 @@ def step_needs(config: RunConfig, layout: Layout) -> list[Need]:
     It is the weights and the larger of two amounts: gradients and moments, which are there at once
     at the end of a step, or a micro-batch's activations, which are there before its backward pass.
     """
-    has_masters = config.dtype == "bfloat16" and not layout.is_sharded
     n_windows = _windows_of_process(config, layout)
-    sums_in_float32 = not has_masters or n_windows > config.batch_size
-    gradients = 4 if sums_in_float32 else 2
-    moments = 4 if config.optim.moments == "bfloat16" else 8
     # bfloat16 weights have their lower bits beside them: 4 bytes in either precision.
     weights = _state(config, layout, 4, "weights")
-    others = _state(config, layout, gradients + moments, "gradients and moments")
+    moved = gradient_and_moment_bytes(config, layout)
+    others = _state(config, layout, moved, "gradients and moments")
     activations = [_activations(config, min(config.batch_size, n_windows), layout.tp)]
     return weights + max(others, activations, key=_total)
+
+
+def gradient_and_moment_bytes(config: RunConfig, layout: Layout) -> int:
+    """Return the bytes that a parameter's gradient and its two moments take together."""
+    has_masters = config.dtype == "bfloat16" and not layout.is_sharded
+    sums_in_float32 = not has_masters or _windows_of_process(config, layout) > config.batch_size
+    gradient = 4 if sums_in_float32 else 2
+    return gradient + (4 if config.optim.moments == "bfloat16" else 8)
 
 
 def _state(run: RunConfig, layout: Layout, width: int, kind: str) -> list[Need]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_common import cli
 from llama_common.errors import InputError, is_digits, printable, quoted
-from llama_common.files import open_lock, try_lock, write_text
+from llama_common.files import open_lock, require_writable_below, try_lock, write_text
 from llama_common.settings import Settings, flag_names, read_toml
 
 from ..checkpoint import step_folders
@@ -192,11 +192,7 @@ def _require_free_and_writable(out: Path) -> None:
     for name in (*files, step_folders.FOLDER, BEST):
         if (out / name).exists():
             raise InputError(f"--out {out} already holds a {name}; choose another directory")
-    nearest = out
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out} cannot be written below {nearest}; choose another directory")
+    require_writable_below(out)
 
 
 def _require_own_folders(out: Path) -> None:

@@ -14,7 +14,7 @@ from llama_common.errors import InputError
 from llama_torch import gatt
 from llama_torch.rlhf.instructions import Instruction, draw_instruction, read_instructions
 
-from ..support.model_directories import write_model
+from ..support.model_directories import without_ends, write_model
 
 KNOWN = [Instruction("Speak as a cat.", "Figure: cat."), Instruction("Rhyme.", ""), *()]
 
@@ -99,7 +99,7 @@ WRONG = {
     "a temperature": (["--temperature", "-1"], "--temperature must be zero (greedy) or positive"),
     "another place": (["--place", "last"], "--place last: not one of system, user"),
     "all dropped": (["--max-new-tokens", "1"], "all dialogues are dropped, 2 since an answer d"),
-    "a device": (["--out", "/dev/null/out"], "/dev/null"),
+    "a device": (["--out", "/dev/null/out"], "--out /dev/null/out cannot be written below /dev/n"),
 }
 
 
@@ -131,3 +131,35 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert error.startswith("error: ")
     assert message.format(here=tmp_path) in error
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
+def test_no_answer_is_drawn_where_none_can_be_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in the folder's way was told after all dialogues were drawn."""
+    for name in ("told.txt", "good.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a"}')
+    given = ["--prompts", f"{tmp_path}/good.jsonl", "--instructions", f"{tmp_path}/told.txt"]
+    out = str(tmp_path / "told.txt" / "out")
+    assert gatt.main(["--model", str(model), *given, "--out", out]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"error: --out {out} cannot be written below {tmp_path}/told.txt; choose" in said.err
+
+
+def test_a_model_whose_answers_never_end_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endless = without_ends(tmp_path / "model")
+    for name in ("told.txt", "good.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a"}')
+    given = ["--prompts", f"{tmp_path}/good.jsonl", "--instructions", f"{tmp_path}/told.txt"]
+    assert gatt.main(["--model", str(endless), *given, "--out", f"{tmp_path}/out"]) == 2
+    assert f"error: --model {endless}: names no end token" in capsys.readouterr().err
+
+
+def test_the_next_command_can_be_typed(model: Path, tmp_path: Path) -> None:
+    config = gatt.GattConfig("my model", ("a",), "b", "my out", template="my template")
+    [*_, said] = gatt._summary(config, Counter({1: 1}), Counter())
+    words = "--init-from 'my model' --template 'my template' --data 'my out/conversations.jsonl'"
+    assert said == f"next:\n  python -m llama_torch.sft {words}"

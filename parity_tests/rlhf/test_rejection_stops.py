@@ -12,7 +12,7 @@ from llama_torch.rejection import main
 from llama_torch.rlhf import rejection
 from llama_torch.rlhf.rejection_folder import Sampled
 
-from ..support.rejection_rounds import N, flags_of, lines_of, refused, same_round
+from ..support.rejection_rounds import K, N, flags_of, lines_of, refused, same_round
 
 pytestmark = pytest.mark.numeric
 
@@ -114,10 +114,10 @@ def test_prompts_that_are_equal_or_too_long_are_counted(
     prompts = tmp_path / "a.jsonl"
     texts = ["Count", "word " * 60, "Count", "Sort"]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    flags = flags_of(folder, tmp_path / "out", "--samples", "1", "--temperature", "0")
+    flags = flags_of(folder, tmp_path / "out")
     flags[flags.index("--prompts") + 1] = str(prompts)
     assert main(flags) == 0
     said = capsys.readouterr()
-    assert said.out.startswith("2 prompts, 1 answers to each at temperature 0; ")
+    assert said.out.startswith(f"2 prompts, {K} answers to each at temperature 1.2; ")
     assert "1 prompts left out, too long for the context" in said.out
     assert "note: --prompts: 1 prompts are there twice, and answered once" in said.err

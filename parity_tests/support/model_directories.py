@@ -70,6 +70,16 @@ def write_model(
     return config
 
 
+def without_ends(folder: Path) -> Path:
+    """Write a random model that names no end token; return its folder."""
+    write_model(folder, "bytes")
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"eos_token_id": None})
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
+    return folder
+
+
 def document_of(model: Path, kind: str) -> str:
     """Return a text whose ids fill whole windows."""
     tokenizer = load_tokenizer(model, CONFIGS[kind].vocab_size)

@@ -260,8 +260,8 @@ REFUSED = {
         None,
         "line 1: --template {template}: ends answer 1 with '1\\n' and no special token",
     ),
-    "one conversation": ("", 1, "--data: holds 1 conversations, and one must be held out"),
-    "none": ("", 0, "--data: holds 0 conversations, and one must be held out"),
+    "one conversation": ("", 1, "--data: 1 conversation can be used, and one must be held"),
+    "none": ("", 0, "--data: 0 conversations can be used, and one must be held"),
 }
 
 
