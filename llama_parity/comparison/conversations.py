@@ -109,6 +109,7 @@ def label_rows(conversations: Sequence[Segments], first_call: int = 0) -> list[R
     windows = PackedWindows(examples, sum(examples.lengths))
     (members,) = windows.members
     theirs = packed_batch(windows[0][None])
+    theirs = theirs._replace(mask=theirs.dense_mask)
     labels = [sft.sft_labels(conversations[i]) for i in members]
     exact = sft.pack([(tokens[:-1], targets[:-1]) for tokens, targets in labels])
     rows = []

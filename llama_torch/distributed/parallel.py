@@ -20,6 +20,7 @@ from llama_common.errors import InputError
 from ..config import ParallelConfig
 from ..model.config import ModelConfig
 from ..model.llama import Block, Llama
+from ..model.masks import Mask
 from .job import TIMEOUT
 
 if TYPE_CHECKING:  # torch's modules for shards take 1 s, and are imported where there are shards
@@ -160,7 +161,7 @@ class Parallel:
         model: Llama,
         tokens: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         *,
         sync_grads: bool = False,
     ) -> Tensor:

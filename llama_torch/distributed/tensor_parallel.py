@@ -9,7 +9,7 @@ their gradients are sums over the processes' positions, which FSDP2 takes.
 A vocabulary that does not divide leaves the last processes fewer rows; there are no padding rows.
 Windows that do not divide get padding positions, which no other position sees.
 
-Suffixes: B batch, T query position, S key position, V vocabulary, D dim.
+Suffixes: B batch, T query position, V vocabulary, D dim.
 """
 
 from typing import Any
@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import (
 from ..common.sharded_tensor import is_sharded
 from ..model.embedding import Embedding, embed
 from ..model.llama import Block, Llama
+from ..model.masks import Documents, Mask
 from ..model.vocab_part import VocabPart
 
 BY_POSITION = Shard(1)  # of [B, T, D]
@@ -55,7 +56,7 @@ def forward_hidden(
     mesh: DeviceMesh,
     tokens_BT: Tensor,
     positions_BT: Tensor | None,
-    mask_BTS: Tensor | None,
+    mask: Mask | None,
 ) -> Tensor:
     """Return the last hidden states [B, T, D] of all positions, after the final norm.
 
@@ -63,9 +64,9 @@ def forward_hidden(
     process's logits; the sum over the processes is taken on the way back.
     """
     length = tokens_BT.shape[1]
-    given = _padded(-length % mesh.size(), tokens_BT, positions_BT, mask_BTS)
-    tokens_BT, positions_BT, mask_BTS = given
-    hidden, _ = model(tokens_BT, positions=positions_BT, mask=mask_BTS, project=False)
+    given = _padded(-length % mesh.size(), tokens_BT, positions_BT, mask)
+    tokens_BT, positions_BT, mask = given
+    hidden, _ = model(tokens_BT, positions=positions_BT, mask=mask, project=False)
     assert is_sharded(hidden)
     gradient = Partial() if is_sharded(model.head_weight) else Replicate()
     whole = hidden.redistribute(placements=[Replicate()])
@@ -73,17 +74,19 @@ def forward_hidden(
 
 
 def _padded(
-    n: int, tokens_BT: Tensor, positions_BT: Tensor | None, mask_BTS: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return tokens, positions and mask with ``n`` positions more, which see themselves alone."""
+    n: int, tokens_BT: Tensor, positions_BT: Tensor | None, mask: Mask | None
+) -> tuple[Tensor, Tensor | None, Mask | None]:
+    """Return tokens, positions and mask with ``n`` positions more, which no other one sees."""
     if n == 0:
-        return tokens_BT, positions_BT, mask_BTS
+        return tokens_BT, positions_BT, mask
     if positions_BT is not None:
         positions_BT = F.pad(positions_BT, (0, n))
-    if mask_BTS is not None:  # else it is causal, and hides what follows
-        mask_BTS = F.pad(mask_BTS, (0, n, 0, n))
-        mask_BTS[:, -n:, -n:] = torch.eye(n, dtype=torch.bool, device=mask_BTS.device)
-    return F.pad(tokens_BT, (0, n)), positions_BT, mask_BTS
+    if isinstance(mask, Documents):
+        mask = mask.padded(len(tokens_BT), n)
+    elif mask is not None:  # else it is causal, and hides what follows
+        mask = F.pad(mask, (0, n, 0, n))
+        mask[:, -n:, -n:] = torch.eye(n, dtype=torch.bool, device=mask.device)
+    return F.pad(tokens_BT, (0, n)), positions_BT, mask
 
 
 def _block_plan() -> dict[str, Any]:

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attend, for_every_head
 from .config import ModelConfig
 from .embedding import Embedding
 from .kv_cache import Cache, LayerCache, StaticCache, StaticLayerCache
-from .masks import default_mask
+from .masks import Mask, default_mask
 from .quantized_linear import QuantizedLinear
 from .rope import RopeTables, apply_rope, rope_tables
 
@@ -51,7 +52,7 @@ class Attention(nn.Module):
         self,
         h_BTD: Tensor,
         tables: RopeTables,
-        mask: Tensor | None,
+        mask: Mask | None,
         is_causal: bool,
         past: LayerCache | StaticLayerCache | None,
         trace: Trace = no_trace,
@@ -60,8 +61,8 @@ class Attention(nn.Module):
 
         h_BTD      the normed residual stream.
         tables     cos and sin of the rotation angles, see rope.py.
-        mask       bool [B, 1, T, S]. None: causal if ``is_causal``, which is for calls without a
-                   cache; else every query attends to every key. See masks.py.
+        mask       bool [B, 1, T, S], or Documents. None: causal if ``is_causal``, which is for
+                   calls without a cache; else every query attends to every key. See masks.py.
         past       the layer's cache; the keys and values returned include its own.
         trace      called with the name and value of each activation.
         """
@@ -77,10 +78,7 @@ class Attention(nn.Module):
         q, k, v = q_BTHK.transpose(1, 2), k_BTNK.transpose(1, 2), v_BTNK.transpose(1, 2)
         if past is not None:
             k, v = past.extend(k, v)
-        attn_BHTK = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped
-        )
-        attn_BTHK = attn_BHTK.transpose(1, 2)
+        attn_BTHK = attend(q, k, v, mask, is_causal, self.is_grouped).transpose(1, 2)
         trace("attn", attn_BTHK)
         (out_BTD,) = self.products(attn_BTHK.flatten(2), (self.o_proj,))
         trace("attn_proj", out_BTD)
@@ -123,7 +121,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         tables: RopeTables,
-        mask: Tensor | None,
+        mask: Mask | None,
         is_causal: bool,
         past: LayerCache | StaticLayerCache | None,
         trace: Trace = no_trace,
@@ -162,7 +160,7 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: Cache | StaticCache | None = None,
         trace: Trace = no_trace,
     ) -> tuple[Tensor, Cache | StaticCache]:
@@ -174,8 +172,8 @@ class Decoder(nn.Module):
         is_causal = False
         if mask is None:
             mask, is_causal = default_mask(length, start, device)
-        mask = None if mask is None else mask[:, None]  # the same for every head
         x_BTD = self.embed_tokens(tokens_BT)
+        mask = for_every_head(mask, x_BTD, self.config.head_dim)
         trace("embed", x_BTD)
         tables = rope_tables(positions, self.config, x_BTD.dtype)
         keys, values = [], []
@@ -229,7 +227,7 @@ class Llama(nn.Module):
         tokens_BT: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: Cache | StaticCache | None = None,
         trace: Trace = no_trace,
         project: bool = True,
@@ -238,7 +236,8 @@ class Llama(nn.Module):
 
         tokens_BT  token ids, int64 [B, T].
         positions  rotary positions, int64 [B, T]; default: they follow the cache.
-        mask       bool [B, T, S], True = may attend; default: causal. See masks.py.
+        mask       bool [B, T, S], True = may attend; without a cache Documents, which stand for
+                   one; default: causal. See masks.py.
         cache      the cache that an earlier call returned. A Cache is not changed; a StaticCache
                    is written in place.
         trace      called with the name and value of each activation.

@@ -1,12 +1,53 @@
 """Attention masks: causal, causal with padding on the left, and causal within documents.
 
 A mask is a bool tensor, True where a query may attend to a key. (The Triton kernel ``attend`` of
-kernels/decode.py computes ``left_padded_causal_mask`` itself.)
+kernels/decode.py computes ``left_padded_causal_mask`` itself.) Documents stand for the last of them
+where attention needs none.
 Suffixes: B batch, T query position, S key position (cache column).
 """
 
+from dataclasses import dataclass, replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+# Not a NamedTuple: FSDP2 would copy every tensor of one to the GPU, ``sizes`` too.
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a packed micro-batch: a causal mask within them, without its T * T elements.
+
+    Shapes depend on the micro-batch's alone, so that compiled code is that of any documents.
+    """
+
+    starts: Tensor  # int32 [B * T + 1]: each document's first place in all rows, then B * T alone
+    sizes: Tensor  # int64 [2], on the CPU: the number of documents, and the tokens of the longest
+
+    @classmethod
+    def from_starts(cls, is_start_BT: Tensor) -> "Documents":
+        """Return the documents whose first tokens are given as bool [B, T]; every row has one."""
+        first = is_start_BT.flatten().nonzero().squeeze(1)
+        n = is_start_BT.numel()
+        starts = torch.full((n + 1,), n, dtype=torch.int32, device=is_start_BT.device)
+        starts[: len(first)] = first
+        longest = int(starts[: len(first) + 1].diff().max())
+        return cls(starts, torch.tensor([len(first), longest]))
+
+    def dense(self, n_rows: int) -> Tensor:
+        """Return the mask, bool [B, T, T], of ``n_rows`` rows."""
+        place = torch.arange(len(self.starts) - 1, dtype=torch.int32, device=self.starts.device)
+        return document_mask(torch.searchsorted(self.starts, place, right=True).view(n_rows, -1))
+
+    def padded(self, n_rows: int, n: int) -> "Documents":
+        """Return those of rows with ``n`` positions more, which end each row's last document."""
+        length = (len(self.starts) - 1) // n_rows
+        wide = self.starts + self.starts // length * n
+        starts = F.pad(wide, (0, n_rows * n), value=n_rows * (length + n))
+        return replace(self, starts=starts, sizes=self.sizes + torch.tensor([0, n]))
+
+
+Mask = Tensor | Documents
 
 
 def default_mask(n_queries: int, n_cached: int, device: torch.device) -> tuple[Tensor | None, bool]:

@@ -1,9 +1,10 @@
-"""Split windows into micro-batches of tokens and targets, with or without document masks.
+"""Split windows into micro-batches of tokens and targets, with or without documents.
 
 Suffixes: B batch (row), T position.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.loss import IGNORE_INDEX
-from ..model.masks import document_mask
+from ..model.masks import Documents, Mask
 from ..tokenizer.gpt2 import END_OF_TEXT_ID
 
 
@@ -21,14 +22,29 @@ class Batch(NamedTuple):
     tokens: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T], IGNORE_INDEX where the loss leaves the target out
     positions: Tensor | None = None  # int64 [B, T]
-    mask: Tensor | None = None  # bool [B, T, T]
+    mask: Mask | None = None  # bool [B, T, T], or Documents
+
+    @property
+    def dense_mask(self) -> Tensor | None:
+        """The mask, bool [B, T, T], that ``mask`` is or stands for."""
+        mask = self.mask
+        return mask.dense(len(self.tokens)) if isinstance(mask, Documents) else mask
 
     def to(self, device: torch.device) -> "Batch":
         """Copy every tensor to ``device``, to a GPU asynchronously."""
-        if device.type == "cuda":  # only from contiguous pinned memory is a copy asynchronous
-            pinned = (x if x is None or x.is_cuda else x.contiguous().pin_memory() for x in self)
-            return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in pinned))  # type: ignore[arg-type]
-        return Batch(*(x if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+        mask = self.mask
+        if isinstance(mask, Documents):
+            mask = replace(mask, starts=_copied(mask.starts, device))
+        elif mask is not None:
+            mask = _copied(mask, device)
+        positions = None if self.positions is None else _copied(self.positions, device)
+        return Batch(_copied(self.tokens, device), _copied(self.targets, device), positions, mask)
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.contiguous().pin_memory()  # only from such memory is a copy asynchronous
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def batch_function(packs: bool, eos_id: int) -> Callable[[Tensor], Batch]:
@@ -42,7 +58,7 @@ def to_batch(window: Tensor) -> Batch:
 
 
 def pack_documents(window: Tensor, eos_id: int = END_OF_TEXT_ID) -> Batch:
-    """Split windows [B, T + 1] into tokens and targets, with positions and mask by document.
+    """Split windows [B, T + 1] into tokens and targets, with positions and documents.
 
     A document ends with ``eos_id``, which belongs to it. Positions count from 0 in each document,
     and a token attends to its own document up to itself, so each document (or its part in the
@@ -66,4 +82,5 @@ def by_document(tokens_BT: Tensor, targets_BT: Tensor, document_BT: Tensor) -> B
     is_start = torch.ones_like(document_BT, dtype=torch.bool)
     is_start[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
     document_start_BT = (index_T * is_start).cummax(1).values
-    return Batch(tokens_BT, targets_BT, index_T - document_start_BT, document_mask(document_BT))
+    documents = Documents.from_starts(is_start)
+    return Batch(tokens_BT, targets_BT, index_T - document_start_BT, documents)

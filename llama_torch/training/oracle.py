@@ -76,7 +76,8 @@ def oracle_config(config: ModelConfig) -> LlamaConfig:
 
 def crop(batch: Batch, rows: int, length: int) -> grad.Batch:
     """Return the first ``rows`` and positions of a micro-batch as NumPy arrays [rows, length]."""
-    tokens, targets, positions, mask = (None if x is None else x.cpu().numpy() for x in batch)
+    given = *batch[:3], batch.dense_mask
+    tokens, targets, positions, mask = (None if x is None else x.cpu().numpy() for x in given)
     assert tokens is not None
     assert targets is not None
     return grad.Batch(

@@ -102,7 +102,7 @@ def others_seen(patch: pytest.MonkeyPatch) -> None:
 
     def by_document(tokens: Any, targets: Any, document: Any) -> Any:
         found = real(tokens, targets, document)
-        return found._replace(mask=torch.ones_like(found.mask).tril())
+        return found._replace(mask=torch.ones_like(found.dense_mask).tril())
 
     patch.setattr(labels, "by_document", by_document)
 

@@ -21,6 +21,7 @@ from ..conformance.architectures import configs, seeds
 from ..conformance.drawn import Draw, composite, describe_case
 from ..conformance.strategies import Array, Params, random_params
 from ..conformance.training_cases import max_abs
+from ..support.devices import on_every_device
 
 pytestmark = pytest.mark.numeric
 
@@ -67,8 +68,9 @@ def documents_of(case: Packed) -> list[Batch]:
     return found
 
 
+@on_every_device
 @given(case=packed_cases())
-def test_a_packed_row_is_its_documents_alone(case: Packed) -> None:
+def test_a_packed_row_is_its_documents_alone(device: str, case: Packed) -> None:
     """Loss and every gradient, against the sum of the oracle's of each document alone."""
     documents = documents_of(case)
     n_valid = sum(int(np.sum(batch.targets != IGNORE)) for batch in documents)
@@ -77,7 +79,7 @@ def test_a_packed_row_is_its_documents_alone(case: Packed) -> None:
         share, grads = loss_and_grads(case.params, batch, case.config, n_valid=n_valid)
         loss += share
         expected = {name: expected[name] + grads[name] for name in expected}
-    model = torch_model(case.config, case.params).train().requires_grad_(True)
+    model = torch_model(case.config, case.params).to(device).train().requires_grad_(True)
     packed = pack_documents(torch.from_numpy(case.window), case.end)
     found, grads_of = step.accumulate(model, [packed])
     # A probability next to one is known to a rounding of one, however little it leaves to learn.
@@ -86,9 +88,8 @@ def test_a_packed_row_is_its_documents_alone(case: Packed) -> None:
     largest = max(map(max_abs, expected.values()))
     for name, parameter in model.named_parameters():
         scale = max(max_abs(expected[name]), 1e-3 * largest, known)
-        assert max_abs(grads_of[parameter].numpy() - expected[name]) <= FLOAT64_TOLERANCE * scale, (
-            name
-        )
+        wrong = max_abs(grads_of[parameter].cpu().numpy() - expected[name])
+        assert wrong <= FLOAT64_TOLERANCE * scale, name
     windows = [torch.from_numpy(case.window)]
     val_loss = validate.validation_loss(
         model, windows, lambda window: pack_documents(window, case.end)
@@ -103,7 +104,9 @@ def test_what_is_packed() -> None:
     assert packed.positions.tolist() == [[0, 1, 0, 1, 2, 0]]
     mask = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
     mask += [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1]]
-    assert packed.mask.int().tolist() == [mask]
+    assert packed.dense_mask.int().tolist() == [mask]
+    assert packed.mask.starts.tolist() == [0, 2, 5, 6, 6, 6, 6]
+    assert packed.mask.sizes.tolist() == [3, 3]
 
 
 def test_without_an_end_packing_is_the_plain_batch() -> None:
@@ -112,4 +115,4 @@ def test_without_an_end_packing_is_the_plain_batch() -> None:
     assert torch.equal(plain.tokens, packed.tokens)
     assert torch.equal(plain.targets, packed.targets)
     assert packed.positions.tolist() == [list(range(9))] * 2
-    assert torch.equal(packed.mask, torch.ones(2, 9, 9, dtype=torch.bool).tril())
+    assert torch.equal(packed.dense_mask, torch.ones(2, 9, 9, dtype=torch.bool).tril())
