@@ -31,8 +31,11 @@ def test_every_layout_takes_the_steps_of_one_process(
     flags = ["--device", "cpu", "--dtype", "float32", "--shapes", "15m", "--steps", "6", "--json"]
     flags += ["--precisions", "dtype", "--layouts", "ddp", "fsdp-tp", "--processes", "2"]
     assert scaling.main([*flags, "--batch-size", "2"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
     assert [row["layout"] for row in rows] == [ALONE, "DDP", "FSDP 1 x TP 2"]
+    told = [line.split(", ")[-1].split(": ")[0] for line in err.splitlines()]
+    assert told == [row["layout"] for row in rows]  # as soon as each is known
     assert rows[0]["losses"][0] - rows[0]["losses"][-1] > 0.001
     for row in rows:
         assert row["speed"] > 0

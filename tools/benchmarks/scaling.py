@@ -58,7 +58,8 @@ class ScalingRow(NamedTuple):
 def measure(config: ScalingConfig) -> list[ScalingRow]:
     """Run the job of every row, one process first; return the rows.
 
-    The error of a job that fails is printed on stderr, in one line.
+    A row's speed is printed on stderr as soon as it is known, and a job's error in one line: what
+    was measured before an interruption is seen.
     """
     on_cuda = pick_device(config.device).type == "cuda"
     processes = config.processes or (torch.cuda.device_count() if on_cuda else 2)
@@ -70,10 +71,14 @@ def measure(config: ScalingConfig) -> list[ScalingRow]:
             alone: Result | None = None
             for layout in layouts(config, shape, precision, processes):
                 job = make_job(config, shape, precision, layout, each, processes)
-                result = run_job(job, layout, f"{shape}, {name}, {layout.name}")
+                title = f"{shape}, {name}, {layout.name}"
+                result = run_job(job, layout, title)
                 if layout.name == ALONE:
                     alone = result
                 rows.append(make_row(shape, name, layout, job, result, alone))
+                if rows[-1].speed is not None:
+                    told = f"scaling: {title}: {rows[-1].speed:,.0f} tokens/s"
+                    print(told, file=sys.stderr, flush=True)
     return rows
 
 
