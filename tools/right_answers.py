@@ -84,7 +84,7 @@ def _main(argv: Sequence[str]) -> int:
     conversations = [record["messages"] for record in records]
     answers = model.chat_batch(conversations, settings, max_rows=config.batch_size)
     said = [answer.text for answer in answers]
-    rewards = _rewards(config.reward, model, conversations, said) if config.reward else None
+    rewards = _rewards(config, model, conversations, said) if config.reward else None
     found = shares(records, said, rewards)
     if config.json:
         print(json.dumps([share._asdict() for share in found], indent=1))
@@ -94,12 +94,14 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _rewards(
-    directory: str, model: Any, conversations: Sequence[list[Any]], said: Sequence[str]
+    config: AnswersConfig, model: Any, conversations: Sequence[list[Any]], said: Sequence[str]
 ) -> list[float]:
     """Return a reward model's scores of the answers to conversations."""
     from llama_torch.rlhf.scoring import assistant, load_scorer
+    from llama_torch.tokenizer.chat_template import load_jinja
 
-    scorer = load_scorer(directory, model.chat_template, device=model.model.head_weight.device)
+    template = load_jinja(Path(config.ckpt), model.tokenizer, config.template)
+    scorer = load_scorer(config.reward, template, device=model.model.head_weight.device)
     answered = zip(conversations, said, strict=True)
     rows = [
         scorer.template.encode([*messages, assistant(text)], prompts=False)
