@@ -25,7 +25,7 @@ import tyro
 
 from llama_common import cli
 from llama_common.errors import InputError, check_positive
-from llama_common.files import atomic_write
+from llama_common.files import atomic_write, require_writable
 from llama_torch.checkpoint.weight_files import require_weights
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def read_dialogue(config: AttentionConfig) -> Dialogue:
 
     found = [*read_conversations([config.data], "--data")]
     if config.number > len(found):
-        raise InputError(f"--number {config.number}: --data holds {len(found)} conversations")
+        holds = f"--data holds {len(found)} conversations"
+        raise InputError(f"--number {config.number}: {holds}; choose one of them")
     messages = found[config.number - 1].messages
     text = config.instruction
     if not text and messages[0]["role"] != "system":
@@ -111,7 +112,8 @@ def places_of(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
     ends = [len(spelled(tokenizer, ids[: n + 1])) for n in range(len(ids))]
     start = spelled(tokenizer, ids).find(text)
     if start < 0:
-        raise InputError(f"--instruction {text!r}: the dialogue does not say it")
+        told = "the dialogue does not say it; give words of its first message"
+        raise InputError(f"--instruction {text!r}: {told}")
     begins = [0, *ends[:-1]]
     spans = enumerate(zip(begins, ends, strict=True))
     return [i for i, (begin, end) in spans if begin < start + len(text) and end > start]
@@ -230,6 +232,7 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(AttentionConfig, argv)
     if Path(config.out).suffix not in ENDINGS:
         raise InputError(f"{config.out}: the picture's name must end in {', '.join(ENDINGS)}")
+    require_writable(Path(config.out).resolve(), config.out)
     for folder in (config.before, config.after):
         require_weights(Path(folder))
     before, after = draw(config, read_dialogue(config))

@@ -24,7 +24,7 @@ import tyro
 
 from llama_common import cli
 from llama_common.errors import InputError
-from llama_common.files import atomic_write
+from llama_common.files import atomic_write, require_writable
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def _main(argv: Sequence[str]) -> int:
     config = cli.parse(PlotConfig, argv)
     if Path(config.out).suffix not in (".svg", ".png", ".pdf"):
         raise InputError(f"{config.out}: the picture's name must end in .svg, .png or .pdf")
+    require_writable(Path(config.out).resolve(), config.out)
     if not is_round(Path(config.run)):
         _events_folder(Path(config.run))  # told before matplotlib is imported, which takes a second
     draw(Path(config.run), Path(config.out))

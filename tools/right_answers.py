@@ -107,6 +107,12 @@ def _rewards(
         scorer.template.encode([*messages, assistant(text)], prompts=False)
         for messages, text in answered
     ]
+    longest, context = max(map(len, rows)), scorer.model.config.max_seq_len
+    if longest > context:
+        raise InputError(
+            f"--reward {config.reward}: its context holds {context:,} tokens, and the longest "
+            f"conversation has {longest:,}; give a reward model with a longer one"
+        )
     scores: list[float] = scorer.score(rows).tolist()
     return scores
 

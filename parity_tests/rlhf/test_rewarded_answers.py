@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from llama_torch.tokenizer.loading import load_tokenizer
 from tools import right_answers
 
 from ..support.rejection_rounds import CONFIG
+from ..support.reward_models import write_reward_model
 
 
 @pytest.mark.parametrize("template", ["", "llama2"])
@@ -42,3 +44,15 @@ def test_the_mean_reward_is_of_the_conversations_with_their_answers(
         hidden_BTD, _ = model(torch.tensor([ids]), project=False)
         scores.append((hidden_BTD[0, -1] @ model.head_weight[0]).item())
     assert found["reward"] == pytest.approx(statistics.fmean(scores), rel=1e-4, abs=1e-5)
+
+
+def test_a_conversation_beyond_the_reward_models_context_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_reward_model(tmp_path / "short", "bytes", replace(CONFIG, max_seq_len=8), 3)
+    prompts = tmp_path / "prompts.jsonl"
+    about = {"answer": "1", "content": "1", "kind": "counting", "form": "", "turn": 1}
+    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": "1"}]} | about))
+    flags = [str(folder / "policy"), str(prompts), "--max-new-tokens", "12"]
+    assert right_answers.main([*flags, "--reward", str(tmp_path / "short")]) == 2
+    assert "its context holds 8 tokens, and the longest conversation has" in capsys.readouterr().err
