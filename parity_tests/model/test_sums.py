@@ -201,3 +201,17 @@ def test_the_loss_of_ten_million_targets(device: str) -> None:
         torch.zeros(1, n, dtype=torch.int64, device=device),
     )
     assert found.item() == pytest.approx(exact, rel=1e-6)
+
+
+@on_every_device
+@pytest.mark.parametrize("place", [0, 30_000, 50_256])
+def test_the_loss_of_a_likely_token_has_what_many_unlikely_ones_add(
+    device: str, place: int
+) -> None:
+    """Each is below half a rounding of the likely one; together they are 0.2% of it."""
+    logits = torch.zeros(1, 50_257)
+    logits[0, place] = 17.0
+    exact = -torch.log_softmax(logits.double(), -1)[0, place].item()
+    head, hidden = logits.T.contiguous().to(device), torch.ones(1, 1, 1, device=device)
+    found = loss.loss_sum(hidden, head, torch.tensor([[place]], device=device)).item()
+    assert found == pytest.approx(exact, rel=1e-3)
