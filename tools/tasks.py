@@ -28,9 +28,11 @@ import tyro
 
 from llama_common import cli
 from llama_common.errors import InputError, check
-from llama_common.files import new_folder
+from llama_common.files import new_folder, write_text
 from tools.synthetic import records
+from tools.synthetic.tasks import FORMS
 
+INSTRUCTIONS = "instructions.txt"  # on the form of answers, one a line
 MOST = 10_000_000  # records of a file; more takes hours
 MOST_TURNS = 100
 
@@ -42,7 +44,8 @@ class TasksConfig:
     command: ClassVar[str] = "python tools/tasks.py"
 
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder to make; {conversations,pairs,prompts,dialogues}.jsonl, each also held-out-."""
+    """Folder to make; {conversations,pairs,prompts,dialogues}.jsonl, each also held-out-, and
+    instructions.txt."""
     conversations: int = 20_000
     """Conversations to fine-tune on."""
     pairs: int = 10_000
@@ -104,7 +107,9 @@ def write(config: TasksConfig) -> list[Path]:
             held_out = draw(rng, config.held_out, turns, True)
             _write_lines(folder / f"held-out-{name}.jsonl", held_out)
             names += [f"{name}.jsonl", f"held-out-{name}.jsonl"]
-    return [out / name for name in names]
+        told = "".join(f"{form.instruction}\n" for form in FORMS)
+        write_text(folder / INSTRUCTIONS, told)
+    return [out / name for name in [*names, INSTRUCTIONS]]
 
 
 def _write_lines(path: Path, values: Iterable[Any]) -> None:

@@ -21,7 +21,7 @@ MODULES = [
     "llama_torch.rejection",
 ]
 TOOLS = ["compare", "convert", "bench", "learning", "plot", "random_checkpoint", "scaling", "tasks"]
-TOOLS += ["right_answers", "instruction_turns", "attention_plot"]
+TOOLS += ["right_answers", "instruction_turns", "attention_plot", "chain"]
 COMMANDS = [*MODULES, *(f"tools.{name}" for name in TOOLS)]
 # What takes a quarter of a second or more to import.
 SLOW = ("torch", "numpy", "safetensors.torch", "tensorboard", "matplotlib", "transformers")
@@ -114,10 +114,15 @@ WRONG = {
     "tools.convert": [(f"{NOWHERE} out", NO_MODEL), ("docs README.md", "docs: holds neither")],
     "tools.bench": [("--works decod", "did you mean decode?"), ("--repeats 0", "--repeats")],
     "tools.tasks": [("docs", "docs: is there already"), ("", "FOLDER: required")],
+    "tools.chain": [
+        ("docs", "docs: is no folder of a chain"),
+        ("docs --until nothing", "--until nothing: choose one of base, sft"),
+    ],
     "tools.right_answers": [(f"docs {NOWHERE}", f"{NOWHERE}: no such file")],
     "tools.attention_plot": [
         ("a.txt --before docs --after docs --data docs", "a.txt: the picture's name must end in"),
         (f"a.png --before {NOWHERE} --after docs --data docs", NO_MODEL),
+        (f"{NOWHERE}/a.png --before docs --after docs --data docs", "there is no directory"),
     ],
     "tools.instruction_turns": [
         (f"docs {NOWHERE}", f"{NOWHERE}: no such file"),
@@ -128,7 +133,11 @@ WRONG = {
         (f"--data {NOWHERE}", NO_TEXT),
         (f"--out {NOWHERE}/losses.json", "there is no such folder"),
     ],
-    "tools.plot": [(f"{NOWHERE} a.svg", "no such directory"), ("docs a.txt", "must end in .svg")],
+    "tools.plot": [
+        (f"{NOWHERE} a.svg", "no such directory"),
+        ("docs a.txt", "must end in .svg"),
+        (f"docs {NOWHERE}/a.svg", "there is no directory"),
+    ],
     "tools.random_checkpoint": [
         ("out --shape 8b", "--shape 8b: not one of tiny, 7b, 13b, 70b"),
         ("README.md/out", "README.md/out"),

@@ -11,6 +11,7 @@ COMMANDS = [
     *("llama_torch.export", "llama_torch.gather", "llama_torch.data.__main__", "llama_torch.gatt"),
     *(f"tools.{name}" for name in ("bench", "compare", "convert", "learning", "plot", "scaling")),
     *("tools.tasks", "tools.right_answers", "tools.instruction_turns", "tools.attention_plot"),
+    "tools.chain",
     *("tools.random_checkpoint", "llama_parity.compare", "llama_parity.convert"),
     "llama_parity.command.main",
 ]

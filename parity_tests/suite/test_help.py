@@ -27,6 +27,7 @@ from llama_torch.rlhf.rejection_config import RejectionConfig
 from tools.attention_plot import AttentionConfig
 from tools.bench import BenchConfig
 from tools.benchmarks.scaling_config import ScalingConfig
+from tools.chain import ChainConfig
 from tools.instruction_turns import TurnsConfig
 from tools.learning import LearningConfig
 from tools.plot import PlotConfig
@@ -50,6 +51,7 @@ CONFIGS: list[Any] = [
     ),
     *(CompareConfig, ConvertConfig, BenchConfig, LearningConfig, PlotConfig, ShapeConfig),
     *(ScalingConfig, TasksConfig, AnswersConfig, RankConfig, TurnsConfig, AttentionConfig),
+    ChainConfig,
 ]
 FLAGS = [(config, flag) for config in CONFIGS for flag in flags_of(config)]
 LINES, COLUMNS = 30, 80

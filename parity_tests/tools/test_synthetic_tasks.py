@@ -181,7 +181,7 @@ def test_files_are_the_same_for_a_seed_and_whatever_the_others_numbers(tmp_path:
     for name, prompts in (("a", "10"), ("b", "12")):
         assert tasks.main([str(tmp_path / name), *sizes, "--prompts", prompts]) == 0
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 8
+    assert len(files) == 9
     for name in files:
         a, b = ((tmp_path / folder / name).read_text().splitlines() for folder in "ab")
         assert b[: len(a)] == a
