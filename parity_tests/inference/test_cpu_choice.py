@@ -101,10 +101,12 @@ def test_a_choice_is_kept_a_week_and_one_of_a_busy_machine_an_hour(
     assert choose() == "eager"
 
 
-@pytest.mark.parametrize("timed", [None, "now", True, 10**400, time.time() + 3600])
+@pytest.mark.parametrize("timed", [None, "now", True, 10**400, "in an hour"])
 def test_a_choice_of_no_time_or_of_the_future_is_made_again(
     timed: object, seconds: dict[str, float]
 ) -> None:
+    if timed == "in an hour":  # not in the parameters: every process collects the same ones
+        timed = time.time() + 3600
     assert choose() == "numpy"
     path = kept()
     answer, _ = read_state(path, "")
