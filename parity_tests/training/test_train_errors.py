@@ -154,7 +154,7 @@ def test_a_run_that_explodes_stops(
 def test_a_loss_beyond_all_bounds_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "train", lambda config: TokenLoss().measured([800.0, 1.0]))
+    monkeypatch.setattr(loop, "train", lambda *_: TokenLoss().measured([800.0, 1.0]))
     assert train.main(["--out", str(tmp_path / "run")]) == 0
     assert "validation loss 800.000, perplexity 10" in capsys.readouterr().out
 
