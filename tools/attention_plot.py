@@ -18,15 +18,15 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import tyro
 
 from llama_common import cli
 from llama_common.errors import InputError, check_positive
-from llama_common.files import atomic_write, require_writable
+from llama_common.files import require_writable
 from llama_torch.checkpoint.weight_files import require_weights
+from tools.pictures import pyplot, save
 
 if TYPE_CHECKING:
     from reference_np.ops import Array
@@ -165,14 +165,7 @@ def binned(values: "Array", size: int) -> "Array":
 
 def draw(config: AttentionConfig, dialogue: Dialogue) -> tuple[float, float]:
     """Draw the picture; return the mean attention of later answers to the instruction, of both."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise InputError("drawing needs matplotlib; pip install 'llama-parity[plot]'") from None
-    mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "llama"  # ids do not vary from run to run
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure = plt.figure(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplot_mosaic([["before", "after"], ["to it", "to it"]], height_ratios=[3, 2])
     later = [t for begin, end in dialogue.answers[1:] for t in range(begin - 1, end - 1)]
@@ -187,10 +180,7 @@ def draw(config: AttentionConfig, dialogue: Dialogue) -> tuple[float, float]:
         axes["to it"].plot(places, binned(to_it_T, config.bin), color=colour, label=name)
     figure.colorbar(image, ax=[axes["before"], axes["after"]], label="attention, the most of any")
     _draw_spans(axes["to it"], dialogue)
-    metadata = {"Date": None} if config.out.endswith(".svg") else None
-    # A link that the user names is followed.
-    out = Path(config.out).resolve()
-    atomic_write(out, partial(figure.savefig, dpi=110, metadata=metadata))
+    save(figure, Path(config.out), dpi=110)
     plt.close(figure)
     return means[0], means[1]
 

@@ -30,6 +30,7 @@ import tyro
 
 from llama_common import cli
 from llama_common.errors import InputError, check, printable
+from tools.pictures import pyplot, save
 from tools.synthetic import progress
 from tools.synthetic.progress import Measured
 from tools.synthetic.stages import ANSWERING, COMMANDS, TASKS, Stage, stages, tasks_words
@@ -96,7 +97,7 @@ def _main(argv: Sequence[str]) -> int:
     for seed in config.each_seed():
         run_seed(config, seed)
     found = progress.read(folder / RECORD)
-    progress.draw(found, folder / PICTURE)
+    draw(found, folder / PICTURE)
     print(progress.table(found))
     return 0
 
@@ -155,6 +156,28 @@ def measured(one: Measured, folder: Path) -> Measured:
     of_all = shares[0]
     turns = lasting["lasting"]["turns"]
     return one._replace(right=of_all["right"], reward=of_all["reward"], turns=turns)
+
+
+def draw(found: Sequence[Measured], out: Path) -> None:
+    """Draw every measure by stage, with its standard error over the seeds, into ``out``."""
+    figure, every_axes = pyplot().subplots(
+        1, len(progress.COLUMNS), figsize=(10, 3.2), layout="constrained"
+    )
+    for axes, column in zip(every_axes, progress.COLUMNS, strict=True):
+        _draw_column(axes, progress.by_stage(found, column.name), column)
+    save(figure, out)
+
+
+def _draw_column(axes: Any, values: dict[str, list[float]], column: progress.Column) -> None:
+    means = [progress.mean_and_error(of_seeds) for of_seeds in values.values()]
+    places = range(len(means))
+    axes.errorbar(places, *zip(*means, strict=True), color="#c33", marker="o", ms=4, capsize=3)
+    for place, of_seeds in zip(places, values.values(), strict=True):
+        axes.plot([place] * len(of_seeds), of_seeds, ".", color="#9ab", zorder=0)
+    axes.set_xticks(places, list(values), rotation=30)
+    axes.set_title(column.label, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
 
 
 def answer(*words: str) -> Any:

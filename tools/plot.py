@@ -17,14 +17,14 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from llama_common import cli
 from llama_common.errors import InputError
-from llama_common.files import atomic_write, require_writable
+from llama_common.files import require_writable
+from tools.pictures import pyplot, save
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,11 @@ def draw_rewards(axes: Any, folder: Path) -> None:
 
 def draw(run: Path, out: Path) -> None:
     """Draw a run's losses, or a round's rewards, into ``out``, .svg, .png or .pdf."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise InputError("drawing needs matplotlib; pip install 'llama-parity[plot]'") from None
-    mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "llama"  # ids do not vary from run to run
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7.2, 3.6), layout="constrained")
     (draw_rewards if is_round(run) else draw_losses)(axes, run)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    metadata = {"Date": None} if out.suffix == ".svg" else None
-    # A link that the user names is followed.
-    atomic_write(out.resolve(), partial(figure.savefig, dpi=150, metadata=metadata))
+    save(figure, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

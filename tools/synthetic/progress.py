@@ -1,15 +1,14 @@
-"""What the chain measured: a record for each stage and seed, their table and their picture."""
+"""What the chain measured: a record for each stage and seed, and their table."""
 
 import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama_common.errors import InputError
-from llama_common.files import atomic_write, write_text
+from llama_common.files import write_text
 
 
 class Measured(NamedTuple):
@@ -84,32 +83,3 @@ def table(found: Sequence[Measured]) -> str:
         cells.append(f"{statistics.fmean(taken):.0f}")
         lines.append(f"| {stage} | {len(taken)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def draw(found: Sequence[Measured], out: Path) -> None:
-    """Draw every measure by stage, with its standard error over the seeds, into ``out``."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise InputError("drawing needs matplotlib; pip install 'llama-parity[plot]'") from None
-    mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "llama"  # ids do not vary from run to run
-    import matplotlib.pyplot as plt
-
-    figure, every_axes = plt.subplots(1, len(COLUMNS), figsize=(10, 3.2), layout="constrained")
-    for axes, column in zip(every_axes, COLUMNS, strict=True):
-        _draw_column(axes, by_stage(found, column.name), column)
-    metadata = {"Date": None} if out.suffix == ".svg" else None
-    atomic_write(out.resolve(), partial(figure.savefig, dpi=150, metadata=metadata))
-
-
-def _draw_column(axes: Any, values: dict[str, list[float]], column: Column) -> None:
-    means = [mean_and_error(of_seeds) for of_seeds in values.values()]
-    places = range(len(means))
-    axes.errorbar(places, *zip(*means, strict=True), color="#c33", marker="o", ms=4, capsize=3)
-    for place, of_seeds in zip(places, values.values(), strict=True):
-        axes.plot([place] * len(of_seeds), of_seeds, ".", color="#9ab", zorder=0)
-    axes.set_xticks(places, list(values), rotation=30)
-    axes.set_title(column.label, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
