@@ -74,6 +74,14 @@ def check_positive(config: object, *names: str) -> None:
         check(0 < value < 1e300, name, value, "must be positive")
 
 
+def check_between(config: object, *limits: tuple[str, int, int]) -> None:
+    """Raise InputError naming the flag of a field below its least or above its largest number."""
+    for name, least, most in limits:
+        value = getattr(config, name)
+        check(value >= least, name, value, f"must be at least {least}")
+        check(value <= most, name, value, f"must be at most {most}")
+
+
 def check_sizes(config: object) -> None:
     """Raise InputError naming the first integer field of 2^31 or more: no size is as large."""
     for item in dataclasses.fields(config):  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from llama_common import cli
-from llama_common.errors import InputError, check
+from llama_common.errors import InputError, check, check_between
 
 ON_CPU = ("train", "decode", "bfloat16", "prefill", "batch8", "numpy-prefill", "numpy-decode")
 ON_CUDA = ("train", "decode", "prefill", "batch32", "int8")
@@ -88,13 +88,13 @@ class BenchConfig:
     """Print the rows as JSON, instead of the table."""
 
     def __post_init__(self) -> None:
-        for name, least in (("repeats", 1), ("batch_size", 0), ("new_tokens", 2), ("threads", 0)):
-            value = getattr(self, name)
-            check(value >= least, name, value, f"must be at least {least}")
-        mosts = ("repeats", MOST_REPEATS), ("new_tokens", MOST_TOKENS), ("threads", MOST_THREADS)
-        for name, most in mosts:
-            value = getattr(self, name)
-            check(value <= most, name, value, f"must be at most {most}")
+        check_between(
+            self,
+            ("repeats", 1, MOST_REPEATS),
+            ("new_tokens", 2, MOST_TOKENS),
+            ("threads", 0, MOST_THREADS),
+        )
+        check(self.batch_size >= 0, "batch_size", self.batch_size, "must be at least 0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from llama_common import cli
-from llama_common.errors import InputError, check
+from llama_common.errors import InputError, check_between
 from llama_torch.checkpoint.weight_files import require_weights
 from tools.synthetic.grading import Share, read_prompts, shares
 
@@ -55,14 +55,12 @@ class AnswersConfig:
     """Print the shares as JSON, instead of the table."""
 
     def __post_init__(self) -> None:
-        for name, least, most in (
+        check_between(
+            self,
             ("limit", 0, 2**31),
             ("max_new_tokens", 1, MOST_TOKENS),
             ("batch_size", 1, 4096),
-        ):
-            value = getattr(self, name)
-            check(value >= least, name, value, f"must be at least {least}")
-            check(value <= most, name, value, f"must be at most {most}")
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from llama_common import cli
-from llama_common.errors import InputError, check
+from llama_common.errors import InputError, check_between
 from llama_common.files import new_folder, write_text
 from tools.synthetic import records
 from tools.synthetic.tasks import FORMS
@@ -68,7 +68,8 @@ class TasksConfig:
     """Seed of all that is drawn."""
 
     def __post_init__(self) -> None:
-        for name, least, most in (
+        check_between(
+            self,
             ("conversations", 0, MOST),
             ("pairs", 0, MOST),
             ("prompts", 0, MOST),
@@ -77,10 +78,7 @@ class TasksConfig:
             ("turns", 1, MOST_TURNS),
             ("dialogue_turns", 1, MOST_TURNS),
             ("seed", 0, 2**63 - 1),
-        ):
-            value = getattr(self, name)
-            check(value >= least, name, value, f"must be at least {least}")
-            check(value <= most, name, value, f"must be at most {most}")
+        )
 
 
 def write(config: TasksConfig) -> list[Path]:

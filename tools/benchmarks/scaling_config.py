@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from llama_common.errors import check
+from llama_common.errors import check, check_between
 
 MOST_PROCESSES = 1024  # of one host
 MOST_STEPS = 100_000  # more takes days
@@ -36,12 +36,10 @@ class ScalingConfig:
     """Print the rows as JSON, instead of the table."""
 
     def __post_init__(self) -> None:
-        for name, least, most in (
+        check_between(
+            self,
             ("processes", 0, MOST_PROCESSES),
             ("batch_size", 0, MOST_STEPS),
             ("steps", 1, MOST_STEPS),
-        ):
-            value = getattr(self, name)
-            check(value >= least, name, value, f"must be at least {least}")
-            check(value <= most, name, value, f"must be at most {most}")
+        )
         check(self.processes != 1, "processes", 1, "must be 2 or more: one alone is every row's")
