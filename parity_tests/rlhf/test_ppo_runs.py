@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from reference_np.tolerances import composed_bound, errors
 
 from ..support.ppo_runs import RUN, Models, oracle_config, write_models
 from ..support.survival import call_before, require_same, send_signal
-from ..support.trainer_runs import scalars, state_file, stop_after
+from ..support.trainer_runs import refused_line, scalars, state_file, stop_after
 
 GROUPS = ["--advantages", "group", "--group", "2"]
 
@@ -68,14 +69,7 @@ def flags_of(models: Models, *more: str) -> list[str]:
     ]
 
 
-def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line of a command that is refused."""
-    capsys.readouterr()
-    assert ppo.main(argv) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
-    assert len(said) == 1
-    assert said[0].startswith("error: ")
-    return said[0]
+refused = partial(refused_line, ppo.main)
 
 
 def test_the_defaults_are_the_papers() -> None:

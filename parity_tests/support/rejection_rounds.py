@@ -10,6 +10,8 @@ import pytest
 from llama_torch.model.config import ModelConfig
 from llama_torch.rejection import main
 
+from .trainer_runs import refused_line
+
 CONFIG = ModelConfig(16, 2, 4, 2, 4, 24, 520, 96, 1e-5, 10000.0, False)
 CLOSE = 1e-9
 N, K = 5, 4  # prompts, and answers to each
@@ -34,11 +36,7 @@ def rewards(lines: Lines) -> list[list[float]]:
 
 def refused(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return the one line of a command that is refused."""
-    capsys.readouterr()
-    assert main(argv) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
-    assert len(said) == 1
-    return said[0].removeprefix("error: ")
+    return refused_line(main, argv, capsys).removeprefix("error: ")
 
 
 def same_round(found: Lines, expected: Lines) -> bool:

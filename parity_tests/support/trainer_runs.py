@@ -1,5 +1,6 @@
 """Run the trainer's command on a small model, and read its logs and checkpoints."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return real(*args, **kwargs)
 
     monkeypatch.setattr(loop, "train_step", counted)
+
+
+def refused_line(
+    main: Callable[[Sequence[str]], int], argv: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Return the one line, but for notes, with which a command is refused."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert len(said) == 1
+    assert said[0].startswith("error: ")
+    return said[0]
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

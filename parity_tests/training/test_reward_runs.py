@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tools import rank_pairs
 from ..support.model_directories import CONFIGS
 from ..support.pairs import sums, write_pairs
 from ..support.tokenizers import turns
-from ..support.trainer_runs import scalars, state_file, stop_after
+from ..support.trainer_runs import refused_line, scalars, state_file, stop_after
 
 FLAGS = [
     *("--batch-size", "2", "--grad-accum", "3", "--eval-every", "2", "--save-every", "2"),
@@ -55,14 +56,7 @@ def whole(models: dict[str, Path], data: str, tmp_path_factory: pytest.TempPathF
     return out
 
 
-def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line of a command that is refused."""
-    capsys.readouterr()
-    assert reward.main(argv) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
-    assert len(said) == 1
-    assert said[0].startswith("error: ")
-    return said[0]
+refused = partial(refused_line, reward.main)
 
 
 def test_the_defaults_are_the_papers() -> None:
